@@ -1,0 +1,169 @@
+"""What a drafter gains on a prompt set: tau with the head on and off, speed, and whether the text stays the same."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax.decoding.generate import Answer, generate
+from domino_jax.decoding.speculate import Decoder, Weights, required_slots
+from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+
+TIE = 1e-3  # two logits closer than this may change places between one-token and block-wise float32 arithmetic
+
+
+class Difference(NamedTuple):
+    """The first place where two greedy outputs differ, and how far apart the target's logits of both tokens are."""
+
+    prompt: int
+    position: int
+    plain_token: int
+    speculative_token: int
+    logit_gap: float
+
+
+class Comparison(NamedTuple):
+    """Greedy outputs held against each other, token by token up to the first difference of each prompt."""
+
+    tokens_compared: int
+    tokens_equal: int
+    differences: list[Difference]
+
+
+def evaluate(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Decodes each prompt plainly, with the whole draft and, for Domino, with its head off; batch 1, one run.
+
+    Args:
+        decoder: target and draft.
+        weights: parameters of both.
+        prompts: token ids of each prompt.
+        max_new_tokens: per answer.
+        seed: of the sampler; unused at temperature 0.
+        progress: called with the number of prompts done.
+    Returns:
+        Plain numbers: `prompts`, `tau` (and `tau_head_off`), tokens per second of each way, `speed_up`, and at
+        temperature 0 `tokens_compared`, `tokens_equal`, `differences` and `lossless`: whether every difference is a tie
+        of the target's logits.
+    """
+    decoders = {"plain": replace(decoder, target=Target(decoder.target.cfg), draft=None, proposals=0, use_head=False)}
+    decoders["speculative"] = decoder
+    if decoder.use_head:
+        decoders["head_off"] = replace(decoder, use_head=False)
+    slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
+    run = functools.partial(generate, weights=weights, max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+    _compile(decoders, weights, prompts, slots)
+
+    answers: dict[str, list[Answer]] = {name: [] for name in decoders}
+    for index, prompt in enumerate(prompts):
+        for name, way in decoders.items():
+            answers[name] += run(way, prompts=[prompt])
+        progress(index + 1)
+
+    speed = {name: _tokens_per_second(rows) for name, rows in answers.items()}
+    figures: dict[str, Any] = {
+        "prompts": len(prompts),
+        "tau": _tau(answers["speculative"]),
+        "tokens_per_second": speed["speculative"],
+        "tokens_per_second_plain": speed["plain"],
+        "speed_up": speed["speculative"] / speed["plain"],
+        "verifications": sum(answer.verifications for answer in answers["speculative"]),
+        "tokens": sum(len(answer.tokens) for answer in answers["speculative"]),
+    }
+    if "head_off" in answers:
+        figures["tau_head_off"] = _tau(answers["head_off"])
+        figures["tokens_per_second_head_off"] = speed["head_off"]
+    if decoder.temperature == 0:
+        found = [
+            compare(weights, decoder.target, prompts, answers["plain"], answers[name])
+            for name in decoders
+            if name != "plain"
+        ]
+        differences = [difference for comparison in found for difference in comparison.differences]
+        figures |= {
+            "tokens_compared": sum(comparison.tokens_compared for comparison in found),
+            "tokens_equal": sum(comparison.tokens_equal for comparison in found),
+            "differences": [difference._asdict() for difference in differences],
+            "lossless": all(difference.logit_gap < TIE for difference in differences),
+        }
+    return figures
+
+
+def compare(
+    weights: Weights,
+    target: Target,
+    prompts: Sequence[np.ndarray],
+    plain: Sequence[Answer],
+    speculative: Sequence[Answer],
+) -> Comparison:
+    """Holds speculative greedy answers against plain ones.
+
+    After a first difference the two texts are answers to different prefixes, so a prompt is compared up to there.
+
+    Args:
+        weights: parameters of the target.
+        target: the target.
+        prompts: token ids of each prompt.
+        plain: answers of the target alone.
+        speculative: answers with a draft.
+    Returns:
+        `Comparison`; `logit_gap` is the absolute difference of the target's two logits after the common prefix.
+    """
+    compared = equal = 0
+    differences = []
+    for index, (prompt, left, right) in enumerate(zip(prompts, plain, speculative, strict=True)):
+        shorter = min(len(left.tokens), len(right.tokens))
+        unequal = np.flatnonzero(left.tokens[:shorter] != right.tokens[:shorter])
+        if len(unequal) == 0 and len(left.tokens) == len(right.tokens):
+            compared += shorter
+            equal += shorter
+            continue
+        position = int(unequal[0]) if len(unequal) else shorter
+        compared += position + 1
+        equal += position
+        tokens = [int(side.tokens[position]) if position < len(side.tokens) else -1 for side in (left, right)]
+        gap = float("inf")
+        if -1 not in tokens:
+            logits = next_logits(target, weights.target, np.concatenate([prompt, left.tokens[:position]]))
+            gap = float(abs(logits[tokens[0]] - logits[tokens[1]]))
+        differences.append(Difference(index, position, *tokens, gap))
+    return Comparison(compared, equal, differences)
+
+
+def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:
+    """The target's logits after a sequence, int32 [n] -> float32 [V], by one pass over all of it."""
+
+    @jax.jit
+    def logits(params: Any, tokens: jax.Array) -> jax.Array:
+        out = Target(target.cfg).apply({"params": params}, tokens)
+        return vocabulary_logits(out.hidden[0, -1], lm_head_weight(params))
+
+    return np.asarray(logits(params, jnp.asarray(tokens)[None]))
+
+
+def _compile(decoders: dict[str, Decoder], weights: Weights, prompts: Sequence[np.ndarray], slots: int) -> None:
+    """Runs every program once, so that no measured time holds a compilation."""
+    lengths = {required_slots(decoders["plain"], len(prompt), 0): prompt for prompt in prompts}
+    for way in decoders.values():
+        for prompt in lengths.values():
+            generate(way, weights, [prompt], max_new_tokens=2, slots=slots)
+
+
+def _tau(answers: Sequence[Answer]) -> float:
+    verifications = sum(answer.verifications for answer in answers)
+    return sum(answer.committed for answer in answers) / max(verifications, 1)
+
+
+def _tokens_per_second(answers: Sequence[Answer]) -> float:
+    return sum(len(answer.tokens) for answer in answers) / sum(answer.seconds for answer in answers)

@@ -1,0 +1,198 @@
+"""Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from domino_jax.data.conversations import encode_prompt, read_messages
+
+from domino_jax.config import InputError
+from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
+
+STREAM_CYCLES = 8  # cycles between two pieces of streamed text
+
+
+class Answer(NamedTuple):
+    """One finished row: `tokens` int32 [n] without the prompt, whether a stop token ended it, and what it took."""
+
+    tokens: np.ndarray
+    stopped: bool
+    committed: int
+    verifications: int
+    seconds: float
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed per verification by the target, its own token included."""
+        return self.committed / max(self.verifications, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the answer per second, reading the prompt included."""
+        return len(self.tokens) / self.seconds
+
+
+def generate(
+    decoder: Decoder, weights: Weights, prompts: Sequence[np.ndarray], *, max_new_tokens: int, slots: int, seed: int = 0
+) -> list[Answer]:
+    """Answers a batch of prompts.
+
+    Args:
+        decoder: what decodes.
+        weights: its parameters.
+        prompts: token ids per row.
+        max_new_tokens: per answer.
+        slots: cache positions, see `speculate.start`.
+        seed: of the sampler.
+    Returns:
+        One `Answer` per prompt; `seconds` is the time of the whole batch.
+    """
+    began = time.perf_counter()
+    state = start(decoder, weights, prompts, max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+    state = finish(decoder, weights, state)
+    np.asarray(state.lengths)  # waits for the device
+    return _answers(decoder, state, prompts, seconds=time.perf_counter() - began)
+
+
+def stream_text(
+    decoder: Decoder,
+    weights: Weights,
+    tokenizer: Any,
+    prompt: np.ndarray,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    write: Callable[[str], None],
+) -> Answer:
+    """Answers one prompt and passes on its text as it comes.
+
+    Args:
+        decoder: what decodes.
+        weights: its parameters.
+        tokenizer: of the target.
+        prompt: token ids, int32 [n].
+        max_new_tokens: at most.
+        seed: of the sampler.
+        write: receives each new piece of text.
+    Returns:
+        The whole `Answer`.
+    """
+    slots = required_slots(decoder, len(prompt), max_new_tokens)
+    began, shown = time.perf_counter(), ""
+    first = start(decoder, weights, [prompt], max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+    for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
+        ids = np.asarray(state.tokens[0, len(prompt) : int(state.lengths[0])])
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest of its bytes
+            write(text[len(shown) :])
+            shown = text
+    (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
+    write(tokenizer.decode(answer.tokens, skip_special_tokens=True)[len(shown) :])
+    return answer
+
+
+def regenerate(
+    decoder: Decoder,
+    weights: Weights,
+    tokenizer: Any,
+    prompts_path: Path,
+    answers_path: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    settings: dict[str, Any],
+    progress: Callable[[int, int, int], None],
+) -> int:
+    """Writes the target's own answers to the prompts of a file; a second start goes on after the last whole batch.
+
+    Each line of the result is the prompt's line with the answer appended to its messages, `prompt_line`, `finished`
+    (False where the answer was cut at the limit) and `generator`, the settings. Lines come in the order of their
+    lengths, so that the rows of a batch end together.
+
+    Args:
+        decoder: the plain target.
+        weights: its parameters.
+        tokenizer: of the target.
+        prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
+        answers_path: the JSONL to write; `.partial` is added to its name until it is complete.
+        max_new_tokens: per answer.
+        batch_size: rows decoded together.
+        seed: of the sampler.
+        settings: what made the answers; a partial file of other settings is refused.
+        progress: called after each batch with prompts done, prompts in all and tokens written by this start.
+    Returns:
+        Prompts answered by this start.
+    Raises:
+        InputError: unusable prompts, or a partial file of another start that does not fit.
+    """
+    if answers_path.exists():
+        raise InputError(f"{answers_path}: already there; remove it to make it again")
+    usable, bad_lines = read_messages(prompts_path)
+    if bad_lines:
+        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
+    partial = answers_path.with_name(answers_path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    done = _answered_lines(partial, settings)
+    prompts = [(line, messages, encode_prompt(messages, tokenizer)) for line, messages in usable]
+    prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
+    left = [prompt for prompt in prompts if prompt[0] not in done]
+    slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
+    written = 0
+    with partial.open("a", encoding="utf-8") as file:
+        for first in range(0, len(left), batch_size):
+            batch = left[first : first + batch_size]
+            # Short of rows, the last batch repeats one: another batch size would be another compilation.
+            rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
+            answers = generate(
+                decoder, weights, rows, max_new_tokens=max_new_tokens, slots=slots, seed=seed + batch[0][0]
+            )
+            lines = []
+            for (line, messages, _), answer in zip(batch, answers, strict=False):
+                text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+                turn = {"role": "assistant", "content": text}
+                record = {"messages": [*messages, turn], "prompt_line": line, "finished": answer.stopped}
+                lines.append(json.dumps({**record, "generator": settings}, ensure_ascii=False) + "\n")
+                written += len(answer.tokens)
+            file.write("".join(lines))
+            file.flush()
+            progress(len(done) + first + len(batch), len(prompts), written)
+    partial.replace(answers_path)
+    return len(left)
+
+
+def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float) -> list[Answer]:
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+    committed, verifications = np.asarray(state.committed), np.asarray(state.verifications)
+    answers = []
+    for row, prompt in enumerate(prompts):
+        ids = tokens[row, len(prompt) : lengths[row]]
+        stopped = int(ids[-1]) in decoder.stop_ids
+        answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
+    return answers
+
+
+def _answered_lines(partial: Path, settings: dict[str, Any]) -> set[int]:
+    """Prompt lines that a partial file already answers; a line that a crash cut off is removed from it."""
+    if not partial.exists():
+        return set()
+    records = list(_whole_lines(partial))
+    for record in records:
+        if record["generator"] != settings:
+            raise InputError(f"{partial}: made with {record['generator']}, not {settings}; remove it to start again")
+    beside = partial.with_name(partial.name + ".new")
+    beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    beside.replace(partial)
+    return {record["prompt_line"] for record in records}
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not valid JSON; remove the file to start again") from error

@@ -1,0 +1,356 @@
+"""Speculative decoding in one compiled loop: draft a block, verify it in one pass of the target, keep what fits.
+
+The plain target is the same loop with nothing to propose.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax.config import DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.head import DominoHead
+from domino_jax.layers import write_rows
+from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, vocabulary_logits
+
+PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What is fixed while decoding; hashable, so that it can be a static argument.
+
+    Attributes:
+        target: the target; with a draft it captures the draft's layers.
+        draft: the draft model, None for plain decoding.
+        proposals: drafted tokens per verification, 0 for plain decoding.
+        use_head: whether the Domino head corrects the backbone's logits.
+        temperature: 0 takes the most likely token, otherwise tokens follow softmax(logits / temperature).
+        stop_ids: token ids that end a row.
+    """
+
+    target: Target
+    draft: DraftModel | None = None
+    proposals: int = 0
+    use_head: bool = False
+    temperature: float = 0.0
+    stop_ids: tuple[int, ...] = ()
+
+
+class Weights(NamedTuple):
+    """Parameters of the target, layers apart, and of the draft (None for plain decoding)."""
+
+    target: Any
+    draft: Any = None
+
+
+class DecodeState(NamedTuple):
+    """Rows in the middle of decoding.
+
+    `tokens` int32 [B, L] starts with the prompt; `lengths` int32 [B] counts committed tokens, the last of which the
+    target has not read yet; `limits` int32 [B] end each row; `committed` and `verifications` int32 [B] give tau.
+    Caches hold every earlier position; what lies at or after the last committed token is stale and never seen.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    limits: jax.Array
+    finished: jax.Array
+    committed: jax.Array
+    verifications: jax.Array
+    target_cache: tuple[Cache, ...]
+    draft_cache: tuple[Cache, ...]
+    key: jax.Array
+
+
+def number_of_proposals(config: DraftConfig, mode: str) -> int:
+    """Tokens a draft proposes per cycle: `mode` "block" all its predictions, "serving" K - 1 as serving engines do."""
+    if mode not in ("block", "serving"):
+        raise ValueError(f"proposals must be 'block' or 'serving', found {mode!r}")
+    return config.num_predictions if mode == "block" else config.block_size - 1
+
+
+def make_decoder(
+    target: Target,
+    draft: DraftModel | None = None,
+    *,
+    proposals: str = "block",
+    use_head: bool = True,
+    temperature: float = 0.0,
+    stop_ids: Sequence[int] = (),
+) -> Decoder:
+    """A `Decoder` for a target alone or with a draft; the target's captured layers follow from the draft.
+
+    Raises:
+        ValueError: draft and target differ in width, vocabulary or depth.
+    """
+    cfg = target.cfg
+    if draft is None:
+        return Decoder(Target(cfg), temperature=temperature, stop_ids=tuple(stop_ids))
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(draft.cfg, name) != getattr(cfg, name):
+            raise ValueError(
+                f"{name} is {getattr(draft.cfg, name)} in the draft and {getattr(cfg, name)} in the target"
+            )
+    if draft.cfg.num_target_layers != cfg.num_hidden_layers:
+        raise ValueError(
+            f"the draft reads a target of {draft.cfg.num_target_layers} layers, this one has {cfg.num_hidden_layers}"
+        )
+    return Decoder(
+        Target(cfg, capture=draft.cfg.target_layer_ids),
+        draft,
+        proposals=number_of_proposals(draft.cfg, proposals),
+        use_head=use_head and draft.cfg.projector_type == "domino",
+        temperature=temperature,
+        stop_ids=tuple(stop_ids),
+    )
+
+
+def start(
+    decoder: Decoder, weights: Weights, prompts: Sequence[np.ndarray], *, max_new_tokens: int, slots: int, seed: int = 0
+) -> DecodeState:
+    """Reads the prompts and commits the first token of each answer.
+
+    Args:
+        decoder: what decodes.
+        weights: its parameters.
+        prompts: token ids of each row, at least one each.
+        max_new_tokens: tokens of each answer at most.
+        slots: positions of the caches, at least `required_slots`; a run that keeps it constant compiles once.
+        seed: of the sampler.
+    Raises:
+        ValueError: too few slots or an empty prompt.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("a prompt without tokens")
+    if slots < required_slots(decoder, longest, max_new_tokens):
+        raise ValueError(f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed")
+    padded = np.zeros((len(prompts), _bucketed(longest)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    return _prefill(decoder, weights, padded, lengths, lengths + max_new_tokens, jax.random.key(seed), slots=slots)
+
+
+def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
+    """Cache positions that prompts up to `prompt_length` need; a last block may reach past the limit."""
+    return max(_bucketed(prompt_length), prompt_length + max_new_tokens) + decoder.proposals + 1
+
+
+def advance(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> DecodeState:
+    """Runs up to `cycles` cycles, fewer when all rows finish; the state given is consumed."""
+    return _advance(decoder, weights, state, jnp.int32(cycles))
+
+
+def stream(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> Iterator[DecodeState]:
+    """Yields the state after every `cycles` cycles until all rows are finished; each yielded state is consumed next."""
+    yield state
+    while not bool(np.all(state.finished)):
+        state = advance(decoder, weights, state, cycles=cycles)
+        yield state
+
+
+def finish(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
+    """Runs until all rows are finished."""
+    return advance(decoder, weights, state, cycles=np.iinfo(np.int32).max)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "slots"))
+def _prefill(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    key: jax.Array,
+    *,
+    slots: int,
+) -> DecodeState:
+    batch, padded = prompts.shape
+    cache = empty_cache(decoder.target.cfg, batch=batch, slots=slots)
+    out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)
+    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = vocabulary_logits(last, lm_head_weight(weights.target))
+    key, draw = jax.random.split(key)
+    first = _pick(decoder, draw, logits)
+    draft_cache: tuple[Cache, ...] = ()
+    if decoder.draft is not None:
+        draft_cache = empty_cache(decoder.draft.cfg, batch=batch, slots=slots)
+        draft_cache = _remember(decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths))
+    tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
+    tokens = _write_tokens(tokens, first[:, None], lengths)
+    zeros = jnp.zeros_like(lengths)
+    finished = _is_stop(decoder, first) | (lengths + 1 >= limits)
+    return DecodeState(tokens, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
+def _advance(decoder: Decoder, weights: Weights, state: DecodeState, cycles: jax.Array) -> DecodeState:
+    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        return (carry[0] < cycles) & ~jnp.all(carry[1].finished)
+
+    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        return carry[0] + 1, _cycle(decoder, weights, carry[1])
+
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
+    """Draft, verify, accept, commit."""
+    anchors = state.lengths - 1
+    key, draft_key, accept_key = jax.random.split(state.key, 3)
+    bonus = jnp.take_along_axis(state.tokens, anchors[:, None], axis=1)
+    drafted, draft_probs = _draft(decoder, weights, state, bonus[:, 0], draft_key)
+
+    block = jnp.concatenate([bonus, drafted], axis=1)
+    positions = anchors[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
+    out = decoder.target.apply({"params": weights.target}, block, positions, cache=state.target_cache)
+    logits = vocabulary_logits(out.hidden, lm_head_weight(weights.target))
+    if decoder.temperature > 0:
+        target_probs = jax.nn.softmax(logits / decoder.temperature, axis=-1)
+        accepted, following = accept_sampled(accept_key, drafted, draft_probs, target_probs)
+    else:
+        accepted, following = accept_greedy(drafted, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+    # The block's accepted tokens, then the target's own; what follows is overwritten by the next cycle.
+    index = jnp.arange(block.shape[1])
+    new = jnp.where(index < accepted[:, None], jnp.roll(block, -1, axis=1), following[:, None])
+    stops = _is_stop(decoder, new) & (index <= accepted[:, None])
+    until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), accepted) + 1
+    count = jnp.where(state.finished, 0, jnp.minimum(until_stop, state.limits - state.lengths))
+    lengths = state.lengths + count
+    active = (~state.finished).astype(jnp.int32)
+    draft_cache = state.draft_cache
+    if decoder.draft is not None:
+        draft_cache = _remember(decoder, weights, draft_cache, out.features, anchors)
+    return DecodeState(
+        tokens=_write_tokens(state.tokens, new, state.lengths),
+        lengths=lengths,
+        limits=state.limits,
+        finished=state.finished | jnp.any(stops, axis=1) | (lengths >= state.limits),
+        committed=state.committed + count,
+        verifications=state.verifications + active,
+        target_cache=out.cache,
+        draft_cache=draft_cache,
+        key=key,
+    )
+
+
+def _remember(
+    decoder: Decoder, weights: Weights, cache: tuple[Cache, ...], features: jax.Array, begin: jax.Array
+) -> tuple[Cache, ...]:
+    """Adds the target's states at `begin ..` of each row, [B, T, C*D], to the draft's context."""
+    positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
+    variables = {"params": weights.draft}
+    new = decoder.draft.apply(variables, features, positions, method=DraftModel.context)  # type: ignore[union-attr]
+    return tuple(
+        Cache(write_rows(old.keys, keys, begin), write_rows(old.values, values, begin))
+        for old, (keys, values) in zip(cache, new, strict=True)
+    )
+
+
+def _draft(
+    decoder: Decoder, weights: Weights, state: DecodeState, bonus: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Proposed tokens [B, P] and, when sampling, the distributions they were drawn from, [B, P, V]."""
+    if decoder.draft is None:
+        return jnp.zeros((bonus.shape[0], 0), jnp.int32), jnp.zeros((bonus.shape[0], 0, decoder.target.cfg.vocab_size))
+    model, cfg = decoder.draft.bind({"params": weights.draft}), decoder.draft.cfg
+    embedding = weights.target["embed_tokens"]
+    anchors = state.lengths - 1
+    offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
+    noise = jnp.where(offsets == 0, bonus[:, None], cfg.mask_token_id)
+    slots = jnp.arange(state.tokens.shape[1])
+    hidden = model.block_states(
+        tuple((layer.keys, layer.values) for layer in state.draft_cache),
+        jnp.take(embedding, noise, axis=0)[:, None],
+        (anchors[:, None] + offsets)[:, None],
+        (slots < anchors[:, None])[:, None],
+    )
+    hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
+    base = vocabulary_logits(hidden, lm_head_weight(weights.target))
+
+    tokens, probs = [], []
+    previous, gru = bonus, jnp.zeros((bonus.shape[0], cfg.gru_hidden_dim), jnp.float32)
+    for index in range(decoder.proposals):
+        logits = base[:, index]
+        if decoder.use_head:
+            head: DominoHead = model.head
+            gru = head.step(gru, jnp.take(embedding, previous, axis=0))
+            if index >= cfg.pure_draft_prefix_len:
+                logits += vocabulary_logits(head.low_rank(hidden[:, index], gru), head.expansion)
+        previous = _pick(decoder, jax.random.fold_in(key, index), logits)
+        tokens.append(previous)
+        if decoder.temperature > 0:
+            probs.append(jax.nn.softmax(logits / decoder.temperature, axis=-1))
+    return jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1) if probs else base
+
+
+def accept_greedy(drafted: jax.Array, choices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The longest prefix of the draft that the target itself would have written.
+
+    Args:
+        drafted: int32 [B, P].
+        choices: int32 [B, P + 1], the target's token after each prefix of the draft.
+    Returns:
+        Accepted tokens int32 [B] and the target's token after them, int32 [B].
+    """
+    accepted = jnp.sum(jnp.cumprod((drafted == choices[:, :-1]).astype(jnp.int32), axis=1), axis=1)
+    return accepted, jnp.take_along_axis(choices, accepted[:, None], axis=1)[:, 0]
+
+
+def accept_sampled(
+    key: jax.Array, drafted: jax.Array, draft_probs: jax.Array, target_probs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Speculative sampling: the accepted tokens and the next one follow the target's distribution exactly.
+
+    Args:
+        key: a PRNG key.
+        drafted: int32 [B, P], drawn from `draft_probs`.
+        draft_probs: float32 [B, P, V].
+        target_probs: float32 [B, P + 1, V], the target's distribution after each prefix of the draft.
+    Returns:
+        Accepted tokens int32 [B] and the token after them, int32 [B]: token i is kept with probability min(1, p / q);
+        the first one refused is drawn again from the positive part of p - q.
+    Source: Leviathan et al. (arXiv:2211.17192), algorithm 1.
+    """
+    accept_key, next_key = jax.random.split(key)
+    p = jnp.take_along_axis(target_probs[:, :-1], drafted[..., None], axis=-1)[..., 0]
+    q = jnp.take_along_axis(draft_probs, drafted[..., None], axis=-1)[..., 0]
+    kept = jax.random.uniform(accept_key, drafted.shape) * q < p
+    accepted = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
+    # After the whole draft nothing was refused: q counts as zero there and the draw is from p itself.
+    refused = jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0)))
+    rest = jnp.maximum(target_probs - refused, 0.0)
+    rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]
+    whole = jnp.take_along_axis(target_probs, accepted[:, None, None], axis=1)[:, 0]
+    # p == q up to rounding leaves nothing to draw from; then p is the right distribution.
+    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, whole)
+    following = jax.random.categorical(next_key, jnp.log(rest), axis=-1)
+    return accepted, following.astype(jnp.int32)
+
+
+def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # [B, V] -> [B]
+    if decoder.temperature > 0:
+        return jax.random.categorical(key, logits / decoder.temperature, axis=-1).astype(jnp.int32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _is_stop(decoder: Decoder, tokens: jax.Array) -> jax.Array:
+    return (
+        jnp.isin(tokens, jnp.array(decoder.stop_ids, jnp.int32)) if decoder.stop_ids else jnp.zeros(tokens.shape, bool)
+    )
+
+
+def _write_tokens(tokens: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(tokens, new, begin, 0)
+
+
+def _bucketed(length: int) -> int:
+    return -(-length // PROMPT_BUCKET) * PROMPT_BUCKET

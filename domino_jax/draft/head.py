@@ -1,0 +1,102 @@
+"""The Domino head: a GRU over a block's previous tokens and a low-rank correction of the logits."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import DraftConfig
+from domino_jax.layers import Dense
+from domino_jax.sharding import logical_axes
+
+
+class PrefixGRU(nn.Module):
+    """A bias-free GRU with PyTorch's equations and gate order (r, z, n).
+
+    `r = s(Wir x + Whr h)`, `z = s(Wiz x + Whz h)`, `n = tanh(Win x + r * (Whn h))`, `h' = (1 - z) * n + z * h`.
+    Products run in `dtype`; gates and state are float32.
+    Source: `torch.nn.GRU(bias=False)`; flax's own GRU cell always has biases.
+    """
+
+    input_dim: int
+    hidden_dim: int
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        """Creates both weights, `[3 G, D]` and `[3 G, G]`, drawn like PyTorch's."""
+        bound = self.hidden_dim**-0.5
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        gates = 3 * self.hidden_dim
+        inputs, recurrent = logical_axes(init, "gru", "embed"), logical_axes(init, "gru", "gru")
+        self.weight_ih_l0 = self.param("weight_ih_l0", inputs, (gates, self.input_dim), jnp.float32)
+        self.weight_hh_l0 = self.param("weight_hh_l0", recurrent, (gates, self.hidden_dim), jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., M, D] -> [..., M, G]
+        """States after each input, float32, starting from zero."""
+        rows = x.reshape(-1, *x.shape[-2:])
+        gates = self.input_gates(rows).swapaxes(0, 1)  # all steps in one product, outside the scan
+        start = jnp.zeros((rows.shape[0], self.hidden_dim), jnp.float32)
+        scan = nn.scan(PrefixGRU.next_state, variable_broadcast="params", split_rngs={"params": False})
+        _, states = scan(self, start, gates)
+        return states.swapaxes(0, 1).reshape(*x.shape[:-1], self.hidden_dim)
+
+    def input_gates(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., 3 G]
+        """The inputs' share of the gates, float32."""
+        weight = self.weight_ih_l0.astype(self.dtype)
+        return jnp.einsum("...d,gd->...g", x.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+
+    def next_state(self, state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One step, [rows, G] and [rows, 3 G] -> the next state twice (carry and output of a scan)."""
+        weight = self.weight_hh_l0.astype(self.dtype)
+        recurrent = jnp.einsum("rh,gh->rg", state.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+        reset_in, update_in, new_in = jnp.split(gates, 3, axis=-1)
+        reset_state, update_state, new_state = jnp.split(recurrent, 3, axis=-1)
+        reset = nn.sigmoid(reset_in + reset_state)
+        update = nn.sigmoid(update_in + update_state)
+        new = jnp.tanh(new_in + reset * new_state)
+        state = (1.0 - update) * new + update * state
+        return state, state
+
+
+class DominoHead(nn.Module):
+    """`W2 silu(W1 [h ; g])`: `h` the backbone's hidden state, `g` the GRU's state after the previous tokens.
+
+    The last product, [V, R], is left to the caller, who fuses it with the loss (`expansion`).
+    """
+
+    cfg: DraftConfig
+
+    def setup(self) -> None:
+        """Creates the GRU, W1 `[R, D + G]` and W2 `[V, R]`."""
+        cfg = self.cfg
+        self.prefix_gru = PrefixGRU(cfg.hidden_size, cfg.gru_hidden_dim, cfg.dtype)
+        self.embed_proj_0 = Dense(cfg.emb_dim, ("low_rank", "features"), cfg.dtype)
+        self.expansion = self.param(
+            "embed_proj_2",
+            logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "low_rank"),
+            (cfg.vocab_size, cfg.emb_dim),
+            jnp.float32,
+        )
+
+    def __call__(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+        """Low-rank states of teacher-forced predictions.
+
+        Args:
+            hidden: [..., M, D], backbone states of the predictions.
+            previous: [..., M, D], embeddings of the tokens just before them.
+        Returns:
+            [..., M, R]; zero for the first `pure_draft_prefix_len` predictions, so that their correction is exactly 0.
+        """
+        low_rank = self.low_rank(hidden, self.prefix_gru(previous))
+        corrected = jnp.arange(hidden.shape[-2]) >= self.cfg.pure_draft_prefix_len
+        return jnp.where(corrected[:, None], low_rank, 0)
+
+    def low_rank(self, hidden: jax.Array, state: jax.Array) -> jax.Array:
+        """`silu(W1 [h ; g])`, [..., D] and [..., G] -> [..., R] in the compute dtype."""
+        return nn.silu(self.embed_proj_0(jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1)))
+
+    def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
+        """The GRU state after one more token, [rows, G] and its embedding [rows, D] -> [rows, G]."""
+        return self.prefix_gru.next_state(state, self.prefix_gru.input_gates(previous))[0]

@@ -1,0 +1,1 @@
+"""Formats of others: the Hugging Face draft checkpoint, both ways."""

@@ -1,0 +1,239 @@
+"""The draft checkpoint that PyTorch trainers and serving engines read: a Hugging Face directory, both ways, strict."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from safetensors.numpy import save_file
+
+from domino_jax.config import DraftConfig, InputError
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.target.load import check_tensors, read_json, read_safetensors
+
+WEIGHTS = "model.safetensors"
+
+
+def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
+    """The tensors of a draft under the names of its checkpoint.
+
+    Weights are stored `[out, in]` on both sides, so this only renames. A tree of gradients goes through it too.
+
+    Args:
+        config: the draft.
+        params: tree of arrays as `load_hf_draft` returns it.
+    Returns:
+        name -> array, in the types of the tree.
+    Raises:
+        InputError: a parameter is missing, unknown or mis-shaped for the config.
+    """
+    expected = {_tensor_name(path): shape for path, shape in _parameter_shapes(config).items()}
+    found = {_tensor_name(path): np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(params).items()}
+    check_tensors(found, expected, place=Path("params"))
+    return {name: found[name] for name in expected}
+
+
+def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16") -> None:
+    """Writes `config.json` and safetensors (sharded with an index above 5 GB) that every reader accepts.
+
+    The directory appears whole or not at all.
+
+    Args:
+        path: a directory that does not exist yet, or an empty one.
+        config: the draft.
+        params: tree of arrays as `load_hf_draft` returns it.
+        dtype: type of the stored tensors, "bfloat16" or "float32".
+    Raises:
+        InputError: the directory is in use, or parameters and config disagree.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: already there and not an empty directory; give a new one")
+    if dtype not in ("bfloat16", "float32"):
+        raise InputError(f"dtype must be bfloat16 or float32, found {dtype!r}")
+    tensors = {name: np.asarray(x, jnp.dtype(dtype)) for name, x in hf_tensors(config, params).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype), indent=2) + "\n")
+        _write_shards(staging, tensors)
+        staging.chmod(0o755)
+        staging.replace(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
+    """Reads a draft directory.
+
+    Args:
+        path: directory with `config.json` and `model.safetensors`, or shards with an index.
+    Returns:
+        `(config, params)`: a float32 compute config and a tree of float32 arrays for `DraftModel`.
+    Raises:
+        InputError: missing, unknown or mis-shaped tensors, missing or contradicting config keys; the message names
+            each, what was found and what was expected.
+    """
+    path = Path(path)
+    config_path = path / "config.json"
+    config = _from_json(read_json(config_path), place=str(config_path))
+    tensors = read_safetensors(path)
+    leaves = _parameter_shapes(config)
+    check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
+    tree = {key: jnp.asarray(tensors[_tensor_name(key)], jnp.float32) for key in leaves}
+    return config, flax.traverse_util.unflatten_dict(tree)
+
+
+def _parameter_shapes(config: DraftConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path in the tree -> shape, from the model itself."""
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0))))["params"]
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
+
+
+def _tensor_name(path: tuple[str, ...]) -> str:
+    """`("layers_0", "mlp", "up_proj", "weight")` -> `layers.0.mlp.up_proj.weight`; the head's parts lie at the top."""
+    parts = [re.sub(r"^(layers|embed_proj)_(\d+)$", r"\1.\2", part) for part in path if part != "head"]
+    return ".".join(parts) + (".weight" if parts[-1] == "embed_proj.2" else "")
+
+
+def _write_shards(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+    split = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda x: x.nbytes, filename_pattern="model{suffix}.safetensors"
+    )
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: np.ascontiguousarray(tensors[name]) for name in names}
+        save_file(shard, directory / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
+    """The superset of keys that every reader accepts; some look at the top, some inside `dflash_config`."""
+    dflash: dict[str, Any] = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids),
+        "block_size": config.block_size,
+        "causal": False,
+        "shift_label": config.shift_label,
+    }
+    top: dict[str, Any] = {}
+    if config.projector_type is not None:
+        dflash["projector_type"] = config.projector_type
+        dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
+        dflash["emb_dim"] = top["emb_dim"] = config.emb_dim
+        dflash["gru_hidden_dim"] = config.gru_hidden_dim
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "tie_word_embeddings": False,
+        "is_causal": False,
+        "num_target_layers": config.num_target_layers,
+        "block_size": config.block_size,
+        **top,
+        "dtype": dtype,
+        "dflash_config": dflash,
+    }
+
+
+# Keys that change what the draft computes and that this project does not implement, with the only value it can read.
+_PLAIN = {
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+}
+_PLAIN_DFLASH = {
+    "causal": False,
+    "output_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "input_embedding_scale": 1.0,
+}
+
+
+def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
+    nested = tree.get("dflash_config")
+    if not isinstance(nested, dict):
+        raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
+    for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
+        for key, value in plain.items():
+            if section.get(key, value) not in (value, None):
+                raise InputError(f"{place}: {key} is {section[key]!r}; only {value!r} is supported")
+    layer_types = tree.get("layer_types") or []
+    if any(kind != "full_attention" for kind in layer_types):
+        raise InputError(f"{place}: layer_types {layer_types}; only full_attention is supported")
+
+    def value(key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]) -> Any:
+        found = [section[key] for section in sections if section.get(key) is not None]
+        if not found:
+            raise InputError(f"{place}: {key} is missing")
+        if any(other != found[0] for other in found):
+            raise InputError(f"{place}: {key} contradicts itself: {found}")
+        if not isinstance(found[0], kind) or (isinstance(found[0], bool) and kind is not bool):
+            raise InputError(f"{place}: {key} is {found[0]!r}, expected {kind}")
+        return found[0]
+
+    rope = tree.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(f"{place}: rope_type is {rope['rope_type']!r}; only 'default' is supported")
+    projector = nested.get("projector_type")
+    domino: dict[str, Any] = {}
+    if projector is not None:
+        domino = {
+            "emb_dim": value("emb_dim", nested, tree, kind=int),
+            "gru_hidden_dim": value("gru_hidden_dim", nested, tree, kind=int),
+            "pure_draft_prefix_len": value("pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int),
+            # A guess here costs nearly all acceptance, so there is no default.
+            "shift_label": value("shift_label", nested, kind=bool),
+        }
+    integers = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "num_target_layers",
+    )
+    try:
+        return DraftConfig(
+            **{key: value(key, tree, kind=int) for key in integers},
+            rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
+            rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
+            block_size=value("block_size", nested, tree, kind=int),
+            mask_token_id=value("mask_token_id", nested, kind=int),
+            target_layer_ids=tuple(value("target_layer_ids", nested, kind=list)),
+            projector_type=projector,
+            **domino,
+        )
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(place) else f"{place}: {message}") from error

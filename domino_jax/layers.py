@@ -1,0 +1,180 @@
+"""The parts that the target and the draft share: dense, RMSNorm, rotary embedding, SwiGLU, grouped attention.
+
+Weights are stored `[out, in]`, the layout of the checkpoints that this project reads and writes. Activations of
+attention are heads first, `[B, heads, T, head_dim]`.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import DecoderConfig
+from domino_jax.sharding import constrain, logical_axes
+
+
+class Dense(nn.Module):
+    """`x @ weight.T`, bias-free, with `weight` stored `[features, in]` in float32 masters.
+
+    Attributes:
+        features: width of the output.
+        axes: logical axes of the weight, (out, in).
+        dtype: type of the product.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., features]
+        """Maps the last axis of `x` to `features`."""
+        init = nn.initializers.normal(stddev=0.02)
+        weight = self.param("weight", logical_axes(init, *self.axes), (self.features, x.shape[-1]), jnp.float32)
+        return jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / rms(x)` over the last axis; the mean square is taken in float32 whatever the input."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        """Normalises the last axis and returns the type of `x`."""
+        weight = self.param("weight", logical_axes(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (weight.astype(jnp.float32) * x32).astype(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, bias-free."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
+        """Applies the gated feed-forward layer."""
+        cfg = self.cfg
+        gate = Dense(cfg.intermediate_size, ("mlp", "embed"), cfg.dtype, name="gate_proj")(x)
+        up = Dense(cfg.intermediate_size, ("mlp", "embed"), cfg.dtype, name="up_proj")(x)
+        hidden = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return Dense(cfg.hidden_size, ("embed", "mlp"), cfg.dtype, name="down_proj")(hidden)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles, float32 [B, T, head_dim]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotary(positions: jax.Array, *, head_dim: int, theta: float) -> Rotary:
+    """Rotary tables for integer positions, always in float32.
+
+    Args:
+        positions: int [B, T].
+        head_dim: even width of one head.
+        theta: base of the frequencies, `theta ** (-2 i / head_dim)`.
+    Returns:
+        `Rotary` of float32 [B, T, head_dim]; both halves of the last axis are equal (half-rotation layout).
+    Source: RoFormer (arXiv:2104.09864), in the half-split layout of Llama and Qwen checkpoints.
+    """
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return Rotary(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
+    """Rotates heads by their position.
+
+    Args:
+        x: [B, heads, T, head_dim].
+        tables: `Rotary` of [B, T, head_dim].
+    Returns:
+        An array like `x`; the arithmetic is float32.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x * tables.cos[:, None] + turned * tables.sin[:, None]).astype(x.dtype)
+
+
+class AttentionProjections(nn.Module):
+    """The weights of grouped attention: q, k, v, o and, where the family has them, per-head q and k norms."""
+
+    cfg: DecoderConfig
+
+    def setup(self) -> None:
+        """Creates the four projections and the two norms."""
+        cfg = self.cfg
+        self.q_proj = Dense(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype)
+        self.k_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype)
+        self.v_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype)
+        self.o_proj = Dense(cfg.hidden_size, ("embed", "heads"), cfg.dtype)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(cfg.rms_norm_eps)
+
+    def queries(self, x: jax.Array, tables: Rotary) -> jax.Array:
+        """Rotated queries, [B, T, D] -> [B, H, T, head_dim]."""
+        q = self._heads(self.q_proj(x))
+        return rotate(self.q_norm(q).swapaxes(1, 2) if self.cfg.qk_norm else q.swapaxes(1, 2), tables)
+
+    def keys_values(self, x: jax.Array, tables: Rotary) -> tuple[jax.Array, jax.Array]:
+        """Rotated keys and values, [B, T, D] -> two [B, KV, T, head_dim]."""
+        k = self._heads(self.k_proj(x))
+        k = rotate(self.k_norm(k).swapaxes(1, 2) if self.cfg.qk_norm else k.swapaxes(1, 2), tables)
+        return k, self._heads(self.v_proj(x)).swapaxes(1, 2)
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        """Joins the heads, [B, H, T, head_dim] -> [B, T, D]."""
+        batch, count, length, width = heads.shape
+        return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, count * width))
+
+    def _heads(self, x: jax.Array) -> jax.Array:  # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
+        return x.reshape(*x.shape[:2], -1, self.cfg.head_dim)
+
+
+def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
+    """Softmax attention in which several query heads share one key-value head.
+
+    Args:
+        q: [B, H, T, head_dim].
+        k: [B, KV, S, head_dim], KV divides H.
+        v: [B, KV, S, head_dim].
+        mask: bool [B, T, S], True where the query may look; each row needs one True.
+    Returns:
+        [B, H, T, head_dim] in the type of `q`; scores and softmax are float32.
+    """
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    # Group and length merge into the rows of one plain product per key-value head.
+    rows = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
+    scores = jnp.einsum("bkrd,bksd->bkrs", rows, k, preferred_element_type=jnp.float32) * width**-0.5
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkrs,bksd->bkrd", weights.reshape(batch, kv_heads, -1, k.shape[2]), v)
+    return out.reshape(batch, heads, length, width)
+
+
+def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes a run of positions into each row of a cache.
+
+    Args:
+        cache: [B, KV, S, head_dim].
+        new: [B, KV, T, head_dim], T <= S.
+        start: int32 [B], where each row's run begins; `start + T <= S` must hold.
+    Returns:
+        The cache with `new` at positions `start .. start + T - 1` of each row.
+    """
+
+    def write(row: jax.Array, values: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, values.astype(row.dtype), at, axis=1)
+
+    if cache.shape[0] == 1:  # a scatter, which vmap makes of this, costs more than the slice update
+        return write(cache[0], new[0], start[0])[None]
+    return jax.vmap(write)(cache, new, start)

@@ -1,0 +1,54 @@
+"""What a run directory tells a person: its training in figures, its evaluation as a table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from domino_jax.training.metrics import read_metrics
+
+
+def training_summary(run: Path) -> dict[str, Any]:
+    """First and last training loss and the last held-out figures of a run's log, empty for an imported draft."""
+    records = read_metrics(run)
+    training = [record for record in records if record["split"] == "train"]
+    heldout = [record for record in records if record["split"] == "heldout"]
+    summary: dict[str, Any] = {}
+    if training:
+        summary |= {"first_loss": training[0]["loss"], "last_loss": training[-1]["loss"], "steps": training[-1]["step"]}
+    if heldout:
+        summary["heldout"] = heldout[-1]
+    return summary
+
+
+def evaluation_table(report: dict[str, Any]) -> Table:
+    """The table of an `evaluation.json`: a column per prompt set, the training figures below."""
+    evaluator, training = report["evaluator"], report["training"]
+    title = (
+        f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, {evaluator['proposals']} "
+        f"proposals, temperature {evaluator['temperature']}, {evaluator['max_new_tokens']} new tokens"
+    )
+    table = Table("", *report["sets"], title=title)
+    columns = list(report["sets"].values())
+
+    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *(cell(figures) for figures in columns))
+
+    def figure(key: str, digits: int) -> Callable[[dict[str, Any]], str]:
+        return lambda figures: f"{figures[key]:.{digits}f}" if key in figures else "-"
+
+    row("prompts", figure("prompts", 0))
+    row("tau, head on" if any("tau_head_off" in figures for figures in columns) else "tau", figure("tau", 3))
+    row("tau, head off", figure("tau_head_off", 3))
+    row("tokens/s speculative", figure("tokens_per_second", 1))
+    row("tokens/s plain", figure("tokens_per_second_plain", 1))
+    row("tokens compared", figure("tokens_compared", 0))
+    row("tokens equal", figure("tokens_equal", 0))
+    if "first_loss" in training:
+        table.caption = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f} in {training['steps']} steps"
+    if "heldout" in training:
+        heldout = training["heldout"]
+        base = f", base {heldout['base_accept_len']:.3f}" if "base_accept_len" in heldout else ""
+        table.caption = f"{table.caption}; held-out accept_len (teacher-forced) {heldout['accept_len']:.3f}{base}"
+    return table

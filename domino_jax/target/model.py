@@ -1,0 +1,202 @@
+"""The frozen target: a Llama- or Qwen3-style decoder that gives hidden states of chosen layers and a KV cache."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import DecoderConfig
+from domino_jax.layers import (
+    AttentionProjections,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    grouped_attention,
+    rotary,
+    write_rows,
+)
+from domino_jax.sharding import constrain, logical_axes
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, both [B, KV, S, head_dim]; slot j holds position j."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class TargetOutput(NamedTuple):
+    """What one pass of the target returns.
+
+    `hidden` [B, T, D] is after the final norm, `features` [B, T, C*D] joins the outputs of the captured layers,
+    `cache` is the updated one, a tuple with one `Cache` per layer, or None.
+    """
+
+    hidden: jax.Array
+    features: jax.Array
+    cache: tuple[Cache, ...] | None
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal attention and SwiGLU, each added to its input."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, tables: Rotary, mask: jax.Array, start: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:  # [B, T, D] -> [B, T, D]
+        """Runs one layer; `mask` is bool [B, T, T] or, with a cache of S slots, [B, T, S]."""
+        attention = AttentionProjections(self.cfg, name="self_attn")
+        normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
+        keys, values = attention.keys_values(normed, tables)
+        if cache is not None:
+            cache = Cache(write_rows(cache.keys, keys, start), write_rows(cache.values, values, start))
+            keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+        heads = grouped_attention(attention.queries(normed, tables), keys, values, mask=mask)
+        x = x + attention.output(heads)
+        normed = RMSNorm(self.cfg.rms_norm_eps, name="post_attention_layernorm")(x)
+        return constrain(x + SwiGLU(self.cfg, name="mlp")(normed), "batch", "length", None), cache
+
+
+class _CapturingLayer(nn.Module):
+    """One step of the scan over layers: the layer, and its output written to its slot of the captured states."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, carry: Any, slot: jax.Array, tables: Rotary, mask: jax.Array) -> tuple[Any, None]:
+        x, captured = carry
+        start = jnp.zeros(x.shape[:1], jnp.int32)
+        x, _ = DecoderLayer(self.cfg, name="layer")(x, tables, mask, start, None)
+        return (x, jax.lax.dynamic_update_index_in_dim(captured, x, slot, 0)), None
+
+
+class Target(nn.Module):
+    """Decoder whose pass returns normed hidden states, captured layer outputs and the KV cache.
+
+    Parameters carry Hugging Face's names: `embed_tokens`, `layers_{i}`, `norm` and, when the head is not tied,
+    `lm_head` (read through `lm_head_weight`). With `scan_layers` the layers are stacked under `layers/layer`
+    (see `stack_layers`): compilation is short, which suits whole-sequence passes. Cached decoding wants them apart,
+    because slicing a stacked weight copies it, which doubles the time of a single-token step.
+
+    Attributes:
+        cfg: shape of the decoder.
+        capture: layers whose outputs are returned, 0-based (`capture=(1,)` is Hugging Face's `hidden_states[2]`).
+        scan_layers: run the layers under `nn.scan`; no cache then.
+    """
+
+    cfg: DecoderConfig
+    capture: tuple[int, ...] = ()
+    scan_layers: bool = False
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array | None = None, *, cache: tuple[Cache, ...] | None = None
+    ) -> TargetOutput:
+        """Runs tokens through the decoder.
+
+        Args:
+            tokens: int32 [B, T].
+            positions: int32 [B, T], consecutive in each row, 0..T-1 when not given. With a cache they are also the
+                slots the new keys and values are written to. Rewinding is implicit: a slot at or after a row's first
+                position is overwritten or masked, so the caller just passes smaller positions.
+            cache: from `empty_cache`, or of an earlier pass.
+        Returns:
+            `TargetOutput` in the compute dtype.
+        Raises:
+            ValueError: a cache together with `scan_layers`.
+        """
+        cfg = self.cfg
+        batch, length = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        embedding = self.param(
+            "embed_tokens",
+            logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
+            (cfg.vocab_size, cfg.hidden_size),
+            jnp.float32,
+        )
+        if not cfg.tie_word_embeddings:
+            self.param(
+                "lm_head",
+                logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
+                (cfg.vocab_size, cfg.hidden_size),
+                jnp.float32,
+            )
+        x = constrain(jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None)
+        tables = rotary(positions, head_dim=cfg.head_dim, theta=cfg.rope_theta)
+        slots = jnp.arange(cache[0].keys.shape[2], dtype=jnp.int32)[None] if cache else positions
+        mask = slots[:, None, :] <= positions[:, :, None]
+        if self.scan_layers:
+            if cache is not None:
+                raise ValueError("scan_layers has no cache: unstack the layers for decoding")
+            x, captured = self._scanned(x, tables, mask)
+        else:
+            x, captured, cache = self._unrolled(x, tables, mask, positions[:, 0], cache)
+        features = jnp.concatenate(captured, axis=-1) if captured else jnp.zeros((batch, length, 0), x.dtype)
+        return TargetOutput(RMSNorm(cfg.rms_norm_eps, name="norm")(x), features, cache)
+
+    def _unrolled(
+        self, x: jax.Array, tables: Rotary, mask: jax.Array, start: jax.Array, cache: tuple[Cache, ...] | None
+    ) -> tuple[jax.Array, list[jax.Array], tuple[Cache, ...] | None]:
+        outputs, layers = {}, []
+        for index in range(self.cfg.num_hidden_layers):
+            layer = DecoderLayer(self.cfg, name=f"layers_{index}")
+            x, layer_cache = layer(x, tables, mask, start, cache[index] if cache else None)
+            layers.append(layer_cache)
+            if index in self.capture:
+                outputs[index] = x
+        return x, [outputs[index] for index in self.capture], tuple(layers) if cache else None
+
+    def _scanned(self, x: jax.Array, tables: Rotary, mask: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        count = len(self.capture)
+        # The last slot takes the outputs nobody asked for, so that no layer's state outlives the next one.
+        slots = jnp.array(
+            [self.capture.index(i) if i in self.capture else count for i in range(self.cfg.num_hidden_layers)]
+        )
+        layers = nn.scan(
+            _CapturingLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.cfg.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.cfg, name="layers")
+        captured = jnp.zeros((count + 1, *x.shape), x.dtype)
+        (x, captured), _ = layers((x, captured), slots, tables, mask)
+        return x, list(captured[:count])
+
+
+def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> tuple[Cache, ...]:
+    """A KV cache of zeros, one `Cache` of [batch, KV, slots, head_dim] in the compute dtype per layer."""
+    shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+    return tuple(
+        Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.num_hidden_layers)
+    )
+
+
+def lm_head_weight(params: Any) -> jax.Array:
+    """The target's output head, [V, D]: its own matrix, or the embedding when tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+
+
+def vocabulary_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+    """Logits in float32, [..., D] and [V, D] -> [..., V]."""
+    return jnp.einsum("...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def stack_layers(params: Any) -> Any:
+    """The same parameters with `layers_0 .. layers_{L-1}` stacked under `layers/layer`, for `scan_layers`."""
+    names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.split("_")[1]))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+    rest = {name: leaf for name, leaf in params.items() if name not in names}
+    return {**rest, "layers": {"layer": stacked}}
+
+
+def first_layers(cfg: DecoderConfig, params: Any, count: int) -> tuple[DecoderConfig, Any]:
+    """A target cut after `count` layers: enough when only captured states are wanted, not logits."""
+    dropped = {f"layers_{index}" for index in range(count, cfg.num_hidden_layers)}
+    config = type(cfg)(**{**vars(cfg), "num_hidden_layers": count})
+    return config, {name: leaf for name, leaf in params.items() if name not in dropped}

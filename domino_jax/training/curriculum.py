@@ -1,0 +1,26 @@
+"""The base-anchor curriculum: how much of the loss is the backbone's alone, falling to nothing."""
+
+import jax.numpy as jnp
+import optax
+
+
+def get_lambda_base(global_step: int, total_steps: int, lambda_start: float = 1.0, decay_ratio: float = 0.5) -> float:
+    """Weight of the base loss at a step.
+
+    Args:
+        global_step: optimiser steps done.
+        total_steps: optimiser steps of the run.
+        lambda_start: weight at step 0.
+        decay_ratio: share of the run over which the weight falls linearly to 0.
+    Returns:
+        A float in 0..1.
+    Source: NeMo AutoModel 0.7.0, `get_lambda_base`; Domino (arXiv:2605.29707).
+    """
+    decay_steps = max(1, int(total_steps * decay_ratio))
+    return max(0.0, min(1.0, lambda_start * (1.0 - min(global_step / decay_steps, 1.0))))
+
+
+def lambda_base_schedule(total_steps: int, *, lambda_start: float = 1.0, decay_ratio: float = 0.5) -> optax.Schedule:
+    """`get_lambda_base` as an optax schedule of the optimiser step, which may be traced: float32 scalar in 0..1."""
+    linear = optax.linear_schedule(lambda_start, 0.0, max(1, int(total_steps * decay_ratio)))
+    return lambda step: jnp.clip(jnp.asarray(linear(step), jnp.float32), 0.0, 1.0)

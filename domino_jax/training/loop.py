@@ -1,0 +1,363 @@
+"""A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
+
+import functools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from domino_jax.data.conversations import RowSet, load_rows
+from domino_jax.data.pipeline import heldout_batches, row_batches
+from jax.sharding import Mesh, NamedSharding
+from optax.tree_utils import tree_map_params
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from domino_jax.config import DraftConfig, InputError, RunConfig, dump_config, make_draft_config
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.target.gguf import resolve_target
+from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.target.model import Target, first_layers, stack_layers
+from domino_jax.training.checkpoint import (
+    DraftRecord,
+    open_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+    template_hash,
+)
+from domino_jax.training.curriculum import lambda_base_schedule
+from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
+from domino_jax.training.modules import build_trainer
+from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from domino_jax.training.step import Batch, Program, TrainState, batch_metrics, initial_state, train_step
+
+HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state; starting it again goes on from there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs once its inputs are read; `state` is the one at step 0."""
+
+    config: RunConfig
+    directory: Path
+    rows: RowSet
+    heldout: RowSet | None
+    record: DraftRecord
+    program: Program
+    mesh: Mesh
+    target_params: Any
+    state: TrainState
+    total_steps: int
+
+
+def train(config: RunConfig, *, console: Console) -> Path:
+    """Trains a drafter, or goes on with a run that was cut off.
+
+    Args:
+        config: the run; its directory receives config.yaml, metrics.jsonl and checkpoints/.
+        console: where progress goes.
+    Returns:
+        The run directory.
+    Raises:
+        InputError: unusable input, or a run directory that belongs to another configuration.
+        Interrupted: after SIGINT or SIGTERM, once the state is saved.
+    """
+    run = prepare(config, console=console)
+    with jax.set_mesh(run.mesh), open_checkpoints(run.directory, keep=config.train.keep_checkpoints) as checkpoints:
+        rows = row_batches(
+            run.rows.rows,
+            batch_size=config.data.batch_size * config.optimizer.grad_accumulation // jax.process_count(),
+            max_length=config.data.max_length,
+            seed=config.seed,
+        )
+        state = run.state
+        restored = restore_checkpoint(checkpoints, state, rows)
+        if restored is not None:
+            state, rows = restored
+            console.print(f"resuming at step {int(state.step)} of {run.total_steps}")
+
+        def save(state: TrainState) -> None:
+            if checkpoints.latest_step() != int(state.step):
+                save_checkpoint(checkpoints, state, rows, run.record)
+
+        log = MetricsLog(run.directory, from_step=int(state.step), tensorboard=config.train.tensorboard)
+        with log, _stop_requests() as stop_requested:
+            _run_steps(run, state, rows, log=log, save=save, stop_requested=stop_requested, console=console)
+    return run.directory
+
+
+def prepare(config: RunConfig, *, console: Console) -> Run:
+    """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
+    directory = Path(config.run_dir)
+    _claim(directory, config)
+    path = resolve_target(config.target, progress=console.print)
+    tokenizer = load_tokenizer(path)
+    target = load_target(path, dtype=config.dtype)
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
+    draft_config = make_draft_config(config.draft, target.config, special_ids=special, dtype=config.dtype)
+    rows = _read_rows(config.data.train, tokenizer, config, console)
+    heldout = _read_rows(config.data.heldout, tokenizer, config, console) if config.data.heldout else None
+
+    step_rows = config.data.batch_size * config.optimizer.grad_accumulation
+    total_steps = config.train.steps or max(config.train.epochs * len(rows.rows) // step_rows, 1)
+    needed, target_params = first_layers(target.config, target.params, max(draft_config.target_layer_ids) + 1)
+    program = Program(
+        trainer=build_trainer(
+            draft_config,
+            num_anchors=config.loss.num_anchors,
+            loss_decay_gamma=config.loss.loss_decay_gamma,
+            chunk_blocks=config.loss.chunk_blocks,
+        ),
+        target=Target(needed, capture=draft_config.target_layer_ids, scan_layers=True),
+        optimizer=make_optimizer(config.optimizer, total_steps),
+        curriculum=lambda_base_schedule(
+            total_steps, lambda_start=config.loss.lambda_start, decay_ratio=config.loss.decay_ratio
+        ),
+        seed=config.seed,
+        ema_decay=config.optimizer.ema_decay,
+    )
+    mesh = _mesh(config)
+    boxed = jax.eval_shape(program.target.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    run = Run(
+        config=config,
+        directory=directory,
+        rows=rows,
+        heldout=heldout,
+        record=DraftRecord(draft_config, config.target, template_hash(tokenizer)),
+        program=program,
+        mesh=mesh,
+        target_params=jax.device_put(stack_layers(target_params), parameter_shardings(boxed, mesh)),
+        state=_state_at_start(
+            program, draft_config, mesh, layers_from=target.params if config.draft.init_layers_from_target else None
+        ),
+        total_steps=total_steps,
+    )
+    console.print(dump_config(config), highlight=False)
+    console.print(
+        f"{len(rows.rows)} training rows, {len(heldout.rows) if heldout else 0} held out; {total_steps} steps of "
+        f"{step_rows} rows on {mesh.size} {jax.devices()[0].platform} device(s); the draft reads the target's layers "
+        f"{list(draft_config.target_layer_ids)}"
+    )
+    return run
+
+
+def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any) -> TrainState:
+    """A fresh draft, its layers optionally those of the target's top, laid out over the mesh with its optimiser."""
+    key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
+    model = DraftModel(config)
+    boxed = jax.eval_shape(lambda: init_variables(model, key))["params"]
+    shardings = parameter_shardings(boxed, mesh)
+    params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
+    if layers_from is not None:
+        first = config.num_target_layers - config.num_hidden_layers
+        for index in range(config.num_hidden_layers):
+            layer = dict(params[f"layers_{index}"])
+            for name, part in layers_from[f"layers_{first + index}"].items():
+                layer[name] = {**layer[name], **part}  # Llama has no q and k norms: the draft keeps its own
+            params = {**params, f"layers_{index}": layer}
+        params = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), shardings)
+    whole = NamedSharding(mesh, partition_spec())
+    shapes = jax.eval_shape(lambda: initial_state(program, params))
+    opt_shardings = tree_map_params(
+        program.optimizer, lambda _, s: s, shapes.opt_state, shardings, transform_non_params=lambda _: whole
+    )
+    layout = TrainState(whole, shardings, opt_shardings, shardings if program.ema_decay is not None else None)
+    return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
+
+
+def _run_steps(
+    run: Run,
+    state: TrainState,
+    rows: Iterator[dict[str, np.ndarray]],
+    *,
+    log: MetricsLog,
+    save: Callable[[TrainState], None],
+    stop_requested: Callable[[], bool],
+    console: Console,
+) -> None:
+    settings, total = run.config.train, run.total_steps
+    step = int(state.step)
+    if step >= total:
+        console.print(f"already trained for {step} steps")
+        return
+    batch = _device_batch(run, next(rows))
+    # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
+    began = time.monotonic()
+    compiled = program.lower(state, run.target_params, batch).compile()
+    console.print(f"step compiled in {time.monotonic() - began:.1f} s")
+    heldout = _HeldOut(run) if run.heldout else None
+
+    with _progress(console) as progress:
+        task = progress.add_task("training", total=total, completed=step, figures="")
+        window: dict[str, Any] = {}
+        began, first_of_window = time.monotonic(), step
+        while True:
+            state, sums = compiled(state, run.target_params, batch)
+            step += 1
+            window = {name: window[name] + value for name, value in sums.items()} if window else sums
+            last = step == total or stop_requested()
+            if step % settings.log_every == 0 or last:
+                seconds, steps = time.monotonic() - began, step - first_of_window
+                figures = _training_figures(run, step, jax.device_get(window), steps=steps, seconds=seconds)
+                log.write(step, "train", figures)
+                progress.update(task, completed=step, figures=_in_words(figures))
+                if not console.is_terminal:
+                    console.print(f"step {step}/{total}  {_in_words(figures)}", highlight=False)
+                window, began, first_of_window = {}, time.monotonic(), step
+            if heldout and (step % settings.eval_every == 0 or step == total):
+                figures = heldout(state)
+                log.write(step, "heldout", figures)
+                console.print(f"step {step}/{total}  held out: {_in_words(figures)}", highlight=False)
+                began = time.monotonic() if not window else began
+            if step % settings.checkpoint_every == 0 or last:
+                save(state)  # before the next rows are taken: the saved data position belongs to this step
+            if last:
+                break
+            batch = _device_batch(run, next(rows))
+    if step < total:
+        raise Interrupted(f"stopped at step {step} of {total}; the same command goes on from there")
+
+
+class _HeldOut:
+    """Teacher-forced metrics of the held-out rows, with the same anchors every time."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+        def sums(params: Any, target_params: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+            return metric_sums(batch_metrics(run.program, params, target_params, batch, key=key, lambda_base=0.0))
+
+        self._sums = jax.jit(sums)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        run = self._run
+        assert run.heldout is not None
+        key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
+        total: dict[str, Any] = {}
+        size = run.config.data.batch_size // jax.process_count()
+        batches = heldout_batches(run.heldout.rows, batch_size=size, max_length=run.config.data.max_length)
+        for index, rows in enumerate(batches):
+            batch = jax.tree.map(lambda x: x[0], _device_batch(run, rows, micro_batches=1))
+            params = state.params if state.ema is None else state.ema
+            sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))
+            total = {name: total[name] + value for name, value in sums.items()} if total else sums
+        return metric_means(jax.device_get(total))
+
+
+def _training_figures(run: Run, step: int, sums: dict[str, Any], *, steps: int, seconds: float) -> dict[str, float]:
+    """The means of a window of steps, and what they were trained with."""
+    data, optimizer = run.config.data, run.config.optimizer
+    tokens = steps * data.batch_size * optimizer.grad_accumulation * data.max_length
+    return metric_means(sums) | {
+        "grad_norm": float(sums["grad_norm"]) / steps,
+        "lambda_base": float(run.program.curriculum(step - 1)),
+        "learning_rate": float(learning_rate_schedule(optimizer, run.total_steps)(step - 1)),
+        "tokens_per_second": tokens / seconds,
+        "seconds_per_step": seconds / steps,
+    }
+
+
+def _in_words(figures: dict[str, float]) -> str:
+    base = f" (base {figures['base_accept_len']:.2f})" if "base_accept_len" in figures else ""
+    speed = f"  {figures['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in figures else ""
+    return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}{speed}"
+
+
+def _read_rows(path: str, tokenizer: Any, config: RunConfig, console: Console) -> RowSet:
+    rows = load_rows(path, tokenizer, max_length=config.data.max_length)
+    for bad in rows.bad_lines[:5]:
+        console.print(f"{path}:{bad.line}: {bad.reason}", highlight=False)
+    if rows.bad_lines:
+        console.print(f"{path}: {len(rows.bad_lines)} of {len(rows.bad_lines) + len(rows.rows)} lines left out")
+    return rows
+
+
+def _mesh(config: RunConfig) -> Mesh:
+    try:
+        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    except ValueError as error:
+        raise InputError(f"mesh: {error}") from error
+    parts = mesh.size // config.mesh.tensor
+    if config.data.batch_size % parts:
+        raise InputError(f"data.batch_size {config.data.batch_size} must be a multiple of its {parts} devices")
+    return mesh
+
+
+def _device_batch(run: Run, rows: dict[str, np.ndarray], *, micro_batches: int | None = None) -> Batch:
+    count = micro_batches or run.config.optimizer.grad_accumulation
+    layout = NamedSharding(run.mesh, partition_spec(None, "batch", "length"))
+
+    def put(x: np.ndarray) -> jax.Array:  # [A * B, S] of this process -> [A, B, S] of all
+        return jax.make_array_from_process_local_data(layout, x.reshape(count, -1, x.shape[-1]))
+
+    return Batch(put(rows["input_ids"]), put(rows["loss_mask"]))
+
+
+# What may differ when a run is started again: nothing that changes its numbers.
+_FREE_TO_CHANGE = ("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "mesh")
+
+
+def _claim(directory: Path, config: RunConfig) -> None:
+    """Creates the run directory with the resolved config, or checks that an existing one belongs to it."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".yaml.new")
+        beside.write_text(dump_config(config))
+        beside.replace(path)
+        return
+    before, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(dump_config(config)))
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith((*_FREE_TO_CHANGE, "run_dir", "train.tensorboard"))
+    ]
+    if changed:
+        raise InputError(f"{path}: started with other settings ({'; '.join(changed)}); use another run_dir")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _progress(console: Console) -> Progress:
+    figures = TextColumn("{task.fields[figures]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns SIGINT and SIGTERM into a question asked after each step; a second one acts at once."""
+    asked: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, _: object) -> None:
+        asked.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,291 @@
+"""The trainer modules: a draft, its blocks and its loss behind one call, with the reference's metrics."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.blocks import (
+    Blocks,
+    Packing,
+    anchor_candidates,
+    make_blocks,
+    position_weights,
+    sample_anchors,
+)
+from domino_jax.draft.mask import context_mask
+from domino_jax.training.loss import TokenLoss, acceptance_stats, dual_cross_entropy
+
+
+class DFlashStepMetrics(flax.struct.PyTreeNode):
+    """What one pass measured; all float32 scalars. Sums and counts add up over batches, means do not.
+
+    `loss_weight` is the denominator of the loss, `valid_tokens` and `valid_blocks` count what was supervised,
+    `accept_len` includes the target's bonus token.
+    Source: NeMo AutoModel 0.7.0, `DFlashStepMetrics`.
+    """
+
+    loss: jax.Array
+    loss_weight: jax.Array
+    accuracy: jax.Array
+    valid_tokens: jax.Array
+    correct_tokens: jax.Array
+    accept_len: jax.Array
+    accept_len_sum: jax.Array
+    valid_blocks: jax.Array
+
+
+class DominoStepMetrics(DFlashStepMetrics):
+    """`DFlashStepMetrics` of the corrected logits, with the same figures of the base logits beside them.
+
+    `loss = (1 - lambda_base) * final_loss + lambda_base * base_loss`.
+    Source: NeMo AutoModel 0.7.0, `DominoStepMetrics`.
+    """
+
+    final_loss: jax.Array
+    base_loss: jax.Array
+    base_accuracy: jax.Array
+    base_correct_tokens: jax.Array
+    base_accept_len: jax.Array
+    base_accept_len_sum: jax.Array
+    lambda_base: jax.Array
+
+
+class DFlashTrainerModule(nn.Module):
+    """A DFlash draft and its block-wise loss.
+
+    Attributes:
+        draft_model: the draft; its parameters are the only ones.
+        mask_token_id: id that stands for a token to be drafted.
+        block_size: K.
+        num_anchors: N, slots per row.
+        loss_decay_gamma: decay of the position weights, None for none.
+        chunk_blocks: memory bound of the vocabulary loss (see `dual_cross_entropy`).
+    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule`; the target's head and embedding are arguments of the call.
+    """
+
+    draft_model: DraftModel
+    mask_token_id: int
+    block_size: int = 16
+    num_anchors: int = 512
+    loss_decay_gamma: float | None = None
+    chunk_blocks: int = 0
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        hidden_states: jax.Array,
+        loss_mask: jax.Array,
+        lm_head: jax.Array,
+        embed_tokens: jax.Array,
+        *,
+        position_ids: jax.Array | None = None,
+        seq_lens: jax.Array | None = None,
+        doc_remaining: jax.Array | None = None,
+        anchor_positions: jax.Array | None = None,
+        block_keep_mask: jax.Array | None = None,
+    ) -> DFlashStepMetrics:
+        """Loss and metrics of a batch; arguments as in `DominoTrainerModule.__call__`, without `lambda_base`."""
+        packing = _packing(position_ids, seq_lens, doc_remaining)
+        anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
+        blocks, hidden = self._block_states(
+            input_ids, hidden_states, loss_mask, embed_tokens, anchors=anchors, packing=packing, shift_label=False
+        )
+        token_loss, _ = dual_cross_entropy(hidden, blocks.target_ids, lm_head=lm_head, chunk_blocks=self.chunk_blocks)
+        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
+        return DFlashStepMetrics(
+            loss=_weighted_mean(token_loss.nll, weights),
+            loss_weight=jnp.sum(weights),
+            **_prediction_metrics(token_loss, blocks),
+        )
+
+    def _anchors(
+        self,
+        loss_mask: jax.Array,
+        packing: Packing | None,
+        anchor_positions: jax.Array | None,
+        block_keep_mask: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        if (anchor_positions is None) != (block_keep_mask is None):
+            raise ValueError("give anchor_positions and block_keep_mask together, or neither")
+        if anchor_positions is not None and block_keep_mask is not None:
+            return anchor_positions, block_keep_mask
+        candidates = anchor_candidates(
+            loss_mask, block_size=self.block_size, doc_remaining=packing.doc_remaining if packing else None
+        )
+        return sample_anchors(self.make_rng("anchors"), candidates, num_anchors=self.num_anchors)
+
+    def _block_states(
+        self,
+        input_ids: jax.Array,
+        hidden_states: jax.Array,
+        loss_mask: jax.Array,
+        embed_tokens: jax.Array,
+        *,
+        anchors: tuple[jax.Array, jax.Array],
+        packing: Packing | None,
+        shift_label: bool,
+    ) -> tuple[Blocks, jax.Array]:
+        """The blocks and the backbone's states of their predictions, [B, N, M, D]."""
+        batch, length = input_ids.shape
+        blocks = make_blocks(
+            input_ids,
+            loss_mask,
+            *anchors,
+            block_size=self.block_size,
+            mask_token_id=self.mask_token_id,
+            shift_label=shift_label,
+            packing=packing,
+        )
+        positions = packing.position_ids if packing else jnp.broadcast_to(jnp.arange(length), (batch, length))
+        mask = context_mask(*anchors, context_len=length, seq_lens=packing.seq_lens if packing else None)
+        noise = _frozen_rows(embed_tokens, blocks.noise_ids)
+        states = self.draft_model(jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, mask)
+        return blocks, self.draft_model.prediction_states(states)
+
+
+class DominoTrainerModule(DFlashTrainerModule):
+    """A draft with the Domino head: one loss over corrected and base logits.
+
+    Attributes:
+        shift_label: block position k predicts `anchor + 1 + k` instead of `anchor + k`; as in the draft's config.
+    Source: NeMo AutoModel 0.7.0, `DominoTrainerModule`.
+    """
+
+    shift_label: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses a draft that does not fit."""
+        super().__post_init__()
+        cfg = self.draft_model.cfg
+        if cfg.projector_type != "domino":
+            raise ValueError(f"DominoTrainerModule needs projector_type 'domino', found {cfg.projector_type!r}")
+        if cfg.shift_label != self.shift_label:
+            raise ValueError(f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config")
+
+    def __call__(  # type: ignore[override]
+        self,
+        input_ids: jax.Array,
+        hidden_states: jax.Array,
+        loss_mask: jax.Array,
+        lm_head: jax.Array,
+        embed_tokens: jax.Array,
+        *,
+        lambda_base: jax.Array | float = 0.0,
+        position_ids: jax.Array | None = None,
+        seq_lens: jax.Array | None = None,
+        doc_remaining: jax.Array | None = None,
+        anchor_positions: jax.Array | None = None,
+        block_keep_mask: jax.Array | None = None,
+    ) -> DominoStepMetrics:
+        """Loss and metrics of a batch.
+
+        Args:
+            input_ids: int32 [B, S].
+            hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows into them.
+            loss_mask: [B, S], True (or above 0.5) on supervised tokens.
+            lm_head: [V, D], the target's head, frozen.
+            embed_tokens: [V, D], the target's embedding, frozen.
+            lambda_base: weight of the base loss, 0..1, may be traced.
+            position_ids: int32 [B, S], packed rows only, as are the next two, which come all three or not at all.
+            seq_lens: int32 [B, documents].
+            doc_remaining: int32 [B, S].
+            anchor_positions: int32 [B, N]; drawn with the rng stream "anchors" when not given.
+            block_keep_mask: bool [B, N], False for an unused slot; given together with `anchor_positions`.
+        Returns:
+            `DominoStepMetrics`. A batch without any anchor has loss 0, no gradient and `valid_blocks` 0.
+        Raises:
+            ValueError: half of the packing or of the anchors is given.
+        """
+        packing = _packing(position_ids, seq_lens, doc_remaining)
+        anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
+        blocks, hidden = self._block_states(
+            input_ids,
+            hidden_states,
+            loss_mask,
+            embed_tokens,
+            anchors=anchors,
+            packing=packing,
+            shift_label=self.shift_label,
+        )
+        head = self.draft_model.head
+        final, base = dual_cross_entropy(
+            hidden,
+            blocks.target_ids,
+            lm_head=lm_head,
+            low_rank=head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids)),
+            expansion=head.expansion,
+            chunk_blocks=self.chunk_blocks,
+        )
+        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
+        final_loss, base_loss = _weighted_mean(final.nll, weights), _weighted_mean(base.nll, weights)
+        lambda_base = jnp.asarray(lambda_base, jnp.float32)
+        base_metrics = _prediction_metrics(base, blocks)
+        return DominoStepMetrics(
+            loss=(1.0 - lambda_base) * final_loss + lambda_base * base_loss,
+            loss_weight=jnp.sum(weights),
+            **_prediction_metrics(final, blocks),
+            final_loss=final_loss,
+            base_loss=base_loss,
+            base_accuracy=base_metrics["accuracy"],
+            base_correct_tokens=base_metrics["correct_tokens"],
+            base_accept_len=base_metrics["accept_len"],
+            base_accept_len_sum=base_metrics["accept_len_sum"],
+            lambda_base=lambda_base,
+        )
+
+
+def build_trainer(
+    config: DraftConfig, *, num_anchors: int = 512, loss_decay_gamma: float | None = None, **options: Any
+) -> DFlashTrainerModule:
+    """The trainer module of a draft config: `DominoTrainerModule`, or `DFlashTrainerModule` without projector.
+
+    Its variables are `{"params": {"draft_model": params}}`, with `params` as `load_hf_draft` returns them.
+
+    Args:
+        config: the draft.
+        num_anchors: N.
+        loss_decay_gamma: decay of the position weights, None for none.
+        options: further fields of the module.
+    """
+    options.update(mask_token_id=config.mask_token_id, block_size=config.block_size)
+    options.update(num_anchors=num_anchors, loss_decay_gamma=loss_decay_gamma)
+    if config.projector_type == "domino":
+        return DominoTrainerModule(DraftModel(config), shift_label=config.shift_label, **options)
+    return DFlashTrainerModule(DraftModel(config), **options)
+
+
+def _packing(
+    position_ids: jax.Array | None, seq_lens: jax.Array | None, doc_remaining: jax.Array | None
+) -> Packing | None:
+    if position_ids is None and seq_lens is None and doc_remaining is None:
+        return None
+    if position_ids is None or seq_lens is None or doc_remaining is None:
+        raise ValueError("packed rows need position_ids, seq_lens and doc_remaining together")
+    return Packing(position_ids, seq_lens, doc_remaining)
+
+
+def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:  # [V, D], [...] -> [..., D]
+    return jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
+
+
+def _weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sum(values * weights) / (jnp.sum(weights) + 1e-6)
+
+
+def _prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:
+    valid = jnp.sum(blocks.mask.astype(jnp.float32))
+    correct = jnp.sum(((token_loss.prediction == blocks.target_ids) & blocks.mask).astype(jnp.float32))
+    acceptance = acceptance_stats(token_loss.prediction, blocks.target_ids, blocks.mask)
+    return {
+        "accuracy": correct / jnp.maximum(valid, 1.0),
+        "valid_tokens": valid,
+        "correct_tokens": correct,
+        "accept_len": acceptance.mean,
+        "accept_len_sum": acceptance.total,
+        "valid_blocks": acceptance.blocks,
+    }

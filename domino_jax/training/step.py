@@ -1,0 +1,125 @@
+"""One optimisation step as one program: target forward, anchors, draft forward, both losses, update."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from domino_jax.sharding import constrain
+from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.training.metrics import metric_sums
+from domino_jax.training.modules import DFlashStepMetrics, DFlashTrainerModule, DominoTrainerModule
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What training changes: the optimiser step, the draft, the optimiser's state and, if kept, the average draft."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    ema: Any = None
+
+
+class Batch(NamedTuple):
+    """Token rows of one step: `input_ids` int32 [A, B, S] and `loss_mask` bool [A, B, S] for A micro-batches."""
+
+    input_ids: jax.Array
+    loss_mask: jax.Array
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a step is compiled for.
+
+    Attributes:
+        trainer: the draft with its loss.
+        target: the frozen target, `scan_layers`, capturing the draft's layers.
+        optimizer: an optax transformation.
+        curriculum: lambda_base as a function of the optimiser step.
+        seed: of the anchors.
+        ema_decay: of the average draft, None to keep none.
+    """
+
+    trainer: DFlashTrainerModule
+    target: Target
+    optimizer: optax.GradientTransformation
+    curriculum: optax.Schedule
+    seed: int = 0
+    ema_decay: float | None = None
+
+
+def initial_state(program: Program, params: Any) -> TrainState:
+    """A state at step 0 from the draft's parameters."""
+    ema = None if program.ema_decay is None else jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, program.optimizer.init(params), ema)
+
+
+def train_step(
+    program: Program, state: TrainState, target_params: Any, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the draft.
+
+    Micro-batches are weighted by their loss weight, so that A of them give the gradient of one large batch.
+
+    Args:
+        program: static parts; jit with it bound by `functools.partial` or closed over.
+        state: consumed when its buffers are donated.
+        target_params: frozen, layers stacked.
+        batch: `Batch`.
+    Returns:
+        The next state and the additive sums of `metric_sums`, plus `grad_norm` before clipping.
+    """
+    lambda_base = program.curriculum(state.step)
+    key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+
+    def micro_step(index: jax.Array | int, micro: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        def loss(params: Any) -> tuple[jax.Array, DFlashStepMetrics]:
+            metrics = batch_metrics(
+                program, params, target_params, micro, key=jax.random.fold_in(key, index), lambda_base=lambda_base
+            )
+            return metrics.loss, metrics
+
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params)
+        weight = metrics.loss_weight + 1e-6
+        return jax.tree.map(lambda g: g * weight, grads), metric_sums(metrics)
+
+    count = batch.input_ids.shape[0]
+    if count == 1:  # XLA on CPU multiplies matrices slower inside a loop body
+        grads, sums = micro_step(0, jax.tree.map(lambda x: x[0], batch))
+    else:
+        first = jax.eval_shape(lambda: micro_step(0, jax.tree.map(lambda x: x[0], batch)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+        def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, micro_step(*indexed)), None
+
+        (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    grads = jax.tree.map(lambda g: g / (sums["loss_weight"] + 1e-6), grads)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if program.ema_decay is not None:
+        ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema), {**sums, "grad_norm": optax.tree.norm(grads)}
+
+
+def batch_metrics(
+    program: Program, params: Any, target_params: Any, batch: Batch, *, key: jax.Array, lambda_base: jax.Array | float
+) -> DFlashStepMetrics:
+    """Online forward of one micro-batch [B, S]: the target's states, then the draft's loss and metrics."""
+    input_ids = constrain(batch.input_ids, "batch", "length")
+    features = program.target.apply({"params": target_params}, input_ids).features
+    options = {"lambda_base": lambda_base} if isinstance(program.trainer, DominoTrainerModule) else {}
+    return program.trainer.apply(
+        {"params": {"draft_model": params}},
+        input_ids,
+        features,
+        batch.loss_mask,
+        lm_head_weight(target_params),
+        target_params["embed_tokens"],
+        rngs={"anchors": key},
+        **options,
+    )

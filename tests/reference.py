@@ -1,0 +1,228 @@
+"""NeMo AutoModel's draft and trainers beside ours: the same weights, the same anchors, random batches."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from nemo_automodel.components.speculative.dflash.core import DFlashTrainerModule as NemoDFlashTrainerModule
+from nemo_automodel.components.speculative.dflash.domino_core import DominoTrainerModule as NemoDominoTrainerModule
+from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
+from domino_jax.config import DraftConfig
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.blocks import anchor_candidates, sample_anchors
+from domino_jax.interop.hf import save_hf_draft
+
+
+def draft_config(**changes: Any) -> DraftConfig:
+    """A tiny Domino draft in which no two widths are equal, so that a mixed-up axis cannot pass."""
+    tiny = DraftConfig(
+        vocab_size=120,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        rope_theta=5000.0,
+        block_size=5,
+        mask_token_id=119,
+        num_target_layers=6,
+        target_layer_ids=(0, 2, 4),
+        emb_dim=12,
+        gru_hidden_dim=20,
+        pure_draft_prefix_len=1,
+        shift_label=True,
+    )
+    return dataclasses.replace(tiny, **changes)
+
+
+def dflash_config(**changes: Any) -> DraftConfig:
+    """The same without the Domino head."""
+    return draft_config(projector_type=None, shift_label=False, pure_draft_prefix_len=0, **changes)
+
+
+def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
+    """Float32 weights of the draft at a scale at which every one of them shows in the loss."""
+    rng = np.random.default_rng(seed)
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0))))["params"]
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        x = rng.standard_normal(leaf.shape)
+        x = 1.0 + 0.2 * x if len(leaf.shape) == 1 else x * 2.0 * leaf.shape[-1] ** -0.5
+        return jnp.asarray(x, jnp.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+class Batch(NamedTuple):
+    """What a trainer module is called with; `packing` holds the three arrays of packed rows, or nothing."""
+
+    input_ids: np.ndarray
+    hidden_states: np.ndarray
+    loss_mask: np.ndarray
+    lm_head: np.ndarray
+    embed_tokens: np.ndarray
+    packing: dict[str, np.ndarray]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The five positional arguments of a trainer module."""
+        return self[:5]
+
+
+def random_batch(
+    config: DraftConfig, *, rows: int = 3, length: int = 32, packed: bool = False, seed: int = 0, frozen_seed: int = 1
+) -> Batch:
+    """A batch whose first four tokens are frequent and have large head rows, so that some predictions come true.
+
+    `frozen_seed` draws the target's head and embedding, `seed` the rest.
+    """
+    frozen, rng = np.random.default_rng(frozen_seed), np.random.default_rng(seed)
+    table = (config.vocab_size, config.hidden_size)
+    lm_head = frozen.standard_normal(table) * config.hidden_size**-0.5
+    lm_head[:4] *= 5.0
+    embed_tokens = frozen.standard_normal(table)
+    ids = rng.integers(0, config.vocab_size - 1, (rows, length))
+    ids = np.where(rng.random((rows, length)) < 0.8, ids % 4, ids)
+    features = rng.standard_normal((rows, length, len(config.target_layer_ids) * config.hidden_size))
+    packing: dict[str, np.ndarray] = {}
+    loss_mask = rng.random((rows, length)) < 0.75
+    if packed:
+        # Two long documents, a hole of length 0, a shorter one, and padding behind the last.
+        first = rng.integers(length // 3, length // 2, rows)
+        seq_lens = np.stack([first, np.zeros(rows, int), length - 6 - first, np.full(rows, 4)], axis=1)
+        seq_lens[-1, -1] += 2
+        packing = {"seq_lens": seq_lens.astype(np.int32), **_document_positions(seq_lens, length)}
+        loss_mask &= np.arange(length) < seq_lens.sum(axis=1, keepdims=True)
+    return Batch(
+        ids.astype(np.int32),
+        features.astype(np.float32),
+        loss_mask,
+        lm_head.astype(np.float32),
+        embed_tokens.astype(np.float32),
+        packing,
+    )
+
+
+def _document_positions(seq_lens: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    position_ids = np.zeros((len(seq_lens), length), np.int32)
+    doc_remaining = np.zeros((len(seq_lens), length), np.int32)
+    for row, lens in enumerate(seq_lens):
+        start = 0
+        for size in lens:
+            position_ids[row, start : start + size] = np.arange(size)
+            doc_remaining[row, start : start + size] = np.arange(size)[::-1]
+            start += size
+        position_ids[row, start:] = np.arange(length - start)
+    return {"position_ids": position_ids, "doc_remaining": doc_remaining}
+
+
+def random_anchors(config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Drawn anchors and which slots hold one; every second row has a third of its candidates only."""
+    candidates = anchor_candidates(
+        batch.loss_mask, block_size=config.block_size, doc_remaining=batch.packing.get("doc_remaining")
+    )
+    third = jnp.arange(batch.loss_mask.shape[1]) % 3 == 0
+    candidates = candidates & (third | (jnp.arange(len(batch.loss_mask)) % 2 == 0)[:, None])
+    anchors, keep = sample_anchors(jax.random.key(seed), candidates, num_anchors=slots)
+    return np.asarray(anchors), np.asarray(keep)
+
+
+def nemo_draft(config: DraftConfig, params: Any) -> Qwen3DFlashDraftModel:
+    """NeMo's draft with our weights, by way of an exported directory; every weight comes from the file."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "draft"
+        save_hf_draft(path, config, params, dtype="float32")
+        draft, report = Qwen3DFlashDraftModel.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return draft
+
+
+def nemo_trainer(
+    config: DraftConfig,
+    params: Any,
+    batch: Batch,
+    *,
+    num_anchors: int = 512,
+    loss_decay_gamma: float | None = None,
+) -> NemoDFlashTrainerModule:
+    """NeMo's trainer of the same draft and frozen target."""
+    lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+    for module, table in ((lm_head, batch.lm_head), (embed_tokens, batch.embed_tokens)):
+        module.weight = torch.nn.Parameter(torch.tensor(table), requires_grad=False)
+    kind, options = NemoDFlashTrainerModule, {}
+    if config.projector_type == "domino":
+        kind, options = NemoDominoTrainerModule, {"shift_label": config.shift_label}
+    return kind(
+        nemo_draft(config, params),
+        lm_head,
+        embed_tokens,
+        mask_token_id=config.mask_token_id,
+        block_size=config.block_size,
+        attention_backend="sdpa",  # the dense additive mask; the draft itself runs eager
+        num_anchors=num_anchors,
+        loss_decay_gamma=loss_decay_gamma,
+        **options,
+    )
+
+
+def nemo_step(
+    trainer: NemoDFlashTrainerModule,
+    batch: Batch,
+    *,
+    anchors: tuple[np.ndarray, np.ndarray] | None = None,
+    lambda_base: float | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics and gradients of NeMo's trainer by their names, at given anchors or at those it draws.
+
+    `lambda_base` is for the Domino trainer only. The gradients stay in the parameters too.
+    """
+    if anchors is not None:
+        given = tuple(torch.tensor(x) for x in (anchors[0].astype(np.int64), anchors[1]))
+        trainer._sample_anchor_positions = lambda *args, **kwargs: given
+    options: dict[str, Any] = {name: torch.tensor(x.astype(np.int64)) for name, x in batch.packing.items()}
+    if lambda_base is not None:
+        options["lambda_base"] = lambda_base
+    trainer.draft_model.zero_grad()
+    metrics = trainer(
+        torch.tensor(batch.input_ids.astype(np.int64)),
+        torch.tensor(batch.hidden_states),
+        torch.tensor(batch.loss_mask.astype(np.float32)),
+        **options,
+    )
+    metrics.loss.backward()
+    gradients = {name: x.grad.numpy().copy() for name, x in trainer.draft_model.named_parameters()}
+    return {field.name: float(getattr(metrics, field.name)) for field in dataclasses.fields(metrics)}, gradients
+
+
+def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: float) -> None:
+    """Each array of `found` lies within `relative` of the norm of its namesake in `expected`; names are the same."""
+    assert set(found) == set(expected)
+    norms = {name: float(np.linalg.norm(expected[name])) for name in expected}
+    errors = {name: float(np.linalg.norm(np.asarray(found[name]) - expected[name])) for name in expected}
+    wrong = {name: (error, norms[name]) for name, error in errors.items() if not error <= relative * norms[name]}
+    assert not wrong, wrong
+
+
+def slow_document_ids(seq_lens: np.ndarray, length: int) -> np.ndarray:
+    """Documents of packed rows by counting, one position at a time."""
+    ids = np.zeros((len(seq_lens), length), np.int32)
+    for row, lens in enumerate(seq_lens):
+        for position in range(length):
+            end = 0
+            for size in lens:
+                end += size
+                ids[row, position] += end <= position
+    return ids

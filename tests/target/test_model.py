@@ -1,0 +1,253 @@
+"""The target against transformers' torch models; scanned, cached, rewound and batched passes against the whole one."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
+from domino_jax.target.model import (
+    Target,
+    TargetOutput,
+    empty_cache,
+    first_layers,
+    lm_head_weight,
+    stack_layers,
+    vocabulary_logits,
+)
+
+EVERY_LAYER = (0, 1, 2, 3)
+KINDS = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)]
+
+
+def random_tokens(batch: int, length: int, *, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 352, (batch, length), dtype=np.int32)
+
+
+def torch_states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits and the output of every decoder layer, taken by hooks: before the final norm in all of them."""
+    outputs: list[np.ndarray] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).numpy())
+
+    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    for hook in hooks:
+        hook.remove()
+    return logits, outputs
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Callable[..., Any]) -> LoadedTarget:
+    return load_target(tiny("qwen3", tied=False).directory)
+
+
+@functools.cache
+def jitted(target: Target) -> Callable[..., TargetOutput]:
+    return jax.jit(target.apply)
+
+
+def whole(loaded: LoadedTarget, tokens: np.ndarray) -> TargetOutput:
+    return jitted(Target(loaded.config, EVERY_LAYER))({"params": loaded.params}, tokens)
+
+
+def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any) -> TargetOutput:
+    positions = np.array(starts, np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
+    return jitted(Target(loaded.config, EVERY_LAYER))({"params": loaded.params}, tokens, positions, cache=cache)
+
+
+def assert_rows_equal(actual: TargetOutput, expected: TargetOutput, rows: list[slice]) -> None:
+    """Row b of `actual` equals the positions `rows[b]` of row b of `expected`."""
+    for row, piece in enumerate(rows):
+        np.testing.assert_allclose(actual.hidden[row], expected.hidden[row, piece], atol=2e-5)
+        np.testing.assert_allclose(actual.features[row], expected.features[row, piece], atol=2e-5)
+
+
+@pytest.mark.parametrize(("kind", "tied"), KINDS)
+def test_target_equals_transformers(
+    tiny: Callable[..., Any], kind: str, tied: bool, record_property: Callable[[str, object], None]
+) -> None:
+    reference, tokens = tiny(kind, tied=tied), random_tokens(2, 33)
+    loaded = load_target(reference.directory)
+    out = whole(loaded, tokens)
+    logits = vocabulary_logits(out.hidden, lm_head_weight(loaded.params))
+    expected_logits, expected_states = torch_states(reference.model, tokens)
+    chex.assert_shape(out.features, (2, 33, 4 * 32))
+    states = np.split(np.asarray(out.features), 4, axis=-1)
+    assert np.abs(expected_logits).max() > 2, "the reference is too flat to show a difference"
+    worst = max(
+        np.abs(a - b).max() for a, b in zip([logits, *states], [expected_logits, *expected_states], strict=True)
+    )
+    record_property("largest_difference", float(worst))
+    print(f"{kind} tied={tied}: largest difference {worst:.2e}")
+    assert worst < 1e-4
+
+
+def test_lm_head_weight_is_the_embedding_only_when_tied(tiny: Callable[..., Any]) -> None:
+    tied, untied = (load_target(tiny("llama", tied=flag).directory).params for flag in (True, False))
+    assert lm_head_weight(tied) is tied["embed_tokens"]
+    assert lm_head_weight(untied) is untied["lm_head"]
+    assert not np.array_equal(untied["lm_head"], untied["embed_tokens"])
+
+
+@pytest.mark.parametrize("capture", [(), (2,), (0, 3), EVERY_LAYER])
+def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int, ...]) -> None:
+    tokens = random_tokens(2, 12)
+    unrolled = jitted(Target(loaded.config, capture))({"params": loaded.params}, tokens)
+    scanned = jitted(Target(loaded.config, capture, scan_layers=True))({"params": stack_layers(loaded.params)}, tokens)
+    chex.assert_shape(scanned.features, (2, 12, len(capture) * 32))
+    assert scanned.cache is None
+    chex.assert_trees_all_close(scanned, unrolled, atol=1e-5)
+
+
+def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
+    target = Target(loaded.config, scan_layers=True)
+    with pytest.raises(ValueError, match="scan_layers has no cache"):
+        cache = empty_cache(loaded.config, batch=1, slots=8)
+        target.apply({"params": stack_layers(loaded.params)}, random_tokens(1, 4), cache=cache)
+
+
+@pytest.mark.parametrize(("kind", "batch"), [("llama", 1), ("qwen3", 2)])  # one row is written by another code path
+def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str, batch: int) -> None:
+    loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
+    expected = whole(loaded, tokens)
+    cache, start = empty_cache(loaded.config, batch=batch, slots=24), 0
+    for length in (6, 1, 6, 1, 3):
+        out = step(loaded, tokens[:, start : start + length], [start] * batch, cache)
+        assert_rows_equal(out, expected, [slice(start, start + length)] * batch)
+        cache, start = out.cache, start + length
+
+
+def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(2, 14)
+    expected = whole(loaded, tokens)
+    cache = step(loaded, tokens[:, :6], [0, 0], empty_cache(loaded.config, batch=2, slots=16)).cache
+    # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
+    cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
+    out = step(loaded, tokens[:, 6:9], [6, 6], cache)
+    assert_rows_equal(out, expected, [slice(6, 9)] * 2)
+    out = step(loaded, tokens[:, 9:14], [9, 9], out.cache)
+    assert_rows_equal(out, expected, [slice(9, 14)] * 2)
+
+
+def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(3, 16)
+    expected = whole(loaded, tokens)
+    cache = step(loaded, tokens[:, :11], [0, 0, 0], empty_cache(loaded.config, batch=3, slots=20)).cache
+    starts = [3, 11, 7]
+    rows = [slice(start, start + 4) for start in starts]
+    pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
+    out = step(loaded, pieces, starts, cache)
+    assert_rows_equal(out, expected, rows)
+    rows = [slice(start + 2, start + 4) for start in starts]  # all rewound by two
+    out = step(loaded, pieces[:, 2:], [start + 2 for start in starts], out.cache)
+    assert_rows_equal(out, expected, rows)
+
+
+def test_first_layers_give_the_same_captured_states(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(1, 9)
+    config, params = first_layers(loaded.config, loaded.params, 3)
+    assert config.num_hidden_layers == 3 and "layers_2" in params and "layers_3" not in params
+    out = jitted(Target(config, (0, 2)))({"params": params}, tokens)
+    expected = jitted(Target(loaded.config, (0, 2)))({"params": loaded.params}, tokens)
+    chex.assert_trees_all_close(out.features, expected.features, atol=1e-6)
+
+
+def test_bfloat16_keeps_activations_small_and_logits_wide(tiny: Callable[..., Any]) -> None:
+    tokens = random_tokens(2, 10)
+    narrow, wide = (load_target(tiny("qwen3", tied=True).directory, dtype=name) for name in ("bfloat16", "float32"))
+    out, expected = whole(narrow, tokens), whole(wide, tokens)
+    logits = vocabulary_logits(out.hidden, lm_head_weight(narrow.params))
+    assert (out.hidden.dtype, out.features.dtype, logits.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    error = np.abs(logits - vocabulary_logits(expected.hidden, lm_head_weight(wide.params)))
+    assert error.mean() < 0.1
+
+
+# SmolLM2-135M-Instruct, converted from the GGUF file of its wheel.
+
+TEXTS = (
+    "The lighthouse keeper climbed the stairs every evening, carrying oil and a small brass lantern. From the top he "
+    "could see the fishing boats come home, one after another, their sails grey against the red sky. He knew each of "
+    "them by the way it leaned, and when one was late he would put a second lamp in the window and wait, counting the "
+    "waves, until its shape came out of the dark and his own heart slowed down again, as it always had, so far.",
+    "def merge(left: list[int], right: list[int]) -> list[int]:\n    result = []\n    i = j = 0\n"
+    "    while i < len(left) and j < len(right):\n        if left[i] <= right[j]:\n            result.append(left[i])\n"
+    "            i += 1\n        else:\n            result.append(right[j])\n            j += 1\n"
+    "    return result + left[i:] + right[j:]\n\n\nprint(merge([1, 4, 9], [2, 3, 10]))\n",
+    "12 * 34 = 408. 408 + 592 = 1000. 1000 / 8 = 125. 125 - 26 = 99. 99 * 99 = 9801. The square root of 9801 is 99. "
+    "3.14159 * 2 = 6.28318. 2 ** 16 = 65536. 65536 - 1 = 65535. 7! = 5040. 5040 / 144 = 35. 35 % 8 = 3.",
+    "<|im_start|>user\nName three rivers of Europe and the seas they reach.<|im_end|>\n<|im_start|>assistant\n"
+    "1. The Danube flows through ten countries and reaches the Black Sea.\n2. The Rhine rises in Switzerland and ends "
+    "in the North Sea.\n3. The Po crosses northern Italy to the Adriatic Sea.<|im_end|>\n<|im_start|>user\nWhich of "
+    "them is the longest, and how long is it in kilometres?<|im_end|>\n<|im_start|>assistant\n",
+    "Ünïcödé naïve café — «Привет, мир!» 日本語のテキストと漢字。 Ελληνικά γράμματα, עברית, العربية. 🙂🚀 ½ ≤ ∞ → √2 ≈ 1.414 "
+    "Größe, façade, smörgåsbord, jalapeño, Łódź, İstanbul, Đà Nẵng, 서울, ไทย.",
+)
+
+
+class Real(NamedTuple):
+    """SmolLM2 here and in torch, and its tokenizer."""
+
+    loaded: LoadedTarget
+    model: Any
+    tokenizer: Any
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: Path) -> Real:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return Real(load_target(smollm2), model, load_tokenizer(smollm2))
+
+
+def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable[[str, object], None]) -> None:
+    loaded, worst = real.loaded, 0.0
+    rows = [np.array(real.tokenizer(text)["input_ids"], np.int32) for text in TEXTS]
+    assert min(len(row) for row in rows) >= 100
+    run = jax.jit(Target(loaded.config, (1, 15, 28), scan_layers=True).apply)
+    params, width = {"params": stack_layers(loaded.params)}, max(len(row) for row in rows)
+    for row in rows:
+        # One length, so that one program serves all texts: what stands behind a position does not reach it.
+        out = run(params, np.pad(row, (0, width - len(row)))[None])
+        logits = vocabulary_logits(out.hidden[0, : len(row)], lm_head_weight(loaded.params))
+        with torch.no_grad():
+            expected = real.model(torch.tensor(row[None], dtype=torch.long), output_hidden_states=True)
+        worst = max(worst, float(np.abs(logits - expected.logits[0].numpy()).max()))
+        states = torch.cat([expected.hidden_states[layer + 1] for layer in (1, 15, 28)], dim=-1)[0].numpy()
+        # Some dimensions reach 25,000: the tolerance is relative to the row's largest.
+        np.testing.assert_allclose(out.features[0, : len(row)], states, rtol=1e-4, atol=1e-6 * np.abs(states).max())
+    record_property("largest_difference", worst)
+    print(f"SmolLM2: largest logit difference {worst:.2e}")
+    assert worst < 2e-3
+
+
+def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
+    loaded, slots = real.loaded, 256
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def next_token(params: Any, token: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+        out = Target(loaded.config).apply({"params": params}, token[:, None], position[:, None], cache=cache)
+        return vocabulary_logits(out.hidden[:, -1], lm_head_weight(params)).argmax(-1).astype(jnp.int32), out.cache
+
+    real.model.generation_config.eos_token_id = None  # all 64 tokens, also past the end of an answer
+    for text in TEXTS:
+        prompt = real.tokenizer(text)["input_ids"][:48]
+        with torch.no_grad():
+            expected = real.model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, use_cache=True)
+        cache, tokens = empty_cache(loaded.config, batch=1, slots=slots), list(prompt)
+        for at in range(len(prompt) + 63):
+            token, cache = next_token(
+                loaded.params, np.array(tokens[at : at + 1], np.int32), cache, np.array([at], np.int32)
+            )
+            if at + 1 == len(tokens):
+                tokens.append(int(token[0]))
+        assert tokens == expected[0].tolist()

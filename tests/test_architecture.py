@@ -1,0 +1,222 @@
+"""The house rules that a reader relies on: who may import whom, and how long, named and documented things are."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "domino_jax"
+
+# Rank, folder, files. A file imports lower ranks and the files before it in its own row.
+# Change this table when the design changes, never to make an import pass.
+TABLE = (
+    (0, "", ("config", "sharding")),
+    (1, "", ("layers",)),
+    (2, "data", ("conversations", "packing", "pipeline", "features")),
+    (2, "target", ("model", "load", "gguf")),
+    (2, "draft", ("blocks", "mask", "attention", "backbone", "head")),
+    (3, "training", ("curriculum", "loss", "modules", "optimizer", "step", "checkpoint", "loop")),
+    (3, "decoding", ("speculate", "generate", "evaluate")),
+    (3, "interop", ("hf",)),
+    (4, "", ("plan", "report")),
+    (5, "", ("cli",)),
+)
+# The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the last file of its row.
+RANK_OF_TOP = 3.5
+PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
+    f"{folder}.{name}".strip("."): (rank, f"{rank}/{folder}", order)
+    for rank, folder, names in TABLE
+    for order, name in enumerate((*names, "") if folder else names)
+}
+# References and tools of the tests: running the product needs none of them.
+TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
+MESH_AXES = {"fsdp", "tensor"}
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 70
+
+
+def module_name(path: Path) -> str:
+    """`domino_jax/draft/mask.py` -> `draft.mask`; a folder's `__init__.py` is the folder, the package's is ""."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of everything the source imports, at any depth, `from` names included."""
+    # Any file under a folder lies beside the folder's own `__init__`, so a folder counts itself for relative imports.
+    folders = {folder for _, folder, _ in TABLE}
+    package = ["domino_jax", *module.split(".")] if module else ["domino_jax"]
+    if module not in folders:
+        package = package[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def place_of(name: str) -> tuple[float, str, int] | None:
+    """Where the table puts `domino_jax.draft.mask.block_mask`: the longest known prefix; None for other packages."""
+    parts = name.split(".")
+    if parts[0] != "domino_jax":
+        return None
+    # Two parts below the package name a file at most; what follows is a name inside it.
+    known = [".".join(parts[1:end]) for end in (3, 2, 1) if ".".join(parts[1:end]) in PLACES]
+    return PLACES[known[0]]
+
+
+def unplaced(module: str) -> list[str]:
+    """A complaint about a file that the table does not know."""
+    return [] if module in PLACES else [f"{module}: not in the table"]
+
+
+def wrong_imports(source: str, module: str) -> list[str]:
+    """Imports of something that does not stand below the module, and of test tools."""
+    rank, row, order = PLACES[module]
+    found = []
+    for line, name in imports(source, module):
+        if name.split(".")[0] in TEST_ONLY:
+            found.append(f"{module}:{line}: imports {name}, which only tests may need")
+        if module == "config" and name.split(".")[0] in ("jax", "flax"):
+            found.append(f"{module}:{line}: imports {name}; settings are read without jax")
+        target = place_of(name)
+        if target and not (target[0] < rank or (target[1] == row and target[2] < order)):
+            found.append(f"{module}:{line}: imports {name}, which does not stand below it")
+    return found
+
+
+def too_long(source: str, module: str) -> list[str]:
+    """Files and functions that should be split."""
+    found = []
+    count = len(source.splitlines())
+    if count > MAX_LINES:
+        found.append(f"{module}: {count} lines, at most {MAX_LINES}")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(f"{module}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}")
+    return found
+
+
+def undocumented(source: str, module: str) -> list[str]:
+    """The module and its public classes, functions and methods that lack a docstring."""
+    tree = ast.parse(source)
+    found = [] if ast.get_docstring(tree) else [f"{module}: no docstring"]
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+                if not ast.get_docstring(node):
+                    found.append(f"{module}:{node.lineno}: {prefix}{node.name} has no docstring")
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{node.name}.")
+
+    visit(tree.body, "")
+    return found
+
+
+def mesh_axis_names(source: str, module: str) -> list[str]:
+    """Mesh axes named outside the two files that define them."""
+    if module in ("sharding", "config"):
+        return []
+    return [
+        f"{module}:{node.lineno}: names the mesh axis {node.value!r}; use logical axes"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MESH_AXES
+    ]
+
+
+CHECKS = (wrong_imports, too_long, undocumented, mesh_axis_names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_package_file_keeps_the_rules(path: Path) -> None:
+    module = module_name(path)
+    assert not unplaced(module)
+    assert not [complaint for check in CHECKS for complaint in check(path.read_text(encoding="utf-8"), module)]
+
+
+def test_package_files_are_found() -> None:
+    assert {"config", "sharding", "layers"} <= {module_name(path) for path in PACKAGE.rglob("*.py")}
+
+
+def test_unplaced_refuses_an_unknown_file() -> None:
+    assert unplaced("draft.utils") == ["draft.utils: not in the table"]
+    assert not unplaced("draft.mask") and not unplaced("draft") and not unplaced("")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("config", "from domino_jax.sharding import RULES"),  # later in its row
+        ("layers", "import domino_jax.draft.mask"),  # a higher rank
+        ("layers", "import domino_jax"),  # the gathered names stand above
+        ("layers", "from domino_jax import load_hf_draft"),
+        ("draft.mask", "from domino_jax.draft.head import DominoHead"),
+        ("draft.mask", "from domino_jax.draft import block_mask"),  # the folder's own `__init__`
+        ("draft.mask", "from domino_jax.target.model import Target"),  # same rank, another folder
+        ("draft.mask", "from ..target.model import Target"),
+        ("draft.mask", "from .. import target"),
+        ("draft.mask", "from . import head"),
+        ("draft", "from ..training import loss"),
+        ("training.loop", "def late():\n    from domino_jax.decoding.generate import generate"),
+        ("decoding.evaluate", "from domino_jax.training import loss"),
+        ("interop.hf", "from domino_jax.training.checkpoint import restore"),
+        ("plan", "from domino_jax import report"),
+        ("report", "from domino_jax.cli import main"),
+        ("", "from domino_jax.plan import plan"),
+        ("", "from . import cli"),
+        ("target.load", "import torch"),
+        ("target.load", "from torch.nn import functional"),
+        ("interop.hf", "def late():\n    import nemo_automodel.components as parts"),
+        ("config", "import jax.numpy as jnp"),
+    ],
+)
+def test_wrong_imports_refuses(module: str, source: str) -> None:
+    assert len(wrong_imports(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("sharding", "import jax\nfrom domino_jax.config import RunConfig"),
+        ("layers", "from domino_jax import config, sharding"),
+        (
+            "draft.head",
+            "from domino_jax.draft.mask import block_mask\nfrom . import blocks\nfrom ..layers import Dense",
+        ),
+        ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
+        ("training.loop", "from domino_jax.training import step\nfrom domino_jax.target import Target"),
+        ("", "from domino_jax.interop.hf import load_hf_draft\nfrom .training import modules"),
+        ("report", "from domino_jax import plan"),
+        ("cli", "import domino_jax\nfrom domino_jax.decoding import evaluate\nimport tensorboardX"),
+    ],
+)
+def test_wrong_imports_allows_what_stands_below(module: str, source: str) -> None:
+    assert not wrong_imports(source, module)
+
+
+def test_too_long_refuses_long_files_and_functions() -> None:
+    assert not too_long("x = 1\n" * MAX_LINES, "layers")
+    assert len(too_long("x = 1\n" * (MAX_LINES + 1), "layers")) == 1
+    assert not too_long("def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1), "layers")
+    method = "class C:\n    def f(self):\n" + "        x = 1\n" * MAX_FUNCTION_LINES
+    assert len(too_long(method, "layers")) == 1
+
+
+def test_undocumented_refuses_each_kind() -> None:
+    bare = "class C:\n    def f(self): ...\n    def _g(self): ...\ndef h(): ...\ndef _i(): ...\n"
+    assert len(undocumented(bare, "layers")) == 4  # module, C, C.f, h
+    told = '"""M."""\nclass C:\n    """C."""\n    def f(self):\n        """F."""\n'
+    assert not undocumented(told, "layers")
+
+
+def test_mesh_axis_names_refuses_them_elsewhere() -> None:
+    source = 'spec = PartitionSpec("fsdp", ("data", "tensor"))'
+    assert len(mesh_axis_names(source, "draft.backbone")) == 2
+    assert not mesh_axis_names(source, "sharding")
+    assert not mesh_axis_names('"""Splits a tensor over fsdp."""\nname = "tensors"', "draft.backbone")

@@ -1,0 +1,282 @@
+"""The strict loader: what it reads, what it refuses and in which words."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from domino_jax.config import (
+    DecoderConfig,
+    DraftConfig,
+    DraftRecipe,
+    InputError,
+    RunConfig,
+    default_target_layer_ids,
+    dump_config,
+    from_tree,
+    load_config,
+)
+
+SMALLEST: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "target": "smollm2-135m-instruct",
+    "draft": {"mask_token_id": 5},
+    "data": {"train": "train.jsonl"},
+}
+DECODER: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+DRAFT: dict[str, Any] = DECODER | {
+    "block_size": 4,
+    "mask_token_id": 31,
+    "num_target_layers": 6,
+    "target_layer_ids": (1, 3),
+}
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_load_config_fills_defaults(smallest: Path) -> None:
+    config = load_config(smallest)
+    assert config.draft == DraftRecipe(mask_token_id=5)
+    assert (config.optimizer.learning_rate, config.optimizer.b2, config.train.steps) == (6e-4, 0.95, None)
+    assert config.data.heldout is None
+
+
+def test_load_config_applies_overrides_in_order(smallest: Path) -> None:
+    words = ["train.steps=7", "train.steps=9", "optimizer.learning_rate=1e-3", "draft.target_layer_ids=[1, 3]"]
+    config = load_config(
+        smallest, [*words, "data.heldout=held=out.jsonl", "draft.projector_type=null", "dtype=float32"]
+    )
+    assert config.train.steps == 9
+    assert config.optimizer.learning_rate == 1e-3
+    assert config.draft.target_layer_ids == (1, 3)
+    assert config.draft.projector_type is None
+    assert config.data.heldout == "held=out.jsonl"
+    assert config.dtype == "float32"
+    assert load_config(smallest) == from_tree(RunConfig, SMALLEST, place="smallest"), "overrides must not stick"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("1.0e-3", 1e-3), ("'1e-3'", 1e-3), ("2", 2.0), ("0.5", 0.5), ("1E-4", 1e-4)]
+)
+def test_load_config_reads_every_spelling_of_a_float(smallest: Path, text: str, value: float) -> None:
+    rate = load_config(smallest, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate
+    assert isinstance(rate, float) and rate == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1", "optimizer: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("optimiser.b1=0.9", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("mesh.zzz=1", "mesh: unknown key 'zzz'; known: data, fsdp, tensor"),
+        ("train.=1", "train: unknown key ''"),
+        ("train.steps=many", "train: steps: expected int, found 'many'"),
+        ("train.epochs=1.0", "train: epochs: expected int, found 1.0"),
+        ("train.epochs=true", "train: epochs: expected int, found True"),
+        ("train.epochs=null", "train: epochs: expected int, found None"),
+        ("train.tensorboard=1", "train: tensorboard: expected bool, found 1"),
+        ("optimizer.learning_rate=fast", "optimizer: learning_rate: expected float, found 'fast'"),
+        ("optimizer.learning_rate=.nan", "optimizer: learning_rate: expected float, found nan"),
+        ("optimizer.learning_rate=inf", "optimizer: learning_rate: expected float, found 'inf'"),
+        ("optimizer.learning_rate=true", "optimizer: learning_rate: expected float, found True"),
+        (f"optimizer.learning_rate=1{'0' * 400}", "optimizer: learning_rate: expected float, found 1"),
+        ("run_dir=2024", "run_dir: expected str, found 2024"),
+        ("draft.target_layer_ids=3", "draft: target_layer_ids: expected a list, found 3"),
+        ("draft.target_layer_ids=[1, x]", "draft: target_layer_ids: expected int, found 'x'"),
+        ("mesh=3", "mesh: expected a mapping, found 3"),
+        ("train.steps", "override 'train.steps': expected key=value, for example train.steps=100"),
+        ("=3", "override '=3': expected key=value"),
+        ("train.steps=[1", "override 'train.steps=[1': '[1' is not a YAML value"),
+        ("run_dir.x=1", "override 'run_dir.x=1': 'run_dir' is a value, not a section"),
+    ],
+)
+def test_load_config_refuses_bad_override(smallest: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(smallest, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_load_config_names_missing_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "run_dir: runs/x\ndraft: {}\n")
+    with pytest.raises(InputError, match=r"run\.yaml: draft: missing mask_token_id$"):
+        load_config(path)
+    with pytest.raises(InputError, match=r"run\.yaml: missing target, data$"):
+        load_config(path, ["draft.mask_token_id=5"])
+
+
+def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> None:
+    cases = {
+        tmp_path / "absent.yaml": "No such file",
+        tmp_path: "directory",
+        write(tmp_path / "syntax.yaml", "train: [1,\nmesh: }\n"): "not valid YAML",
+        write(tmp_path / "twice.yaml", "a: 1\n b: 2\n"): "not valid YAML",
+        write(tmp_path / "list.yaml", "- 1\n"): "expected a mapping of settings, found list",
+        write(tmp_path / "empty.yaml", "# nothing\n"): "expected a mapping of settings, found NoneType",
+    }
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00run")
+    for path, message in (cases | {binary: "not valid YAML"}).items():
+        with pytest.raises(InputError) as caught:
+            load_config(path)
+        assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dtype=float16", "dtype must be float32 or bfloat16, found 'float16'"),
+        ("data.max_length=0", "data.max_length must be at least 1, found 0"),
+        ("data.batch_size=0", "data.batch_size must be at least 1"),
+        ("draft.num_hidden_layers=0", "draft.num_hidden_layers must be at least 1"),
+        ("loss.num_anchors=0", "loss.num_anchors must be at least 1"),
+        ("optimizer.grad_accumulation=0", "optimizer.grad_accumulation must be at least 1"),
+        ("train.epochs=0", "train.epochs must be at least 1"),
+        ("train.log_every=0", "train.log_every must be at least 1"),
+        ("train.eval_every=0", "train.eval_every must be at least 1"),
+        ("train.checkpoint_every=0", "train.checkpoint_every must be at least 1"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints must be at least 1"),
+        ("mesh.fsdp=0", "mesh.fsdp must be at least 1, found 0"),
+        ("mesh.tensor=-1", "mesh.tensor must be at least 1, found -1"),
+        ("mesh.data=0", "mesh.data must be -1 or at least 1, found 0"),
+        ("loss.lambda_start=1.5", "loss.lambda_start must lie in 0..1, found 1.5"),
+        ("loss.decay_ratio=-0.1", "loss.decay_ratio must lie in 0..1"),
+        ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio must lie in 0..1, found 2.0"),
+        ("optimizer.final_ratio=-1", "optimizer.final_ratio must lie in 0..1"),
+        ("train.steps=0", "train.steps must be at least 1, found 0"),
+        ("loss.chunk_blocks=-1", "loss.chunk_blocks must be 0 or more, found -1"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate must be positive, found 0.0"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm must be positive, found 0.0"),
+        ("optimizer.b1=1", "optimizer.b1 must lie in 0..1 and below 1, found 1.0"),
+        ("optimizer.b2=-0.1", "optimizer.b2 must lie in 0..1 and below 1, found -0.1"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay must be 0 or more, found -0.1"),
+        ("optimizer.ema_decay=1", "optimizer.ema_decay must lie between 0 and 1, found 1.0"),
+        ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
+    ],
+)
+def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(smallest, [override])
+    assert str(caught.value).startswith(f"{smallest}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: 0}, f"{name} must be positive, found 0") for name in DECODER),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 4"),
+        ({"head_dim": 3}, "head_dim must be even for rotary embeddings, found 3"),
+        ({"dtype": "float64"}, "dtype must be float32 or bfloat16, found 'float64'"),
+    ],
+)
+def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
+    DecoderConfig(**DECODER)
+    with pytest.raises(InputError) as caught:
+        DecoderConfig(**DECODER | change)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 3}, "head_dim must be even"),
+        ({"block_size": 1}, "block_size must be at least 2, found 1"),
+        ({"mask_token_id": 32}, "mask_token_id 32 is outside the vocabulary of 32"),
+        ({"mask_token_id": -1}, "mask_token_id -1 is outside the vocabulary of 32"),
+        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..4"),
+        ({"target_layer_ids": (1, 5)}, "target_layer_ids [1, 5] must lie in 0..4"),
+        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..4"),
+        ({"target_layer_ids": (3, 1)}, "target_layer_ids [3, 1] must rise"),
+        ({"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] must rise"),
+        ({"projector_type": "mlp"}, "projector_type must be 'domino' or null, found 'mlp'"),
+        ({"emb_dim": 0}, "emb_dim and gru_hidden_dim must be positive"),
+        ({"gru_hidden_dim": 0}, "emb_dim and gru_hidden_dim must be positive"),
+        ({"pure_draft_prefix_len": -1}, "pure_draft_prefix_len -1 leaves none of 3 positions to correct"),
+        ({"pure_draft_prefix_len": 3}, "pure_draft_prefix_len 3 leaves none of 3 positions to correct"),
+        ({"pure_draft_prefix_len": 4, "shift_label": True}, "pure_draft_prefix_len 4 leaves none of 4 positions"),
+        ({"projector_type": None, "shift_label": True}, "shift_label needs projector_type 'domino'"),
+    ],
+)
+def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DraftConfig(**DRAFT | change)
+    assert str(caught.value).startswith(message)
+
+
+def test_draft_config_accepts_the_edges() -> None:
+    assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 4)}).num_predictions == 3
+    assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 3, "shift_label": True}).num_predictions == 4
+    assert DraftConfig(**DRAFT | {"projector_type": None, "emb_dim": 0}).qk_norm
+
+
+def test_dump_config_round_trips(smallest: Path, tmp_path: Path) -> None:
+    words = [
+        "draft.target_layer_ids=[1,3]",
+        "optimizer.learning_rate=1e-7",
+        "loss.loss_decay_gamma=7",
+        "data.train=1e-3é",
+    ]
+    config = load_config(smallest, words)
+    assert load_config(write(tmp_path / "dumped.yaml", dump_config(config))) == config
+
+
+@given(rate=st.floats(1e-12, 1e3), steps=st.none() | st.integers(1, 10**9), target=st.text())
+def test_dump_config_round_trips_any_value(rate: float, steps: int | None, target: str) -> None:
+    tree = SMALLEST | {"optimizer": {"learning_rate": rate}, "train": {"steps": steps}, "target": target}
+    config = from_tree(RunConfig, tree, place="given")
+    assert from_tree(RunConfig, yaml.safe_load(dump_config(config)), place="dumped") == config
+
+
+def test_configs_are_frozen(smallest: Path) -> None:
+    config = load_config(smallest)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.epochs = 4  # type: ignore[misc]
+    assert hash(config) == hash(load_config(smallest)), "modules and jit need hashable configs"
+
+
+@pytest.mark.parametrize(
+    ("target_layers", "draft_layers", "ids"),
+    [
+        (36, 5, (1, 9, 17, 25, 33)),
+        (64, 5, (1, 16, 31, 46, 61)),
+        (28, 5, (1, 7, 13, 19, 25)),
+        (30, 2, (1, 27)),
+        (30, 1, (15,)),
+        (31, 3, (1, 14, 28)),  # 14.5 rounds to even, as Python does
+    ],
+)
+def test_default_target_layer_ids(target_layers: int, draft_layers: int, ids: tuple[int, ...]) -> None:
+    assert default_target_layer_ids(target_layers, draft_layers) == ids
+
+
+def test_default_target_layer_ids_equal_the_reference() -> None:
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import build_target_layer_ids
+
+    for target_layers in range(4, 81):
+        for draft_layers in range(1, 9):
+            expected = tuple(build_target_layer_ids(target_layers, draft_layers))
+            assert default_target_layer_ids(target_layers, draft_layers) == expected

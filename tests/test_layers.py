@@ -1,0 +1,251 @@
+"""The shared layers against torch or plain loops, and the types they compute in."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+
+from domino_jax.config import DecoderConfig
+from domino_jax.layers import (
+    AttentionProjections,
+    Dense,
+    RMSNorm,
+    SwiGLU,
+    grouped_attention,
+    rotary,
+    rotate,
+    write_rows,
+)
+
+CFG = DecoderConfig(
+    vocab_size=32,
+    hidden_size=12,
+    intermediate_size=20,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+)
+BF16 = dataclasses.replace(CFG, dtype="bfloat16")
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def initialised(module: nn.Module, *args: Any, method: str | None = None) -> Any:
+    return nn.unbox(module.init(jax.random.key(0), *args, method=method))
+
+
+def bits(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32))
+
+
+def test_dense_multiplies_by_the_transposed_weight() -> None:
+    x, weight = normal(2, 3, 5), normal(7, 5, seed=1)
+    ours = Dense(7, ("mlp", "embed")).apply({"params": {"weight": weight}}, x)
+    theirs = torch.nn.functional.linear(torch.tensor(x), torch.tensor(weight))
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_dense_keeps_a_float32_master_and_computes_in_its_dtype() -> None:
+    x = jnp.asarray(normal(2, 5))
+    layer = Dense(7, ("mlp", "embed"), "bfloat16")
+    boxed = layer.init(jax.random.key(0), x)["params"]["weight"]
+    assert boxed.names == ("mlp", "embed")
+    chex.assert_shape(boxed.value, (7, 5))
+    chex.assert_type(boxed.value, jnp.float32)
+    assert layer.apply({"params": {"weight": boxed.value}}, x).dtype == jnp.bfloat16
+    assert (
+        Dense(7, ("mlp", "embed")).apply({"params": {"weight": boxed.value}}, x.astype("bfloat16")).dtype == jnp.float32
+    )
+
+
+def test_dense_refuses_an_unknown_axis() -> None:
+    with pytest.raises(KeyError, match="mpl"):
+        Dense(7, ("mpl", "embed")).init(jax.random.key(0), jnp.ones((2, 5)))
+
+
+def test_rms_norm_equals_torch() -> None:
+    x, weight = 100 * normal(2, 3, 8), normal(8, seed=1)
+    ours = RMSNorm(1e-5).apply({"params": {"weight": weight}}, x)
+    theirs = torch.nn.functional.rms_norm(torch.tensor(x), (8,), torch.tensor(weight), 1e-5)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_of_a_zero_row_is_zero() -> None:
+    ours = RMSNorm(1e-6).apply({"params": {"weight": np.ones(8, np.float32)}}, jnp.zeros((1, 8)))
+    np.testing.assert_array_equal(ours, np.zeros((1, 8)))
+
+
+def test_rms_norm_of_bfloat16_takes_float32_statistics() -> None:
+    # In bfloat16 a mean over 4096 squares would stop growing long before the end.
+    x = jnp.asarray(1 + 0.1 * normal(2, 4096)).astype(jnp.bfloat16)
+    weight = np.ones(4096, np.float32)
+    ours = RMSNorm(1e-6).apply({"params": {"weight": weight}}, x)
+    assert ours.dtype == jnp.bfloat16
+    exact = bits(x).astype(np.float64)
+    exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_array_equal(bits(ours), bits(jnp.asarray(exact.astype(np.float32)).astype(jnp.bfloat16)))
+
+
+def test_swiglu_equals_torch() -> None:
+    x = normal(2, 3, CFG.hidden_size)
+    params = initialised(SwiGLU(CFG), x)
+    ours = SwiGLU(CFG).apply(params, x)
+    gate, up, down = (
+        torch.tensor(np.asarray(params["params"][name]["weight"])) for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    theirs = (torch.nn.functional.silu(torch.tensor(x) @ gate.T) * (torch.tensor(x) @ up.T)) @ down.T
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-8)
+    assert SwiGLU(BF16).apply(params, x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("theta", "head_dim"), [(1e4, 64), (1e6, 128)])
+def test_rotary_equals_transformers(theta: float, head_dim: int) -> None:
+    positions = np.array([[0, 1, 2, 63], [5, 5, 40, 7]], np.int32)
+    config = LlamaConfig(
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    tables = rotary(jnp.asarray(positions), head_dim=head_dim, theta=theta)
+    np.testing.assert_allclose(tables.cos, cos.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tables.sin, sin.numpy(), rtol=1e-5, atol=1e-5)
+
+    heads = normal(2, 3, 4, head_dim)
+    theirs, _ = apply_rotary_pos_emb(torch.tensor(heads), torch.tensor(heads), cos, sin)
+    np.testing.assert_allclose(rotate(jnp.asarray(heads), tables), theirs.numpy(), rtol=1e-5, atol=2e-5)
+
+
+def test_rotary_is_as_exact_as_float32_up_to_100k_positions() -> None:
+    positions = np.array([[0, 1, 1000, 8191, 32_767, 99_999, 100_000]], np.int32)
+    tables = jax.jit(lambda at: rotary(at, head_dim=128, theta=1e6))(positions)
+    chex.assert_type(tuple(tables), jnp.float32)
+    frequencies = 1e6 ** -(np.arange(0, 128, 2) / 128)
+    angles = np.concatenate([positions[..., None] * frequencies] * 2, axis=-1)
+    # One rounding of the frequency and one of the product; bfloat16 anywhere would be 2**16 times worse.
+    bound = 2 * positions[..., None] * 2.0**-24 + 1e-6
+    assert (np.abs(tables.cos - np.cos(angles)) <= bound).all()
+    assert (np.abs(tables.sin - np.sin(angles)) <= bound).all()
+
+
+def test_rotate_keeps_the_type_and_computes_in_float32() -> None:
+    heads = jnp.asarray(normal(1, 2, 3, 8)).astype(jnp.bfloat16)
+    tables = rotary(jnp.arange(3)[None] + 1000, head_dim=8, theta=1e4)
+    ours = rotate(heads, tables)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(bits(ours), bits(rotate(heads.astype(jnp.float32), tables).astype(jnp.bfloat16)))
+
+
+def test_rotate_at_position_zero_is_the_identity() -> None:
+    heads = jnp.asarray(normal(1, 2, 3, 8))
+    np.testing.assert_array_equal(rotate(heads, rotary(jnp.zeros((1, 3), int), head_dim=8, theta=1e4)), heads)
+
+
+def slow_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    out = np.zeros(q.shape)
+    shared = q.shape[1] // k.shape[1]
+    for b, h, t in np.ndindex(*q.shape[:3]):
+        seen = np.flatnonzero(mask[b, t])
+        scores = np.array([q[b, h, t] @ k[b, h // shared, s] for s in seen], np.float64) / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, h, t] = (weights / weights.sum()) @ v[b, h // shared, seen]
+    return out
+
+
+def attention_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    mask = np.random.default_rng(3).random((2, 3, 5)) < 0.5
+    mask[..., 2] = True
+    mask[0, 1] = np.arange(5) == 4  # a row with one key
+    return normal(2, 6, 3, 4), normal(2, 2, 5, 4, seed=1), normal(2, 2, 5, 4, seed=2), mask
+
+
+def test_grouped_attention_equals_loops() -> None:
+    q, k, v, mask = attention_inputs()
+    ours = grouped_attention(*map(jnp.asarray, (q, k, v)), mask=jnp.asarray(mask))
+    np.testing.assert_allclose(ours, slow_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours[0, :, 1], np.repeat(v[0, :, 4], 3, axis=0), rtol=1e-5)
+
+
+def test_grouped_attention_ignores_what_is_masked() -> None:
+    q, k, v, mask = attention_inputs()
+    mask[:] = np.arange(5) < 3
+    ours = grouped_attention(q, k, v, mask=mask)
+    k[:, :, 3:], v[:, :, 3:] = 1e4, 1e4
+    np.testing.assert_array_equal(ours, grouped_attention(q, k, v, mask=mask))
+
+
+def test_grouped_attention_of_bfloat16_has_float32_scores_and_softmax() -> None:
+    q, k, v, mask = attention_inputs()
+    # Large scores that differ little: rounded to bfloat16, near 64, they would be steps of a half.
+    q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in (1 + 0.1 * q, 32 + k, v))
+    ours = grouped_attention(q, k, v, mask=mask)
+    assert ours.dtype == jnp.bfloat16
+    # What is left is the rounding of the weights and of the sum, 2**-9 each.
+    np.testing.assert_allclose(bits(ours), slow_attention(bits(q), bits(k), bits(v), mask), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
+    cfg = dataclasses.replace(CFG, qk_norm=qk_norm)
+    x, mask = normal(2, 5, cfg.hidden_size), np.tril(np.ones((5, 5), bool))[None].repeat(2, 0)
+    positions = np.arange(5, dtype=np.int32)[None].repeat(2, 0)
+    tables = rotary(jnp.asarray(positions), head_dim=cfg.head_dim, theta=cfg.rope_theta)
+
+    def run(module: AttentionProjections, x: jax.Array) -> jax.Array:
+        keys, values = module.keys_values(x, tables)
+        return module.output(grouped_attention(module.queries(x, tables), keys, values, mask=jnp.asarray(mask)))
+
+    module = AttentionProjections(cfg)
+    params = nn.unbox(module.init(jax.random.key(0), x, method=run))["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * normal(*leaf.shape, seed=leaf.size), params)
+
+    config = Qwen3Config(
+        hidden_size=cfg.hidden_size,
+        num_attention_heads=cfg.num_attention_heads,
+        num_key_value_heads=cfg.num_key_value_heads,
+        head_dim=cfg.head_dim,
+        rms_norm_eps=cfg.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        attn_implementation="eager",
+    )
+    reference = Qwen3Attention(config, layer_idx=0)
+    if not qk_norm:
+        reference.q_norm = reference.k_norm = torch.nn.Identity()
+    weights = {f"{name}.weight": torch.tensor(np.asarray(leaf["weight"])) for name, leaf in params.items()}
+    reference.load_state_dict(weights, strict=True)
+    embeddings = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    bias = torch.where(torch.tensor(mask)[:, None], 0.0, float("-inf"))
+    with torch.no_grad():
+        theirs, _ = reference(torch.tensor(x), embeddings, bias)
+    np.testing.assert_allclose(module.apply({"params": params}, x, method=run), theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_write_rows_equals_loops(batch: int) -> None:
+    cache, new = normal(batch, 2, 6, 4), normal(batch, 2, 2, 4, seed=1)
+    start = np.array([3, 0, 4][:batch], np.int32)
+    expected = cache.copy()
+    for b, kv, t in np.ndindex(batch, 2, 2):
+        expected[b, kv, start[b] + t] = new[b, kv, t]
+    np.testing.assert_array_equal(jax.jit(write_rows)(cache, new, start), expected)
+
+
+def test_write_rows_keeps_the_type_of_the_cache() -> None:
+    written = write_rows(jnp.zeros((1, 1, 4, 2), jnp.bfloat16), jnp.ones((1, 1, 4, 2)), jnp.zeros(1, int))
+    chex.assert_trees_all_equal(written, jnp.ones((1, 1, 4, 2), jnp.bfloat16))
+    assert written.dtype == jnp.bfloat16
