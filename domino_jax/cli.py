@@ -10,11 +10,11 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
-from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from rich.console import Console
 from rich.progress import Progress
 
 from domino_jax.config import DraftConfig, InputError, load_config
+from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import evaluate as evaluation
 from domino_jax.decoding.generate import regenerate as regenerate_answers
 from domino_jax.decoding.generate import stream_text

@@ -42,17 +42,10 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Refuses shapes that no decoder can have."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            _require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+        for name, kind in DecoderConfig.__annotations__.items():
+            _require(
+                kind is not int or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}"
+            )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(heads % kv_heads == 0, f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
         _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, found {self.head_dim}")
@@ -160,21 +153,12 @@ def make_draft_config(
         _require(
             token != recipe.mask_token_id, f"draft.mask_token_id {recipe.mask_token_id} is the target's {name} token"
         )
-    layers = recipe.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, recipe.num_hidden_layers)
-    inherited = {
-        name: getattr(target, name)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "rms_norm_eps",
-            "rope_theta",
-        )
-    }
+    layers = recipe.target_layer_ids
+    if layers is None:
+        layers = default_target_layer_ids(target.num_hidden_layers, recipe.num_hidden_layers)
+    # Depth and type are the draft's own; it always has per-head norms and never holds a head that could be tied.
+    own = ("num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings")
+    inherited = {f.name: getattr(target, f.name) for f in dataclasses.fields(DecoderConfig) if f.name not in own}
     chosen = dataclasses.asdict(recipe)
     for name in ("target_layer_ids", "init_layers_from_target"):
         del chosen[name]

@@ -3,12 +3,21 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before JAX starts, which reads them once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Compiled programs are kept beside pytest's own cache: in a second run, or in a program that a test starts, whatever
+# took longer than this to compile is read back.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+# The same examples in every run, and no time limit per example: a busy machine is not a failure.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlash
 
 from domino_jax.config import DraftConfig
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.draft.blocks import anchor_candidates, sample_anchors
 from domino_jax.interop.hf import save_hf_draft
 
 
@@ -127,14 +126,20 @@ def _document_positions(seq_lens: np.ndarray, length: int) -> dict[str, np.ndarr
 
 
 def random_anchors(config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Drawn anchors and which slots hold one; every second row has a third of its candidates only."""
-    candidates = anchor_candidates(
-        batch.loss_mask, block_size=config.block_size, doc_remaining=batch.packing.get("doc_remaining")
-    )
-    third = jnp.arange(batch.loss_mask.shape[1]) % 3 == 0
-    candidates = candidates & (third | (jnp.arange(len(batch.loss_mask)) % 2 == 0)[:, None])
-    anchors, keep = sample_anchors(jax.random.key(seed), candidates, num_anchors=slots)
-    return np.asarray(anchors), np.asarray(keep)
+    """Ascending anchors int32 [B, slots] and which slots hold one; odd rows keep a third of their candidates only."""
+    rng, size = np.random.default_rng(seed), config.block_size
+    rows, length = batch.loss_mask.shape
+    anchors, keep = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
+    for row in range(rows):
+        candidates = [position for position in range(max(length - size, 0) + 1) if batch.loss_mask[row, position]]
+        if batch.packing:
+            remaining = batch.packing["doc_remaining"][row]
+            candidates = [position for position in candidates if remaining[position] >= size - 1]
+        if row % 2:
+            candidates = candidates[::3]
+        drawn = sorted(rng.permutation(candidates)[:slots])
+        anchors[row, : len(drawn)], keep[row, : len(drawn)] = drawn, True
+    return anchors, keep
 
 
 def nemo_draft(config: DraftConfig, params: Any) -> Qwen3DFlashDraftModel:
@@ -204,7 +209,9 @@ def nemo_step(
     )
     metrics.loss.backward()
     gradients = {name: x.grad.numpy().copy() for name, x in trainer.draft_model.named_parameters()}
-    return {field.name: float(getattr(metrics, field.name)) for field in dataclasses.fields(metrics)}, gradients
+    return {
+        field.name: float(getattr(metrics, field.name).detach()) for field in dataclasses.fields(metrics)
+    }, gradients
 
 
 def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: float) -> None:

@@ -19,6 +19,7 @@ from domino_jax.config import (
     dump_config,
     from_tree,
     load_config,
+    make_draft_config,
 )
 
 SMALLEST: dict[str, Any] = {
@@ -231,6 +232,35 @@ def test_draft_config_accepts_the_edges() -> None:
     assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 4)}).num_predictions == 3
     assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 3, "shift_label": True}).num_predictions == 4
     assert DraftConfig(**DRAFT | {"projector_type": None, "emb_dim": 0}).qk_norm
+
+
+def test_make_draft_config_takes_the_rest_from_the_target() -> None:
+    target = DecoderConfig(**DECODER | {"num_hidden_layers": 36, "rope_theta": 1e6, "tie_word_embeddings": True})
+    draft = make_draft_config(DraftRecipe(mask_token_id=31), target, special_ids={"eos": 2}, dtype="bfloat16")
+    assert draft == DraftConfig(
+        **DECODER | {"num_hidden_layers": 5, "rope_theta": 1e6, "block_size": 16, "mask_token_id": 31},
+        dtype="bfloat16",
+        num_target_layers=36,
+        target_layer_ids=(1, 9, 17, 25, 33),
+        pure_draft_prefix_len=1,
+        shift_label=True,
+    )
+    assert draft.qk_norm and not draft.tie_word_embeddings
+    chosen = DraftRecipe(mask_token_id=31, target_layer_ids=(0, 7))
+    assert make_draft_config(chosen, target, special_ids={}, dtype="float32").target_layer_ids == (0, 7)
+
+
+def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:
+    target = DecoderConfig(**DECODER | {"num_hidden_layers": 36})
+    for recipe, message in (
+        (DraftRecipe(mask_token_id=2), "draft.mask_token_id 2 is the target's pad token"),
+        (DraftRecipe(mask_token_id=32), "mask_token_id 32 is outside the vocabulary of 32"),
+        (DraftRecipe(mask_token_id=31, target_layer_ids=()), "target_layer_ids [] must lie in 0..34"),
+        (DraftRecipe(mask_token_id=31, target_layer_ids=(35,)), "target_layer_ids [35] must lie in 0..34"),
+    ):
+        with pytest.raises(InputError) as caught:
+            make_draft_config(recipe, target, special_ids={"eos": None, "pad": 2}, dtype="float32")
+        assert str(caught.value) == message
 
 
 def test_dump_config_round_trips(smallest: Path, tmp_path: Path) -> None:

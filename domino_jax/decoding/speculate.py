@@ -93,14 +93,12 @@ def make_decoder(
     if draft is None:
         return Decoder(Target(cfg), temperature=temperature, stop_ids=tuple(stop_ids))
     for name in ("hidden_size", "vocab_size"):
-        if getattr(draft.cfg, name) != getattr(cfg, name):
-            raise ValueError(
-                f"{name} is {getattr(draft.cfg, name)} in the draft and {getattr(cfg, name)} in the target"
-            )
-    if draft.cfg.num_target_layers != cfg.num_hidden_layers:
-        raise ValueError(
-            f"the draft reads a target of {draft.cfg.num_target_layers} layers, this one has {cfg.num_hidden_layers}"
-        )
+        found, expected = getattr(draft.cfg, name), getattr(cfg, name)
+        if found != expected:
+            raise ValueError(f"the draft's {name} is {found}, the target's {expected}")
+    layers = draft.cfg.num_target_layers
+    if layers != cfg.num_hidden_layers:
+        raise ValueError(f"the draft reads a target of {layers} layers, this one has {cfg.num_hidden_layers}")
     return Decoder(
         Target(cfg, capture=draft.cfg.target_layer_ids),
         draft,
@@ -343,9 +341,7 @@ def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # 
 
 
 def _is_stop(decoder: Decoder, tokens: jax.Array) -> jax.Array:
-    return (
-        jnp.isin(tokens, jnp.array(decoder.stop_ids, jnp.int32)) if decoder.stop_ids else jnp.zeros(tokens.shape, bool)
-    )
+    return jnp.isin(tokens, jnp.array(decoder.stop_ids, jnp.int32))
 
 
 def _write_tokens(tokens: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:

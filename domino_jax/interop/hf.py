@@ -175,13 +175,17 @@ _PLAIN_DFLASH = {
     "final_logit_softcapping": None,
     "input_embedding_scale": 1.0,
 }
+_PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 
 
 def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     nested = tree.get("dflash_config")
     if not isinstance(nested, dict):
         raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
-    for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
+    rope = tree.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{place}: rope_parameters is {rope!r}; expected a mapping")
+    for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH), (rope, _PLAIN_ROPE)):
         for key, value in plain.items():
             if section.get(key, value) not in (value, None):
                 raise InputError(f"{place}: {key} is {section[key]!r}; only {value!r} is supported")
@@ -199,9 +203,9 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             raise InputError(f"{place}: {key} is {found[0]!r}, expected {kind}")
         return found[0]
 
-    rope = tree.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"{place}: rope_type is {rope['rope_type']!r}; only 'default' is supported")
+    layer_ids = value("target_layer_ids", nested, kind=list)
+    if any(type(layer) is not int for layer in layer_ids):
+        raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
     projector = nested.get("projector_type")
     domino: dict[str, Any] = {}
     if projector is not None:
@@ -230,7 +234,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
             block_size=value("block_size", nested, tree, kind=int),
             mask_token_id=value("mask_token_id", nested, kind=int),
-            target_layer_ids=tuple(value("target_layer_ids", nested, kind=list)),
+            target_layer_ids=tuple(layer_ids),
             projector_type=projector,
             **domino,
         )

@@ -172,9 +172,7 @@ class Target(nn.Module):
 def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> tuple[Cache, ...]:
     """A KV cache of zeros, one `Cache` of [batch, KV, slots, head_dim] in the compute dtype per layer."""
     shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
-    return tuple(
-        Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.num_hidden_layers)
-    )
+    return tuple(Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.num_hidden_layers))
 
 
 def lm_head_weight(params: Any) -> jax.Array:

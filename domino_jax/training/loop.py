@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
-from domino_jax.data.conversations import RowSet, load_rows
-from domino_jax.data.pipeline import heldout_batches, row_batches
 from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from domino_jax.config import DraftConfig, InputError, RunConfig, dump_config, make_draft_config
+from domino_jax.data.conversations import RowSet, load_rows
+from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.gguf import resolve_target
@@ -212,20 +212,22 @@ def _run_steps(
             window = {name: window[name] + value for name, value in sums.items()} if window else sums
             last = step == total or stop_requested()
             if step % settings.log_every == 0 or last:
-                seconds, steps = time.monotonic() - began, step - first_of_window
-                figures = _training_figures(run, step, jax.device_get(window), steps=steps, seconds=seconds)
+                sums, steps = jax.device_get(window), step - first_of_window  # waits for the steps it measures
+                figures = _training_figures(run, step, sums, steps=steps, seconds=time.monotonic() - began)
                 log.write(step, "train", figures)
                 progress.update(task, completed=step, figures=_in_words(figures))
                 if not console.is_terminal:
                     console.print(f"step {step}/{total}  {_in_words(figures)}", highlight=False)
                 window, began, first_of_window = {}, time.monotonic(), step
+            paused = time.monotonic()
             if heldout and (step % settings.eval_every == 0 or step == total):
+                jax.block_until_ready(state)
                 figures = heldout(state)
                 log.write(step, "heldout", figures)
                 console.print(f"step {step}/{total}  held out: {_in_words(figures)}", highlight=False)
-                began = time.monotonic() if not window else began
             if step % settings.checkpoint_every == 0 or last:
                 save(state)  # before the next rows are taken: the saved data position belongs to this step
+            began += time.monotonic() - paused
             if last:
                 break
             batch = _device_batch(run, next(rows))

@@ -1,7 +1,7 @@
 """The target against transformers' torch models; scanned, cached, rewound and batched passes against the whole one."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,7 +179,8 @@ TEXTS = (
     "The lighthouse keeper climbed the stairs every evening, carrying oil and a small brass lantern. From the top he "
     "could see the fishing boats come home, one after another, their sails grey against the red sky. He knew each of "
     "them by the way it leaned, and when one was late he would put a second lamp in the window and wait, counting the "
-    "waves, until its shape came out of the dark and his own heart slowed down again, as it always had, so far.",
+    "waves, until its shape came out of the dark and his own heart slowed down again. In forty years he had "
+    "not lost one of them.",
     "def merge(left: list[int], right: list[int]) -> list[int]:\n    result = []\n    i = j = 0\n"
     "    while i < len(left) and j < len(right):\n        if left[i] <= right[j]:\n            result.append(left[i])\n"
     "            i += 1\n        else:\n            result.append(right[j])\n            j += 1\n"
@@ -188,10 +189,11 @@ TEXTS = (
     "3.14159 * 2 = 6.28318. 2 ** 16 = 65536. 65536 - 1 = 65535. 7! = 5040. 5040 / 144 = 35. 35 % 8 = 3.",
     "<|im_start|>user\nName three rivers of Europe and the seas they reach.<|im_end|>\n<|im_start|>assistant\n"
     "1. The Danube flows through ten countries and reaches the Black Sea.\n2. The Rhine rises in Switzerland and ends "
-    "in the North Sea.\n3. The Po crosses northern Italy to the Adriatic Sea.<|im_end|>\n<|im_start|>user\nWhich of "
-    "them is the longest, and how long is it in kilometres?<|im_end|>\n<|im_start|>assistant\n",
-    "Ünïcödé naïve café — «Привет, мир!» 日本語のテキストと漢字。 Ελληνικά γράμματα, עברית, العربية. 🙂🚀 ½ ≤ ∞ → √2 ≈ 1.414 "
-    "Größe, façade, smörgåsbord, jalapeño, Łódź, İstanbul, Đà Nẵng, 서울, ไทย.",
+    "in the North Sea.\n3. The Po crosses northern Italy and ends in the Adriatic Sea.<|im_end|>\n<|im_start|>user\n"
+    "Which of them is the longest, how long is it in kilometres, and which capital cities stand on its banks, from west "
+    "to east?<|im_end|>\n<|im_start|>assistant\n",
+    "Ünïcödé naïve café — «Привет, мир!» 日本語のテキストと漢字。 Ελληνικά γράμματα, עברית, العربية. 🙂🚀 ½ ≤ ∞ → √2 "
+    "≈ 1.414 Größe, façade, smörgåsbord, jalapeño, Łódź, İstanbul, Đà Nẵng, 서울, ไทย.",
 )
 
 
@@ -204,9 +206,12 @@ class Real(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def real(smollm2: Path) -> Real:
+def real(smollm2: Path) -> Iterator[Real]:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    return Real(load_target(smollm2), model, load_tokenizer(smollm2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # torch's threads spin: on a busy machine several take eight times as long as one
+    yield Real(load_target(smollm2), model, load_tokenizer(smollm2))
+    torch.set_num_threads(threads)
 
 
 def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable[[str, object], None]) -> None:
@@ -231,23 +236,29 @@ def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable
 
 
 def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
-    loaded, slots = real.loaded, 256
+    loaded, count = real.loaded, 64
+    prompts = np.array([real.tokenizer(text)["input_ids"][:48] for text in TEXTS], np.int32)
+    start = prompts.shape[1]
+    real.model.generation_config.eos_token_id = None  # all 64 tokens, also past the end of an answer
+    with torch.no_grad():
+        ids = torch.tensor(prompts, dtype=torch.long)
+        # Without a mask, generate would hide every <|im_end|> of the prompt: it is the padding token too.
+        expected = real.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, use_cache=True
+        )
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def next_token(params: Any, token: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
-        out = Target(loaded.config).apply({"params": params}, token[:, None], position[:, None], cache=cache)
+    def next_tokens(params: Any, tokens: jax.Array, cache: Any, positions: jax.Array) -> tuple[jax.Array, Any]:
+        out = Target(loaded.config).apply({"params": params}, tokens, positions, cache=cache)
         return vocabulary_logits(out.hidden[:, -1], lm_head_weight(params)).argmax(-1).astype(jnp.int32), out.cache
 
-    real.model.generation_config.eos_token_id = None  # all 64 tokens, also past the end of an answer
-    for text in TEXTS:
-        prompt = real.tokenizer(text)["input_ids"][:48]
-        with torch.no_grad():
-            expected = real.model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, use_cache=True)
-        cache, tokens = empty_cache(loaded.config, batch=1, slots=slots), list(prompt)
-        for at in range(len(prompt) + 63):
-            token, cache = next_token(
-                loaded.params, np.array(tokens[at : at + 1], np.int32), cache, np.array([at], np.int32)
-            )
-            if at + 1 == len(tokens):
-                tokens.append(int(token[0]))
-        assert tokens == expected[0].tolist()
+    def positions(first: int, length: int) -> np.ndarray:
+        return np.broadcast_to(np.arange(first, first + length, dtype=np.int32), (len(TEXTS), length))
+
+    cache = empty_cache(loaded.config, batch=len(TEXTS), slots=start + count)
+    token, cache = next_tokens(loaded.params, prompts, cache, positions(0, start))
+    tokens = [token]
+    for at in range(start, start + count - 1):
+        token, cache = next_tokens(loaded.params, token[:, None], cache, positions(at, 1))
+        tokens.append(token)
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), expected[:, start:])

@@ -1,0 +1,261 @@
+"""Conversations become token rows: JSONL of {"messages": [...]} and a chat template -> ids and loss mask."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from domino_jax.config import InputError
+
+ROLES = ("system", "user", "assistant")
+
+Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}; further keys reach the template as they are
+
+
+class BadLine(NamedTuple):
+    """A line of a file that cannot be used; `line` counts from 1."""
+
+    line: int
+    reason: str
+
+
+class MessageSet(NamedTuple):
+    """The usable conversations of a file with their line numbers, and the lines left out."""
+
+    conversations: list[tuple[int, Messages]]
+    bad_lines: list[BadLine]
+
+
+class Row(NamedTuple):
+    """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+class RowSet(NamedTuple):
+    """The rows of a file in its order, and the lines left out."""
+
+    rows: list[Row]
+    bad_lines: list[BadLine]
+
+
+def read_messages(path: str | Path) -> MessageSet:
+    """Reads conversations or prompts; further keys of a line are allowed and ignored.
+
+    Args:
+        path: JSONL of {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are skipped.
+    Returns:
+        What can be used, and per other line its number and what is wrong with it.
+    Raises:
+        InputError: the file cannot be read or has no usable line.
+    """
+    records, bad_lines = _read_records(path)
+    return MessageSet([(line, record["messages"]) for line, record in records], bad_lines)
+
+
+def load_rows(path: str | Path, tokenizer: Any, *, max_length: int) -> RowSet:
+    """Reads conversations and encodes them.
+
+    A line with `"finished": false` (as `regenerate` writes it for an answer cut at its limit) ends without an
+    end-of-turn token: the target did not stop there.
+
+    Args:
+        path: JSONL, see `read_messages`.
+        tokenizer: a transformers fast tokenizer with a chat template.
+        max_length: longer conversations keep their first `max_length` tokens.
+    Returns:
+        The rows, and per other line its number and what is wrong with it.
+    Raises:
+        InputError: the file cannot be read, no line of it gives a row, or the template has no end of turn.
+    """
+    records, bad_lines = _read_records(path)
+    stop_ids = stop_token_ids(tokenizer)
+    rows = []
+    for line, record in records:
+        finished = record.get("finished") is not False
+        try:
+            row = _encode(record["messages"], tokenizer, stop_ids, max_length=max_length, finished=finished)
+        except InputError as error:
+            bad_lines.append(BadLine(line, str(error)))
+            continue
+        if row is None:
+            bad_lines.append(BadLine(line, f"no token of an answer among the first {max_length}"))
+        else:
+            rows.append(row)
+    bad_lines.sort()
+    if not rows:
+        raise _nothing_usable(path, bad_lines)
+    return RowSet(rows, bad_lines)
+
+
+def encode_conversation(messages: Messages, tokenizer: Any, *, max_length: int) -> Row | None:
+    """Renders a conversation with the chat template and marks what the assistant wrote.
+
+    Marked are the tokens of each answer and the token that ends its turn; neither the role header before it nor a
+    newline that the template puts after it. A token that lies across the start of an answer is not marked: the target
+    cannot generate it after the prompt.
+
+    Args:
+        messages: the conversation, with one answer at least.
+        tokenizer: a transformers fast tokenizer with a chat template.
+        max_length: the row keeps its first `max_length` tokens.
+    Returns:
+        The row, or None if no marked token is left after the cut.
+    Raises:
+        InputError: there is no answer, or the template does not show where answers begin and end.
+    """
+    return _encode(messages, tokenizer, stop_token_ids(tokenizer), max_length=max_length, finished=True)
+
+
+def encode_prompt(messages: Messages, tokenizer: Any) -> np.ndarray:
+    """The ids that the target continues with its answer.
+
+    Args:
+        messages: a conversation that ends before an answer.
+        tokenizer: a transformers fast tokenizer with a chat template.
+    Returns:
+        int32 [n], generation prompt included.
+    Raises:
+        InputError: the last message is an answer already, or the template refuses the conversation.
+    """
+    if messages[-1]["role"] == "assistant":
+        raise InputError("the last message is an answer; a prompt ends with a message of the user")
+    return _tokenize(_render(messages, tokenizer, generation_prompt=True), tokenizer)[0]
+
+
+def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's eos, then the template's end of turn where that is another token.
+
+    Raises:
+        InputError: the tokenizer has neither, or its chat template refuses a plain exchange.
+    """
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answer = "Certainly, here it is"
+    text = _render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}], tokenizer)
+    if answer not in text:
+        raise InputError("the chat template does not show the text of an answer")
+    ids, spans = _tokenize(text, tokenizer)
+    after = ids[spans[:, 0] >= text.rindex(answer) + len(answer)]
+    end_of_turn = next((int(token) for token in after if int(token) in tokenizer.added_tokens_decoder), None)
+    if end_of_turn is not None and end_of_turn not in stops:
+        stops.append(end_of_turn)
+    if not stops:
+        raise InputError("the tokenizer has no eos token and its chat template no token that ends a turn")
+    return tuple(stops)
+
+
+def _encode(
+    messages: Messages, tokenizer: Any, stop_ids: Sequence[int], *, max_length: int, finished: bool
+) -> Row | None:
+    text = _render(messages, tokenizer)
+    begins = _answer_begins(messages, text, tokenizer, tokenizer.convert_ids_to_tokens(list(stop_ids)))
+    ids, spans = _tokenize(text, tokenizer)
+    mask = np.zeros(len(ids), bool)
+    for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True):
+        inside = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 0] < limit))
+        stops = inside[np.isin(ids[inside], stop_ids)]
+        if not len(stops):
+            raise InputError("the chat template puts no end-of-turn token after an answer")
+        mask[inside[0] : stops[0] + 1] = True
+    length = max_length if finished else min(max_length, int(stops[0]))
+    row = Row(ids[:length], mask[:length])
+    return row if row.loss_mask.any() else None
+
+
+def _answer_begins(messages: Messages, text: str, tokenizer: Any, stop_texts: Iterable[str]) -> list[int]:
+    """Characters of the rendered conversation at which the answers begin."""
+    begins = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        for stop in stop_texts:
+            if stop in message["content"]:
+                raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
+        prompt = _render(messages[:index], tokenizer, generation_prompt=True)
+        if not text.startswith(prompt):
+            raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
+        # Some templates know no generation prompt and need none; in the others a role header would count as answer.
+        follows = text[len(prompt) :].lstrip().startswith(message["content"].strip())
+        if not follows and prompt == _render(messages[:index], tokenizer):
+            raise InputError("the chat template ignores add_generation_prompt, which marks where an answer begins")
+        begins.append(len(prompt))
+    if not begins:
+        raise InputError("no assistant message")
+    return begins
+
+
+def _render(messages: Messages, tokenizer: Any, *, generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception as error:  # a template is a program of its own: it may raise anything
+        raise InputError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
+
+
+def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ids int32 [n] of rendered text and the characters int64 [n, 2] that each covers, end exclusive."""
+    # The template has written the special tokens already; verbose off: long rows are cut later, no warning is due.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return np.array(encoded["input_ids"], np.int32), np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+
+
+def _read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[BadLine]]:
+    records, bad_lines = [], []
+    try:
+        for line, raw in _numbered_lines(path):
+            try:
+                records.append((line, _usable_record(raw)))
+            except InputError as error:
+                bad_lines.append(BadLine(line, str(error)))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if not records:
+        raise _nothing_usable(path, bad_lines)
+    return records, bad_lines
+
+
+def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    with Path(path).open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if line == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
+            if raw.strip():
+                yield line, raw
+
+
+def _usable_record(raw: bytes) -> dict[str, Any]:
+    """The parsed line, or `InputError` with what is wrong with it."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError("not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}") from error
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise InputError('no messages; expected {"messages": [{"role": ..., "content": ...}, ...]}')
+    asked = False
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise InputError(f"message {number} is not an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise InputError(f"message {number} has unknown role {role!r}; known: {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise InputError(f"message {number} ({role}) has no content")
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InputError(f"message {number} ({role}) is not valid Unicode") from error
+        asked = asked or role == "user"
+        if role == "assistant" and not asked:
+            raise InputError(f"message {number} answers, but no message of a user comes before it")
+    return record
+
+
+def _nothing_usable(path: str | Path, bad_lines: Sequence[BadLine]) -> InputError:
+    if not bad_lines:
+        return InputError(f"{path}: empty")
+    return InputError(f"{path}: no usable line; line {bad_lines[0].line}: {bad_lines[0].reason}")

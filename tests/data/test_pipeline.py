@@ -1,0 +1,182 @@
+"""Rows -> batches: nothing lost, nothing twice, the same again after a restore, and a fair share per process."""
+
+import itertools
+from pathlib import Path
+
+import grain.checkpoint
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from domino_jax.config import InputError
+from domino_jax.data.conversations import Row
+from domino_jax.data.pipeline import heldout_batches, row_batches
+
+LENGTH = 9
+
+
+def make_rows(count: int) -> list[Row]:
+    """Row i holds i + 1 as its every token, and is 1 to LENGTH tokens long."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, LENGTH, size=count, endpoint=True)
+    return [Row(np.full(n, i + 1, np.int32), rng.random(n) < 0.5) for i, n in enumerate(lengths)]
+
+
+def numbers(batch: dict[str, np.ndarray]) -> list[int]:
+    """Which rows a batch holds; -1 is an empty one."""
+    return [int(first) - 1 for first in batch["input_ids"][:, 0]]
+
+
+def taken(batches, count: int) -> list[int]:
+    return [number for batch in itertools.islice(batches, count) for number in numbers(batch)]
+
+
+def assert_equal_batches(ours, theirs) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() == {"input_ids", "loss_mask"}
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_batches_are_the_padded_rows() -> None:
+    rows = make_rows(10)
+    batches = row_batches(rows, batch_size=4, max_length=LENGTH, seed=0)
+    for batch in itertools.islice(batches, 20):
+        assert batch["input_ids"].shape == batch["loss_mask"].shape == (4, LENGTH)
+        assert batch["input_ids"].dtype == np.int32 and batch["loss_mask"].dtype == bool
+        for slot, number in enumerate(numbers(batch)):
+            row = rows[number]
+            padding = LENGTH - len(row.input_ids)
+            assert batch["input_ids"][slot].tolist() == row.input_ids.tolist() + [0] * padding
+            assert batch["loss_mask"][slot].tolist() == row.loss_mask.tolist() + [False] * padding
+
+
+def test_every_epoch_holds_every_row_once_in_another_order() -> None:
+    stream = taken(row_batches(make_rows(30), batch_size=4, max_length=LENGTH, seed=5), 23)
+    epochs = [stream[start : start + 30] for start in (0, 30, 60)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(30))
+    assert epochs[0] != epochs[1] and epochs[1] != epochs[2] and epochs[0] != list(range(30))
+
+
+def test_the_seed_decides_the_order() -> None:
+    def stream(seed: int) -> list[int]:
+        return taken(row_batches(make_rows(30), batch_size=4, max_length=LENGTH, seed=seed), 20)
+
+    assert stream(3) == stream(3)
+    assert stream(3) != stream(4)
+
+
+def test_without_shuffle_the_order_is_the_file_s() -> None:
+    batches = row_batches(make_rows(5), batch_size=2, max_length=LENGTH, seed=0, shuffle=False)
+    assert taken(batches, 5) == [*range(5), *range(5)]
+
+
+def test_without_repeat_the_last_batch_is_filled_from_the_next_epoch() -> None:
+    def batches(count: int, **options) -> list[dict[str, np.ndarray]]:
+        given = row_batches(make_rows(count), batch_size=4, max_length=LENGTH, seed=0, **options)
+        return list(itertools.islice(given, 50))
+
+    once = batches(10, repeat=False)
+    assert len(once) == 3
+    assert_equal_batches(once, batches(10)[:3])
+    parts = [batches(20, repeat=False, process_index=index, process_count=2) for index in (0, 1)]
+    assert len(parts[0]) == len(parts[1]) == 3
+    assert len(batches(8, repeat=False)) == 2
+
+
+@pytest.mark.parametrize("process_count", [2, 3])
+def test_processes_together_see_what_one_would(process_count: int) -> None:
+    rows = make_rows(24)
+    joint = row_batches(rows, batch_size=2 * process_count, max_length=LENGTH, seed=1)
+    parts = [
+        row_batches(rows, batch_size=2, max_length=LENGTH, seed=1, process_index=index, process_count=process_count)
+        for index in range(process_count)
+    ]
+    epoch: list[int] = []
+    for _ in range(24 // (2 * process_count)):
+        batches = [next(part) for part in parts]
+        seen = [set(numbers(batch)) for batch in batches]
+        assert not set.intersection(*seen)
+        together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        assert_equal_batches([together], [next(joint)])
+        epoch += numbers(together)
+    assert sorted(epoch) == list(range(24))
+
+
+@pytest.mark.parametrize("before", [0, 1, 7, 13])
+def test_a_restored_state_goes_on_with_the_same_batches(before: int) -> None:
+    def fresh():
+        return row_batches(make_rows(10), batch_size=4, max_length=LENGTH, seed=2)
+
+    batches = fresh()
+    taken(batches, before)
+    state = batches.get_state()
+    expected = list(itertools.islice(batches, 6))
+    other = fresh()
+    taken(other, 3)
+    other.set_state(state)
+    assert_equal_batches(itertools.islice(other, 6), expected)
+
+
+def test_orbax_restores_the_place_with_the_state(tmp_path: Path) -> None:
+    def fresh():
+        return row_batches(make_rows(10), batch_size=4, max_length=LENGTH, seed=2)
+
+    batches = fresh()
+    taken(batches, 4)
+    state = {"step": jnp.int32(4)}
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(batches)}
+        checkpoints.save(4, args=ocp.args.Composite(**items))
+        expected = list(itertools.islice(batches, 4))  # taken while the save may still be under way
+        checkpoints.wait_until_finished()
+    with ocp.CheckpointManager(tmp_path) as checkpoints:
+        items = {"state": ocp.args.StandardRestore(state), "data": grain.checkpoint.CheckpointRestore(fresh())}
+        restored = checkpoints.restore(4, args=ocp.args.Composite(**items))
+    assert int(restored["state"]["step"]) == 4
+    assert_equal_batches(itertools.islice(restored["data"], 4), expected)
+
+
+def test_row_batches_refuses() -> None:
+    with pytest.raises(InputError, match="7 rows cannot fill a batch of 8"):
+        row_batches(make_rows(7), batch_size=8, max_length=LENGTH, seed=0)
+    with pytest.raises(InputError, match="7 rows cannot fill a batch of 8"):
+        row_batches(make_rows(7), batch_size=4, max_length=LENGTH, seed=0, process_index=1, process_count=2)
+    with pytest.raises(InputError, match="seed must lie in"):
+        row_batches(make_rows(7), batch_size=4, max_length=LENGTH, seed=-1)
+    with pytest.raises(ValueError, match=f"a row has {LENGTH} tokens, more than max_length {LENGTH - 1}"):
+        row_batches(make_rows(30), batch_size=4, max_length=LENGTH - 1, seed=0)
+    with pytest.raises(ValueError, match="process_index 2 is not one of 2"):
+        row_batches(make_rows(30), batch_size=4, max_length=LENGTH, seed=0, process_index=2, process_count=2)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (8, 4), (9, 4), (15, 4), (3, 1)])
+def test_heldout_batches_drop_nothing(count: int, batch_size: int) -> None:
+    rows = make_rows(count)
+    batches = list(heldout_batches(rows, batch_size=batch_size, max_length=LENGTH))
+    assert len(batches) == -(-count // batch_size)
+    seen = [number for batch in batches for number in numbers(batch)]
+    assert seen == [*range(count), *[-1] * (len(seen) - count)]
+    for batch in batches:
+        assert batch["input_ids"].shape == batch["loss_mask"].shape == (batch_size, LENGTH)
+    assert sum(int(batch["loss_mask"].sum()) for batch in batches) == sum(int(row.loss_mask.sum()) for row in rows)
+
+
+@pytest.mark.parametrize("count", [1, 9, 16])
+def test_heldout_batches_of_two_processes_are_as_many(count: int) -> None:
+    parts = [
+        list(heldout_batches(make_rows(count), batch_size=4, max_length=LENGTH, process_index=i, process_count=2))
+        for i in (0, 1)
+    ]
+    assert len(parts[0]) == len(parts[1])
+    seen = [number for pair in zip(*parts, strict=True) for batch in pair for number in numbers(batch)]
+    assert [number for number in seen if number >= 0] == list(range(count))
+
+
+def test_heldout_batches_refuses() -> None:
+    with pytest.raises(InputError, match="no held-out rows"):
+        heldout_batches([], batch_size=4, max_length=LENGTH)
+    with pytest.raises(ValueError, match="more than max_length"):
+        heldout_batches(make_rows(30), batch_size=4, max_length=LENGTH - 1)

@@ -1,0 +1,301 @@
+"""The speculative loop: greedy output is the target's own, sampled output has the target's distribution."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chi2, chisquare, ncx2
+
+from domino_jax.config import DecoderConfig, DraftConfig
+from domino_jax.decoding.speculate import (
+    Decoder,
+    Weights,
+    accept_greedy,
+    accept_sampled,
+    finish,
+    make_decoder,
+    number_of_proposals,
+    required_slots,
+    start,
+    stream,
+)
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+
+TARGET = DecoderConfig(
+    vocab_size=7,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+
+
+def draft_config(**changes: Any) -> DraftConfig:
+    shape = {name: value for name, value in vars(TARGET).items() if name != "num_hidden_layers"}
+    fields = dict(
+        num_hidden_layers=1,
+        qk_norm=True,
+        block_size=4,
+        mask_token_id=6,
+        num_target_layers=4,
+        target_layer_ids=(0, 2),
+        emb_dim=8,
+        gru_hidden_dim=8,
+        shift_label=True,
+        pure_draft_prefix_len=1,
+    )
+    return DraftConfig(**{**shape, **fields, **changes})
+
+
+def sharp(params: Any, factor: float) -> Any:
+    """Random weights large enough for outputs that depend on every input."""
+    return jax.tree.map(lambda x: x * factor if x.ndim == 2 else x, params)
+
+
+@pytest.fixture(scope="module")
+def target_params() -> Any:
+    variables = Target(TARGET).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return sharp(nn.meta.unbox(variables)["params"], 20.0)
+
+
+def models(target_params: Any, config: DraftConfig) -> tuple[DraftModel, Weights]:
+    model = DraftModel(config)
+    params = nn.meta.unbox(init_variables(model, jax.random.key(1)))["params"]
+    return model, Weights(target_params, sharp(params, 20.0))
+
+
+def greedy_by_whole_passes(target_params: Any, prompt: np.ndarray, count: int) -> list[int]:
+    """The slow reference: the whole sequence again for every token, no cache."""
+    tokens = np.zeros(40, np.int32)  # a causal pass does not see what lies behind
+    tokens[: len(prompt)] = prompt
+    for index in range(len(prompt), len(prompt) + count):
+        tokens[index] = int(whole_pass(target_params, tokens)[index - 1])
+    return tokens[len(prompt) : len(prompt) + count].tolist()
+
+
+@jax.jit
+def whole_pass(target_params: Any, tokens: jax.Array) -> jax.Array:
+    hidden = Target(TARGET).apply({"params": target_params}, tokens[None]).hidden
+    return jnp.argmax(vocabulary_logits(hidden[0], lm_head_weight(target_params)), axis=-1)
+
+
+PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3, 1], [3, 3])]
+
+
+def answers(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count: int, seed: int = 0) -> Any:
+    slots = required_slots(decoder, max(map(len, prompts)), count)
+    return finish(decoder, weights, start(decoder, weights, prompts, max_new_tokens=count, slots=slots, seed=seed))
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one row", "rows of different lengths"])
+@pytest.mark.parametrize(
+    ("changes", "mode", "use_head"),
+    [
+        ({}, "block", True),
+        ({}, "serving", True),
+        ({}, "block", False),
+        ({"shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
+        ({"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
+    ],
+    ids=["shift", "serving", "head off", "no shift", "dflash"],
+)
+def test_greedy_output_is_the_target_s_own(
+    target_params: Any, prompts: list[np.ndarray], changes: dict[str, Any], mode: str, use_head: bool
+) -> None:
+    draft, weights = models(target_params, draft_config(**changes))
+    decoder = make_decoder(Target(TARGET), draft, proposals=mode, use_head=use_head)
+    state = answers(decoder, weights, prompts, 20)
+    for row, prompt in enumerate(prompts):
+        written = np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])])
+        assert written.tolist() == greedy_by_whole_passes(target_params, prompt, 20)
+        # One token came from the prompt's pass; the rest cost at most one verification each.
+        assert int(state.committed[row]) == 19
+        assert 19 / (decoder.proposals + 1) <= int(state.verifications[row]) <= 19
+    assert int(jnp.sum(state.verifications)) < int(jnp.sum(state.committed)), "nothing was ever accepted"
+
+
+def test_plain_decoding_is_the_loop_without_proposals(target_params: Any) -> None:
+    decoder = make_decoder(Target(TARGET))
+    state = answers(decoder, Weights(target_params), PROMPTS, 12)
+    assert decoder.proposals == 0
+    for row, prompt in enumerate(PROMPTS):
+        written = np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])])
+        assert written.tolist() == greedy_by_whole_passes(target_params, prompt, 12)
+        assert int(state.verifications[row]) == 11
+
+
+def test_a_stop_token_ends_its_row_where_it_stands(target_params: Any) -> None:
+    draft, weights = models(target_params, draft_config())
+    whole = [greedy_by_whole_passes(target_params, prompt, 20) for prompt in PROMPTS]
+    stop = whole[0][6]
+    decoder = make_decoder(Target(TARGET), draft, stop_ids=(stop,))
+    state = answers(decoder, weights, PROMPTS, 20)
+    for row, prompt in enumerate(PROMPTS):
+        expected = whole[row][: whole[row].index(stop) + 1] if stop in whole[row] else whole[row]
+        assert np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])]).tolist() == expected
+
+
+def test_streaming_gives_growing_prefixes_of_the_same_output(target_params: Any) -> None:
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft)
+    slots = required_slots(decoder, 3, 20)
+    first = start(decoder, weights, PROMPTS[:1], max_new_tokens=20, slots=slots)
+    pieces = [
+        np.asarray(state.tokens[0, 3 : int(state.lengths[0])]).tolist()
+        for state in stream(decoder, weights, first, cycles=2)
+    ]
+    whole = greedy_by_whole_passes(target_params, PROMPTS[0], 20)
+    assert len(pieces) > 2 and pieces[-1] == whole
+    assert all(piece == whole[: len(piece)] for piece in pieces)
+
+
+def test_accept_greedy_keeps_the_longest_matching_prefix() -> None:
+    drafted = jnp.array([[1, 2, 3], [1, 9, 3], [9, 2, 3]])
+    choices = jnp.array([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    accepted, following = accept_greedy(drafted, choices)
+    assert accepted.tolist() == [3, 1, 0] and following.tolist() == [4, 2, 1]
+
+
+# Sampling. The statistic is Pearson's; `power` is the chance to notice the stated fault at the 0.1 % level.
+SIGNIFICANCE = 1e-3
+ROWS = 200_000
+
+
+def distributions(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """q for one position and p for two, over five tokens, far apart."""
+    rng = np.random.default_rng(seed)
+    return rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5), size=2)
+
+
+def first_tokens(rule: Any, q: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Counts of the first committed token when one token is drafted from q and the rule decides."""
+    drafted = jax.random.categorical(jax.random.key(3), jnp.log(q), shape=(ROWS, 1)).astype(jnp.int32)
+    accepted, following = rule(
+        jax.random.key(4),
+        drafted,
+        jnp.broadcast_to(jnp.asarray(q, jnp.float32), (ROWS, 1, 5)),
+        jnp.broadcast_to(jnp.asarray(p, jnp.float32), (ROWS, 2, 5)),
+    )
+    return np.bincount(np.where(accepted > 0, drafted[:, 0], following), minlength=5)
+
+
+def resample_from_p(key: jax.Array, drafted: jax.Array, q: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A wrong rule: after a refusal it draws from p instead of the positive part of p - q."""
+    accepted, _ = accept_sampled(key, drafted, q, p)
+    return accepted, jax.random.categorical(jax.random.key(5), jnp.log(p[:, 0]), axis=-1).astype(jnp.int32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_accepted_tokens_follow_the_target_s_distribution(seed: int) -> None:
+    q, p = distributions(seed)
+    assert chisquare(first_tokens(accept_sampled, q, p), ROWS * p[0] / p[0].sum()).pvalue > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wrong_rule_fails_the_same_test(seed: int) -> None:
+    q, p = distributions(seed)
+    kept = np.minimum(p[0], q)
+    wrong = kept + (1 - kept.sum()) * p[0]
+    noncentrality = ROWS * np.sum((wrong - p[0]) ** 2 / p[0])
+    power = ncx2.sf(chi2.isf(SIGNIFICANCE, df=4), df=4, nc=noncentrality)
+    assert power > 0.999
+    assert chisquare(first_tokens(resample_from_p, q, p), ROWS * p[0] / p[0].sum()).pvalue < SIGNIFICANCE
+
+
+def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
+    _, p = distributions(0)
+    drafted = jax.random.categorical(jax.random.key(0), jnp.log(p[0]), shape=(1000, 1)).astype(jnp.int32)
+    q = jnp.broadcast_to(jnp.asarray(p[:1], jnp.float32), (1000, 1, 5))
+    target = jnp.broadcast_to(jnp.asarray(p, jnp.float32), (1000, 2, 5))
+    accepted, _ = accept_sampled(jax.random.key(1), drafted, q, target)
+    assert int(jnp.sum(accepted)) == 1000
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_sampled_sequences_follow_the_target_s_distribution(target_params: Any, use_head: bool) -> None:
+    """Whole loop: three sampled tokens against the product of the target's own conditional probabilities."""
+    rows, temperature, prompt = 8192, 1.5, np.array([1, 2], np.int32)
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft, use_head=use_head, temperature=temperature)
+    state = answers(decoder, weights, [prompt] * rows, 3, seed=11)
+    found = np.asarray(state.tokens[:, 2:5])
+    assert int(jnp.sum(state.verifications)) < 2 * rows, "nothing was ever accepted"
+
+    triples = np.array(list(itertools.product(range(7), repeat=3)), np.int32)
+    sequences = jnp.concatenate([jnp.broadcast_to(prompt, (len(triples), 2)), triples], axis=1)
+    hidden = Target(TARGET).apply({"params": target_params}, sequences).hidden
+    logs = jax.nn.log_softmax(vocabulary_logits(hidden, lm_head_weight(target_params)) / temperature, axis=-1)
+    steps = jnp.take_along_axis(logs[:, 1:4], jnp.asarray(triples)[..., None], axis=-1)[..., 0]
+    expected = np.asarray(jnp.exp(jnp.sum(steps, axis=1)), np.float64) * rows
+    counts = np.array([np.sum(np.all(found == triple, axis=1)) for triple in triples])
+    frequent = expected >= 5  # Pearson's statistic wants five expected counts a cell: the rest is pooled
+    counts = np.append(counts[frequent], counts[~frequent].sum())
+    expected = np.append(expected[frequent], expected[~frequent].sum())
+    assert chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > SIGNIFICANCE
+
+
+def test_the_same_seed_samples_the_same_tokens(target_params: Any) -> None:
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft, temperature=1.0)
+    first, again, other = (np.asarray(answers(decoder, weights, PROMPTS, 12, seed=seed).tokens) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_number_of_proposals_and_bad_combinations() -> None:
+    assert number_of_proposals(draft_config(), "block") == 4
+    assert number_of_proposals(draft_config(), "serving") == 3
+    assert number_of_proposals(draft_config(shift_label=False), "block") == 3
+    with pytest.raises(ValueError, match="'block' or 'serving'"):
+        number_of_proposals(draft_config(), "all")
+    with pytest.raises(ValueError, match="draft's vocab_size is 9, the target's 7"):
+        make_decoder(Target(TARGET), DraftModel(draft_config(vocab_size=9)))
+    with pytest.raises(ValueError, match="target of 5 layers, this one has 4"):
+        make_decoder(Target(TARGET), DraftModel(draft_config(num_target_layers=5)))
+
+
+def test_start_refuses_what_does_not_fit(target_params: Any) -> None:
+    decoder, weights = make_decoder(Target(TARGET)), Weights(target_params)
+    with pytest.raises(ValueError, match="slots"):
+        start(decoder, weights, PROMPTS, max_new_tokens=80, slots=70)
+    with pytest.raises(ValueError, match="without tokens"):
+        start(decoder, weights, [np.array([], np.int32)], max_new_tokens=2, slots=100)
+
+
+def test_a_stale_cache_is_never_read(target_params: Any) -> None:
+    """Rewinding only moves a length: garbage at and after the last committed position changes nothing."""
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft)
+    slots = required_slots(decoder, 7, 20)
+    state = start(decoder, weights, PROMPTS, max_new_tokens=20, slots=slots)
+
+    def spoil(cache: jax.Array) -> jax.Array:
+        stale = jnp.arange(slots) >= (state.lengths - 1)[:, None]
+        return jnp.where(stale[:, None, :, None], 1e3, cache)
+
+    spoiled = replace_caches(state, spoil)
+    expected = np.asarray(finish(decoder, weights, state).tokens)
+    found = finish(decoder, weights, spoiled)
+    for row, prompt in enumerate(PROMPTS):
+        assert np.array_equal(np.asarray(found.tokens)[row, : len(prompt) + 20], expected[row, : len(prompt) + 20])
+
+
+def replace_caches(state: Any, change: Any) -> Any:
+    caches = jax.tree.map(change, (state.target_cache, state.draft_cache))
+    copy = jax.tree.map(jnp.copy, state)  # the original is consumed by the loop
+    return copy._replace(target_cache=caches[0], draft_cache=caches[1])
+
+
+def test_decoder_is_a_compile_time_constant(target_params: Any) -> None:
+    draft, _ = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft, stop_ids=[3])
+    assert hash(decoder) == hash(make_decoder(Target(TARGET), DraftModel(draft_config()), stop_ids=[3]))
+    assert replace(decoder, use_head=False) != decoder

