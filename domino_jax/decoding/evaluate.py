@@ -132,12 +132,14 @@ def compare(
         position = int(unequal[0]) if len(unequal) else shorter
         compared += position + 1
         equal += position
-        tokens = [int(side.tokens[position]) if position < len(side.tokens) else -1 for side in (left, right)]
+        left_token, right_token = (
+            int(side.tokens[position]) if position < len(side.tokens) else -1 for side in (left, right)
+        )
         gap = float("inf")
-        if -1 not in tokens:
+        if -1 not in (left_token, right_token):
             logits = next_logits(target, weights.target, np.concatenate([prompt, left.tokens[:position]]))
-            gap = float(abs(logits[tokens[0]] - logits[tokens[1]]))
-        differences.append(Difference(index, position, *tokens, gap))
+            gap = float(abs(logits[left_token] - logits[right_token]))
+        differences.append(Difference(index, position, left_token, right_token, gap))
     return Comparison(compared, equal, differences)
 
 

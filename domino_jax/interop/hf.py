@@ -66,6 +66,7 @@ def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: 
     try:
         (staging / "config.json").write_text(json.dumps(_to_json(config, dtype), indent=2) + "\n")
         _write_shards(staging, tensors)
+        _check_reads_back(staging, config, tensors)
         staging.chmod(0o755)
         staging.replace(path)
     finally:
@@ -91,6 +92,14 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
     tree = {key: jnp.asarray(tensors[_tensor_name(key)], jnp.float32) for key in leaves}
     return config, flax.traverse_util.unflatten_dict(tree)
+
+
+def _check_reads_back(directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    stored, params = load_hf_draft(directory)
+    found = hf_tensors(stored, params)
+    equal = all(np.array_equal(found[name], np.asarray(x, np.float32)) for name, x in tensors.items())
+    if not equal or _to_json(stored, "float32") != _to_json(config, "float32"):
+        raise RuntimeError(f"{directory}: what was written does not read back as the same draft")
 
 
 def _parameter_shapes(config: DraftConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -186,9 +195,9 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     if not isinstance(rope, dict):
         raise InputError(f"{place}: rope_parameters is {rope!r}; expected a mapping")
     for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH), (rope, _PLAIN_ROPE)):
-        for key, value in plain.items():
-            if section.get(key, value) not in (value, None):
-                raise InputError(f"{place}: {key} is {section[key]!r}; only {value!r} is supported")
+        for key, only in plain.items():
+            if section.get(key, only) not in (only, None):
+                raise InputError(f"{place}: {key} is {section[key]!r}; only {only!r} is supported")
     layer_types = tree.get("layer_types") or []
     if any(kind != "full_attention" for kind in layer_types):
         raise InputError(f"{place}: layer_types {layer_types}; only full_attention is supported")

@@ -141,7 +141,8 @@ class Target(nn.Module):
     def _unrolled(
         self, x: jax.Array, tables: Rotary, mask: jax.Array, start: jax.Array, cache: tuple[Cache, ...] | None
     ) -> tuple[jax.Array, list[jax.Array], tuple[Cache, ...] | None]:
-        outputs, layers = {}, []
+        outputs: dict[int, jax.Array] = {}
+        layers: list[Any] = []
         for index in range(self.cfg.num_hidden_layers):
             layer = DecoderLayer(self.cfg, name=f"layers_{index}")
             x, layer_cache = layer(x, tables, mask, start, cache[index] if cache else None)

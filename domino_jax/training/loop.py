@@ -162,13 +162,7 @@ def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers
     shardings = parameter_shardings(boxed, mesh)
     params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
     if layers_from is not None:
-        first = config.num_target_layers - config.num_hidden_layers
-        for index in range(config.num_hidden_layers):
-            layer = dict(params[f"layers_{index}"])
-            for name, part in layers_from[f"layers_{first + index}"].items():
-                layer[name] = {**layer[name], **part}  # Llama has no q and k norms: the draft keeps its own
-            params = {**params, f"layers_{index}": layer}
-        params = jax.device_put(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params), shardings)
+        params = jax.device_put(draft_from_target(config, params, layers_from), shardings)
     whole = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(lambda: initial_state(program, params))
     opt_shardings = tree_map_params(
@@ -176,6 +170,30 @@ def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers
     )
     layout = TrainState(whole, shardings, opt_shardings, shardings if program.ema_decay is not None else None)
     return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
+
+
+def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:
+    """A draft that starts as the top of its target.
+
+    Its layers and final norm are the target's last ones, and its context is the last captured state as the first of
+    those layers would read it; the other captured states start without weight.
+
+    Args:
+        config: the draft.
+        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays.
+        target_params: the target's, layers apart.
+    Returns:
+        A tree like `params`.
+    """
+    first = config.num_target_layers - config.num_hidden_layers
+    copied = {"norm": target_params["norm"]}
+    for index in range(config.num_hidden_layers):
+        name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
+        copied[name] = {part: {**params[name][part], **layer[part]} for part in layer}
+    copied["hidden_norm"] = target_params[f"layers_{first}"]["input_layernorm"]
+    width, captured = config.hidden_size, len(config.target_layer_ids)
+    copied["fc"] = {"weight": jnp.eye(width, captured * width, k=(captured - 1) * width)}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**params, **copied})
 
 
 def _run_steps(
@@ -361,5 +379,5 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(asked)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for asked_by, handler in previous.items():
+            signal.signal(asked_by, handler)

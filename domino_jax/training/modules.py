@@ -167,7 +167,7 @@ class DominoTrainerModule(DFlashTrainerModule):
         if cfg.shift_label != self.shift_label:
             raise ValueError(f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config")
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         input_ids: jax.Array,
         hidden_states: jax.Array,

@@ -73,6 +73,14 @@ def test_prefix_gru_carries_float32_when_products_are_bfloat16() -> None:
     np.testing.assert_allclose(found, PrefixGRU(INPUT, HIDDEN).apply({"params": weights}, x), atol=0.05)
 
 
+def test_prefix_gru_accumulates_bfloat16_products_in_float32() -> None:
+    x, weights = jnp.asarray(normal(ROWS, INPUT), jnp.bfloat16), gru_weights()
+    found = PrefixGRU(INPUT, HIDDEN, "bfloat16").apply({"params": weights}, x, method="input_gates")
+    rounded = jnp.asarray(weights["weight_ih_l0"], jnp.bfloat16).astype(jnp.float32)
+    chex.assert_type(found, jnp.float32)
+    np.testing.assert_allclose(found, x.astype(jnp.float32) @ rounded.T, rtol=1e-5, atol=1e-5)
+
+
 def test_domino_head_step_equals_the_scan() -> None:
     config = draft_config()
     head, params = DominoHead(config), {"params": random_params(config)["head"]}

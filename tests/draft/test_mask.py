@@ -34,6 +34,7 @@ def test_block_mask_equals_the_loop_and_nemo(packed: bool) -> None:
     batch = random_batch(draft_config(), length=LENGTH, packed=packed)
     anchors, keep = random_anchors(draft_config(block_size=SIZE), batch, slots=9)
     anchors[0, 0] = 0  # a real anchor that has no context
+    anchors[~keep] = 7  # whatever an unused slot holds, it sees no context
     seq_lens = batch.packing.get("seq_lens")
     expected = slow_mask(anchors, keep, seq_lens)
     found = block_mask(anchors, keep, context_len=LENGTH, block_size=SIZE, seq_lens=seq_lens)

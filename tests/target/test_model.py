@@ -190,8 +190,8 @@ TEXTS = (
     "<|im_start|>user\nName three rivers of Europe and the seas they reach.<|im_end|>\n<|im_start|>assistant\n"
     "1. The Danube flows through ten countries and reaches the Black Sea.\n2. The Rhine rises in Switzerland and ends "
     "in the North Sea.\n3. The Po crosses northern Italy and ends in the Adriatic Sea.<|im_end|>\n<|im_start|>user\n"
-    "Which of them is the longest, how long is it in kilometres, and which capital cities stand on its banks, from west "
-    "to east?<|im_end|>\n<|im_start|>assistant\n",
+    "Which of them is the longest, how long is it in kilometres, and which capital cities stand on its banks, from "
+    "west to east?<|im_end|>\n<|im_start|>assistant\n",
     "Ünïcödé naïve café — «Привет, мир!» 日本語のテキストと漢字。 Ελληνικά γράμματα, עברית, العربية. 🙂🚀 ½ ≤ ∞ → √2 "
     "≈ 1.414 Größe, façade, smörgåsbord, jalapeño, Łódź, İstanbul, Đà Nẵng, 서울, ไทย.",
 )

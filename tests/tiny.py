@@ -1,0 +1,104 @@
+"""A tiny target on disk and conversations for it, so that whole runs take seconds and need no network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from domino_jax.config import DecoderConfig
+from domino_jax.target.load import expected_tensors
+from domino_jax.target.model import Target
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+WORDS = ["<|im_end|>", "<|im_start|>", "<mask>", "<unk>", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz"]
+MASK_TOKEN_ID = 2
+CONFIG = DecoderConfig(
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=128,
+    qk_norm=True,
+)
+
+
+def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
+    """A random Qwen3 model and a word tokenizer, in Hugging Face form."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "<mask>"]
+    )
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+    config = {"model_type": "qwen3", "tie_word_embeddings": False, **{name: getattr(CONFIG, name) for name in names}}
+    (directory / "config.json").write_text(json.dumps(config))
+    variables = Target(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = nn.meta.unbox(variables)["params"]
+    tensors = {}
+    for path, (name, _) in expected_tensors(CONFIG).items():
+        leaf: Any = params
+        for part in path:
+            leaf = leaf[part]
+        tensors[name] = np.asarray(leaf * (10.0 if leaf.ndim == 2 else 1.0))
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def write_conversations(path: Path, count: int, *, seed: int = 0, answers: bool = True) -> Path:
+    """Random words asked and answered, one conversation per line."""
+    rng = np.random.default_rng(seed)
+
+    def words() -> str:
+        return " ".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(4, 9)))
+
+    lines = []
+    for _ in range(count):
+        turns = [{"role": "user", "content": words()}]
+        if answers:
+            turns.append({"role": "assistant", "content": f"{words()} {words()}"})
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def run_config(directory: Path, target: Path, **sections: Any) -> Path:
+    """A YAML of a short run in `directory`, its training and held-out rows beside it; sections override fields."""
+    rows = write_conversations(directory / "rows.jsonl", 24)
+    heldout = write_conversations(directory / "heldout.jsonl", 5, seed=1)
+    tree: dict[str, Any] = {
+        "run_dir": str(directory / "run"),
+        "target": str(target),
+        "dtype": "float32",
+        "draft": {
+            "num_hidden_layers": 1,
+            "target_layer_ids": [0, 2],
+            "block_size": 4,
+            "mask_token_id": MASK_TOKEN_ID,
+            "emb_dim": 8,
+            "gru_hidden_dim": 8,
+        },
+        "data": {"train": str(rows), "heldout": str(heldout), "max_length": 24, "batch_size": 8},
+        "loss": {"num_anchors": 4},
+        "train": {"steps": 6, "log_every": 2, "eval_every": 3, "checkpoint_every": 2},
+    }
+    for name, fields in sections.items():
+        tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = directory / "config.yaml"
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path

@@ -1,0 +1,207 @@
+"""The step: micro-batches add up to one batch, eight devices equal one, nothing moves without an anchor."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from reference import dflash_config, draft_config
+
+from domino_jax.config import OptimizerConfig
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.target.model import Target, stack_layers
+from domino_jax.training.curriculum import lambda_base_schedule
+from domino_jax.training.metrics import metric_means, metric_sums
+from domino_jax.training.modules import build_trainer
+from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from domino_jax.training.step import Batch, Program, batch_metrics, initial_state, train_step
+
+CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
+TARGET = Target(
+    replace(CONFIG, num_hidden_layers=4),  # a DraftConfig is a DecoderConfig too
+    capture=CONFIG.target_layer_ids,
+    scan_layers=True,
+)
+
+
+def make_program(**changes: Any) -> Program:
+    fields: dict[str, Any] = {
+        "trainer": build_trainer(CONFIG, num_anchors=4, loss_decay_gamma=7.0),
+        "target": TARGET,
+        "optimizer": optax.sgd(1.0),
+        "curriculum": lambda_base_schedule(10),
+    }
+    return Program(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def target_params() -> Any:
+    apart = Target(TARGET.cfg, capture=TARGET.capture)
+    return stack_layers(nn.meta.unbox(apart.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))["params"])
+
+
+@pytest.fixture(scope="module")
+def draft_variables() -> Any:
+    return init_variables(DraftModel(CONFIG), jax.random.key(3))["params"]
+
+
+def make_batch(micro_batches: int, rows: int, *, length: int = 24) -> Batch:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, CONFIG.vocab_size, (micro_batches, rows, length)).astype(np.int32)
+    return Batch(jnp.asarray(ids), jnp.asarray(rng.random(ids.shape) < 0.8))
+
+
+def first_gradient(program: Program, state: Any, target_params: Any, batch: Batch) -> Any:
+    """With plain SGD at rate 1 the parameters move by the gradient."""
+    after, _ = jax.jit(functools.partial(train_step, program))(state, target_params, batch)
+    return jax.tree.map(lambda old, new: old - new, state.params, after.params)
+
+
+def test_micro_batches_give_the_gradient_of_one_large_batch(
+    target_params: Any, draft_variables: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Anchors at fixed places, so that both divisions of the rows train on the same blocks.
+    def anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> tuple[jax.Array, jax.Array]:
+        rows = jnp.broadcast_to(jnp.arange(num_anchors, dtype=jnp.int32) * 4, (candidates.shape[0], num_anchors))
+        return rows, jnp.take_along_axis(candidates, rows, axis=1)
+
+    monkeypatch.setattr("domino_jax.training.modules.sample_anchors", anchors)
+    program, params = make_program(), nn.meta.unbox(draft_variables)
+    whole = make_batch(1, 6)
+    divided = jax.tree.map(lambda x: x.reshape(3, 2, -1), whole)
+    one = first_gradient(program, initial_state(program, params), target_params, whole)
+    three = first_gradient(program, initial_state(program, params), target_params, divided)
+    chex.assert_trees_all_close(one, three, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int) -> None:
+    program, params, batch = make_program(), nn.meta.unbox(draft_variables), make_batch(1, 8)
+    alone, sums = jax.jit(functools.partial(train_step, program))(initial_state(program, params), target_params, batch)
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(TARGET.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+        spread_target = jax.device_put(target_params, parameter_shardings(boxed, mesh))
+        spread = jax.device_put(params, parameter_shardings(draft_variables, mesh))
+        rows = jax.device_put(batch, NamedSharding(mesh, partition_spec(None, "batch", "length")))
+        together, spread_sums = jax.jit(functools.partial(train_step, program))(
+            initial_state(program, spread), spread_target, rows
+        )
+    assert len(rows.input_ids.sharding.device_set) == 8
+    if fsdp > 1:
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
+    chex.assert_trees_all_close(jax.device_get(sums), jax.device_get(spread_sums), rtol=1e-5)
+    gradients = [
+        jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, jax.device_get(after.params))
+        for after in (alone, together)
+    ]
+    for one, eight in zip(*map(jax.tree.leaves, gradients), strict=True):
+        assert np.linalg.norm(one - eight) <= 1e-5 * max(np.linalg.norm(one), 1e-3)
+
+
+def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -> None:
+    program = make_program(optimizer=make_optimizer(OptimizerConfig(), 10))
+    traces = []
+
+    def step(*args: Any) -> Any:
+        traces.append(1)
+        return train_step(program, *args)
+
+    compiled = jax.jit(step)
+    state, lambdas = initial_state(program, nn.meta.unbox(draft_variables)), []
+    for _ in range(4):
+        lambdas.append(float(program.curriculum(state.step)))
+        state, _ = compiled(state, target_params, make_batch(1, 4))
+    assert len(traces) == 1 and int(state.step) == 4
+    assert lambdas == pytest.approx([1.0, 0.9, 0.8, 0.7])
+
+
+def test_a_batch_without_anchors_moves_nothing_and_is_counted(target_params: Any, draft_variables: Any) -> None:
+    program, batch = make_program(), make_batch(1, 4)
+    state = initial_state(program, nn.meta.unbox(draft_variables))
+    nothing = batch._replace(loss_mask=jnp.zeros_like(batch.loss_mask))
+    after, sums = jax.jit(functools.partial(train_step, program))(state, target_params, nothing)
+    chex.assert_trees_all_equal(state.params, after.params)
+    assert float(sums["batches_without_anchor"]) == 1 and float(sums["loss_sum"]) == 0
+    assert metric_means(sums)["loss"] == 0
+
+
+def test_anchors_differ_between_steps_and_repeat_with_the_seed(target_params: Any, draft_variables: Any) -> None:
+    params, batch = nn.meta.unbox(draft_variables), jax.tree.map(lambda x: x[0], make_batch(1, 4))
+    program = make_program()
+
+    def loss(key: jax.Array) -> float:
+        return float(batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.5).loss)
+
+    keys = [jax.random.fold_in(jax.random.key(0), step) for step in (0, 0, 1)]
+    first, again, other = map(loss, keys)
+    assert first == again != other
+
+
+def test_ema_follows_the_draft(target_params: Any, draft_variables: Any) -> None:
+    program, batch = make_program(ema_decay=0.75), make_batch(1, 4)
+    state = initial_state(program, nn.meta.unbox(draft_variables))
+    after, _ = jax.jit(functools.partial(train_step, program))(state, target_params, batch)
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params)
+    chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_variables: Any) -> None:
+    """Two batches of different size: the means of their sums are those of one batch of both."""
+    program, params = make_program(), nn.meta.unbox(draft_variables)
+    rows = jax.tree.map(lambda x: x[0], make_batch(1, 5))
+    key = jax.random.key(0)
+
+    def sums(batch: Batch) -> dict[str, Any]:
+        return metric_sums(batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.25))
+
+    small, large = (sums(jax.tree.map(lambda x, part=part: x[part], rows)) for part in (slice(1), slice(1, 5)))
+    joined = metric_means({name: small[name] + large[name] for name in small})
+    blocks = [float(part["valid_blocks"]) for part in (small, large)]
+    lengths = [float(part["accept_len_sum"]) / count for part, count in zip((small, large), blocks, strict=True)]
+    assert blocks[0] < blocks[1]
+    assert joined["accept_len"] == pytest.approx(np.average(lengths, weights=blocks), rel=1e-6)
+    losses = [float(part["loss_sum"] / part["loss_weight"]) for part in (small, large)]
+    weights = [float(part["loss_weight"]) for part in (small, large)]
+    assert joined["loss"] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+
+
+def test_dflash_takes_the_same_step(target_params: Any) -> None:
+    config = dflash_config(num_target_layers=6, target_layer_ids=(1, 3))
+    program = make_program(trainer=build_trainer(config, num_anchors=4))
+    params = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
+    state = initial_state(program, params)
+    _, sums = jax.jit(functools.partial(train_step, program))(state, target_params, make_batch(1, 4))
+    assert "final_loss_sum" not in sums and metric_means(sums)["loss"] > 0
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=2e-3), 100)
+    assert float(schedule(0)) == 0 and float(schedule(2)) == pytest.approx(1e-3)
+    assert float(schedule(4)) == pytest.approx(2e-3) and float(schedule(100)) == pytest.approx(2e-4)
+
+
+def test_the_optimizer_is_clipped_adamw() -> None:
+    """Against a plain loop over one weight: a gradient of norm 10 counts as norm 1."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1), 10)
+    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0), 10)
+    weight, mean, square = np.array([3.0, -2.0]), np.zeros(2), np.zeros(2)
+    params = jnp.array(weight, jnp.float32)
+    state = optimizer.init(params)
+    for step in range(5):
+        gradient = np.array([6.0, 8.0]) * (-1) ** step
+        updates, state = optimizer.update(jnp.asarray(gradient, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = gradient / 10
+        mean, square = 0.9 * mean + 0.1 * clipped, 0.95 * square + 0.05 * clipped**2
+        ratio = (mean / (1 - 0.9 ** (step + 1))) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-8)
+        weight = weight - float(schedule(step)) * (ratio + 0.1 * weight)
+    np.testing.assert_allclose(params, weight, rtol=1e-5)
