@@ -131,8 +131,8 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--train", type=int, default=640, help="training prompts, instructions included")
-    parser.add_argument("--heldout", type=int, default=64, help="held-out prompts")
+    parser.add_argument("--train", type=int, default=320, help="training prompts, instructions included")
+    parser.add_argument("--heldout", type=int, default=32, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "configs" / "prompts")

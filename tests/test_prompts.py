@@ -12,7 +12,7 @@ from domino_jax.data.conversations import read_messages
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT / "configs" / "prompts"
-COUNTS = {"train": 640, "heldout": 64, "instructions": 40, "humaneval": 164}
+COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164}
 
 
 def load_script() -> ModuleType:
@@ -37,7 +37,7 @@ def test_prompt_file_is_read_whole(name: str) -> None:
 def test_no_prompt_is_shared() -> None:
     assert not script.leaks(FILES["train"], FILES["heldout"], FILES["humaneval"])
     texts = [{script.text_of(record) for record in FILES[name]} for name in ("train", "heldout", "humaneval")]
-    assert len(set.union(*texts)) == 640 + 64 + 164
+    assert len(set.union(*texts)) == 320 + 32 + 164
 
 
 def test_every_stretch_of_a_file_holds_every_family() -> None:

@@ -5,7 +5,7 @@ The plain target is the same loop with nothing to propose.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -133,7 +133,9 @@ def start(
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    return _prefill(decoder, weights, padded, lengths, lengths + max_new_tokens, jax.random.key(seed), slots=slots)
+    # Reading a prompt does not depend on how the draft will be used: one program serves the head on and off.
+    reader = replace(decoder, proposals=0, use_head=False)
+    return _prefill(reader, weights, padded, lengths, lengths + max_new_tokens, jax.random.key(seed), slots=slots)
 
 
 def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:

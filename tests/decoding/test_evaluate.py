@@ -1,0 +1,91 @@
+"""The evaluation's figures follow from the answers, and a difference between outputs is never hidden."""
+
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import draft_config
+
+from domino_jax.decoding.evaluate import compare, evaluate, next_logits
+from domino_jax.decoding.generate import Answer
+from domino_jax.decoding.speculate import Weights, make_decoder
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.target.model import Target
+
+CONFIG = draft_config(num_target_layers=4, target_layer_ids=(0, 2))
+TARGET = Target(replace(CONFIG, num_hidden_layers=4))
+PROMPTS = [np.arange(1, 1 + count, dtype=np.int32) for count in (3, 5, 70)]
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    target = nn.meta.unbox(TARGET.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
+    draft = nn.meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(1)))["params"]
+    return Weights(jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, target), draft)
+
+
+def answer(*tokens: int, committed: int = 1, verifications: int = 1, seconds: float = 1.0) -> Answer:
+    return Answer(np.array(tokens, np.int32), False, committed, verifications, seconds)
+
+
+def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
+    done: list[int] = []
+    decoder = make_decoder(TARGET, DraftModel(CONFIG))
+    figures = evaluate(decoder, weights, PROMPTS, max_new_tokens=10, progress=done.append)
+    assert done == [1, 2, 3] and figures["prompts"] == 3
+    assert figures["tokens"] == 30 and figures["tokens_compared"] == figures["tokens_equal"] == 60  # head on and off
+    assert figures["differences"] == [] and figures["lossless"] is True
+    assert figures["tau"] == pytest.approx(27 / figures["verifications"]) and figures["tau_head_off"] >= 1
+    assert figures["speed_up"] == pytest.approx(figures["tokens_per_second"] / figures["tokens_per_second_plain"])
+
+
+def test_evaluate_has_no_head_off_without_a_head(weights: Weights) -> None:
+    config = replace(CONFIG, projector_type=None, shift_label=False, pure_draft_prefix_len=0)
+    draft = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(1)))["params"]
+    decoder = make_decoder(TARGET, DraftModel(config))
+    figures = evaluate(decoder, weights._replace(draft=draft), PROMPTS[:1], max_new_tokens=4)
+    assert "tau_head_off" not in figures and figures["tau"] >= 1
+
+
+def test_evaluate_compares_no_samples(weights: Weights) -> None:
+    decoder = make_decoder(TARGET, DraftModel(CONFIG), temperature=1.0)
+    assert "lossless" not in evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4)
+
+
+def test_compare_reports_the_first_difference_with_its_logit_gap(weights: Weights) -> None:
+    found = compare(weights, TARGET, PROMPTS[:2], [answer(4, 5, 6), answer(7, 8)], [answer(4, 9, 6), answer(7, 8)])
+    assert (found.tokens_compared, found.tokens_equal) == (4, 3)
+    (difference,) = found.differences
+    assert difference[:4] == (0, 1, 5, 9)
+    hidden = TARGET.apply({"params": weights.target}, jnp.array([[1, 2, 3, 4]])).hidden[0, -1]
+    logits = weights.target["lm_head"] @ hidden
+    assert difference.logit_gap == pytest.approx(float(abs(logits[5] - logits[9])), rel=1e-4)
+    np.testing.assert_allclose(
+        next_logits(TARGET, weights.target, np.array([1, 2, 3, 4])), logits, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("left", "right"), [((4, 5), (4, 5, 6)), ((4, 5, 6), (4, 5))])
+def test_compare_takes_a_missing_token_for_a_difference(
+    weights: Weights, left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    found = compare(weights, TARGET, PROMPTS[:1], [answer(*left)], [answer(*right)])
+    assert (found.tokens_compared, found.tokens_equal) == (3, 2)
+    assert found.differences[0].logit_gap == float("inf")
+
+
+def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verifier that takes whatever is drafted gives a high tau and is not lossless."""
+
+    def take_all(drafted: jax.Array, choices: jax.Array) -> Any:
+        return jnp.full(drafted.shape[0], drafted.shape[1], jnp.int32), choices[:, -1]
+
+    monkeypatch.setattr("domino_jax.decoding.speculate.accept_greedy", take_all)
+    jax.clear_caches()
+    figures = evaluate(make_decoder(TARGET, DraftModel(CONFIG)), weights, PROMPTS, max_new_tokens=10)
+    jax.clear_caches()
+    assert figures["lossless"] is False and figures["tokens_equal"] < figures["tokens_compared"]

@@ -1,0 +1,117 @@
+"""Answers for a prompt file and streamed text, on a tiny target."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import write_conversations, write_target
+
+from domino_jax.config import InputError
+from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.decoding import generate as generation
+from domino_jax.decoding.generate import generate, regenerate, stream_text
+from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.target.model import Target
+
+SETTINGS = {"target": "tiny", "max_new_tokens": 12}
+
+
+class Tiny:
+    def __init__(self, directory: Path) -> None:
+        loaded = load_target(write_target(directory))
+        self.tokenizer = load_tokenizer(directory)
+        self.decoder = make_decoder(Target(loaded.config), stop_ids=stop_token_ids(self.tokenizer))
+        self.weights = Weights(loaded.params)
+
+    def answer_alone(self, messages: Any, count: int = 12) -> str:
+        prompt = encode_prompt(messages, self.tokenizer)
+        slots = required_slots(self.decoder, len(prompt), count)
+        (answer,) = generate(self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots)
+        return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+
+    def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> int:
+        options = dict(max_new_tokens=12, batch_size=4, seed=0, settings=SETTINGS, progress=lambda *_: None)
+        return regenerate(self.decoder, self.weights, self.tokenizer, prompts, answers, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_conversations(tmp_path / "prompts.jsonl", 10, answers=False)
+
+
+def test_every_prompt_gets_the_answer_it_gets_alone(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    assert tiny.regenerate(prompts, tmp_path / "answers.jsonl") == 10
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    asked = dict(read_messages(prompts).conversations)
+    assert sorted(record["prompt_line"] for record in records) == sorted(asked)
+    for record in records:
+        assert record["messages"][:-1] == asked[record["prompt_line"]]
+        assert record["messages"][-1] == {
+            "role": "assistant",
+            "content": tiny.answer_alone(asked[record["prompt_line"]]),
+        }
+        assert record["generator"] == SETTINGS
+    assert not (tmp_path / "answers.jsonl.partial").exists()
+
+
+def test_a_cut_off_start_goes_on_and_gives_the_same_file(
+    tiny: Tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.regenerate(prompts, tmp_path / "whole.jsonl")
+
+    def stop(done: int, *_: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.regenerate(prompts, tmp_path / "parts.jsonl", progress=stop)
+    partial = tmp_path / "parts.jsonl.partial"
+    partial.write_text(partial.read_text() + '{"messages": [{"ro')  # a line cut by a crash
+    assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == 6
+    assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    done = tmp_path / "done.jsonl"
+    done.write_text("{}\n")
+    with pytest.raises(InputError, match="already there"):
+        tiny.regenerate(prompts, done)
+    partial = tmp_path / "other.jsonl.partial"
+    partial.write_text(json.dumps({"prompt_line": 1, "generator": {"target": "another"}}) + "\n")
+    with pytest.raises(InputError, match="made with"):
+        tiny.regenerate(prompts, tmp_path / "other.jsonl")
+    prompts.write_text(prompts.read_text() + "nonsense\n")
+    with pytest.raises(InputError, match=r"prompts\.jsonl:11"):
+        tiny.regenerate(prompts, tmp_path / "bad.jsonl")
+
+
+def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
+    ids = [encode_prompt(messages, tiny.tokenizer) for _, messages in read_messages(prompts).conversations]
+    slots = required_slots(tiny.decoder, max(map(len, ids)), 40)
+    answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, slots=slots)
+    for answer in answers:
+        assert answer.stopped == (answer.tokens[-1] == tiny.tokenizer.eos_token_id)
+        assert answer.stopped or len(answer.tokens) == 40
+        assert tiny.tokenizer.eos_token_id not in answer.tokens[:-1]
+        assert answer.tau == pytest.approx(1.0) and answer.tokens_per_second > 0
+
+
+def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "STREAM_CYCLES", 2)
+    pieces: list[str] = []
+    messages = [{"role": "user", "content": "a b c d"}]
+    prompt = encode_prompt(messages, tiny.tokenizer)
+    answer = stream_text(
+        tiny.decoder, tiny.weights, tiny.tokenizer, prompt, max_new_tokens=20, seed=0, write=pieces.append
+    )
+    assert "".join(pieces) == tiny.answer_alone(messages, 20)
+    assert len([piece for piece in pieces if piece]) > 2
+    assert "".join(pieces) == tiny.tokenizer.decode(np.asarray(answer.tokens), skip_special_tokens=True)

@@ -1,0 +1,129 @@
+"""The command as a user meets it: the whole way on a tiny target, and one line with exit code 2 for bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny import run_config, write_conversations, write_target
+
+from domino_jax import load_hf_draft
+from domino_jax.cli import main
+from domino_jax.training.checkpoint import load_draft
+
+
+@pytest.fixture
+def domino(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a target, a finished run and prompts."""
+    from rich.console import Console
+
+    from domino_jax.config import load_config
+    from domino_jax.training.loop import train
+
+    directory = tmp_path_factory.mktemp("trained")
+    (directory / "target").mkdir()
+    write_target(directory / "target")
+    train(load_config(run_config(directory, directory / "target")), console=Console(quiet=True))
+    write_conversations(directory / "prompts.jsonl", 3, seed=5, answers=False)
+    return directory
+
+
+def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    target = write_target(tmp_path / "target")
+    prompts = write_conversations(tmp_path / "prompts.jsonl", 12, answers=False)
+    answers = tmp_path / "answers.jsonl"
+    words = ("--target", target, "--max-new-tokens", 12, "--batch-size", 8)
+    assert domino("regenerate", prompts, answers, *words)[:2] == (0, f"{answers}\n")
+    config = run_config(tmp_path, target)
+    code, out, log = domino("train", config, f"data.train={answers}", "data.heldout=null")
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
+    code, out, _ = domino("evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6)
+    assert code == 0 and "tau, head off" in out
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    figures = report["sets"]["prompts"]
+    assert figures["prompts"] == 2 and figures["tokens_compared"] == figures["tokens_equal"]
+    assert report["evaluator"]["proposals"] == 4 and report["training"]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--plain",), ("--no-head",), ("--temperature", 0.8, "--proposals", "serving")]
+)
+def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object, ...]) -> None:
+    code, out, log = domino("generate", trained / "run", "a b c", "--max-new-tokens", 8, *options)
+    assert code == 0 and out.strip() and "tau" in log
+
+
+def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path) -> None:
+    exported, run = tmp_path / "draft", tmp_path / "imported"
+    assert domino("export", trained / "run", exported, "--dtype", "float32")[:2] == (0, f"{exported}\n")
+    assert domino("import", exported, run, "--target", trained / "target")[0] == 0
+    (before, params, _), (after, imported, step) = load_draft(trained / "run"), load_draft(run)
+    assert before.config == after.config and step == 0
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, imported)), strict=True):
+        assert np.array_equal(ours, theirs)
+    again = tmp_path / "again"
+    assert domino("export", run, again, "--dtype", "float32")[0] == 0
+    assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert load_hf_draft(again)[0] == before.config
+
+
+def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text((trained / "config.yaml").read_text().replace('"steps"', '"step"'))
+    for words, message in (
+        (("train", tmp_path / "none.yaml"), "none.yaml"),
+        (("train", empty), "expected a mapping"),
+        (("train", misspelt), "did you mean 'steps'?"),
+        (("train", trained / "config.yaml", "loss.num_anchors=many"), "loss: num_anchors: expected int"),
+        (("train",), "Missing argument"),
+        (("learn",), "No such command"),
+        (("evaluate", tmp_path, trained / "prompts.jsonl"), "not a run directory"),
+        (("evaluate", trained / "run", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("generate", trained / "run", " "), "prompt is empty"),
+        (("generate", trained / "run", "a", "--max-new-tokens", 0), "max-new-tokens"),
+        (("export", trained / "run", trained), "not an empty directory"),
+        (("import", trained / "target", tmp_path / "new", "--target", trained / "target"), "dflash_config"),
+        (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"), "nobody"),
+        (("target", "x.gguf"), "give the directory"),
+    ):
+        code, out, log = domino(*words)
+        assert (code, out) == (2, ""), words
+        lines = log.strip().splitlines()
+        assert lines[-1].startswith("error: ") and message in lines[-1] and "Traceback" not in log, words
+    assert not (tmp_path / "new").exists() and not (tmp_path / "a.jsonl").exists()
+
+
+def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    template = copy / "target" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant ", "model "))
+    record = next((copy / "run" / "checkpoints").glob("*/draft/metadata"))
+    record.write_text(record.read_text().replace(str(trained / "target"), str(copy / "target")))
+    code, _, log = domino("generate", copy / "run", "a b")
+    assert code == 2 and "chat template" in log
+
+
+@pytest.mark.parametrize("verb", ["target", "regenerate", "train", "generate", "evaluate", "export", "import"])
+def test_help_teaches(domino, verb: str) -> None:
+    code, out, _ = domino(verb, "--help")
+    assert code == 0 and "Usage: domino" in out and len(out.splitlines()) > 6

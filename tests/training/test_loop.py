@@ -1,0 +1,214 @@
+"""Whole short runs: one compilation, and a run that is killed and started again ends with the same bits."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny import CONFIG, run_config, write_conversations, write_target
+
+from domino_jax.config import InputError, load_config
+from domino_jax.target.load import load_target
+from domino_jax.training import loop
+from domino_jax.training.checkpoint import load_draft, open_checkpoints
+from domino_jax.training.loop import Interrupted, draft_from_target, prepare, train
+from domino_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def final_bits(run_dir: Path, step: int) -> Any:
+    with open_checkpoints(run_dir) as checkpoints:
+        assert checkpoints.latest_step() == step
+        import orbax.checkpoint as ocp
+
+        items = {name: ocp.args.StandardRestore() for name in ("params", "optimizer")}
+        return jax.device_get(dict(checkpoints.restore(step, args=ocp.args.Composite(**items))))
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    timed = ("tokens_per_second", "seconds_per_step")
+    return [{name: x for name, x in line.items() if name not in timed} for line in read_metrics(run_dir)]
+
+
+def test_a_run_interrupted_twice_ends_with_the_same_bits(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory in (whole, parts):
+        directory.mkdir()
+    changes: dict[str, Any] = {"optimizer": {"ema_decay": 0.9}, "train": {"log_every": 1}}
+    train(load_config(run_config(whole, target, **changes)), console=quiet())
+
+    config = load_config(run_config(parts, target, **changes))
+    for stop_at in (2, 5):
+        steps = iter(range(int(1e6)))
+        done = read_metrics(parts / "run")
+        begin = max((line["step"] for line in done), default=0)
+
+        class Stop:
+            def __enter__(self, begin: int = begin, steps: Any = steps, stop_at: int = stop_at) -> Any:
+                return lambda: begin + next(steps) + 1 >= stop_at
+
+            def __exit__(self, *_: object) -> None: ...
+
+        monkeypatch.setattr(loop, "_stop_requests", Stop)
+        with pytest.raises(Interrupted, match=f"stopped at step {stop_at} of 6"):
+            train(config, console=quiet())
+    monkeypatch.undo()
+    train(config, console=quiet())
+    chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
+    assert without_times(whole / "run") == without_times(parts / "run")
+    # The average is what leaves the run.
+    exported = load_draft(parts / "run")[1]
+    raw = final_bits(parts / "run", 6)["params"]
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (exported, raw)), strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Path, number: int) -> None:
+    """A real process, killed in the middle of training and started again."""
+    steps = {"train": {"steps": 400, "checkpoint_every": 20, "log_every": 10, "eval_every": 400}}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    command = [sys.executable, "-c", "from domino_jax.cli import main; main()", "train"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    path = run_config(killed, target, **steps)
+    process = subprocess.Popen([*command, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    checkpoints = killed / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), errors
+    again = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, check=True)
+    assert "resuming at step" in again.stderr
+    subprocess.run([*command, str(run_config(whole, target, **steps))], env=environment, check=True)
+    chex.assert_trees_all_equal(final_bits(whole / "run", 400), final_bits(killed / "run", 400))
+
+
+def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> None:
+    config = load_config(run_config(tmp_path, target))
+    train(config, console=quiet())
+    leftover = tmp_path / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (leftover / "params").mkdir(parents=True)
+    assert load_draft(tmp_path / "run")[2] == 6
+
+
+def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -> None:
+    steps = {"steps": 60, "log_every": 20, "eval_every": 30, "checkpoint_every": 60, "tensorboard": True}
+    path = run_config(tmp_path, target, train=steps, optimizer={"learning_rate": 1e-2})
+    directory = train(load_config(path), console=quiet())
+    lines = read_metrics(directory)
+    training = [line for line in lines if line["split"] == "train"]
+    heldout = [line for line in lines if line["split"] == "heldout"]
+    assert [line["step"] for line in training] == [20, 40, 60] and [line["step"] for line in heldout] == [30, 60]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert training[-1]["lambda_base"] == pytest.approx(1 / 60)
+    names = {"loss", "final_loss", "base_loss", "accept_len", "base_accept_len", "grad_norm", "batches_without_anchor"}
+    assert names <= training[0].keys()
+    assert list((directory / "tensorboard").iterdir())
+    assert load_config(directory / "config.yaml") == load_config(path)
+
+
+def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    traced = loop.train_step
+
+    def counted(*args: Any) -> Any:
+        traces.append(1)
+        return traced(*args)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    train(load_config(run_config(tmp_path, target, optimizer={"grad_accumulation": 2})), console=quiet())
+    assert len(traces) == 1
+
+
+def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=quiet())
+    with pytest.raises(InputError, match=r"draft\.mask_token_id 2 -> 9.*use another run_dir"):
+        train(load_config(path, ["draft.mask_token_id=9"]), console=quiet())
+    train(load_config(path, ["train.log_every=1"]), console=quiet())  # changes no number
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("draft.mask_token_id=0", "mask_token_id 0 is the target's eos token"),
+        ("draft.mask_token_id=32", "mask_token_id 32 is outside the vocabulary of 32"),
+        ("draft.target_layer_ids=[0,3]", r"target_layer_ids \[0, 3\] must lie in 0..2"),
+        ("data.train=missing.jsonl", "missing.jsonl"),
+        ("data.batch_size=12", "multiple of its 8 devices"),
+        ("mesh.tensor=3", "mesh"),
+        ("target=nowhere", "nowhere"),
+    ],
+)
+def test_unusable_settings_are_one_line(target: Path, tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(load_config(run_config(tmp_path, target), [override]), console=quiet())
+
+
+def test_bad_lines_are_named_and_left_out(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("not JSON\n" + rows.read_text())
+    console = quiet()
+    run = prepare(load_config(path), console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(run.rows.rows) == 24 and "rows.jsonl:1:" in said and "1 of 25 lines left out" in said
+
+
+def test_epochs_give_the_number_of_steps(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target, train={"steps": None, "epochs": 2})
+    assert prepare(load_config(path), console=quiet()).total_steps == 6  # 2 epochs of 24 rows, 8 a step
+
+
+def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_path: Path) -> None:
+    run = prepare(load_config(run_config(tmp_path, target)), console=quiet())
+    params, loaded = jax.device_get(run.state.params), load_target(target)
+    started = jax.device_get(draft_from_target(run.record.config, params, loaded.params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, started)
+    chex.assert_trees_all_equal(started["layers_0"], jax.device_get(loaded.params["layers_3"]))
+    chex.assert_trees_all_equal(started["norm"], jax.device_get(loaded.params["norm"]))
+    states = np.random.default_rng(0).standard_normal((2, 2 * CONFIG.hidden_size)).astype(np.float32)
+    np.testing.assert_array_equal(states @ started["fc"]["weight"].T, states[:, CONFIG.hidden_size :])
+    assert started["head"] is params["head"] or np.array_equal(
+        started["head"]["embed_proj_2"], params["head"]["embed_proj_2"]
+    )
+
+
+def test_the_metrics_log_drops_what_a_resumed_run_does_again(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=quiet())
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 9, "split": "train"}) + '\n{"step": 10, "spl')
+    train(load_config(path), console=quiet())
+    assert max(line["step"] for line in read_metrics(tmp_path / "run")) == 6
+
+
+def test_too_few_rows_is_one_line(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    write_conversations(tmp_path / "rows.jsonl", 3)
+    with pytest.raises(InputError, match="3"):
+        train(load_config(path), console=quiet())
