@@ -41,7 +41,7 @@ class _Group(click.Group):
         except InputError as error:
             raise click.UsageError(str(error)) from error
         except Interrupted as error:
-            logs.print(str(error))
+            _say(str(error))
             ctx.exit(130)
 
 
@@ -62,14 +62,12 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `domino` command; a message of bad input is one line, exit code 2."""
     try:
-        cli(standalone_mode=False)
+        sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
     except click.UsageError as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(2)
     except click.ClickException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
@@ -299,7 +297,7 @@ def evaluate(
     results.print(evaluation_table(report))
     for name, figures in report["sets"].items():
         for difference in figures.get("differences", ()):
-            results.print(f"{name}: first difference {difference}")
+            click.echo(f"{name}: first difference {difference}")
     click.echo(place)
 
 
@@ -397,4 +395,4 @@ def _progress() -> Progress:
 
 
 def _say(line: str) -> None:
-    logs.print(line, highlight=False, markup=False)
+    logs.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -87,7 +87,7 @@ def train(config: RunConfig, *, console: Console) -> Path:
         restored = restore_checkpoint(checkpoints, state, rows)
         if restored is not None:
             state, rows = restored
-            console.print(f"resuming at step {int(state.step)} of {run.total_steps}")
+            _say(console, f"resuming at step {int(state.step)} of {run.total_steps}")
 
         def save(state: TrainState) -> None:
             if checkpoints.latest_step() != int(state.step):
@@ -103,7 +103,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
     directory = Path(config.run_dir)
     _claim(directory, config)
-    path = resolve_target(config.target, progress=console.print)
+    path = resolve_target(config.target, progress=functools.partial(_say, console))
     tokenizer = load_tokenizer(path)
     target = load_target(path, dtype=config.dtype)
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
@@ -145,11 +145,12 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         ),
         total_steps=total_steps,
     )
-    console.print(dump_config(config), highlight=False)
-    console.print(
+    _say(console, dump_config(config))
+    _say(
+        console,
         f"{len(rows.rows)} training rows, {len(heldout.rows) if heldout else 0} held out; {total_steps} steps of "
         f"{step_rows} rows on {mesh.size} {jax.devices()[0].platform} device(s); the draft reads the target's layers "
-        f"{list(draft_config.target_layer_ids)}"
+        f"{list(draft_config.target_layer_ids)}",
     )
     return run
 
@@ -209,7 +210,7 @@ def _run_steps(
     settings, total = run.config.train, run.total_steps
     step = int(state.step)
     if step >= total:
-        console.print(f"already trained for {step} steps")
+        _say(console, f"already trained for {step} steps")
         return
     batch = _device_batch(run, next(rows))
     # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
@@ -217,7 +218,7 @@ def _run_steps(
     program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
     began = time.monotonic()
     compiled = program.lower(state, run.target_params, batch).compile()
-    console.print(f"step compiled in {time.monotonic() - began:.1f} s")
+    _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
     heldout = _HeldOut(run) if run.heldout else None
 
     with _progress(console) as progress:
@@ -235,14 +236,14 @@ def _run_steps(
                 log.write(step, "train", figures)
                 progress.update(task, completed=step, figures=_in_words(figures))
                 if not console.is_terminal:
-                    console.print(f"step {step}/{total}  {_in_words(figures)}", highlight=False)
+                    _say(console, f"step {step}/{total}  {_in_words(figures)}")
                 window, began, first_of_window = {}, time.monotonic(), step
             paused = time.monotonic()
             if heldout and (step % settings.eval_every == 0 or step == total):
                 jax.block_until_ready(state)
                 figures = heldout(state)
                 log.write(step, "heldout", figures)
-                console.print(f"step {step}/{total}  held out: {_in_words(figures)}", highlight=False)
+                _say(console, f"step {step}/{total}  held out: {_in_words(figures)}")
             if step % settings.checkpoint_every == 0 or last:
                 save(state)  # before the next rows are taken: the saved data position belongs to this step
             began += time.monotonic() - paused
@@ -279,6 +280,10 @@ class _HeldOut:
         return metric_means(jax.device_get(total))
 
 
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _training_figures(run: Run, step: int, sums: dict[str, Any], *, steps: int, seconds: float) -> dict[str, float]:
     """The means of a window of steps, and what they were trained with."""
     data, optimizer = run.config.data, run.config.optimizer
@@ -301,9 +306,9 @@ def _in_words(figures: dict[str, float]) -> str:
 def _read_rows(path: str, tokenizer: Any, config: RunConfig, console: Console) -> RowSet:
     rows = load_rows(path, tokenizer, max_length=config.data.max_length)
     for bad in rows.bad_lines[:5]:
-        console.print(f"{path}:{bad.line}: {bad.reason}", highlight=False)
+        _say(console, f"{path}:{bad.line}: {bad.reason}")
     if rows.bad_lines:
-        console.print(f"{path}: {len(rows.bad_lines)} of {len(rows.bad_lines) + len(rows.rows)} lines left out")
+        _say(console, f"{path}: {len(rows.bad_lines)} of {len(rows.bad_lines) + len(rows.rows)} lines left out")
     return rows
 
 

@@ -36,7 +36,7 @@ def make_program(**changes: Any) -> Program:
     fields: dict[str, Any] = {
         "trainer": build_trainer(CONFIG, num_anchors=4, loss_decay_gamma=7.0),
         "target": TARGET,
-        "optimizer": optax.sgd(1.0),
+        "optimizer": optax.sgd(1.0, momentum=0.9),  # its trace after one step is the gradient, to the bit
         "curriculum": lambda_base_schedule(10),
     }
     return Program(**{**fields, **changes})
@@ -60,9 +60,8 @@ def make_batch(micro_batches: int, rows: int, *, length: int = 24) -> Batch:
 
 
 def first_gradient(program: Program, state: Any, target_params: Any, batch: Batch) -> Any:
-    """With plain SGD at rate 1 the parameters move by the gradient."""
     after, _ = jax.jit(functools.partial(train_step, program))(state, target_params, batch)
-    return jax.tree.map(lambda old, new: old - new, state.params, after.params)
+    return after.opt_state[0].trace
 
 
 def test_micro_batches_give_the_gradient_of_one_large_batch(
@@ -99,12 +98,9 @@ def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data:
     if fsdp > 1:
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
     chex.assert_trees_all_close(jax.device_get(sums), jax.device_get(spread_sums), rtol=1e-5)
-    gradients = [
-        jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, jax.device_get(after.params))
-        for after in (alone, together)
-    ]
+    gradients = [jax.device_get(after.opt_state[0].trace) for after in (alone, together)]
     for one, eight in zip(*map(jax.tree.leaves, gradients), strict=True):
-        assert np.linalg.norm(one - eight) <= 1e-5 * max(np.linalg.norm(one), 1e-3)
+        assert np.linalg.norm(one - eight) <= 1e-5 * np.linalg.norm(one)
 
 
 def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -> None:
@@ -121,7 +117,7 @@ def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -
         lambdas.append(float(program.curriculum(state.step)))
         state, _ = compiled(state, target_params, make_batch(1, 4))
     assert len(traces) == 1 and int(state.step) == 4
-    assert lambdas == pytest.approx([1.0, 0.9, 0.8, 0.7])
+    assert lambdas == pytest.approx([1.0, 0.8, 0.6, 0.4])
 
 
 def test_a_batch_without_anchors_moves_nothing_and_is_counted(target_params: Any, draft_variables: Any) -> None:
