@@ -22,14 +22,13 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.target.gguf import convert_gguf, resolve_target
-from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft, template_hash
 from domino_jax.training.loop import Interrupted
 from domino_jax.training.loop import train as train_run
 
 logs = Console(stderr=True)
-results = Console()
 
 
 class _Group(click.Group):
@@ -40,6 +39,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             raise click.UsageError(str(error)) from error
+        except OSError as error:
+            raise click.UsageError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
         except Interrupted as error:
             _say(str(error))
             ctx.exit(130)
@@ -61,6 +62,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `domino` command; a message of bad input is one line, exit code 2."""
+    # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
+    jax.config.update("jax_default_matmul_precision", "highest")
     try:
         sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
     except click.UsageError as error:
@@ -294,7 +297,7 @@ def evaluate(
     beside = place.with_suffix(".json.new")
     beside.write_text(json.dumps(report, indent=2) + "\n")
     beside.replace(place)
-    results.print(evaluation_table(report))
+    Console().print(evaluation_table(report))
     for name, figures in report["sets"].items():
         for difference in figures.get("differences", ()):
             click.echo(f"{name}: first difference {difference}")
@@ -332,8 +335,7 @@ def import_(directory: Path, run: Path, target_name: str) -> None:
     config, params = load_hf_draft(directory)
     path = resolve_target(target_name, progress=_say)
     tokenizer = load_tokenizer(path)
-    loaded = load_target(path)
-    _check_fit(config, Target(loaded.config), tokenizer)
+    _check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
     save_draft(run, params, DraftRecord(config, target_name, template_hash(tokenizer)))
     click.echo(run)
 

@@ -104,6 +104,7 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         (("import", trained / "target", tmp_path / "new", "--target", trained / "target"), "dflash_config"),
         (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"), "nobody"),
         (("target", "x.gguf"), "give the directory"),
+        (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
     ):
         code, out, log = domino(*words)
         assert (code, out) == (2, ""), words

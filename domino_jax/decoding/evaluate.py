@@ -17,13 +17,16 @@ TIE = 1e-3  # two logits closer than this may change places between one-token an
 
 
 class Difference(NamedTuple):
-    """The first place where two greedy outputs differ, and how far apart the target's logits of both tokens are."""
+    """The first place where two greedy outputs differ, and how far apart the target's logits of both tokens are.
+
+    A token is -1, and the gap None, where that output had already ended.
+    """
 
     prompt: int
     position: int
     plain_token: int
     speculative_token: int
-    logit_gap: float
+    logit_gap: float | None
 
 
 class Comparison(NamedTuple):
@@ -95,7 +98,7 @@ def evaluate(
             "tokens_compared": sum(comparison.tokens_compared for comparison in found),
             "tokens_equal": sum(comparison.tokens_equal for comparison in found),
             "differences": [difference._asdict() for difference in differences],
-            "lossless": all(difference.logit_gap < TIE for difference in differences),
+            "lossless": all(gap is not None and gap < TIE for *_, gap in differences),
         }
     return figures
 
@@ -135,7 +138,7 @@ def compare(
         left_token, right_token = (
             int(side.tokens[position]) if position < len(side.tokens) else -1 for side in (left, right)
         )
-        gap = float("inf")
+        gap = None
         if -1 not in (left_token, right_token):
             logits = next_logits(target, weights.target, np.concatenate([prompt, left.tokens[:position]]))
             gap = float(abs(logits[left_token] - logits[right_token]))
