@@ -1,123 +1,15 @@
-"""What a run can be told: frozen dataclasses, read strictly from YAML and `key=value` words. No jax here."""
+"""What a run can be told: frozen dataclasses, read from YAML and `key=value` words. No jax here."""
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message names the place, what was found and what was expected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The shape of a Llama- or Qwen3-style decoder, in the names of Hugging Face's config.json.
-
-    `dtype` is the type of matrix products and activations; norms, softmax and logits are float32 always.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    qk_norm: bool = False
-    tie_word_embeddings: bool = False
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        """Refuses shapes that no decoder can have."""
-        for name, kind in DecoderConfig.__annotations__.items():
-            _require(
-                kind is not int or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}"
-            )
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(heads % kv_heads == 0, f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
-        _require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, found {self.head_dim}")
-        _require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftConfig(DecoderConfig):
-    """A draft model as its checkpoint describes it (see `interop/hf.py` for the file format).
-
-    `projector_type` "domino" adds the causal head; None is plain DFlash. `num_target_layers` and
-    `target_layer_ids` (0-based layer outputs) say which states of the target the draft reads.
-    """
-
-    qk_norm: bool = True
-    block_size: int
-    mask_token_id: int
-    num_target_layers: int
-    target_layer_ids: tuple[int, ...]
-    projector_type: str | None = "domino"
-    emb_dim: int = 256
-    gru_hidden_dim: int = 1024
-    pure_draft_prefix_len: int = 0
-    shift_label: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses contradictions between fields."""
-        super().__post_init__()
-        _require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
-        _require(
-            0 <= self.mask_token_id < self.vocab_size,
-            f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
-        )
-        # Not the last layer: config formats disagree on whether its state is taken before or after the final norm.
-        _require(
-            len(self.target_layer_ids) > 0 and all(0 <= i < self.num_target_layers - 1 for i in self.target_layer_ids),
-            f"target_layer_ids {list(self.target_layer_ids)} must lie in 0..{self.num_target_layers - 2}",
-        )
-        _require(
-            list(self.target_layer_ids) == sorted(set(self.target_layer_ids)),
-            f"target_layer_ids {list(self.target_layer_ids)} must rise",
-        )
-        _require(
-            self.projector_type in ("domino", None),
-            f"projector_type must be 'domino' or null, found {self.projector_type!r}",
-        )
-        if self.projector_type == "domino":
-            _require(self.emb_dim > 0 and self.gru_hidden_dim > 0, "emb_dim and gru_hidden_dim must be positive")
-            prefix, count = self.pure_draft_prefix_len, self.num_predictions
-            _require(0 <= prefix < count, f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct")
-        else:
-            _require(not self.shift_label, "shift_label needs projector_type 'domino': plain DFlash keeps its anchor")
-
-    @property
-    def num_predictions(self) -> int:
-        """Positions of a block that predict a token: K with `shift_label`, else K - 1."""
-        return self.block_size if self.shift_label else self.block_size - 1
-
-
-def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
-    """Target layers spread from near the bottom to near the top, one per draft layer.
-
-    Args:
-        num_target_layers: depth L of the target.
-        num_draft_layers: depth n of the draft.
-    Returns:
-        `(L // 2,)` for n = 1, else `round(1 + i (L - 4) / (n - 1))`.
-    Source: DFlash (arXiv:2602.06036); NeMo AutoModel 0.7.0 `build_target_layer_ids`.
-    """
-    if num_draft_layers == 1:
-        return (num_target_layers // 2,)
-    return tuple(round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1)) for i in range(num_draft_layers))
+from domino_jax.model_config import DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.strict import InputError, from_tree, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +42,7 @@ def make_draft_config(
         InputError: the mask token is one of the special tokens, or the recipe does not fit the target.
     """
     for name, token in special_ids.items():
-        _require(
+        require(
             token != recipe.mask_token_id, f"draft.mask_token_id {recipe.mask_token_id} is the target's {name} token"
         )
     layers = recipe.target_layer_ids
@@ -245,7 +137,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuses values and combinations that cannot train."""
-        _require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
+        require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
         for place, value in (
             ("data.max_length", self.data.max_length),
             ("data.batch_size", self.data.batch_size),
@@ -260,33 +152,33 @@ class RunConfig:
             ("mesh.fsdp", self.mesh.fsdp),
             ("mesh.tensor", self.mesh.tensor),
         ):
-            _require(value >= 1, f"{place} must be at least 1, found {value}")
+            require(value >= 1, f"{place} must be at least 1, found {value}")
         for place, ratio in (
             ("loss.lambda_start", self.loss.lambda_start),
             ("loss.decay_ratio", self.loss.decay_ratio),
             ("optimizer.warmup_ratio", self.optimizer.warmup_ratio),
             ("optimizer.final_ratio", self.optimizer.final_ratio),
         ):
-            _require(0 <= ratio <= 1, f"{place} must lie in 0..1, found {ratio}")
+            require(0 <= ratio <= 1, f"{place} must lie in 0..1, found {ratio}")
         steps = self.train.steps
-        _require(steps is None or steps >= 1, f"train.steps must be at least 1, found {steps}")
-        _require(self.loss.chunk_blocks >= 0, f"loss.chunk_blocks must be 0 or more, found {self.loss.chunk_blocks}")
+        require(steps is None or steps >= 1, f"train.steps must be at least 1, found {steps}")
+        require(self.loss.chunk_blocks >= 0, f"loss.chunk_blocks must be 0 or more, found {self.loss.chunk_blocks}")
         optimizer = self.optimizer
         for name in ("learning_rate", "clip_norm"):
             value = getattr(optimizer, name)
-            _require(value > 0, f"optimizer.{name} must be positive, found {value}")
+            require(value > 0, f"optimizer.{name} must be positive, found {value}")
         for name in ("b1", "b2"):
             value = getattr(optimizer, name)
-            _require(0 <= value < 1, f"optimizer.{name} must lie in 0..1 and below 1, found {value}")
-        _require(
+            require(0 <= value < 1, f"optimizer.{name} must lie in 0..1 and below 1, found {value}")
+        require(
             optimizer.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, found {optimizer.weight_decay}"
         )
         ema = optimizer.ema_decay
-        _require(ema is None or 0 < ema < 1, f"optimizer.ema_decay must lie between 0 and 1, found {ema}")
-        _require(
+        require(ema is None or 0 < ema < 1, f"optimizer.ema_decay must lie between 0 and 1, found {ema}")
+        require(
             self.mesh.data == -1 or self.mesh.data >= 1, f"mesh.data must be -1 or at least 1, found {self.mesh.data}"
         )
-        _require(
+        require(
             self.data.max_length > self.draft.block_size,
             f"data.max_length {self.data.max_length} must exceed draft.block_size {self.draft.block_size}",
         )
@@ -328,71 +220,9 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
-    """Builds a dataclass from nested mappings, strictly.
-
-    Args:
-        kind: the dataclass.
-        tree: mapping of its fields; a float may be an integer or a string such as "1e-3", which YAML reads as text.
-        place: where the mapping comes from, for messages.
-    Raises:
-        InputError: unknown or missing keys, wrong types, or a value that the dataclass refuses.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise InputError(f"{place}: unknown key {key!r}; {known}")
-        values[key] = _typed(hints[key], value, place=f"{place}: {key}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise InputError(f"{place}: missing {', '.join(missing)}")
-    try:
-        return kind(**values)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
-
-
-def _typed(hint: Any, value: Any, *, place: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{place}: expected a mapping, found {value!r}")
-        return from_tree(typing.cast(type, hint), value, place=place)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (hint,) = [option for option in typing.get_args(hint) if option is not types.NoneType]
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{place}: expected a list, found {value!r}")
-        return tuple(_typed(typing.get_args(hint)[0], item, place=place) for item in value)
-    if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):  # not a number, or an integer beyond every float
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif type(value) is hint:
-        return value
-    raise InputError(f"{place}: expected {hint.__name__}, found {value!r}")
-
-
 def _assign(tree: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             raise InputError(f"override {word!r}: {key!r} is a value, not a section")
     tree[keys[-1]] = value
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)

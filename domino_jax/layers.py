@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DecoderConfig
+from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
 
 

@@ -14,9 +14,9 @@ from nemo_automodel.components.speculative.dflash.core import DFlashTrainerModul
 from nemo_automodel.components.speculative.dflash.domino_core import DominoTrainerModule as NemoDominoTrainerModule
 from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
-from domino_jax.config import DraftConfig
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.hf import save_hf_draft
+from domino_jax.model_config import DraftConfig
 
 
 def draft_config(**changes: Any) -> DraftConfig:

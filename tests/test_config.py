@@ -9,18 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domino_jax.config import (
-    DecoderConfig,
-    DraftConfig,
-    DraftRecipe,
-    InputError,
-    RunConfig,
-    default_target_layer_ids,
-    dump_config,
-    from_tree,
-    load_config,
-    make_draft_config,
-)
+from domino_jax.config import DraftRecipe, RunConfig, dump_config, load_config, make_draft_config
+from domino_jax.model_config import DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.strict import InputError, from_tree
 
 SMALLEST: dict[str, Any] = {
     "run_dir": "runs/x",

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from domino_jax.config import DecoderConfig
 from domino_jax.layers import (
     AttentionProjections,
     Dense,
@@ -25,6 +24,7 @@ from domino_jax.layers import (
     rotate,
     write_rows,
 )
+from domino_jax.model_config import DecoderConfig
 
 CFG = DecoderConfig(
     vocab_size=32,

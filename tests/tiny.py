@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from domino_jax.config import DecoderConfig
+from domino_jax.model_config import DecoderConfig
 from domino_jax.target.load import expected_tensors
 from domino_jax.target.model import Target
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.config import InputError
+from domino_jax.strict import InputError
 
 ROLES = ("system", "user", "assistant")
 

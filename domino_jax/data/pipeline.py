@@ -7,8 +7,8 @@ import grain
 import jax
 import numpy as np
 
-from domino_jax.config import InputError
 from domino_jax.data.conversations import Row
+from domino_jax.strict import InputError
 
 _EMPTY = Row(np.zeros(0, np.int32), np.zeros(0, bool))
 

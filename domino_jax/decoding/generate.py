@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.config import InputError
 from domino_jax.data.conversations import encode_prompt, read_messages
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
+from domino_jax.strict import InputError
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.config import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
 from domino_jax.layers import write_rows
+from domino_jax.model_config import DraftConfig
 from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, vocabulary_logits
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled

@@ -4,10 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DraftConfig
 from domino_jax.draft.attention import block_attention
 from domino_jax.draft.head import DominoHead
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
+from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import constrain
 
 KeysValues = tuple[jax.Array, jax.Array]

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DraftConfig
 from domino_jax.layers import Dense
+from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import logical_axes
 
 

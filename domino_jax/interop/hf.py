@@ -16,8 +16,9 @@ import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
-from domino_jax.config import DraftConfig, InputError
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.model_config import DraftConfig
+from domino_jax.strict import InputError
 from domino_jax.target.load import check_tensors, read_json, read_safetensors
 
 WEIGHTS = "model.safetensors"

@@ -19,7 +19,7 @@ import platformdirs
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from domino_jax.config import InputError
+from domino_jax.strict import InputError
 from domino_jax.target.load import check_tensors, expected_tensors, read_decoder_config
 
 Progress = Callable[[str], None]

@@ -14,7 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from domino_jax.config import DecoderConfig, InputError, from_tree
+from domino_jax.model_config import DecoderConfig
+from domino_jax.strict import InputError, from_tree
 from domino_jax.target.model import Target
 
 MODEL_TYPES = ("llama", "qwen3")

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DecoderConfig
 from domino_jax.layers import (
     AttentionProjections,
     RMSNorm,
@@ -16,6 +15,7 @@ from domino_jax.layers import (
     rotary,
     write_rows,
 )
+from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
 
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from domino_jax.config import DraftConfig, InputError, from_tree
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.model_config import DraftConfig
+from domino_jax.strict import InputError, from_tree
 from domino_jax.training.step import TrainState
 
 

@@ -19,11 +19,13 @@ from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import DraftConfig, InputError, RunConfig, dump_config, make_draft_config
+from domino_jax.config import RunConfig, dump_config, make_draft_config
 from domino_jax.data.conversations import RowSet, load_rows
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.strict import InputError
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target, first_layers, stack_layers

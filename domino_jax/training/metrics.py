@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import InputError
+from domino_jax.strict import InputError
 from domino_jax.training.modules import DFlashStepMetrics, DominoStepMetrics
 
 

@@ -7,7 +7,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.blocks import (
     Blocks,
@@ -18,6 +17,7 @@ from domino_jax.draft.blocks import (
     sample_anchors,
 )
 from domino_jax.draft.mask import context_mask
+from domino_jax.model_config import DraftConfig
 from domino_jax.training.loss import TokenLoss, acceptance_stats, dual_cross_entropy
 
 

@@ -9,7 +9,6 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from domino_jax.config import InputError
 from domino_jax.data.conversations import (
     BadLine,
     Row,
@@ -19,6 +18,7 @@ from domino_jax.data.conversations import (
     read_messages,
     stop_token_ids,
 )
+from domino_jax.strict import InputError
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

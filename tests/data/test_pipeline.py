@@ -9,9 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from domino_jax.config import InputError
 from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches, row_batches
+from domino_jax.strict import InputError
 
 LENGTH = 9
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny import write_conversations, write_target
 
-from domino_jax.config import InputError
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import generate as generation
 from domino_jax.decoding.generate import generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.strict import InputError
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 

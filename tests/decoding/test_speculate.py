@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from scipy.stats import chi2, chisquare, ncx2
 
-from domino_jax.config import DecoderConfig, DraftConfig
 from domino_jax.decoding.speculate import (
     Decoder,
     Weights,
@@ -25,6 +24,7 @@ from domino_jax.decoding.speculate import (
     stream,
 )
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
 
 TARGET = DecoderConfig(

@@ -18,11 +18,12 @@ from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlash
 from reference import dflash_config, draft_config, nemo_draft, random_anchors, random_batch, random_params
 from safetensors.numpy import load_file, save_file
 
-from domino_jax.config import DraftConfig, InputError
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.mask import context_mask
 from domino_jax.interop import hf
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
+from domino_jax.model_config import DraftConfig
+from domino_jax.strict import InputError
 
 CONFIG = draft_config()
 # D 32, C 3, F 44, 4 heads and 2 key-value heads of 10, G 20, R 12, V 120.

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
-from domino_jax.config import InputError
+from domino_jax.strict import InputError
 from domino_jax.target import gguf as conversion
 from domino_jax.target.gguf import BUILT_IN, BuiltIn, convert_gguf, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer

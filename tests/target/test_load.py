@@ -15,7 +15,8 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from domino_jax.config import DecoderConfig, InputError
+from domino_jax.model_config import DecoderConfig
+from domino_jax.strict import InputError
 from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config, read_json, read_safetensors
 
 ABSENT = object()

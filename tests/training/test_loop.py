@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 from tiny import CONFIG, run_config, write_conversations, write_target
 
-from domino_jax.config import InputError, load_config
+from domino_jax.config import load_config
+from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.training import loop
 from domino_jax.training.checkpoint import load_draft, open_checkpoints

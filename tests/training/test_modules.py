@@ -22,9 +22,9 @@ from reference import (
     random_params,
 )
 
-from domino_jax.config import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.interop.hf import hf_tensors
+from domino_jax.model_config import DraftConfig
 from domino_jax.training.curriculum import get_lambda_base
 from domino_jax.training.modules import DFlashTrainerModule, DominoTrainerModule, build_trainer
 

@@ -1,0 +1,96 @@
+"""Verbs that make what a drafter is trained on: `target`, `regenerate`."""
+
+from pathlib import Path
+
+import click
+
+from domino_jax.cli.shared import (
+    dtype_option,
+    load_named_target,
+    logs,
+    new_tokens_option,
+    progress_bar,
+    say,
+    seed_option,
+    temperature_option,
+)
+from domino_jax.data.conversations import stop_token_ids
+from domino_jax.decoding.generate import regenerate as regenerate_answers
+from domino_jax.decoding.speculate import Weights, make_decoder
+from domino_jax.strict import InputError
+from domino_jax.target.gguf import convert_gguf, resolve_target
+from domino_jax.target.model import Target
+
+
+@click.command()
+@click.argument("source")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+def target(source: str, directory: Path | None) -> None:
+    """Prepare a target and print its directory.
+
+    SOURCE is a built-in name (smollm2-135m-instruct: fetched and converted on first use), a directory in Hugging Face
+    form, or a GGUF file of a Llama or Qwen3 model, which is converted into DIRECTORY.
+    """
+    if source.endswith(".gguf"):
+        if directory is None:
+            raise InputError(f"{source}: give the directory to convert into: domino target {source} DIRECTORY")
+        path = convert_gguf(source, directory, progress=say)
+    else:
+        if directory is not None:
+            raise InputError(f"{source}: only a .gguf file is converted into a directory")
+        path = resolve_target(source, progress=say)
+    click.echo(path)
+
+
+@click.command()
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("answers", type=click.Path(path_type=Path))
+@click.option(
+    "--target", "target_name", default="smollm2-135m-instruct", show_default=True, help="Built-in name or directory."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows decoded together.")
+@new_tokens_option
+@temperature_option
+@seed_option
+@dtype_option
+def regenerate(
+    prompts: Path,
+    answers: Path,
+    target_name: str,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+) -> None:
+    """Let the target answer PROMPTS (JSONL of {"messages": [...]}) into ANSWERS, the training data of a drafter.
+
+    A drafter must learn the words of its own target; answers written by anyone else cost acceptance. Stopped and
+    started again it goes on where it was.
+    """
+    loaded = load_named_target(target_name, dtype)
+    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stop_token_ids(loaded.tokenizer))
+    settings = {"target": target_name, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    with progress_bar() as progress:
+        task = progress.add_task("answering", total=None)
+
+        def show(done: int, total: int, tokens: int) -> None:
+            speed = tokens / max(progress.tasks[task].elapsed or 0.0, 1e-9)
+            progress.update(task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s")
+            if not logs.is_terminal:
+                say(f"{done}/{total} prompts answered, {tokens} tokens, {speed:.0f} tokens/s")
+
+        count = regenerate_answers(
+            decoder,
+            Weights(loaded.params),
+            loaded.tokenizer,
+            prompts,
+            answers,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            settings=settings,
+            progress=show,
+        )
+    say(f"{count} prompts answered")
+    click.echo(answers)

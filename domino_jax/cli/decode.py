@@ -1,0 +1,161 @@
+"""Verbs that decode with a drafter: `generate`, `evaluate`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import jax
+import numpy as np
+from rich.console import Console
+
+from domino_jax.cli.shared import (
+    dtype_option,
+    load_run,
+    logs,
+    new_tokens_option,
+    progress_bar,
+    proposals_option,
+    say,
+    seed_option,
+    temperature_option,
+)
+from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.decoding import evaluate as evaluation
+from domino_jax.decoding.generate import stream_text
+from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.report import evaluation_table, training_summary
+from domino_jax.strict import InputError
+from domino_jax.target.model import Target
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--plain", is_flag=True, help="Decode without the drafter, to compare.")
+@click.option("--no-head", is_flag=True, help="Switch the Domino head off.")
+@proposals_option
+@new_tokens_option
+@temperature_option
+@seed_option
+@dtype_option
+def generate(
+    run: Path,
+    prompt: str | None,
+    plain: bool,
+    no_head: bool,
+    proposals: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+) -> None:
+    """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
+    text = prompt if prompt is not None else sys.stdin.read()
+    if not text.strip():
+        raise InputError("the prompt is empty")
+    loaded, drafter = load_run(run, dtype)
+    stops = stop_token_ids(loaded.tokenizer)
+    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
+    if not plain:
+        decoder = make_decoder(
+            Target(loaded.config),
+            DraftModel(drafter.config),
+            proposals=proposals,
+            use_head=not no_head,
+            temperature=temperature,
+            stop_ids=stops,
+        )
+    answer = stream_text(
+        decoder,
+        Weights(loaded.params, drafter.params),
+        loaded.tokenizer,
+        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer),
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        write=lambda piece: click.echo(piece, nl=False),
+    )
+    click.echo()
+    speed = f"{answer.tokens_per_second:.1f} tokens/s (compilation included)"
+    say(f"{len(answer.tokens)} tokens, tau {answer.tau:.2f}, {speed}")
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompt_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PROMPTS...")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Only the first prompts of each file.")
+@proposals_option
+@new_tokens_option
+@temperature_option
+@seed_option
+@dtype_option
+def evaluate(
+    run: Path,
+    prompt_files: tuple[Path, ...],
+    limit: int | None,
+    proposals: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+) -> None:
+    """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
+
+    Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens per verification
+    (tau), tokens per second, and whether the outputs are the same token by token.
+    """
+    loaded, drafter = load_run(run, dtype)
+    decoder = make_decoder(
+        Target(loaded.config),
+        DraftModel(drafter.config),
+        proposals=proposals,
+        temperature=temperature,
+        stop_ids=stop_token_ids(loaded.tokenizer),
+    )
+    weights = Weights(loaded.params, drafter.params)
+    report: dict[str, Any] = {
+        "evaluator": {
+            "target": drafter.record.target,
+            "chat_template": drafter.record.chat_template,
+            "step": drafter.step,
+            "block_size": drafter.config.block_size,
+            "proposals": decoder.proposals,
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
+        },
+        "training": training_summary(run),
+        "sets": {},
+    }
+    for path in prompt_files:
+        usable, bad_lines = read_messages(path)
+        for bad in bad_lines:
+            say(f"{path}:{bad.line}: {bad.reason}")
+        prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[:limit]]
+        figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
+        report["sets"][path.stem] = {"file": str(path)} | figures
+    place = run / "evaluation.json"
+    beside = place.with_suffix(".json.new")
+    beside.write_text(json.dumps(report, indent=2) + "\n")
+    beside.replace(place)
+    Console().print(evaluation_table(report))
+    for name, figures in report["sets"].items():
+        for difference in figures.get("differences", ()):
+            click.echo(f"{name}: first difference {difference}")
+    click.echo(place)
+
+
+def _evaluate_set(
+    name: str, decoder: Decoder, weights: Weights, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int
+) -> dict[str, Any]:
+    with progress_bar() as progress:
+        task = progress.add_task(name, total=len(prompts))
+
+        def show(done: int) -> None:
+            progress.update(task, completed=done)
+            if not logs.is_terminal:
+                say(f"{name}: {done}/{len(prompts)} prompts")
+
+        return evaluation.evaluate(decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed, progress=show)

@@ -1,0 +1,64 @@
+"""The `domino` command: thin verbs over the package. Results go to stdout, progress and logs to stderr."""
+
+import sys
+from typing import Any
+
+import click
+import jax
+
+from domino_jax.cli.checkpoint import export, import_
+from domino_jax.cli.data import regenerate, target
+from domino_jax.cli.decode import evaluate, generate
+from domino_jax.cli.shared import say
+from domino_jax.cli.train import train
+from domino_jax.strict import InputError
+from domino_jax.training.loop import Interrupted
+
+
+class _Group(click.Group):
+    """Turns what the user can mend into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise click.UsageError(str(error)) from error
+        except OSError as error:
+            raise click.UsageError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+        except Interrupted as error:
+            say(str(error))
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Train speculative-decoding drafters (Domino, DFlash) in JAX, check what they gain, and export them.
+
+    \b
+    A drafter from nothing to a served checkpoint:
+      domino regenerate PROMPTS ANSWERS   the target answers your prompts: the training data
+      domino train CONFIG                 trains the drafter; run it again to go on after a stop
+      domino evaluate RUN PROMPTS...      acceptance length, speed, and a token-by-token check
+      domino generate RUN "a question"    streams one answer
+      domino export RUN DIR               writes the checkpoint that serving engines read
+    """
+
+
+for _verb in (target, regenerate, train, generate, evaluate, export, import_):
+    cli.add_command(_verb)
+
+
+def main() -> None:
+    """Entry point of the `domino` command; a message of bad input is one line, exit code 2."""
+    # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
+    except click.UsageError as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(2)
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)

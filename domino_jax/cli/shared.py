@@ -1,0 +1,97 @@
+"""What several verbs share: options, progress on stderr, and reading a target or a run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from domino_jax.decoding.speculate import make_decoder
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.model_config import DraftConfig
+from domino_jax.strict import InputError
+from domino_jax.target.gguf import resolve_target
+from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.target.model import Target
+from domino_jax.training.checkpoint import DraftRecord, load_draft, template_hash
+
+logs = Console(stderr=True)
+
+new_tokens_option = click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of each answer at most."
+)
+temperature_option = click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the most likely token."
+)
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Compute type of the target.",
+)
+proposals_option = click.option(
+    "--proposals",
+    type=click.Choice(["block", "serving"]),
+    default="block",
+    show_default=True,
+    help="Tokens per cycle: all that a block predicts, or K - 1 as serving engines do.",
+)
+
+
+class Loaded(NamedTuple):
+    """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
+
+    config: Any
+    params: Any
+    tokenizer: Any
+
+
+class Drafter(NamedTuple):
+    """The newest draft of a run; `config` is the record's in the chosen compute type."""
+
+    record: DraftRecord
+    config: DraftConfig
+    params: Any
+    step: int
+
+
+def load_named_target(name: str, dtype: str) -> Loaded:
+    """Reads a target by built-in name or directory."""
+    path = resolve_target(name, progress=say)
+    loaded = load_target(path, dtype=dtype)
+    return Loaded(loaded.config, loaded.params, load_tokenizer(path))
+
+
+def load_run(run: Path, dtype: str) -> tuple[Loaded, Drafter]:
+    """Reads a run's newest draft and its target, or raises `InputError` where they do not fit."""
+    record, params, step = load_draft(run)
+    loaded = load_named_target(record.target, dtype)
+    if template_hash(loaded.tokenizer) != record.chat_template:
+        raise InputError(f"{run}: the chat template of {record.target} is not the one the draft was trained with")
+    config = replace(record.config, dtype=dtype)
+    check_fit(config, Target(loaded.config), loaded.tokenizer)
+    return loaded, Drafter(record, config, params, step)
+
+
+def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
+    """Raises `InputError` unless the draft can serve this target."""
+    try:
+        make_decoder(target, DraftModel(config))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if config.mask_token_id in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
+        raise InputError(f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target")
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr, silent where that is not a terminal."""
+    return Progress(console=logs, disable=not logs.is_terminal)
+
+
+def say(line: str) -> None:
+    """Writes one line to stderr."""
+    logs.print(line, highlight=False, markup=False, soft_wrap=True)
