@@ -8,15 +8,22 @@ from typing import Any
 
 import yaml
 
-from domino_jax.model_config import DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
 from domino_jax.strict import InputError, from_tree, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftRecipe:
-    """The draft to train; what is not named here (widths, heads, rotary base) is the target's."""
+    """The draft to train; what is not named here (widths, rotary base) or left null is the target's.
+
+    `shift_label` null is true with the Domino head and false without. `sliding_window` makes every layer a sliding one
+    unless `layer_types` says which. `init_from` is a directory of a draft checkpoint to start from.
+    """
 
     num_hidden_layers: int = 5
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
     block_size: int = 16
     mask_token_id: int
     target_layer_ids: tuple[int, ...] | None = None
@@ -24,8 +31,15 @@ class DraftRecipe:
     emb_dim: int = 256
     gru_hidden_dim: int = 1024
     pure_draft_prefix_len: int = 1
-    shift_label: bool = True
+    shift_label: bool | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    sliding_in_block: str = "bidirectional"
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
     init_layers_from_target: bool = False
+    init_from: str | None = None
 
 
 def make_draft_config(
@@ -50,13 +64,17 @@ def make_draft_config(
         layers = default_target_layer_ids(target.num_hidden_layers, recipe.num_hidden_layers)
     # Depth and type are the draft's own; it always has per-head norms and never holds a head that could be tied.
     own = ("num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings")
-    inherited = {f.name: getattr(target, f.name) for f in dataclasses.fields(DecoderConfig) if f.name not in own}
+    fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(DecoderConfig) if f.name not in own}
     chosen = dataclasses.asdict(recipe)
-    for name in ("target_layer_ids", "init_layers_from_target"):
+    for name in ("target_layer_ids", "init_layers_from_target", "init_from"):
         del chosen[name]
-    return DraftConfig(
-        **inherited, **chosen, num_target_layers=target.num_hidden_layers, target_layer_ids=layers, dtype=dtype
-    )
+    fields |= {name: value for name, value in chosen.items() if value is not None}
+    domino = recipe.projector_type is not None
+    fields["projector_type"] = recipe.projector_type
+    fields["shift_label"] = domino if recipe.shift_label is None else recipe.shift_label
+    if recipe.sliding_window is not None and recipe.layer_types is None:
+        fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
+    return DraftConfig(**fields, num_target_layers=target.num_hidden_layers, target_layer_ids=layers, dtype=dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +89,23 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Anchors, position weights and the curriculum (CONTRACT terms: N, gamma, lambda_base).
+    """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base).
 
-    `chunk_blocks` bounds memory: the vocabulary loss runs over that many blocks at a time; 0 takes all at once.
+    `anchor_rule` is "nemo" or "specforge". `loss_type` is a row of `training/objectives.py`, which says what
+    `normalize` null means for it; `dpace_alpha` and `prefix_weight_base` belong to the rows of those names.
+    `kl_weight` of each token's loss is the divergence from the target's distribution, the rest its hard label's
+    cross-entropy. `chunk_blocks` bounds memory: the vocabulary loss runs over that many blocks at a time; 0 takes
+    all at once.
     """
 
     num_anchors: int = 512
+    anchor_rule: str = "nemo"
+    loss_type: str = "dflash"
     loss_decay_gamma: float | None = None
+    normalize: str | None = None
+    dpace_alpha: float = 0.5
+    prefix_weight_base: float = 0.9
+    kl_weight: float = 0.0
     lambda_start: float = 1.0
     decay_ratio: float = 1.0
     chunk_blocks: int = 0
@@ -156,10 +184,17 @@ class RunConfig:
         for place, ratio in (
             ("loss.lambda_start", self.loss.lambda_start),
             ("loss.decay_ratio", self.loss.decay_ratio),
+            ("loss.dpace_alpha", self.loss.dpace_alpha),
+            ("loss.kl_weight", self.loss.kl_weight),
             ("optimizer.warmup_ratio", self.optimizer.warmup_ratio),
             ("optimizer.final_ratio", self.optimizer.final_ratio),
         ):
             require(0 <= ratio <= 1, f"{place} must lie in 0..1, found {ratio}")
+        draft = self.draft
+        require(
+            not (draft.init_from and draft.init_layers_from_target),
+            "draft.init_from and draft.init_layers_from_target are two starts; give one",
+        )
         steps = self.train.steps
         require(steps is None or steps >= 1, f"train.steps must be at least 1, found {steps}")
         require(self.loss.chunk_blocks >= 0, f"loss.chunk_blocks must be 0 or more, found {self.loss.chunk_blocks}")

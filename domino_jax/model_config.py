@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from domino_jax.strict import require
 
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -42,6 +44,13 @@ class DraftConfig(DecoderConfig):
 
     `projector_type` "domino" adds the causal head; None is plain DFlash. `num_target_layers` and
     `target_layer_ids` (0-based layer outputs) say which states of the target the draft reads.
+
+    `layer_types` names each layer "full_attention" or "sliding_attention" (None: all full); a sliding layer sees the
+    context less than `sliding_window` positions before its query. Inside the block it looks both ways, or with
+    `sliding_in_block` "causal" (SpecForge's rule) only back.
+
+    `input_embedding_scale` multiplies the embedded block; base logits are multiplied by `output_multiplier`, then
+    bounded to `final_logit_softcapping * tanh(logits / final_logit_softcapping)`.
     """
 
     qk_norm: bool = True
@@ -54,6 +63,12 @@ class DraftConfig(DecoderConfig):
     gru_hidden_dim: int = 1024
     pure_draft_prefix_len: int = 0
     shift_label: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    sliding_in_block: str = "bidirectional"
+    input_embedding_scale: float = 1.0
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses contradictions between fields."""
@@ -82,6 +97,40 @@ class DraftConfig(DecoderConfig):
             require(0 <= prefix < count, f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct")
         else:
             require(not self.shift_label, "shift_label needs projector_type 'domino': plain DFlash keeps its anchor")
+        self._check_windows()
+        for name in ("input_embedding_scale", "output_multiplier"):
+            require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+        cap = self.final_logit_softcapping
+        require(cap is None or cap > 0, f"final_logit_softcapping must be positive or null, found {cap}")
+
+    def _check_windows(self) -> None:
+        types = self.layer_types or ()
+        require(
+            self.layer_types is None or len(types) == self.num_hidden_layers,
+            f"layer_types names {len(types)} layers, num_hidden_layers is {self.num_hidden_layers}",
+        )
+        unknown = sorted(set(types) - {FULL_ATTENTION, SLIDING_ATTENTION})
+        require(not unknown, f"layer_types holds {unknown}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}")
+        window = self.sliding_window
+        require(
+            (SLIDING_ATTENTION in types) == (window is not None),
+            f"sliding_window is {window}, layer_types {list(types)}: a window needs {SLIDING_ATTENTION} layers "
+            "and they need a window",
+        )
+        # A smaller one would cut into the block itself, where trainers and engines disagree.
+        require(
+            window is None or window >= self.block_size,
+            f"sliding_window {window} must be at least block_size {self.block_size}",
+        )
+        require(
+            self.sliding_in_block in ("bidirectional", "causal"),
+            f"sliding_in_block must be 'bidirectional' or 'causal', found {self.sliding_in_block!r}",
+        )
+
+    @property
+    def attention_types(self) -> tuple[str, ...]:
+        """The type of each layer's attention."""
+        return self.layer_types or (FULL_ATTENTION,) * self.num_hidden_layers
 
     @property
     def num_predictions(self) -> int:

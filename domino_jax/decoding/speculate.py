@@ -14,6 +14,7 @@ import numpy as np
 
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
+from domino_jax.draft.mask import layer_masks
 from domino_jax.layers import write_rows
 from domino_jax.model_config import DraftConfig
 from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, vocabulary_logits
@@ -266,15 +267,15 @@ def _draft(
     anchors = state.lengths - 1
     offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
     noise = jnp.where(offsets == 0, bonus[:, None], cfg.mask_token_id)
-    slots = jnp.arange(state.tokens.shape[1])
+    used = jnp.ones((bonus.shape[0], 1), bool)
     hidden = model.block_states(
         tuple((layer.keys, layer.values) for layer in state.draft_cache),
         jnp.take(embedding, noise, axis=0)[:, None],
         (anchors[:, None] + offsets)[:, None],
-        (slots < anchors[:, None])[:, None],
+        layer_masks(cfg, anchors[:, None], used, context_len=state.tokens.shape[1]),
     )
     hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
-    base = vocabulary_logits(hidden, lm_head_weight(weights.target))
+    base = model.output_logits(vocabulary_logits(hidden, lm_head_weight(weights.target)))
 
     tokens, probs = [], []
     previous, gru = bonus, jnp.zeros((bonus.shape[0], cfg.gru_hidden_dim), jnp.float32)

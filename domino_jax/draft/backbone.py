@@ -1,22 +1,31 @@
 """The draft model: the DFlash backbone and, when its config asks for one, the Domino head."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from domino_jax.draft.attention import block_attention
 from domino_jax.draft.head import DominoHead
+from domino_jax.draft.mask import layer_masks
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
 
 KeysValues = tuple[jax.Array, jax.Array]
 
 
 class DraftLayer(nn.Module):
-    """Pre-norm block attention over `[context | own block]` and SwiGLU, each added to its input."""
+    """Pre-norm block attention over `[context | own block]` and SwiGLU, each added to its input.
+
+    Attributes:
+        cfg: the draft.
+        causal: whether a position sees only its own and earlier positions of its block.
+    """
 
     cfg: DraftConfig
+    causal: bool = False
 
     def setup(self) -> None:
         """Creates the layer's four parts."""
@@ -26,10 +35,10 @@ class DraftLayer(nn.Module):
         self.mlp = SwiGLU(self.cfg)
 
     def __call__(self, x: jax.Array, context: KeysValues, tables: Rotary, mask: jax.Array) -> jax.Array:
-        """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `mask` is bool [B, N, S]."""
+        """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `mask` is bool [B, N, 1 or K, S]."""
         normed = self.input_layernorm(x)
         own = self.self_attn.keys_values(normed, tables)
-        heads = block_attention(self.self_attn.queries(normed, tables), context, own, mask=mask)
+        heads = block_attention(self.self_attn.queries(normed, tables), context, own, mask=mask, causal=self.causal)
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
@@ -52,7 +61,8 @@ class DraftModel(nn.Module):
         cfg = self.cfg
         self.fc = Dense(cfg.hidden_size, ("embed", "features"), cfg.dtype)
         self.hidden_norm = RMSNorm(cfg.rms_norm_eps)
-        self.layers = [DraftLayer(cfg) for _ in range(cfg.num_hidden_layers)]
+        causal_kind = SLIDING_ATTENTION if cfg.sliding_in_block == "causal" else None
+        self.layers = [DraftLayer(cfg, causal=kind == causal_kind) for kind in cfg.attention_types]
         self.norm = RMSNorm(cfg.rms_norm_eps)
         if cfg.projector_type == "domino":
             self.head = DominoHead(cfg)
@@ -63,7 +73,7 @@ class DraftModel(nn.Module):
         context_positions: jax.Array,
         embeddings: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        masks: Mapping[str, jax.Array],
     ) -> jax.Array:
         """Hidden states of all blocks.
 
@@ -72,11 +82,11 @@ class DraftModel(nn.Module):
             context_positions: int32 [B, S].
             embeddings: [B, N, K, D], the noise blocks in the target's embedding.
             positions: int32 [B, N, K].
-            mask: bool [B, N, S], the context each block sees.
+            masks: the context that blocks see, one mask per type of attention (`layer_masks`).
         Returns:
             [B, N, K, D] after the final norm, in the compute dtype.
         """
-        return self.block_states(self.context(features, context_positions), embeddings, positions, mask)
+        return self.block_states(self.context(features, context_positions), embeddings, positions, masks)
 
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[KeysValues, ...]:
         """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
@@ -85,19 +95,33 @@ class DraftModel(nn.Module):
         return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
 
     def block_states(
-        self, context: tuple[KeysValues, ...], embeddings: jax.Array, positions: jax.Array, mask: jax.Array
+        self,
+        context: tuple[KeysValues, ...],
+        embeddings: jax.Array,
+        positions: jax.Array,
+        masks: Mapping[str, jax.Array],
     ) -> jax.Array:
         """Like the whole call, from the context's keys and values, which decoding keeps between cycles."""
         batch, blocks, size, width = embeddings.shape
         tables = rotary(positions.reshape(batch, blocks * size), head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta)
-        x = embeddings.reshape(batch, blocks * size, width).astype(self.cfg.dtype)
-        for layer, keys_values in zip(self.layers, context, strict=True):
-            x = layer(x, keys_values, tables, mask)
+        x = embeddings.reshape(batch, blocks * size, width) * self.cfg.input_embedding_scale
+        x = x.astype(self.cfg.dtype)
+        for layer, kind, keys_values in zip(self.layers, self.cfg.attention_types, context, strict=True):
+            x = layer(x, keys_values, tables, masks[kind])
         return self.norm(x).reshape(batch, blocks, size, width)
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
         """The positions that predict, [B, N, K, D] -> [B, N, M, D]: all with `shift_label`, else all but the anchor."""
         return hidden if self.cfg.shift_label else hidden[:, :, 1:]
+
+    def output_logits(self, logits: jax.Array) -> jax.Array:
+        """What the target's head makes of its product: scaled and softly bounded, where the config says so.
+
+        Source: NeMo AutoModel 0.7.0, `Qwen3DFlashDraftModel.compute_logits`.
+        """
+        cap = self.cfg.final_logit_softcapping
+        logits = logits * self.cfg.output_multiplier
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def init_variables(model: DraftModel, key: jax.Array) -> dict:
@@ -113,7 +137,8 @@ def init_variables(model: DraftModel, key: jax.Array) -> dict:
         states = jnp.zeros((1, 1, len(cfg.target_layer_ids) * cfg.hidden_size), cfg.dtype)
         block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)
         positions = jnp.zeros((1, 1, cfg.block_size), jnp.int32)
-        hidden = module(states, jnp.zeros((1, 1), jnp.int32), block, positions, jnp.ones((1, 1, 1), bool))
+        start, used = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        hidden = module(states, start, block, positions, layer_masks(cfg, start, used, context_len=1))
         if cfg.projector_type == "domino":
             predictions = module.prediction_states(hidden)
             module.head(predictions, jnp.zeros_like(predictions))

@@ -33,20 +33,32 @@ class Blocks(NamedTuple):
     mask: jax.Array
 
 
-def anchor_candidates(loss_mask: jax.Array, *, block_size: int, doc_remaining: jax.Array | None = None) -> jax.Array:
+def anchor_candidates(
+    loss_mask: jax.Array, *, block_size: int, doc_remaining: jax.Array | None = None, rule: str = "nemo"
+) -> jax.Array:
     """Positions a block may start at.
 
     Args:
         loss_mask: [B, S], above 0.5 where the token is supervised.
         block_size: K.
-        doc_remaining: int [B, S] for packed rows; the block must end inside its document.
+        doc_remaining: int [B, S] for packed rows; the block ("specforge": its first label) must lie in its document.
+        rule: "nemo": the token is supervised and the block ends inside the row. "specforge": the token and the next
+            one are supervised; labels past the row's end count as unsupervised.
     Returns:
-        bool [B, S]: supervised and at most `max(S - K, 0)`.
-    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule._sample_anchor_positions`.
+        bool [B, S].
+    Raises:
+        ValueError: another rule.
+    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule._sample_anchor_positions`; SpecForge 0.2.0, its namesake.
     """
+    supervised = loss_mask > 0.5
     length = loss_mask.shape[1]
-    candidates = (loss_mask > 0.5) & (jnp.arange(length) <= max(length - block_size, 0))
-    return candidates if doc_remaining is None else candidates & (doc_remaining >= block_size - 1)
+    if rule == "nemo":
+        candidates, needed = supervised & (jnp.arange(length) <= max(length - block_size, 0)), block_size - 1
+    elif rule == "specforge":
+        candidates, needed = supervised & jnp.pad(supervised[:, 1:], ((0, 0), (0, 1))), 1
+    else:
+        raise ValueError(f"anchor_rule must be 'nemo' or 'specforge', found {rule!r}")
+    return candidates if doc_remaining is None else candidates & (doc_remaining >= needed)
 
 
 def sample_anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> tuple[jax.Array, jax.Array]:
@@ -81,6 +93,7 @@ def make_blocks(
     mask_token_id: int,
     shift_label: bool,
     packing: Packing | None = None,
+    prefix_lengths: jax.Array | None = None,
 ) -> Blocks:
     """Cuts the blocks that start at the anchors.
 
@@ -96,22 +109,28 @@ def make_blocks(
         mask_token_id: the id that stands for a token to be drafted.
         shift_label: whether block position k predicts `anchor + 1 + k` (M = K) or `anchor + k` (M = K - 1).
         packing: documents of packed rows; labels stop at the end of the anchor's document.
+        prefix_lengths: int32 [B, N], how many positions of each block show their real token and are not supervised;
+            None shows the anchor alone.
     Returns:
         `Blocks`.
-    Source: NeMo AutoModel 0.7.0, `_create_noise_embed` and `_build_block_targets`.
+    Source: NeMo AutoModel 0.7.0, `_create_noise_embed`, `_create_vp_noise_embed` and `_build_block_targets`.
     """
     length = input_ids.shape[1]
     offsets = jnp.arange(block_size, dtype=jnp.int32)
     predictions = jnp.arange(block_size if shift_label else block_size - 1, dtype=jnp.int32)
 
-    anchor_ids = jnp.where(keep, _gather(input_ids, anchors), mask_token_id)
-    noise_ids = jnp.where(offsets == 0, anchor_ids[..., None], mask_token_id)
+    shown = jnp.ones_like(anchors) if prefix_lengths is None else prefix_lengths
+    index = anchors[..., None] + offsets
+    real = (offsets < shown[..., None]) & keep[..., None] & (index < length)
+    noise_ids = jnp.where(real, _gather(input_ids, jnp.minimum(index, length - 1)), mask_token_id)
     first = anchors if packing is None else _gather(packing.position_ids, anchors)
 
     label_index = anchors[..., None] + 1 + predictions
     inside = label_index < length
     if packing is not None:
         inside &= 1 + predictions <= _gather(packing.doc_remaining, anchors)[..., None]
+    if prefix_lengths is not None:
+        inside &= 1 + predictions >= prefix_lengths[..., None]
     clamped = jnp.minimum(label_index, length - 1)
     supervised = _gather(loss_mask, clamped) > 0.5
     return Blocks(
@@ -123,26 +142,46 @@ def make_blocks(
     )
 
 
+def sample_prefix_lengths(key: jax.Array, shape: tuple[int, ...], *, block_size: int, weight_base: float) -> jax.Array:
+    """Draws how many positions of each block show their real token, int32 `shape`.
+
+    A length l of `min(2, K - 1)` to K - 1 is drawn with a probability proportional to `weight_base ** l`.
+
+    Args:
+        key: a PRNG key.
+        shape: (B, N).
+        block_size: K.
+        weight_base: positive; below 1 favours short prefixes.
+    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule._sample_prefix_lengths`.
+    """
+    lengths = jnp.arange(min(2, block_size - 1), block_size, dtype=jnp.int32)
+    return lengths[jax.random.categorical(key, lengths * jnp.log(weight_base), shape=shape)]
+
+
 def document_ids(seq_lens: jax.Array, length: int) -> jax.Array:
     """The document each position of a packed row belongs to, int32 [B, length], from lengths [B, documents]."""
     ends = jnp.cumsum(seq_lens, axis=1)
     return jnp.sum(ends[:, None, :] <= jnp.arange(length)[None, :, None], axis=-1).astype(jnp.int32)
 
 
-def position_weights(mask: jax.Array, *, gamma: float | None) -> jax.Array:
+def position_weights(mask: jax.Array, *, gamma: float | None, prefix_lengths: jax.Array | None = None) -> jax.Array:
     """Loss weights that decay along the block.
 
     Args:
-        mask: bool [..., M], supervised predictions.
+        mask: bool [B, N, M], supervised predictions.
         gamma: decay length in positions; None or a value <= 0 means no decay.
+        prefix_lengths: int32 [B, N]; the decay then begins at the first position that is not shown.
     Returns:
-        float32 [..., M], `mask * exp(-m / gamma)`.
-    Source: DFlash (arXiv:2602.06036), equation 4.
+        float32 [B, N, M], `mask * exp(-m / gamma)`, with a prefix of l positions `mask * exp(-(m + 1 - l) / gamma)`.
+    Source: DFlash (arXiv:2602.06036), equation 4; NeMo AutoModel 0.7.0, `_variable_prefix_loss`.
     """
     weights = mask.astype(jnp.float32)
     if gamma is None or gamma <= 0:
         return weights
-    return weights * jnp.exp(-jnp.arange(mask.shape[-1], dtype=jnp.float32) / gamma)
+    distance = jnp.arange(mask.shape[-1])
+    if prefix_lengths is not None:
+        distance = jnp.maximum(distance + 1 - prefix_lengths[..., None], 0)
+    return weights * jnp.exp(-distance.astype(jnp.float32) / gamma)
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:  # [B, S], [B, ...] -> [B, ...]

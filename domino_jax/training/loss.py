@@ -1,5 +1,6 @@
 """The dual cross-entropy over the vocabulary, in pieces that bound its memory, and the acceptance statistics."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,15 @@ from domino_jax.target.model import vocabulary_logits
 
 
 class TokenLoss(NamedTuple):
-    """Per prediction: negative log-likelihood float32 and the most likely token int32, both [...]."""
+    """What the logits of each prediction say of its label, all [...].
+
+    `nll` float32 is the negative log-likelihood, `prediction` int32 the most likely token, `divergence` float32
+    KL(target || draft), None where the target's states were not given.
+    """
 
     nll: jax.Array
     prediction: jax.Array
+    divergence: jax.Array | None = None
 
 
 class AcceptanceStats(NamedTuple):
@@ -32,6 +38,8 @@ def dual_cross_entropy(
     lm_head: jax.Array,
     low_rank: jax.Array | None = None,
     expansion: jax.Array | None = None,
+    target_states: jax.Array | None = None,
+    output_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits,
     chunk_blocks: int = 0,
 ) -> tuple[TokenLoss, TokenLoss]:
     """Cross-entropy of the corrected logits `U + E` and of the base logits `U`, in one pass over the vocabulary.
@@ -42,6 +50,9 @@ def dual_cross_entropy(
         lm_head: [V, D], frozen.
         low_rank: [B, N, M, R], the head's states, zero where the logits stay uncorrected; None without a head.
         expansion: [V, R], the head's last product.
+        target_states: [B, N, M, D], the target's states after its final norm that predict the same tokens; None
+            leaves the divergence out.
+        output_logits: what the target's head makes of its product, applied before the correction is added.
         chunk_blocks: blocks whose logits exist at the same time; each piece is recomputed in the backward pass.
             0 keeps the logits of all blocks.
     Returns:
@@ -49,16 +60,22 @@ def dual_cross_entropy(
     """
     head = jax.lax.stop_gradient(lm_head)
 
-    def losses(hidden: jax.Array, ids: jax.Array, low_rank: jax.Array | None) -> tuple[TokenLoss, TokenLoss]:
-        base_logits = constrain(vocabulary_logits(hidden, head), "batch", None, "vocab")
-        base = _token_loss(base_logits, ids)
+    def losses(
+        hidden: jax.Array, ids: jax.Array, low_rank: jax.Array | None, target: jax.Array | None
+    ) -> tuple[TokenLoss, TokenLoss]:
+        base_logits = constrain(output_logits(vocabulary_logits(hidden, head)), "batch", None, "vocab")
+        wanted = None
+        if target is not None:
+            wanted = jax.lax.stop_gradient(jax.nn.log_softmax(output_logits(vocabulary_logits(target, head))))
+        base = _token_loss(base_logits, ids, wanted)
         if low_rank is None or expansion is None:
             return base, base
-        return _token_loss(base_logits + vocabulary_logits(low_rank, expansion), ids), base
+        return _token_loss(base_logits + vocabulary_logits(low_rank, expansion), ids, wanted), base
 
     batch, blocks, size = target_ids.shape
+    rows = (hidden, target_ids, low_rank, target_states)
     if chunk_blocks == 0 or chunk_blocks >= blocks:
-        flat = jax.tree.map(lambda x: x.reshape(batch, blocks * size, *x.shape[3:]), (hidden, target_ids, low_rank))
+        flat = jax.tree.map(lambda x: x.reshape(batch, blocks * size, *x.shape[3:]), rows)
         result = losses(*flat)
     else:
         pieces = -(-blocks // chunk_blocks)
@@ -67,17 +84,18 @@ def dual_cross_entropy(
             x = jnp.pad(x, ((0, 0), (0, pieces * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
             return x.reshape(batch, pieces, chunk_blocks * size, *x.shape[3:]).swapaxes(0, 1)
 
-        mapped = jax.lax.map(
-            lambda piece: jax.checkpoint(losses)(*piece), jax.tree.map(split, (hidden, target_ids, low_rank))
-        )
+        mapped = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), jax.tree.map(split, rows))
         result = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, : blocks * size], mapped)
     final, base = jax.tree.map(lambda x: x.reshape(batch, blocks, size), result)
     return final, base
 
 
-def _token_loss(logits: jax.Array, ids: jax.Array) -> TokenLoss:
+def _token_loss(logits: jax.Array, ids: jax.Array, wanted: jax.Array | None) -> TokenLoss:
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-    return TokenLoss(nll, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    divergence = None
+    if wanted is not None:  # log-probabilities of the target
+        divergence = jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits)), axis=-1)
+    return TokenLoss(nll, jnp.argmax(logits, axis=-1).astype(jnp.int32), divergence)
 
 
 def compute_accept_len(pred_ids: jax.Array, target_ids: jax.Array, valid_mask: jax.Array) -> jax.Array:

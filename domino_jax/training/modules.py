@@ -15,10 +15,14 @@ from domino_jax.draft.blocks import (
     make_blocks,
     position_weights,
     sample_anchors,
+    sample_prefix_lengths,
 )
-from domino_jax.draft.mask import context_mask
+from domino_jax.draft.mask import layer_masks
 from domino_jax.model_config import DraftConfig
 from domino_jax.training.loss import TokenLoss, acceptance_stats, dual_cross_entropy
+from domino_jax.training.objectives import OBJECTIVES, loss_divisor, objective_sum
+
+Anchors = tuple[jax.Array, jax.Array]  # positions int32 [B, N] and which slots hold one, bool [B, N]
 
 
 class DFlashStepMetrics(flax.struct.PyTreeNode):
@@ -64,6 +68,12 @@ class DFlashTrainerModule(nn.Module):
         block_size: K.
         num_anchors: N, slots per row.
         loss_decay_gamma: decay of the position weights, None for none.
+        loss_type: a row of `OBJECTIVES`.
+        prefix_weight_base: of "variable_prefix" (see `sample_prefix_lengths`).
+        dpace_alpha: smoothing of the "dpace" rows.
+        normalize: divisor of the loss (see `loss_divisor`), None for the row's own.
+        kl_weight: share of the divergence from the target's distribution in each token's loss.
+        anchor_rule: "nemo" or "specforge" (see `anchor_candidates`).
         chunk_blocks: memory bound of the vocabulary loss (see `dual_cross_entropy`).
     Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule`; the target's head and embedding are arguments of the call.
     """
@@ -73,7 +83,19 @@ class DFlashTrainerModule(nn.Module):
     block_size: int = 16
     num_anchors: int = 512
     loss_decay_gamma: float | None = None
+    loss_type: str = "dflash"
+    prefix_weight_base: float = 0.9
+    dpace_alpha: float = 0.5
+    normalize: str | None = None
+    kl_weight: float = 0.0
+    anchor_rule: str = "nemo"
     chunk_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses an objective that does not exist."""
+        super().__post_init__()
+        if self.loss_type not in OBJECTIVES:
+            raise ValueError(f"loss_type must be one of {', '.join(OBJECTIVES)}, found {self.loss_type!r}")
 
     def __call__(
         self,
@@ -88,19 +110,34 @@ class DFlashTrainerModule(nn.Module):
         doc_remaining: jax.Array | None = None,
         anchor_positions: jax.Array | None = None,
         block_keep_mask: jax.Array | None = None,
+        target_states: jax.Array | None = None,
     ) -> DFlashStepMetrics:
         """Loss and metrics of a batch; arguments as in `DominoTrainerModule.__call__`, without `lambda_base`."""
         packing = _packing(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
-        blocks, hidden = self._block_states(
-            input_ids, hidden_states, loss_mask, embed_tokens, anchors=anchors, packing=packing, shift_label=False
+        prefix_lengths = self.draw_prefix_lengths(anchors[0]) if self.loss_type == "variable_prefix" else None
+        blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
+        hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
+        token_loss, _ = dual_cross_entropy(
+            hidden,
+            blocks.target_ids,
+            lm_head=lm_head,
+            target_states=self._wanted_states(target_states, anchors),
+            output_logits=self.draft_model.output_logits,
+            chunk_blocks=self.chunk_blocks,
         )
-        token_loss, _ = dual_cross_entropy(hidden, blocks.target_ids, lm_head=lm_head, chunk_blocks=self.chunk_blocks)
-        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
+        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths)
+        divisor = self._divisor(weights, blocks)
         return DFlashStepMetrics(
-            loss=_weighted_mean(token_loss.nll, weights),
-            loss_weight=jnp.sum(weights),
+            loss=self._sum(token_loss, blocks, weights) / (divisor + 1e-6),
+            loss_weight=divisor,
             **_prediction_metrics(token_loss, blocks),
+        )
+
+    def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array:
+        """Prefixes for blocks at the anchors, int32 [B, N] both, drawn with the rng stream "anchors"."""
+        return sample_prefix_lengths(
+            self.make_rng("anchors"), anchors.shape, block_size=self.block_size, weight_base=self.prefix_weight_base
         )
 
     def _anchors(
@@ -109,43 +146,81 @@ class DFlashTrainerModule(nn.Module):
         packing: Packing | None,
         anchor_positions: jax.Array | None,
         block_keep_mask: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Anchors:
         if (anchor_positions is None) != (block_keep_mask is None):
             raise ValueError("give anchor_positions and block_keep_mask together, or neither")
         if anchor_positions is not None and block_keep_mask is not None:
             return anchor_positions, block_keep_mask
         candidates = anchor_candidates(
-            loss_mask, block_size=self.block_size, doc_remaining=packing.doc_remaining if packing else None
+            loss_mask,
+            block_size=self.block_size,
+            doc_remaining=packing.doc_remaining if packing else None,
+            rule=self.anchor_rule,
         )
         return sample_anchors(self.make_rng("anchors"), candidates, num_anchors=self.num_anchors)
 
-    def _block_states(
+    def _blocks(
         self,
         input_ids: jax.Array,
-        hidden_states: jax.Array,
         loss_mask: jax.Array,
-        embed_tokens: jax.Array,
-        *,
-        anchors: tuple[jax.Array, jax.Array],
+        anchors: Anchors,
         packing: Packing | None,
-        shift_label: bool,
-    ) -> tuple[Blocks, jax.Array]:
-        """The blocks and the backbone's states of their predictions, [B, N, M, D]."""
-        batch, length = input_ids.shape
-        blocks = make_blocks(
+        *,
+        prefix_lengths: jax.Array | None = None,
+    ) -> Blocks:
+        return make_blocks(
             input_ids,
             loss_mask,
             *anchors,
             block_size=self.block_size,
             mask_token_id=self.mask_token_id,
-            shift_label=shift_label,
+            shift_label=self.draft_model.cfg.shift_label,
             packing=packing,
+            prefix_lengths=prefix_lengths,
         )
+
+    def _predictions(
+        self,
+        hidden_states: jax.Array,
+        embed_tokens: jax.Array,
+        blocks: Blocks,
+        anchors: Anchors,
+        packing: Packing | None,
+    ) -> jax.Array:
+        """The backbone's states of the blocks' predictions, [B, N, M, D]."""
+        batch, length = hidden_states.shape[:2]
         positions = packing.position_ids if packing else jnp.broadcast_to(jnp.arange(length), (batch, length))
-        mask = context_mask(*anchors, context_len=length, seq_lens=packing.seq_lens if packing else None)
+        masks = layer_masks(
+            self.draft_model.cfg, *anchors, context_len=length, seq_lens=packing.seq_lens if packing else None
+        )
         noise = _frozen_rows(embed_tokens, blocks.noise_ids)
-        states = self.draft_model(jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, mask)
-        return blocks, self.draft_model.prediction_states(states)
+        states = self.draft_model(jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, masks)
+        return self.draft_model.prediction_states(states)
+
+    def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
+        """The target's states that predict the labels, [B, S, D] -> [B, N, M, D]; None where no divergence is asked."""
+        if self.kl_weight == 0:
+            return None
+        if target_states is None:
+            raise ValueError("kl_weight needs target_states, the target's states after its final norm")
+        index = anchors[0][..., None] + jnp.arange(self.draft_model.cfg.num_predictions)
+        index = jnp.minimum(index, target_states.shape[1] - 1)
+        return jax.vmap(lambda row, at: row[at])(target_states, index)
+
+    def _divisor(self, weights: jax.Array, blocks: Blocks) -> jax.Array:
+        normalize = self.normalize or OBJECTIVES[self.loss_type].normalize
+        return loss_divisor(weights, blocks.mask, normalize=normalize)
+
+    def _sum(self, token_loss: TokenLoss, blocks: Blocks, weights: jax.Array) -> jax.Array:
+        return objective_sum(
+            token_loss,
+            blocks.target_ids,
+            blocks.mask,
+            weights,
+            loss_type=self.loss_type,
+            dpace_alpha=self.dpace_alpha,
+            kl_weight=self.kl_weight,
+        )
 
 
 class DominoTrainerModule(DFlashTrainerModule):
@@ -166,6 +241,8 @@ class DominoTrainerModule(DFlashTrainerModule):
             raise ValueError(f"DominoTrainerModule needs projector_type 'domino', found {cfg.projector_type!r}")
         if cfg.shift_label != self.shift_label:
             raise ValueError(f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config")
+        if self.loss_type == "variable_prefix":
+            raise ValueError("loss_type 'variable_prefix' is for plain DFlash drafts")
 
     def __call__(
         self,
@@ -181,6 +258,7 @@ class DominoTrainerModule(DFlashTrainerModule):
         doc_remaining: jax.Array | None = None,
         anchor_positions: jax.Array | None = None,
         block_keep_mask: jax.Array | None = None,
+        target_states: jax.Array | None = None,
     ) -> DominoStepMetrics:
         """Loss and metrics of a batch.
 
@@ -196,22 +274,16 @@ class DominoTrainerModule(DFlashTrainerModule):
             doc_remaining: int32 [B, S].
             anchor_positions: int32 [B, N]; drawn with the rng stream "anchors" when not given.
             block_keep_mask: bool [B, N], False for an unused slot; given together with `anchor_positions`.
+            target_states: [B, S, D], the target's states after its final norm; read with `kl_weight` only.
         Returns:
             `DominoStepMetrics`. A batch without any anchor has loss 0, no gradient and `valid_blocks` 0.
         Raises:
-            ValueError: half of the packing or of the anchors is given.
+            ValueError: half of the packing or of the anchors is given, or `kl_weight` without `target_states`.
         """
         packing = _packing(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
-        blocks, hidden = self._block_states(
-            input_ids,
-            hidden_states,
-            loss_mask,
-            embed_tokens,
-            anchors=anchors,
-            packing=packing,
-            shift_label=self.shift_label,
-        )
+        blocks = self._blocks(input_ids, loss_mask, anchors, packing)
+        hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
         head = self.draft_model.head
         final, base = dual_cross_entropy(
             hidden,
@@ -219,15 +291,19 @@ class DominoTrainerModule(DFlashTrainerModule):
             lm_head=lm_head,
             low_rank=head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids)),
             expansion=head.expansion,
+            target_states=self._wanted_states(target_states, anchors),
+            output_logits=self.draft_model.output_logits,
             chunk_blocks=self.chunk_blocks,
         )
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
-        final_loss, base_loss = _weighted_mean(final.nll, weights), _weighted_mean(base.nll, weights)
+        divisor = self._divisor(weights, blocks)
+        final_loss = self._sum(final, blocks, weights) / (divisor + 1e-6)
+        base_loss = self._sum(base, blocks, weights) / (divisor + 1e-6)
         lambda_base = jnp.asarray(lambda_base, jnp.float32)
         base_metrics = _prediction_metrics(base, blocks)
         return DominoStepMetrics(
             loss=(1.0 - lambda_base) * final_loss + lambda_base * base_loss,
-            loss_weight=jnp.sum(weights),
+            loss_weight=divisor,
             **_prediction_metrics(final, blocks),
             final_loss=final_loss,
             base_loss=base_loss,
@@ -271,10 +347,6 @@ def _packing(
 
 def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:  # [V, D], [...] -> [..., D]
     return jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
-
-
-def _weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.sum(values * weights) / (jnp.sum(weights) + 1e-6)
 
 
 def _prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:

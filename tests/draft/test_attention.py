@@ -44,16 +44,20 @@ def drawn(packed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
     return anchors, keep, batch.packing.get("seq_lens")
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_block_attention_equals_dense_attention_in_values_and_gradients(packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("packed", "window", "causal"), [(False, None, False), (True, None, False), (True, 5, False), (False, 4, True)]
+)
+def test_block_attention_equals_dense_attention_in_values_and_gradients(
+    packed: bool, window: int | None, causal: bool
+) -> None:
     anchors, keep, seq_lens = drawn(packed)
-    near = context_mask(anchors, keep, context_len=LENGTH, seq_lens=seq_lens)
-    dense = block_mask(anchors, keep, context_len=LENGTH, block_size=SIZE, seq_lens=seq_lens)
+    rule = {"context_len": LENGTH, "block_size": SIZE, "seq_lens": seq_lens, "window": window}
+    near, dense = context_mask(anchors, keep, **rule), block_mask(anchors, keep, **rule, causal=causal)
     inputs = random_inputs()
     weights = jnp.asarray(np.random.default_rng(5).standard_normal(inputs.q.shape), jnp.float32)
 
     def fast(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        out = block_attention(*inputs, mask=near)
+        out = block_attention(*inputs, mask=near, causal=causal)
         return jnp.sum(out * weights), out
 
     def slow(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
@@ -92,7 +96,7 @@ def test_block_attention_keeps_blocks_apart() -> None:
 
 
 def test_block_attention_of_an_unused_slot_sees_its_own_block_only() -> None:
-    nothing = jnp.zeros((ROWS, SLOTS, LENGTH), bool)
+    nothing = jnp.zeros((ROWS, SLOTS, 1, LENGTH), bool)
     inputs = random_inputs()
     found = attend(*inputs, mask=nothing)
     k, v = (np.repeat(np.asarray(x), HEADS // KV_HEADS, axis=1) for x in inputs.own)

@@ -19,7 +19,7 @@ from reference import dflash_config, draft_config, nemo_draft, random_anchors, r
 from safetensors.numpy import load_file, save_file
 
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.mask import context_mask
+from domino_jax.draft.mask import layer_masks
 from domino_jax.interop import hf
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
 from domino_jax.model_config import DraftConfig
@@ -155,7 +155,7 @@ def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConf
         context,
         noise,
         positions,
-        context_mask(anchors, keep, context_len=32),
+        layer_masks(config, anchors, keep, context_len=32),
     )
     slots = (torch.tensor(anchors), torch.tensor(keep))
     with torch.no_grad():
