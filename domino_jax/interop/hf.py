@@ -17,7 +17,7 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig
 from domino_jax.strict import InputError
 from domino_jax.target.load import check_tensors, read_json, read_safetensors
 
@@ -135,8 +135,14 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "block_size": config.block_size,
         "causal": False,
         "shift_label": config.shift_label,
+        "input_embedding_scale": config.input_embedding_scale,
+        "output_multiplier": config.output_multiplier,
+        "final_logit_softcapping": config.final_logit_softcapping,
     }
     top: dict[str, Any] = {}
+    # Without the key, z-lab and SpecForge take a sliding layer as causal inside the block; NeMo never does.
+    if config.sliding_in_block == "bidirectional":
+        top["is_causal"] = False
     if config.projector_type is not None:
         dflash["projector_type"] = config.projector_type
         dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
@@ -159,10 +165,11 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": config.num_hidden_layers,
+        "layer_types": list(config.attention_types),
         "tie_word_embeddings": False,
-        "is_causal": False,
         "num_target_layers": config.num_target_layers,
         "block_size": config.block_size,
         **top,
@@ -174,17 +181,11 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
 # Keys that change what the draft computes and that this project does not implement, with the only value it can read.
 _PLAIN = {
     "attention_bias": False,
-    "use_sliding_window": False,
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "rope_scaling": None,
 }
-_PLAIN_DFLASH = {
-    "causal": False,
-    "output_multiplier": 1.0,
-    "final_logit_softcapping": None,
-    "input_embedding_scale": 1.0,
-}
+_PLAIN_DFLASH = {"causal": False}
 _PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 
 
@@ -199,9 +200,6 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         for key, only in plain.items():
             if section.get(key, only) not in (only, None):
                 raise InputError(f"{place}: {key} is {section[key]!r}; only {only!r} is supported")
-    layer_types = tree.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
-        raise InputError(f"{place}: layer_types {layer_types}; only full_attention is supported")
 
     def value(key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]) -> Any:
         found = [section[key] for section in sections if section.get(key) is not None]
@@ -217,9 +215,12 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     if any(type(layer) is not int for layer in layer_ids):
         raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
     projector = nested.get("projector_type")
-    domino: dict[str, Any] = {}
+    optional: dict[str, Any] = _windows(tree, place=place)
+    for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
+        if nested.get(key) is not None:
+            optional[key] = float(value(key, nested, kind=(float, int)))
     if projector is not None:
-        domino = {
+        optional |= {
             "emb_dim": value("emb_dim", nested, tree, kind=int),
             "gru_hidden_dim": value("gru_hidden_dim", nested, tree, kind=int),
             "pure_draft_prefix_len": value("pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int),
@@ -246,8 +247,32 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             mask_token_id=value("mask_token_id", nested, kind=int),
             target_layer_ids=tuple(layer_ids),
             projector_type=projector,
-            **domino,
+            **optional,
         )
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
+
+
+def _windows(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+    """The fields of sliding layers; a window that no layer uses is left behind."""
+    kinds = tree.get("layer_types") or []
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise InputError(f"{place}: layer_types is {kinds!r}; expected a list of names")
+    if SLIDING_ATTENTION not in kinds:
+        if tree.get("is_causal"):
+            raise InputError(f"{place}: is_causal is true; a block without windows looks both ways")
+        plain = kinds in ([], [FULL_ATTENTION] * tree.get("num_hidden_layers", 0))
+        return {} if plain else {"layer_types": tuple(kinds)}
+    window = tree.get("sliding_window")
+    if tree.get("use_sliding_window") is not True or type(window) is not int:
+        raise InputError(
+            f"{place}: layer_types holds {SLIDING_ATTENTION!r}, but use_sliding_window is "
+            f"{tree.get('use_sliding_window')!r} and sliding_window {window!r}; expected true and an integer"
+        )
+    if tree.get("is_causal") is True and FULL_ATTENTION in kinds:
+        raise InputError(
+            f"{place}: is_causal is true for {FULL_ATTENTION!r} layers too; only sliding ones can be causal"
+        )
+    in_block = "bidirectional" if tree.get("is_causal") is False else "causal"
+    return {"layer_types": tuple(kinds), "sliding_window": window, "sliding_in_block": in_block}

@@ -55,7 +55,17 @@ HEAD = {
     "embed_proj.0.weight": (12, 52),
     "embed_proj.2.weight": (120, 12),
 }
-KINDS = pytest.mark.parametrize("config", [CONFIG, dflash_config()], ids=["domino", "dflash"])
+SLIDING = ("sliding_attention",) * 2
+WINDOWED = draft_config(
+    layer_types=SLIDING,
+    sliding_window=6,
+    input_embedding_scale=1.5,
+    output_multiplier=0.5,
+    final_logit_softcapping=20.0,
+)
+KINDS = pytest.mark.parametrize(
+    "config", [CONFIG, dflash_config(), WINDOWED], ids=["domino", "dflash", "windows-and-transforms"]
+)
 
 
 @functools.cache
@@ -131,6 +141,36 @@ def test_save_and_load_in_float32_give_the_same_bits(config: DraftConfig, tmp_pa
     assert sorted(path.name for path in (tmp_path / "draft").iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_causal"),
+    [
+        ({"layer_types": SLIDING, "sliding_window": 6}, False),
+        ({"layer_types": SLIDING, "sliding_window": 6, "sliding_in_block": "causal"}, None),
+        ({"layer_types": ("full_attention", SLIDING[0]), "sliding_window": 6, "sliding_in_block": "causal"}, None),
+        ({"layer_types": ("full_attention", SLIDING[0]), "sliding_window": 6}, False),
+    ],
+)
+def test_windows_are_written_as_their_readers_take_them(
+    changes: dict[str, Any], is_causal: bool | None, tmp_path: Path
+) -> None:
+    config = draft_config(**changes)
+    save_hf_draft(tmp_path / "draft", config, params_of(config))
+    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
+    # z-lab and SpecForge take a sliding layer without the key as causal, NeMo no layer.
+    assert tree.get("is_causal") is is_causal
+    assert (tree["use_sliding_window"], tree["sliding_window"]) == (True, 6)
+    settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "draft")
+    windows = [layer.self_attn.sliding_window for layer in Qwen3DFlashDraftModel(settings).layers]
+    assert windows == [6 if kind == SLIDING[0] else None for kind in config.layer_types]
+    assert load_hf_draft(tmp_path / "draft")[0] == config
+
+
+def test_a_sliding_layer_that_huggingface_would_read_as_full_is_refused(draft: Path) -> None:
+    edit_config(draft, lambda tree: tree.update(layer_types=list(SLIDING), sliding_window=6))
+    with pytest.raises(InputError, match="use_sliding_window is False and sliding_window 6; expected true"):
+        load_hf_draft(draft)
+
+
 def test_save_rounds_to_bfloat16_by_default_like_torch(tmp_path: Path) -> None:
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG))
     stored = load_file(tmp_path / "draft" / "model.safetensors")
@@ -161,8 +201,10 @@ def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConf
     with torch.no_grad():
         expected = nemo_draft(config, params_of(config))(
             position_ids=torch.tensor(np.concatenate([context, positions.reshape(3, -1)], axis=1)),
-            attention_mask=create_dflash_sdpa_mask(*slots, 32, config.block_size, "cpu", torch.float32),
-            noise_embedding=torch.tensor(noise.reshape(3, -1, config.hidden_size)),
+            attention_mask=create_dflash_sdpa_mask(
+                *slots, 32, config.block_size, "cpu", torch.float32, sliding_window=config.sliding_window
+            ),
+            noise_embedding=torch.tensor(noise.reshape(3, -1, config.hidden_size)) * config.input_embedding_scale,
             target_hidden=torch.tensor(batch.hidden_states),
         )
     expected = expected.numpy().reshape(found.shape)
@@ -328,7 +370,12 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("dflash_config", "target_layer_ids"), [0, 2, 6], r"target_layer_ids \[0, 2, 6\]"),
         (("dflash_config", "target_layer_ids"), [0, 2, "4"], r"target_layer_ids is \[0, 2, '4'\]"),
         (("dflash_config", "causal"), True, "causal is True; only False"),
-        (("dflash_config", "final_logit_softcapping"), 30.0, "final_logit_softcapping is 30.0"),
+        (("dflash_config", "final_logit_softcapping"), -1.0, "final_logit_softcapping must be positive"),
+        (("dflash_config", "output_multiplier"), "2", "output_multiplier is '2'"),
+        (("layer_types",), ["full_attention", "linear_attention"], r"layer_types holds \['linear_attention'\]"),
+        (("layer_types",), "full_attention", "layer_types is 'full_attention'; expected a list"),
+        (("layer_types",), ["full_attention"], "layer_types names 1 layers, num_hidden_layers is 2"),
+        (("is_causal",), True, "is_causal is true; a block without windows looks both ways"),
         (("dflash_config",), ..., "no dflash_config section; is this a DFlash or Domino draft"),
         (("hidden_size",), ..., "hidden_size is missing"),
         (("hidden_size",), 32.0, r"hidden_size is 32\.0"),
