@@ -1,6 +1,7 @@
 """NeMo AutoModel's draft and trainers beside ours: the same weights, the same anchors, random batches."""
 
 import dataclasses
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from nemo_automodel.components.speculative.dflash.domino_core import DominoTrain
 from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.interop.hf import save_hf_draft
+from domino_jax.interop.hf import hf_tensors, save_hf_draft
 from domino_jax.model_config import DraftConfig
+from domino_jax.training.modules import DFlashTrainerModule, build_trainer
+
+METRIC, GRADIENT = 1e-5, 1e-4  # relative, of a metric and of a gradient's norm
 
 
 def draft_config(**changes: Any) -> DraftConfig:
@@ -161,16 +165,18 @@ def nemo_trainer(
     *,
     num_anchors: int = 512,
     loss_decay_gamma: float | None = None,
+    **options: Any,
 ) -> NemoDFlashTrainerModule:
-    """NeMo's trainer of the same draft and frozen target."""
+    """NeMo's trainer of the same draft and frozen target; options are those of its DFlash class."""
     lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
     for module, table in ((lm_head, batch.lm_head), (embed_tokens, batch.embed_tokens)):
         module.weight = torch.nn.Parameter(torch.tensor(table), requires_grad=False)
-    kind, options = NemoDFlashTrainerModule, {}
+    kind = NemoDFlashTrainerModule
     if config.projector_type == "domino":
-        kind, options = NemoDominoTrainerModule, {"shift_label": config.shift_label}
-    return kind(
+        kind = NemoDominoTrainerModule
+        options["shift_label"] = config.shift_label
+    trainer = kind(
         nemo_draft(config, params),
         lm_head,
         embed_tokens,
@@ -181,6 +187,8 @@ def nemo_trainer(
         loss_decay_gamma=loss_decay_gamma,
         **options,
     )
+    trainer.sliding_window = config.sliding_window  # its Domino class has no argument for it
+    return trainer
 
 
 def nemo_step(
@@ -214,6 +222,50 @@ def nemo_step(
     }, gradients
 
 
+class Step(NamedTuple):
+    """A module and its jitted loss with gradients, with fixed anchors or with drawn ones."""
+
+    module: DFlashTrainerModule
+    run: Any
+
+
+@functools.cache  # compiling takes longer than everything else here
+def make_step(config: DraftConfig, **options: Any) -> Step:
+    module = build_trainer(config, **options)
+
+    def loss(params: Any, arrays: tuple[jax.Array, ...], given: dict[str, Any], key: jax.Array) -> tuple[Any, Any]:
+        variables = {"params": {"draft_model": params}}
+        metrics = module.apply(variables, *arrays, rngs={"anchors": key}, **given)
+        return metrics.loss, metrics
+
+    # The results are the same and compiling takes half as long.
+    quick = {"xla_backend_optimization_level": 0}
+    return Step(module, jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick))
+
+
+def our_step(
+    step: Step,
+    config: DraftConfig,
+    params: Any,
+    batch: Batch,
+    *,
+    anchors: tuple[np.ndarray, np.ndarray] | None = None,
+    seed: int = 0,
+    **given: Any,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics and gradients by the checkpoint's names, like `nemo_step`."""
+    if anchors is not None:
+        given |= {"anchor_positions": jnp.asarray(anchors[0]), "block_keep_mask": jnp.asarray(anchors[1])}
+    (_, metrics), gradient = step.run(params, batch.arrays, batch.packing | given, jax.random.key(seed))
+    return {name: float(x) for name, x in vars(metrics).items()}, hf_tensors(config, gradient)
+
+
+def check_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=METRIC, err_msg=name)
+
+
 def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: float) -> None:
     """Each array of `found` lies within `relative` of the norm of its namesake in `expected`; names are the same."""
     assert set(found) == set(expected)
@@ -221,6 +273,34 @@ def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: fl
     errors = {name: float(np.linalg.norm(np.asarray(found[name]) - expected[name])) for name in expected}
     wrong = {name: (error, norms[name]) for name, error in errors.items() if not error <= relative * norms[name]}
     assert not wrong, wrong
+
+
+def compare_with_nemo(
+    config: DraftConfig,
+    *,
+    rows: int = 3,
+    length: int = 32,
+    packed: bool = False,
+    slots: int = 11,
+    gamma: float | None = None,
+    chunk_blocks: int = 0,
+    lambda_base: float = 0.5,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Holds metrics and gradients of our trainer against NeMo's at the same anchors; returns our metrics."""
+    params, batch = (
+        random_params(config, seed=seed),
+        random_batch(config, rows=rows, length=length, packed=packed, seed=seed),
+    )
+    anchors = random_anchors(config, batch, slots=slots, seed=seed)
+    curriculum = {"lambda_base": lambda_base} if config.projector_type else {}
+    theirs = nemo_trainer(config, params, batch, loss_decay_gamma=gamma)
+    expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, **curriculum)
+    step = make_step(config, loss_decay_gamma=gamma, chunk_blocks=chunk_blocks)
+    found, gradient = our_step(step, config, params, batch, anchors=anchors, **curriculum)
+    check_metrics(found, expected)
+    check_close(gradient, expected_gradient, relative=GRADIENT)
+    return found
 
 
 def slow_document_ids(seq_lens: np.ndarray, length: int) -> np.ndarray:

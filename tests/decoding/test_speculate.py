@@ -14,6 +14,7 @@ from scipy.stats import chi2, chisquare, ncx2
 from domino_jax.decoding.speculate import (
     Decoder,
     Weights,
+    _draft,
     accept_greedy,
     accept_sampled,
     finish,
@@ -24,6 +25,7 @@ from domino_jax.decoding.speculate import (
     stream,
 )
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.mask import layer_masks
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
 
@@ -121,6 +123,56 @@ def test_greedy_output_is_the_target_s_own(
         assert int(state.committed[row]) == 19
         assert 19 / (decoder.proposals + 1) <= int(state.verifications[row]) <= 19
     assert int(jnp.sum(state.verifications)) < int(jnp.sum(state.committed)), "nothing was ever accepted"
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+DRAFTS = {
+    "domino": {},
+    "unshifted": {"shift_label": False, "pure_draft_prefix_len": 0},
+    "windows": {"num_hidden_layers": 3, "layer_types": (SLIDING, FULL, SLIDING), "sliding_window": 5},
+    "windows causal in the block": {
+        "num_hidden_layers": 2,
+        "layer_types": (FULL, SLIDING),
+        "sliding_window": 4,
+        "sliding_in_block": "causal",
+    },
+    "transforms": {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 2.0},
+    "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
+    "dflash": {"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0},
+}
+
+
+@pytest.mark.parametrize("changes", DRAFTS.values(), ids=DRAFTS)
+def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes: dict[str, Any]) -> None:
+    """The forward that the loss trains, teacher-forced on the drafted tokens, has them as its most likely ones."""
+    config = draft_config(**changes)
+    model, weights = models(target_params, config)
+    decoder = make_decoder(Target(TARGET), model)
+    prompts = [np.array([1, 5, 2, 2, 4, 0, 3, 1, 5, 3, 3]), np.array([2, 4, 4])]
+    state = start(decoder, weights, prompts, max_new_tokens=8, slots=required_slots(decoder, 11, 8))
+    anchors = np.asarray(state.lengths) - 1
+    bonus = np.take_along_axis(np.asarray(state.tokens), anchors[:, None], axis=1)
+    drafted, _ = jax.jit(_draft, static_argnums=0)(decoder, weights, state, jnp.asarray(bonus[:, 0]), jax.random.key(0))
+
+    length = 12
+    context = decoder.target.apply({"params": target_params}, state.tokens[:, :length]).features
+    places, used = jnp.asarray(anchors[:, None]), jnp.ones((2, 1), bool)
+    embedding = target_params["embed_tokens"]
+    noise = np.where(np.arange(config.block_size) == 0, bonus, config.mask_token_id)
+    bound = model.bind({"params": weights.draft})
+    hidden = bound(
+        context,
+        jnp.broadcast_to(jnp.arange(length), (2, length)),
+        embedding[noise][:, None],
+        places[..., None] + jnp.arange(config.block_size),
+        layer_masks(config, places, used, context_len=length),
+    )
+    hidden = bound.prediction_states(hidden)
+    logits = bound.output_logits(vocabulary_logits(hidden, lm_head_weight(target_params)))
+    if config.projector_type:
+        previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
+        logits += vocabulary_logits(bound.head(hidden, embedding[previous][:, None]), bound.head.expansion)
+    assert np.asarray(drafted).tolist() == np.argmax(logits, axis=-1)[:, 0].tolist()
 
 
 def test_plain_decoding_is_the_loop_without_proposals(target_params: Any) -> None:

@@ -55,6 +55,24 @@ def test_anchor_candidates_leave_room_for_the_block(length: int, block_size: int
     assert np.flatnonzero(found[0]).tolist() == expected
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_specforge_candidates_need_a_supervised_successor(packed: bool) -> None:
+    batch = random_batch(draft_config(), packed=packed)
+    remaining = batch.packing.get("doc_remaining")
+    found = anchor_candidates(batch.loss_mask, block_size=7, doc_remaining=remaining, rule="specforge")
+    mask = batch.loss_mask
+    rows, length = mask.shape
+    for b, a in itertools.product(range(rows), range(length)):
+        follows = a + 1 < length and mask[b, a + 1] and (remaining is None or remaining[b, a] >= 1)
+        assert bool(found[b, a]) == bool(mask[b, a] and follows)
+    assert np.any(found[:, length - 7 + 1 :])  # blocks may reach past the row's end here
+
+
+def test_anchor_candidates_refuse_an_unknown_rule() -> None:
+    with pytest.raises(ValueError, match="anchor_rule must be 'nemo' or 'specforge', found 'zlab'"):
+        anchor_candidates(jnp.ones((1, 4)), block_size=2, rule="zlab")
+
+
 def test_anchor_candidates_need_more_than_half_supervision() -> None:
     found = anchor_candidates(jnp.array([[0.0, 0.5, 0.51, 1.0]]), block_size=1)
     assert found.tolist() == [[False, False, True, True]]

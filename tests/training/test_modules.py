@@ -1,79 +1,31 @@
 """The trainer modules against NeMo AutoModel 0.7.0: metrics, gradients and ten AdamW steps at the same anchors."""
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-import torch
 from nemo_automodel.components.speculative.dflash.core import NoValidAnchorsError
 from reference import (
-    Batch,
+    GRADIENT,
     check_close,
+    check_metrics,
     dflash_config,
     draft_config,
+    make_step,
     nemo_step,
     nemo_trainer,
+    our_step,
     random_anchors,
     random_batch,
     random_params,
 )
 
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.interop.hf import hf_tensors
 from domino_jax.model_config import DraftConfig
-from domino_jax.training.curriculum import get_lambda_base
 from domino_jax.training.modules import DFlashTrainerModule, DominoTrainerModule, build_trainer
 
-METRIC, GRADIENT = 1e-5, 1e-4
 SLOTS = 11
-
-
-class Step(NamedTuple):
-    """A module and its jitted loss with gradients, with fixed anchors or with drawn ones."""
-
-    module: DFlashTrainerModule
-    run: Any
-
-
-@functools.cache  # compiling takes longer than everything else here
-def make_step(config: DraftConfig, **options: Any) -> Step:
-    module = build_trainer(config, **options)
-
-    def loss(params: Any, arrays: tuple[jax.Array, ...], given: dict[str, Any], key: jax.Array) -> tuple[Any, Any]:
-        variables = {"params": {"draft_model": params}}
-        metrics = module.apply(variables, *arrays, rngs={"anchors": key}, **given)
-        return metrics.loss, metrics
-
-    # The results are the same and compiling takes half as long.
-    quick = {"xla_backend_optimization_level": 0}
-    return Step(module, jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick))
-
-
-def our_step(
-    step: Step,
-    config: DraftConfig,
-    params: Any,
-    batch: Batch,
-    *,
-    anchors: tuple[np.ndarray, np.ndarray] | None = None,
-    seed: int = 0,
-    **given: Any,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics and gradients by the checkpoint's names, like `nemo_step`."""
-    if anchors is not None:
-        given |= {"anchor_positions": jnp.asarray(anchors[0]), "block_keep_mask": jnp.asarray(anchors[1])}
-    (_, metrics), gradient = step.run(params, batch.arrays, batch.packing | given, jax.random.key(seed))
-    return {name: float(x) for name, x in vars(metrics).items()}, hf_tensors(config, gradient)
-
-
-def check_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=METRIC, err_msg=name)
 
 
 # shift_label and pure_draft_prefix_len in full; gamma, packing and chunks so that every pair occurs.
@@ -161,44 +113,6 @@ def test_a_batch_without_anchors_has_no_loss_and_no_gradient(config: DraftConfig
     found, gradient = our_step(make_step(config, num_anchors=ABOUND), config, params, batch, **curriculum)
     assert {name: x for name, x in found.items() if x != 0.0} == curriculum  # NaN would stay
     assert not any(np.any(x) for x in gradient.values())  # and counts as any here
-
-
-def test_ten_adamw_steps_end_where_nemos_do() -> None:
-    config, steps, rate, betas = draft_config(), 10, 6e-4, (0.9, 0.95)
-    start = random_params(config)
-    theirs = nemo_trainer(config, start, random_batch(config))
-    torch_optimizer = torch.optim.AdamW(theirs.draft_model.parameters(), lr=rate, betas=betas, weight_decay=0.0)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=betas[0], b2=betas[1], weight_decay=0.0)
-    )
-    step = make_step(config, loss_decay_gamma=None, chunk_blocks=3)
-
-    @jax.jit
-    def update(params: Any, state: Any, gradient: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = start, jax.jit(optimizer.init)(start)
-    clipped = 0
-    for index in range(steps):
-        batch = random_batch(config, seed=index)
-        anchors = random_anchors(config, batch, slots=SLOTS, seed=index)
-        lambda_base = get_lambda_base(index, steps, 1.0, 1.0)
-        expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, lambda_base=lambda_base)
-        clipped += sum(np.sum(x**2) for x in expected_gradient.values()) > 1.0
-        torch.nn.utils.clip_grad_norm_(theirs.draft_model.parameters(), 1.0)
-        torch_optimizer.step()
-        given = {"anchor_positions": anchors[0], "block_keep_mask": anchors[1], "lambda_base": lambda_base}
-        (loss, _), gradient = step.run(params, batch.arrays, batch.packing | given, jax.random.key(0))
-        params, state = update(params, state, gradient)
-    assert clipped == steps
-    np.testing.assert_allclose(float(loss), expected["loss"], rtol=1e-4)
-    trained = {name: x.detach().numpy() for name, x in theirs.draft_model.named_parameters()}
-    check_close(hf_tensors(config, params), trained, relative=1e-4)
-    # Every parameter has moved by far more than it may differ.
-    with pytest.raises(AssertionError) as caught:
-        check_close(hf_tensors(config, start), trained, relative=1e-3)
-    assert all(name in str(caught.value) for name in trained)
 
 
 def test_anchors_follow_the_rng_key() -> None:
