@@ -87,6 +87,19 @@ class DataConfig:
     batch_size: int = 16
 
 
+# Rows of `training/objectives.py`, its divisors, and the rules of `draft/blocks.py`.
+LOSS_TYPES = (
+    "dflash",
+    "variable_prefix",
+    "accept_until_fail",
+    "dpace",
+    "dpace-cumulative-confidence-only",
+    "dpace-continuation-value-only",
+)
+NORMALIZERS = ("weights", "tokens", "blocks")
+ANCHOR_RULES = ("nemo", "specforge")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base).
@@ -190,6 +203,7 @@ class RunConfig:
             ("optimizer.final_ratio", self.optimizer.final_ratio),
         ):
             require(0 <= ratio <= 1, f"{place} must lie in 0..1, found {ratio}")
+        self._check_objective()
         draft = self.draft
         require(
             not (draft.init_from and draft.init_layers_from_target),
@@ -216,6 +230,29 @@ class RunConfig:
         require(
             self.data.max_length > self.draft.block_size,
             f"data.max_length {self.data.max_length} must exceed draft.block_size {self.draft.block_size}",
+        )
+
+    def _check_objective(self) -> None:
+        loss = self.loss
+        for place, value, known in (
+            ("loss.loss_type", loss.loss_type, LOSS_TYPES),
+            ("loss.normalize", loss.normalize, (None, *NORMALIZERS)),
+            ("loss.anchor_rule", loss.anchor_rule, ANCHOR_RULES),
+        ):
+            names = ", ".join("null" if name is None else name for name in known)
+            require(value in known, f"{place} must be one of {names}, found {value!r}")
+        require(
+            not loss.loss_type.startswith("dpace") or loss.loss_decay_gamma is None,
+            f"loss.loss_type {loss.loss_type} brings its own weights of positions; loss.loss_decay_gamma must be null, "
+            f"found {loss.loss_decay_gamma}",
+        )
+        require(
+            loss.loss_type != "variable_prefix" or self.draft.projector_type is None,
+            "loss.loss_type variable_prefix is for plain DFlash drafts; draft.projector_type must be null, "
+            f"found {self.draft.projector_type}",
+        )
+        require(
+            loss.prefix_weight_base > 0, f"loss.prefix_weight_base must be positive, found {loss.prefix_weight_base}"
         )
 
 

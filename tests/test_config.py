@@ -37,6 +37,9 @@ DRAFT: dict[str, Any] = DECODER | {
 }
 
 
+SLIDING = ("sliding_attention",) * DECODER["num_hidden_layers"]
+
+
 @pytest.fixture
 def smallest(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
@@ -168,6 +171,14 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay must be 0 or more, found -0.1"),
         ("optimizer.ema_decay=1", "optimizer.ema_decay must lie between 0 and 1, found 1.0"),
         ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
+        ("loss.loss_type=focal", "loss.loss_type must be one of dflash, variable_prefix, "),
+        ("loss.normalize=mean", "loss.normalize must be one of null, weights, tokens, blocks, found 'mean'"),
+        ("loss.anchor_rule=zlab", "loss.anchor_rule must be one of nemo, specforge, found 'zlab'"),
+        ("loss.dpace_alpha=1.5", "loss.dpace_alpha must lie in 0..1, found 1.5"),
+        ("loss.kl_weight=-1", "loss.kl_weight must lie in 0..1, found -1.0"),
+        ("loss.prefix_weight_base=0", "loss.prefix_weight_base must be positive, found 0.0"),
+        ("loss={loss_type: dpace, loss_decay_gamma: 7}", "loss.loss_type dpace brings its own weights of positions"),
+        ("loss.loss_type=variable_prefix", "loss.loss_type variable_prefix is for plain DFlash drafts"),
     ],
 )
 def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:
@@ -211,6 +222,15 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"pure_draft_prefix_len": 3}, "pure_draft_prefix_len 3 leaves none of 3 positions to correct"),
         ({"pure_draft_prefix_len": 4, "shift_label": True}, "pure_draft_prefix_len 4 leaves none of 4 positions"),
         ({"projector_type": None, "shift_label": True}, "shift_label needs projector_type 'domino'"),
+        ({"layer_types": ("full_attention",)}, "layer_types names 1 layers, num_hidden_layers is 2"),
+        ({"layer_types": ("full_attention", "linear")}, "layer_types holds ['linear']; known: full_attention, sliding"),
+        ({"sliding_window": 8}, "sliding_window is 8, layer_types []: a window needs sliding_attention layers"),
+        ({"layer_types": SLIDING}, "sliding_window is None, layer_types ['sliding_attention', 'sliding_attention']"),
+        ({"layer_types": SLIDING, "sliding_window": 3}, "sliding_window 3 must be at least block_size 4"),
+        ({"sliding_in_block": "forward"}, "sliding_in_block must be 'bidirectional' or 'causal', found 'forward'"),
+        ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive, found 0.0"),
+        ({"output_multiplier": -1.0}, "output_multiplier must be positive, found -1.0"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be positive or null, found 0.0"),
     ],
 )
 def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
@@ -239,6 +259,22 @@ def test_make_draft_config_takes_the_rest_from_the_target() -> None:
     assert draft.qk_norm and not draft.tie_word_embeddings
     chosen = DraftRecipe(mask_token_id=31, target_layer_ids=(0, 7))
     assert make_draft_config(chosen, target, special_ids={}, dtype="float32").target_layer_ids == (0, 7)
+
+
+def test_make_draft_config_of_other_drafts() -> None:
+    target = DecoderConfig(**DECODER | {"num_hidden_layers": 36})
+
+    def made(**fields: Any) -> DraftConfig:
+        recipe = DraftRecipe(mask_token_id=31, num_hidden_layers=2, **fields)
+        return make_draft_config(recipe, target, special_ids={}, dtype="float32")
+
+    plain = made(projector_type=None)  # shift_label follows the head
+    assert (plain.projector_type, plain.shift_label) == (None, False)
+    assert not made(shift_label=False).shift_label
+    windowed = made(sliding_window=32)
+    assert (windowed.sliding_window, windowed.layer_types) == (32, ("sliding_attention",) * 2)
+    mixed = made(sliding_window=32, layer_types=("full_attention", "sliding_attention"), sliding_in_block="causal")
+    assert mixed.layer_types == ("full_attention", "sliding_attention") and mixed.sliding_in_block == "causal"
 
 
 def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config import NORMALIZERS
 from domino_jax.training.loss import TokenLoss
-
-NORMALIZERS = ("weights", "tokens", "blocks")
 
 
 class Objective(NamedTuple):

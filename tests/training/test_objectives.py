@@ -18,6 +18,7 @@ from reference import (
     random_params,
 )
 
+from domino_jax.config import LOSS_TYPES, NORMALIZERS
 from domino_jax.training.loss import TokenLoss, dual_cross_entropy
 from domino_jax.training.modules import build_trainer
 from domino_jax.training.objectives import (
@@ -89,6 +90,11 @@ def test_accept_until_fail_ends_with_the_first_wrong_prediction() -> None:
                 if mask[b, n, m] and loss.prediction[b, n, m] != ids[b, n, m]:
                     reached = False
     assert 0 < found.mean() < 1
+
+
+def test_settings_name_the_rows_that_exist() -> None:
+    assert set(LOSS_TYPES) == set(OBJECTIVES)
+    assert {row.normalize for row in OBJECTIVES.values()} <= set(NORMALIZERS)
 
 
 def test_loss_divisor_counts_what_its_name_says() -> None:
