@@ -83,6 +83,28 @@ def test_dual_cross_entropy_in_chunks_equals_one_piece_in_values_and_gradients(c
         assert np.linalg.norm(getattr(whole_gradient, name)) > 1
 
 
+def test_dual_cross_entropy_in_chunks_holds_the_logits_of_one_chunk() -> None:
+    blocks, size, vocabulary, width = 32, 4, 4000, 8
+
+    def temporary_bytes(blocks: int, chunk_blocks: int) -> int:
+        def total(hidden: jax.Array, low_rank: jax.Array, head: jax.Array, expansion: jax.Array) -> jax.Array:
+            ids = jnp.zeros(hidden.shape[:-1], jnp.int32)
+            losses = dual_cross_entropy(
+                hidden, ids, lm_head=head, low_rank=low_rank, expansion=expansion, chunk_blocks=chunk_blocks
+            )
+            return sum(jnp.sum(loss.nll) for loss in losses)
+
+        states, table = jnp.zeros((1, blocks, size, width)), jnp.zeros((vocabulary, width))
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1, 3))).lower(states, states, table, table).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = blocks * size * vocabulary * 4
+    assert temporary_bytes(blocks, 0) >= logits
+    assert temporary_bytes(blocks, 2) < logits / 2
+    # Four times the blocks: only states grow, 64 bytes a prediction, not logits of 16,000.
+    assert temporary_bytes(4 * blocks, 2) - temporary_bytes(blocks, 2) < logits / 20
+
+
 @pytest.mark.parametrize("chunk_blocks", [0, 3])
 def test_dual_cross_entropy_leaves_the_targets_head_frozen(chunk_blocks: int) -> None:
     inputs, ids = random_inputs()

@@ -1,6 +1,8 @@
 """The trainer modules against NeMo AutoModel 0.7.0: metrics, gradients and ten AdamW steps at the same anchors."""
 
 import functools
+import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,6 +141,21 @@ def test_gradients_reach_the_draft_only() -> None:
         return module.apply(variables, *arrays, lambda_base=0.5, rngs={"anchors": jax.random.key(0)}).loss
 
     assert not any(np.any(x) for x in gradients(batch.hidden_states, batch.lm_head, batch.embed_tokens))
+
+
+def test_no_array_has_the_shape_of_the_dense_mask() -> None:
+    config = draft_config(sliding_window=6, layer_types=("full_attention", "sliding_attention"))
+    batch, module = random_batch(config, length=50), build_trainer(config, num_anchors=13)
+
+    def loss(params: Any) -> jax.Array:
+        variables = {"params": {"draft_model": params}}
+        return module.apply(variables, *batch.arrays, rngs={"anchors": jax.random.key(0)}).loss
+
+    printed = str(jax.make_jaxpr(jax.grad(loss))(random_params(config)))
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\[(\d+(?:,\d+)*)\]", printed)}
+    queries = 13 * config.block_size
+    assert (3, 13, 1, 50) in shapes  # the context mask of a block: the pattern finds shapes
+    assert not [shape for shape in shapes if 50 + queries in shape or shape[-2:] == (queries, queries)]
 
 
 def test_build_trainer_takes_its_fields_from_the_config() -> None:
