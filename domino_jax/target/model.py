@@ -1,4 +1,4 @@
-"""The frozen target: a Llama- or Qwen3-style decoder that gives hidden states of chosen layers and a KV cache."""
+"""The frozen target: a Llama- or Qwen-style decoder that gives hidden states of chosen layers and a KV cache."""
 
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from domino_jax.layers import (
 )
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
+from domino_jax.target.moe import SparseMLP
 
 
 class Cache(NamedTuple):
@@ -39,7 +40,7 @@ class TargetOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm causal attention and SwiGLU, each added to its input."""
+    """Pre-norm causal attention and SwiGLU (or a mixture of them), each added to its input."""
 
     cfg: DecoderConfig
 
@@ -47,7 +48,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, tables: Rotary, mask: jax.Array, start: jax.Array, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:  # [B, T, D] -> [B, T, D]
-        """Runs one layer; `mask` is bool [B, T, T] or, with a cache of S slots, [B, T, S]."""
+        """Runs one layer; `mask` is bool [B or 1, T, T] or, with a cache of S slots, [B, T, S]."""
         attention = AttentionProjections(self.cfg, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         keys, values = attention.keys_values(normed, tables)
@@ -57,7 +58,8 @@ class DecoderLayer(nn.Module):
         heads = grouped_attention(attention.queries(normed, tables), keys, values, mask=mask)
         x = x + attention.output(heads)
         normed = RMSNorm(self.cfg.rms_norm_eps, name="post_attention_layernorm")(x)
-        return constrain(x + SwiGLU(self.cfg, name="mlp")(normed), "batch", "length", None), cache
+        mlp = (SparseMLP if self.cfg.num_experts else SwiGLU)(self.cfg, name="mlp")
+        return constrain(x + mlp(normed), "batch", "length", None), cache
 
 
 class _CapturingLayer(nn.Module):
@@ -93,15 +95,20 @@ class Target(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, *, cache: tuple[Cache, ...] | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        cache: tuple[Cache, ...] | None = None,
     ) -> TargetOutput:
         """Runs tokens through the decoder.
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T], consecutive in each row, 0..T-1 when not given. With a cache they are also the
-                slots the new keys and values are written to. Rewinding is implicit: a slot at or after a row's first
-                position is overwritten or masked, so the caller just passes smaller positions.
+            positions: int32 [B, T], consecutive in each row, from 0 when not
+                given. With a cache they are also the slots the new keys and values are written to. Rewinding is
+                implicit: a slot at or after a row's first position is overwritten or masked, so the caller just passes
+                smaller positions.
             cache: from `empty_cache`, or of an earlier pass.
         Returns:
             `TargetOutput` in the compute dtype.
@@ -126,9 +133,12 @@ class Target(nn.Module):
                 jnp.float32,
             )
         x = constrain(jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None)
-        tables = rotary(positions, head_dim=cfg.head_dim, theta=cfg.rope_theta)
-        slots = jnp.arange(cache[0].keys.shape[2], dtype=jnp.int32)[None] if cache else positions
-        mask = slots[:, None, :] <= positions[:, :, None]
+        tables = rotary(positions, cfg)
+        if cache is not None:
+            mask = jnp.arange(cache[0].keys.shape[2]) <= positions[:, :, None]
+        else:
+            places = jnp.arange(length)
+            mask = (places <= places[:, None])[None]
         if self.scan_layers:
             if cache is not None:
                 raise ValueError("scan_layers has no cache: unstack the layers for decoding")
