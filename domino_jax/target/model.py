@@ -100,25 +100,29 @@ class Target(nn.Module):
         positions: jax.Array | None = None,
         *,
         cache: tuple[Cache, ...] | None = None,
+        documents: jax.Array | None = None,
     ) -> TargetOutput:
         """Runs tokens through the decoder.
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T], consecutive in each row, from 0 when not
+            positions: int32 [B, T], consecutive in each row (in each document of a packed row), from 0 when not
                 given. With a cache they are also the slots the new keys and values are written to. Rewinding is
                 implicit: a slot at or after a row's first position is overwritten or masked, so the caller just passes
                 smaller positions.
             cache: from `empty_cache`, or of an earlier pass.
+            documents: int32 [B, T], the document of each token of packed rows; a document's tokens are consecutive
+                and see nothing of other documents. No cache then.
         Returns:
             `TargetOutput` in the compute dtype.
         Raises:
-            ValueError: a cache together with `scan_layers`.
+            ValueError: a cache together with `scan_layers` or with `documents`.
         """
         cfg = self.cfg
         batch, length = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+            positions = positions if documents is None else _positions_in_documents(positions, documents)
         embedding = self.param(
             "embed_tokens",
             logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
@@ -134,11 +138,14 @@ class Target(nn.Module):
             )
         x = constrain(jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None)
         tables = rotary(positions, cfg)
+        if cache is not None and documents is not None:
+            raise ValueError("documents have no cache: packed rows are whole passes")
         if cache is not None:
             mask = jnp.arange(cache[0].keys.shape[2]) <= positions[:, :, None]
-        else:
+        else:  # by place in the row: the positions of packed documents start again and again
             places = jnp.arange(length)
             mask = (places <= places[:, None])[None]
+            mask = mask if documents is None else mask & (documents[:, :, None] == documents[:, None, :])
         if self.scan_layers:
             if cache is not None:
                 raise ValueError("scan_layers has no cache: unstack the layers for decoding")
@@ -178,6 +185,13 @@ class Target(nn.Module):
         captured = jnp.zeros((count + 1, *x.shape), x.dtype)
         (x, captured), _ = layers((x, captured), slots, tables, mask)
         return x, list(captured[:count])
+
+
+def _positions_in_documents(places: jax.Array, documents: jax.Array) -> jax.Array:
+    """Distance of each token from the first one of its document, int32 [B, T], from its place in the row."""
+    begins = documents != jnp.roll(documents, 1, axis=1)
+    first = jax.lax.cummax(jnp.where(begins.at[:, 0].set(True), places, 0), axis=1)
+    return places - first
 
 
 def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> tuple[Cache, ...]:

@@ -184,6 +184,53 @@ def test_first_layers_give_the_same_captured_states(tiny: Callable[..., Any], ki
     chex.assert_trees_all_close(out.features, expected.features, atol=1e-6)
 
 
+LENGTHS = (5, 1, 9, 6)  # of the documents in a packed row
+
+
+def packed_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Two rows of the same documents in different order, and the number of each token's document."""
+    documents = [random_tokens(1, length, seed=length)[0] for length in LENGTHS]
+    numbers = [np.full(length, number, np.int32) for number, length in enumerate(LENGTHS)]
+    orders = ((0, 1, 2, 3), (3, 2, 0, 1))
+    rows = [[np.concatenate([parts[i] for i in order]) for order in orders] for parts in (documents, numbers)]
+    return np.stack(rows[0]), np.stack(rows[1])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_yarn", "qwen3_moe"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_packed_documents_equal_each_alone(tiny: Callable[..., Any], kind: str, scan: bool) -> None:
+    loaded, (tokens, documents) = load_target(tiny(kind, tied=False).directory), packed_rows()
+    params = {"params": stack_layers(loaded.params) if scan else loaded.params}
+    run = jitted(Target(loaded.config, EVERY_LAYER, scan_layers=scan))
+    places = np.array([[np.flatnonzero(row == number)[0] for number in row] for row in documents])
+    restarting = (np.arange(tokens.shape[1]) - places).astype(np.int32)
+    packed = run(params, tokens, documents=documents)
+    chex.assert_trees_all_equal(run(params, tokens, restarting, documents=documents), packed)
+    for number in range(len(LENGTHS)):
+        alone = whole(loaded, tokens[:1, documents[0] == number])
+        logits = vocabulary_logits(alone.hidden[0], lm_head_weight(loaded.params))
+        for row in range(2):
+            own = documents[row] == number
+            ours = vocabulary_logits(packed.hidden[row][own], lm_head_weight(loaded.params))
+            np.testing.assert_allclose(ours, logits, atol=5e-5)
+            np.testing.assert_allclose(packed.features[row][own], alone.features[0], atol=2e-5)
+    # Seen as one document, the row gives something else: the check above is not empty.
+    assert np.abs(run(params, tokens).features - packed.features).max() > 0.1
+
+
+def test_one_document_equals_none(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(2, 9)
+    run, params = jitted(Target(loaded.config, EVERY_LAYER)), {"params": loaded.params}
+    whole_row = run(params, tokens, documents=np.full((2, 9), 3, np.int32))
+    chex.assert_trees_all_equal(whole_row, run(params, tokens))
+
+
+def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
+    tokens, cache = random_tokens(1, 4), empty_cache(loaded.config, batch=1, slots=8)
+    with pytest.raises(ValueError, match="documents have no cache"):
+        Target(loaded.config).apply({"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int))
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
