@@ -62,8 +62,10 @@ def make_draft_config(
     layers = recipe.target_layer_ids
     if layers is None:
         layers = default_target_layer_ids(target.num_hidden_layers, recipe.num_hidden_layers)
-    # Depth and type are the draft's own; it always has per-head norms and never holds a head that could be tied.
-    own = ("num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings")
+    # Depth and type are the draft's own; it always has per-head norms, never holds a head that could be tied, and is
+    # dense and free of biases whatever the target is.
+    own = ["num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings", "attention_bias"]
+    own += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
     fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(DecoderConfig) if f.name not in own}
     chosen = dataclasses.asdict(recipe)
     for name in ("target_layer_ids", "init_layers_from_target", "init_from"):

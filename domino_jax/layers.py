@@ -4,35 +4,43 @@ Weights are stored `[out, in]`, the layout of the checkpoints that this project 
 attention are heads first, `[B, heads, T, head_dim]`.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from domino_jax.model_config import DecoderConfig
+from domino_jax.model_config import YARN_BETA_FAST, YARN_BETA_SLOW, DecoderConfig, RopeScaling
 from domino_jax.sharding import constrain, logical_axes
 
 
 class Dense(nn.Module):
-    """`x @ weight.T`, bias-free, with `weight` stored `[features, in]` in float32 masters.
+    """`x @ weight.T`, plus `bias` if there is one, with `weight` stored `[features, in]` in float32 masters.
 
     Attributes:
         features: width of the output.
         axes: logical axes of the weight, (out, in).
         dtype: type of the product.
+        use_bias: add a bias of `[features]`.
     """
 
     features: int
     axes: tuple[str, str]
     dtype: str = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., features]
         """Maps the last axis of `x` to `features`."""
         init = nn.initializers.normal(stddev=0.02)
         weight = self.param("weight", logical_axes(init, *self.axes), (self.features, x.shape[-1]), jnp.float32)
-        return jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
+        product = jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
+        if not self.use_bias:
+            return product
+        zeros = logical_axes(nn.initializers.zeros, self.axes[0])
+        return product + self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -65,27 +73,91 @@ class SwiGLU(nn.Module):
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, float32 [B, T, head_dim]."""
+    """Cosines and sines of the rotary angles (times YaRN's attention factor, if any), float32 [B, T, head_dim]."""
 
     cos: jax.Array
     sin: jax.Array
 
 
-def rotary(positions: jax.Array, *, head_dim: int, theta: float) -> Rotary:
+class RotaryFrequencies(NamedTuple):
+    """`inverse`, float32 [head_dim / 2], radians per position; `amplitude` multiplies cosines and sines."""
+
+    inverse: np.ndarray
+    amplitude: float
+
+
+def rotary_frequencies(cfg: DecoderConfig) -> RotaryFrequencies:
+    """The rotary frequencies of a decoder, `theta ** (-2 i / head_dim)` stretched as its `rope_scaling` says.
+
+    All of it is float64 until the last rounding: nothing here is traced.
+
+    Args:
+        cfg: `head_dim`, `rope_theta` and `rope_scaling` are read.
+    Returns:
+        `RotaryFrequencies`. The amplitude is 1 except for YaRN, where it is `attention_factor`, or follows from the
+        factor and the two mscales.
+    Source: RoFormer (arXiv:2104.09864); Llama 3.1's and YaRN's (arXiv:2309.00071) blends as transformers 5 reads them.
+    """
+    pair = np.arange(cfg.head_dim // 2)
+    frequencies = cfg.rope_theta ** (-2 * pair / cfg.head_dim)
+    scaling, amplitude = cfg.rope_scaling, 1.0
+    if scaling is not None:
+        kept: np.ndarray | float = 0.0  # share of each frequency that is not divided by the factor
+        original = scaling.original_max_position_embeddings or 0
+        if scaling.rope_type == "llama3":
+            low, high = scaling.low_freq_factor or 0.0, scaling.high_freq_factor or 0.0
+            turns = original * frequencies / (2 * math.pi)
+            kept = np.clip((turns - low) / (high - low), 0, 1)
+        elif scaling.rope_type == "yarn":
+            kept = 1 - _yarn_ramp(cfg, scaling, original)
+            amplitude = _yarn_amplitude(scaling)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return RotaryFrequencies(frequencies.astype(np.float32), amplitude)
+
+
+def _yarn_ramp(cfg: DecoderConfig, scaling: RopeScaling, original: int) -> np.ndarray:
+    """Share of each frequency that YaRN divides by the factor, from 0 (many turns) to 1 (few), [head_dim / 2]."""
+
+    def pair_with(turns: float) -> float:
+        """The (fractional) pair that turns that often within the pretraining length."""
+        return cfg.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+
+    first = pair_with(scaling.beta_fast or YARN_BETA_FAST)
+    last = pair_with(scaling.beta_slow or YARN_BETA_SLOW)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    # transformers bounds the end by head_dim - 1, though there are only half as many pairs.
+    first, last = max(first, 0), min(last, cfg.head_dim - 1)
+    width = last - first if last != first else 0.001
+    return np.clip((np.arange(cfg.head_dim // 2) - first) / width, 0, 1)
+
+
+def _yarn_amplitude(scaling: RopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+
+    def temperature(scale: float) -> float:
+        return 0.1 * scale * math.log(scaling.factor) + 1
+
+    if scaling.mscale is None or scaling.mscale_all_dim is None:
+        return temperature(1.0)
+    return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
+
+
+def rotary(positions: jax.Array, cfg: DecoderConfig) -> Rotary:
     """Rotary tables for integer positions, always in float32.
 
     Args:
         positions: int [B, T].
-        head_dim: even width of one head.
-        theta: base of the frequencies, `theta ** (-2 i / head_dim)`.
+        cfg: the decoder whose heads are rotated; see `rotary_frequencies`.
     Returns:
         `Rotary` of float32 [B, T, head_dim]; both halves of the last axis are equal (half-rotation layout).
     Source: RoFormer (arXiv:2104.09864), in the half-split layout of Llama and Qwen checkpoints.
     """
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    frequencies, amplitude = rotary_frequencies(cfg)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+    return Rotary(jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude)
 
 
 def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
@@ -103,16 +175,16 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
 
 
 class AttentionProjections(nn.Module):
-    """The weights of grouped attention: q, k, v, o and, where the family has them, per-head q and k norms."""
+    """The weights of grouped attention: q, k, v, o and, by family, biases of q, k, v or norms of q, k."""
 
     cfg: DecoderConfig
 
     def setup(self) -> None:
         """Creates the four projections and the two norms."""
-        cfg = self.cfg
-        self.q_proj = Dense(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype)
-        self.k_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype)
-        self.v_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype)
+        cfg, bias = self.cfg, self.cfg.attention_bias
+        self.q_proj = Dense(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype, bias)
+        self.k_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias)
+        self.v_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias)
         self.o_proj = Dense(cfg.hidden_size, ("embed", "heads"), cfg.dtype)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.rms_norm_eps)

@@ -1,16 +1,73 @@
 """The shapes of target and draft as their checkpoints describe them. No jax here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from domino_jax.strict import require
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
+# Turns within the pretraining length above which YaRN leaves a frequency alone, and below which it stretches it fully.
+YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
+
+# What each kind of scaling needs and what else it reads; any other field given is an error.
+_ROPE_NEEDS = {
+    "linear": (),
+    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_position_embeddings",),
+}
+_ROPE_READS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+ROPE_TYPES = tuple(_ROPE_NEEDS)
+_EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the pretraining length, in the names of Hugging Face's config.json.
+
+    `rope_type` is "linear" (arXiv:2306.15595), "llama3" (Llama 3.1) or "yarn" (arXiv:2309.00071); a field that the
+    type does not read must keep its default. What None stands for is said where `layers.rotary_frequencies` reads it.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuses other types, missing fields, fields of another type, and numbers that stretch nothing."""
+        kind = self.rope_type
+        require(kind in _ROPE_NEEDS, f"rope_type is {kind!r}; supported: {', '.join(ROPE_TYPES)}")
+        for name in _ROPE_NEEDS[kind]:
+            require(getattr(self, name) is not None, f"rope_type {kind!r} needs {name}")
+        known = ("rope_type", "factor", *_ROPE_NEEDS[kind], *_ROPE_READS.get(kind, ()))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require(field.name in known or value == field.default, f"rope_type {kind!r} does not read {field.name}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(not number or value > 0, f"{field.name} must be positive, found {value}")
+        require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(
+            low is None or high is None or low < high, f"low_freq_factor {low} must be below high_freq_factor {high}"
+        )
+        fast, slow = self.beta_fast or YARN_BETA_FAST, self.beta_slow or YARN_BETA_SLOW
+        require(fast >= slow, f"beta_fast {fast} must not be below beta_slow {slow}")
+        require((self.mscale is None) == (self.mscale_all_dim is None), "mscale and mscale_all_dim go together")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a Llama- or Qwen3-style decoder, in the names of Hugging Face's config.json.
+    """The shape of a Llama- or Qwen-style decoder, in the names of Hugging Face's config.json.
 
+    `attention_bias` gives q, k and v (not o) a bias, as in Qwen2. With `num_experts` above 0 the feed-forward part of
+    every layer is a mixture of experts as in Qwen3 MoE, and `intermediate_size` is not read by the decoder itself.
     `dtype` is the type of matrix products and activations; norms, softmax and logits are float32 always.
     """
 
@@ -24,17 +81,32 @@ class DecoderConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
+    attention_bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
     tie_word_embeddings: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuses shapes that no decoder can have."""
         for name, kind in DecoderConfig.__annotations__.items():
-            require(kind is not int or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+            positive = kind is int and (name not in _EXPERT_FIELDS or self.num_experts != 0)
+            require(not positive or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+        if self.num_experts == 0:
+            given = [name for name in _EXPERT_FIELDS if getattr(self, name)]
+            require(not given, f"{', '.join(given)} without num_experts")
+        require(
+            self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok {self.num_experts_per_tok} must not exceed num_experts {self.num_experts}",
+        )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(heads % kv_heads == 0, f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, found {self.head_dim}")
+        require(self.rope_theta > 1, f"rope_theta must be above 1, found {self.rope_theta}")
         require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
 
 
@@ -73,6 +145,8 @@ class DraftConfig(DecoderConfig):
     def __post_init__(self) -> None:
         """Refuses contradictions between fields."""
         super().__post_init__()
+        require(not self.attention_bias, "attention_bias: a draft has no biases")
+        require(self.num_experts == 0, f"num_experts is {self.num_experts}: a draft is dense")
         require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
         require(
             0 <= self.mask_token_id < self.vocab_size,

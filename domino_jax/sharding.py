@@ -15,6 +15,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "length": None,
     "embed": "fsdp",
     "mlp": "tensor",
+    "experts": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",

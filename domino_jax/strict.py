@@ -54,14 +54,14 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
 
 
 def _typed(hint: Any, value: Any, *, place: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{place}: expected a mapping, found {value!r}")
-        return from_tree(typing.cast(type, hint), value, place=place)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
         (hint,) = [option for option in typing.get_args(hint) if option is not types.NoneType]
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{place}: expected a mapping, found {value!r}")
+        return from_tree(typing.cast(type, hint), value, place=place)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{place}: expected a list, found {value!r}")

@@ -14,7 +14,7 @@ TABLE = (
     (0, "", ("strict", "model_config", "config", "sharding")),
     (1, "", ("layers",)),
     (2, "data", ("conversations", "packing", "pipeline", "features")),
-    (2, "target", ("model", "load", "gguf")),
+    (2, "target", ("moe", "model", "load", "gguf")),
     (2, "draft", ("blocks", "mask", "attention", "head", "backbone")),
     (
         3,

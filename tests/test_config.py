@@ -1,6 +1,7 @@
 """The strict loader: what it reads, what it refuses and in which words."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domino_jax.config import DraftRecipe, RunConfig, dump_config, load_config, make_draft_config
-from domino_jax.model_config import DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.model_config import DecoderConfig, DraftConfig, RopeScaling, default_target_layer_ids
 from domino_jax.strict import InputError, from_tree
 
 SMALLEST: dict[str, Any] = {
@@ -231,6 +232,12 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive, found 0.0"),
         ({"output_multiplier": -1.0}, "output_multiplier must be positive, found -1.0"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be positive or null, found 0.0"),
+        ({"attention_bias": True}, "attention_bias: a draft has no biases"),
+        (
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 3},
+            "num_experts is 4: a draft is dense",
+        ),
+        ({"norm_topk_prob": True, "num_experts_per_tok": 2}, "num_experts_per_tok, norm_topk_prob without num_experts"),
     ],
 )
 def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
@@ -275,6 +282,33 @@ def test_make_draft_config_of_other_drafts() -> None:
     assert (windowed.sliding_window, windowed.layer_types) == (32, ("sliding_attention",) * 2)
     mixed = made(sliding_window=32, layer_types=("full_attention", "sliding_attention"), sliding_in_block="causal")
     assert mixed.layer_types == ("full_attention", "sliding_attention") and mixed.sliding_in_block == "causal"
+
+
+LLAMA3 = RopeScaling(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+
+
+def test_make_draft_config_is_dense_and_without_biases_below_any_target() -> None:
+    plain = DecoderConfig(**DECODER | {"num_hidden_layers": 36, "rope_scaling": LLAMA3})
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    recipe = DraftRecipe(mask_token_id=31)
+    expected = make_draft_config(recipe, plain, special_ids={}, dtype="float32")
+    assert expected.rope_scaling == LLAMA3
+    for change in (mixture, {"attention_bias": True}):
+        target = dataclasses.replace(plain, **change)
+        assert make_draft_config(recipe, target, special_ids={}, dtype="float32") == expected
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_draft_config_round_trips_through_json(scaling: RopeScaling | None) -> None:
+    draft = DraftConfig(**DRAFT | {"rope_scaling": scaling})
+    assert from_tree(DraftConfig, json.loads(json.dumps(dataclasses.asdict(draft))), place="file") == draft
+    tree = dataclasses.asdict(draft) | {"rope_scaling": {"rope_type": "linear", "factr": 2.0}}
+    with pytest.raises(InputError, match="file: rope_scaling: unknown key 'factr'; did you mean 'factor'"):
+        from_tree(DraftConfig, tree, place="file")
+    with pytest.raises(InputError, match="file: rope_scaling: expected a mapping, found 2"):
+        from_tree(DraftConfig, tree | {"rope_scaling": 2}, place="file")
 
 
 def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:

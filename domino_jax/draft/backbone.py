@@ -91,7 +91,7 @@ class DraftModel(nn.Module):
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[KeysValues, ...]:
         """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
         states = self.hidden_norm(self.fc(features))
-        tables = rotary(positions, head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta)
+        tables = rotary(positions, self.cfg)
         return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
 
     def block_states(
@@ -103,7 +103,7 @@ class DraftModel(nn.Module):
     ) -> jax.Array:
         """Like the whole call, from the context's keys and values, which decoding keeps between cycles."""
         batch, blocks, size, width = embeddings.shape
-        tables = rotary(positions.reshape(batch, blocks * size), head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta)
+        tables = rotary(positions.reshape(batch, blocks * size), self.cfg)
         x = embeddings.reshape(batch, blocks * size, width) * self.cfg.input_embedding_scale
         x = x.astype(self.cfg.dtype)
         for layer, kind, keys_values in zip(self.layers, self.cfg.attention_types, context, strict=True):

@@ -1,5 +1,6 @@
 """The draft checkpoint that PyTorch trainers and serving engines read: a Hugging Face directory, both ways, strict."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,9 +18,9 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig
-from domino_jax.strict import InputError
-from domino_jax.target.load import check_tensors, read_json, read_safetensors
+from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
+from domino_jax.strict import InputError, from_tree
+from domino_jax.target.load import check_tensors, read_json, read_rope_scaling, read_safetensors
 
 WEIGHTS = "model.safetensors"
 
@@ -162,7 +163,7 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_rope_json(config),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": config.sliding_window is not None,
@@ -178,28 +179,34 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
     }
 
 
+def _rope_json(config: DraftConfig) -> dict[str, Any]:
+    """The rotary embedding in the new schema and, when it is scaled, in the old one too."""
+    if config.rope_scaling is None:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    plain = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
+    scaling = {key: value for key, value in vars(config.rope_scaling).items() if value != plain[key]}
+    return {"rope_parameters": {**scaling, "rope_theta": config.rope_theta}, "rope_scaling": scaling}
+
+
 # Keys that change what the draft computes and that this project does not implement, with the only value it can read.
 _PLAIN = {
     "attention_bias": False,
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
-    "rope_scaling": None,
 }
 _PLAIN_DFLASH = {"causal": False}
-_PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
 
 
 def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     nested = tree.get("dflash_config")
     if not isinstance(nested, dict):
         raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
-    rope = tree.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{place}: rope_parameters is {rope!r}; expected a mapping")
-    for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH), (rope, _PLAIN_ROPE)):
+    for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
         for key, only in plain.items():
             if section.get(key, only) not in (only, None):
                 raise InputError(f"{place}: {key} is {section[key]!r}; only {only!r} is supported")
+    scaling = read_rope_scaling(tree, place=place)
+    rope = tree.get("rope_parameters") or {}
 
     def value(key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]) -> Any:
         found = [section[key] for section in sections if section.get(key) is not None]
@@ -243,6 +250,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             **{key: value(key, tree, kind=int) for key in integers},
             rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
             rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
+            rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling") if scaling else None,
             block_size=value("block_size", nested, tree, kind=int),
             mask_token_id=value("mask_token_id", nested, kind=int),
             target_layer_ids=tuple(layer_ids),

@@ -14,20 +14,22 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from domino_jax.model_config import DecoderConfig
+from domino_jax.model_config import ROPE_TYPES, DecoderConfig
 from domino_jax.strict import InputError, from_tree
 from domino_jax.target.model import Target
 
-MODEL_TYPES = ("llama", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 # Keys that would change the arithmetic, with the only value that `Target` computes; an absent key means that value.
 _ONLY_VALUE: dict[str, Any] = {
     "hidden_act": "silu",
-    "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
     "partial_rotary_factor": 1,
     "quantization_config": None,
+    # A mixture of experts has them in every layer: the layers are alike, which one scan over them needs.
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
 }
 _FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -41,7 +43,7 @@ class LoadedTarget(NamedTuple):
 
 
 def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarget:
-    """Reads a Llama or Qwen3 directory into parameters of `Target`.
+    """Reads the directory of a Llama, Qwen2, Qwen3 or Qwen3 MoE model into parameters of `Target`.
 
     Args:
         directory: holds config.json and model.safetensors, or shards with their index.
@@ -58,21 +60,31 @@ def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarge
     tensors = read_safetensors(directory)
     _drop_known_extras(tensors, config, place=directory)
     expected = expected_tensors(config)
-    check_tensors(tensors, {name: shape for name, shape in expected.values()}, place=directory)
-    # Popped one by one, so that the file's own copy of a tensor is freed as soon as it is converted.
-    leaves = {path: jnp.asarray(tensors.pop(name), dtype) for path, (name, _) in expected.items()}
+    stored = {path: _stored_names(name, shape) for path, (name, shape) in expected.items()}
+    shapes = {
+        name: shape[1:] if "*" in pattern else shape
+        for path, (pattern, shape) in expected.items()
+        for name in stored[path]
+    }
+    check_tensors(tensors, shapes, place=directory)
+    leaves = {}
+    for path, (pattern, _) in expected.items():
+        # Popped one by one, so that the file's own copy of a tensor is freed as soon as it is converted.
+        parts = [tensors.pop(name) for name in stored[path]]
+        leaves[path] = jnp.asarray(np.stack(parts) if "*" in pattern else parts[0], dtype)
     return LoadedTarget(directory, config, unflatten_dict(leaves))
 
 
 def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
-    """Reads config.json of a dense Llama or Qwen3 model.
+    """Reads config.json of a Llama, Qwen2, Qwen3 or Qwen3 MoE model.
 
     Args:
         directory: the Hugging Face directory.
         dtype: type of the computation, "float32" or "bfloat16".
     Returns:
         `DecoderConfig`. An absent `head_dim` is hidden_size // num_attention_heads, absent key-value heads are as many
-        as the heads, an absent rotary base is 10000: what Hugging Face reads in such files.
+        as the heads, an absent rotary base is 10000, an absent `norm_topk_prob` is false: what Hugging Face reads in
+        such files.
     Raises:
         InputError: the file, the key, what was found and what is supported.
     """
@@ -81,7 +93,8 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     model_type = tree.get("model_type")
     if model_type not in MODEL_TYPES:
         raise InputError(f"{place}: model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
-    for key, value in _ONLY_VALUE.items():
+    # Qwen2 always has the biases and its files do not say so.
+    for key, value in (_ONLY_VALUE | {"attention_bias": model_type == "qwen2"}).items():
         if tree.get(key, value) not in (value, None):
             raise InputError(f"{place}: {key} is {tree[key]!r}; supported: {value!r}")
     other = sorted({kind for kind in tree.get("layer_types") or () if kind != "full_attention"})
@@ -96,9 +109,11 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     values["head_dim"] = _given(tree, "head_dim", None)
     if values["head_dim"] is None:
         values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], place)
-    values["rope_theta"] = _rope_theta(tree, place)
+    values |= {"rope_theta": _rope_theta(tree, place), "rope_scaling": read_rope_scaling(tree, place=str(place))}
     values["tie_word_embeddings"] = _given(tree, "tie_word_embeddings", False)
-    values |= {"qk_norm": model_type == "qwen3", "dtype": dtype}
+    values |= {"qk_norm": model_type in ("qwen3", "qwen3_moe"), "attention_bias": model_type == "qwen2"}
+    values |= _experts(tree, place) if model_type == "qwen3_moe" else {}
+    values["dtype"] = dtype
     return from_tree(DecoderConfig, values, place=str(place))
 
 
@@ -159,7 +174,10 @@ def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[
 
 
 def expected_tensors(config: DecoderConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, ...]]]:
-    """For each path in the parameters of `Target`: the Hugging Face name and the shape of its tensor."""
+    """For each path in the parameters of `Target`: the Hugging Face name and the shape of its tensor.
+
+    A `*` in the name stands for one stored tensor per entry of the first axis: the experts of a layer.
+    """
     one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(Target(config).init, jax.random.key(0), one_token)["params"]
     return {path: (_tensor_name(path), leaf.shape) for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
@@ -189,6 +207,24 @@ def load_tokenizer(directory: str | Path) -> Any:
     if not tokenizer.chat_template:
         raise InputError(f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja")
     return tokenizer
+
+
+def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] | None:
+    """The scaling of the rotary embedding that a config.json describes, in the old schema, the new one, or both.
+
+    Args:
+        tree: the file; `rope_scaling` (with `type` or `rope_type`) and `rope_parameters` are read.
+        place: the file, for messages.
+    Returns:
+        The fields of `RopeScaling`, unchecked, or None where the frequencies are not scaled.
+    Raises:
+        InputError: an unknown type, keys without a type, or two descriptions that differ.
+    """
+    sections = (_rope_section(tree, key, place) for key in ("rope_scaling", "rope_parameters"))
+    found = [section for section in sections if section is not None]
+    if any(section != found[0] for section in found):
+        raise InputError(f"{place}: rope_scaling {found[0]} and rope_parameters {found[1]} contradict")
+    return found[0] if found and found[0]["rope_type"] != "default" else None
 
 
 def read_json(place: Path) -> dict[str, Any]:
@@ -236,25 +272,73 @@ def _tensor_name(path: tuple[str, ...]) -> str:
         return "lm_head.weight"
     if head == "embed_tokens":
         return "model.embed_tokens.weight"
+    if "experts" in rest:
+        rest = ["mlp", "experts", "*", rest[-1], "weight"]
     return ".".join(("model", head.replace("layers_", "layers."), *rest))
 
 
+def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [name.replace("*", str(index)) for index in range(shape[0])] if "*" in name else [name]
+
+
+def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """The fields of a mixture of experts; transformers 5 writes `num_local_experts` for `num_experts`."""
+    counts = [tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None]
+    if any(count != counts[0] for count in counts):
+        raise InputError(f"{place}: num_experts {counts[0]!r} and num_local_experts {counts[1]!r} contradict")
+    if not counts or counts[0] == 0:
+        raise InputError(f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; expected a mixture")
+    values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
+    for key in ("num_experts_per_tok", "moe_intermediate_size"):
+        if key not in tree:
+            raise InputError(f"{place}: missing {key}")
+        values[key] = tree[key]
+    return values
+
+
 def _rope_theta(tree: Mapping[str, Any], place: Path) -> Any:
-    """The rotary base, at the top level or inside rope_parameters; any scaling of it is refused."""
+    """The rotary base, at the top level or inside rope_scaling or rope_parameters."""
     found = {"rope_theta": tree["rope_theta"]} if tree.get("rope_theta") is not None else {}
     for key in ("rope_scaling", "rope_parameters"):
-        inner = tree.get(key) or {}
-        if not isinstance(inner, dict):
-            raise InputError(f"{place}: {key} is {inner!r}; expected a mapping or null")
-        for name, value in inner.items():
-            if name == "rope_theta":
-                found[f"{key}.rope_theta"] = value
-            elif (name, value) not in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1)):
-                raise InputError(f"{place}: {key}.{name} is {value!r}; supported: rope_type 'default' and rope_theta")
+        inner = tree.get(key)
+        if isinstance(inner, dict) and inner.get("rope_theta") is not None:
+            found[f"{key}.rope_theta"] = inner["rope_theta"]
     theta = next(iter(found.values()), 10_000.0)
     if any(value != theta for value in found.values()):
         raise InputError(f"{place}: {' and '.join(f'{key} {value!r}' for key, value in found.items())} contradict")
     return theta
+
+
+def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, Any] | None:
+    """One of the two mappings, its type under `rope_type`; None where it names no type."""
+    inner = tree.get(key) or {}
+    if not isinstance(inner, dict):
+        raise InputError(f"{place}: {key} is {inner!r}; expected a mapping or null")
+    kinds = [inner[name] for name in ("rope_type", "type") if inner.get(name) is not None]
+    if any(kind != kinds[0] for kind in kinds):
+        raise InputError(f"{place}: {key}: rope_type {kinds[0]!r} and type {kinds[1]!r} contradict")
+    read = ("rope_theta", "rope_type", "type")
+    # A null stands for an absent key, except that transformers reads a null `truncate` as false: refused further on.
+    section = {k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")}
+    if section.get("partial_rotary_factor") == 1:
+        del section["partial_rotary_factor"]
+    kind = kinds[0] if kinds else None
+    for name, value in section.items():
+        if kind in ("default", None) or name == "partial_rotary_factor":
+            raise InputError(f"{place}: {key}.{name} is {value!r}; not supported with rope_type {kind!r}")
+    if kind not in ("default", None, *ROPE_TYPES):
+        raise InputError(f"{place}: {key}.rope_type is {kind!r}; supported: default, {', '.join(ROPE_TYPES)}")
+    if kind in ("llama3", "yarn"):
+        outer, own = (level.get("original_max_position_embeddings") for level in (tree, section))
+        if outer is not None and own is not None and outer != own:
+            raise InputError(
+                f"{place}: original_max_position_embeddings {outer!r} and {key}.original_max_position_embeddings "
+                f"{own!r} contradict"
+            )
+        # What transformers takes when neither is there: a scaling that starts from the full length.
+        given = next((value for value in (own, outer) if value is not None), tree.get("max_position_embeddings"))
+        section["original_max_position_embeddings"] = given
+    return None if kind is None else {"rope_type": kind, **section}
 
 
 def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:

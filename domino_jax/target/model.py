@@ -1,4 +1,4 @@
-"""The frozen target: a Llama- or Qwen3-style decoder that gives hidden states of chosen layers and a KV cache."""
+"""The frozen target: a Llama- or Qwen-style decoder that gives hidden states of chosen layers and a KV cache."""
 
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from domino_jax.layers import (
 )
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
+from domino_jax.target.moe import SparseMLP
 
 
 class Cache(NamedTuple):
@@ -39,7 +40,7 @@ class TargetOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm causal attention and SwiGLU, each added to its input."""
+    """Pre-norm causal attention and SwiGLU (or a mixture of them), each added to its input."""
 
     cfg: DecoderConfig
 
@@ -47,7 +48,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, tables: Rotary, mask: jax.Array, start: jax.Array, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:  # [B, T, D] -> [B, T, D]
-        """Runs one layer; `mask` is bool [B, T, T] or, with a cache of S slots, [B, T, S]."""
+        """Runs one layer; `mask` is bool [B or 1, T, T] or, with a cache of S slots, [B, T, S]."""
         attention = AttentionProjections(self.cfg, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         keys, values = attention.keys_values(normed, tables)
@@ -57,7 +58,8 @@ class DecoderLayer(nn.Module):
         heads = grouped_attention(attention.queries(normed, tables), keys, values, mask=mask)
         x = x + attention.output(heads)
         normed = RMSNorm(self.cfg.rms_norm_eps, name="post_attention_layernorm")(x)
-        return constrain(x + SwiGLU(self.cfg, name="mlp")(normed), "batch", "length", None), cache
+        mlp = (SparseMLP if self.cfg.num_experts else SwiGLU)(self.cfg, name="mlp")
+        return constrain(x + mlp(normed), "batch", "length", None), cache
 
 
 class _CapturingLayer(nn.Module):
@@ -93,25 +95,34 @@ class Target(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, *, cache: tuple[Cache, ...] | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        cache: tuple[Cache, ...] | None = None,
+        documents: jax.Array | None = None,
     ) -> TargetOutput:
         """Runs tokens through the decoder.
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T], consecutive in each row, 0..T-1 when not given. With a cache they are also the
-                slots the new keys and values are written to. Rewinding is implicit: a slot at or after a row's first
-                position is overwritten or masked, so the caller just passes smaller positions.
+            positions: int32 [B, T], consecutive in each row (in each document of a packed row), from 0 when not
+                given. With a cache they are also the slots the new keys and values are written to. Rewinding is
+                implicit: a slot at or after a row's first position is overwritten or masked, so the caller just passes
+                smaller positions.
             cache: from `empty_cache`, or of an earlier pass.
+            documents: int32 [B, T], the document of each token of packed rows; a document's tokens are consecutive
+                and see nothing of other documents. No cache then.
         Returns:
             `TargetOutput` in the compute dtype.
         Raises:
-            ValueError: a cache together with `scan_layers`.
+            ValueError: a cache together with `scan_layers` or with `documents`.
         """
         cfg = self.cfg
         batch, length = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+            positions = positions if documents is None else _positions_in_documents(positions, documents)
         embedding = self.param(
             "embed_tokens",
             logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
@@ -126,9 +137,15 @@ class Target(nn.Module):
                 jnp.float32,
             )
         x = constrain(jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None)
-        tables = rotary(positions, head_dim=cfg.head_dim, theta=cfg.rope_theta)
-        slots = jnp.arange(cache[0].keys.shape[2], dtype=jnp.int32)[None] if cache else positions
-        mask = slots[:, None, :] <= positions[:, :, None]
+        tables = rotary(positions, cfg)
+        if cache is not None and documents is not None:
+            raise ValueError("documents have no cache: packed rows are whole passes")
+        if cache is not None:
+            mask = jnp.arange(cache[0].keys.shape[2]) <= positions[:, :, None]
+        else:  # by place in the row: the positions of packed documents start again and again
+            places = jnp.arange(length)
+            mask = (places <= places[:, None])[None]
+            mask = mask if documents is None else mask & (documents[:, :, None] == documents[:, None, :])
         if self.scan_layers:
             if cache is not None:
                 raise ValueError("scan_layers has no cache: unstack the layers for decoding")
@@ -168,6 +185,13 @@ class Target(nn.Module):
         captured = jnp.zeros((count + 1, *x.shape), x.dtype)
         (x, captured), _ = layers((x, captured), slots, tables, mask)
         return x, list(captured[:count])
+
+
+def _positions_in_documents(places: jax.Array, documents: jax.Array) -> jax.Array:
+    """Distance of each token from the first one of its document, int32 [B, T], from its place in the row."""
+    begins = documents != jnp.roll(documents, 1, axis=1)
+    first = jax.lax.cummax(jnp.where(begins.at[:, 0].set(True), places, 0), axis=1)
+    return places - first
 
 
 def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> tuple[Cache, ...]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
 from rich.console import Console
@@ -183,7 +184,8 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
 
     Args:
         config: the draft.
-        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays.
+        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays, and so
+            does the feed-forward part below experts. What the draft lacks (biases) is left out.
         target_params: the target's, layers apart.
     Returns:
         A tree like `params`.
@@ -192,7 +194,8 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
     copied = {"norm": target_params["norm"]}
     for index in range(config.num_hidden_layers):
         name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
-        copied[name] = {part: {**params[name][part], **layer[part]} for part in layer}
+        fresh, known = flatten_dict(params[name]), flatten_dict(layer)
+        copied[name] = unflatten_dict({path: known.get(path, leaf) for path, leaf in fresh.items()})
     copied["hidden_norm"] = target_params[f"layers_{first}"]["input_layernorm"]
     width, captured = config.hidden_size, len(config.target_layer_ids)
     copied["fc"] = {"weight": jnp.eye(width, captured * width, k=(captured - 1) * width)}

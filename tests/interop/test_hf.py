@@ -1,6 +1,7 @@
 """The draft checkpoint: what a file holds, what NeMo makes of it, and what is refused on the way in and out."""
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_m
 from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 from reference import dflash_config, draft_config, nemo_draft, random_anchors, random_batch, random_params
 from safetensors.numpy import load_file, save_file
+from transformers import Qwen3Config
 
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.mask import layer_masks
 from domino_jax.interop import hf
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import DraftConfig, RopeScaling
 from domino_jax.strict import InputError
 
 CONFIG = draft_config()
@@ -259,6 +261,30 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
         assert tree[key] == getattr(config, key), key
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+        RopeScaling(
+            rope_type="llama3",
+            factor=8.0,
+            original_max_position_embeddings=32,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+    ],
+)
+def test_rope_scaling_is_written_in_both_schemas_and_reads_back(scaling: RopeScaling, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    save_hf_draft(tmp_path / "draft", config, params_of(CONFIG))
+    assert load_hf_draft(tmp_path / "draft")[0].rope_scaling == scaling
+    theirs = Qwen3Config.from_pretrained(tmp_path / "draft").rope_parameters
+    assert theirs["rope_type"] == scaling.rope_type and theirs["rope_theta"] == 5000.0
+    assert {key: theirs.get(key) for key in vars(scaling) if getattr(scaling, key) not in (None, True)} == {
+        key: value for key, value in vars(scaling).items() if value not in (None, True)
+    }
+
+
 def test_config_json_of_a_dflash_draft_names_no_head(tmp_path: Path) -> None:
     save_hf_draft(tmp_path / "draft", dflash_config(), params_of(dflash_config()), dtype="float32")
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -382,7 +408,8 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("attention_bias",), True, "attention_bias is True; only False"),
         (("partial_rotary_factor",), 0.25, "partial_rotary_factor is 0.25"),
         (("rope_parameters", "partial_rotary_factor"), 0.25, "partial_rotary_factor is 0.25"),
-        (("rope_parameters", "rope_type"), "yarn", "rope_type is 'yarn'"),
+        (("rope_parameters", "rope_type"), "yarn", "rope_scaling: missing factor"),
+        (("rope_parameters", "rope_type"), "dynamic", "rope_type is 'dynamic'"),
         (("rope_parameters",), "default", "rope_parameters is 'default'"),
         (("rope_scaling",), {"type": "linear", "factor": 2.0}, "rope_scaling"),
         (("layer_types",), ["full_attention", "sliding_attention"], "layer_types"),

@@ -1,4 +1,4 @@
-"""Tiny random Llama and Qwen3 models made by transformers, saved as a directory or written as a GGUF file."""
+"""Tiny random Llama and Qwen models made by transformers, saved as a directory or written as a GGUF file."""
 
 import json
 import re
@@ -11,10 +11,34 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-
+MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+# Classes, and what a kind has beside the settings that all share. The scaled ones were "pretrained" on 16 positions.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama_linear": (LlamaConfig, LlamaForCausalLM, {"rope": {"rope_type": "linear", "factor": 4.0}}),
+    "llama3": (LlamaConfig, LlamaForCausalLM, {"rope": LLAMA3 | {"original_max_position_embeddings": 16}}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3_yarn": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"rope": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}},
+    ),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE),
+    "qwen3_moe_raw": (Qwen3MoeConfig, Qwen3MoeForCausalLM, MIXTURE | {"norm_topk_prob": False}),
+}
 
 SPECIAL = ("<unk>", "<bos>", "<eos>", "<think>", "[PAD4]")
 TYPES = (2, 3, 3, 4, 5)  # GGUF's unknown, control, control, user-defined, unused
@@ -36,7 +60,9 @@ class Tiny(NamedTuple):
 def make_tiny(kind: str, *, tied: bool) -> Any:
     """A random model of 4 layers whose weights are large enough for every part to show in the logits."""
     torch.manual_seed(7)
-    config_class, model_class = KINDS[kind]
+    config_class, model_class, special = KINDS[kind]
+    special = dict(special)
+    rope = {"rope_type": "default", "rope_theta": 5000.0} | special.pop("rope", {})
     config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -47,11 +73,12 @@ def make_tiny(kind: str, *, tied: bool) -> Any:
         head_dim=16,
         max_position_embeddings=128,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        rope_parameters=rope,
         tie_word_embeddings=tied,
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,
+        **special,
     )
     model = model_class(config).eval()
     with torch.no_grad():

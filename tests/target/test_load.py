@@ -15,11 +15,23 @@ import torch
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from domino_jax.model_config import DecoderConfig
+from domino_jax.model_config import DecoderConfig, RopeScaling
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config, read_json, read_safetensors
 
 ABSENT = object()
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN_IN_OLD_FILES = {"factor": 4.0, "original_max_position_embeddings": 32}
+SHORT = ("rope_scaling", RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32))
+WHOLE = ("rope_scaling", RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=128))
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 
 
 def edited(source: Path, directory: Path, *, config: dict[str, Any] | None = None, tensors: Any = None) -> Path:
@@ -99,6 +111,24 @@ def test_read_decoder_config_reads_every_field(qwen3: Path) -> None:
         ({"num_key_value_heads": ABSENT}, "num_key_value_heads", 4),
         ({"tie_word_embeddings": ABSENT}, "tie_word_embeddings", False),
         ({"attention_bias": ABSENT, "mlp_bias": None, "hidden_act": ABSENT}, "qk_norm", False),
+        ({"model_type": "qwen2", "attention_bias": ABSENT}, "attention_bias", True),
+        (MIXTURE, "num_experts", 8),
+        (MIXTURE | {"num_experts": ABSENT, "num_local_experts": 8}, "num_experts", 8),
+        (MIXTURE | {"norm_topk_prob": ABSENT}, "norm_topk_prob", False),
+        ({"rope_parameters": {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}}, *WHOLE),
+        ({"rope_parameters": YARN, "rope_scaling": {"rope_type": "yarn", **YARN_IN_OLD_FILES}}, *SHORT),
+        ({"rope_parameters": {"rope_theta": 5e3}, "rope_scaling": {"type": "yarn", **YARN_IN_OLD_FILES}}, *SHORT),
+        ({"rope_parameters": YARN | {"attention_factor": None, "beta_fast": None}}, *SHORT),
+        (
+            {"original_max_position_embeddings": 32, "rope_parameters": {"type": "yarn", "factor": 4}},
+            *SHORT,
+        ),
+        (
+            {"rope_parameters": ABSENT, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_scaling",
+            RopeScaling(rope_type="linear", factor=2.0),
+        ),
+        ({"rope_scaling": {"type": "default"}}, "rope_scaling", None),
     ],
 )
 def test_read_decoder_config_accepts_older_forms(
@@ -111,15 +141,52 @@ def test_read_decoder_config_accepts_older_forms(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; supported: llama, qwen3"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; supported: llama, qwen2, qwen3, qwen3_moe"),
         ({"model_type": ABSENT}, "model_type is None"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type is 'llama3'; supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters.rope_type is 'yarn'"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}},
+            "rope_scaling.rope_type is 'dynamic'; supported: d",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rope_scaling {'rope_type': 'linear', 'factor': 8.0} and",
+        ),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_type 'yarn' and type 'linear' contradict"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling.factor is 8.0; not supported with rope_type None"),
+        (
+            {"original_max_position_embeddings": 64, "rope_parameters": LLAMA3},
+            "original_max_position_embeddings 64 and rope_parameters.original_max_position_embeddings 32 contradict",
+        ),
+        ({"rope_parameters": LLAMA3 | {"factor": None}}, "rope_scaling: missing factor"),
+        ({"rope_parameters": LLAMA3 | {"factor": "big"}}, "rope_scaling: factor: expected float, found 'big'"),
+        ({"rope_parameters": LLAMA3 | {"factr": 8.0}}, "rope_scaling: unknown key 'factr'; did you mean 'factor'?"),
+        ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "rope_scaling: rope_type 'llama3' needs low_freq_f"),
+        ({"rope_parameters": LLAMA3 | {"beta_fast": 32}}, "rope_scaling: rope_type 'llama3' does not read beta_fast"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor 1.0 must be below high_freq_factor"),
+        ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; not supported"),
+        ({"rope_parameters": YARN | {"mscale": 1.0}}, "rope_scaling: mscale and mscale_all_dim go together"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "rope_scaling: factor must be at least 1, found 0.5"),
+        ({"rope_parameters": YARN | {"beta_slow": -1}}, "rope_scaling: beta_slow must be positive, found -1.0"),
+        ({"rope_parameters": YARN | {"beta_slow": 40}}, "beta_fast 32.0 must not be below beta_slow 40.0"),
+        ({"rope_parameters": YARN | {"truncate": None}}, "rope_scaling: truncate: expected bool, found None"),
+        ({"rope_parameters": None, "rope_theta": 1.0}, "rope_theta must be above 1, found 1.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope_parameters.full_attention is {'rope"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a mapping"),
         ({"rope_theta": 4.0}, "rope_theta 4.0 and rope_parameters.rope_theta 5000.0 contradict"),
         ({"attention_bias": True}, "attention_bias is True; supported: False"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True; supported: False"),
+        ({"model_type": "qwen2", "attention_bias": False}, "attention_bias is False; supported: True"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; supported: False"),
+        (MIXTURE | {"mlp_only_layers": [1]}, "mlp_only_layers is [1]; supported: []"),
+        (MIXTURE | {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; supported: 1"),
+        (MIXTURE | {"num_experts": 0}, "num_experts is 0; expected a mixture"),
+        (MIXTURE | {"num_experts": ABSENT}, "missing num_experts"),
+        (MIXTURE | {"num_local_experts": 4}, "num_experts 8 and num_local_experts 4 contradict"),
+        (MIXTURE | {"num_experts_per_tok": ABSENT}, "missing num_experts_per_tok"),
+        (MIXTURE | {"num_experts_per_tok": 9}, "num_experts_per_tok 9 must not exceed num_experts 8"),
+        (MIXTURE | {"moe_intermediate_size": 0}, "moe_intermediate_size must be positive, found 0"),
+        (MIXTURE | {"norm_topk_prob": "yes"}, "norm_topk_prob: expected bool, found 'yes'"),
         ({"mlp_bias": True}, "mlp_bias is True; supported: False"),
         ({"use_sliding_window": True}, "use_sliding_window is True; supported: False"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
@@ -211,6 +278,45 @@ def test_load_target_refuses_tensors(llama: Path, tmp_path: Path, change: Any, m
     with pytest.raises(InputError) as caught:
         load_target(directory)
     assert message in str(caught.value) and str(caught.value).startswith(str(directory))
+
+
+EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {k: v for k, v in a.items() if k != EXPERT}, f"missing tensor: {EXPERT}; expected 135, found 134"),
+        (
+            lambda a: a | {EXPERT.replace("5", "8"): a[EXPERT]},
+            f"unexpected tensor: {EXPERT.replace('5', '8')}; expected",
+        ),
+        (lambda a: a | {EXPERT: a[EXPERT].T}, f"tensor {EXPERT} has shape [32, 24], expected [24, 32]"),
+    ],
+)
+def test_load_target_refuses_experts(tiny: Callable[..., Any], tmp_path: Path, change: Any, message: str) -> None:
+    directory = edited(tiny("qwen3_moe", tied=False).directory, tmp_path, tensors=change)
+    with pytest.raises(InputError) as caught:
+        load_target(directory)
+    assert message in str(caught.value) and str(caught.value).startswith(str(directory))
+
+
+def test_load_target_stacks_the_experts_in_their_order(tiny: Callable[..., Any]) -> None:
+    directory = tiny("qwen3_moe", tied=False).directory
+    arrays, experts = load_file(directory / "model.safetensors"), load_target(directory).params["layers_2"]["mlp"]
+    assert set(experts) == {"gate", "experts"}
+    np.testing.assert_array_equal(experts["gate"]["weight"], arrays["model.layers.2.mlp.gate.weight"])
+    for name, leaf in experts["experts"].items():
+        stored = [arrays[f"model.layers.2.mlp.experts.{index}.{name}.weight"] for index in range(8)]
+        np.testing.assert_array_equal(leaf, np.stack(stored))
+
+
+def test_load_target_refuses_qwen2_without_its_biases(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    directory = edited(
+        tiny("qwen2", tied=True).directory, tmp_path, tensors=lambda a: {k: v for k, v in a.items() if "bias" not in k}
+    )
+    with pytest.raises(InputError, match=r"missing tensor: model.layers.0.self_attn.k_proj.bias, .* and 9 more"):
+        load_target(directory)
 
 
 def test_load_target_refuses_an_untied_model_without_its_head(llama: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The target against transformers' torch models; scanned, cached, rewound and batched passes against the whole one."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 from transformers import AutoModelForCausalLM
 
+from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
 from domino_jax.target.model import (
     Target,
@@ -25,7 +28,10 @@ from domino_jax.target.model import (
 )
 
 EVERY_LAYER = (0, 1, 2, 3)
-KINDS = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False)]
+SCALED = ("llama_linear", "llama3", "qwen3_yarn")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", *SCALED)
+KINDS = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False), ("qwen2", True), ("qwen2", False)]
+KINDS += [(kind, False) for kind in ("qwen3_moe", "qwen3_moe_raw", *SCALED)]
 
 
 def random_tokens(batch: int, length: int, *, seed: int = 0) -> np.ndarray:
@@ -61,6 +67,11 @@ def whole(loaded: LoadedTarget, tokens: np.ndarray) -> TargetOutput:
     return jitted(Target(loaded.config, EVERY_LAYER))({"params": loaded.params}, tokens)
 
 
+def scanned(loaded: LoadedTarget, tokens: np.ndarray) -> TargetOutput:
+    target = Target(loaded.config, EVERY_LAYER, scan_layers=True)
+    return jitted(target)({"params": stack_layers(loaded.params)}, tokens)
+
+
 def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any) -> TargetOutput:
     positions = np.array(starts, np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
     return jitted(Target(loaded.config, EVERY_LAYER))({"params": loaded.params}, tokens, positions, cache=cache)
@@ -79,18 +90,26 @@ def test_target_equals_transformers(
 ) -> None:
     reference, tokens = tiny(kind, tied=tied), random_tokens(2, 33)
     loaded = load_target(reference.directory)
-    out = whole(loaded, tokens)
-    logits = vocabulary_logits(out.hidden, lm_head_weight(loaded.params))
     expected_logits, expected_states = torch_states(reference.model, tokens)
-    chex.assert_shape(out.features, (2, 33, 4 * 32))
-    states = np.split(np.asarray(out.features), 4, axis=-1)
     assert np.abs(expected_logits).max() > 2, "the reference is too flat to show a difference"
-    worst = max(
-        np.abs(a - b).max() for a, b in zip([logits, *states], [expected_logits, *expected_states], strict=True)
-    )
-    record_property("largest_difference", float(worst))
+    worst = 0.0
+    for out in (whole(loaded, tokens), scanned(loaded, tokens)):
+        logits = vocabulary_logits(out.hidden, lm_head_weight(loaded.params))
+        chex.assert_shape(out.features, (2, 33, 4 * 32))
+        states = np.split(np.asarray(out.features), 4, axis=-1)
+        pairs = zip([logits, *states], [expected_logits, *expected_states], strict=True)
+        worst = max(worst, *(float(np.abs(a - b).max()) for a, b in pairs))
+    record_property("largest_difference", worst)
     print(f"{kind} tied={tied}: largest difference {worst:.2e}")
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_rope_scaling_is_what_makes_the_logits_equal(tiny: Callable[..., Any], kind: str) -> None:
+    loaded, tokens = load_target(tiny(kind, tied=False).directory), random_tokens(2, 33)
+    assert loaded.config.rope_scaling is not None
+    plain = loaded._replace(config=dataclasses.replace(loaded.config, rope_scaling=None))
+    assert np.abs(whole(loaded, tokens).features - whole(plain, tokens).features).max() > 0.1
 
 
 def test_lm_head_weight_is_the_embedding_only_when_tied(tiny: Callable[..., Any]) -> None:
@@ -117,7 +136,8 @@ def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
         target.apply({"params": stack_layers(loaded.params)}, random_tokens(1, 4), cache=cache)
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("llama", 1), ("qwen3", 2)])  # one row is written by another code path
+# One row is written by another code path.
+@pytest.mark.parametrize(("kind", "batch"), [("llama", 1), *((kind, 2) for kind in FAMILIES[1:])])
 def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str, batch: int) -> None:
     loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
     expected = whole(loaded, tokens)
@@ -154,13 +174,85 @@ def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> 
     assert_rows_equal(out, expected, rows)
 
 
-def test_first_layers_give_the_same_captured_states(loaded: LoadedTarget) -> None:
-    tokens = random_tokens(1, 9)
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_first_layers_give_the_same_captured_states(tiny: Callable[..., Any], kind: str) -> None:
+    tokens, loaded = random_tokens(1, 9), load_target(tiny(kind, tied=False).directory)
     config, params = first_layers(loaded.config, loaded.params, 3)
     assert config.num_hidden_layers == 3 and "layers_2" in params and "layers_3" not in params
     out = jitted(Target(config, (0, 2)))({"params": params}, tokens)
     expected = jitted(Target(loaded.config, (0, 2)))({"params": loaded.params}, tokens)
     chex.assert_trees_all_close(out.features, expected.features, atol=1e-6)
+
+
+LENGTHS = (5, 1, 9, 6)  # of the documents in a packed row
+
+
+def packed_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Two rows of the same documents in different order, and the number of each token's document."""
+    documents = [random_tokens(1, length, seed=length)[0] for length in LENGTHS]
+    numbers = [np.full(length, number, np.int32) for number, length in enumerate(LENGTHS)]
+    orders = ((0, 1, 2, 3), (3, 2, 0, 1))
+    rows = [[np.concatenate([parts[i] for i in order]) for order in orders] for parts in (documents, numbers)]
+    return np.stack(rows[0]), np.stack(rows[1])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_yarn", "qwen3_moe"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_packed_documents_equal_each_alone(tiny: Callable[..., Any], kind: str, scan: bool) -> None:
+    loaded, (tokens, documents) = load_target(tiny(kind, tied=False).directory), packed_rows()
+    params = {"params": stack_layers(loaded.params) if scan else loaded.params}
+    run = jitted(Target(loaded.config, EVERY_LAYER, scan_layers=scan))
+    places = np.array([[np.flatnonzero(row == number)[0] for number in row] for row in documents])
+    restarting = (np.arange(tokens.shape[1]) - places).astype(np.int32)
+    packed = run(params, tokens, documents=documents)
+    chex.assert_trees_all_equal(run(params, tokens, restarting, documents=documents), packed)
+    for number in range(len(LENGTHS)):
+        alone = whole(loaded, tokens[:1, documents[0] == number])
+        logits = vocabulary_logits(alone.hidden[0], lm_head_weight(loaded.params))
+        for row in range(2):
+            own = documents[row] == number
+            ours = vocabulary_logits(packed.hidden[row][own], lm_head_weight(loaded.params))
+            np.testing.assert_allclose(ours, logits, atol=5e-5)
+            np.testing.assert_allclose(packed.features[row][own], alone.features[0], atol=2e-5)
+    # Seen as one document, the row gives something else: the check above is not empty.
+    assert np.abs(run(params, tokens).features - packed.features).max() > 0.1
+
+
+def test_one_document_equals_none(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(2, 9)
+    run, params = jitted(Target(loaded.config, EVERY_LAYER)), {"params": loaded.params}
+    whole_row = run(params, tokens, documents=np.full((2, 9), 3, np.int32))
+    chex.assert_trees_all_equal(whole_row, run(params, tokens))
+
+
+def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
+    tokens, cache = random_tokens(1, 4), empty_cache(loaded.config, batch=1, slots=8)
+    with pytest.raises(ValueError, match="documents have no cache"):
+        Target(loaded.config).apply({"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("qwen2", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("qwen3_moe", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("qwen3_moe", {"data": 8}),
+    ],
+)
+def test_eight_devices_equal_one(tiny: Callable[..., Any], kind: str, sizes: dict[str, int]) -> None:
+    loaded, tokens = load_target(tiny(kind, tied=False).directory), random_tokens(8, 12)
+    expected, mesh = scanned(loaded, tokens), make_mesh(**sizes)
+    target = Target(loaded.config, EVERY_LAYER, scan_layers=True)
+    boxed = jax.eval_shape(target.init, jax.random.key(0), tokens)["params"]
+    layout = parameter_shardings(boxed, mesh)
+    params = jax.device_put(stack_layers(loaded.params), layout)
+    if kind == "qwen3_moe":
+        parts = layout["layers"]["layer"]["mlp"]["experts"]["up_proj"].spec
+        assert parts == PartitionSpec(None, None, "tensor", "fsdp")
+    rows = jax.device_put(tokens, NamedSharding(mesh, partition_spec("batch", None)))
+    with jax.set_mesh(mesh):
+        out = jax.jit(target.apply)({"params": params}, rows)
+    chex.assert_trees_all_close(jax.device_get(out), jax.device_get(expected), atol=5e-5)
 
 
 def test_bfloat16_keeps_activations_small_and_logits_wide(tiny: Callable[..., Any]) -> None:

@@ -1,5 +1,6 @@
 """Whole short runs: one compilation, and a run that is killed and started again ends with the same bits."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,6 +23,7 @@ from tiny import CONFIG, run_config, write_conversations, write_target
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
+from domino_jax.target.model import Target
 from domino_jax.training import loop
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.loop import Interrupted, draft_from_target, prepare, train
@@ -197,6 +201,21 @@ def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_pat
     assert started["head"] is params["head"] or np.array_equal(
         started["head"]["embed_proj_2"], params["head"]["embed_proj_2"]
     )
+
+
+def test_draft_from_target_takes_what_a_dense_draft_has(target: Path, tmp_path: Path) -> None:
+    run = prepare(load_config(run_config(tmp_path, target)), console=quiet())
+    params = jax.device_get(run.state.params)
+    mixture = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
+    config = dataclasses.replace(CONFIG, attention_bias=True, **mixture)
+    boxed = Target(config).init(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))["params"]
+    theirs = jax.device_get(nn.meta.unbox(boxed))
+    started = jax.device_get(draft_from_target(run.record.config, params, theirs))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, started)
+    chex.assert_trees_all_equal(started["layers_0"]["mlp"], params["layers_0"]["mlp"])
+    for name in ("q_proj", "o_proj"):
+        weight = theirs["layers_3"]["self_attn"][name]["weight"]
+        np.testing.assert_array_equal(started["layers_0"]["self_attn"][name]["weight"], weight)
 
 
 def test_the_metrics_log_drops_what_a_resumed_run_does_again(target: Path, tmp_path: Path) -> None:
