@@ -23,6 +23,7 @@ from domino_jax.strict import InputError, from_tree
 from domino_jax.target.load import check_tensors, read_json, read_rope_scaling, read_safetensors
 
 WEIGHTS = "model.safetensors"
+OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
 
 
 def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
@@ -83,17 +84,31 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     Returns:
         `(config, params)`: a float32 compute config and a tree of float32 arrays for `DraftModel`.
     Raises:
-        InputError: missing, unknown or mis-shaped tensors, missing or contradicting config keys; the message names
-            each, what was found and what was expected.
+        InputError: missing, unknown or mis-shaped tensors, a tensor under its old and its new name, missing or
+            contradicting config keys; the message names each, what was found and what was expected.
     """
     path = Path(path)
     config_path = path / "config.json"
     config = _from_json(read_json(config_path), place=str(config_path))
-    tensors = read_safetensors(path)
+    tensors = _with_current_names(read_safetensors(path), place=path)
     leaves = _parameter_shapes(config)
     check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
     tree = {key: jnp.asarray(tensors[_tensor_name(key)], jnp.float32) for key in leaves}
     return config, flax.traverse_util.unflatten_dict(tree)
+
+
+def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> dict[str, np.ndarray]:
+    """Gives the head's tensors of old checkpoints their present names.
+
+    Source: SpecForge 0.2.0, which renames them on load and, unlike here, prefers the new one where both are there.
+    """
+    names = {name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name) for name in tensors}
+    twice = sorted(new for old, new in names.items() if new != old and new in tensors)
+    if twice:
+        raise InputError(
+            f"{place}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as {twice[0]}; expected one of them"
+        )
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _check_reads_back(directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]) -> None:

@@ -365,6 +365,45 @@ def test_load_refuses_other_tensors(draft: Path, change: Callable[[dict[str, Any
         load_hf_draft(draft)
 
 
+def use_old_names(tensors: dict[str, np.ndarray]) -> None:
+    for name in HEAD:
+        tensors[f"logit_head.{name}"] = tensors.pop(name)
+
+
+def test_load_accepts_the_names_of_the_first_domino_checkpoints(draft: Path) -> None:
+    edit_tensors(draft, use_old_names)
+    assert not HEAD.keys() & load_file(draft / "model.safetensors").keys()
+    config, found = load_hf_draft(draft)
+    assert config == CONFIG
+    chex.assert_trees_all_equal(found, params_of(CONFIG), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"logit_head.prefix_gru.weight_hh_l0": t["prefix_gru.weight_hh_l0"]}),
+            r"draft: tensor prefix_gru\.weight_hh_l0 is there twice, as logit_head\.prefix_gru\.weight_hh_l0 and as",
+        ),
+        (
+            lambda t: (use_old_names(t), t.pop("logit_head.embed_proj.0.weight")),
+            r"missing tensor: embed_proj\.0\.weight",
+        ),
+        (
+            lambda t: t.update({"logit_head.norm.weight": t.pop("norm.weight")}),  # only the head was ever below it
+            r"missing tensor: norm\.weight",
+        ),
+    ],
+    ids=["both", "missing", "backbone"],
+)
+def test_load_refuses_old_names_that_do_not_add_up(
+    draft: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    edit_tensors(draft, change)
+    with pytest.raises(InputError, match=message):
+        load_hf_draft(draft)
+
+
 def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """A change of config.json: sets the key at the end of the path, or removes it for `...`."""
 
