@@ -149,16 +149,15 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         "block_size": config.block_size,
-        "causal": False,
         "shift_label": config.shift_label,
         "input_embedding_scale": config.input_embedding_scale,
         "output_multiplier": config.output_multiplier,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
     top: dict[str, Any] = {}
-    # Without the key, z-lab and SpecForge take a sliding layer as causal inside the block; NeMo never does.
-    if config.sliding_in_block == "bidirectional":
-        top["is_causal"] = False
+    # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a full one is not.
+    if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
+        top["is_causal"] = dflash["causal"] = False
     if config.projector_type is not None:
         dflash["projector_type"] = config.projector_type
         dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
@@ -237,7 +236,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     if any(type(layer) is not int for layer in layer_ids):
         raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
     projector = nested.get("projector_type")
-    optional: dict[str, Any] = _windows(tree, place=place)
+    optional: dict[str, Any] = _windows(tree, nested, place=place)
     for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
         if nested.get(key) is not None:
             optional[key] = float(value(key, nested, kind=(float, int)))
@@ -277,7 +276,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
 
 
-def _windows(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> dict[str, Any]:
     """The fields of sliding layers; a window that no layer uses is left behind."""
     kinds = tree.get("layer_types") or []
     if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
@@ -297,5 +296,7 @@ def _windows(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
         raise InputError(
             f"{place}: is_causal is true for {FULL_ATTENTION!r} layers too; only sliding ones can be causal"
         )
-    in_block = "bidirectional" if tree.get("is_causal") is False else "causal"
+    # vLLM asks `is_causal`, then `dflash_config.causal`; z-lab and SGLang know the first only.
+    said = tree.get("is_causal") if tree.get("is_causal") is not None else nested.get("causal")
+    in_block = "bidirectional" if said is False else "causal"
     return {"layer_types": tuple(kinds), "sliding_window": window, "sliding_in_block": in_block}

@@ -158,13 +158,24 @@ def test_windows_are_written_as_their_readers_take_them(
     config = draft_config(**changes)
     save_hf_draft(tmp_path / "draft", config, params_of(config))
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
-    # z-lab and SpecForge take a sliding layer without the key as causal, NeMo no layer.
-    assert tree.get("is_causal") is is_causal
+    # z-lab, SGLang and vLLM take a sliding layer without the keys as causal, NeMo no layer; vLLM asks both.
+    assert tree.get("is_causal") is tree["dflash_config"].get("causal") is is_causal
     assert (tree["use_sliding_window"], tree["sliding_window"]) == (True, 6)
     settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "draft")
     windows = [layer.self_attn.sliding_window for layer in Qwen3DFlashDraftModel(settings).layers]
     assert windows == [6 if kind == SLIDING[0] else None for kind in config.layer_types]
     assert load_hf_draft(tmp_path / "draft")[0] == config
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "nested", "in_block"),
+    [(..., ..., "causal"), (..., False, "bidirectional"), (False, ..., "bidirectional"), (True, False, "causal")],
+)
+def test_causality_is_read_as_vllm_reads_it(is_causal: Any, nested: Any, in_block: str, tmp_path: Path) -> None:
+    save_hf_draft(tmp_path / "draft", WINDOWED, params_of(WINDOWED))
+    edit_config(tmp_path / "draft", put("is_causal", value=is_causal))
+    edit_config(tmp_path / "draft", put("dflash_config", "causal", value=nested))
+    assert load_hf_draft(tmp_path / "draft")[0].sliding_in_block == in_block
 
 
 def test_a_sliding_layer_that_huggingface_would_read_as_full_is_refused(draft: Path) -> None:
