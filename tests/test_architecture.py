@@ -22,7 +22,7 @@ TABLE = (
         ("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint", "loop"),
     ),
     (3, "decoding", ("speculate", "generate", "evaluate")),
-    (3, "interop", ("hf",)),
+    (3, "interop", ("hf", "engines")),
     (4, "", ("plan", "report")),
     (5, "cli", ("shared", "data", "train", "decode", "checkpoint", "main")),
 )

@@ -84,6 +84,16 @@ def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path
     assert load_hf_draft(again)[0] == before.config
 
 
+def test_export_for_an_engine_refuses_what_it_would_misread(domino, trained: Path, tmp_path: Path) -> None:
+    code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "vllm")
+    assert (code, out) == (2, "") and not (tmp_path / "draft").exists()
+    assert "not for vllm: projector_type is domino" in log and "; shift_label is true: " in log
+    code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "sglang")
+    assert (code, out) == (0, f"{tmp_path / 'draft'}\n") and "sglang proposes 3 tokens per cycle (K - 1)" in log
+    assert "proposes" not in domino("export", trained / "run", tmp_path / "other")[2]
+    assert domino("export", trained / "run", tmp_path / "third", "--for", "tgi")[0] == 2
+
+
 def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"
     empty.write_text("")

@@ -106,7 +106,7 @@ def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> di
     twice = sorted(new for old, new in names.items() if new != old and new in tensors)
     if twice:
         raise InputError(
-            f"{place}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as {twice[0]}; expected one of them"
+            f"{place}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as {twice[0]}; expected one"
         )
     return {names[name]: tensor for name, tensor in tensors.items()}
 
