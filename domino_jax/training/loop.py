@@ -24,6 +24,7 @@ from domino_jax.config import RunConfig, dump_config, make_draft_config
 from domino_jax.data.conversations import RowSet, load_rows
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.strict import InputError
@@ -32,6 +33,7 @@ from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target, first_layers, stack_layers
 from domino_jax.training.checkpoint import (
     DraftRecord,
+    has_checkpoint,
     open_checkpoints,
     restore_checkpoint,
     save_checkpoint,
@@ -87,7 +89,7 @@ def train(config: RunConfig, *, console: Console) -> Path:
             seed=config.seed,
         )
         state = run.state
-        restored = restore_checkpoint(checkpoints, state, rows)
+        restored = restore_checkpoint(checkpoints, state, rows, run.record)
         if restored is not None:
             state, rows = restored
             _say(console, f"resuming at step {int(state.step)} of {run.total_steps}")
@@ -105,7 +107,8 @@ def train(config: RunConfig, *, console: Console) -> Path:
 def prepare(config: RunConfig, *, console: Console) -> Run:
     """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
     directory = Path(config.run_dir)
-    _claim(directory, config)
+    started = has_checkpoint(directory)
+    _claim(directory, config, started=started)
     path = resolve_target(config.target, progress=functools.partial(_say, console))
     tokenizer = load_tokenizer(path)
     target = load_target(path, dtype=config.dtype)
@@ -133,6 +136,8 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         ema_decay=config.optimizer.ema_decay,
     )
     mesh = _mesh(config)
+    layers_from = target.params if config.draft.init_layers_from_target else None
+    init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
     boxed = jax.eval_shape(program.target.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     run = Run(
         config=config,
@@ -143,9 +148,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         program=program,
         mesh=mesh,
         target_params=jax.device_put(stack_layers(target_params), parameter_shardings(boxed, mesh)),
-        state=_state_at_start(
-            program, draft_config, mesh, layers_from=target.params if config.draft.init_layers_from_target else None
-        ),
+        state=_state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
         total_steps=total_steps,
     )
     _say(console, dump_config(config))
@@ -158,8 +161,10 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     return run
 
 
-def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any) -> TrainState:
-    """A fresh draft, its layers optionally those of the target's top, laid out over the mesh with its optimiser."""
+def _state_at_start(
+    program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any, init_from: str | None
+) -> TrainState:
+    """A fresh draft, or one that starts as the target's top or as a checkpoint, over the mesh with its optimiser."""
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
     model = DraftModel(config)
     boxed = jax.eval_shape(lambda: init_variables(model, key))["params"]
@@ -167,6 +172,8 @@ def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers
     params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
     if layers_from is not None:
         params = jax.device_put(draft_from_target(config, params, layers_from), shardings)
+    if init_from is not None:
+        params = jax.device_put(starting_params(init_from, config), shardings)
     whole = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(lambda: initial_state(program, params))
     opt_shardings = tree_map_params(
@@ -342,10 +349,10 @@ def _device_batch(run: Run, rows: dict[str, np.ndarray], *, micro_batches: int |
 _FREE_TO_CHANGE = ("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "mesh")
 
 
-def _claim(directory: Path, config: RunConfig) -> None:
-    """Creates the run directory with the resolved config, or checks that an existing one belongs to it."""
+def _claim(directory: Path, config: RunConfig, *, started: bool) -> None:
+    """Creates the run directory with the resolved config, or checks that one with a checkpoint belongs to it."""
     path = directory / "config.yaml"
-    if not path.exists():
+    if not (started and path.exists()):
         directory.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".yaml.new")
         beside.write_text(dump_config(config))
