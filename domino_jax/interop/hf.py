@@ -23,6 +23,7 @@ from domino_jax.strict import InputError, from_tree
 from domino_jax.target.load import check_tensors, read_json, read_rope_scaling, read_safetensors
 
 WEIGHTS = "model.safetensors"
+TEMPLATE_KEY = "chat_template_sha256"
 OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
 
 
@@ -45,7 +46,9 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
     return {name: found[name] for name in expected}
 
 
-def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16") -> None:
+def save_hf_draft(
+    path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16", chat_template: str | None = None
+) -> None:
     """Writes `config.json` and safetensors (sharded with an index above 5 GB) that every reader accepts.
 
     The directory appears whole or not at all.
@@ -55,6 +58,8 @@ def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: 
         config: the draft.
         params: tree of arrays as `load_hf_draft` returns it.
         dtype: type of the stored tensors, "bfloat16" or "float32".
+        chat_template: sha256 of the template that the draft was trained with, in hex; written beside the other keys
+            for `recorded_template`, other readers pass over it.
     Raises:
         InputError: the directory is in use, or parameters and config disagree.
     """
@@ -67,7 +72,8 @@ def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: 
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype), indent=2) + "\n")
+        template = {} if chat_template is None else {TEMPLATE_KEY: chat_template}
+        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype) | template, indent=2) + "\n")
         _write_shards(staging, tensors)
         _check_reads_back(staging, config, tensors)
         staging.chmod(0o755)
@@ -95,6 +101,18 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
     tree = {key: jnp.asarray(tensors[_tensor_name(key)], jnp.float32) for key in leaves}
     return config, flax.traverse_util.unflatten_dict(tree)
+
+
+def recorded_template(path: str | Path) -> str | None:
+    """sha256 of the chat template that the draft in a directory was trained with; None where its writer kept none.
+
+    Raises:
+        InputError: no readable config.json, or something else under the key.
+    """
+    found = read_json(Path(path) / "config.json").get(TEMPLATE_KEY)
+    if found is not None and not isinstance(found, str):
+        raise InputError(f"{path}/config.json: {TEMPLATE_KEY} is {found!r}, expected text")
+    return found
 
 
 def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> dict[str, np.ndarray]:
