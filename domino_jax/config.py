@@ -61,12 +61,16 @@ def make_draft_config(
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
+    """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line.
+
+    `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their tokens stay in the rows.
+    """
 
     train: str
     heldout: str | None = None
     max_length: int = 3072
     batch_size: int = 16
+    mask_reasoning_content: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

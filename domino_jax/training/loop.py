@@ -306,7 +306,8 @@ def _in_words(figures: dict[str, float]) -> str:
 
 
 def _read_rows(path: str, tokenizer: Any, config: RunConfig, console: Console) -> RowSet:
-    rows = load_rows(path, tokenizer, max_length=config.data.max_length)
+    data = config.data
+    rows = load_rows(path, tokenizer, max_length=data.max_length, mask_reasoning_content=data.mask_reasoning_content)
     for bad in rows.bad_lines[:5]:
         _say(console, f"{path}:{bad.line}: {bad.reason}")
     if rows.bad_lines:
