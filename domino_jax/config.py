@@ -64,6 +64,7 @@ class DataConfig:
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line.
 
     `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their tokens stay in the rows.
+    `packing` puts several short conversations into one row; `batch_size` and epochs then count packed rows.
     """
 
     train: str
@@ -71,6 +72,7 @@ class DataConfig:
     max_length: int = 3072
     batch_size: int = 16
     mask_reasoning_content: bool = False
+    packing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

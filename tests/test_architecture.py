@@ -16,7 +16,7 @@ TABLE = (
     (2, "data", ("conversations", "packing", "pipeline", "features")),
     (2, "target", ("model", "load", "gguf")),
     (2, "draft", ("blocks", "mask", "attention", "head", "backbone")),
-    (3, "training", ("curriculum", "loss", "modules", "metrics", "optimizer", "step", "checkpoint", "loop")),
+    (3, "training", ("curriculum", "loss", "modules", "metrics", "optimizer", "step", "checkpoint", "inputs", "loop")),
     (3, "decoding", ("speculate", "generate", "evaluate")),
     (3, "interop", ("hf",)),
     (4, "", ("plan", "report")),

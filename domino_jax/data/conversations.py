@@ -33,10 +33,16 @@ class MessageSet(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token."""
+    """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token.
+
+    A row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were captured too,
+    `target_states` [n, D], both float32 or bfloat16.
+    """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    features: np.ndarray | None = None
+    target_states: np.ndarray | None = None
 
 
 class RowSet(NamedTuple):

@@ -93,7 +93,12 @@ class Target(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, *, cache: tuple[Cache, ...] | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        cache: tuple[Cache, ...] | None = None,
+        documents: jax.Array | None = None,
     ) -> TargetOutput:
         """Runs tokens through the decoder.
 
@@ -103,6 +108,8 @@ class Target(nn.Module):
                 slots the new keys and values are written to. Rewinding is implicit: a slot at or after a row's first
                 position is overwritten or masked, so the caller just passes smaller positions.
             cache: from `empty_cache`, or of an earlier pass.
+            documents: int32 [B, T] for packed rows without a cache, the document of each token: attention stays inside
+                it, and `positions` restart with it.
         Returns:
             `TargetOutput` in the compute dtype.
         Raises:
@@ -129,6 +136,9 @@ class Target(nn.Module):
         tables = rotary(positions, head_dim=cfg.head_dim, theta=cfg.rope_theta)
         slots = jnp.arange(cache[0].keys.shape[2], dtype=jnp.int32)[None] if cache else positions
         mask = slots[:, None, :] <= positions[:, :, None]
+        if documents is not None:
+            order = jnp.arange(length)
+            mask = (order[None, :] <= order[:, None]) & (documents[:, None, :] == documents[:, :, None])
         if self.scan_layers:
             if cache is not None:
                 raise ValueError("scan_layers has no cache: unstack the layers for decoding")
