@@ -1,19 +1,25 @@
 """What a run reads: its rows as batches on the devices, and its target."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.config import DataConfig, RunConfig
+from domino_jax.config import DataConfig, RunConfig, make_draft_config
 from domino_jax.data.conversations import Row, load_rows
+from domino_jax.data.features import FeatureRows, check_manifest
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
-from domino_jax.sharding import make_mesh, partition_spec
+from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.strict import InputError
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
+from domino_jax.target.model import Target, stack_layers
 from domino_jax.training.step import Batch
 
 Say = Callable[[str], None]
@@ -51,11 +57,34 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
         say(f"{path}:{bad.line}: {bad.reason}")
     if bad_lines:
         say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
-    return with_packs(rows, data)
+    return _with_packs(rows, data)
 
 
-def with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
-    """The rows, packed if the run packs."""
+def read_features(data: DataConfig, target: Path, tokenizer: Any, draft: DraftConfig) -> InputRows:
+    """Opens the captured rows of `data.features`, and packs them if the run packs.
+
+    Args:
+        data: what the run's configuration says.
+        target: the Hugging Face directory of the target.
+        tokenizer: the target's.
+        draft: says which layers it reads.
+    Raises:
+        InputError: no finished capture, or one of another target, tokenizer, template, layers, length or masking.
+    """
+    assert data.features is not None
+    rows = FeatureRows(data.features)
+    asked = {
+        "target": target_fingerprint(target),
+        "tokenizer": tokenizer_fingerprint(target, tokenizer),
+        "target_layer_ids": draft.target_layer_ids,
+        "max_length": data.max_length,
+        "mask_reasoning_content": data.mask_reasoning_content,
+    }
+    check_manifest(data.features, rows.manifest, asked)
+    return _with_packs(rows, data)
+
+
+def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
     return InputRows(rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None)
 
 
@@ -67,6 +96,7 @@ def training_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetItera
         max_length=config.data.max_length,
         seed=config.seed,
         packs=inputs.packs,
+        read_ahead=2 if isinstance(inputs.rows, FeatureRows) else 0,
     )
 
 
@@ -84,6 +114,26 @@ def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int)
         return jax.make_array_from_process_local_data(layout, x.reshape(micro_batches, -1, *x.shape[1:]))
 
     return Batch(**{name: put(x) for name, x in rows.items()})
+
+
+def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
+    """The draft that a run trains for this target (see `make_draft_config`)."""
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
+    return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
+
+
+def place_target(model: Target, params: Any, mesh: Mesh) -> Any:
+    """Stacks the layers of a target and lays its parameters out over the mesh.
+
+    Args:
+        model: with `scan_layers`.
+        params: layers apart, or none of them, where only head and embedding are used.
+        mesh: of the run.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    layout = parameter_shardings(boxed, mesh)
+    stacked = stack_layers(params) if "layers_0" in params else params
+    return jax.device_put(stacked, {name: layout[name] for name in stacked})
 
 
 def run_mesh(config: RunConfig) -> Mesh:

@@ -19,14 +19,14 @@ from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import RunConfig, dump_config, make_draft_config
+from domino_jax.config import RunConfig, dump_config
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import parameter_shardings, partition_spec
 from domino_jax.strict import InputError
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target, first_layers, stack_layers
+from domino_jax.target.load import TABLES, load_tables, load_target, load_tokenizer
+from domino_jax.target.model import Target, first_layers
 from domino_jax.training.checkpoint import (
     DraftRecord,
     open_checkpoints,
@@ -38,7 +38,10 @@ from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.inputs import (
     InputRows,
     device_batch,
+    draft_of,
     evaluation_batches,
+    place_target,
+    read_features,
     read_rows,
     run_mesh,
     training_batches,
@@ -109,15 +112,22 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     say = functools.partial(_say, console)
     path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
-    target = load_target(path, dtype=config.dtype)
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    draft_config = make_draft_config(config.draft, target.config, special_ids=special, dtype=config.dtype)
-    rows = read_rows(config.data.train, tokenizer, config.data, say=say)
-    heldout = read_rows(config.data.heldout, tokenizer, config.data, say=say) if config.data.heldout else None
+    data = config.data
+    target_runs = data.features is None or data.heldout is not None
+    load = load_target if target_runs or config.draft.init_layers_from_target else load_tables
+    target = load(path, dtype=config.dtype)
+    draft_config = draft_of(config, target.config, tokenizer)
+    if data.train is None:
+        rows = read_features(data, path, tokenizer, draft_config)
+    else:
+        rows = read_rows(data.train, tokenizer, data, say=say)
+    heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
 
     step_rows = config.data.batch_size * config.optimizer.grad_accumulation
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
     needed, target_params = first_layers(target.config, target.params, max(draft_config.target_layer_ids) + 1)
+    if not target_runs:
+        target_params = {name: leaf for name, leaf in target_params.items() if name in TABLES}
     program = Program(
         trainer=build_trainer(
             draft_config,
@@ -134,7 +144,6 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         ema_decay=config.optimizer.ema_decay,
     )
     mesh = run_mesh(config)
-    boxed = jax.eval_shape(program.target.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     run = Run(
         config=config,
         directory=directory,
@@ -143,7 +152,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         record=DraftRecord(draft_config, config.target, template_hash(tokenizer)),
         program=program,
         mesh=mesh,
-        target_params=jax.device_put(stack_layers(target_params), parameter_shardings(boxed, mesh)),
+        target_params=place_target(program.target, target_params, mesh),
         state=_state_at_start(
             program, draft_config, mesh, layers_from=target.params if config.draft.init_layers_from_target else None
         ),
