@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
@@ -19,6 +19,7 @@ from domino_jax.strict import InputError, from_tree
 from domino_jax.target.model import Target
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of the vocabulary
 
 # Keys that would change the arithmetic, with the only value that `Target` computes; an absent key means that value.
 _ONLY_VALUE: dict[str, Any] = {
@@ -73,6 +74,37 @@ def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarge
         parts = [tensors.pop(name) for name in stored[path]]
         leaves[path] = jnp.asarray(np.stack(parts) if "*" in pattern else parts[0], dtype)
     return LoadedTarget(directory, config, unflatten_dict(leaves))
+
+
+def load_tables(directory: str | Path, *, dtype: str = "float32") -> LoadedTarget:
+    """Reads the embedding and the output head of a target alone, for training from its captured states.
+
+    Args:
+        directory: as for `load_target`.
+        dtype: as for `load_target`.
+    Returns:
+        `LoadedTarget` whose parameters are those of `TABLES` that the model has.
+    Raises:
+        InputError: a file cannot be read, or a tensor is missing or mis-shaped.
+    """
+    directory = Path(directory)
+    config = read_decoder_config(directory, dtype=dtype)
+    index = directory / "model.safetensors.index.json"
+    places = {} if (directory / "model.safetensors").is_file() else read_json(index).get("weight_map", {})
+    wanted = {path[0]: named for path, named in expected_tensors(config).items() if path[0] in TABLES}
+    leaves = {}
+    for key, (name, shape) in wanted.items():
+        place = directory / places.get(name, "model.safetensors")
+        try:
+            with safe_open(place, framework="numpy") as file:
+                tensor = file.get_tensor(name)
+        except OSError as error:
+            raise InputError(f"{place}: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise InputError(f"{place}: {error}") from error
+        check_tensors({name: tensor}, {name: shape}, place=place)
+        leaves[key] = jnp.asarray(tensor, dtype)
+    return LoadedTarget(directory, config, leaves)
 
 
 def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
