@@ -16,6 +16,7 @@ TABLE = (
     (2, "data", ("conversations", "packing", "pipeline", "features")),
     (2, "target", ("moe", "model", "load", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "attention", "head", "backbone")),
+    (2.5, "interop", ("hf", "start", "engines")),
     (
         3,
         "training",
@@ -25,7 +26,6 @@ TABLE = (
         ),
     ),
     (3, "decoding", ("speculate", "generate", "evaluate")),
-    (3, "interop", ("hf",)),
     (4, "", ("plan", "report")),
     (5, "cli", ("shared", "data", "train", "decode", "checkpoint", "main")),
 )
@@ -198,6 +198,7 @@ def test_wrong_imports_refuses(module: str, source: str) -> None:
         ),
         ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
         ("training.loop", "from domino_jax.training import step\nfrom domino_jax.target import Target"),
+        ("training.loop", "from domino_jax.interop.start import starting_params"),
         ("", "from domino_jax.interop.hf import load_hf_draft\nfrom .training import modules"),
         ("report", "from domino_jax import plan"),
         ("cli", "import domino_jax\nfrom domino_jax.decoding import evaluate\nimport tensorboardX"),

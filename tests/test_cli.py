@@ -84,6 +84,16 @@ def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path
     assert load_hf_draft(again)[0] == before.config
 
 
+def test_export_for_an_engine_refuses_what_it_would_misread(domino, trained: Path, tmp_path: Path) -> None:
+    code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "vllm")
+    assert (code, out) == (2, "") and not (tmp_path / "draft").exists()
+    assert "not for vllm: projector_type is domino" in log and "; shift_label is true: " in log
+    code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "sglang")
+    assert (code, out) == (0, f"{tmp_path / 'draft'}\n") and "sglang proposes 3 tokens per cycle (K - 1)" in log
+    assert "proposes" not in domino("export", trained / "run", tmp_path / "other")[2]
+    assert domino("export", trained / "run", tmp_path / "third", "--for", "tgi")[0] == 2
+
+
 def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"
     empty.write_text("")
@@ -137,6 +147,34 @@ def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path)
     record.write_text(record.read_text().replace(str(trained / "target"), str(copy / "target")))
     code, _, log = domino("generate", copy / "run", "a b")
     assert code == 2 and "chat template" in log
+
+
+def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_path: Path) -> None:
+    exported, target, run = tmp_path / "draft", tmp_path / "target", tmp_path / "run"
+    assert domino("export", trained / "run", exported)[0] == 0
+    shutil.copytree(trained / "target", target)
+
+    def refused(message: str) -> None:
+        code, out, log = domino("import", exported, run, "--target", target)
+        assert (code, out) == (2, "") and message in log.strip().splitlines()[-1], log
+        assert not run.exists()
+
+    template = (target / "chat_template.jinja").read_text()
+    (target / "chat_template.jinja").write_text("{# another #}" + template)
+    refused("draft: the chat template of")
+    (target / "chat_template.jinja").write_text(template)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<mask>"}))
+    refused("mask_token_id 2 is an eos, pad or bos token of the target")
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "config.json").write_text(json.dumps(config | {"num_target_layers": 5}))
+    refused("the draft reads a target of 5 layers, this one has 4")
+    # As other trainers write it: nothing is known of the template.
+    assert len(config.pop("chat_template_sha256")) == 64
+    (exported / "config.json").write_text(json.dumps(config))
+    code, out, log = domino("import", exported, run, "--target", target)
+    assert (code, out) == (0, f"{run}\n") and "does not say which chat template" in log
 
 
 @pytest.mark.parametrize(

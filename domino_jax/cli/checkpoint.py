@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.shared import check_fit, say
-from domino_jax.interop.hf import load_hf_draft, save_hf_draft
+from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
+from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
 from domino_jax.strict import InputError
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_tokenizer, read_decoder_config
@@ -23,11 +24,34 @@ from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft, 
     show_default=True,
     help="Type of the stored tensors.",
 )
-def export(run: Path, directory: Path, dtype: str) -> None:
-    """Write the drafter of RUN to DIRECTORY as config.json and safetensors, the form that serving engines read."""
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(ENGINES),
+    default=None,
+    help="Refuse what this reader would misread, see above.",
+)
+def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
+    """Write the drafter of RUN to DIRECTORY as config.json and safetensors, the form that serving engines read.
+
+    \b
+    What --for refuses, because the reader would draft other tokens:
+      sglang     a Domino draft with pure_draft_prefix_len other than 1 or in float32;
+                 scaled embeddings or logits
+      vllm       Domino drafts (it has no head); scaled embeddings or logits
+      zlab       Domino drafts
+      nemo       sliding layers that are causal inside the block
+      specforge  sliding layers that look both ways inside the block;
+                 scaled embeddings or logits
+    """
     record, params, step = load_draft(run)
-    save_hf_draft(directory, record.config, params, dtype=dtype)
+    refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
+    if refusals:
+        raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
+    save_hf_draft(directory, record.config, params, dtype=dtype, chat_template=record.chat_template)
     say(f"step {step} of {run} exported and read back, {dtype}")
+    if engine:
+        say(proposals_note(record.config, engine))
     click.echo(directory)
 
 
@@ -45,5 +69,11 @@ def import_(directory: Path, run: Path, target_name: str) -> None:
     path = resolve_target(target_name, progress=say)
     tokenizer = load_tokenizer(path)
     check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
-    save_draft(run, params, DraftRecord(config, target_name, template_hash(tokenizer)))
+    template = template_hash(tokenizer)
+    trained_with = recorded_template(directory)
+    if trained_with is None:
+        say(f"{directory} does not say which chat template it was trained with; taking that of {target_name}")
+    elif trained_with != template:
+        raise InputError(f"{directory}: the chat template of {target_name} is not the one the draft was trained with")
+    save_draft(run, params, DraftRecord(config, target_name, template))
     click.echo(run)

@@ -23,6 +23,8 @@ from domino_jax.strict import InputError, from_tree
 from domino_jax.target.load import check_tensors, read_json, read_rope_scaling, read_safetensors
 
 WEIGHTS = "model.safetensors"
+TEMPLATE_KEY = "chat_template_sha256"
+OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
 
 
 def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
@@ -44,7 +46,9 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
     return {name: found[name] for name in expected}
 
 
-def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16") -> None:
+def save_hf_draft(
+    path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16", chat_template: str | None = None
+) -> None:
     """Writes `config.json` and safetensors (sharded with an index above 5 GB) that every reader accepts.
 
     The directory appears whole or not at all.
@@ -54,6 +58,8 @@ def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: 
         config: the draft.
         params: tree of arrays as `load_hf_draft` returns it.
         dtype: type of the stored tensors, "bfloat16" or "float32".
+        chat_template: sha256 of the template that the draft was trained with, in hex; written beside the other keys
+            for `recorded_template`, other readers pass over it.
     Raises:
         InputError: the directory is in use, or parameters and config disagree.
     """
@@ -66,7 +72,8 @@ def save_hf_draft(path: str | Path, config: DraftConfig, params: Any, *, dtype: 
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype), indent=2) + "\n")
+        template = {} if chat_template is None else {TEMPLATE_KEY: chat_template}
+        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype) | template, indent=2) + "\n")
         _write_shards(staging, tensors)
         _check_reads_back(staging, config, tensors)
         staging.chmod(0o755)
@@ -83,17 +90,43 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     Returns:
         `(config, params)`: a float32 compute config and a tree of float32 arrays for `DraftModel`.
     Raises:
-        InputError: missing, unknown or mis-shaped tensors, missing or contradicting config keys; the message names
-            each, what was found and what was expected.
+        InputError: missing, unknown or mis-shaped tensors, a tensor under its old and its new name, missing or
+            contradicting config keys; the message names each, what was found and what was expected.
     """
     path = Path(path)
     config_path = path / "config.json"
     config = _from_json(read_json(config_path), place=str(config_path))
-    tensors = read_safetensors(path)
+    tensors = _with_current_names(read_safetensors(path), place=path)
     leaves = _parameter_shapes(config)
     check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
     tree = {key: jnp.asarray(tensors[_tensor_name(key)], jnp.float32) for key in leaves}
     return config, flax.traverse_util.unflatten_dict(tree)
+
+
+def recorded_template(path: str | Path) -> str | None:
+    """sha256 of the chat template that the draft in a directory was trained with; None where its writer kept none.
+
+    Raises:
+        InputError: no readable config.json, or something else under the key.
+    """
+    found = read_json(Path(path) / "config.json").get(TEMPLATE_KEY)
+    if found is not None and not isinstance(found, str):
+        raise InputError(f"{path}/config.json: {TEMPLATE_KEY} is {found!r}, expected text")
+    return found
+
+
+def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> dict[str, np.ndarray]:
+    """Gives the head's tensors of old checkpoints their present names.
+
+    Source: SpecForge 0.2.0, which renames them on load and, unlike here, prefers the new one where both are there.
+    """
+    names = {name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name) for name in tensors}
+    twice = sorted(new for old, new in names.items() if new != old and new in tensors)
+    if twice:
+        raise InputError(
+            f"{place}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as {twice[0]}; expected one"
+        )
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _check_reads_back(directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]) -> None:
@@ -134,16 +167,15 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         "block_size": config.block_size,
-        "causal": False,
         "shift_label": config.shift_label,
         "input_embedding_scale": config.input_embedding_scale,
         "output_multiplier": config.output_multiplier,
         "final_logit_softcapping": config.final_logit_softcapping,
     }
     top: dict[str, Any] = {}
-    # Without the key, z-lab and SpecForge take a sliding layer as causal inside the block; NeMo never does.
-    if config.sliding_in_block == "bidirectional":
-        top["is_causal"] = False
+    # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a full one is not.
+    if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
+        top["is_causal"] = dflash["causal"] = False
     if config.projector_type is not None:
         dflash["projector_type"] = config.projector_type
         dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
@@ -222,7 +254,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     if any(type(layer) is not int for layer in layer_ids):
         raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
     projector = nested.get("projector_type")
-    optional: dict[str, Any] = _windows(tree, place=place)
+    optional: dict[str, Any] = _windows(tree, nested, place=place)
     for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
         if nested.get(key) is not None:
             optional[key] = float(value(key, nested, kind=(float, int)))
@@ -262,7 +294,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
 
 
-def _windows(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> dict[str, Any]:
     """The fields of sliding layers; a window that no layer uses is left behind."""
     kinds = tree.get("layer_types") or []
     if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
@@ -282,5 +314,7 @@ def _windows(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
         raise InputError(
             f"{place}: is_causal is true for {FULL_ATTENTION!r} layers too; only sliding ones can be causal"
         )
-    in_block = "bidirectional" if tree.get("is_causal") is False else "causal"
+    # vLLM asks `is_causal`, then `dflash_config.causal`; z-lab and SGLang know the first only.
+    said = tree.get("is_causal") if tree.get("is_causal") is not None else nested.get("causal")
+    in_block = "bidirectional" if said is False else "causal"
     return {"layer_types": tuple(kinds), "sliding_window": window, "sliding_in_block": in_block}

@@ -36,6 +36,14 @@ def open_checkpoints(run_dir: str | Path, *, keep: int = 2) -> ocp.CheckpointMan
     return ocp.CheckpointManager((Path(run_dir) / "checkpoints").resolve(), options=options)
 
 
+def has_checkpoint(run_dir: str | Path) -> bool:
+    """Whether a run directory holds a finished checkpoint."""
+    if not (Path(run_dir) / "checkpoints").is_dir():
+        return False
+    with open_checkpoints(run_dir) as checkpoints:
+        return checkpoints.latest_step() is not None
+
+
 def save_checkpoint(
     checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any, record: DraftRecord, *, wait: bool = False
 ) -> None:
@@ -61,18 +69,26 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
 
 
 def restore_checkpoint(
-    checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any
+    checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any, record: DraftRecord
 ) -> tuple[TrainState, Any] | None:
     """The newest checkpoint, laid out like `state`, with the row iterator set to where it was; None if there is none.
 
     Raises:
-        InputError: the checkpoint holds an imported draft without optimiser state.
+        InputError: the checkpoint holds an imported draft without optimiser state, or its draft, target or chat
+            template is not the one of `record`: the target's files have changed since.
     """
     step = checkpoints.latest_step()
     if step is None:
         return None
     if "optimizer" not in _item_names(checkpoints, step):
-        raise InputError(f"{checkpoints.directory}: an imported draft without optimiser state cannot be continued")
+        raise InputError(
+            f"{checkpoints.directory}: an imported draft without optimiser state cannot be continued; "
+            "give its checkpoint as draft.init_from of another run_dir"
+        )
+    stored = _read_record(checkpoints, step)
+    for name, then, now in zip(DraftRecord._fields, stored, record, strict=True):
+        if then != now:
+            raise InputError(f"{checkpoints.directory}/{step}: {name} was {then}, now it is {now}; use another run_dir")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     items: dict[str, Any] = {
         "params": ocp.args.StandardRestore(abstract.params),
@@ -100,15 +116,20 @@ def load_draft(run_dir: str | Path) -> tuple[DraftRecord, Any, int]:
         step = checkpoints.latest_step()
         if step is None:
             raise InputError(f"{directory}: no finished checkpoint yet")
-        stored = checkpoints.restore(step, args=ocp.args.Composite(draft=ocp.args.JsonRestore()))["draft"]
-        place = f"{directory}/{step}/draft"
-        config = from_tree(DraftConfig, stored["config"], place=place)
+        record = _read_record(checkpoints, step)
+        config = record.config
         item = "ema" if "ema" in _item_names(checkpoints, step) else "params"
         shapes = jax.eval_shape(lambda: nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes)
         restored = checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))
-    return DraftRecord(config, stored["target"], stored["chat_template"]), restored[item], step
+    return record, restored[item], step
+
+
+def _read_record(checkpoints: ocp.CheckpointManager, step: int) -> DraftRecord:
+    stored = checkpoints.restore(step, args=ocp.args.Composite(draft=ocp.args.JsonRestore()))["draft"]
+    config = from_tree(DraftConfig, stored["config"], place=f"{checkpoints.directory}/{step}/draft")
+    return DraftRecord(config, stored["target"], stored["chat_template"])
 
 
 def _item_names(checkpoints: ocp.CheckpointManager, step: int) -> set[str]:

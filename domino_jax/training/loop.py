@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from domino_jax.config import LossConfig, RunConfig, dump_config
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import parameter_shardings, partition_spec
 from domino_jax.strict import InputError
@@ -30,6 +31,7 @@ from domino_jax.target.load import TABLES, load_tables, load_target, load_tokeni
 from domino_jax.target.model import Target, first_layers
 from domino_jax.training.checkpoint import (
     DraftRecord,
+    has_checkpoint,
     open_checkpoints,
     restore_checkpoint,
     save_checkpoint,
@@ -91,7 +93,7 @@ def train(config: RunConfig, *, console: Console) -> Path:
     with jax.set_mesh(run.mesh), open_checkpoints(run.directory, keep=config.train.keep_checkpoints) as checkpoints:
         rows = training_batches(run.rows, config)
         state = run.state
-        restored = restore_checkpoint(checkpoints, state, rows)
+        restored = restore_checkpoint(checkpoints, state, rows, run.record)
         if restored is not None:
             state, rows = restored
             _say(console, f"resuming at step {int(state.step)} of {run.total_steps}")
@@ -109,7 +111,8 @@ def train(config: RunConfig, *, console: Console) -> Path:
 def prepare(config: RunConfig, *, console: Console) -> Run:
     """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
     directory = Path(config.run_dir)
-    _claim(directory, config)
+    started = has_checkpoint(directory)
+    _claim(directory, config, started=started)
     say = functools.partial(_say, console)
     path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
@@ -142,6 +145,8 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         ema_decay=config.optimizer.ema_decay,
     )
     mesh = run_mesh(config)
+    layers_from = target.params if config.draft.init_layers_from_target else None
+    init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
     run = Run(
         config=config,
         directory=directory,
@@ -151,9 +156,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         program=program,
         mesh=mesh,
         target_params=place_target(program.target, target_params, mesh),
-        state=_state_at_start(
-            program, draft_config, mesh, layers_from=target.params if config.draft.init_layers_from_target else None
-        ),
+        state=_state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
         total_steps=total_steps,
     )
     say(dump_config(config))
@@ -173,8 +176,10 @@ def _trainer_options(loss: LossConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(loss).items() if name not in curriculum}
 
 
-def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any) -> TrainState:
-    """A fresh draft, its layers optionally those of the target's top, laid out over the mesh with its optimiser."""
+def _state_at_start(
+    program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any, init_from: str | None
+) -> TrainState:
+    """A fresh draft, or one that starts as the target's top or as a checkpoint, over the mesh with its optimiser."""
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
     model = DraftModel(config)
     boxed = jax.eval_shape(lambda: init_variables(model, key))["params"]
@@ -182,6 +187,8 @@ def _state_at_start(program: Program, config: DraftConfig, mesh: Mesh, *, layers
     params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
     if layers_from is not None:
         params = jax.device_put(draft_from_target(config, params, layers_from), shardings)
+    if init_from is not None:
+        params = jax.device_put(starting_params(init_from, config), shardings)
     whole = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(lambda: initial_state(program, params))
     opt_shardings = tree_map_params(
@@ -326,10 +333,10 @@ def _in_words(figures: dict[str, float]) -> str:
 _FREE_TO_CHANGE = ("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "mesh")
 
 
-def _claim(directory: Path, config: RunConfig) -> None:
-    """Creates the run directory with the resolved config, or checks that an existing one belongs to it."""
+def _claim(directory: Path, config: RunConfig, *, started: bool) -> None:
+    """Creates the run directory with the resolved config, or checks that one with a checkpoint belongs to it."""
     path = directory / "config.yaml"
-    if not path.exists():
+    if not (started and path.exists()):
         directory.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".yaml.new")
         beside.write_text(dump_config(config))

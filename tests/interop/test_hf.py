@@ -158,13 +158,24 @@ def test_windows_are_written_as_their_readers_take_them(
     config = draft_config(**changes)
     save_hf_draft(tmp_path / "draft", config, params_of(config))
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
-    # z-lab and SpecForge take a sliding layer without the key as causal, NeMo no layer.
-    assert tree.get("is_causal") is is_causal
+    # z-lab, SGLang and vLLM take a sliding layer without the keys as causal, NeMo no layer; vLLM asks both.
+    assert tree.get("is_causal") is tree["dflash_config"].get("causal") is is_causal
     assert (tree["use_sliding_window"], tree["sliding_window"]) == (True, 6)
     settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "draft")
     windows = [layer.self_attn.sliding_window for layer in Qwen3DFlashDraftModel(settings).layers]
     assert windows == [6 if kind == SLIDING[0] else None for kind in config.layer_types]
     assert load_hf_draft(tmp_path / "draft")[0] == config
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "nested", "in_block"),
+    [(..., ..., "causal"), (..., False, "bidirectional"), (False, ..., "bidirectional"), (True, False, "causal")],
+)
+def test_causality_is_read_as_vllm_reads_it(is_causal: Any, nested: Any, in_block: str, tmp_path: Path) -> None:
+    save_hf_draft(tmp_path / "draft", WINDOWED, params_of(WINDOWED))
+    edit_config(tmp_path / "draft", put("is_causal", value=is_causal))
+    edit_config(tmp_path / "draft", put("dflash_config", "causal", value=nested))
+    assert load_hf_draft(tmp_path / "draft")[0].sliding_in_block == in_block
 
 
 def test_a_sliding_layer_that_huggingface_would_read_as_full_is_refused(draft: Path) -> None:
@@ -360,6 +371,45 @@ def test_a_failing_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     ids=["missing", "unknown", "mis-shaped", "many"],
 )
 def test_load_refuses_other_tensors(draft: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    edit_tensors(draft, change)
+    with pytest.raises(InputError, match=message):
+        load_hf_draft(draft)
+
+
+def use_old_names(tensors: dict[str, np.ndarray]) -> None:
+    for name in HEAD:
+        tensors[f"logit_head.{name}"] = tensors.pop(name)
+
+
+def test_load_accepts_the_names_of_the_first_domino_checkpoints(draft: Path) -> None:
+    edit_tensors(draft, use_old_names)
+    assert not HEAD.keys() & load_file(draft / "model.safetensors").keys()
+    config, found = load_hf_draft(draft)
+    assert config == CONFIG
+    chex.assert_trees_all_equal(found, params_of(CONFIG), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.update({"logit_head.prefix_gru.weight_hh_l0": t["prefix_gru.weight_hh_l0"]}),
+            r"draft: tensor prefix_gru\.weight_hh_l0 is there twice, as logit_head\.prefix_gru\.weight_hh_l0 and as",
+        ),
+        (
+            lambda t: (use_old_names(t), t.pop("logit_head.embed_proj.0.weight")),
+            r"missing tensor: embed_proj\.0\.weight",
+        ),
+        (
+            lambda t: t.update({"logit_head.norm.weight": t.pop("norm.weight")}),  # only the head was ever below it
+            r"missing tensor: norm\.weight",
+        ),
+    ],
+    ids=["both", "missing", "backbone"],
+)
+def test_load_refuses_old_names_that_do_not_add_up(
+    draft: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
     edit_tensors(draft, change)
     with pytest.raises(InputError, match=message):
         load_hf_draft(draft)

@@ -1,0 +1,107 @@
+"""What other programs would misread in a draft: the reasons not to export it for them. Checks only, nothing is read."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
+
+ENGINES = ("sglang", "vllm", "nemo", "specforge", "zlab")
+
+
+class _Rule(NamedTuple):
+    """Engines that misread a draft for which `found` returns what it found."""
+
+    engines: tuple[str, ...]
+    found: Callable[[DraftConfig, str], str | None]
+    reason: str
+
+
+def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16") -> list[str]:
+    """The reasons why an engine would draft other tokens than this draft was trained to.
+
+    Vocabulary and depth are those of the target, integers and booleans are such, and both `emb_dim`s and `block_size`s
+    are equal in every export; only what a `DraftConfig` can hold and an engine cannot is asked here.
+
+    Args:
+        config: the draft.
+        engine: one of `ENGINES`.
+        dtype: type of the exported tensors.
+    Returns:
+        One reason per line, what was found and what the engine does; empty where it reads the draft as it is meant.
+    Raises:
+        ValueError: another engine.
+    Source: SGLang of 2026-08 (#34524, #36899), vLLM of 2026-08 (`qwen3_dflash.py`), NeMo AutoModel 0.7.0, SpecForge
+        0.2.0, z-lab's dflash 0.1.0.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, found {engine!r}")
+    rules = [rule for rule in _RULES if engine in rule.engines]
+    return [f"{found}: {rule.reason}" for rule in rules if (found := rule.found(config, dtype)) is not None]
+
+
+def proposals_note(config: DraftConfig, engine: str) -> str:
+    """How many tokens the engine will propose per cycle, and what else of the draft it leaves unused.
+
+    Args:
+        config: the draft.
+        engine: one of `ENGINES`; all of them verify one block, whose first token is already known.
+    """
+    note = f"{engine} proposes {config.block_size - 1} tokens per cycle (K - 1)"
+    if engine == "nemo" and config.projector_type == "domino":
+        shifted = " and one position late" if config.shift_label else ""
+        return (
+            f"{note}, without the Domino head{shifted}: its trainer reads the whole draft, its spec_generate does not"
+        )
+    if config.shift_label:
+        return f"{note}; this draft predicts {config.block_size}: --proposals serving measures what {engine} will do"
+    return note
+
+
+def _when(holds: Callable[[DraftConfig], bool], found: str) -> Callable[[DraftConfig, str], str | None]:
+    return lambda config, _: found if holds(config) else None
+
+
+def _sliding(in_block: str) -> Callable[[DraftConfig, str], str | None]:
+    return _when(
+        lambda config: SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == in_block,
+        f"sliding_in_block is {in_block}",
+    )
+
+
+def _transform(name: str) -> Callable[[DraftConfig, str], str | None]:
+    def found(config: DraftConfig, _: str) -> str | None:
+        value = getattr(config, name)
+        return None if value in (1.0, None) else f"{name} is {value}"
+
+    return found
+
+
+def _other_prefix(config: DraftConfig, _: str) -> str | None:
+    prefix = config.pure_draft_prefix_len
+    return f"pure_draft_prefix_len is {prefix}" if config.projector_type == "domino" and prefix != 1 else None
+
+
+def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
+    return f"dtype is {dtype}" if config.projector_type == "domino" and dtype != "bfloat16" else None
+
+
+_RULES = (
+    _Rule(
+        ("vllm", "zlab"),
+        _when(lambda config: config.projector_type == "domino", "projector_type is domino"),
+        "it knows DFlash only and would draft without the head",
+    ),
+    _Rule(
+        ("vllm", "zlab"),
+        _when(lambda config: config.shift_label, "shift_label is true"),
+        "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
+    ),
+    _Rule(("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"),
+    _Rule(("sglang",), _other_dtype, "its Domino head runs in bfloat16 only"),
+    _Rule(("nemo",), _sliding("causal"), "it never reads is_causal and looks both ways inside the block"),
+    _Rule(("specforge",), _sliding("bidirectional"), "it looks only back inside the block of a sliding layer"),
+    *(
+        _Rule(("sglang", "vllm", "specforge"), _transform(name), "it does not apply it to the draft")
+        for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
+    ),
+)

@@ -1,0 +1,50 @@
+"""A draft checkpoint as the start of a run: the same draft, field by field, or a refusal."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from domino_jax.interop.hf import load_hf_draft
+from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
+from domino_jax.strict import InputError
+
+# No tensor and no meaning of one depends on these: the compute type, a length that no angle is made from, and the
+# block's length, which only says how many of the same mask tokens are filled.
+_FREE = ("dtype", "max_position_embeddings", "block_size")
+_HEAD = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
+
+
+def starting_params(path: str | Path, config: DraftConfig) -> Any:
+    """The weights of a draft checkpoint for a run that trains the same draft further.
+
+    Block size, compute type and `max_position_embeddings` may differ; nothing else may, so a DFlash checkpoint does
+    not start a Domino draft: with `shift_label` its positions mean other tokens.
+
+    Args:
+        path: a directory as `load_hf_draft` reads it.
+        config: the draft of the run.
+    Returns:
+        A tree of float32 arrays for `DraftModel(config)`.
+    Raises:
+        InputError: an unusable checkpoint, or every field in which it is another draft, found and expected.
+    """
+    found, params = load_hf_draft(path)
+    ours, theirs = _meaning(config), _meaning(found)
+    different = [
+        f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
+        for name in (*ours, *(theirs.keys() - ours.keys()))
+        if theirs.get(name) != ours.get(name)
+    ]
+    if different:
+        raise InputError(f"draft.init_from: {path} is another draft than this run's: {'; '.join(different)}")
+    return params
+
+
+def _meaning(config: DraftConfig) -> dict[str, Any]:
+    """The fields that tensors depend on, without those that say nothing in this draft."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields["layer_types"] = config.attention_types
+    unused = list(_FREE)
+    unused += [] if config.projector_type == "domino" else _HEAD
+    unused += [] if SLIDING_ATTENTION in config.attention_types else ["sliding_in_block"]
+    return {name: value for name, value in fields.items() if name not in unused}

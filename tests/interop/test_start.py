@@ -1,0 +1,160 @@
+"""Runs that start from a draft checkpoint: the same weights at step 0, and another draft refused field by field."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import pytest
+from reference import dflash_config, draft_config, random_params
+from rich.console import Console
+from tiny import run_config, write_target
+
+from domino_jax.cli import main
+from domino_jax.config import load_config
+from domino_jax.interop.hf import load_hf_draft, save_hf_draft
+from domino_jax.interop.start import starting_params
+from domino_jax.model_config import DraftConfig, RopeScaling
+from domino_jax.strict import InputError
+from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.loop import prepare, train
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float32 export of a short run."""
+    directory = tmp_path_factory.mktemp("first")
+    run = train(load_config(run_config(directory, target)), console=quiet())
+    record, params, _ = load_draft(run)
+    save_hf_draft(directory / "draft", record.config, params, dtype="float32")
+    return directory / "draft"
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_step_0_has_the_weights_of_the_checkpoint(target: Path, checkpoint: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"draft": {"init_from": str(checkpoint)}, "optimizer": {"ema_decay": 0.9}}
+    run = prepare(load_config(run_config(tmp_path, target, **changes)), console=quiet())
+    expected = load_hf_draft(checkpoint)[1]
+    chex.assert_trees_all_equal(jax.device_get(run.state.params), jax.device_get(expected))
+    chex.assert_trees_all_equal(jax.device_get(run.state.ema), jax.device_get(expected))
+    assert int(run.state.step) == 0
+    chex.assert_trees_all_equal_shapes_and_dtypes(run.state.params, expected)
+
+
+def test_a_resumed_run_does_not_read_the_checkpoint_again(target: Path, checkpoint: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    path = run_config(tmp_path, target, draft={"init_from": str(copy)})
+    train(load_config(path), console=quiet())
+    shutil.rmtree(copy)
+    console = quiet()
+    train(load_config(path), console=console)
+    assert "resuming at step 6 of 6" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
+    target: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = run_config(tmp_path, target, draft={"init_from": str(checkpoint), "emb_dim": 6, "target_layer_ids": [0, 1]})
+    monkeypatch.setattr("sys.argv", ["domino", "train", str(path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert last.startswith(f"error: draft.init_from: {checkpoint} is another draft than this run's: ")
+    assert "target_layer_ids is (0, 2), expected (0, 1)" in last and "emb_dim is 8, expected 6" in last
+    # Nothing was trained, so the mended configuration may use the same run_dir.
+    train(load_config(run_config(tmp_path, target, draft={"init_from": str(checkpoint)})), console=quiet())
+
+
+@pytest.mark.parametrize("override", ["draft.init_from=nowhere", "draft.init_layers_from_target=true"])
+def test_unusable_starts_are_refused(target: Path, checkpoint: Path, tmp_path: Path, override: str) -> None:
+    path = run_config(tmp_path, target, draft={"init_from": str(checkpoint)})
+    with pytest.raises(InputError, match=r"nowhere|are two starts"):
+        prepare(load_config(path, [override]), console=quiet())
+
+
+WINDOW = {"layer_types": ("sliding_attention",) * 2, "sliding_window": 6}
+YARN = RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)
+
+
+def stored(config: DraftConfig, directory: Path) -> Path:
+    save_hf_draft(directory / "draft", config, random_params(config))
+    return directory / "draft"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (draft_config(mask_token_id=118), "mask_token_id is 118, expected 119"),
+        (draft_config(num_hidden_layers=1), "num_hidden_layers is 1, expected 2"),
+        (draft_config(num_target_layers=7), "num_target_layers is 7, expected 6"),
+        (draft_config(shift_label=False), "shift_label is False, expected True"),
+        (draft_config(pure_draft_prefix_len=2), "pure_draft_prefix_len is 2, expected 1"),
+        (draft_config(intermediate_size=46), "intermediate_size is 46, expected 44"),
+        (draft_config(vocab_size=121), "vocab_size is 121, expected 120"),
+        (draft_config(rms_norm_eps=1e-6), "rms_norm_eps is 1e-06, expected 1e-05"),
+        (draft_config(rope_theta=1e6), r"rope_theta is 1000000\.0, expected 5000\.0"),
+        (draft_config(rope_scaling=YARN), "rope_scaling is RopeScaling.*, expected None"),
+        (draft_config(output_multiplier=2.0), r"output_multiplier is 2\.0, expected 1\.0"),
+        (
+            draft_config(**WINDOW),
+            "sliding_window is 6, expected None.*sliding_in_block is 'bidirectional', expected None",
+        ),
+        (dflash_config(), "projector_type is None, expected 'domino'; .*shift_label is False, expected True"),
+    ],
+)
+def test_every_other_field_is_named_found_and_expected(theirs: DraftConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"draft is another draft than this run's: .*{message}"):
+        starting_params(stored(theirs, tmp_path), draft_config())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (draft_config(block_size=8), draft_config()),
+        (draft_config(max_position_embeddings=512), draft_config(dtype="bfloat16")),
+        (draft_config(), draft_config(layer_types=("full_attention",) * 2, sliding_in_block="causal")),
+        (dflash_config(), dflash_config(emb_dim=256, gru_hidden_dim=1024)),  # no head: its widths say nothing
+    ],
+)
+def test_fields_that_no_tensor_depends_on_may_differ(theirs: DraftConfig, ours: DraftConfig, tmp_path: Path) -> None:
+    path = stored(theirs, tmp_path)
+    chex.assert_trees_all_equal(starting_params(path, ours), load_hf_draft(path)[1])
+
+
+def test_a_run_whose_target_changed_is_not_resumed(target: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "target"
+    shutil.copytree(target, copy)
+    path = run_config(tmp_path, copy)
+    train(load_config(path), console=quiet())
+    template = copy / "chat_template.jinja"
+    template.write_text("{# another #}" + template.read_text())
+    with pytest.raises(InputError, match=r"chat_template was .*, now it is .*; use another run_dir"):
+        train(load_config(path), console=quiet())
+
+
+def test_a_mask_token_that_became_special_is_refused_on_resume(target: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "target"
+    shutil.copytree(target, copy)
+    path = run_config(tmp_path, copy)
+    train(load_config(path), console=quiet())
+    settings = copy / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<mask>"}))
+    with pytest.raises(InputError, match="mask_token_id 2 is the target's pad token"):
+        train(load_config(path), console=quiet())

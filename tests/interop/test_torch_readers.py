@@ -1,0 +1,115 @@
+"""Exports in the PyTorch classes of z-lab and NeMo: strict loading, equal states, an equal head, shards both ways."""
+
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+import torch
+from dflash import DFlashDraftModel
+from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+from reference import dflash_config, draft_config, random_params
+
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.head import DominoHead
+from domino_jax.draft.mask import layer_masks
+from domino_jax.interop import hf
+from domino_jax.interop.hf import load_hf_draft, save_hf_draft
+from domino_jax.model_config import DraftConfig
+
+WINDOW = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
+# NeMo looks both ways inside every block; z-lab reads whether a sliding layer does.
+CASES = [
+    (DFlashDraftModel, dflash_config()),
+    (DFlashDraftModel, dflash_config(**WINDOW)),
+    (DFlashDraftModel, dflash_config(**WINDOW, sliding_in_block="causal")),
+    (Qwen3DFlashDraftModel, dflash_config()),
+    (Qwen3DFlashDraftModel, dflash_config(**WINDOW)),
+    (Qwen3DFlashDraftModel, draft_config()),
+    (Qwen3DFlashDraftModel, draft_config(shift_label=False)),
+]
+NAMES = ["zlab", "zlab-window", "zlab-causal", "nemo", "nemo-window", "nemo-domino", "nemo-domino-unshifted"]
+ANCHOR = 11
+
+
+def read_strictly(reader: Any, path: Path) -> Any:
+    """The reader's model in float32; every weight of file and model is used."""
+    model, report = reader.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def close(found: Any, expected: torch.Tensor) -> None:
+    expected = expected.numpy()
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("reader", "config"), CASES, ids=NAMES)
+def test_one_block_has_the_same_states(reader: Any, config: DraftConfig, dtype: str, tmp_path: Path) -> None:
+    save_hf_draft(tmp_path / "draft", config, random_params(config), dtype=dtype)
+    theirs = read_strictly(reader, tmp_path / "draft")
+    params = load_hf_draft(tmp_path / "draft")[1]
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((2, ANCHOR, 3 * config.hidden_size)).astype(np.float32)
+    noise = rng.standard_normal((2, config.block_size, config.hidden_size)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(ANCHOR + config.block_size, dtype=np.int32), (2, ANCHOR + config.block_size))
+    anchors = np.full((2, 1), ANCHOR, np.int32)
+    found = jax.jit(DraftModel(config).apply)(
+        {"params": params},
+        features,
+        positions[:, :ANCHOR],
+        noise[:, None],
+        positions[:, None, ANCHOR:],
+        layer_masks(config, anchors, np.ones((2, 1), bool), context_len=ANCHOR),
+    )
+    with torch.no_grad():  # no mask: the class derives its own, as it does while decoding
+        expected = theirs(
+            position_ids=torch.tensor(positions),
+            noise_embedding=torch.tensor(noise),
+            target_hidden=torch.tensor(features),
+        )
+    close(found[:, 0], expected)
+
+
+@pytest.mark.parametrize("shift_label", [False, True])
+def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None:
+    """Its spec_generate never runs the head, so the parts of the loaded model are run one by one."""
+    config = draft_config(shift_label=shift_label)
+    save_hf_draft(tmp_path / "draft", config, random_params(config), dtype="float32")
+    theirs = read_strictly(Qwen3DFlashDraftModel, tmp_path / "draft")
+    params = load_hf_draft(tmp_path / "draft")[1]["head"]
+    rng = np.random.default_rng(0)
+    shape = (3, 7, config.num_predictions, config.hidden_size)
+    hidden, previous = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    found = DominoHead(config).apply({"params": params}, hidden, previous) @ params["embed_proj_2"].T
+    with torch.no_grad():
+        states = theirs.prefix_gru(torch.tensor(previous).flatten(0, 1))[0].unflatten(0, shape[:2])
+        expected = theirs.embed_proj(torch.cat([torch.tensor(hidden), states], dim=-1))
+    first = config.pure_draft_prefix_len
+    assert not np.any(found[:, :, :first])
+    close(found[:, :, first:], expected[:, :, first:])
+
+
+@pytest.mark.parametrize(("reader", "config"), [CASES[0], CASES[3], CASES[5]], ids=["zlab", "nemo", "nemo-domino"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_are_read_both_ways(
+    reader: Any, config: DraftConfig, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = hf.split_state_dict_into_shards_factory
+    monkeypatch.setattr(
+        hf, "split_state_dict_into_shards_factory", lambda *args, **named: whole(*args, **named, max_shard_size="20KB")
+    )
+    save_hf_draft(tmp_path / "ours", config, random_params(config), dtype=dtype)
+    theirs = read_strictly(reader, tmp_path / "ours").to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    for name in ("ours", "theirs"):
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
+        assert (tmp_path / name / "model.safetensors.index.json").is_file()
+    found_config, found = load_hf_draft(tmp_path / "theirs")
+    expected_config, expected = load_hf_draft(tmp_path / "ours")
+    assert found_config == expected_config
+    chex.assert_trees_all_equal(found, expected, strict=True)
