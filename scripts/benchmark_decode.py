@@ -184,13 +184,12 @@ def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str
     prompt = np.ones(context, np.int32)
     state = speculate.start(decoder, weights, [prompt], max_new_tokens=128, slots=slots)
     bonus, key = state.tokens[:, context], jax.random.key(0)
-    drafts = {
-        use: jax.jit(
-            lambda state, weights, use=use: speculate._draft(_with(decoder, use), weights, state, bonus, key)[0]
-        )
-        for use in {False, decoder.use_head}
-    }
-    parts = {use: timed(lambda run=run: (None, run(state, weights)), ()) for use, run in drafts.items()}
+
+    def drafting(use_head: bool) -> float:
+        way = dataclasses.replace(decoder, use_head=use_head)
+        run = jax.jit(lambda state, weights: speculate._draft(way, weights, state, bonus, key)[0])
+        return timed(lambda: (None, run(state, weights)), ())
+
     verify = timed(*target_pass(decoder.target, weights.target, size=decoder.proposals + 1, context=context))
     one = jax.jit(lambda state: speculate._cycle(decoder, weights, state), donate_argnums=0)
 
