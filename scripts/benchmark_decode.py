@@ -7,6 +7,7 @@ verifying costs against a single token, and batches. The last line is JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
