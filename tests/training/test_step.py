@@ -156,11 +156,11 @@ def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_varia
     rows = jax.tree.map(lambda x: x[0], make_batch(1, 5))
     key = jax.random.key(0)
 
-    def measured(part: slice) -> DominoStepMetrics:
-        batch = jax.tree.map(lambda x: x[part], rows)
+    @jax.jit
+    def measured(batch: Batch) -> DominoStepMetrics:
         return batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.25)
 
-    parts = [measured(slice(1)), measured(slice(1, 5))]
+    parts = [measured(jax.tree.map(lambda x, part=part: x[part], rows)) for part in (slice(1), slice(1, 5))]
     joined = metric_means(jax.tree.map(jnp.add, *map(metric_sums, parts)))
 
     def average(mean: str, weight: str) -> float:
