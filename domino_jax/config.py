@@ -81,12 +81,27 @@ def make_draft_config(
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
+    """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line.
 
-    train: str
+    `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their tokens stay in the rows.
+    `features` is a directory that `domino capture` wrote: training reads its rows and the target's captured states
+    instead of `train`, and does not run the target. Held-out rows are conversations either way; for them the target
+    runs at every evaluation.
+    `packing` puts several short conversations into one row; `batch_size` and epochs then count packed rows.
+    """
+
+    train: str | None = None
+    features: str | None = None
     heldout: str | None = None
     max_length: int = 3072
     batch_size: int = 16
+    mask_reasoning_content: bool = False
+    packing: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses two sources of rows, or none."""
+        found = "neither" if self.train is None else f"both, {self.train!r} and {self.features!r}"
+        require((self.train is None) != (self.features is None), f"give one of train and features, found {found}")
 
 
 # Rows of `training/objectives.py`, its divisors, and the rules of `draft/blocks.py`.

@@ -86,7 +86,7 @@ def compare(options: argparse.Namespace) -> None:
         "losses": [ours["loss"], nemo["loss"]],
         "rounds": options.rounds,
         "chunk_blocks": options.chunk_blocks,
-        "hardware": f"{os.cpu_count()} x {cpu_model()}",
+        "hardware": hardware(),
         "revision": revision(),
     }
     print(f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, {options.rounds} alternating rounds")
@@ -142,19 +142,25 @@ def write_inputs(directory: Path, workload: str) -> None:
     length, anchors = WORKLOADS[workload]
     params = meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(0)))["params"]
     save_hf_draft(directory / "draft", CONFIG, params, dtype="float32")
+    np.savez(directory / "batch.npz", **random_batch(CONFIG, length=length, anchors=anchors))
+
+
+def random_batch(config: DraftConfig, *, length: int, anchors: int) -> dict[str, np.ndarray]:
+    """One row with every slot used, and the target's tables."""
     rng = np.random.default_rng(0)
-    table = (CONFIG.vocab_size, CONFIG.hidden_size)
-    starts = np.sort(rng.permutation(length - CONFIG.block_size)[:anchors])[None]
-    np.savez(
-        directory / "batch.npz",
-        input_ids=rng.integers(0, CONFIG.vocab_size - 1, (1, length)),
-        hidden_states=rng.standard_normal((1, length, len(CONFIG.target_layer_ids) * table[1]), np.float32),
-        loss_mask=np.ones((1, length), np.float32),
-        lm_head=rng.standard_normal(table, np.float32) * table[1] ** -0.5,
-        embed_tokens=rng.standard_normal(table, np.float32) * 0.02,
-        anchors=starts,
-        keep=np.ones_like(starts, dtype=bool),
-    )
+    table = (config.vocab_size, config.hidden_size)
+    starts = np.sort(rng.permutation(length - config.block_size)[:anchors])[None]
+    if starts.size < anchors:  # more slots than places: blocks repeat
+        starts = np.sort(rng.integers(0, length - config.block_size, anchors))[None]
+    return {
+        "input_ids": rng.integers(0, config.vocab_size - 1, (1, length)),
+        "hidden_states": rng.standard_normal((1, length, len(config.target_layer_ids) * table[1]), np.float32),
+        "loss_mask": np.ones((1, length), np.float32),
+        "lm_head": rng.standard_normal(table, np.float32) * table[1] ** -0.5,
+        "embed_tokens": rng.standard_normal(table, np.float32) * 0.02,
+        "anchors": starts,
+        "keep": np.ones_like(starts, dtype=bool),
+    }
 
 
 def run_worker(options: argparse.Namespace) -> None:
@@ -178,19 +184,26 @@ def run_worker(options: argparse.Namespace) -> None:
 
 
 def our_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace) -> Callable[[], float]:
-    """A jitted, donated step: forward, backward, AdamW."""
+    """Our step on the checkpoint's weights."""
+    from domino_jax.interop.hf import load_hf_draft
+
+    return compiled_step(*load_hf_draft(draft), batch, chunk_blocks=options.chunk_blocks)[0]
+
+
+def compiled_step(
+    config: DraftConfig, params: Any, batch: dict[str, np.ndarray], *, chunk_blocks: int
+) -> tuple[Callable[[], float], Any]:
+    """A donated step, forward, backward and AdamW, that returns the loss; and the compiled program."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    from domino_jax.interop.hf import load_hf_draft
     from domino_jax.training.modules import build_trainer
 
-    config, params = load_hf_draft(draft)
-    module = build_trainer(config, chunk_blocks=options.chunk_blocks)
+    module = build_trainer(config, chunk_blocks=chunk_blocks)
     optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)
-    arrays = [jnp.asarray(batch[name]) for name in ("input_ids", "hidden_states", "loss_mask", "lm_head")]
-    arrays.append(jnp.asarray(batch["embed_tokens"]))
+    names = ("input_ids", "hidden_states", "loss_mask", "lm_head", "embed_tokens")
+    arrays = [jnp.asarray(batch[name]) for name in names]
     given = {"anchor_positions": jnp.asarray(batch["anchors"]), "block_keep_mask": jnp.asarray(batch["keep"])}
 
     def update(params: Any, state: Any, arrays: list[jax.Array], given: dict[str, jax.Array]) -> tuple[Any, Any, Any]:
@@ -209,7 +222,7 @@ def our_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Namesp
         *held[:], value = compiled(*held, arrays, given)
         return float(jax.block_until_ready((value, held))[0])
 
-    return step
+    return step, compiled
 
 
 def nemo_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace) -> Callable[[], float]:
@@ -282,10 +295,11 @@ def matmul_speed() -> float:
     return 2.0 * size**3 / best
 
 
-def cpu_model() -> str:
+def hardware() -> str:
+    """Cores and their name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def revision() -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 # Before JAX starts, which reads them once.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -15,14 +16,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+# Torch's tensors are tiny here, and two workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples in every run, and no time limit per example: a busy machine is not a failure.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of SmolLM2-135M-Instruct, converted once into the user's cache."""
     from domino_jax.target.gguf import resolve_target
 
-    return resolve_target("smollm2-135m-instruct")
+    # Beside the directories of all workers: the first one converts, the others wait.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "smollm2.lock"):
+        return resolve_target("smollm2-135m-instruct")

@@ -14,13 +14,16 @@ TABLE = (
     (0, "", ("strict", "model_config", "config", "sharding")),
     (1, "", ("layers",)),
     (2, "data", ("conversations", "packing", "pipeline", "features")),
-    (2, "target", ("moe", "model", "load", "gguf")),
+    (2, "target", ("moe", "model", "load", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "attention", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),
     (
         3,
         "training",
-        ("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint", "loop"),
+        (
+            *("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint"),
+            *("inputs", "capture", "loop"),
+        ),
     ),
     (3, "decoding", ("speculate", "generate", "evaluate")),
     (4, "", ("plan", "report")),

@@ -123,6 +123,21 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
     assert not (tmp_path / "new").exists() and not (tmp_path / "a.jsonl").exists()
 
 
+def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> None:
+    config, states = trained / "config.yaml", tmp_path / "states"
+    code, out, log = domino("capture", config, states, "--limit-gb", 1e-6)
+    assert (code, out) == (2, "") and "above the limit of 1e-06 GB; --yes" in log.splitlines()[-1]
+    assert not states.exists()
+    code, out, log = domino("capture", config, states, "--limit-gb", 1e-6, "--yes", "data.max_length=20")
+    assert (code, out) == (0, f"{states}\n") and "tokens of 24 rows, 69 bytes each" in log and "shard 1/1" in log
+    words = ("train", config, f"run_dir={tmp_path / 'run'}", "data.train=null", f"data.features={states}")
+    code, out, log = domino(*words)
+    assert (code, out) == (2, "") and "max_length is 20, asked for is 24" in log
+    shutil.rmtree(tmp_path / "run")
+    code, out, log = domino(*words, "data.max_length=20", "data.packing=true", "data.batch_size=8")
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "of their positions are padding" in log
+
+
 def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
@@ -162,7 +177,9 @@ def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_
     assert (code, out) == (0, f"{run}\n") and "does not say which chat template" in log
 
 
-@pytest.mark.parametrize("verb", ["target", "regenerate", "train", "generate", "evaluate", "export", "import"])
+@pytest.mark.parametrize(
+    "verb", ["target", "regenerate", "capture", "train", "generate", "evaluate", "export", "import"]
+)
 def test_help_teaches(domino, verb: str) -> None:
     code, out, _ = domino(verb, "--help")
     assert code == 0 and "Usage: domino" in out and len(out.splitlines()) > 6

@@ -10,7 +10,7 @@ from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.shared import say
-from domino_jax.cli.train import train
+from domino_jax.cli.train import capture, train
 from domino_jax.strict import InputError
 from domino_jax.training.loop import Interrupted
 
@@ -44,7 +44,7 @@ def cli() -> None:
     """
 
 
-for _verb in (target, regenerate, train, generate, evaluate, export, import_):
+for _verb in (target, regenerate, capture, train, generate, evaluate, export, import_):
     cli.add_command(_verb)
 
 

@@ -1,11 +1,12 @@
-"""The verb that trains: `train`."""
+"""Verbs that train: `capture`, `train`."""
 
 from pathlib import Path
 
 import click
 
-from domino_jax.cli.shared import logs
+from domino_jax.cli.shared import logs, say
 from domino_jax.config import load_config
+from domino_jax.training.capture import capture as capture_states
 from domino_jax.training.loop import train as train_run
 
 
@@ -22,3 +23,53 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     with the same bits as if there had been none.
     """
     click.echo(train_run(load_config(config, overrides), console=logs))
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Type of the stored states.",
+)
+@click.option("--with-target-states", is_flag=True, help="Also store the target's states after its final norm.")
+@click.option(
+    "--limit-gb",
+    type=click.FloatRange(0, min_open=True),
+    default=50.0,
+    show_default=True,
+    help="Refuse to write more than this many gigabytes without --yes.",
+)
+@click.option("--yes", is_flag=True, help="Write above the limit.")
+def capture(
+    config: Path,
+    directory: Path,
+    overrides: tuple[str, ...],
+    dtype: str,
+    with_target_states: bool,
+    limit_gb: float,
+    yes: bool,
+) -> None:
+    """Store the target's states of the training rows of CONFIG in DIRECTORY, to train without running the target.
+
+    \b
+    domino capture configs/smollm2-demo.yaml states
+    domino train configs/smollm2-demo.yaml data.train=null data.features=states
+
+    Worth it where several runs share rows and layers. The size is printed first: each token takes as many values as
+    the captured layers are wide together. The same command goes on after a stop.
+    """
+    capture_states(
+        load_config(config, overrides),
+        directory,
+        dtype=dtype,
+        target_states=with_target_states,
+        limit_gb=limit_gb,
+        confirmed=yes,
+        say=say,
+    )
+    click.echo(directory)

@@ -11,7 +11,11 @@ from domino_jax.strict import InputError
 
 ROLES = ("system", "user", "assistant")
 
-Messages = list[dict[str, Any]]  # {"role": ..., "content": ...}; further keys reach the template as they are
+# How reasoning models (DeepSeek-R1, Qwen3) and their chat templates fence what they think before they answer.
+THINK_BEGIN, THINK_END = "<think>", "</think>"
+
+# {"role": ..., "content": ...}; further keys, such as `reasoning_content`, reach the template as they are
+Messages = list[dict[str, Any]]
 
 
 class BadLine(NamedTuple):
@@ -29,10 +33,16 @@ class MessageSet(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token."""
+    """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token.
+
+    A row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were captured too,
+    `target_states` [n, D], both float32 or bfloat16.
+    """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    features: np.ndarray | None = None
+    target_states: np.ndarray | None = None
 
 
 class RowSet(NamedTuple):
@@ -56,7 +66,7 @@ def read_messages(path: str | Path) -> MessageSet:
     return MessageSet([(line, record["messages"]) for line, record in records], bad_lines)
 
 
-def load_rows(path: str | Path, tokenizer: Any, *, max_length: int) -> RowSet:
+def load_rows(path: str | Path, tokenizer: Any, *, max_length: int, mask_reasoning_content: bool = False) -> RowSet:
     """Reads conversations and encodes them.
 
     A line with `"finished": false` (as `regenerate` writes it for an answer cut at its limit) ends without an
@@ -66,6 +76,7 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int) -> RowSet:
         path: JSONL, see `read_messages`.
         tokenizer: a transformers fast tokenizer with a chat template.
         max_length: longer conversations keep their first `max_length` tokens.
+        mask_reasoning_content: see `encode_conversation`.
     Returns:
         The rows, and per other line its number and what is wrong with it.
     Raises:
@@ -74,15 +85,22 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int) -> RowSet:
     records, bad_lines = _read_records(path)
     stop_ids = stop_token_ids(tokenizer)
     rows = []
+    what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
-        finished = record.get("finished") is not False
         try:
-            row = _encode(record["messages"], tokenizer, stop_ids, max_length=max_length, finished=finished)
+            row = _encode(
+                record["messages"],
+                tokenizer,
+                stop_ids,
+                max_length=max_length,
+                finished=record.get("finished") is not False,
+                mask_reasoning_content=mask_reasoning_content,
+            )
         except InputError as error:
             bad_lines.append(BadLine(line, str(error)))
             continue
         if row is None:
-            bad_lines.append(BadLine(line, f"no token of an answer among the first {max_length}"))
+            bad_lines.append(BadLine(line, f"no token of {what} among the first {max_length}"))
         else:
             rows.append(row)
     bad_lines.sort()
@@ -91,7 +109,9 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int) -> RowSet:
     return RowSet(rows, bad_lines)
 
 
-def encode_conversation(messages: Messages, tokenizer: Any, *, max_length: int) -> Row | None:
+def encode_conversation(
+    messages: Messages, tokenizer: Any, *, max_length: int, mask_reasoning_content: bool = False
+) -> Row | None:
     """Renders a conversation with the chat template and marks what the assistant wrote.
 
     Marked are the tokens of each answer and the token that ends its turn; neither the role header before it nor a
@@ -102,12 +122,23 @@ def encode_conversation(messages: Messages, tokenizer: Any, *, max_length: int) 
         messages: the conversation, with one answer at least.
         tokenizer: a transformers fast tokenizer with a chat template.
         max_length: the row keeps its first `max_length` tokens.
+        mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags included, whether they stand
+            in `content` or the template renders them from `reasoning_content`. Their tokens stay in the row. A span
+            that is never closed reaches to the end of the turn. An answer that is nothing but reasoning has no
+            marked token, not even its end of turn.
     Returns:
         The row, or None if no marked token is left after the cut.
     Raises:
         InputError: there is no answer, or the template does not show where answers begin and end.
     """
-    return _encode(messages, tokenizer, stop_token_ids(tokenizer), max_length=max_length, finished=True)
+    return _encode(
+        messages,
+        tokenizer,
+        stop_token_ids(tokenizer),
+        max_length=max_length,
+        finished=True,
+        mask_reasoning_content=mask_reasoning_content,
+    )
 
 
 def encode_prompt(messages: Messages, tokenizer: Any) -> np.ndarray:
@@ -148,7 +179,13 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _encode(
-    messages: Messages, tokenizer: Any, stop_ids: Sequence[int], *, max_length: int, finished: bool
+    messages: Messages,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    *,
+    max_length: int,
+    finished: bool,
+    mask_reasoning_content: bool,
 ) -> Row | None:
     text = _render(messages, tokenizer)
     begins = _answer_begins(messages, text, tokenizer, tokenizer.convert_ids_to_tokens(list(stop_ids)))
@@ -160,9 +197,28 @@ def _encode(
         if not len(stops):
             raise InputError("the chat template puts no end-of-turn token after an answer")
         mask[inside[0] : stops[0] + 1] = True
+        if mask_reasoning_content:
+            # A generation prompt may end with the opening tag, so that the answer begins inside its reasoning.
+            opened = text[:begin].rstrip().endswith(THINK_BEGIN)
+            for start, end in _reasoning_spans(text[begin : spans[stops[0], 0]], opened=opened):
+                mask &= (spans[:, 1] <= begin + start) | (spans[:, 0] >= begin + end)
     length = max_length if finished else min(max_length, int(stops[0]))
     row = Row(ids[:length], mask[:length])
     return row if row.loss_mask.any() else None
+
+
+def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
+    """Characters of an answer, end exclusive, that are reasoning; the last one may reach over its end of turn."""
+    beyond = len(answer) + 1  # the end of the turn as well
+    spans = []
+    start = 0 if opened else answer.find(THINK_BEGIN)
+    while start >= 0:
+        close = answer.find(THINK_END, start)
+        spans.append((start, beyond if close < 0 else close + len(THINK_END)))
+        start = answer.find(THINK_BEGIN, spans[-1][1])
+    bounds = [0, *(bound for span in spans for bound in span), beyond]
+    outside = "".join(answer[begin:end] for begin, end in zip(bounds[::2], bounds[1::2], strict=True))
+    return spans if outside.strip() else [(0, beyond)]
 
 
 def _answer_begins(messages: Messages, text: str, tokenizer: Any, stop_texts: Iterable[str]) -> list[int]:
@@ -171,14 +227,15 @@ def _answer_begins(messages: Messages, text: str, tokenizer: Any, stop_texts: It
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        written = message["content"] + (message.get("reasoning_content") or "")
         for stop in stop_texts:
-            if stop in message["content"]:
+            if stop in written:
                 raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
         prompt = _render(messages[:index], tokenizer, generation_prompt=True)
         if not text.startswith(prompt):
             raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
         # Some templates know no generation prompt and need none; in the others a role header would count as answer.
-        follows = text[len(prompt) :].lstrip().startswith(message["content"].strip())
+        follows = text[len(prompt) :].lstrip().startswith((message["content"].strip(), THINK_BEGIN))
         if not follows and prompt == _render(messages[:index], tokenizer):
             raise InputError("the chat template ignores add_generation_prompt, which marks where an answer begins")
         begins.append(len(prompt))
@@ -245,8 +302,11 @@ def _usable_record(raw: bytes) -> dict[str, Any]:
             raise InputError(f"message {number} has unknown role {role!r}; known: {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise InputError(f"message {number} ({role}) has no content")
+        reasoning = message.get("reasoning_content")
+        if reasoning is not None and not isinstance(reasoning, str):
+            raise InputError(f"message {number} ({role}) has a reasoning_content that is not text")
         try:
-            content.encode("utf-8")
+            (content + (reasoning or "")).encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
             raise InputError(f"message {number} ({role}) is not valid Unicode") from error
         asked = asked or role == "user"

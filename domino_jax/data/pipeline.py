@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from domino_jax.data.conversations import Row
+from domino_jax.data.packing import Pack, check_fits, document_arrays, row_lengths, single_packs
 from domino_jax.strict import InputError
-
-_EMPTY = Row(np.zeros(0, np.int32), np.zeros(0, bool))
 
 
 def row_batches(
@@ -19,8 +18,10 @@ def row_batches(
     batch_size: int,
     max_length: int,
     seed: int,
+    packs: Sequence[Pack] | None = None,
     shuffle: bool = True,
     repeat: bool = True,
+    read_ahead: int = 0,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> grain.DatasetIterator:
@@ -35,29 +36,37 @@ def row_batches(
         batch_size: rows per batch and process.
         max_length: S.
         seed: of the order, which differs from epoch to epoch.
-        shuffle: False keeps the order of `rows`.
+        packs: which rows share one row of a batch; these are then what is shuffled, counted and shared out.
+        shuffle: False keeps the order of `rows` or `packs`.
         repeat: False ends after the batch that completes the first epoch; it is filled up from the second.
+        read_ahead: batches to prepare while the last one is used, for rows that are read from disk.
         process_index: which process this is; JAX's own by default.
         process_count: of how many.
     Returns:
         Iterator with `get_state` and `set_state` (and `grain.checkpoint` for Orbax) over dicts of `input_ids` int32
-        [batch_size, S], padded with 0 on the right, and `loss_mask` bool [batch_size, S], False on padding.
+        [batch_size, S], padded with 0 on the right, and `loss_mask` bool [batch_size, S], False on padding; with
+        `packs` also the arrays of `document_arrays`; and what else the rows hold (`features`, `target_states`), padded
+        with 0.
     Raises:
-        InputError: fewer rows than all processes take per batch, or a seed outside 0..2**32-1.
+        InputError: fewer rows or packs than all processes take per batch, or a seed outside 0..2**32-1.
         ValueError: a row is longer than `max_length`.
     """
     index, count = _process(process_index, process_count)
-    if len(rows) < batch_size * count:
-        raise InputError(f"{len(rows)} rows cannot fill a batch of {batch_size * count}")
+    units = single_packs(len(rows)) if packs is None else packs
+    if len(units) < batch_size * count:
+        what = "rows" if packs is None else f"rows packed from {len(rows)} conversations"
+        raise InputError(f"{len(units)} {what} cannot fill a batch of {batch_size * count}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0..{2**32 - 1}, found {seed}")
-    data = grain.MapDataset.source(rows)
+    data = grain.MapDataset.source(units)
     if shuffle:
         data = data.shuffle(seed=seed)
-    batches = _batched(data.repeat(), rows, batch_size=batch_size, max_length=max_length)
+    make = _batch_maker(rows, packs, max_length=max_length)
+    # As good as endless; grain computes lengths in float64, where sys.maxsize in batches of 1 overflows.
+    batches = data.repeat(2**50 // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
-        batches = batches[: _steps(rows, batch_size * count) * count]
-    return _iterator(batches, index, count)
+        batches = batches[: _steps(units, batch_size * count) * count]
+    return _iterator(batches, index, count, read_ahead=read_ahead)
 
 
 def heldout_batches(
@@ -65,6 +74,7 @@ def heldout_batches(
     *,
     batch_size: int,
     max_length: int,
+    packs: Sequence[Pack] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> grain.DatasetIterator:
@@ -74,6 +84,7 @@ def heldout_batches(
         rows: all rows, the same in every process, each at most `max_length` long.
         batch_size: rows per batch and process.
         max_length: S.
+        packs: which rows share one row of a batch.
         process_index: which process this is; JAX's own by default.
         process_count: of how many. Every process gets the same number of batches.
     Returns:
@@ -85,10 +96,11 @@ def heldout_batches(
     index, count = _process(process_index, process_count)
     if not rows:
         raise InputError("no held-out rows")
-    missing = _steps(rows, batch_size * count) * batch_size * count - len(rows)
-    padded = [*rows, *[_EMPTY] * missing]
-    data = grain.MapDataset.source(padded)
-    return _iterator(_batched(data, padded, batch_size=batch_size, max_length=max_length), index, count)
+    units = single_packs(len(rows)) if packs is None else packs
+    missing = _steps(units, batch_size * count) * batch_size * count - len(units)
+    data = grain.MapDataset.source([*units, *[()] * missing])
+    make = _batch_maker(rows, packs, max_length=max_length)
+    return _iterator(data.batch(batch_size, batch_fn=make), index, count, read_ahead=0)
 
 
 def _process(index: int | None, count: int | None) -> tuple[int, int]:
@@ -99,28 +111,41 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
     return index, count
 
 
-def _steps(rows: Sequence[Row], step_rows: int) -> int:
-    return -(-len(rows) // step_rows)
+def _steps(units: Sequence[Pack], step_rows: int) -> int:
+    return -(-len(units) // step_rows)
 
 
-def _batched(data: grain.MapDataset, rows: Sequence[Row], *, batch_size: int, max_length: int) -> grain.MapDataset:
-    longest = max(len(row.input_ids) for row in rows)
-    if longest > max_length:
-        raise ValueError(f"a row has {longest} tokens, more than max_length {max_length}")
-    return data.batch(batch_size, batch_fn=functools.partial(_padded, max_length=max_length))
+def _batch_maker(rows: Sequence[Row], packs: Sequence[Pack] | None, *, max_length: int) -> functools.partial:
+    check_fits(row_lengths(rows), max_length=max_length)
+    documents = None if packs is None else max(len(pack) for pack in packs)
+    return functools.partial(_batch, rows=rows, max_length=max_length, documents=documents)
 
 
-def _iterator(batches: grain.MapDataset, index: int, count: int) -> grain.DatasetIterator:
-    # No reading threads: the rows lie in memory and a batch takes microseconds.
-    return iter(batches[index::count].to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+def _iterator(batches: grain.MapDataset, index: int, count: int, *, read_ahead: int) -> grain.DatasetIterator:
+    # Rows that lie in memory need no reading threads: a batch takes microseconds.
+    options = grain.ReadOptions(num_threads=read_ahead, prefetch_buffer_size=read_ahead)
+    return iter(batches[index::count].to_iter_dataset(options))
 
 
-def _padded(rows: Sequence[Row], *, max_length: int) -> dict[str, np.ndarray]:
+def _batch(
+    units: Sequence[Pack], *, rows: Sequence[Row], max_length: int, documents: int | None
+) -> dict[str, np.ndarray]:
     batch = {
-        "input_ids": np.zeros((len(rows), max_length), np.int32),
-        "loss_mask": np.zeros((len(rows), max_length), bool),
+        "input_ids": np.zeros((len(units), max_length), np.int32),
+        "loss_mask": np.zeros((len(units), max_length), bool),
     }
-    for slot, row in enumerate(rows):
-        batch["input_ids"][slot, : len(row.input_ids)] = row.input_ids
-        batch["loss_mask"][slot, : len(row.loss_mask)] = row.loss_mask
+    seq_lens: list[list[int]] = []
+    for slot, pack in enumerate(units):
+        seq_lens.append([])
+        for number in pack:
+            row, begin = rows[number], sum(seq_lens[-1])
+            seq_lens[-1].append(len(row.input_ids))
+            for name, values in row._asdict().items():
+                if values is None:
+                    continue
+                if name not in batch:
+                    batch[name] = np.zeros((len(units), max_length, *values.shape[1:]), values.dtype)
+                batch[name][slot, begin : begin + len(values)] = values
+    if documents is not None:
+        batch |= document_arrays(seq_lens, max_length=max_length, documents=documents)
     return batch

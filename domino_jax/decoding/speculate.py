@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_masks
 from domino_jax.layers import write_rows
@@ -275,7 +275,7 @@ def _draft(
         layer_masks(cfg, anchors[:, None], used, context_len=state.tokens.shape[1]),
     )
     hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
-    base = model.output_logits(vocabulary_logits(hidden, lm_head_weight(weights.target)))
+    base = output_logits(cfg, vocabulary_logits(hidden, lm_head_weight(weights.target)))
 
     tokens, probs = [], []
     previous, gru = bonus, jnp.zeros((bonus.shape[0], cfg.gru_hidden_dim), jnp.float32)

@@ -114,14 +114,16 @@ class DraftModel(nn.Module):
         """The positions that predict, [B, N, K, D] -> [B, N, M, D]: all with `shift_label`, else all but the anchor."""
         return hidden if self.cfg.shift_label else hidden[:, :, 1:]
 
-    def output_logits(self, logits: jax.Array) -> jax.Array:
-        """What the target's head makes of its product: scaled and softly bounded, where the config says so.
 
-        Source: NeMo AutoModel 0.7.0, `Qwen3DFlashDraftModel.compute_logits`.
-        """
-        cap = self.cfg.final_logit_softcapping
-        logits = logits * self.cfg.output_multiplier
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+def output_logits(cfg: DraftConfig, logits: jax.Array) -> jax.Array:
+    """What the target's head makes of its product, elementwise: scaled and softly bounded, where the config says so.
+
+    Source: NeMo AutoModel 0.7.0, `Qwen3DFlashDraftModel.compute_logits`.
+    """
+    cap = cfg.final_logit_softcapping
+    if cfg.output_multiplier != 1.0:
+        logits = logits * cfg.output_multiplier
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def init_variables(model: DraftModel, key: jax.Array) -> dict:

@@ -1,7 +1,7 @@
 """Hugging Face directory -> target: config.json, safetensors and tokenizer files, read strictly or refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
 from domino_jax.strict import InputError, from_tree
 from domino_jax.target.model import Target
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of the vocabulary
 
 # Keys that would change the arithmetic, with the only value that `Target` computes; an absent key means that value.
 _ONLY_VALUE: dict[str, Any] = {
@@ -75,6 +75,27 @@ def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarge
     return LoadedTarget(directory, config, unflatten_dict(leaves))
 
 
+def load_tables(directory: str | Path, *, dtype: str = "float32") -> LoadedTarget:
+    """Reads the embedding and the output head of a target alone, for training from its captured states.
+
+    Args:
+        directory: as for `load_target`.
+        dtype: as for `load_target`.
+    Returns:
+        `LoadedTarget` whose parameters are those of `TABLES` that the model has.
+    Raises:
+        InputError: a file cannot be read, or a tensor is missing or mis-shaped.
+    """
+    directory = Path(directory)
+    config = read_decoder_config(directory, dtype=dtype)
+    wanted = {path[0]: named for path, named in expected_tensors(config).items() if path[0] in TABLES}
+    tensors = read_safetensors(directory, names={name for name, _ in wanted.values()})
+    check_tensors(tensors, dict(wanted.values()), place=directory)
+    return LoadedTarget(
+        directory, config, {key: jnp.asarray(tensors[name], dtype) for key, (name, _) in wanted.items()}
+    )
+
+
 def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     """Reads config.json of a Llama, Qwen2, Qwen3 or Qwen3 MoE model.
 
@@ -117,11 +138,12 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     return from_tree(DecoderConfig, values, place=str(place))
 
 
-def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of a Hugging Face directory, from one file or from shards; pickles are never opened.
+def read_safetensors(directory: str | Path, *, names: Set[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads the tensors of a Hugging Face directory, from one file or from shards; pickles are never opened.
 
     Args:
         directory: holds model.safetensors, or model.safetensors.index.json and the shards it names.
+        names: which of them to read, None for all; what is not there is left out.
     Returns:
         Arrays by their names in the file, in the file's own type (bfloat16 as `ml_dtypes.bfloat16`).
     Raises:
@@ -131,7 +153,7 @@ def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
     directory = Path(directory)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        return _read_file(single)
+        return _read_file(single, names)
     if not index.is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
         found = (
@@ -142,11 +164,11 @@ def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index}: expected weight_map, a mapping of tensors to files")
     tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted({file for tensor, file in places.items() if names is None or tensor in names}):
         if Path(shard).name != shard:
             raise InputError(f"{index}: weight_map names {shard!r}; expected a file of the same directory")
-        held = _read_file(directory / shard)
-        named = {tensor for tensor, file in places.items() if file == shard}
+        held = _read_file(directory / shard, names)
+        named = {tensor for tensor, file in places.items() if file == shard and (names is None or tensor in names)}
         if set(held) != named:
             raise InputError(
                 f"{directory / shard}: holds other tensors than {index.name} says: {_some(set(held) ^ named)}"
@@ -240,9 +262,11 @@ def read_json(place: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path, names: Set[str] | None) -> dict[str, np.ndarray]:
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            held = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in (held if names is None else held & names)}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except (SafetensorError, TypeError, ValueError, AttributeError) as error:

@@ -20,17 +20,15 @@ from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import RunConfig, dump_config, make_draft_config
-from domino_jax.data.conversations import RowSet, load_rows
-from domino_jax.data.pipeline import heldout_batches, row_batches
+from domino_jax.config import LossConfig, RunConfig, dump_config
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
-from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.sharding import parameter_shardings, partition_spec
 from domino_jax.strict import InputError
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target, first_layers, stack_layers
+from domino_jax.target.load import TABLES, load_tables, load_target, load_tokenizer
+from domino_jax.target.model import Target, first_layers
 from domino_jax.training.checkpoint import (
     DraftRecord,
     has_checkpoint,
@@ -40,6 +38,17 @@ from domino_jax.training.checkpoint import (
     template_hash,
 )
 from domino_jax.training.curriculum import lambda_base_schedule
+from domino_jax.training.inputs import (
+    InputRows,
+    device_batch,
+    draft_of,
+    evaluation_batches,
+    place_target,
+    read_features,
+    read_rows,
+    run_mesh,
+    training_batches,
+)
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.modules import build_trainer
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -58,8 +67,8 @@ class Run:
 
     config: RunConfig
     directory: Path
-    rows: RowSet
-    heldout: RowSet | None
+    rows: InputRows
+    heldout: InputRows | None
     record: DraftRecord
     program: Program
     mesh: Mesh
@@ -82,12 +91,7 @@ def train(config: RunConfig, *, console: Console) -> Path:
     """
     run = prepare(config, console=console)
     with jax.set_mesh(run.mesh), open_checkpoints(run.directory, keep=config.train.keep_checkpoints) as checkpoints:
-        rows = row_batches(
-            run.rows.rows,
-            batch_size=config.data.batch_size * config.optimizer.grad_accumulation // jax.process_count(),
-            max_length=config.data.max_length,
-            seed=config.seed,
-        )
+        rows = training_batches(run.rows, config)
         state = run.state
         restored = restore_checkpoint(checkpoints, state, rows, run.record)
         if restored is not None:
@@ -109,24 +113,29 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     directory = Path(config.run_dir)
     started = has_checkpoint(directory)
     _claim(directory, config, started=started)
-    path = resolve_target(config.target, progress=functools.partial(_say, console))
+    say = functools.partial(_say, console)
+    path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
-    target = load_target(path, dtype=config.dtype)
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    draft_config = make_draft_config(config.draft, target.config, special_ids=special, dtype=config.dtype)
-    rows = _read_rows(config.data.train, tokenizer, config, console)
-    heldout = _read_rows(config.data.heldout, tokenizer, config, console) if config.data.heldout else None
+    data = config.data
+    target_runs = data.features is None or data.heldout is not None
+    load = load_target if target_runs or config.draft.init_layers_from_target else load_tables
+    target = load(path, dtype=config.dtype)
+    draft_config = draft_of(config, target.config, tokenizer)
+    if data.train is None:
+        rows = read_features(config, path, tokenizer, draft_config)
+    else:
+        rows = read_rows(data.train, tokenizer, data, say=say)
+    heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
 
     step_rows = config.data.batch_size * config.optimizer.grad_accumulation
-    total_steps = config.train.steps or max(config.train.epochs * len(rows.rows) // step_rows, 1)
-    needed, target_params = first_layers(target.config, target.params, max(draft_config.target_layer_ids) + 1)
+    total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
+    whole = config.loss.kl_weight > 0  # the target's own distribution needs its last layer
+    depth = target.config.num_hidden_layers if whole else max(draft_config.target_layer_ids) + 1
+    needed, target_params = first_layers(target.config, target.params, depth)
+    if not target_runs:
+        target_params = {name: leaf for name, leaf in target_params.items() if name in TABLES}
     program = Program(
-        trainer=build_trainer(
-            draft_config,
-            num_anchors=config.loss.num_anchors,
-            loss_decay_gamma=config.loss.loss_decay_gamma,
-            chunk_blocks=config.loss.chunk_blocks,
-        ),
+        trainer=build_trainer(draft_config, **_trainer_options(config.loss)),
         target=Target(needed, capture=draft_config.target_layer_ids, scan_layers=True),
         optimizer=make_optimizer(config.optimizer, total_steps),
         curriculum=lambda_base_schedule(
@@ -135,10 +144,9 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         seed=config.seed,
         ema_decay=config.optimizer.ema_decay,
     )
-    mesh = _mesh(config)
+    mesh = run_mesh(config)
     layers_from = target.params if config.draft.init_layers_from_target else None
     init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
-    boxed = jax.eval_shape(program.target.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     run = Run(
         config=config,
         directory=directory,
@@ -147,18 +155,25 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         record=DraftRecord(draft_config, config.target, template_hash(tokenizer)),
         program=program,
         mesh=mesh,
-        target_params=jax.device_put(stack_layers(target_params), parameter_shardings(boxed, mesh)),
+        target_params=place_target(program.target, target_params, mesh),
         state=_state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
         total_steps=total_steps,
     )
-    _say(console, dump_config(config))
-    _say(
-        console,
-        f"{len(rows.rows)} training rows, {len(heldout.rows) if heldout else 0} held out; {total_steps} steps of "
-        f"{step_rows} rows on {mesh.size} {jax.devices()[0].platform} device(s); the draft reads the target's layers "
-        f"{list(draft_config.target_layer_ids)}",
+    say(dump_config(config))
+    for name, part in (("training", rows), ("held out", heldout)):
+        if part is not None:
+            say(f"{name}: {part.summary(max_length=config.data.max_length)}")
+    say(
+        f"{total_steps} steps of {step_rows} rows on {mesh.size} {jax.devices()[0].platform} device(s); the draft "
+        f"reads the target's layers {list(draft_config.target_layer_ids)}",
     )
     return run
+
+
+def _trainer_options(loss: LossConfig) -> dict[str, Any]:
+    """The settings of a loss that are fields of the trainer module; the rest is the curriculum's."""
+    curriculum = ("lambda_start", "decay_ratio")
+    return {name: value for name, value in vars(loss).items() if name not in curriculum}
 
 
 def _state_at_start(
@@ -224,7 +239,8 @@ def _run_steps(
     if step >= total:
         _say(console, f"already trained for {step} steps")
         return
-    batch = _device_batch(run, next(rows))
+    micro_batches = run.config.optimizer.grad_accumulation
+    batch = device_batch(run.mesh, next(rows), micro_batches=micro_batches)
     # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
     layout = jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
@@ -261,7 +277,7 @@ def _run_steps(
             began += time.monotonic() - paused
             if last:
                 break
-            batch = _device_batch(run, next(rows))
+            batch = device_batch(run.mesh, next(rows), micro_batches=micro_batches)
     if step < total:
         raise Interrupted(f"stopped at step {step} of {total}; the same command goes on from there")
 
@@ -282,10 +298,8 @@ class _HeldOut:
         assert run.heldout is not None
         key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
         total: dict[str, Any] = {}
-        size = run.config.data.batch_size // jax.process_count()
-        batches = heldout_batches(run.heldout.rows, batch_size=size, max_length=run.config.data.max_length)
-        for index, rows in enumerate(batches):
-            batch = jax.tree.map(lambda x: x[0], _device_batch(run, rows, micro_batches=1))
+        for index, rows in enumerate(evaluation_batches(run.heldout, run.config)):
+            batch = jax.tree.map(lambda x: x[0], device_batch(run.mesh, rows, micro_batches=1))
             params = state.params if state.ema is None else state.ema
             sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
@@ -313,36 +327,6 @@ def _in_words(figures: dict[str, float]) -> str:
     base = f" (base {figures['base_accept_len']:.2f})" if "base_accept_len" in figures else ""
     speed = f"  {figures['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in figures else ""
     return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}{speed}"
-
-
-def _read_rows(path: str, tokenizer: Any, config: RunConfig, console: Console) -> RowSet:
-    rows = load_rows(path, tokenizer, max_length=config.data.max_length)
-    for bad in rows.bad_lines[:5]:
-        _say(console, f"{path}:{bad.line}: {bad.reason}")
-    if rows.bad_lines:
-        _say(console, f"{path}: {len(rows.bad_lines)} of {len(rows.bad_lines) + len(rows.rows)} lines left out")
-    return rows
-
-
-def _mesh(config: RunConfig) -> Mesh:
-    try:
-        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    except ValueError as error:
-        raise InputError(f"mesh: {error}") from error
-    parts = mesh.size // config.mesh.tensor
-    if config.data.batch_size % parts:
-        raise InputError(f"data.batch_size {config.data.batch_size} must be a multiple of its {parts} devices")
-    return mesh
-
-
-def _device_batch(run: Run, rows: dict[str, np.ndarray], *, micro_batches: int | None = None) -> Batch:
-    count = micro_batches or run.config.optimizer.grad_accumulation
-    layout = NamedSharding(run.mesh, partition_spec(None, "batch", "length"))
-
-    def put(x: np.ndarray) -> jax.Array:  # [A * B, S] of this process -> [A, B, S] of all
-        return jax.make_array_from_process_local_data(layout, x.reshape(count, -1, x.shape[-1]))
-
-    return Batch(put(rows["input_ids"]), put(rows["loss_mask"]))
 
 
 # What may differ when a run is started again: nothing that changes its numbers.

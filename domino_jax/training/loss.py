@@ -1,11 +1,11 @@
 """The dual cross-entropy over the vocabulary, in pieces that bound its memory, and the acceptance statistics."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from domino_jax.sharding import constrain
 from domino_jax.target.model import vocabulary_logits
@@ -23,6 +23,20 @@ class TokenLoss(NamedTuple):
     divergence: jax.Array | None = None
 
 
+class VocabularyLoss(NamedTuple):
+    """Weighted sums over all predictions, float32 scalars, and what they were made of, [B, N, M].
+
+    `total = (1 - lambda_base) * final_sum + lambda_base * base_sum` alone carries a gradient. Without a head final and
+    base are the same.
+    """
+
+    total: jax.Array
+    final_sum: jax.Array
+    base_sum: jax.Array
+    final: TokenLoss
+    base: TokenLoss
+
+
 class AcceptanceStats(NamedTuple):
     """Mean acceptance length (bonus token included), its sum over blocks and the number of non-empty blocks."""
 
@@ -31,71 +45,238 @@ class AcceptanceStats(NamedTuple):
     blocks: jax.Array
 
 
-def dual_cross_entropy(
+class Objective(NamedTuple):
+    """What a token's loss is and how much it weighs.
+
+    `factor(token_loss, target_ids, mask)` multiplies the position weights, float32 [B, n, M] over whole blocks; no
+    gradient flows through it. `kl_weight` of each token's loss is the divergence, the rest cross-entropy.
+    `output_logits` is what the target's head makes of its product, elementwise, before the correction is added.
+    """
+
+    factor: Callable[[TokenLoss, jax.Array, jax.Array], jax.Array] = lambda loss, ids, mask: jnp.ones_like(loss.nll)
+    kl_weight: float = 0.0
+    output_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits
+
+
+class _Inputs(NamedTuple):
+    """Per prediction of a piece, [B, n, M] and, for the states, [B, n, M, D]; None without divergence."""
+
+    target_ids: jax.Array
+    mask: jax.Array
+    weights: jax.Array
+    target_states: jax.Array | None
+
+
+class _Softmax(NamedTuple):
+    """Logits and their softmax, not yet divided by its sum: `exps` [..., V], `sums` and `largest` [...]."""
+
+    logits: jax.Array
+    exps: jax.Array
+    sums: jax.Array
+    largest: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array) -> "_Softmax":
+        largest = jnp.max(logits, axis=-1)
+        exps = jnp.exp(logits - largest[..., None])
+        return cls(logits, exps, jnp.sum(exps, axis=-1), largest)
+
+    def times(self, weights: jax.Array) -> jax.Array:
+        return (weights / self.sums)[..., None] * self.exps
+
+    def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
+        log_sum = self.largest + jnp.log(self.sums)
+        nll = log_sum - _at(self.logits, ids)
+        # The first of the largest, as argmax has it, which XLA on CPU does not vectorise.
+        places = jnp.arange(self.logits.shape[-1], dtype=jnp.int32)
+        first = jnp.min(jnp.where(self.logits == self.largest[..., None], places, places.size - 1), axis=-1)
+        divergence = None
+        if wanted is not None:
+            apart = jnp.sum(wanted.times(jnp.ones_like(nll)) * (wanted.logits - self.logits), axis=-1)
+            divergence = apart - (wanted.largest + jnp.log(wanted.sums)) + log_sum
+        return TokenLoss(nll, first, divergence)
+
+
+def vocabulary_loss(
     hidden: jax.Array,
     target_ids: jax.Array,
     *,
+    mask: jax.Array,
+    weights: jax.Array,
     lm_head: jax.Array,
     low_rank: jax.Array | None = None,
     expansion: jax.Array | None = None,
+    lambda_base: jax.Array | float = 0.0,
     target_states: jax.Array | None = None,
-    output_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits,
+    objective: Objective = Objective(),  # noqa: B008  an immutable tuple
     chunk_blocks: int = 0,
-) -> tuple[TokenLoss, TokenLoss]:
-    """Cross-entropy of the corrected logits `U + E` and of the base logits `U`, in one pass over the vocabulary.
+) -> VocabularyLoss:
+    """Losses of the corrected logits `U + E` and of the base logits `U`, in one pass over the vocabulary.
+
+    The gradient is made in the same pass as the loss, piece by piece, so that logits are never kept or made again.
 
     Args:
         hidden: [B, N, M, D], backbone states of the predictions.
         target_ids: int32 [B, N, M].
+        mask: bool [B, N, M], supervised predictions.
+        weights: float32 [B, N, M], 0 outside the mask.
         lm_head: [V, D], frozen.
         low_rank: [B, N, M, R], the head's states, zero where the logits stay uncorrected; None without a head.
         expansion: [V, R], the head's last product.
-        target_states: [B, N, M, D], the target's states after its final norm that predict the same tokens; None
-            leaves the divergence out.
-        output_logits: what the target's head makes of its product, applied before the correction is added.
-        chunk_blocks: blocks whose logits exist at the same time; each piece is recomputed in the backward pass.
-            0 keeps the logits of all blocks.
+        lambda_base: weight of the base loss, may be traced.
+        target_states: [B, N, M, D], the target's states after its final norm that predict the same tokens; read with
+            a `kl_weight` only.
+        objective: `Objective`.
+        chunk_blocks: blocks whose logits exist at the same time, 0 for all.
     Returns:
-        Final and base `TokenLoss` of [B, N, M], the same twice without a head. Logits and log-sum-exp are float32.
+        `VocabularyLoss`. Logits, log-sum-exp and sums are float32; gradients reach `hidden`, `low_rank` and
+        `expansion` through `total`.
     """
-    head = jax.lax.stop_gradient(lm_head)
+    if objective.kl_weight == 0:
+        target_states = None
+    inputs = _Inputs(target_ids, mask, weights, target_states)
+    return _vocabulary_loss(
+        (objective, chunk_blocks),
+        (hidden, low_rank, expansion),
+        jax.lax.stop_gradient(lm_head),
+        inputs,
+        jnp.asarray(lambda_base, jnp.float32),
+    )
 
-    def losses(
-        hidden: jax.Array, ids: jax.Array, low_rank: jax.Array | None, target: jax.Array | None
-    ) -> tuple[TokenLoss, TokenLoss]:
-        base_logits = constrain(output_logits(vocabulary_logits(hidden, head)), "batch", None, "vocab")
-        wanted = None
-        if target is not None:
-            wanted = jax.lax.stop_gradient(jax.nn.log_softmax(output_logits(vocabulary_logits(target, head))))
-        base = _token_loss(base_logits, ids, wanted)
-        if low_rank is None or expansion is None:
-            return base, base
-        return _token_loss(base_logits + vocabulary_logits(low_rank, expansion), ids, wanted), base
 
-    batch, blocks, size = target_ids.shape
-    rows = (hidden, target_ids, low_rank, target_states)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vocabulary_loss(static: Any, trained: Any, lm_head: jax.Array, inputs: _Inputs, lam: jax.Array) -> VocabularyLoss:
+    return _in_pieces(static, trained, lm_head, inputs, lam, with_gradient=False)[0]
+
+
+def _forward(static: Any, trained: Any, lm_head: jax.Array, inputs: _Inputs, lam: jax.Array) -> tuple[Any, Any]:
+    return _in_pieces(static, trained, lm_head, inputs, lam, with_gradient=True)
+
+
+def _backward(_: Any, gradients: Any, cotangent: VocabularyLoss) -> tuple[Any, ...]:
+    return jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients), None, None, None
+
+
+_vocabulary_loss.defvjp(_forward, _backward)
+
+
+def _in_pieces(
+    static: tuple[Objective, int],
+    trained: tuple[jax.Array, jax.Array | None, jax.Array | None],
+    lm_head: jax.Array,
+    inputs: _Inputs,
+    lam: jax.Array,
+    *,
+    with_gradient: bool,
+) -> tuple[VocabularyLoss, Any]:
+    """The loss and the gradients of `trained`, one piece of blocks after the other."""
+    objective, chunk_blocks = static
+    hidden, low_rank, expansion = trained
+    lm_head = lm_head.astype(hidden.dtype)  # once, not in every piece
+    expansion = None if expansion is None else expansion.astype(hidden.dtype)
+    piece = functools.partial(
+        _piece, objective=objective, lm_head=lm_head, expansion=expansion, lam=lam, with_gradient=with_gradient
+    )
+    blocks = hidden.shape[1]
     if chunk_blocks == 0 or chunk_blocks >= blocks:
-        flat = jax.tree.map(lambda x: x.reshape(batch, blocks * size, *x.shape[3:]), rows)
-        result = losses(*flat)
-    else:
-        pieces = -(-blocks // chunk_blocks)
+        return piece(hidden, low_rank, inputs)
+    pieces = -(-blocks // chunk_blocks)
 
-        def split(x: jax.Array) -> jax.Array:  # [B, N, M, ...] -> [pieces, B, chunk * M, ...]
-            x = jnp.pad(x, ((0, 0), (0, pieces * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
-            return x.reshape(batch, pieces, chunk_blocks * size, *x.shape[3:]).swapaxes(0, 1)
+    def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
+        x = jnp.pad(x, ((0, 0), (0, pieces * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], pieces, chunk_blocks, *x.shape[2:]).swapaxes(0, 1)
 
-        mapped = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), jax.tree.map(split, rows))
-        result = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, : blocks * size], mapped)
-    final, base = jax.tree.map(lambda x: x.reshape(batch, blocks, size), result)
-    return final, base
+    def joined(x: jax.Array) -> jax.Array:  # and back
+        return x.swapaxes(0, 1).reshape(x.shape[1], pieces * chunk_blocks, *x.shape[3:])[:, :blocks]
+
+    def add(sums: Any, rows: Any) -> tuple[Any, Any]:
+        loss, (hidden_gradient, low_rank_gradient, expansion_gradient) = piece(*rows)
+        new = (loss.total, loss.final_sum, loss.base_sum, expansion_gradient)
+        return jax.tree.map(jnp.add, sums, new), (loss.final, loss.base, hidden_gradient, low_rank_gradient)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (
+        zero,
+        zero,
+        zero,
+        jnp.zeros(expansion.shape, jnp.float32) if with_gradient and expansion is not None else None,
+    )
+    sums, rows = jax.lax.scan(add, start, jax.tree.map(split, (hidden, low_rank, inputs)))
+    final, base, hidden_gradient, low_rank_gradient = jax.tree.map(joined, rows)
+    return VocabularyLoss(*sums[:3], final, base), (hidden_gradient, low_rank_gradient, sums[3])
 
 
-def _token_loss(logits: jax.Array, ids: jax.Array, wanted: jax.Array | None) -> TokenLoss:
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
-    divergence = None
-    if wanted is not None:  # log-probabilities of the target
-        divergence = jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(logits)), axis=-1)
-    return TokenLoss(nll, jnp.argmax(logits, axis=-1).astype(jnp.int32), divergence)
+def _piece(
+    hidden: jax.Array,
+    low_rank: jax.Array | None,
+    inputs: _Inputs,
+    *,
+    objective: Objective,
+    lm_head: jax.Array,
+    expansion: jax.Array | None,
+    lam: jax.Array,
+    with_gradient: bool,
+) -> tuple[VocabularyLoss, Any]:
+    """Loss and gradients of blocks whose logits fit in memory."""
+    ids, kl = inputs.target_ids, objective.kl_weight
+    product = _logits(hidden, lm_head)
+    base_logits, pull = jax.vjp(objective.output_logits, product)
+    wanted = None
+    if inputs.target_states is not None:
+        wanted = _Softmax.of(objective.output_logits(_logits(inputs.target_states, lm_head)))
+    base = final = _Softmax.of(base_logits)
+    if low_rank is not None and expansion is not None:
+        final = _Softmax.of(base_logits + _logits(low_rank, expansion))
+    base_loss, final_loss = base.loss(ids, wanted), final.loss(ids, wanted)
+    base_sum, base_weights = _weighted(base_loss, inputs, objective)
+    final_sum, final_weights = _weighted(final_loss, inputs, objective)
+    loss = VocabularyLoss((1.0 - lam) * final_sum + lam * base_sum, final_sum, base_sum, final_loss, base_loss)
+    if not with_gradient:
+        return loss, (None, None, None)
+
+    # A logit's gradient is `weight * (softmax - label)`. The softmax parts of both losses are added up before the one
+    # product with the table; the label part is a row of the table per prediction.
+    base_weights, final_weights = lam * base_weights, (1.0 - lam) * final_weights
+    labelled = (1.0 - kl) * (base_weights + final_weights)
+    slope = base.times(base_weights)
+    low_rank_gradient = expansion_gradient = None
+    correction = final.times(final_weights)
+    if wanted is not None:
+        correction -= wanted.times(kl * final_weights)
+        slope -= wanted.times(kl * base_weights)
+    slope += correction
+    if low_rank is not None and expansion is not None:
+        rows = ((1.0 - kl) * final_weights)[..., None]
+        correction = correction.astype(low_rank.dtype)
+        low_rank_gradient = _states_gradient(correction, rows, expansion, ids)
+        expansion_gradient = jnp.einsum("bnmv,bnmr->vr", correction, low_rank, preferred_element_type=jnp.float32)
+        expansion_gradient = expansion_gradient.at[ids].add(-rows * low_rank)
+    (slope,) = pull(slope)
+    (labelled,) = jax.vjp(objective.output_logits, _at(product, ids))[1](labelled)
+    hidden_gradient = _states_gradient(slope.astype(hidden.dtype), labelled[..., None], lm_head, ids)
+    return loss, (hidden_gradient, low_rank_gradient, expansion_gradient)
+
+
+def _weighted(loss: TokenLoss, inputs: _Inputs, objective: Objective) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of a piece and the weight of each prediction."""
+    values = loss.nll
+    if loss.divergence is not None:
+        values = (1.0 - objective.kl_weight) * values + objective.kl_weight * loss.divergence
+    weights = inputs.weights * objective.factor(loss, inputs.target_ids, inputs.mask)
+    return jnp.sum(values * weights), weights
+
+
+def _states_gradient(slope: jax.Array, labelled: jax.Array, table: jax.Array, ids: jax.Array) -> jax.Array:
+    dense = jnp.einsum("...v,vd->...d", slope, table, preferred_element_type=jnp.float32)
+    return (dense - labelled * table[ids]).astype(slope.dtype)
+
+
+def _logits(states: jax.Array, table: jax.Array) -> jax.Array:
+    return constrain(vocabulary_logits(states, table), "batch", None, None, "vocab")
+
+
+def _at(logits: jax.Array, ids: jax.Array) -> jax.Array:  # [..., V], [...] -> [...]
+    return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
 
 
 def compute_accept_len(pred_ids: jax.Array, target_ids: jax.Array, valid_mask: jax.Array) -> jax.Array:

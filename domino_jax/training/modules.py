@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.blocks import (
     Blocks,
     Packing,
@@ -19,8 +19,8 @@ from domino_jax.draft.blocks import (
 )
 from domino_jax.draft.mask import layer_masks
 from domino_jax.model_config import DraftConfig
-from domino_jax.training.loss import TokenLoss, acceptance_stats, dual_cross_entropy
-from domino_jax.training.objectives import OBJECTIVES, loss_divisor, objective_sum
+from domino_jax.training.loss import Objective, TokenLoss, VocabularyLoss, acceptance_stats, vocabulary_loss
+from domino_jax.training.objectives import OBJECTIVES, loss_divisor
 
 Anchors = tuple[jax.Array, jax.Array]  # positions int32 [B, N] and which slots hold one, bool [B, N]
 
@@ -74,7 +74,7 @@ class DFlashTrainerModule(nn.Module):
         normalize: divisor of the loss (see `loss_divisor`), None for the row's own.
         kl_weight: share of the divergence from the target's distribution in each token's loss.
         anchor_rule: "nemo" or "specforge" (see `anchor_candidates`).
-        chunk_blocks: memory bound of the vocabulary loss (see `dual_cross_entropy`).
+        chunk_blocks: memory bound of the vocabulary loss (see `vocabulary_loss`).
     Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule`; the target's head and embedding are arguments of the call.
     """
 
@@ -118,20 +118,11 @@ class DFlashTrainerModule(nn.Module):
         prefix_lengths = self.draw_prefix_lengths(anchors[0]) if self.loss_type == "variable_prefix" else None
         blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
-        token_loss, _ = dual_cross_entropy(
-            hidden,
-            blocks.target_ids,
-            lm_head=lm_head,
-            target_states=self._wanted_states(target_states, anchors),
-            output_logits=self.draft_model.output_logits,
-            chunk_blocks=self.chunk_blocks,
-        )
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths)
+        loss = self._vocabulary_loss(hidden, blocks, weights, lm_head, anchors, target_states=target_states)
         divisor = self._divisor(weights, blocks)
         return DFlashStepMetrics(
-            loss=self._sum(token_loss, blocks, weights) / (divisor + 1e-6),
-            loss_weight=divisor,
-            **_prediction_metrics(token_loss, blocks),
+            loss=loss.total / (divisor + 1e-6), loss_weight=divisor, **_prediction_metrics(loss.final, blocks)
         )
 
     def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array:
@@ -211,15 +202,33 @@ class DFlashTrainerModule(nn.Module):
         normalize = self.normalize or OBJECTIVES[self.loss_type].normalize
         return loss_divisor(weights, blocks.mask, normalize=normalize)
 
-    def _sum(self, token_loss: TokenLoss, blocks: Blocks, weights: jax.Array) -> jax.Array:
-        return objective_sum(
-            token_loss,
-            blocks.target_ids,
-            blocks.mask,
-            weights,
-            loss_type=self.loss_type,
-            dpace_alpha=self.dpace_alpha,
+    def _vocabulary_loss(
+        self,
+        hidden: jax.Array,
+        blocks: Blocks,
+        weights: jax.Array,
+        lm_head: jax.Array,
+        anchors: Anchors,
+        *,
+        target_states: jax.Array | None,
+        **head: Any,
+    ) -> VocabularyLoss:
+        factor, cfg = OBJECTIVES[self.loss_type].factor, self.draft_model.cfg
+        objective = Objective(
+            factor=lambda loss, ids, mask: factor(loss, ids, mask, self.dpace_alpha),
             kl_weight=self.kl_weight,
+            output_logits=lambda logits: output_logits(cfg, logits),
+        )
+        return vocabulary_loss(
+            hidden,
+            blocks.target_ids,
+            mask=blocks.mask,
+            weights=weights,
+            lm_head=lm_head,
+            target_states=self._wanted_states(target_states, anchors),
+            objective=objective,
+            chunk_blocks=self.chunk_blocks,
+            **head,
         )
 
 
@@ -285,28 +294,27 @@ class DominoTrainerModule(DFlashTrainerModule):
         blocks = self._blocks(input_ids, loss_mask, anchors, packing)
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
         head = self.draft_model.head
-        final, base = dual_cross_entropy(
+        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
+        lambda_base = jnp.asarray(lambda_base, jnp.float32)
+        loss = self._vocabulary_loss(
             hidden,
-            blocks.target_ids,
-            lm_head=lm_head,
+            blocks,
+            weights,
+            lm_head,
+            anchors,
+            target_states=target_states,
             low_rank=head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids)),
             expansion=head.expansion,
-            target_states=self._wanted_states(target_states, anchors),
-            output_logits=self.draft_model.output_logits,
-            chunk_blocks=self.chunk_blocks,
+            lambda_base=lambda_base,
         )
-        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
         divisor = self._divisor(weights, blocks)
-        final_loss = self._sum(final, blocks, weights) / (divisor + 1e-6)
-        base_loss = self._sum(base, blocks, weights) / (divisor + 1e-6)
-        lambda_base = jnp.asarray(lambda_base, jnp.float32)
-        base_metrics = _prediction_metrics(base, blocks)
+        base_metrics = _prediction_metrics(loss.base, blocks)
         return DominoStepMetrics(
-            loss=(1.0 - lambda_base) * final_loss + lambda_base * base_loss,
+            loss=loss.total / (divisor + 1e-6),
             loss_weight=divisor,
-            **_prediction_metrics(final, blocks),
-            final_loss=final_loss,
-            base_loss=base_loss,
+            **_prediction_metrics(loss.final, blocks),
+            final_loss=loss.final_sum / (divisor + 1e-6),
+            base_loss=loss.base_sum / (divisor + 1e-6),
             base_accuracy=base_metrics["accuracy"],
             base_correct_tokens=base_metrics["correct_tokens"],
             base_accept_len=base_metrics["accept_len"],

@@ -1,5 +1,6 @@
 """The named losses: what each makes of the draft's own predictions, and what a batch's sum is divided by."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,16 +10,24 @@ import jax.numpy as jnp
 from domino_jax.config import NORMALIZERS
 from domino_jax.training.loss import TokenLoss
 
+Factor = Callable[[TokenLoss, jax.Array, jax.Array, float], jax.Array]
 
-class Objective(NamedTuple):
+
+class LossRow(NamedTuple):
     """One row of `OBJECTIVES`.
 
-    `factor(token_loss, target_ids, mask, alpha)` multiplies the position weights, float32 [B, N, M]; no gradient flows
-    through it. None leaves them alone. `normalize` is the default divisor, one of `NORMALIZERS`.
+    `factor(token_loss, target_ids, mask, alpha)` multiplies the position weights, float32 [B, N, M]. `normalize` is the
+    default divisor, one of `NORMALIZERS`.
     """
 
-    factor: Callable[[TokenLoss, jax.Array, jax.Array, float], jax.Array] | None
+    factor: Factor
     normalize: str
+
+
+def position_weights_alone(token_loss: TokenLoss, target_ids: jax.Array, mask: jax.Array, alpha: float) -> jax.Array:
+    """1 everywhere: the draft's own predictions change nothing."""
+    del target_ids, mask, alpha
+    return jnp.ones_like(token_loss.nll)
 
 
 def dpace_weights(
@@ -59,18 +68,14 @@ def accept_until_fail(token_loss: TokenLoss, target_ids: jax.Array, mask: jax.Ar
     return jnp.pad(reached[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
 
 
-def _dpace_form(form: str) -> Callable[[TokenLoss, jax.Array, jax.Array, float], jax.Array]:
-    return lambda *arguments: dpace_weights(*arguments, form=form)
-
-
 # D-PACE's weights are the objective: dividing by their sum would cancel them, so its blocks are averaged.
 OBJECTIVES = {
-    "dflash": Objective(None, "weights"),
-    "variable_prefix": Objective(None, "weights"),
-    "accept_until_fail": Objective(accept_until_fail, "weights"),
-    "dpace": Objective(dpace_weights, "blocks"),
-    "dpace-cumulative-confidence-only": Objective(_dpace_form("confidence"), "blocks"),
-    "dpace-continuation-value-only": Objective(_dpace_form("continuation"), "blocks"),
+    "dflash": LossRow(position_weights_alone, "weights"),
+    "variable_prefix": LossRow(position_weights_alone, "weights"),
+    "accept_until_fail": LossRow(accept_until_fail, "weights"),
+    "dpace": LossRow(dpace_weights, "blocks"),
+    "dpace-cumulative-confidence-only": LossRow(functools.partial(dpace_weights, form="confidence"), "blocks"),
+    "dpace-continuation-value-only": LossRow(functools.partial(dpace_weights, form="continuation"), "blocks"),
 }
 
 
@@ -94,35 +99,3 @@ def loss_divisor(weights: jax.Array, mask: jax.Array, *, normalize: str) -> jax.
     if normalize == "blocks":
         return jnp.sum(jnp.any(mask, axis=-1).astype(jnp.float32))
     raise ValueError(f"normalize must be one of {', '.join(NORMALIZERS)}, found {normalize!r}")
-
-
-def objective_sum(
-    token_loss: TokenLoss,
-    target_ids: jax.Array,
-    mask: jax.Array,
-    weights: jax.Array,
-    *,
-    loss_type: str,
-    dpace_alpha: float,
-    kl_weight: float,
-) -> jax.Array:
-    """The weighted sum over a batch, to be divided by `loss_divisor`.
-
-    Args:
-        token_loss: [B, N, M], with the divergence where `kl_weight` is to count.
-        target_ids: int32 [B, N, M].
-        mask: bool [B, N, M].
-        weights: float32 [B, N, M], `position_weights`.
-        loss_type: a row of `OBJECTIVES`.
-        dpace_alpha: smoothing of D-PACE.
-        kl_weight: share of the divergence, 0..1; the rest is cross-entropy.
-    Returns:
-        float32 scalar.
-    """
-    values = token_loss.nll
-    if token_loss.divergence is not None:
-        values = (1.0 - kl_weight) * values + kl_weight * token_loss.divergence
-    factor = OBJECTIVES[loss_type].factor
-    if factor is not None:
-        weights = weights * jax.lax.stop_gradient(factor(token_loss, target_ids, mask, dpace_alpha))
-    return jnp.sum(values * weights)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from domino_jax.draft.blocks import document_ids
 from domino_jax.sharding import constrain
 from domino_jax.target.model import Target, lm_head_weight
 from domino_jax.training.metrics import metric_sums
@@ -24,10 +25,21 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class Batch(NamedTuple):
-    """Token rows of one step: `input_ids` int32 [A, B, S] and `loss_mask` bool [A, B, S] for A micro-batches."""
+    """Token rows of one step, A micro-batches of B rows.
+
+    `input_ids` int32 [A, B, S] and `loss_mask` bool [A, B, S] are always there. Packed rows have `position_ids` int32
+    [A, B, S], `seq_lens` int32 [A, B, documents] and `doc_remaining` int32 [A, B, S] (see `draft.blocks.Packing`).
+    Rows of captured states have `features` [A, B, S, C*D], which the target is not run for then, and, if they were
+    captured too, `target_states` [A, B, S, D], the target's states after its final norm.
+    """
 
     input_ids: jax.Array
     loss_mask: jax.Array
+    position_ids: jax.Array | None = None
+    seq_lens: jax.Array | None = None
+    doc_remaining: jax.Array | None = None
+    features: jax.Array | None = None
+    target_states: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,8 @@ class Program:
 
     Attributes:
         trainer: the draft with its loss.
-        target: the frozen target, `scan_layers`, capturing the draft's layers.
+        target: the frozen target, `scan_layers`, capturing the draft's layers; whole where the loss has a `kl_weight`,
+            else as deep as they need.
         optimizer: an optax transformation.
         curriculum: lambda_base as a function of the optimiser step.
         seed: of the anchors.
@@ -109,9 +122,15 @@ def train_step(
 def batch_metrics(
     program: Program, params: Any, target_params: Any, batch: Batch, *, key: jax.Array, lambda_base: jax.Array | float
 ) -> DFlashStepMetrics:
-    """Online forward of one micro-batch [B, S]: the target's states, then the draft's loss and metrics."""
+    """Forward of one micro-batch [B, S]: the target's states, unless captured, then the draft's loss and metrics."""
     input_ids = constrain(batch.input_ids, "batch", "length")
-    features = program.target.apply({"params": target_params}, input_ids).features
+    if batch.features is None:
+        documents = None if batch.seq_lens is None else document_ids(batch.seq_lens, input_ids.shape[1])
+        out = program.target.apply({"params": target_params}, input_ids, batch.position_ids, documents=documents)
+        features, target_states = out.features, out.hidden
+    else:
+        features = constrain(batch.features, "batch", "length", None).astype(program.target.cfg.dtype)
+        target_states = batch.target_states
     options = {"lambda_base": lambda_base} if isinstance(program.trainer, DominoTrainerModule) else {}
     return program.trainer.apply(
         {"params": {"draft_model": params}},
@@ -120,6 +139,10 @@ def batch_metrics(
         batch.loss_mask,
         lm_head_weight(target_params),
         target_params["embed_tokens"],
+        position_ids=batch.position_ids,
+        seq_lens=batch.seq_lens,
+        doc_remaining=batch.doc_remaining,
+        target_states=target_states,
         rngs={"anchors": key},
         **options,
     )

@@ -24,7 +24,7 @@ from domino_jax.decoding.speculate import (
     start,
     stream,
 )
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
 from domino_jax.draft.mask import layer_masks
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
@@ -168,7 +168,7 @@ def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes:
         layer_masks(config, places, used, context_len=length),
     )
     hidden = bound.prediction_states(hidden)
-    logits = bound.output_logits(vocabulary_logits(hidden, lm_head_weight(target_params)))
+    logits = output_logits(config, vocabulary_logits(hidden, lm_head_weight(target_params)))
     if config.projector_type:
         previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
         logits += vocabulary_logits(bound.head(hidden, embedding[previous][:, None]), bound.head.expansion)

@@ -1,4 +1,4 @@
-"""Drafts below targets with scaled rotary embeddings, against NeMo AutoModel 0.7.0, which reads them from the export."""
+"""Drafts with scaled rotary embeddings against NeMo AutoModel 0.7.0, which reads them from the export."""
 
 from typing import Any
 

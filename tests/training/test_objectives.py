@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from reference import (
     dflash_config,
     draft_config,
@@ -19,14 +18,13 @@ from reference import (
 )
 
 from domino_jax.config import LOSS_TYPES, NORMALIZERS
-from domino_jax.training.loss import TokenLoss, dual_cross_entropy
+from domino_jax.training.loss import TokenLoss
 from domino_jax.training.modules import build_trainer
 from domino_jax.training.objectives import (
     OBJECTIVES,
     accept_until_fail,
     dpace_weights,
     loss_divisor,
-    objective_sum,
 )
 
 ROWS, SLOTS, SIZE = 2, 5, 6
@@ -104,59 +102,6 @@ def test_loss_divisor_counts_what_its_name_says() -> None:
     assert found == {"weights": mask.sum() / 2, "tokens": mask.sum(), "blocks": mask.any(axis=-1).sum()}
     with pytest.raises(ValueError, match="one of weights, tokens, blocks, found 'mean'"):
         loss_divisor(weights, mask, normalize="mean")
-
-
-@pytest.mark.parametrize("loss_type", list(OBJECTIVES))
-@pytest.mark.parametrize("kl_weight", [0.0, 0.25, 1.0])
-def test_objective_sum_equals_the_loop_and_its_weights_get_no_gradient(loss_type: str, kl_weight: float) -> None:
-    loss, ids, mask = drawn()
-    weights = (mask * np.exp(-np.arange(SIZE) / 3.0)).astype(np.float32)
-    if kl_weight == 0:
-        loss = loss._replace(divergence=None)
-
-    def total(nll: jax.Array) -> jax.Array:
-        return objective_sum(
-            loss._replace(nll=nll), ids, mask, weights, loss_type=loss_type, dpace_alpha=0.5, kl_weight=kl_weight
-        )
-
-    row = OBJECTIVES[loss_type]
-    factor = 1.0 if row.factor is None else np.asarray(row.factor(loss, ids, mask, 0.5))
-    values = np.asarray(loss.nll)
-    if kl_weight:
-        values = (1 - kl_weight) * values + kl_weight * np.asarray(loss.divergence)
-    np.testing.assert_allclose(total(loss.nll), np.sum(values * weights * factor), rtol=1e-6)
-    # Linear in the log-likelihoods: D-PACE's weights depend on them, but are constants to the gradient.
-    np.testing.assert_allclose(jax.grad(total)(loss.nll), (1 - kl_weight) * weights * factor, rtol=1e-6)
-
-
-@pytest.mark.parametrize("chunk_blocks", [0, 2])
-def test_divergence_equals_torch(chunk_blocks: int) -> None:
-    rng = np.random.default_rng(3)
-    hidden, wanted = (rng.standard_normal((ROWS, SLOTS, SIZE, 8)).astype(np.float32) for _ in range(2))
-    head = rng.standard_normal((30, 8)).astype(np.float32)
-    ids = rng.integers(0, 30, (ROWS, SLOTS, SIZE)).astype(np.int32)
-    low_rank = rng.standard_normal((ROWS, SLOTS, SIZE, 3)).astype(np.float32)
-    expansion = rng.standard_normal((30, 3)).astype(np.float32)
-    final, base = dual_cross_entropy(
-        hidden,
-        ids,
-        lm_head=head,
-        low_rank=low_rank,
-        expansion=expansion,
-        target_states=wanted,
-        output_logits=lambda logits: 4.0 * jnp.tanh(logits / 4.0),
-        chunk_blocks=chunk_blocks,
-    )
-
-    def bounded(x: np.ndarray) -> torch.Tensor:
-        return 4.0 * torch.tanh(torch.tensor(x @ head.T) / 4.0)
-
-    p = torch.softmax(bounded(wanted), dim=-1)
-    for found, logits in ((base, bounded(hidden)), (final, bounded(hidden) + torch.tensor(low_rank @ expansion.T))):
-        kl = torch.nn.functional.kl_div(torch.log_softmax(logits, dim=-1), p, reduction="none").sum(dim=-1)
-        np.testing.assert_allclose(found.divergence, kl, rtol=1e-4, atol=1e-5)
-        nll = torch.nn.functional.cross_entropy(logits.movedim(-1, 1), torch.tensor(ids).long(), reduction="none")
-        np.testing.assert_allclose(found.nll, nll, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [draft_config, dflash_config], ids=["domino", "dflash"])

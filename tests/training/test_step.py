@@ -20,7 +20,7 @@ from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.model import Target, stack_layers
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.metrics import metric_means, metric_sums
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.modules import DominoStepMetrics, build_trainer
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.step import Batch, Program, batch_metrics, initial_state, train_step
 
@@ -156,18 +156,23 @@ def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_varia
     rows = jax.tree.map(lambda x: x[0], make_batch(1, 5))
     key = jax.random.key(0)
 
-    def sums(batch: Batch) -> dict[str, Any]:
-        return metric_sums(batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.25))
+    @jax.jit
+    def measured(batch: Batch) -> DominoStepMetrics:
+        return batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.25)
 
-    small, large = (sums(jax.tree.map(lambda x, part=part: x[part], rows)) for part in (slice(1), slice(1, 5)))
-    joined = metric_means({name: small[name] + large[name] for name in small})
-    blocks = [float(part["valid_blocks"]) for part in (small, large)]
-    lengths = [float(part["accept_len_sum"]) / count for part, count in zip((small, large), blocks, strict=True)]
-    assert blocks[0] < blocks[1]
-    assert joined["accept_len"] == pytest.approx(np.average(lengths, weights=blocks), rel=1e-6)
-    losses = [float(part["loss_sum"] / part["loss_weight"]) for part in (small, large)]
-    weights = [float(part["loss_weight"]) for part in (small, large)]
-    assert joined["loss"] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+    parts = [measured(jax.tree.map(lambda x, part=part: x[part], rows)) for part in (slice(1), slice(1, 5))]
+    joined = metric_means(jax.tree.map(jnp.add, *map(metric_sums, parts)))
+
+    def average(mean: str, weight: str) -> float:
+        return np.average([getattr(x, mean) for x in parts], weights=[getattr(x, weight) for x in parts])
+
+    assert parts[0].valid_blocks < parts[1].valid_blocks and parts[0].loss != parts[1].loss
+    for name in ("loss", "final_loss", "base_loss"):
+        assert joined[name] == pytest.approx(average(name, "loss_weight"), rel=1e-5), name
+    for name in ("accept_len", "base_accept_len"):
+        assert joined[name] == pytest.approx(average(name, "valid_blocks"), rel=1e-5), name
+    for name in ("accuracy", "base_accuracy"):
+        assert joined[name] == pytest.approx(average(name, "valid_tokens"), rel=1e-5), name
 
 
 def test_dflash_takes_the_same_step(target_params: Any) -> None:

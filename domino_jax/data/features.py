@@ -1,0 +1,197 @@
+"""Captured states of the target on disk: ArrayRecord shards of rows, and a manifest that says what they are."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from domino_jax.data.conversations import Row
+from domino_jax.strict import InputError, from_tree
+
+MANIFEST = "manifest.json"
+_TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a directory of captured states holds.
+
+    `target`, `tokenizer` and `rows` are sha256 sums (see `target.fingerprint` and `rows_fingerprint`), `hidden_size`
+    is D, `dtype` the stored type, `compute_dtype` the one the target ran in, `target_states` whether its states after
+    the final norm are there too. `row_lengths` are tokens per row, `shard_rows` rows per shard.
+    """
+
+    target: str
+    tokenizer: str
+    rows: str
+    target_layer_ids: tuple[int, ...]
+    hidden_size: int
+    dtype: str
+    compute_dtype: str
+    max_length: int
+    mask_reasoning_content: bool
+    target_states: bool
+    row_lengths: tuple[int, ...]
+    shard_rows: tuple[int, ...]
+
+    @property
+    def token_bytes(self) -> int:
+        """What one token takes on disk."""
+        values = self.hidden_size * (len(self.target_layer_ids) + int(self.target_states))
+        return 4 + 1 + values * _BYTES[self.dtype]  # its id and its mask
+
+
+class FeatureRows(Sequence[Row]):
+    """Rows of a finished capture, each read from disk when it is asked for.
+
+    Attributes:
+        manifest: what they are.
+        lengths: tokens per row.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Opens a directory that `domino capture` wrote.
+
+        Raises:
+            InputError: no capture, an unfinished one, or a file that cannot be read.
+        """
+        self._directory = Path(directory)
+        self.manifest = read_manifest(directory)
+        self.lengths = self.manifest.row_lengths
+        shards = [shard_path(directory, index) for index in range(len(self.manifest.shard_rows))]
+        missing = [path.name for path in shards if not path.is_file()]
+        if missing:
+            raise InputError(
+                f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are missing "
+                f"({missing[0]}); `domino capture` with the same words goes on"
+            )
+        try:
+            self._records = ArrayRecordDataSource([str(path) for path in shards])
+        except RuntimeError as error:
+            raise InputError(f"{directory}: a damaged shard: {error}") from error
+        if len(self._records) != len(self.lengths):
+            raise InputError(f"{directory}: {len(self._records)} records, the manifest says {len(self.lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # one row at a time, never a slice
+        if not 0 <= number < len(self):
+            raise IndexError(number)  # ends an iteration
+        try:
+            tensors = {
+                name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+                for name, tensor in deserialize(self._records[number])
+            }
+            row = Row(**tensors)
+        except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
+        width = self.manifest.hidden_size * len(self.manifest.target_layer_ids)
+        found = None if row.features is None else row.features.shape
+        if found != (self.lengths[number], width) or len(row.input_ids) != self.lengths[number]:
+            raise InputError(
+                f"{self._directory}: row {number} has features of shape {found}, "
+                f"the manifest says {(self.lengths[number], width)}"
+            )
+        return row
+
+
+def shard_path(directory: str | Path, index: int) -> Path:
+    """Where shard `index`, counted from 0, lies."""
+    return Path(directory) / f"shard-{index:05d}.arrayrecord"
+
+
+def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...]:
+    """Rows per shard, in their order, so that each shard but the last takes `shard_bytes` or just above."""
+    sizes, held, rows = [], 0, 0
+    for size in row_bytes:
+        held, rows = held + size, rows + 1
+        if held >= shard_bytes:
+            sizes.append(rows)
+            held = rows = 0
+    return tuple([*sizes, rows] if rows else sizes)
+
+
+def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
+    """Writes rows as one shard, beside its place first: a shard that is there is whole."""
+    path = shard_path(directory, index)
+    beside = path.with_suffix(".partial")
+    writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # random access; floats hardly compress
+    for row in rows:
+        tensors = {name: np.ascontiguousarray(x) for name, x in row._asdict().items() if x is not None}
+        writer.write(save(tensors))
+    writer.close()
+    os.replace(beside, path)
+
+
+def write_manifest(directory: str | Path, manifest: Manifest) -> None:
+    """Writes the manifest, beside its place first."""
+    path = Path(directory) / MANIFEST
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(dataclasses.asdict(manifest)) + "\n")
+    os.replace(beside, path)
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Reads the manifest of a directory of captured states.
+
+    Raises:
+        InputError: there is none, or it is not one.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a directory that `domino capture` wrote") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    return from_tree(Manifest, tree, place=str(path))
+
+
+def check_manifest(directory: str | Path, manifest: Manifest, asked: Mapping[str, Any]) -> None:
+    """Refuses captured states that are not what is asked for.
+
+    Args:
+        directory: for the message.
+        manifest: what the directory holds.
+        asked: the fields that must agree, with the values they must have.
+    Raises:
+        InputError: each field that differs, with what was captured and what is asked.
+    """
+    differing = [
+        f"{name} is {_shown(getattr(manifest, name))}, asked for is {_shown(value)}"
+        for name, value in asked.items()
+        if getattr(manifest, name) != value
+    ]
+    if differing:
+        raise InputError(f"{directory}: captured otherwise: {'; '.join(differing)}")
+
+
+def rows_fingerprint(rows: Iterable[Row]) -> str:
+    """sha256, in hex, over the ids and masks of rows in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row.input_ids).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(row.input_ids, np.int32).tobytes())
+        digest.update(np.ascontiguousarray(row.loss_mask, np.bool_).tobytes())
+    return digest.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return f"sha256 {value[:12]}"
+    return str(list(value)) if isinstance(value, tuple) else repr(value)

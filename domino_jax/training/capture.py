@@ -1,0 +1,174 @@
+"""Captures the target's states of the training rows to disk, for training without running the target again."""
+
+import functools
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from domino_jax.config import RunConfig
+from domino_jax.data.conversations import Row
+from domino_jax.data.features import (
+    MANIFEST,
+    Manifest,
+    check_manifest,
+    read_manifest,
+    rows_fingerprint,
+    shard_path,
+    shard_sizes,
+    write_manifest,
+    write_shard,
+)
+from domino_jax.data.pipeline import heldout_batches
+from domino_jax.sharding import constrain
+from domino_jax.strict import InputError
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
+from domino_jax.target.gguf import resolve_target
+from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
+from domino_jax.target.model import Target, first_layers
+from domino_jax.training.inputs import Say, device_batch, draft_of, place_target, read_rows, run_mesh
+from domino_jax.training.step import Batch
+
+GIGABYTE = 10**9
+SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
+
+
+def capture(
+    config: RunConfig,
+    directory: str | Path,
+    *,
+    dtype: str,
+    target_states: bool,
+    limit_gb: float,
+    confirmed: bool,
+    say: Say,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the captured states of `data.train` to a directory, or goes on where an earlier start was cut off.
+
+    Shards that are there are whole and stay as they are. Rows are not packed: a run may pack them or not.
+
+    Args:
+        config: the run whose rows, target and layers are captured.
+        directory: for `data.features` of runs; made where missing.
+        dtype: stored type, "float32" or "bfloat16".
+        target_states: store the target's states after its final norm as well, which needs all of its layers.
+        limit_gb: more than this many gigabytes are written only when confirmed.
+        confirmed: the size has been agreed to.
+        say: gets one line about the size before anything is written, and one per shard.
+        shard_bytes: size of a shard.
+    Raises:
+        InputError: no rows, a directory that holds something else, too much for the limit or the disk, or several
+            processes.
+    """
+    if config.data.train is None:
+        raise InputError("data.train is missing: capture reads conversations")
+    if jax.process_count() > 1:
+        raise InputError(f"capture runs in one process, found {jax.process_count()}")
+    directory = Path(directory)
+    path = resolve_target(config.target, progress=say)
+    tokenizer = load_tokenizer(path)
+    target = load_target(path, dtype=config.dtype)
+    layers = draft_of(config, target.config, tokenizer).target_layer_ids
+    rows = read_rows(config.data.train, tokenizer, config.data, say=say).rows
+    manifest = Manifest(
+        target=target_fingerprint(path),
+        tokenizer=tokenizer_fingerprint(path, tokenizer),
+        rows=rows_fingerprint(rows),
+        target_layer_ids=layers,
+        hidden_size=target.config.hidden_size,
+        dtype=dtype,
+        compute_dtype=config.dtype,
+        max_length=config.data.max_length,
+        mask_reasoning_content=config.data.mask_reasoning_content,
+        target_states=target_states,
+        row_lengths=tuple(len(row.input_ids) for row in rows),
+        shard_rows=(),
+    )
+    manifest = _planned(directory, manifest, shard_bytes=shard_bytes)
+    missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
+    mesh = run_mesh(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_manifest(directory, manifest)
+    with jax.set_mesh(mesh):
+        states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
+        written, began = 0, time.monotonic()
+        for index in missing:
+            first = sum(manifest.shard_rows[:index])
+            part = rows[first : first + manifest.shard_rows[index]]
+            write_shard(directory, index, states(part))
+            written += len(part)
+            speed = written / (time.monotonic() - began)
+            say(f"shard {index + 1}/{len(manifest.shard_rows)} written, {speed:.1f} rows/s")
+
+
+def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manifest:
+    """The manifest with its shards: those of an earlier start, which must have been asked for the same, or new ones."""
+    if (directory / MANIFEST).is_file():
+        found = read_manifest(directory)
+        names = [name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")]
+        check_manifest(directory, found, {name: getattr(manifest, name) for name in names})
+        return found
+    if directory.exists() and (not directory.is_dir() or any(x.suffix != ".partial" for x in directory.iterdir())):
+        raise InputError(f"{directory}: not an empty directory and not one of captured states; give a new one")
+    sizes = [length * manifest.token_bytes for length in manifest.row_lengths]
+    return Manifest(**{**vars(manifest), "shard_rows": shard_sizes(sizes, shard_bytes=shard_bytes)})
+
+
+def _agreed(directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, say: Say) -> list[int]:
+    """The shards still to be written, once their size is told, within the limit or confirmed, and fits the disk."""
+    tokens = sum(manifest.row_lengths)
+    total = tokens * manifest.token_bytes
+    missing = [index for index in range(len(manifest.shard_rows)) if not shard_path(directory, index).is_file()]
+    first = [0, *(sum(manifest.shard_rows[: index + 1]) for index in range(len(manifest.shard_rows)))]
+    left = sum(sum(manifest.row_lengths[first[index] : first[index + 1]]) for index in missing) * manifest.token_bytes
+    done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
+    say(
+        f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of {len(manifest.row_lengths)} rows, "
+        f"{manifest.token_bytes} bytes each{done}"
+    )
+    if total > limit_gb * GIGABYTE and not confirmed:
+        raise InputError(
+            f"{directory}: would take {total / GIGABYTE:.3g} GB, above the limit of {limit_gb:g} GB; "
+            "--yes writes it all the same, --limit-gb sets another limit"
+        )
+    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if left > free:
+        raise InputError(
+            f"{directory}: {left / GIGABYTE:.3g} GB to be written, {free / GIGABYTE:.3g} GB free on the disk"
+        )
+    return missing
+
+
+class _CapturedStates:
+    """Rows -> the same rows with what the target computed for them; one compiled program."""
+
+    def __init__(self, target: LoadedTarget, manifest: Manifest, mesh: Mesh, *, batch_size: int) -> None:
+        config, params = target.config, target.params
+        if not manifest.target_states:
+            config, params = first_layers(config, params, max(manifest.target_layer_ids) + 1)
+        model = Target(config, capture=manifest.target_layer_ids, scan_layers=True)
+        self._params = place_target(model, params, mesh)
+        self._put = functools.partial(device_batch, mesh, micro_batches=1)
+        self._batch_size, self._max_length = batch_size, manifest.max_length
+
+        def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+            output = model.apply({"params": params}, constrain(batch.input_ids[0], "batch", "length"))
+            final = output.hidden.astype(manifest.dtype) if manifest.target_states else None
+            return output.features.astype(manifest.dtype), final
+
+        self._states = jax.jit(states)
+
+    def __call__(self, rows: Sequence[Row]) -> Iterator[Row]:
+        batches = heldout_batches(rows, batch_size=self._batch_size, max_length=self._max_length)
+        for index, batch in enumerate(batches):
+            features, final = jax.device_get(self._states(self._params, self._put(batch)))
+            first = index * self._batch_size
+            for slot, row in enumerate(rows[first : first + self._batch_size]):
+                length = len(row.input_ids)
+                yield Row(*row[:2], features[slot, :length], None if final is None else final[slot, :length])

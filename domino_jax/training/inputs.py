@@ -1,0 +1,159 @@
+"""What a run reads: its rows as batches on the devices, and its target."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from domino_jax.config import DataConfig, RunConfig, make_draft_config
+from domino_jax.data.conversations import Row, load_rows
+from domino_jax.data.features import FeatureRows, check_manifest
+from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
+from domino_jax.data.pipeline import heldout_batches, row_batches
+from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.strict import InputError
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
+from domino_jax.target.model import Target, stack_layers
+from domino_jax.training.step import Batch
+
+Say = Callable[[str], None]
+
+
+class InputRows(NamedTuple):
+    """The rows of a run, and which of them share one row of a batch (None without packing)."""
+
+    rows: Sequence[Row]
+    packs: list[Pack] | None
+
+    @property
+    def epoch_rows(self) -> int:
+        """Rows of batches in one epoch."""
+        return len(self.rows) if self.packs is None else len(self.packs)
+
+    def summary(self, *, max_length: int) -> str:
+        """How many they are and what share of their positions is padding, in words."""
+        packs = single_packs(len(self.rows)) if self.packs is None else self.packs
+        share = padding_share(row_lengths(self.rows), packs, max_length=max_length)
+        packed = "" if self.packs is None else f" packed from {len(self.rows)} conversations"
+        return f"{self.epoch_rows} rows{packed} ({share:.1%} of their positions are padding)"
+
+
+def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> InputRows:
+    """Reads and encodes conversations, tells which lines were left out, and packs the rows if the run packs.
+
+    Raises:
+        InputError: the file cannot be read or gives no row.
+    """
+    rows, bad_lines = load_rows(
+        path, tokenizer, max_length=data.max_length, mask_reasoning_content=data.mask_reasoning_content
+    )
+    for bad in bad_lines[:5]:
+        say(f"{path}:{bad.line}: {bad.reason}")
+    if bad_lines:
+        say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
+    return _with_packs(rows, data)
+
+
+def read_features(config: RunConfig, target: Path, tokenizer: Any, draft: DraftConfig) -> InputRows:
+    """Opens the captured rows of `data.features`, and packs them if the run packs.
+
+    Args:
+        config: the run.
+        target: the Hugging Face directory of the target.
+        tokenizer: the target's.
+        draft: says which layers it reads.
+    Raises:
+        InputError: no finished capture, or one of another target, tokenizer, template, layers, length or masking, or
+            without the states that a loss with `kl_weight` needs.
+    """
+    data = config.data
+    assert data.features is not None
+    rows = FeatureRows(data.features)
+    asked = {
+        "target": target_fingerprint(target),
+        "tokenizer": tokenizer_fingerprint(target, tokenizer),
+        "target_layer_ids": draft.target_layer_ids,
+        "max_length": data.max_length,
+        "mask_reasoning_content": data.mask_reasoning_content,
+    }
+    check_manifest(data.features, rows.manifest, asked)
+    if config.loss.kl_weight > 0 and not rows.manifest.target_states:
+        raise InputError(
+            f"{data.features}: captured without the target's final states, which loss.kl_weight "
+            f"{config.loss.kl_weight} needs; capture them with --with-target-states"
+        )
+    return _with_packs(rows, data)
+
+
+def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
+    return InputRows(rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None)
+
+
+def training_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetIterator:
+    """The endless shuffled batches of this process, each of all micro-batches of a step (see `row_batches`)."""
+    return row_batches(
+        inputs.rows,
+        batch_size=config.data.batch_size * config.optimizer.grad_accumulation // jax.process_count(),
+        max_length=config.data.max_length,
+        seed=config.seed,
+        packs=inputs.packs,
+        read_ahead=2 if isinstance(inputs.rows, FeatureRows) else 0,
+    )
+
+
+def evaluation_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetIterator:
+    """One pass over held-out rows (see `heldout_batches`)."""
+    size = config.data.batch_size // jax.process_count()
+    return heldout_batches(inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs)
+
+
+def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
+    """Puts the rows of this process on the devices: arrays [A * B, ...] -> `Batch` of [A, B, ...] of all processes."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (x.ndim - 1)))
+        return jax.make_array_from_process_local_data(layout, x.reshape(micro_batches, -1, *x.shape[1:]))
+
+    return Batch(**{name: put(x) for name, x in rows.items()})
+
+
+def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
+    """The draft that a run trains for this target (see `make_draft_config`)."""
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
+    return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
+
+
+def place_target(model: Target, params: Any, mesh: Mesh) -> Any:
+    """Stacks the layers of a target and lays its parameters out over the mesh.
+
+    Args:
+        model: with `scan_layers`.
+        params: layers apart, or none of them, where only head and embedding are used.
+        mesh: of the run.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    layout = parameter_shardings(boxed, mesh)
+    stacked = stack_layers(params) if "layers_0" in params else params
+    return jax.device_put(stacked, {name: layout[name] for name in stacked})
+
+
+def run_mesh(config: RunConfig) -> Mesh:
+    """The mesh of a run over all devices.
+
+    Raises:
+        InputError: the sizes do not fit the devices, or the batch does not divide over them.
+    """
+    try:
+        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    except ValueError as error:
+        raise InputError(f"mesh: {error}") from error
+    parts = mesh.size // config.mesh.tensor
+    if config.data.batch_size % parts:
+        raise InputError(f"data.batch_size {config.data.batch_size} must be a multiple of its {parts} devices")
+    return mesh

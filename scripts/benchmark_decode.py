@@ -1,0 +1,243 @@
+"""Decoding of one target, plain and with drafters, here and in the PyTorch programs, on the same prompts in one run.
+
+Here: plain, speculative with a Domino draft, speculative with a plain DFlash draft. Beside them transformers'
+`generate` and, on the DFlash draft, the `spec_generate` of NeMo AutoModel 0.7.0 and of z-lab's dflash 0.1.0 (neither
+runs the Domino head). All greedy, float32; the ways take turns prompt by prompt. Then the parts of a cycle, what
+verifying costs against a single token, and batches. The last line is JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_step import hardware, revision
+
+from domino_jax.cli.shared import load_run
+from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.decoding import speculate
+from domino_jax.decoding.generate import generate
+from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.interop.hf import save_hf_draft
+from domino_jax.target.gguf import resolve_target
+from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+
+ROUNDS = 15  # repetitions of each measured part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--domino", type=Path, required=True, help="run directory of a Domino draft")
+    parser.add_argument("--dflash", type=Path, required=True, help="run directory of a DFlash draft of the same target")
+    parser.add_argument("--prompts", type=Path, default=Path("configs/prompts/heldout.jsonl"))
+    parser.add_argument("--limit", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--no-torch", action="store_true", help="only what is written here")
+    options = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+    loaded, domino = load_run(options.domino, "float32")
+    _, dflash = load_run(options.dflash, "float32")
+    usable, _ = read_messages(options.prompts)
+    prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[: options.limit]]
+    count, target = options.max_new_tokens, Target(loaded.config)
+    decoders = {
+        "plain": (make_decoder(target), Weights(loaded.params)),
+        "domino": (make_decoder(target, DraftModel(domino.config)), Weights(loaded.params, domino.params)),
+        "dflash": (make_decoder(target, DraftModel(dflash.config)), Weights(loaded.params, dflash.params)),
+    }
+    ways: dict[str, Callable[[np.ndarray], tuple[list[int], int]]] = {
+        name: our_way(*pair, longest=max(map(len, prompts)), count=count) for name, pair in decoders.items()
+    }
+    if not options.no_torch:
+        ways |= torch_ways(resolve_target(domino.record.target), dflash, count=count)
+    report: dict[str, Any] = {"ways": take_turns(ways, prompts, count=count)}
+    report["verification"] = verification(target, loaded.params, context=512)
+    report["cycle"] = {name: cycle_parts(*decoders[name], context=512) for name in ("domino", "dflash")}
+    report["batches"] = {
+        size: batch_speed(*decoders["domino"], (prompts * size)[:size], count=count) for size in options.batch_sizes
+    }
+    report |= {"prompts": len(prompts), "max_new_tokens": count, "hardware": hardware(), "revision": revision()}
+    show(report)
+    print(json.dumps(report))
+
+
+def our_way(
+    decoder: Decoder, weights: Weights, *, longest: int, count: int
+) -> Callable[[np.ndarray], tuple[list[int], int]]:
+    """Tokens and verifications of one prompt; every prompt uses the same compiled loop."""
+    slots = required_slots(decoder, longest, count)
+
+    def run(prompt: np.ndarray) -> tuple[list[int], int]:
+        (answer,) = generate(decoder, weights, [prompt], max_new_tokens=count, slots=slots)
+        return answer.tokens.tolist(), answer.verifications
+
+    return run
+
+
+def torch_ways(target: Path, dflash: Any, *, count: int) -> dict[str, Callable[[np.ndarray], tuple[list[int], int]]]:
+    """transformers, NeMo and z-lab on the same weights; verifications are counted at the target's forward."""
+    import torch
+    from dflash import DFlashDraftModel
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    calls: list[None] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    with tempfile.TemporaryDirectory() as directory:
+        save_hf_draft(Path(directory) / "draft", dflash.config, dflash.params, dtype="float32")
+        drafts = {
+            "nemo": Qwen3DFlashDraftModel.from_pretrained(
+                Path(directory) / "draft", dtype=torch.float32, attn_implementation="sdpa"
+            ),
+            "zlab": DFlashDraftModel.from_pretrained(Path(directory) / "draft", dtype=torch.float32),
+        }
+
+    def way(run: Callable[[Any], Any]) -> Callable[[np.ndarray], tuple[list[int], int]]:
+        def counted(prompt: np.ndarray) -> tuple[list[int], int]:
+            calls.clear()
+            with torch.inference_mode():
+                out = run(torch.tensor(prompt[None].astype(np.int64)))
+            return out[0, len(prompt) :].tolist(), len(calls) - 1  # the first call reads the prompt
+
+        return counted
+
+    ways = {"transformers": way(lambda ids: model.generate(ids, max_new_tokens=count, do_sample=False))}
+    for name, draft in drafts.items():
+        ways[name] = way(
+            lambda ids, draft=draft: draft.eval().spec_generate(
+                target=model, input_ids=ids, max_new_tokens=count, stop_token_ids=stops(model), temperature=0.0
+            )
+        )
+    return ways
+
+
+def stops(model: Any) -> list[int]:
+    found = model.generation_config.eos_token_id
+    return [found] if isinstance(found, int) else list(found)
+
+
+def take_turns(ways: dict[str, Any], prompts: list[np.ndarray], *, count: int) -> dict[str, dict[str, float]]:
+    """Every way answers every prompt; the first prompt is answered once more beforehand, to compile and warm up."""
+    seconds: dict[str, float] = dict.fromkeys(ways, 0.0)
+    answers: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ways}
+    for name, way in ways.items():
+        for prompt in {len(prompt): prompt for prompt in prompts}.values() if name in OURS else prompts[:1]:
+            way(prompt)
+    for number, prompt in enumerate(prompts, start=1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            answers[name].append(way(prompt))
+            seconds[name] += time.perf_counter() - began
+        print(f"{number}/{len(prompts)} prompts", file=sys.stderr)
+    figures = {}
+    for name, rows in answers.items():
+        tokens, checks = sum(len(tokens) for tokens, _ in rows), sum(checks for _, checks in rows)
+        same = sum(ours == plain for (ours, _), (plain, _) in zip(rows, answers["plain"], strict=True))
+        figures[name] = {
+            "tokens_per_second": tokens / seconds[name],
+            "tau": (tokens - len(rows)) / checks,  # the first token of an answer comes from reading the prompt
+            "tokens": tokens,
+            "verifications": checks,
+            "answers_equal_to_plain": same,
+        }
+    return figures
+
+
+OURS = ("plain", "domino", "dflash")
+
+
+def verification(target: Target, params: Any, *, context: int) -> dict[int, float]:
+    """Median seconds of one pass of the target over 1, 2, 4 and 8 tokens behind a context, logits included."""
+    return {size: timed(*target_pass(target, params, size=size, context=context)) for size in (1, 2, 4, 8)}
+
+
+def target_pass(target: Target, params: Any, *, size: int, context: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A jitted pass over `size` tokens at `context`, and its arguments; the cache comes back in its place."""
+    from domino_jax.target.model import empty_cache
+
+    cache = empty_cache(target.cfg, batch=1, slots=context + 64)
+    tokens = jnp.ones((1, size), jnp.int32)
+    positions = context + jnp.arange(size, dtype=jnp.int32)[None]
+
+    def run(cache: Any, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
+        out = target.apply({"params": params}, tokens, positions, cache=cache)
+        return out.cache, jnp.argmax(vocabulary_logits(out.hidden, lm_head_weight(params)), axis=-1)
+
+    return jax.jit(run, donate_argnums=0), (cache, params, tokens, positions)
+
+
+def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str, float]:
+    """Median seconds of a whole cycle and of its parts alone; `rest` is acceptance, commits and both caches' writes."""
+    slots = context + 256
+    prompt = np.ones(context, np.int32)
+    state = speculate.start(decoder, weights, [prompt], max_new_tokens=128, slots=slots)
+    bonus, key = state.tokens[:, context], jax.random.key(0)
+
+    def drafting(use_head: bool) -> float:
+        way = dataclasses.replace(decoder, use_head=use_head)
+        run = jax.jit(lambda state, weights: speculate._draft(way, weights, state, bonus, key)[0])
+        return timed(lambda: (None, run(state, weights)), ())
+
+    verify = timed(*target_pass(decoder.target, weights.target, size=decoder.proposals + 1, context=context))
+    one = jax.jit(lambda state: speculate._cycle(decoder, weights, state), donate_argnums=0)
+
+    whole = timed(lambda state: (one(state), None), (state,))
+    draft = drafting(False)
+    head = drafting(True) - draft if decoder.use_head else 0.0
+    return {"cycle": whole, "draft": draft, "head": head, "verify": verify, "rest": whole - draft - head - verify}
+
+
+def timed(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Median seconds of calls that give back their first argument, new."""
+    seconds = []
+    for _ in range(ROUNDS + 3):
+        began = time.perf_counter()
+        out = jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - began)
+        arguments = (out[0], *arguments[1:]) if arguments else ()
+    return statistics.median(seconds[3:])
+
+
+def batch_speed(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], *, count: int) -> dict[str, float]:
+    """Tokens per second and tau of a batch whose rows accept different lengths."""
+    slots = required_slots(decoder, max(map(len, prompts)), count)
+    for _ in range(2):  # the first compiles
+        answers = generate(decoder, weights, prompts, max_new_tokens=count, slots=slots)
+    tokens = sum(len(answer.tokens) for answer in answers)
+    committed, checks = sum(a.committed for a in answers), sum(a.verifications for a in answers)
+    return {"tokens_per_second": tokens / answers[0].seconds, "tau": committed / checks}
+
+
+def show(report: dict[str, Any]) -> None:
+    """The figures in words."""
+    for name, way in report["ways"].items():
+        equal = f"{way['answers_equal_to_plain']}/{report['prompts']} answers equal to plain"
+        print(f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  {equal}")
+    single = report["verification"][1]
+    print("one pass of the target, context 512: ", end="")
+    print(
+        ", ".join(f"{size} tokens {s * 1e3:.0f} ms ({s / single:.2f}x)" for size, s in report["verification"].items())
+    )
+    for name, parts in report["cycle"].items():
+        whole = parts["cycle"]
+        shares = ", ".join(f"{part} {s / whole:.0%}" for part, s in parts.items() if part != "cycle")
+        print(f"cycle of {name}: {whole * 1e3:.0f} ms: {shares}")
+    for size, batch in report["batches"].items():
+        print(f"batch {size}: {batch['tokens_per_second']:.1f} tokens/s, tau {batch['tau']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Captured states on disk: what is written is read, and damage is told in one line."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from domino_jax.data.conversations import Row
+from domino_jax.data.features import (
+    FeatureRows,
+    Manifest,
+    read_manifest,
+    rows_fingerprint,
+    shard_path,
+    shard_sizes,
+    write_manifest,
+    write_shard,
+)
+from domino_jax.data.pipeline import row_batches
+from domino_jax.strict import InputError
+
+LENGTHS = (5, 3, 7, 1)
+
+
+def write_capture(directory: Path, *, target_states: bool = True) -> list[Row]:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+    rows = [
+        Row(
+            rng.integers(0, 9, n).astype(np.int32),
+            rng.random(n) < 0.5,
+            draw(n, 6),
+            draw(n, 3) if target_states else None,
+        )
+        for n in LENGTHS
+    ]
+    manifest = Manifest(
+        target="a",
+        tokenizer="b",
+        rows=rows_fingerprint(rows),
+        target_layer_ids=(0, 2),
+        hidden_size=3,
+        dtype="bfloat16",
+        compute_dtype="float32",
+        max_length=8,
+        mask_reasoning_content=False,
+        target_states=target_states,
+        row_lengths=LENGTHS,
+        shard_rows=(3, 1),
+    )
+    write_manifest(directory, manifest)
+    assert read_manifest(directory) == manifest
+    write_shard(directory, 0, rows[:3])
+    write_shard(directory, 1, rows[3:])
+    return rows
+
+
+@pytest.mark.parametrize("target_states", [True, False])
+def test_rows_come_back_bit_by_bit(tmp_path: Path, target_states: bool) -> None:
+    rows = write_capture(tmp_path, target_states=target_states)
+    found = FeatureRows(tmp_path)
+    assert list(found.lengths) == list(LENGTHS)
+    assert found.manifest.token_bytes == (5 + 2 * 9 if target_states else 5 + 2 * 6)
+    for ours, theirs in zip(found, rows, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.dtype == other.dtype
+                np.testing.assert_array_equal(one, other)
+
+
+def test_batches_pad_the_states(tmp_path: Path) -> None:
+    rows = write_capture(tmp_path)
+    packs = [(0, 1), (2, 3)]
+    batch = next(
+        row_batches(FeatureRows(tmp_path), packs=packs, batch_size=2, max_length=8, seed=0, shuffle=False, read_ahead=2)
+    )
+    assert batch["features"].shape == (2, 8, 6) and batch["target_states"].shape == (2, 8, 3)
+    assert batch["features"].dtype == ml_dtypes.bfloat16
+    assert rows[1].features is not None
+    np.testing.assert_array_equal(batch["features"][0, 5:8], rows[1].features)
+    assert not batch["features"][1, 8:].any()
+
+
+def test_shards_hold_whole_rows_in_order() -> None:
+    assert shard_sizes([3, 3, 3, 3, 3], shard_bytes=6) == (2, 2, 1)
+    assert shard_sizes([9, 1, 1], shard_bytes=2) == (1, 2)
+    assert shard_sizes([1], shard_bytes=100) == (1,)
+
+
+def test_fingerprint_of_rows_sees_ids_masks_and_bounds() -> None:
+    def row(ids: list[int], mask: list[bool]) -> Row:
+        return Row(np.array(ids, np.int32), np.array(mask))
+
+    sets = [
+        [row([1, 2], [True, True])],
+        [row([1, 3], [True, True])],
+        [row([1, 2], [True, False])],
+        [row([1], [True]), row([2], [True])],
+    ]
+    assert len({rows_fingerprint(rows) for rows in sets}) == 4
+
+
+def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    shard, manifest = shard_path(tmp_path, 0), (tmp_path / "manifest.json").read_text()
+    whole = shard.read_bytes()
+    damaged = bytearray(whole)
+    damaged[100:300] = bytes(200)
+    shard.write_bytes(damaged)
+    with pytest.raises(InputError, match=r"row 0 cannot be read|damaged shard"):
+        FeatureRows(tmp_path)[0]
+    shard.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(InputError, match=r"row 0 cannot be read|damaged shard"):
+        FeatureRows(tmp_path)[0]
+    shard.write_bytes(shard_path(tmp_path, 1).read_bytes())
+    with pytest.raises(InputError, match="2 records, the manifest says 4"):
+        FeatureRows(tmp_path)
+    shard.write_bytes(whole)
+    for tree, message in (
+        (manifest.replace("rows", "row", 1), "unknown key 'row'"),
+        (json.dumps({**json.loads(manifest), "hidden_size": 4}), r"row 0 has features of shape \(5, 6\), .* \(5, 8\)"),
+        ("[]", "expected a JSON object"),
+        ("{", "not valid JSON"),
+    ):
+        (tmp_path / "manifest.json").write_text(tree)
+        with pytest.raises(InputError, match=message):
+            FeatureRows(tmp_path)[0]
+    shard.unlink()
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="unfinished capture, 1 of 2 shards"):
+        FeatureRows(tmp_path)

@@ -1,0 +1,170 @@
+"""What went wrong for users of the other trainers, and the tests that keep it from happening here.
+
+Each test named below failed when its fault was put in by hand (2026-11-24): the third column says what was changed.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+# What happened there · the tests here · the fault that was tried.
+PITFALLS = (
+    (
+        "shift_label missing from the saved config",
+        ("interop/test_hf.py::test_config_json_has_what_every_reader_insists_on",),
+        "interop/hf.py: shift_label not written",
+    ),
+    (
+        "shift_label guessed on load",
+        ("interop/test_hf.py::test_load_refuses_other_configs",),
+        "interop/hf.py: shift_label read with a default",
+    ),
+    (
+        "rotary frequencies rounded to bfloat16 by a model-wide cast",
+        ("test_layers.py::test_rotary_is_as_exact_as_float32_up_to_100k_positions",),
+        "layers.py: frequencies cast to bfloat16",
+    ),
+    (
+        "rotary base or partial factor read from the wrong key",
+        (
+            "interop/test_hf.py::test_load_refuses_other_configs",
+            "target/test_load.py::test_read_decoder_config_refuses",
+        ),
+        "target/load.py: partial_rotary_factor accepted",
+    ),
+    (
+        "context up to and with the anchor",
+        ("draft/test_mask.py::test_context_mask_ends_strictly_before_the_anchor",),
+        "draft/mask.py: `<` made `<=`",
+    ),
+    (
+        "labels shifted by one",
+        ("draft/test_blocks.py::test_make_blocks_equals_the_loop",),
+        "draft/blocks.py: labels from the anchor itself",
+    ),
+    (
+        "hidden state off by one layer",
+        ("target/test_model.py::test_target_equals_transformers",),
+        "target/model.py: a layer's input captured",
+    ),
+    (
+        "mask token aliases eos, pad or bos, or changes on resume or import",
+        (
+            "test_config.py::test_make_draft_config_refuses_what_does_not_fit_the_target",
+            "interop/test_start.py::test_a_mask_token_that_became_special_is_refused_on_resume",
+            "test_cli.py::test_import_checks_mask_token_template_and_shape",
+        ),
+        "config.py and cli/shared.py: the checks left out",
+    ),
+    (
+        "no valid anchor in a batch: crash or hang",
+        (
+            "training/test_modules.py::test_a_batch_without_anchors_has_no_loss_and_no_gradient",
+            "training/test_step.py::test_a_batch_without_anchors_moves_nothing_and_is_counted",
+        ),
+        "training/modules.py: divided by the divisor alone",
+    ),
+    (
+        "fully masked attention rows: NaN",
+        ("draft/test_attention.py::test_block_attention_of_an_unused_slot_sees_its_own_block_only",),
+        "draft/attention.py: own block masked with the context's keep",
+    ),
+    (
+        "a boolean mask added as +1 and 0",
+        ("draft/test_attention.py::test_block_attention_equals_dense_attention_in_values_and_gradients",),
+        "draft/attention.py: `far + mask`",
+    ),
+    (
+        "shapes that depend on the data: recompilation late in an epoch",
+        (
+            "training/test_loop.py::test_the_step_is_compiled_once",
+            "training/test_step.py::test_one_trace_serves_many_steps",
+        ),
+        "data/pipeline.py: rows padded to the longest of their batch",
+    ),
+    (
+        "whole logits twice",
+        ("training/test_loss.py::test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk",),
+        "training/loss.py: chunk_blocks ignored",
+    ),
+    (
+        "a dense mask of gigabytes",
+        ("training/test_modules.py::test_no_array_has_the_shape_of_the_dense_mask",),
+        "draft/attention.py: scores over context and all blocks",
+    ),
+    (
+        "head not saved, random embedding exported, unknown keys skipped",
+        (
+            "interop/test_hf.py::test_hf_tensors_names_every_tensor_of_the_format_and_no_other",
+            "interop/test_hf.py::test_load_refuses_other_tensors",
+        ),
+        "interop/hf.py: check_tensors left out",
+    ),
+    (
+        "gamma None silently off or on",
+        ("draft/test_blocks.py::test_position_weights_equal_the_loop",),
+        "draft/blocks.py: None read as 7",
+    ),
+    (
+        "a tied head ignored",
+        ("target/test_model.py::test_lm_head_weight_is_the_embedding_only_when_tied",),
+        "target/model.py: the embedding always",
+    ),
+    (
+        "resume replays the epoch or loses the order",
+        ("training/test_loop.py::test_a_run_interrupted_twice_ends_with_the_same_bits",),
+        "training/checkpoint.py: the rows' position not restored",
+    ),
+    (
+        "an unfinished save picked up",
+        ("training/test_loop.py::test_an_unfinished_save_is_never_picked_up",),
+        "training/checkpoint.py: the newest directory taken, whatever Orbax says of it",
+    ),
+    (
+        "trained at 98 %, served at 10 %: drafting differs from training",
+        ("decoding/test_speculate.py::test_a_cycle_drafts_what_training_would_predict",),
+        "decoding/speculate.py: block positions one later",
+    ),
+    (
+        "trained at 98 %, served at 10 %: another chat template",
+        ("test_cli.py::test_another_chat_template_is_refused",),
+        "cli/shared.py: the hashes not compared",
+    ),
+    (
+        "averages biased by short batches",
+        (
+            "training/test_step.py::test_metric_means_weigh_by_tokens_and_blocks",
+            "training/test_step.py::test_micro_batches_give_the_gradient_of_one_large_batch",
+        ),
+        "training/metrics.py: the mean of the batches' losses; training/step.py: gradients not weighted",
+    ),
+    (
+        "bfloat16 masters and softmax",
+        (
+            "test_layers.py::test_dense_keeps_a_float32_master_and_computes_in_its_dtype",
+            "training/test_loss.py::test_vocabulary_loss_of_bfloat16_states_has_float32_logits",
+        ),
+        "layers.py: masters in `dtype`; target/model.py: logits without preferred_element_type",
+    ),
+    (
+        "offline states fill the disk",
+        ("training/test_capture.py::test_the_size_is_told_first_and_limited",),
+        "training/capture.py: the limit not asked",
+    ),
+    (
+        "an evaluator that does not say what it measured",
+        ("test_cli.py::test_from_prompts_to_an_evaluated_run",),
+        "cli/decode.py: `evaluator` left out of evaluation.json",
+    ),
+)
+NAMED = sorted({name for _, names, _ in PITFALLS for name in names})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_named_test_exists(name: str) -> None:
+    path, _, function = name.partition("::")
+    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -1,0 +1,125 @@
+"""A packed row trains as its conversations alone do, target included; a packed run resumes with the same bits."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import draft_config, random_params
+from test_loop import final_bits, quiet
+from tiny import run_config, write_target
+
+from domino_jax.config import load_config
+from domino_jax.data.conversations import Row
+from domino_jax.data.pipeline import heldout_batches
+from domino_jax.draft.blocks import document_ids
+from domino_jax.target.model import Target, stack_layers
+from domino_jax.training import loop
+from domino_jax.training.loop import Interrupted, prepare, train
+from domino_jax.training.modules import build_trainer
+
+CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
+LENGTHS, ROOM = (13, 8, 11), 36
+
+
+def test_a_packed_row_equals_its_conversations_alone() -> None:
+    rng = np.random.default_rng(0)
+    rows = [Row(rng.integers(0, 100, n).astype(np.int32), rng.random(n) < 0.8) for n in LENGTHS]
+    params = random_params(CONFIG)
+    shape = replace(CONFIG, num_hidden_layers=4)  # a DraftConfig is a DecoderConfig too
+    target = Target(shape, capture=CONFIG.target_layer_ids, scan_layers=True)
+    frozen = nn.meta.unbox(Target(shape).init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))["params"]
+    frozen = stack_layers(jax.tree.map(lambda x: x * (4.0 if x.ndim == 2 else 1.0), frozen))
+    trainer = build_trainer(CONFIG, loss_decay_gamma=7.0)
+    head = jnp.asarray(rng.standard_normal((CONFIG.vocab_size, CONFIG.hidden_size)), jnp.float32)
+
+    @jax.jit
+    def summed(params: Any, batch: dict[str, Any], anchors: jax.Array, keep: jax.Array) -> Any:
+        ids, mask = batch["input_ids"], batch["loss_mask"]
+        packing = {name: batch[name] for name in ("position_ids", "seq_lens", "doc_remaining") if name in batch}
+        documents = document_ids(batch["seq_lens"], ROOM) if packing else None
+        states = target.apply({"params": frozen}, ids, batch.get("position_ids"), documents=documents).features
+        metrics = trainer.apply(
+            {"params": {"draft_model": params}},
+            ids,
+            states,
+            mask,
+            head,
+            frozen["embed_tokens"],
+            lambda_base=0.3,
+            **packing,
+            anchor_positions=anchors,
+            block_keep_mask=keep,
+        )
+        return metrics.loss * metrics.loss_weight, metrics.loss_weight
+
+    def measured(packs: Any, anchors: Any) -> Any:
+        batch = next(heldout_batches(rows, packs=packs, batch_size=3 if packs is None else 1, max_length=ROOM))
+        anchors = jnp.asarray(anchors, jnp.int32)
+        values = jax.value_and_grad(summed, has_aux=True)(params, batch, anchors, jnp.ones(anchors.shape, bool))
+        return jax.tree.map(np.asarray, values)
+
+    # The last block of each starts where it just fits, so that its labels reach over the end of its conversation.
+    alone = [[2, 5, n - CONFIG.block_size] for n in LENGTHS]
+    begins = np.cumsum([0, *LENGTHS[:-1]])
+    together = [[int(begin) + anchor for begin, row in zip(begins, alone, strict=True) for anchor in row]]
+    (loss, weight), grads = measured(None, alone)
+    (packed_loss, packed_weight), packed_grads = measured([(0, 1, 2)], together)
+    np.testing.assert_allclose(packed_weight, weight, rtol=1e-6)
+    assert weight > 10
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, (grads, packed_grads)), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+PACKED: dict[str, Any] = {"data": {"max_length": 64, "packing": True}, "train": {"log_every": 1}}
+
+
+def test_a_packed_run_interrupted_ends_with_the_same_bits(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory in (whole, parts):
+        directory.mkdir()
+    train(load_config(run_config(whole, target, **PACKED)), console=quiet())
+    config = load_config(run_config(parts, target, **PACKED))
+    asked = iter(range(100))
+
+    class Stop:
+        def __enter__(self) -> Any:
+            return lambda: next(asked) + 1 >= 3
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(loop, "_stop_requests", Stop)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        train(config, console=quiet())
+    monkeypatch.undo()
+    train(config, console=quiet())
+    chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
+
+
+def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target, data=PACKED["data"], train={"steps": None, "epochs": 4})
+    shares = []
+    for override, count in (("data.packing=false", "24 rows"), ("data.packing=true", "rows packed from 24")):
+        console = quiet()
+        run = prepare(load_config(path, [override, f"run_dir={tmp_path / override}"]), console=console)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        line = next(line for line in said.splitlines() if line.startswith("training: "))
+        assert count in line
+        shares.append(float(line.partition("(")[2].partition("%")[0]))
+        assert run.total_steps == 4 * run.rows.epoch_rows // 8
+    assert run.rows.epoch_rows == 11
+    tokens = sum(len(row.input_ids) for row in run.rows.rows)
+    assert shares == pytest.approx([100 * (1 - tokens / (64 * 24)), 100 * (1 - tokens / (64 * 11))], abs=0.06)
