@@ -58,5 +58,5 @@ def test_load_tables_refuses(directory: Path) -> None:
     with pytest.raises(InputError, match="lm_head"):
         load_tables(directory)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="expected model.safetensors or"):
+    with pytest.raises(InputError, match=r"expected model\.safetensors or"):
         load_tables(directory)
