@@ -25,23 +25,35 @@ def block_attention(
     Source: DFlash (arXiv:2602.06036), section 4.2; equal to `grouped_attention` under `block_mask`.
     """
     batch, heads, queries, width = q.shape
-    blocks, length = mask.shape[1], mask.shape[3]
+    blocks, _, length = mask.shape[1:]
     kv_heads = context[0].shape[1]
     groups, size = heads // kv_heads, queries // blocks
+    lowest = jnp.finfo(jnp.float32).min
 
-    rows = q.reshape(batch, kv_heads, groups * queries, width)
-    far = jnp.einsum("bkrd,bksd->bkrs", rows, context[0], preferred_element_type=jnp.float32)
-    far = far.reshape(batch, kv_heads, groups, blocks, size, length) * width**-0.5
-    far = jnp.where(mask[:, None, None], far, jnp.finfo(jnp.float32).min)
+    def by_block(x: jax.Array) -> jax.Array:  # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]
+        x = x.reshape(batch, kv_heads, -1, blocks, size, width).swapaxes(2, 3)
+        return x.reshape(batch, kv_heads, blocks, -1, width)
 
-    per_block = q.reshape(batch, kv_heads, groups, blocks, size, width)
-    own_keys, own_values = (x.reshape(batch, kv_heads, blocks, size, width) for x in own)
-    near = jnp.einsum("bkgnqd,bkncd->bkgnqc", per_block, own_keys, preferred_element_type=jnp.float32) * width**-0.5
+    # Whatever looks at the same keys lies together, so that every product is a plain one.
+    rows, (own_keys, own_values) = by_block(q), map(by_block, own)
+    flat = (batch, kv_heads, blocks * groups * size, -1)
+    far = jnp.einsum("bkrd,bksd->bkrs", rows.reshape(flat), context[0], preferred_element_type=jnp.float32)
+    far = far.reshape(batch, kv_heads, blocks, groups, size, length)
+    far = jnp.where(mask[:, None, :, None], far * width**-0.5, lowest)
+    near = jnp.einsum("bknrd,bkncd->bknrc", rows, own_keys, preferred_element_type=jnp.float32) * width**-0.5
+    near = near.reshape(batch, kv_heads, blocks, groups, size, size)
     if causal:
-        near = jnp.where(jnp.tri(size, dtype=bool), near, jnp.finfo(jnp.float32).min)
+        near = jnp.where(jnp.tri(size, dtype=bool), near, lowest)
 
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1).astype(q.dtype)
-    far, near = weights[..., :length], weights[..., length:]
-    out = jnp.einsum("bkrs,bksd->bkrd", far.reshape(batch, kv_heads, groups * queries, length), context[1])
-    out = out.reshape(per_block.shape) + jnp.einsum("bkgnqc,bkncd->bkgnqd", near, own_values)
-    return out.reshape(q.shape)
+    # Divided by the sum after the products: scores take up far more than what comes out.
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(far, axis=-1), jnp.max(near, axis=-1)))[..., None]
+    far, near = jnp.exp(far - largest), jnp.exp(near - largest)
+    sums = (jnp.sum(far, axis=-1) + jnp.sum(near, axis=-1)).reshape(*rows.shape[:-1], 1)
+    far, near = far.astype(q.dtype), near.astype(q.dtype)
+    out = jnp.einsum("bkrs,bksd->bkrd", far.reshape(flat), context[1], preferred_element_type=jnp.float32)
+    near = near.reshape(*rows.shape[:-1], size)
+    out = out.reshape(rows.shape) + jnp.einsum(
+        "bknrc,bkncd->bknrd", near, own_values, preferred_element_type=jnp.float32
+    )
+    out = (out / sums).astype(q.dtype).reshape(batch, kv_heads, blocks, groups, size, width)
+    return out.swapaxes(2, 3).reshape(q.shape)

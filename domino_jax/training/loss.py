@@ -1,6 +1,7 @@
 """The dual cross-entropy over the vocabulary, in pieces that bound its memory, and the acceptance statistics."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,20 +82,19 @@ class _Softmax(NamedTuple):
         exps = jnp.exp(logits - largest[..., None])
         return cls(logits, exps, jnp.sum(exps, axis=-1), largest)
 
-    def times(self, weights: jax.Array) -> jax.Array:
-        return (weights / self.sums)[..., None] * self.exps
-
     def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
         log_sum = self.largest + jnp.log(self.sums)
-        nll = log_sum - _at(self.logits, ids)
-        # The first of the largest, as argmax has it, which XLA on CPU does not vectorise.
-        places = jnp.arange(self.logits.shape[-1], dtype=jnp.int32)
-        first = jnp.min(jnp.where(self.logits == self.largest[..., None], places, places.size - 1), axis=-1)
         divergence = None
         if wanted is not None:
-            apart = jnp.sum(wanted.times(jnp.ones_like(nll)) * (wanted.logits - self.logits), axis=-1)
+            apart = jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums
             divergence = apart - (wanted.largest + jnp.log(wanted.sums)) + log_sum
-        return TokenLoss(nll, first, divergence)
+        return TokenLoss(log_sum - _at(self.logits, ids), _argmax(self.logits), divergence)
+
+    def slope(self, weights: jax.Array, wanted: "_Softmax | None", kl: float) -> tuple[jax.Array, jax.Array]:
+        """The gradient without the labels' part: [..., V], and the factor of each row, not multiplied in yet."""
+        if wanted is None:
+            return self.exps, weights / self.sums
+        return self.exps / self.sums[..., None] - kl * wanted.exps / wanted.sums[..., None], weights
 
 
 def vocabulary_loss(
@@ -234,26 +234,22 @@ def _piece(
     if not with_gradient:
         return loss, (None, None, None)
 
-    # A logit's gradient is `weight * (softmax - label)`. The softmax parts of both losses are added up before the one
-    # product with the table; the label part is a row of the table per prediction.
+    # A logit's gradient is `weight * (softmax - label)`. The label part is a row of the table per prediction. Of the
+    # softmax parts the corrected one is scaled outside its products, and both are added up for that with the head.
     base_weights, final_weights = lam * base_weights, (1.0 - lam) * final_weights
     labelled = (1.0 - kl) * (base_weights + final_weights)
-    slope = base.times(base_weights)
-    low_rank_gradient = expansion_gradient = None
-    correction = final.times(final_weights)
-    if wanted is not None:
-        correction -= wanted.times(kl * final_weights)
-        slope -= wanted.times(kl * base_weights)
-    slope += correction
-    if low_rank is not None and expansion is not None:
-        rows = ((1.0 - kl) * final_weights)[..., None]
-        correction = correction.astype(low_rank.dtype)
-        low_rank_gradient = _states_gradient(correction, rows, expansion, ids)
-        expansion_gradient = jnp.einsum("bnmv,bnmr->vr", correction, low_rank, preferred_element_type=jnp.float32)
-        expansion_gradient = expansion_gradient.at[ids].add(-rows * low_rank)
-    (slope,) = pull(slope)
+    dense, scale = final.slope(final_weights, wanted, kl)
+    dense_base, scale_base = base.slope(base_weights, wanted, kl)
+    (slope,) = pull(scale[..., None] * dense + scale_base[..., None] * dense_base)
     (labelled,) = jax.vjp(objective.output_logits, _at(product, ids))[1](labelled)
-    hidden_gradient = _states_gradient(slope.astype(hidden.dtype), labelled[..., None], lm_head, ids)
+    hidden_gradient = _states_gradient(slope.astype(hidden.dtype), jnp.ones_like(scale), lm_head, labelled, ids)
+    low_rank_gradient = expansion_gradient = None
+    if low_rank is not None and expansion is not None:
+        dense, labelled = dense.astype(low_rank.dtype), (1.0 - kl) * final_weights
+        low_rank_gradient = _states_gradient(dense, scale, expansion, labelled, ids)
+        rows = (scale[..., None] * low_rank).astype(low_rank.dtype)
+        expansion_gradient = jnp.einsum("bnmv,bnmr->vr", dense, rows, preferred_element_type=jnp.float32)
+        expansion_gradient = expansion_gradient.at[ids].add(-labelled[..., None] * low_rank)
     return loss, (hidden_gradient, low_rank_gradient, expansion_gradient)
 
 
@@ -266,9 +262,27 @@ def _weighted(loss: TokenLoss, inputs: _Inputs, objective: Objective) -> tuple[j
     return jnp.sum(values * weights), weights
 
 
-def _states_gradient(slope: jax.Array, labelled: jax.Array, table: jax.Array, ids: jax.Array) -> jax.Array:
-    dense = jnp.einsum("...v,vd->...d", slope, table, preferred_element_type=jnp.float32)
-    return (dense - labelled * table[ids]).astype(slope.dtype)
+def _states_gradient(
+    dense: jax.Array, scale: jax.Array, table: jax.Array, labelled: jax.Array, ids: jax.Array
+) -> jax.Array:
+    products = jnp.einsum("...v,vd->...d", dense, table, preferred_element_type=jnp.float32)
+    return (scale[..., None] * products - labelled[..., None] * table[ids]).astype(dense.dtype)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """The first of the largest, int32.
+
+    XLA on CPU takes a maximum at the speed of memory but an argmax ten times slower: there, the group of logits that
+    holds it is looked for first.
+    """
+    size = logits.shape[-1]
+    groups = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    if jax.default_backend() != "cpu" or groups == 1:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    grouped = logits.reshape(*logits.shape[:-1], groups, size // groups)
+    group = jnp.argmax(jnp.max(grouped, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(grouped, group[..., None, None], axis=-2)[..., 0, :]
+    return (group * (size // groups) + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def _logits(states: jax.Array, table: jax.Array) -> jax.Array:

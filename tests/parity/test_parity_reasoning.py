@@ -1,6 +1,5 @@
 """`mask_reasoning_content` against NeMo AutoModel 0.7.0's loss mask of the same conversation and template."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
