@@ -59,6 +59,9 @@ class Objective(NamedTuple):
     output_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits
 
 
+CROSS_ENTROPY = Objective()
+
+
 class _Inputs(NamedTuple):
     """Per prediction of a piece, [B, n, M] and, for the states, [B, n, M, D]; None without divergence."""
 
@@ -108,7 +111,7 @@ def vocabulary_loss(
     expansion: jax.Array | None = None,
     lambda_base: jax.Array | float = 0.0,
     target_states: jax.Array | None = None,
-    objective: Objective = Objective(),  # noqa: B008  an immutable tuple
+    objective: Objective = CROSS_ENTROPY,
     chunk_blocks: int = 0,
 ) -> VocabularyLoss:
     """Losses of the corrected logits `U + E` and of the base logits `U`, in one pass over the vocabulary.

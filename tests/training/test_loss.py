@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from nemo_automodel.components.speculative.dflash import core
 
 from domino_jax.training.loss import (
+    CROSS_ENTROPY,
     Objective,
     VocabularyLoss,
     acceptance_stats,
@@ -21,7 +22,6 @@ from domino_jax.training.loss import (
 )
 
 BATCH, BLOCKS, SIZE, WIDTH, RANK, VOCABULARY = 2, 7, 3, 16, 6, 110
-PLAIN = Objective()
 
 
 class Inputs(NamedTuple):
@@ -51,7 +51,12 @@ def random_inputs() -> tuple[Inputs, Labels]:
 
 
 def run(
-    inputs: Inputs, labels: Labels, *, objective: Objective = PLAIN, lambda_base: float = 0.3, chunk_blocks: int = 0
+    inputs: Inputs,
+    labels: Labels,
+    *,
+    objective: Objective = CROSS_ENTROPY,
+    lambda_base: float = 0.3,
+    chunk_blocks: int = 0,
 ) -> VocabularyLoss:
     return vocabulary_loss(
         inputs.hidden,
@@ -102,7 +107,7 @@ def torch_loss(inputs: Inputs, labels: Labels, objective: Objective, factors: An
 
 
 OBJECTIVES = {
-    "cross-entropy": PLAIN,
+    "cross-entropy": CROSS_ENTROPY,
     "divergence": Objective(kl_weight=0.4),
     "softly bounded": Objective(output_logits=lambda logits: 4.0 * jnp.tanh(logits / 4.0)),
     "all at once": Objective(
@@ -163,7 +168,7 @@ def test_vocabulary_loss_without_a_head_gives_the_base_twice() -> None:
     chex.assert_trees_all_close(slope, with_head.hidden, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [PLAIN, OBJECTIVES["all at once"]], ids=["plain", "all at once"])
+@pytest.mark.parametrize("objective", [CROSS_ENTROPY, OBJECTIVES["all at once"]], ids=["plain", "all at once"])
 @pytest.mark.parametrize("chunk_blocks", [1, 3, 7, 50])  # 3 leaves a last piece of one block
 def test_vocabulary_loss_in_chunks_equals_one_piece_in_values_and_gradients(
     objective: Objective, chunk_blocks: int
