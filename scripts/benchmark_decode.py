@@ -191,12 +191,12 @@ def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str
         run = jax.jit(lambda state, weights: speculate._draft(way, weights, state, bonus, key)[0])
         return timed(lambda: (None, run(state, weights)), ())
 
+    draft = drafting(False)
+    head = drafting(True) - draft if decoder.use_head else 0.0
     verify = timed(*target_pass(decoder.target, weights.target, size=decoder.proposals + 1, context=context))
     one = jax.jit(lambda state: speculate._cycle(decoder, weights, state), donate_argnums=0)
 
     whole = timed(lambda state: (one(state), None), (state,))
-    draft = drafting(False)
-    head = drafting(True) - draft if decoder.use_head else 0.0
     return {"cycle": whole, "draft": draft, "head": head, "verify": verify, "rest": whole - draft - head - verify}
 
 
