@@ -14,7 +14,7 @@ import numpy as np
 
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.head import DominoHead
-from domino_jax.draft.mask import layer_masks
+from domino_jax.draft.mask import layer_spans
 from domino_jax.layers import write_rows
 from domino_jax.model_config import DraftConfig
 from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, vocabulary_logits
@@ -272,7 +272,7 @@ def _draft(
         tuple((layer.keys, layer.values) for layer in state.draft_cache),
         jnp.take(embedding, noise, axis=0)[:, None],
         (anchors[:, None] + offsets)[:, None],
-        layer_masks(cfg, anchors[:, None], used, context_len=state.tokens.shape[1]),
+        layer_spans(cfg, anchors[:, None], used),
     )
     hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
     base = output_logits(cfg, vocabulary_logits(hidden, lm_head_weight(weights.target)))

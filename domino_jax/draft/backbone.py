@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from domino_jax.draft.attention import block_attention
 from domino_jax.draft.head import DominoHead
-from domino_jax.draft.mask import layer_masks
+from domino_jax.draft.mask import ContextSpan, layer_spans
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
@@ -34,11 +34,11 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.cfg.rms_norm_eps)
         self.mlp = SwiGLU(self.cfg)
 
-    def __call__(self, x: jax.Array, context: KeysValues, tables: Rotary, mask: jax.Array) -> jax.Array:
-        """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `mask` is bool [B, N, 1 or K, S]."""
+    def __call__(self, x: jax.Array, context: KeysValues, tables: Rotary, span: ContextSpan) -> jax.Array:
+        """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `span` is the context that they see."""
         normed = self.input_layernorm(x)
         own = self.self_attn.keys_values(normed, tables)
-        heads = block_attention(self.self_attn.queries(normed, tables), context, own, mask=mask, causal=self.causal)
+        heads = block_attention(self.self_attn.queries(normed, tables), context, own, span=span, causal=self.causal)
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
@@ -73,7 +73,7 @@ class DraftModel(nn.Module):
         context_positions: jax.Array,
         embeddings: jax.Array,
         positions: jax.Array,
-        masks: Mapping[str, jax.Array],
+        spans: Mapping[str, ContextSpan],
     ) -> jax.Array:
         """Hidden states of all blocks.
 
@@ -82,11 +82,11 @@ class DraftModel(nn.Module):
             context_positions: int32 [B, S].
             embeddings: [B, N, K, D], the noise blocks in the target's embedding.
             positions: int32 [B, N, K].
-            masks: the context that blocks see, one mask per type of attention (`layer_masks`).
+            spans: the context that blocks see, by type of attention (`layer_spans`).
         Returns:
             [B, N, K, D] after the final norm, in the compute dtype.
         """
-        return self.block_states(self.context(features, context_positions), embeddings, positions, masks)
+        return self.block_states(self.context(features, context_positions), embeddings, positions, spans)
 
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[KeysValues, ...]:
         """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
@@ -99,7 +99,7 @@ class DraftModel(nn.Module):
         context: tuple[KeysValues, ...],
         embeddings: jax.Array,
         positions: jax.Array,
-        masks: Mapping[str, jax.Array],
+        spans: Mapping[str, ContextSpan],
     ) -> jax.Array:
         """Like the whole call, from the context's keys and values, which decoding keeps between cycles."""
         batch, blocks, size, width = embeddings.shape
@@ -107,7 +107,7 @@ class DraftModel(nn.Module):
         x = embeddings.reshape(batch, blocks * size, width) * self.cfg.input_embedding_scale
         x = x.astype(self.cfg.dtype)
         for layer, kind, keys_values in zip(self.layers, self.cfg.attention_types, context, strict=True):
-            x = layer(x, keys_values, tables, masks[kind])
+            x = layer(x, keys_values, tables, spans[kind])
         return self.norm(x).reshape(batch, blocks, size, width)
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ def init_variables(model: DraftModel, key: jax.Array) -> dict:
         block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)
         positions = jnp.zeros((1, 1, cfg.block_size), jnp.int32)
         start, used = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-        hidden = module(states, start, block, positions, layer_masks(cfg, start, used, context_len=1))
+        hidden = module(states, start, block, positions, layer_spans(cfg, start, used))
         if cfg.projector_type == "domino":
             predictions = module.prediction_states(hidden)
             module.head(predictions, jnp.zeros_like(predictions))

@@ -1,61 +1,65 @@
-"""Which keys a draft block sees: the rule over the context, and the dense mask that spells out all of it."""
+"""Which keys a draft block sees: a span of the context per query, and the dense mask that spells out all of it."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from domino_jax.draft.blocks import document_ids
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 
 
-def context_mask(
+class ContextSpan(NamedTuple):
+    """The context positions j that a query of a block sees, `first <= j < end`.
+
+    Both int32 [B, N, Q]; Q is 1 where all queries of a block see the same, and K for `first` with a window.
+    """
+
+    first: jax.Array
+    end: jax.Array
+
+
+def context_span(
     anchors: jax.Array,
     keep: jax.Array,
     *,
-    context_len: int,
     seq_lens: jax.Array | None = None,
     block_size: int = 1,
     window: int | None = None,
-) -> jax.Array:
+) -> ContextSpan:
     """Tells which context positions the queries of a block may attend to.
 
     Args:
         anchors: int32 [B, N], context position of each block's clean first token.
         keep: bool [B, N], False for an unused slot, which sees no context.
-        context_len: S.
         seq_lens: int [B, documents] for packed rows; a block sees its own document only.
         block_size: K; read with a window only.
         window: a query at `anchor + k` sees the context less than so many positions before it; None for all of it.
     Returns:
-        bool [B, N, Q, S], True where attention is allowed; Q is K with a window, and 1 without, where all queries of
-        a block see the same.
+        `ContextSpan`.
     Source: DFlash (arXiv:2602.06036), section 4.2; NeMo AutoModel 0.7.0, `create_dflash_sdpa_mask`.
     """
-    context = jnp.arange(context_len)
+    anchors = jnp.asarray(anchors, jnp.int32)
     # Strictly before: at inference the target's hidden state at the anchor does not exist yet.
-    visible = (context < anchors[..., None]) & keep[..., None]  # [B, N, S]
+    end = jnp.where(keep, anchors, 0)[..., None]
+    first = jnp.zeros_like(end)
     if seq_lens is not None:
-        documents = document_ids(seq_lens, context_len)
-        visible &= documents[:, None, :] == jnp.take_along_axis(documents, anchors, axis=1)[..., None]
-    if window is None:
-        return visible[:, :, None]
-    queries = anchors[..., None] + jnp.arange(block_size)  # [B, N, K]
-    return visible[:, :, None] & (queries[..., None] - context < window)
+        lengths = jnp.asarray(seq_lens, jnp.int32)[:, None, :]
+        done = jnp.cumsum(lengths, axis=-1) <= anchors[..., None]  # documents that end before the anchor's
+        first = jnp.sum(jnp.where(done, lengths, 0), axis=-1, keepdims=True)
+    if window is not None:
+        queries = anchors[..., None] + jnp.arange(block_size, dtype=jnp.int32)  # [B, N, K]
+        first = jnp.maximum(first, queries - (window - 1))
+    return ContextSpan(first, end)
 
 
-def layer_masks(
-    cfg: DraftConfig,
-    anchors: jax.Array,
-    keep: jax.Array,
-    *,
-    context_len: int,
-    seq_lens: jax.Array | None = None,
-) -> dict[str, jax.Array]:
-    """The `context_mask` of each type of attention that the draft's layers have, by its name in `layer_types`."""
+def layer_spans(
+    cfg: DraftConfig, anchors: jax.Array, keep: jax.Array, *, seq_lens: jax.Array | None = None
+) -> dict[str, ContextSpan]:
+    """The `context_span` of each type of attention that the draft's layers have, by its name in `layer_types`."""
     return {
-        kind: context_mask(
+        kind: context_span(
             anchors,
             keep,
-            context_len=context_len,
             seq_lens=seq_lens,
             block_size=cfg.block_size,
             window=cfg.sliding_window if kind == SLIDING_ATTENTION else None,
@@ -82,7 +86,7 @@ def block_mask(
         context_len: S.
         block_size: K.
         seq_lens: int [B, documents] for packed rows.
-        window: as in `context_mask`.
+        window: as in `context_span`.
         causal: whether a query sees only its own and earlier positions of its block.
     Returns:
         bool [B, N*K, S + N*K], True where attention is allowed. An unused slot still sees itself, so that no
@@ -90,9 +94,9 @@ def block_mask(
     """
     batch, count = anchors.shape
     size = count * block_size
-    context = context_mask(
-        anchors, keep, context_len=context_len, seq_lens=seq_lens, block_size=block_size, window=window
-    )
+    span = context_span(anchors, keep, seq_lens=seq_lens, block_size=block_size, window=window)
+    places = jnp.arange(context_len)
+    context = (span.first[..., None] <= places) & (places < span.end[..., None])  # [B, N, Q, S]
     context = jnp.broadcast_to(context, (batch, count, block_size, context_len)).reshape(batch, size, context_len)
     position = jnp.arange(size)
     own = position[:, None] // block_size == position[None, :] // block_size

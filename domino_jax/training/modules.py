@@ -17,7 +17,7 @@ from domino_jax.draft.blocks import (
     sample_anchors,
     sample_prefix_lengths,
 )
-from domino_jax.draft.mask import layer_masks
+from domino_jax.draft.mask import layer_spans
 from domino_jax.model_config import DraftConfig
 from domino_jax.training.loss import Objective, TokenLoss, VocabularyLoss, acceptance_stats, vocabulary_loss
 from domino_jax.training.objectives import OBJECTIVES, loss_divisor
@@ -181,11 +181,9 @@ class DFlashTrainerModule(nn.Module):
         """The backbone's states of the blocks' predictions, [B, N, M, D]."""
         batch, length = hidden_states.shape[:2]
         positions = packing.position_ids if packing else jnp.broadcast_to(jnp.arange(length), (batch, length))
-        masks = layer_masks(
-            self.draft_model.cfg, *anchors, context_len=length, seq_lens=packing.seq_lens if packing else None
-        )
+        spans = layer_spans(self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None)
         noise = _frozen_rows(embed_tokens, blocks.noise_ids)
-        states = self.draft_model(jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, masks)
+        states = self.draft_model(jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans)
         return self.draft_model.prediction_states(states)
 
     def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:

@@ -25,7 +25,7 @@ from domino_jax.decoding.speculate import (
     stream,
 )
 from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
-from domino_jax.draft.mask import layer_masks
+from domino_jax.draft.mask import layer_spans
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
 
@@ -165,7 +165,7 @@ def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes:
         jnp.broadcast_to(jnp.arange(length), (2, length)),
         embedding[noise][:, None],
         places[..., None] + jnp.arange(config.block_size),
-        layer_masks(config, places, used, context_len=length),
+        layer_spans(config, places, used),
     )
     hidden = bound.prediction_states(hidden)
     logits = output_logits(config, vocabulary_logits(hidden, lm_head_weight(target_params)))

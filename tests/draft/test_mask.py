@@ -1,4 +1,4 @@
-"""Who may look where: the dense mask and the context mask against a loop over queries and keys."""
+"""Who may look where: the dense mask and the spans of context against a loop over queries and keys."""
 
 import itertools
 
@@ -10,7 +10,7 @@ import torch
 from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
 from reference import draft_config, random_anchors, random_batch, slow_document_ids
 
-from domino_jax.draft.mask import block_mask, context_mask, layer_masks
+from domino_jax.draft.mask import block_mask, context_span, layer_spans
 
 LENGTH, SIZE = 24, 3
 
@@ -77,25 +77,26 @@ def test_block_mask_causal_in_the_block_is_specforges_sliding_layer() -> None:
         assert seen.tolist() == [*context, *range(LENGTH + first_query, LENGTH + first_query + k + 1)]
 
 
-def test_layer_masks_holds_each_type_once() -> None:
+def test_layer_spans_holds_each_type_once() -> None:
     anchors, keep, _ = slots_of(packed=False)
     kinds = ("sliding_attention", "full_attention", "sliding_attention")
     config = draft_config(num_hidden_layers=3, block_size=SIZE, sliding_window=4, layer_types=kinds)
-    found = layer_masks(config, anchors, keep, context_len=LENGTH)
+    found = layer_spans(config, anchors, keep)
     assert list(found) == ["full_attention", "sliding_attention"]
-    chex.assert_shape(found["full_attention"], (*anchors.shape, 1, LENGTH))
-    chex.assert_shape(found["sliding_attention"], (*anchors.shape, SIZE, LENGTH))
-    windowed = context_mask(anchors, keep, context_len=LENGTH, block_size=SIZE, window=4)
-    np.testing.assert_array_equal(found["sliding_attention"], windowed)
+    chex.assert_shape(list(found["full_attention"]), (*anchors.shape, 1))
+    chex.assert_shape(found["sliding_attention"].first, (*anchors.shape, SIZE))
+    windowed = context_span(anchors, keep, block_size=SIZE, window=4)
+    chex.assert_trees_all_equal(found["sliding_attention"], windowed)
 
 
-def test_context_mask_ends_strictly_before_the_anchor() -> None:
-    found = context_mask(jnp.array([[0, 1, 5, 5]]), jnp.array([[True, True, True, False]]), context_len=6)
-    assert found.sum(axis=-1).tolist() == [[[0], [1], [5], [0]]]
-    assert not found[0, 2, 0, 5] and found[0, 2, 0, 4]
+def test_context_span_ends_strictly_before_the_anchor() -> None:
+    found = context_span(jnp.array([[0, 1, 5, 5]]), jnp.array([[True, True, True, False]]))
+    chex.assert_type(list(found), jnp.int32)
+    assert found.first.tolist() == [[[0], [0], [0], [0]]]
+    assert found.end.tolist() == [[[0], [1], [5], [0]]]
 
 
-def test_context_mask_stays_in_the_document() -> None:
+def test_context_span_stays_in_the_document() -> None:
     lens = jnp.array([[3, 4]])
-    found = context_mask(jnp.array([[1, 3, 5]]), jnp.ones((1, 3), bool), context_len=8, seq_lens=lens)
-    assert [np.flatnonzero(row).tolist() for row in found[0, :, 0]] == [[0], [], [3, 4]]
+    found = context_span(jnp.array([[1, 3, 5]]), jnp.ones((1, 3), bool), seq_lens=lens)
+    assert found.first.tolist() == [[[0], [3], [3]]] and found.end.tolist() == [[[1], [3], [5]]]

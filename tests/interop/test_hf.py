@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3Config
 
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.mask import layer_masks
+from domino_jax.draft.mask import layer_spans
 from domino_jax.interop import hf
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
 from domino_jax.model_config import DraftConfig, RopeScaling
@@ -208,7 +208,7 @@ def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConf
         context,
         noise,
         positions,
-        layer_masks(config, anchors, keep, context_len=32),
+        layer_spans(config, anchors, keep),
     )
     slots = (torch.tensor(anchors), torch.tensor(keep))
     with torch.no_grad():

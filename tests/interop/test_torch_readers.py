@@ -14,7 +14,7 @@ from reference import dflash_config, draft_config, random_params
 
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
-from domino_jax.draft.mask import layer_masks
+from domino_jax.draft.mask import layer_spans
 from domino_jax.interop import hf
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.model_config import DraftConfig
@@ -64,7 +64,7 @@ def test_one_block_has_the_same_states(reader: Any, config: DraftConfig, dtype: 
         positions[:, :ANCHOR],
         noise[:, None],
         positions[:, None, ANCHOR:],
-        layer_masks(config, anchors, np.ones((2, 1), bool), context_len=ANCHOR),
+        layer_spans(config, anchors, np.ones((2, 1), bool)),
     )
     with torch.no_grad():  # no mask: the class derives its own, as it does while decoding
         expected = theirs(
