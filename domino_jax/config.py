@@ -138,7 +138,7 @@ class LossConfig:
     kl_weight: float = 0.0
     lambda_start: float = 1.0
     decay_ratio: float = 1.0
-    chunk_blocks: int = 0
+    chunk_blocks: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,18 @@ class _Inputs(NamedTuple):
     target_states: jax.Array | None
 
 
+class _Gradients(NamedTuple):
+    """Of `hidden` and `low_rank`, like them, and of `expansion`, [R, V], without the labels' part.
+
+    That part is a row of `low_rank` per prediction, times `labelled` [B, n, M].
+    """
+
+    hidden: jax.Array | None = None
+    low_rank: jax.Array | None = None
+    expansion: jax.Array | None = None
+    labelled: jax.Array | None = None
+
+
 class _Softmax(NamedTuple):
     """Logits and their softmax, not yet divided by its sum: `exps` [..., V], `sums` and `largest` [...]."""
 
@@ -117,6 +129,7 @@ def vocabulary_loss(
     """Losses of the corrected logits `U + E` and of the base logits `U`, in one pass over the vocabulary.
 
     The gradient is made in the same pass as the loss, piece by piece, so that logits are never kept or made again.
+    Pieces without any supervised prediction (unused slots come last) are left out.
 
     Args:
         hidden: [B, N, M, D], backbone states of the predictions.
@@ -133,7 +146,7 @@ def vocabulary_loss(
         chunk_blocks: blocks whose logits exist at the same time, 0 for all.
     Returns:
         `VocabularyLoss`. Logits, log-sum-exp and sums are float32; gradients reach `hidden`, `low_rank` and
-        `expansion` through `total`.
+        `expansion` through `total`. What is said of predictions outside the mask means nothing.
     """
     if objective.kl_weight == 0:
         target_states = None
@@ -182,7 +195,8 @@ def _in_pieces(
     )
     blocks = hidden.shape[1]
     if chunk_blocks == 0 or chunk_blocks >= blocks:
-        return piece(hidden, low_rank, inputs)
+        loss, gradients = piece(hidden, low_rank, inputs)
+        return loss, _with_labels(gradients, low_rank, inputs.target_ids)
     pieces = -(-blocks // chunk_blocks)
 
     def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
@@ -192,21 +206,34 @@ def _in_pieces(
     def joined(x: jax.Array) -> jax.Array:  # and back
         return x.swapaxes(0, 1).reshape(x.shape[1], pieces * chunk_blocks, *x.shape[3:])[:, :blocks]
 
-    def add(sums: Any, rows: Any) -> tuple[Any, Any]:
-        loss, (hidden_gradient, low_rank_gradient, expansion_gradient) = piece(*rows)
-        new = (loss.total, loss.final_sum, loss.base_sum, expansion_gradient)
-        return jax.tree.map(jnp.add, sums, new), (loss.final, loss.base, hidden_gradient, low_rank_gradient)
+    def one(rows: Any) -> tuple[Any, Any]:
+        loss, gradients = piece(*rows)
+        sums = (loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+        return sums, (loss.final, loss.base, gradients._replace(expansion=None))
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (
-        zero,
-        zero,
-        zero,
-        jnp.zeros(expansion.shape, jnp.float32) if with_gradient and expansion is not None else None,
-    )
-    sums, rows = jax.lax.scan(add, start, jax.tree.map(split, (hidden, low_rank, inputs)))
-    final, base, hidden_gradient, low_rank_gradient = jax.tree.map(joined, rows)
-    return VocabularyLoss(*sums[:3], final, base), (hidden_gradient, low_rank_gradient, sums[3])
+    def add(sums: Any, rows: Any) -> tuple[Any, Any]:
+        def some() -> tuple[Any, Any]:
+            new, out = one(rows)
+            return jax.tree.map(jnp.add, sums, new), out
+
+        return jax.lax.cond(jnp.any(rows[2].mask), some, lambda: (sums, zeros[1]))
+
+    rows = jax.tree.map(split, (hidden, low_rank, inputs))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, outs = jax.lax.scan(add, zeros[0], rows)
+    final, base, gradients = jax.tree.map(joined, outs)
+    gradients = _with_labels(gradients._replace(expansion=sums[3]), low_rank, inputs.target_ids)
+    return VocabularyLoss(*sums[:3], final, base), gradients
+
+
+def _with_labels(gradients: _Gradients, low_rank: jax.Array | None, ids: jax.Array) -> tuple[Any, ...]:
+    """The gradients of states, low rank and expansion [V, R], to which the labels' part is added here, once for all."""
+    expansion = gradients.expansion
+    if expansion is not None and low_rank is not None:
+        expansion = jax.lax.optimization_barrier(expansion).T  # or XLA would turn the product round again
+        expansion = expansion.at[ids].add(-gradients.labelled[..., None] * low_rank)
+    return gradients.hidden, gradients.low_rank, expansion
 
 
 def _piece(
@@ -219,7 +246,7 @@ def _piece(
     expansion: jax.Array | None,
     lam: jax.Array,
     with_gradient: bool,
-) -> tuple[VocabularyLoss, Any]:
+) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
     ids, kl = inputs.target_ids, objective.kl_weight
     product = _logits(hidden, lm_head)
@@ -235,7 +262,7 @@ def _piece(
     final_sum, final_weights = _weighted(final_loss, inputs, objective)
     loss = VocabularyLoss((1.0 - lam) * final_sum + lam * base_sum, final_sum, base_sum, final_loss, base_loss)
     if not with_gradient:
-        return loss, (None, None, None)
+        return loss, _Gradients()
 
     # A logit's gradient is `weight * (softmax - label)`. The label part is a row of the table per prediction. Of the
     # softmax parts the corrected one is scaled outside its products, and both are added up for that with the head.
@@ -246,14 +273,14 @@ def _piece(
     (slope,) = pull(scale[..., None] * dense + scale_base[..., None] * dense_base)
     (labelled,) = jax.vjp(objective.output_logits, _at(product, ids))[1](labelled)
     hidden_gradient = _states_gradient(slope.astype(hidden.dtype), jnp.ones_like(scale), lm_head, labelled, ids)
-    low_rank_gradient = expansion_gradient = None
-    if low_rank is not None and expansion is not None:
-        dense, labelled = dense.astype(low_rank.dtype), (1.0 - kl) * final_weights
-        low_rank_gradient = _states_gradient(dense, scale, expansion, labelled, ids)
-        rows = (scale[..., None] * low_rank).astype(low_rank.dtype)
-        expansion_gradient = jnp.einsum("bnmv,bnmr->vr", dense, rows, preferred_element_type=jnp.float32)
-        expansion_gradient = expansion_gradient.at[ids].add(-labelled[..., None] * low_rank)
-    return loss, (hidden_gradient, low_rank_gradient, expansion_gradient)
+    if low_rank is None or expansion is None:
+        return loss, _Gradients(hidden_gradient)
+    dense, labelled = dense.astype(low_rank.dtype), (1.0 - kl) * final_weights
+    low_rank_gradient = _states_gradient(dense, scale, expansion, labelled, ids)
+    rows = (scale[..., None] * low_rank).astype(low_rank.dtype)
+    # [R, V]: the other way round the large factor would be transposed first.
+    expansion_gradient = jnp.einsum("bnmr,bnmv->rv", rows, dense, preferred_element_type=jnp.float32)
+    return loss, _Gradients(hidden_gradient, low_rank_gradient, expansion_gradient, labelled)
 
 
 def _weighted(loss: TokenLoss, inputs: _Inputs, objective: Objective) -> tuple[jax.Array, jax.Array]:

@@ -89,7 +89,7 @@ class DFlashTrainerModule(nn.Module):
     normalize: str | None = None
     kl_weight: float = 0.0
     anchor_rule: str = "nemo"
-    chunk_blocks: int = 0
+    chunk_blocks: int = 16
 
     def __post_init__(self) -> None:
         """Refuses an objective that does not exist."""

@@ -186,6 +186,18 @@ def test_vocabulary_loss_in_chunks_equals_one_piece_in_values_and_gradients(
         assert np.linalg.norm(getattr(whole_gradient, name)) > 1
 
 
+def test_pieces_without_a_supervised_prediction_are_left_out() -> None:
+    inputs, labels = random_inputs()
+    mask = labels.mask & (np.arange(BLOCKS) < 3)[:, None]
+    labels = labels._replace(mask=mask, weights=labels.weights * mask)
+    expected_gradient, expected = gradient(inputs, labels)
+    hidden = np.where(np.arange(BLOCKS)[:, None, None] < 3, inputs.hidden, np.nan)
+    found_gradient, found = gradient(inputs._replace(hidden=hidden), labels, chunk_blocks=3)
+    chex.assert_trees_all_close(found[:3], expected[:3], rtol=1e-5)
+    chex.assert_trees_all_close(found_gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+    assert not np.any(found_gradient.hidden[:, 3:])
+
+
 def test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk() -> None:
     blocks, size, vocabulary, width = 32, 4, 4000, 8
 
