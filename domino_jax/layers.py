@@ -15,6 +15,27 @@ import numpy as np
 from domino_jax.model_config import YARN_BETA_FAST, YARN_BETA_SLOW, DecoderConfig, RopeScaling
 from domino_jax.sharding import constrain, logical_axes
 
+# Up to so many rows a product costs what reading its weight costs: verifying a block, not training.
+FEW_ROWS = 16
+
+
+def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ weight.T`.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of the type of `x`.
+        dtype: of the result (and its sums); the type of `x` when not given.
+    Returns:
+        [..., out].
+    """
+    rows = math.prod(x.shape[:-1])
+    if 1 < rows <= FEW_ROWS:
+        # XLA on CPU streams the weight faster as the left factor, with the rows as columns.
+        columns = jnp.einsum("oi,ri->or", weight, x.reshape(rows, -1), preferred_element_type=dtype)
+        return columns.T.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
 
 class Dense(nn.Module):
     """`x @ weight.T`, plus `bias` if there is one, with `weight` stored `[features, in]` in float32 masters.
@@ -36,7 +57,7 @@ class Dense(nn.Module):
         """Maps the last axis of `x` to `features`."""
         init = nn.initializers.normal(stddev=0.02)
         weight = self.param("weight", logical_axes(init, *self.axes), (self.features, x.shape[-1]), jnp.float32)
-        product = jnp.einsum("...i,oi->...o", x.astype(self.dtype), weight.astype(self.dtype))
+        product = project(x.astype(self.dtype), weight.astype(self.dtype))
         if not self.use_bias:
             return product
         zeros = logical_axes(nn.initializers.zeros, self.axes[0])

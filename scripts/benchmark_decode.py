@@ -30,7 +30,7 @@ from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, requir
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.interop.hf import save_hf_draft
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+from domino_jax.target.model import Target, lm_head_weight, most_likely, vocabulary_logits
 
 ROUNDS = 15  # repetitions of each measured part
 
@@ -174,7 +174,7 @@ def target_pass(target: Target, params: Any, *, size: int, context: int) -> tupl
 
     def run(cache: Any, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
         out = target.apply({"params": params}, tokens, positions, cache=cache)
-        return out.cache, jnp.argmax(vocabulary_logits(out.hidden, lm_head_weight(params)), axis=-1)
+        return out.cache, most_likely(vocabulary_logits(out.hidden, lm_head_weight(params)))
 
     return jax.jit(run, donate_argnums=0), (cache, params, tokens, positions)
 

@@ -17,7 +17,7 @@ from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
 from domino_jax.layers import write_rows
 from domino_jax.model_config import DraftConfig
-from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, vocabulary_logits
+from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, most_likely, vocabulary_logits
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -217,7 +217,7 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
         target_probs = jax.nn.softmax(logits / decoder.temperature, axis=-1)
         accepted, following = accept_sampled(accept_key, drafted, draft_probs, target_probs)
     else:
-        accepted, following = accept_greedy(drafted, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        accepted, following = accept_greedy(drafted, most_likely(logits))
 
     # The block's accepted tokens, then the target's own; what follows is overwritten by the next cycle.
     index = jnp.arange(block.shape[1])
@@ -340,7 +340,7 @@ def accept_sampled(
 def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # [B, V] -> [B]
     if decoder.temperature > 0:
         return jax.random.categorical(key, logits / decoder.temperature, axis=-1).astype(jnp.int32)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return most_likely(logits)
 
 
 def _is_stop(decoder: Decoder, tokens: jax.Array) -> jax.Array:

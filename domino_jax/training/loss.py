@@ -1,7 +1,6 @@
 """The dual cross-entropy over the vocabulary, in pieces that bound its memory, and the acceptance statistics."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.sharding import constrain
-from domino_jax.target.model import vocabulary_logits
+from domino_jax.target.model import most_likely, vocabulary_logits
 
 
 class TokenLoss(NamedTuple):
@@ -103,7 +102,7 @@ class _Softmax(NamedTuple):
         if wanted is not None:
             apart = jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums
             divergence = apart - (wanted.largest + jnp.log(wanted.sums)) + log_sum
-        return TokenLoss(log_sum - _at(self.logits, ids), _argmax(self.logits), divergence)
+        return TokenLoss(log_sum - _at(self.logits, ids), most_likely(self.logits), divergence)
 
     def slope(self, weights: jax.Array, wanted: "_Softmax | None", kl: float) -> tuple[jax.Array, jax.Array]:
         """The gradient without the labels' part: [..., V], and the factor of each row, not multiplied in yet."""
@@ -129,7 +128,7 @@ def vocabulary_loss(
     """Losses of the corrected logits `U + E` and of the base logits `U`, in one pass over the vocabulary.
 
     The gradient is made in the same pass as the loss, piece by piece, so that logits are never kept or made again.
-    Pieces without any supervised prediction (unused slots come last) are left out.
+    The pieces after the last supervised prediction are left out: unused slots come last.
 
     Args:
         hidden: [B, N, M, D], backbone states of the predictions.
@@ -211,17 +210,18 @@ def _in_pieces(
         sums = (loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
         return sums, (loss.final, loss.base, gradients._replace(expansion=None))
 
-    def add(sums: Any, rows: Any) -> tuple[Any, Any]:
-        def some() -> tuple[Any, Any]:
-            new, out = one(rows)
-            return jax.tree.map(jnp.add, sums, new), out
-
-        return jax.lax.cond(jnp.any(rows[2].mask), some, lambda: (sums, zeros[1]))
+    def add(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        new, out = one(jax.tree.map(lambda x: x[index], rows))
+        outs = jax.tree.map(lambda whole, x: whole.at[index].set(x), carry[1], out)
+        return jax.tree.map(jnp.add, carry[0], new), outs
 
     rows = jax.tree.map(split, (hidden, low_rank, inputs))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    sums, outs = jax.lax.scan(add, zeros[0], rows)
+    sums, out = jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))
+    start = (sums, jax.tree.map(lambda x: jax.ShapeDtypeStruct((pieces, *x.shape), x.dtype), out))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
+    supervised = jnp.any(rows[2].mask, axis=(1, 2, 3))
+    needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
+    sums, outs = jax.lax.fori_loop(0, needed, add, start)
     final, base, gradients = jax.tree.map(joined, outs)
     gradients = _with_labels(gradients._replace(expansion=sums[3]), low_rank, inputs.target_ids)
     return VocabularyLoss(*sums[:3], final, base), gradients
@@ -297,22 +297,6 @@ def _states_gradient(
 ) -> jax.Array:
     products = jnp.einsum("...v,vd->...d", dense, table, preferred_element_type=jnp.float32)
     return (scale[..., None] * products - labelled[..., None] * table[ids]).astype(dense.dtype)
-
-
-def _argmax(logits: jax.Array) -> jax.Array:
-    """The first of the largest, int32.
-
-    XLA on CPU takes a maximum at the speed of memory but an argmax ten times slower: there, the group of logits that
-    holds it is looked for first.
-    """
-    size = logits.shape[-1]
-    groups = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
-    if jax.default_backend() != "cpu" or groups == 1:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    grouped = logits.reshape(*logits.shape[:-1], groups, size // groups)
-    group = jnp.argmax(jnp.max(grouped, axis=-1), axis=-1)
-    inside = jnp.take_along_axis(grouped, group[..., None, None], axis=-2)[..., 0, :]
-    return (group * (size // groups) + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def _logits(states: jax.Array, table: jax.Array) -> jax.Array:

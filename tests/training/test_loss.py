@@ -186,7 +186,7 @@ def test_vocabulary_loss_in_chunks_equals_one_piece_in_values_and_gradients(
         assert np.linalg.norm(getattr(whole_gradient, name)) > 1
 
 
-def test_pieces_without_a_supervised_prediction_are_left_out() -> None:
+def test_pieces_after_the_last_supervised_prediction_are_left_out() -> None:
     inputs, labels = random_inputs()
     mask = labels.mask & (np.arange(BLOCKS) < 3)[:, None]
     labels = labels._replace(mask=mask, weights=labels.weights * mask)
