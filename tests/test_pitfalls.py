@@ -1,7 +1,7 @@
 """What went wrong for users of the other trainers, and the tests that keep it from happening here.
 
-The third column says what was changed by hand (2026-11-24); a test of the row then failed, except in the two rows that
-say "not caught". Where a row names several tests, not each was tried alone.
+Beside each test stands what was changed by hand to see it fail (2026-11-24). Every test was tried alone, and alone
+under each of its changes where a semicolon parts several; every time it failed for what the row says.
 """
 
 import ast
@@ -11,157 +11,168 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-# What happened there · the tests here · the fault that was tried.
-PITFALLS = (
-    (
-        "shift_label missing from the saved config",
-        ("interop/test_hf.py::test_config_json_has_what_every_reader_insists_on",),
-        "interop/hf.py: shift_label not written",
-    ),
-    (
-        "shift_label guessed on load",
-        ("interop/test_hf.py::test_load_refuses_other_configs",),
-        "interop/hf.py: shift_label read with a default",
-    ),
-    (
-        "rotary frequencies rounded to bfloat16 by a model-wide cast",
-        ("test_layers.py::test_rotary_is_as_exact_as_float32_up_to_100k_positions",),
-        "layers.py: frequencies cast to bfloat16",
-    ),
-    (
-        "rotary base or partial factor read from the wrong key",
-        (
-            "interop/test_hf.py::test_load_refuses_other_configs",
-            "target/test_load.py::test_read_decoder_config_refuses",
+# What happened there · the tests here, each with the faults that it was seen to fail under.
+PITFALLS = {
+    "shift_label missing from the saved config": {
+        "interop/test_hf.py::test_config_json_has_what_every_reader_insists_on": (
+            "interop/hf.py: shift_label not written (what was saved does not read back)"
         ),
-        "target/load.py: partial_rotary_factor accepted",
-    ),
-    (
-        "context up to and with the anchor",
-        ("draft/test_mask.py::test_context_mask_ends_strictly_before_the_anchor",),
-        "draft/mask.py: `<` made `<=`",
-    ),
-    (
-        "labels shifted by one",
-        ("draft/test_blocks.py::test_make_blocks_equals_the_loop",),
-        "draft/blocks.py: labels from the anchor itself",
-    ),
-    (
-        "hidden state off by one layer",
-        ("target/test_model.py::test_target_equals_transformers",),
-        "target/model.py: a layer's input captured",
-    ),
-    (
-        "mask token aliases eos, pad or bos, or changes on resume or import",
-        (
-            "test_config.py::test_make_draft_config_refuses_what_does_not_fit_the_target",
-            "interop/test_start.py::test_a_mask_token_that_became_special_is_refused_on_resume",
-            "test_cli.py::test_import_checks_mask_token_template_and_shape",
+    },
+    "shift_label guessed on load": {
+        "interop/test_hf.py::test_load_refuses_other_configs": "interop/hf.py: shift_label read with a default",
+    },
+    "rotary frequencies rounded to bfloat16 by a model-wide cast": {
+        "test_layers.py::test_rotary_is_as_exact_as_float32_up_to_100k_positions": (
+            "layers.py: frequencies cast to bfloat16"
         ),
-        "config.py and cli/shared.py: the checks left out",
-    ),
-    (
-        "no valid anchor in a batch: crash or hang",
-        (
-            "training/test_modules.py::test_a_batch_without_anchors_has_no_loss_and_no_gradient",
-            "training/test_step.py::test_a_batch_without_anchors_moves_nothing_and_is_counted",
+    },
+    "rotary base or partial factor read from the wrong key, or written under one key only": {
+        "interop/test_hf.py::test_load_refuses_other_configs": (
+            "interop/hf.py: base read at the top alone; partial_rotary_factor accepted"
         ),
-        "training/modules.py: divided by the divisor alone",
-    ),
-    (
-        "fully masked attention rows: NaN",
-        ("draft/test_attention.py::test_block_attention_of_an_unused_slot_sees_its_own_block_only",),
-        "draft/attention.py: own block masked with the context's keep",
-    ),
-    (
-        "a boolean mask added as +1 and 0",
-        ("draft/test_attention.py::test_block_attention_equals_dense_attention_in_values_and_gradients",),
-        "draft/attention.py: `far + mask`",
-    ),
-    (
-        "shapes that depend on the data: recompilation late in an epoch",
-        (
-            "training/test_loop.py::test_the_step_is_compiled_once",
-            "training/test_step.py::test_one_trace_serves_many_steps",
+        "target/test_load.py::test_read_decoder_config_refuses": (
+            "target/load.py: the first base taken though another differs; partial_rotary_factor accepted"
         ),
-        "not caught: data/pipeline.py padding to the longest of a batch, as the tiny batches are equally long",
-    ),
-    (
-        "whole logits twice",
-        ("training/test_loss.py::test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk",),
-        "training/loss.py: chunk_blocks ignored",
-    ),
-    (
-        "a dense mask of gigabytes",
-        ("training/test_modules.py::test_no_array_has_the_shape_of_the_dense_mask",),
-        "draft/attention.py: scores over context and all blocks",
-    ),
-    (
-        "head not saved, random embedding exported, unknown keys skipped",
-        (
-            "interop/test_hf.py::test_hf_tensors_names_every_tensor_of_the_format_and_no_other",
-            "interop/test_hf.py::test_load_refuses_other_tensors",
+        "interop/test_hf.py::test_config_json_has_what_every_reader_insists_on": (
+            "interop/hf.py: no base in rope_parameters"
         ),
-        "interop/hf.py: check_tensors left out",
-    ),
-    (
-        "gamma None silently off or on",
-        ("draft/test_blocks.py::test_position_weights_equal_the_loop",),
-        "draft/blocks.py: None read as 7",
-    ),
-    (
-        "a tied head ignored",
-        ("target/test_model.py::test_lm_head_weight_is_the_embedding_only_when_tied",),
-        "target/model.py: the embedding always",
-    ),
-    (
-        "resume replays the epoch or loses the order",
-        ("training/test_loop.py::test_a_run_interrupted_twice_ends_with_the_same_bits",),
-        "not caught: training/checkpoint.py giving back the iterator it was given, which restoring has moved already",
-    ),
-    (
-        "an unfinished save picked up",
-        ("training/test_loop.py::test_an_unfinished_save_is_never_picked_up",),
-        "training/checkpoint.py: the newest directory taken, whatever Orbax says of it",
-    ),
-    (
-        "trained at 98 %, served at 10 %: drafting differs from training",
-        ("decoding/test_speculate.py::test_a_cycle_drafts_what_training_would_predict",),
-        "decoding/speculate.py: block positions one later",
-    ),
-    (
-        "trained at 98 %, served at 10 %: another chat template",
-        ("test_cli.py::test_another_chat_template_is_refused",),
-        "cli/shared.py: the hashes not compared",
-    ),
-    (
-        "averages biased by short batches",
-        (
-            "training/test_step.py::test_metric_means_weigh_by_tokens_and_blocks",
-            "training/test_step.py::test_micro_batches_give_the_gradient_of_one_large_batch",
+    },
+    "context up to and with the anchor": {
+        "draft/test_mask.py::test_context_mask_ends_strictly_before_the_anchor": "draft/mask.py: `<` made `<=`",
+    },
+    "labels shifted by one": {
+        "draft/test_blocks.py::test_make_blocks_equals_the_loop": (
+            "draft/blocks.py: labels from the anchor itself on; target_ids alone one earlier"
         ),
-        "training/metrics.py: the mean of the batches' losses; training/step.py: gradients not weighted",
-    ),
-    (
-        "bfloat16 masters and softmax",
-        (
-            "test_layers.py::test_dense_keeps_a_float32_master_and_computes_in_its_dtype",
-            "training/test_loss.py::test_vocabulary_loss_of_bfloat16_states_has_float32_logits",
+    },
+    "hidden state off by one layer": {
+        "target/test_model.py::test_target_equals_transformers": (
+            "target/model.py: a layer's input captured, unrolled; the same, scanned"
         ),
-        "layers.py: masters in `dtype`; target/model.py: logits without preferred_element_type",
-    ),
-    (
-        "offline states fill the disk",
-        ("training/test_capture.py::test_the_size_is_told_first_and_limited",),
-        "training/capture.py: the limit not asked",
-    ),
-    (
-        "an evaluator that does not say what it measured",
-        ("test_cli.py::test_from_prompts_to_an_evaluated_run",),
-        "cli/decode.py: `evaluator` left out of evaluation.json",
-    ),
-)
-NAMED = sorted({name for _, names, _ in PITFALLS for name in names})
+    },
+    "mask token aliases eos, pad or bos, or changes on resume or import": {
+        "test_config.py::test_make_draft_config_refuses_what_does_not_fit_the_target": (
+            "config.py: special tokens not compared"
+        ),
+        "interop/test_start.py::test_a_mask_token_that_became_special_is_refused_on_resume": (
+            "training/inputs.py: pad left out of the special tokens"
+        ),
+        "test_cli.py::test_import_checks_mask_token_template_and_shape": "cli/shared.py: special tokens not compared",
+        "training/test_loop.py::test_a_run_directory_belongs_to_its_settings": (
+            "training/loop.py: mask_token_id free to change"
+        ),
+    },
+    "no valid anchor in a batch: crash or hang": {
+        "training/test_modules.py::test_a_batch_without_anchors_has_no_loss_and_no_gradient": (
+            "training/modules.py: divided by the divisor alone"
+        ),
+        "training/test_step.py::test_a_batch_without_anchors_moves_nothing_and_is_counted": (
+            "training/step.py: divided by the loss weight alone; training/metrics.py: such a batch not counted"
+        ),
+    },
+    "fully masked attention rows: NaN": {
+        "draft/test_attention.py::test_block_attention_of_an_unused_slot_sees_its_own_block_only": (
+            "draft/attention.py: own block masked where the context is; the same with -inf, which gives NaN"
+        ),
+    },
+    "a boolean mask added as +1 and 0": {
+        "draft/test_attention.py::test_block_attention_equals_dense_attention_in_values_and_gradients": (
+            "draft/attention.py: `far + mask`"
+        ),
+    },
+    "shapes that depend on the data: recompilation late in an epoch": {
+        "data/test_pipeline.py::test_batches_are_the_padded_rows": (
+            "data/pipeline.py: padded to the longest of a batch"
+        ),
+        "data/test_pipeline.py::test_heldout_batches_drop_nothing": (
+            "data/pipeline.py: padded to the longest of a batch"
+        ),
+        "training/test_loop.py::test_the_step_is_compiled_once": (
+            "data/pipeline.py: padded to the longest of a batch; training/loop.py: the step jitted anew every time; "
+            "the held-out pass jitted anew every time"
+        ),
+        "training/test_step.py::test_one_trace_serves_many_steps": (
+            "training/step.py: the step counter turned into float32 by the first step"
+        ),
+    },
+    "whole logits twice": {
+        "training/test_loss.py::test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk": (
+            "training/loss.py: chunk_blocks ignored"
+        ),
+    },
+    "a dense mask of gigabytes": {
+        "training/test_modules.py::test_no_array_has_the_shape_of_the_dense_mask": (
+            "draft/attention.py: scores over context and all blocks"
+        ),
+    },
+    "head not saved, random embedding exported, unknown keys skipped": {
+        "interop/test_hf.py::test_hf_tensors_names_every_tensor_of_the_format_and_no_other": (
+            "interop/hf.py: embed_proj left out; an embedding added"
+        ),
+        "interop/test_hf.py::test_load_refuses_other_tensors": "interop/hf.py: check_tensors left out on load",
+    },
+    "gamma None silently off or on": {
+        "draft/test_blocks.py::test_position_weights_equal_the_loop": (
+            "draft/blocks.py: None read as 7; no decay whatever gamma is"
+        ),
+        "training/test_loop.py::test_the_resolved_recipe_is_printed_and_stored": (
+            "training/loop.py: the recipe not printed; only run_dir stored"
+        ),
+    },
+    "a tied head ignored": {
+        "target/test_model.py::test_lm_head_weight_is_the_embedding_only_when_tied": (
+            "target/model.py: zeros where no head is stored; the embedding always"
+        ),
+    },
+    "resume replays the epoch or loses the order": {
+        "training/test_loop.py::test_a_run_interrupted_twice_ends_with_the_same_bits": (
+            "training/checkpoint.py: `data` left out of what is restored; training/loop.py: a fresh iterator after "
+            "restoring; another shuffle seed after a restart; saved after the next rows were taken"
+        ),
+        "training/test_loop.py::test_a_killed_process_goes_on_with_the_same_bits": (
+            "training/loop.py: saved after the next rows were taken, except by the last step (fails after SIGKILL)"
+        ),
+    },
+    "an unfinished save picked up": {
+        "training/test_loop.py::test_an_unfinished_save_is_never_picked_up": (
+            "training/checkpoint.py: the newest directory taken, whatever Orbax says of it, in load_draft; the same in "
+            "restore_checkpoint (both stop at step 8, which is not whole)"
+        ),
+    },
+    "trained at 98 %, served at 10 %: drafting differs from training": {
+        "decoding/test_speculate.py::test_a_cycle_drafts_what_training_would_predict": (
+            "decoding/speculate.py: block positions one later"
+        ),
+    },
+    "trained at 98 %, served at 10 %: another chat template": {
+        "test_cli.py::test_another_chat_template_is_refused": "cli/shared.py: the hashes not compared",
+    },
+    "averages biased by short batches": {
+        "training/test_step.py::test_metric_means_weigh_by_tokens_and_blocks": (
+            "training/metrics.py: mean of the batches' losses; of their acceptance lengths; of their base accuracies"
+        ),
+        "training/test_step.py::test_micro_batches_give_the_gradient_of_one_large_batch": (
+            "training/step.py: the mean of the micro-batches' gradients"
+        ),
+    },
+    "bfloat16 masters and softmax": {
+        "test_layers.py::test_dense_keeps_a_float32_master_and_computes_in_its_dtype": "layers.py: masters in `dtype`",
+        "training/test_loss.py::test_vocabulary_loss_of_bfloat16_states_has_float32_logits": (
+            "target/model.py: logits in bfloat16; in bfloat16 and then cast to float32"
+        ),
+    },
+    "offline states fill the disk": {
+        "training/test_capture.py::test_the_size_is_told_first_and_limited": (
+            "training/capture.py: the limit not asked; the size not told"
+        ),
+    },
+    "an evaluator that does not say what it measured": {
+        "test_cli.py::test_from_prompts_to_an_evaluated_run": (
+            "cli/decode.py: no chat_template in evaluation.json; report.py: no proposals above the table"
+        ),
+    },
+}
+NAMED = sorted({name for tests in PITFALLS.values() for name in tests})
 
 
 @pytest.mark.parametrize("name", NAMED)

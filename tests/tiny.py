@@ -60,8 +60,8 @@ def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
     return directory
 
 
-def write_conversations(path: Path, count: int, *, seed: int = 0, answers: bool = True) -> Path:
-    """Random words asked and answered, one conversation per line."""
+def write_conversations(path: Path, count: int, *, seed: int = 0, answers: bool = True, rounds: int = 1) -> Path:
+    """Random words asked and answered, `rounds` times per conversation, one conversation per line."""
     rng = np.random.default_rng(seed)
 
     def words() -> str:
@@ -69,9 +69,11 @@ def write_conversations(path: Path, count: int, *, seed: int = 0, answers: bool 
 
     lines = []
     for _ in range(count):
-        turns = [{"role": "user", "content": words()}]
-        if answers:
-            turns.append({"role": "assistant", "content": f"{words()} {words()}"})
+        turns = []
+        for _ in range(rounds):
+            turns.append({"role": "user", "content": words()})
+            if answers:
+                turns.append({"role": "assistant", "content": f"{words()} {words()}"})
         lines.append(json.dumps({"messages": turns}) + "\n")
     path.write_text("".join(lines))
     return path

@@ -20,12 +20,13 @@ import pytest
 from rich.console import Console
 from tiny import CONFIG, run_config, write_conversations, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config import dump_config, load_config
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
 from domino_jax.training import loop
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
+from domino_jax.training.inputs import device_batch
 from domino_jax.training.loop import Interrupted, draft_from_target, prepare, train
 from domino_jax.training.metrics import read_metrics
 
@@ -118,6 +119,9 @@ def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> 
     leftover = tmp_path / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
     (leftover / "params").mkdir(parents=True)
     assert load_draft(tmp_path / "run")[2] == 6
+    console = quiet()
+    train(config, console=console)
+    assert "resuming at step 6 of 6" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -> None:
@@ -137,16 +141,43 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
 
 
 def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traces = []
-    traced = loop.train_step
+    """And the held-out pass too, though some batches are more than twice as long as others."""
+    path = run_config(tmp_path, target, data={"max_length": 64}, optimizer={"grad_accumulation": 2})
+    long = write_conversations(tmp_path / "long.jsonl", 1, rounds=3).read_text()
+    for rows in (tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl"):
+        rows.write_text(2 * rows.read_text() + long)
+    traces: list[str] = []
+    longest: dict[int, list[int]] = {1: [], 2: []}  # of each batch, by the micro-batches: held-out rows have 1
 
-    def counted(*args: Any) -> Any:
-        traces.append(1)
-        return traced(*args)
+    def count_traces(name: str) -> None:
+        traced = getattr(loop, name)
 
-    monkeypatch.setattr(loop, "train_step", counted)
-    train(load_config(run_config(tmp_path, target, optimizer={"grad_accumulation": 2})), console=quiet())
-    assert len(traces) == 1
+        def counted(*args: Any, **options: Any) -> Any:
+            traces.append(name)
+            return traced(*args, **options)
+
+        monkeypatch.setattr(loop, name, counted)
+
+    def put(mesh: Any, rows: dict[str, np.ndarray], *, micro_batches: int) -> Any:
+        assert {x.shape for x in rows.values()} == {(8 * micro_batches, 64)}
+        longest[micro_batches].append(int(np.flatnonzero(rows["loss_mask"].any(axis=0))[-1]))
+        return device_batch(mesh, rows, micro_batches=micro_batches)
+
+    count_traces("train_step")
+    count_traces("batch_metrics")
+    monkeypatch.setattr(loop, "device_batch", put)
+    train(load_config(path), console=quiet())
+    assert sorted(traces) == ["batch_metrics", "train_step"]
+    assert [len(longest[1]), len(longest[2])] == [4, 6]
+    assert all(2 * min(lengths) < max(lengths) for lengths in longest.values())
+
+
+def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
+    config, console = load_config(run_config(tmp_path, target)), quiet()
+    prepare(config, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "loss_decay_gamma: null" in said and dump_config(config) in said
+    assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
 
 
 def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -> None:

@@ -154,6 +154,10 @@ def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_varia
     """Two batches of different size: the means of their sums are those of one batch of both."""
     program, params = make_program(), nn.meta.unbox(draft_variables)
     rows = jax.tree.map(lambda x: x[0], make_batch(1, 5))
+    # Four tokens are all that comes and is predicted: some guesses are right.
+    rows, few = rows._replace(input_ids=rows.input_ids % 4), np.arange(CONFIG.vocab_size)[:, None] < 4
+    target_params = {**target_params, "lm_head": target_params["lm_head"] * few}
+    params = {**params, "head": {**params["head"], "embed_proj_2": params["head"]["embed_proj_2"] * few}}
     key = jax.random.key(0)
 
     @jax.jit
@@ -166,13 +170,15 @@ def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_varia
     def average(mean: str, weight: str) -> float:
         return np.average([getattr(x, mean) for x in parts], weights=[getattr(x, weight) for x in parts])
 
-    assert parts[0].valid_blocks < parts[1].valid_blocks and parts[0].loss != parts[1].loss
-    for name in ("loss", "final_loss", "base_loss"):
-        assert joined[name] == pytest.approx(average(name, "loss_weight"), rel=1e-5), name
-    for name in ("accept_len", "base_accept_len"):
-        assert joined[name] == pytest.approx(average(name, "valid_blocks"), rel=1e-6), name
-    for name in ("accuracy", "base_accuracy"):
-        assert joined[name] == pytest.approx(average(name, "valid_tokens"), rel=1e-5), name
+    assert parts[0].valid_blocks < parts[1].valid_blocks
+    for names, weight, bound in (
+        (("loss", "final_loss", "base_loss"), "loss_weight", 1e-5),
+        (("accept_len", "base_accept_len"), "valid_blocks", 1e-6),
+        (("accuracy", "base_accuracy"), "valid_tokens", 1e-5),
+    ):
+        for name in names:
+            assert abs(getattr(parts[0], name) - getattr(parts[1], name)) > 1e-3, name
+            assert joined[name] == pytest.approx(average(name, weight), rel=bound), name
 
 
 def test_dflash_takes_the_same_step(target_params: Any) -> None:
