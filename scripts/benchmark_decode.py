@@ -23,7 +23,7 @@ import numpy as np
 from benchmark_step import hardware, revision
 
 from domino_jax.cli.shared import load_run
-from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import speculate
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
@@ -32,7 +32,7 @@ from domino_jax.interop.hf import save_hf_draft
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.model import Target, lm_head_weight, most_likely, vocabulary_logits
 
-ROUNDS = 15  # repetitions of each measured part
+ROUNDS = 25  # repetitions of each measured part
 
 
 def main() -> None:
@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument(
+        "--proposals", choices=("serving", "block"), default="serving", help="tokens drafted per cycle: K - 1, or all"
+    )
     parser.add_argument("--no-torch", action="store_true", help="only what is written here")
     options = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -51,24 +54,33 @@ def main() -> None:
     _, dflash = load_run(options.dflash, "float32")
     usable, _ = read_messages(options.prompts)
     prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[: options.limit]]
-    count, target = options.max_new_tokens, Target(loaded.config)
+    count, target, stops = options.max_new_tokens, Target(loaded.config), stop_token_ids(loaded.tokenizer)
+    drafts = {"plain": None, "domino": domino, "dflash": dflash}
     decoders = {
-        "plain": (make_decoder(target), Weights(loaded.params)),
-        "domino": (make_decoder(target, DraftModel(domino.config)), Weights(loaded.params, domino.params)),
-        "dflash": (make_decoder(target, DraftModel(dflash.config)), Weights(loaded.params, dflash.params)),
+        name: (
+            make_decoder(target, draft and DraftModel(draft.config), proposals=options.proposals, stop_ids=stops),
+            Weights(loaded.params, draft and draft.params),
+        )
+        for name, draft in drafts.items()
     }
     ways: dict[str, Callable[[np.ndarray], tuple[list[int], int]]] = {
         name: our_way(*pair, longest=max(map(len, prompts)), count=count) for name, pair in decoders.items()
     }
     if not options.no_torch:
-        ways |= torch_ways(resolve_target(domino.record.target), dflash, count=count)
+        ways |= torch_ways(resolve_target(domino.record.target), dflash, stops, count=count)
     report: dict[str, Any] = {"ways": take_turns(ways, prompts, count=count)}
     report["verification"] = verification(target, loaded.params, context=512)
     report["cycle"] = {name: cycle_parts(*decoders[name], context=512) for name in ("domino", "dflash")}
     report["batches"] = {
         size: batch_speed(*decoders["domino"], (prompts * size)[:size], count=count) for size in options.batch_sizes
     }
-    report |= {"prompts": len(prompts), "max_new_tokens": count, "hardware": hardware(), "revision": revision()}
+    report |= {
+        "proposals": options.proposals,
+        "prompts": len(prompts),
+        "max_new_tokens": count,
+        "hardware": hardware(),
+        "revision": revision(),
+    }
     show(report)
     print(json.dumps(report))
 
@@ -86,14 +98,19 @@ def our_way(
     return run
 
 
-def torch_ways(target: Path, dflash: Any, *, count: int) -> dict[str, Callable[[np.ndarray], tuple[list[int], int]]]:
+def torch_ways(
+    target: Path, dflash: Any, stops: tuple[int, ...], *, count: int
+) -> dict[str, Callable[[np.ndarray], tuple[list[int], int]]]:
     """transformers, NeMo and z-lab on the same weights; verifications are counted at the target's forward."""
     import torch
     from dflash import DFlashDraftModel
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    # NeMo 0.7.0 asks transformers 5.18, its own version, to crop a cache *to* a length; later ones crop *by* one.
+    by = DynamicCache.crop
+    DynamicCache.crop = lambda cache, size: by(cache, size - cache.get_seq_length() if size > 0 else size)
     calls: list[None] = []
     model.register_forward_pre_hook(lambda *_: calls.append(None))
     with tempfile.TemporaryDirectory() as directory:
@@ -114,19 +131,15 @@ def torch_ways(target: Path, dflash: Any, *, count: int) -> dict[str, Callable[[
 
         return counted
 
-    ways = {"transformers": way(lambda ids: model.generate(ids, max_new_tokens=count, do_sample=False))}
+    limits = {"max_new_tokens": count, "do_sample": False, "eos_token_id": list(stops)}
+    ways = {"transformers": way(lambda ids: model.generate(ids, **limits))}
     for name, draft in drafts.items():
         ways[name] = way(
             lambda ids, draft=draft: draft.eval().spec_generate(
-                target=model, input_ids=ids, max_new_tokens=count, stop_token_ids=stops(model), temperature=0.0
+                target=model, input_ids=ids, max_new_tokens=count, stop_token_ids=list(stops), temperature=0.0
             )
         )
     return ways
-
-
-def stops(model: Any) -> list[int]:
-    found = model.generation_config.eos_token_id
-    return [found] if isinstance(found, int) else list(found)
 
 
 def take_turns(ways: dict[str, Any], prompts: list[np.ndarray], *, count: int) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """The shared layers against torch or plain loops, and the types they compute in."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -21,6 +22,7 @@ from domino_jax.layers import (
     RMSNorm,
     SwiGLU,
     grouped_attention,
+    project,
     rotary,
     rotary_frequencies,
     rotate,
@@ -298,17 +300,29 @@ def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
     np.testing.assert_allclose(module.apply({"params": params}, x, method=run), theirs.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1,), (2,), (1, 5), (3, 4), (16,), (17,), (2, 3, 7)])
+def test_project_equals_a_plain_product(shape: tuple[int, ...]) -> None:
+    x, weight = normal(*shape, 6), normal(9, 6, seed=1)
+    weights = normal(*shape, 9, seed=2)
+    np.testing.assert_allclose(jax.jit(project)(x, weight), x @ weight.T, rtol=1e-5, atol=1e-6)
+    found = jax.jit(jax.grad(lambda x, w: jnp.sum(project(x, w) * weights), argnums=(0, 1)))(x, weight)
+    expected = (weights @ weight, weights.reshape(-1, 9).T @ x.reshape(-1, 6))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+    half = jax.eval_shape(functools.partial(project, dtype=jnp.float32), x.astype(jnp.bfloat16), weight)
+    assert half.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_write_rows_equals_loops(batch: int) -> None:
-    cache, new = normal(batch, 2, 6, 4), normal(batch, 2, 2, 4, seed=1)
+    cache, new = normal(batch * 2, 6, 4), normal(batch, 2, 2, 4, seed=1)
     start = np.array([3, 0, 4][:batch], np.int32)
     expected = cache.copy()
     for b, kv, t in np.ndindex(batch, 2, 2):
-        expected[b, kv, start[b] + t] = new[b, kv, t]
+        expected[2 * b + kv, start[b] + t] = new[b, kv, t]
     np.testing.assert_array_equal(jax.jit(write_rows)(cache, new, start), expected)
 
 
 def test_write_rows_keeps_the_type_of_the_cache() -> None:
-    written = write_rows(jnp.zeros((1, 1, 4, 2), jnp.bfloat16), jnp.ones((1, 1, 4, 2)), jnp.zeros(1, int))
-    chex.assert_trees_all_equal(written, jnp.ones((1, 1, 4, 2), jnp.bfloat16))
+    written = write_rows(jnp.zeros((1, 4, 2), jnp.bfloat16), jnp.ones((1, 1, 4, 2)), jnp.zeros(1, int))
+    chex.assert_trees_all_equal(written, jnp.ones((1, 4, 2), jnp.bfloat16))
     assert written.dtype == jnp.bfloat16

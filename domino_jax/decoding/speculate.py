@@ -15,7 +15,6 @@ import numpy as np
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
-from domino_jax.layers import write_rows
 from domino_jax.model_config import DraftConfig
 from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, most_likely, vocabulary_logits
 
@@ -250,10 +249,7 @@ def _remember(
     positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     variables = {"params": weights.draft}
     new = decoder.draft.apply(variables, features, positions, method=DraftModel.context)  # type: ignore[union-attr]
-    return tuple(
-        Cache(write_rows(old.keys, keys, begin), write_rows(old.values, values, begin))
-        for old, (keys, values) in zip(cache, new, strict=True)
-    )
+    return tuple(old.write(*keys_values, begin) for old, keys_values in zip(cache, new, strict=True))
 
 
 def _draft(
@@ -269,7 +265,7 @@ def _draft(
     noise = jnp.where(offsets == 0, bonus[:, None], cfg.mask_token_id)
     used = jnp.ones((bonus.shape[0], 1), bool)
     hidden = model.block_states(
-        tuple((layer.keys, layer.values) for layer in state.draft_cache),
+        tuple(layer.by_row(bonus.shape[0]) for layer in state.draft_cache),
         jnp.take(embedding, noise, axis=0)[:, None],
         (anchors[:, None] + offsets)[:, None],
         layer_spans(cfg, anchors[:, None], used),

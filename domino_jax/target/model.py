@@ -23,10 +23,19 @@ from domino_jax.target.moe import SparseMLP
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, both [B, KV, S, head_dim]; slot j holds position j."""
+    """Keys and values of one layer, both [B * KV, S, head_dim] (see `write_rows`); slot j holds position j."""
 
     keys: jax.Array
     values: jax.Array
+
+    def write(self, keys: jax.Array, values: jax.Array, start: jax.Array) -> "Cache":
+        """The cache with further positions, two [B, KV, T, head_dim], from `start` int32 [B] of each row on."""
+        return Cache(write_rows(self.keys, keys, start), write_rows(self.values, values, start))
+
+    def by_row(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values, two [batch, KV, S, head_dim]."""
+        keys, values = (x.reshape(batch, -1, *x.shape[1:]) for x in self)
+        return keys, values
 
 
 class TargetOutput(NamedTuple):
@@ -55,8 +64,8 @@ class DecoderLayer(nn.Module):
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         keys, values = attention.keys_values(normed, tables)
         if cache is not None:
-            cache = Cache(write_rows(cache.keys, keys, start), write_rows(cache.values, values, start))
-            keys, values = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+            cache = cache.write(keys, values, start)
+            keys, values = cache.by_row(x.shape[0])
         heads = grouped_attention(attention.queries(normed, tables), keys, values, mask=mask)
         x = x + attention.output(heads)
         normed = RMSNorm(self.cfg.rms_norm_eps, name="post_attention_layernorm")(x)
@@ -143,7 +152,7 @@ class Target(nn.Module):
         if cache is not None and documents is not None:
             raise ValueError("documents have no cache: packed rows are whole passes")
         if cache is not None:
-            mask = jnp.arange(cache[0].keys.shape[2]) <= positions[:, :, None]
+            mask = jnp.arange(cache[0].keys.shape[1]) <= positions[:, :, None]
         else:  # by place in the row: the positions of packed documents start again and again
             places = jnp.arange(length)
             mask = (places <= places[:, None])[None]
@@ -197,8 +206,8 @@ def _positions_in_documents(places: jax.Array, documents: jax.Array) -> jax.Arra
 
 
 def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> tuple[Cache, ...]:
-    """A KV cache of zeros, one `Cache` of [batch, KV, slots, head_dim] in the compute dtype per layer."""
-    shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+    """A KV cache of zeros, one `Cache` of [batch * KV, slots, head_dim] in the compute dtype per layer."""
+    shape = (batch * cfg.num_key_value_heads, slots, cfg.head_dim)
     return tuple(Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.num_hidden_layers))
 
 
