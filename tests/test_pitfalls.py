@@ -38,7 +38,7 @@ PITFALLS = {
         ),
     },
     "context up to and with the anchor": {
-        "draft/test_mask.py::test_context_mask_ends_strictly_before_the_anchor": "draft/mask.py: `<` made `<=`",
+        "draft/test_mask.py::test_context_span_ends_strictly_before_the_anchor": "draft/mask.py: the anchor included",
     },
     "labels shifted by one": {
         "draft/test_blocks.py::test_make_blocks_equals_the_loop": (
@@ -77,7 +77,7 @@ PITFALLS = {
     },
     "a boolean mask added as +1 and 0": {
         "draft/test_attention.py::test_block_attention_equals_dense_attention_in_values_and_gradients": (
-            "draft/attention.py: `far + mask`"
+            "draft/attention.py: `scores + seen`"
         ),
     },
     "shapes that depend on the data: recompilation late in an epoch": {
@@ -102,7 +102,7 @@ PITFALLS = {
     },
     "a dense mask of gigabytes": {
         "training/test_modules.py::test_no_array_has_the_shape_of_the_dense_mask": (
-            "draft/attention.py: scores over context and all blocks"
+            "draft/attention.py: scores over context and all blocks; over the whole context"
         ),
     },
     "head not saved, random embedding exported, unknown keys skipped": {
