@@ -101,6 +101,12 @@ class RMSNorm(nn.Module):
         return scaled(x32, weight.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.checkpoint
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up`; the backward pass makes its parts again, which is cheaper than keeping all of them."""
+    return nn.silu(gate) * up
+
+
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`, bias-free."""
 
@@ -112,7 +118,7 @@ class SwiGLU(nn.Module):
         cfg = self.cfg
         gate = Dense(cfg.intermediate_size, ("mlp", "embed"), cfg.dtype, name="gate_proj")(x)
         up = Dense(cfg.intermediate_size, ("mlp", "embed"), cfg.dtype, name="up_proj")(x)
-        hidden = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        hidden = constrain(_gated(gate, up), "batch", "length", "mlp")
         return Dense(cfg.hidden_size, ("embed", "mlp"), cfg.dtype, name="down_proj")(hidden)
 
 

@@ -201,11 +201,12 @@ def compiled_step(
     import optax
 
     from domino_jax.training.modules import build_trainer
+    from domino_jax.training.step import compiler_options
 
     module = build_trainer(config, chunk_blocks=chunk_blocks)
     optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)
     names = ("input_ids", "hidden_states", "loss_mask", "lm_head", "embed_tokens")
-    arrays = [jnp.asarray(batch[name]) for name in names]
+    arrays = [jnp.asarray(batch.pop(name)) for name in names]  # one copy counts
     given = {"anchor_positions": jnp.asarray(batch["anchors"]), "block_keep_mask": jnp.asarray(batch["keep"])}
 
     def update(params: Any, state: Any, arrays: list[jax.Array], given: dict[str, jax.Array]) -> tuple[Any, Any, Any]:
@@ -218,7 +219,8 @@ def compiled_step(
         return optax.apply_updates(params, updates), state, value
 
     held = [params, jax.jit(optimizer.init)(params)]
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*held, arrays, given).compile()
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(*held, arrays, given)
+    compiled = lowered.compile(compiler_options=compiler_options())
 
     def step() -> float:
         *held[:], value = compiled(*held, arrays, given)
@@ -238,7 +240,7 @@ def nemo_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Names
     lm_head = torch.nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size, bias=False)
     embed_tokens = torch.nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)
     for module, name in ((lm_head, "lm_head"), (embed_tokens, "embed_tokens")):
-        module.weight = torch.nn.Parameter(torch.tensor(batch[name]), requires_grad=False)
+        module.weight = torch.nn.Parameter(torch.tensor(batch.pop(name)), requires_grad=False)
     trainer = DominoTrainerModule(
         model,
         lm_head,
@@ -251,7 +253,7 @@ def nemo_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Names
     anchors = torch.tensor(batch["anchors"]), torch.tensor(batch["keep"])
     trainer._sample_anchor_positions = lambda *args, **kwargs: anchors
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
-    inputs = [torch.tensor(batch[name]) for name in ("input_ids", "hidden_states", "loss_mask")]
+    inputs = [torch.tensor(batch.pop(name)) for name in ("input_ids", "hidden_states", "loss_mask")]
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)

@@ -51,13 +51,19 @@ class PrefixGRU(nn.Module):
         """One step, [rows, G] and [rows, 3 G] -> the next state twice (carry and output of a scan)."""
         weight = self.weight_hh_l0.astype(self.dtype)
         recurrent = jnp.einsum("rh,gh->rg", state.astype(self.dtype), weight, preferred_element_type=jnp.float32)
-        reset_in, update_in, new_in = jnp.split(gates, 3, axis=-1)
-        reset_state, update_state, new_state = jnp.split(recurrent, 3, axis=-1)
-        reset = nn.sigmoid(reset_in + reset_state)
-        update = nn.sigmoid(update_in + update_state)
-        new = jnp.tanh(new_in + reset * new_state)
-        state = (1.0 - update) * new + update * state
+        state = _gated(gates, recurrent, state)
         return state, state
+
+
+@jax.checkpoint
+def _gated(gates: jax.Array, recurrent: jax.Array, state: jax.Array) -> jax.Array:
+    """The next state; the backward pass makes the gates again, which is cheaper than keeping all of them."""
+    reset_in, update_in, new_in = jnp.split(gates, 3, axis=-1)
+    reset_state, update_state, new_state = jnp.split(recurrent, 3, axis=-1)
+    reset = nn.sigmoid(reset_in + reset_state)
+    update = nn.sigmoid(update_in + update_state)
+    new = jnp.tanh(new_in + reset * new_state)
+    return (1.0 - update) * new + update * state
 
 
 class DominoHead(nn.Module):

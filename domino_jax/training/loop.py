@@ -52,7 +52,15 @@ from domino_jax.training.inputs import (
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.modules import build_trainer
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from domino_jax.training.step import Batch, Program, TrainState, batch_metrics, initial_state, train_step
+from domino_jax.training.step import (
+    Batch,
+    Program,
+    TrainState,
+    batch_metrics,
+    compiler_options,
+    initial_state,
+    train_step,
+)
 
 HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
 
@@ -245,7 +253,7 @@ def _run_steps(
     layout = jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
     began = time.monotonic()
-    compiled = program.lower(state, run.target_params, batch).compile()
+    compiled = program.lower(state, run.target_params, batch).compile(compiler_options=compiler_options())
     _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
     heldout = _HeldOut(run) if run.heldout else None
 
