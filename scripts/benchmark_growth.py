@@ -138,6 +138,7 @@ def draw(points: dict[str, Any], powers: dict[str, Any], path: Path) -> None:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = plt.subplots(1, len(points), figsize=(3.6 * len(points), 3.4), squeeze=False, layout="constrained")
     for axis, (name, rows) in zip(axes[0], points.items(), strict=True):
@@ -149,7 +150,10 @@ def draw(points: dict[str, Any], powers: dict[str, Any], path: Path) -> None:
         axis.set_xlabel(name)
         axis.set_title(f"{name}: time^{powers[name]['seconds']:.2f}, memory^{powers[name]['loss_bytes']:.2f}")
         axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.savefig(path, dpi=120)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from domino_jax.draft.mask import ContextSpan
 
 # Rows of queries and columns of keys of one tile of scores, at most. Measured on CPU; small enough for its caches.
-TILE_ROWS, TILE_KEYS = 768, 256
+TILE_ROWS, TILE_KEYS = 768, 512
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -138,9 +138,9 @@ def _key_tile(tile: _Tile, index: jax.Array, context: tuple[jax.Array, ...]) -> 
     return begin, seen, *(jax.lax.dynamic_slice_in_dim(x, begin, size, axis=2) for x in context)
 
 
-def _add_at(sums: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:  # [B, KV, S, d] and a tile of it
-    old = jax.lax.dynamic_slice_in_dim(sums, begin, new.shape[2], axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(sums, old + new, begin, axis=2)
+def _add_at(sums: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:  # [B, KV, head_dim, S] and a tile of it
+    old = jax.lax.dynamic_slice_in_dim(sums, begin, new.shape[3], axis=3)
+    return jax.lax.dynamic_update_slice_in_dim(sums, old + new, begin, axis=3)
 
 
 def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -183,6 +183,8 @@ def _backward(groups: int, saved: tuple, cotangent: ContextOutput) -> tuple:
 
     def of_tile(sums: tuple[jax.Array, jax.Array], item: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         tile, log_sum, slope, heads = item
+        # Turned round once here, and the sums at the end: XLA on CPU is slow where a product sums over first axes.
+        turned_queries, turned_heads = (x.swapaxes(2, 3) for x in (tile.queries, heads))
 
         def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             queries_gradient, *gradients = carry
@@ -192,7 +194,10 @@ def _backward(groups: int, saved: tuple, cotangent: ContextOutput) -> tuple:
             slopes = weights * (_product("bkrd,bksd->bkrs", heads, near_values) - slope) * scale
             slopes, weights = slopes.astype(rows.dtype), weights.astype(rows.dtype)
             queries_gradient += _product("bkrs,bksd->bkrd", slopes, near_keys)
-            new = (_product("bkrs,bkrd->bksd", slopes, tile.queries), _product("bkrs,bkrd->bksd", weights, heads))
+            new = (
+                _product("bkdr,bkrs->bkds", turned_queries, slopes),
+                _product("bkdr,bkrs->bkds", turned_heads, weights),
+            )
             return queries_gradient, *(_add_at(x, x_new, begin) for x, x_new in zip(gradients, new, strict=True))
 
         queries_gradient, *sums = jax.lax.fori_loop(
@@ -202,10 +207,11 @@ def _backward(groups: int, saved: tuple, cotangent: ContextOutput) -> tuple:
 
     tiles = _tiles(rows, span, groups, min(TILE_KEYS, keys.shape[2]))
     parts = (out.log_sum, slope, cotangent.heads.astype(rows.dtype))
-    zeros = jnp.zeros(keys.shape, jnp.float32)
+    zeros = jnp.zeros(keys.swapaxes(2, 3).shape, jnp.float32)
     sums, queries_gradient = jax.lax.scan(of_tile, (zeros, zeros), (tiles, *map(_in_tiles, parts)))
     queries_gradient = _from_tiles(queries_gradient, *rows.shape[2:4]).astype(rows.dtype)
-    return queries_gradient, sums[0].astype(keys.dtype), sums[1].astype(values.dtype), None
+    keys_gradient, values_gradient = (x.swapaxes(2, 3).astype(keys.dtype) for x in sums)
+    return queries_gradient, keys_gradient, values_gradient, None
 
 
 context_attention.defvjp(_forward, _backward)
