@@ -249,7 +249,7 @@ def _remember(
     positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     variables = {"params": weights.draft}
     new = decoder.draft.apply(variables, features, positions, method=DraftModel.context)  # type: ignore[union-attr]
-    return tuple(old.write(*keys_values, begin) for old, keys_values in zip(cache, new, strict=True))
+    return tuple(old.write(keys, values, begin) for old, (keys, values) in zip(cache, new, strict=True))
 
 
 def _draft(

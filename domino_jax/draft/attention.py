@@ -200,10 +200,9 @@ def _backward(groups: int, saved: tuple, cotangent: ContextOutput) -> tuple:
             )
             return queries_gradient, *(_add_at(x, x_new, begin) for x, x_new in zip(gradients, new, strict=True))
 
-        queries_gradient, *sums = jax.lax.fori_loop(
-            tile.begin, tile.stop, add, (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
-        )
-        return tuple(sums), queries_gradient
+        start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
+        queries_gradient, keys_sum, values_sum = jax.lax.fori_loop(tile.begin, tile.stop, add, start)
+        return (keys_sum, values_sum), queries_gradient
 
     tiles = _tiles(rows, span, groups, min(TILE_KEYS, keys.shape[2]))
     parts = (out.log_sum, slope, cotangent.heads.astype(rows.dtype))

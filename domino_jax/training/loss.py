@@ -216,21 +216,21 @@ def _in_pieces(
         return jax.tree.map(jnp.add, carry[0], new), outs
 
     rows = jax.tree.map(split, (hidden, low_rank, inputs))
-    sums, out = jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))
-    start = (sums, jax.tree.map(lambda x: jax.ShapeDtypeStruct((pieces, *x.shape), x.dtype), out))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), start)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], rows))
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
+    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), shapes[1])
     supervised = jnp.any(rows[2].mask, axis=(1, 2, 3))
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
-    sums, outs = jax.lax.fori_loop(0, needed, add, start)
+    (total, final_sum, base_sum, expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
-    gradients = _with_labels(gradients._replace(expansion=sums[3]), low_rank, inputs.target_ids)
-    return VocabularyLoss(*sums[:3], final, base), gradients
+    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
+    return loss, _with_labels(gradients._replace(expansion=expanded), low_rank, inputs.target_ids)
 
 
 def _with_labels(gradients: _Gradients, low_rank: jax.Array | None, ids: jax.Array) -> tuple[Any, ...]:
     """The gradients of states, low rank and expansion [V, R], to which the labels' part is added here, once for all."""
     expansion = gradients.expansion
-    if expansion is not None and low_rank is not None:
+    if expansion is not None and low_rank is not None and gradients.labelled is not None:
         expansion = jax.lax.optimization_barrier(expansion).T  # or XLA would turn the product round again
         expansion = expansion.at[ids].add(-gradients.labelled[..., None] * low_rank)
     return gradients.hidden, gradients.low_rank, expansion
