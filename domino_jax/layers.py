@@ -31,7 +31,7 @@ def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) 
         [..., out].
     """
     rows = math.prod(x.shape[:-1])
-    if 1 < rows <= FEW_ROWS:
+    if 1 < rows <= FEW_ROWS and jax.default_backend() == "cpu":
         # XLA on CPU streams the weight faster as the left factor, with the rows as 2, 4, 8 or 16 columns; the barrier
         # keeps it from turning the product round again.
         columns = jnp.pad(x.reshape(rows, -1), ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0)))

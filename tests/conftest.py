@@ -11,11 +11,6 @@ from filelock import FileLock
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiled programs are kept beside pytest's own cache: in a second run, or in a program that a test starts, whatever
-# took longer than this to compile is read back.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-
 # Torch's tensors are tiny here, and two workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
