@@ -1,6 +1,7 @@
 """Eight fake CPU devices, no network, and the real small target that several tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -11,12 +12,22 @@ from filelock import FileLock
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Torch's tensors are tiny here, and two workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, and no time limit per example: a busy machine is not a failure.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs() -> Iterator[None]:
+    """Compiled programs hold memory maps, and a process may have 65,530 of them on Linux: too few for a whole run."""
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
