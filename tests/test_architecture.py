@@ -12,11 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
     (0, "", ("strict", "model_config", "config", "sharding")),
-    (1, "", ("layers",)),
+    (1, "kernels", ("causal_attention", "cache", "products", "largest", "block_attention", "vocabulary_loss")),
+    (1.5, "", ("layers",)),
     (2, "data", ("conversations", "packing", "pipeline", "features")),
     (2, "target", ("moe", "model", "load", "gguf", "fingerprint")),
-    (2, "draft", ("blocks", "mask", "attention", "head", "backbone")),
+    (2, "draft", ("blocks", "mask", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),
+    (2.7, "decoding", ("speculate", "generate", "evaluate")),
     (
         3,
         "training",
@@ -25,7 +27,6 @@ TABLE = (
             *("inputs", "capture", "loop"),
         ),
     ),
-    (3, "decoding", ("speculate", "generate", "evaluate")),
     (4, "", ("plan", "report")),
     (5, "cli", ("shared", "data", "train", "decode", "checkpoint", "main")),
 )

@@ -172,14 +172,9 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
         ("optimizer.weight_decay=-0.1", "optimizer.weight_decay must be 0 or more, found -0.1"),
         ("optimizer.ema_decay=1", "optimizer.ema_decay must lie between 0 and 1, found 1.0"),
         ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
-        ("loss.loss_type=focal", "loss.loss_type must be one of dflash, variable_prefix, "),
-        ("loss.normalize=mean", "loss.normalize must be one of null, weights, tokens, blocks, found 'mean'"),
         ("loss.anchor_rule=zlab", "loss.anchor_rule must be one of nemo, specforge, found 'zlab'"),
-        ("loss.dpace_alpha=1.5", "loss.dpace_alpha must lie in 0..1, found 1.5"),
+        ("loss.loss_decay_gamma=0", "loss.loss_decay_gamma must be positive, null for none or 'default', found 0.0"),
         ("loss.kl_weight=-1", "loss.kl_weight must lie in 0..1, found -1.0"),
-        ("loss.prefix_weight_base=0", "loss.prefix_weight_base must be positive, found 0.0"),
-        ("loss={loss_type: dpace, loss_decay_gamma: 7}", "loss.loss_type dpace brings its own weights of positions"),
-        ("loss.loss_type=variable_prefix", "loss.loss_type variable_prefix is for plain DFlash drafts"),
     ],
 )
 def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:

@@ -1,7 +1,6 @@
 """The shared layers against torch or plain loops, and the types they compute in."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import chex
@@ -16,17 +15,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
+from domino_jax.kernels.causal_attention import causal_attention
 from domino_jax.layers import (
     AttentionProjections,
     Dense,
     RMSNorm,
     SwiGLU,
-    grouped_attention,
-    project,
     rotary,
     rotary_frequencies,
     rotate,
-    write_rows,
 )
 from domino_jax.model_config import DecoderConfig, RopeScaling
 
@@ -221,49 +218,6 @@ def test_rotate_at_position_zero_is_the_identity() -> None:
     np.testing.assert_array_equal(rotate(heads, rotary(jnp.zeros((1, 3), int), EIGHT_WIDE)), heads)
 
 
-def slow_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    out = np.zeros(q.shape)
-    shared = q.shape[1] // k.shape[1]
-    for b, h, t in np.ndindex(*q.shape[:3]):
-        seen = np.flatnonzero(mask[b, t])
-        scores = np.array([q[b, h, t] @ k[b, h // shared, s] for s in seen], np.float64) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        out[b, h, t] = (weights / weights.sum()) @ v[b, h // shared, seen]
-    return out
-
-
-def attention_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    mask = np.random.default_rng(3).random((2, 3, 5)) < 0.5
-    mask[..., 2] = True
-    mask[0, 1] = np.arange(5) == 4  # a row with one key
-    return normal(2, 6, 3, 4), normal(2, 2, 5, 4, seed=1), normal(2, 2, 5, 4, seed=2), mask
-
-
-def test_grouped_attention_equals_loops() -> None:
-    q, k, v, mask = attention_inputs()
-    ours = grouped_attention(*map(jnp.asarray, (q, k, v)), mask=jnp.asarray(mask))
-    np.testing.assert_allclose(ours, slow_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ours[0, :, 1], np.repeat(v[0, :, 4], 3, axis=0), rtol=1e-5)
-
-
-def test_grouped_attention_ignores_what_is_masked() -> None:
-    q, k, v, mask = attention_inputs()
-    mask[:] = np.arange(5) < 3
-    ours = grouped_attention(q, k, v, mask=mask)
-    k[:, :, 3:], v[:, :, 3:] = 1e4, 1e4
-    np.testing.assert_array_equal(ours, grouped_attention(q, k, v, mask=mask))
-
-
-def test_grouped_attention_of_bfloat16_has_float32_scores_and_softmax() -> None:
-    q, k, v, mask = attention_inputs()
-    # Large scores that differ little: rounded to bfloat16, near 64, they would be steps of a half.
-    q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in (1 + 0.1 * q, 32 + k, v))
-    ours = grouped_attention(q, k, v, mask=mask)
-    assert ours.dtype == jnp.bfloat16
-    # What is left is the rounding of the weights and of the sum, 2**-9 each.
-    np.testing.assert_allclose(bits(ours), slow_attention(bits(q), bits(k), bits(v), mask), rtol=2**-7, atol=2**-7)
-
-
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
     cfg = dataclasses.replace(CFG, qk_norm=qk_norm)
@@ -273,7 +227,7 @@ def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
 
     def run(module: AttentionProjections, x: jax.Array) -> jax.Array:
         keys, values = module.keys_values(x, tables)
-        return module.output(grouped_attention(module.queries(x, tables), keys, values, mask=jnp.asarray(mask)))
+        return module.output(causal_attention(module.queries(x, tables), keys, values))
 
     module = AttentionProjections(cfg)
     params = nn.unbox(module.init(jax.random.key(0), x, method=run))["params"]
@@ -298,31 +252,3 @@ def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
     with torch.no_grad():
         theirs, _ = reference(torch.tensor(x), embeddings, bias)
     np.testing.assert_allclose(module.apply({"params": params}, x, method=run), theirs.numpy(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1,), (2,), (1, 5), (3, 4), (16,), (17,), (2, 3, 7)])
-def test_project_equals_a_plain_product(shape: tuple[int, ...]) -> None:
-    x, weight = normal(*shape, 6), normal(9, 6, seed=1)
-    weights = normal(*shape, 9, seed=2)
-    np.testing.assert_allclose(jax.jit(project)(x, weight), x @ weight.T, rtol=1e-5, atol=1e-6)
-    found = jax.jit(jax.grad(lambda x, w: jnp.sum(project(x, w) * weights), argnums=(0, 1)))(x, weight)
-    expected = (weights @ weight, weights.reshape(-1, 9).T @ x.reshape(-1, 6))
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
-    half = jax.eval_shape(functools.partial(project, dtype=jnp.float32), x.astype(jnp.bfloat16), weight)
-    assert half.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_write_rows_equals_loops(batch: int) -> None:
-    cache, new = normal(batch * 2, 6, 4), normal(batch, 2, 2, 4, seed=1)
-    start = np.array([3, 0, 4][:batch], np.int32)
-    expected = cache.copy()
-    for b, kv, t in np.ndindex(batch, 2, 2):
-        expected[2 * b + kv, start[b] + t] = new[b, kv, t]
-    np.testing.assert_array_equal(jax.jit(write_rows)(cache, new, start), expected)
-
-
-def test_write_rows_keeps_the_type_of_the_cache() -> None:
-    written = write_rows(jnp.zeros((1, 4, 2), jnp.bfloat16), jnp.ones((1, 1, 4, 2)), jnp.zeros(1, int))
-    chex.assert_trees_all_equal(written, jnp.ones((1, 4, 2), jnp.bfloat16))
-    assert written.dtype == jnp.bfloat16

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
@@ -51,6 +52,7 @@ from domino_jax.training.inputs import (
 )
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.modules import build_trainer
+from domino_jax.training.objectives import resolved_loss
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.step import (
     Batch,
@@ -118,6 +120,8 @@ def train(config: RunConfig, *, console: Console) -> Path:
 
 def prepare(config: RunConfig, *, console: Console) -> Run:
     """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
+    loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
+    config = replace(config, loss=loss)
     directory = Path(config.run_dir)
     started = has_checkpoint(directory)
     _claim(directory, config, started=started)
@@ -180,8 +184,9 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
 
 def _trainer_options(loss: LossConfig) -> dict[str, Any]:
     """The settings of a loss that are fields of the trainer module; the rest is the curriculum's."""
-    curriculum = ("lambda_start", "decay_ratio")
-    return {name: value for name, value in vars(loss).items() if name not in curriculum}
+    other = ("lambda_start", "decay_ratio", "options")
+    fields = {name: value for name, value in vars(loss).items() if name not in other}
+    return fields | {"loss_options": FrozenDict(loss.options)}
 
 
 def _state_at_start(

@@ -26,8 +26,9 @@ from domino_jax.decoding.speculate import (
 )
 from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
 from domino_jax.draft.mask import layer_spans
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.model_config import DecoderConfig, DraftConfig
-from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+from domino_jax.target.model import Target, lm_head_weight
 
 TARGET = DecoderConfig(
     vocab_size=7,

@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.strict import InputError
 from domino_jax.target import gguf as conversion
 from domino_jax.target.gguf import BUILT_IN, BuiltIn, convert_gguf, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+from domino_jax.target.model import Target, lm_head_weight
 
 
 def leftovers(directory: Path) -> list[str]:

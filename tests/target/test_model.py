@@ -15,16 +15,15 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers import AutoModelForCausalLM
 
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
 from domino_jax.target.model import (
     Target,
     TargetOutput,
-    empty_cache,
     first_layers,
     lm_head_weight,
     stack_layers,
-    vocabulary_logits,
 )
 
 EVERY_LAYER = (0, 1, 2, 3)
@@ -132,7 +131,7 @@ def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int,
 def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
     target = Target(loaded.config, scan_layers=True)
     with pytest.raises(ValueError, match="scan_layers has no cache"):
-        cache = empty_cache(loaded.config, batch=1, slots=8)
+        cache = Target(loaded.config).empty_cache(batch=1, slots=8)
         target.apply({"params": stack_layers(loaded.params)}, random_tokens(1, 4), cache=cache)
 
 
@@ -141,7 +140,7 @@ def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
 def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str, batch: int) -> None:
     loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
     expected = whole(loaded, tokens)
-    cache, start = empty_cache(loaded.config, batch=batch, slots=24), 0
+    cache, start = Target(loaded.config).empty_cache(batch=batch, slots=24), 0
     for length in (6, 1, 6, 1, 3):
         out = step(loaded, tokens[:, start : start + length], [start] * batch, cache)
         assert_rows_equal(out, expected, [slice(start, start + length)] * batch)
@@ -151,7 +150,7 @@ def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str,
 def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
     tokens = random_tokens(2, 14)
     expected = whole(loaded, tokens)
-    cache = step(loaded, tokens[:, :6], [0, 0], empty_cache(loaded.config, batch=2, slots=16)).cache
+    cache = step(loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, slots=16)).cache
     # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
     cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
     out = step(loaded, tokens[:, 6:9], [6, 6], cache)
@@ -163,7 +162,7 @@ def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
 def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> None:
     tokens = random_tokens(3, 16)
     expected = whole(loaded, tokens)
-    cache = step(loaded, tokens[:, :11], [0, 0, 0], empty_cache(loaded.config, batch=3, slots=20)).cache
+    cache = step(loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, slots=20)).cache
     starts = [3, 11, 7]
     rows = [slice(start, start + 4) for start in starts]
     pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
@@ -226,7 +225,7 @@ def test_one_document_equals_none(loaded: LoadedTarget) -> None:
 
 
 def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
-    tokens, cache = random_tokens(1, 4), empty_cache(loaded.config, batch=1, slots=8)
+    tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, slots=8)
     with pytest.raises(ValueError, match="documents have no cache"):
         Target(loaded.config).apply({"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int))
 
@@ -347,7 +346,7 @@ def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
     def positions(first: int, length: int) -> np.ndarray:
         return np.broadcast_to(np.arange(first, first + length, dtype=np.int32), (len(TEXTS), length))
 
-    cache = empty_cache(loaded.config, batch=len(TEXTS), slots=start + count)
+    cache = Target(loaded.config).empty_cache(batch=len(TEXTS), slots=start + count)
     token, cache = next_tokens(loaded.params, prompts, cache, positions(0, start))
     tokens = [token]
     for at in range(start, start + count - 1):

@@ -173,10 +173,10 @@ def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
-    config, console = load_config(run_config(tmp_path, target)), quiet()
-    prepare(config, console=console)
+    console = quiet()
+    config = prepare(load_config(run_config(tmp_path, target)), console=console).config
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "loss_decay_gamma: null" in said and dump_config(config) in said
+    assert "loss_decay_gamma: 7.0" in said and dump_config(config) in said
     assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
 
 
@@ -198,6 +198,7 @@ def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -
         ("data.batch_size=12", "multiple of its 8 devices"),
         ("mesh.tensor=3", "mesh"),
         ("target=nowhere", "nowhere"),
+        ("loss.loss_type=focal", "loss: loss_type must be one of dflash, .*found 'focal'"),
     ],
 )
 def test_unusable_settings_are_one_line(target: Path, tmp_path: Path, override: str, message: str) -> None:
