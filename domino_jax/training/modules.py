@@ -33,12 +33,7 @@ from domino_jax.kernels.vocabulary_loss import (
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import require
 from domino_jax.training.loss import acceptance_stats, dual_loss, position_weights
-from domino_jax.training.objectives import (
-    check_objective,
-    checked_options,
-    loss_divisor,
-    objective_named,
-)
+from domino_jax.training.objectives import check_objective, checked_options, loss_divisor, objective_named
 
 Anchors = tuple[jax.Array, jax.Array]  # positions int32 [B, N] and which slots hold one, bool [B, N]
 

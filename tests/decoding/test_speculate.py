@@ -28,7 +28,7 @@ from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.model_config import DecoderConfig, DraftConfig
-from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.target.model import Target, lm_head_weight, stack_layers
 
 TARGET = DecoderConfig(
     vocab_size=7,
@@ -174,6 +174,18 @@ def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes:
         previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
         logits += vocabulary_logits(bound.head(hidden, embedding[previous][:, None]), bound.head.expansion)
     assert np.asarray(drafted).tolist() == np.argmax(logits, axis=-1)[:, 0].tolist()
+
+
+def test_a_scanned_target_decodes_the_same_tokens(target_params: Any) -> None:
+    """As training does, which holds the target's layers stacked."""
+    model, weights = models(target_params, draft_config())
+    outputs = []
+    for scan, held in ((False, weights), (True, weights._replace(target=stack_layers(target_params)))):
+        decoder = make_decoder(Target(TARGET, scan_layers=scan), model)
+        state = start(decoder, held, PROMPTS, max_new_tokens=12, slots=100)
+        outputs.append(finish(decoder, held, state))
+    np.testing.assert_array_equal(outputs[0].tokens, outputs[1].tokens)
+    np.testing.assert_array_equal(outputs[0].verifications, outputs[1].verifications)
 
 
 def test_plain_decoding_is_the_loop_without_proposals(target_params: Any) -> None:

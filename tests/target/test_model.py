@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,11 +129,22 @@ def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int,
     chex.assert_trees_all_close(scanned, unrolled, atol=1e-5)
 
 
-def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
-    target = Target(loaded.config, scan_layers=True)
-    with pytest.raises(ValueError, match="scan_layers has no cache"):
-        cache = Target(loaded.config).empty_cache(batch=1, slots=8)
-        target.apply({"params": stack_layers(loaded.params)}, random_tokens(1, 4), cache=cache)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch: int) -> None:
+    tokens = random_tokens(batch, 9)
+    apart = Target(loaded.config, capture=(0, 3))
+    forms = [(apart, loaded.params), (replace(apart, scan_layers=True), stack_layers(loaded.params))]
+    caches = [target.empty_cache(batch=batch, slots=12) for target, _ in forms]
+    for start, stop in ((0, 6), (6, 7), (5, 9)):  # the last pass rewinds
+        positions = np.tile(np.arange(start, stop, dtype=np.int32), (batch, 1))
+        outs = [
+            jitted(target)({"params": params}, tokens[:, start:stop], positions, cache=cache)
+            for (target, params), cache in zip(forms, caches, strict=True)
+        ]
+        caches = [out.cache for out in outs]
+        chex.assert_trees_all_close(outs[1][:2], outs[0][:2], atol=1e-5)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *caches[0])
+    chex.assert_trees_all_close(caches[1], stacked, atol=1e-5)
 
 
 # One row is written by another code path.
