@@ -211,9 +211,9 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"block_size": 1}, "block_size must be at least 2, found 1"),
         ({"mask_token_id": 32}, "mask_token_id 32 is outside the vocabulary of 32"),
         ({"mask_token_id": -1}, "mask_token_id -1 is outside the vocabulary of 32"),
-        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..4"),
-        ({"target_layer_ids": (1, 5)}, "target_layer_ids [1, 5] must lie in 0..4"),
-        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..4"),
+        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..5"),
+        ({"target_layer_ids": (1, 6)}, "target_layer_ids [1, 6] must lie in 0..5"),
+        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..5"),
         ({"target_layer_ids": (3, 1)}, "target_layer_ids [3, 1] must rise"),
         ({"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] must rise"),
         ({"projector_type": "mlp"}, "projector_type must be 'domino' or null, found 'mlp'"),
@@ -247,7 +247,7 @@ def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
 
 
 def test_draft_config_accepts_the_edges() -> None:
-    assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 4)}).num_predictions == 3
+    assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 5)}).num_predictions == 3
     assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 3, "shift_label": True}).num_predictions == 4
     assert DraftConfig(**DRAFT | {"projector_type": None, "emb_dim": 0}).qk_norm
 
@@ -316,8 +316,8 @@ def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:
     for recipe, message in (
         (DraftRecipe(mask_token_id=2), "draft.mask_token_id 2 is the target's pad token"),
         (DraftRecipe(mask_token_id=32), "mask_token_id 32 is outside the vocabulary of 32"),
-        (DraftRecipe(mask_token_id=31, target_layer_ids=()), "target_layer_ids [] must lie in 0..34"),
-        (DraftRecipe(mask_token_id=31, target_layer_ids=(35,)), "target_layer_ids [35] must lie in 0..34"),
+        (DraftRecipe(mask_token_id=31, target_layer_ids=()), "target_layer_ids [] must lie in 0..35"),
+        (DraftRecipe(mask_token_id=31, target_layer_ids=(36,)), "target_layer_ids [36] must lie in 0..35"),
     ):
         with pytest.raises(InputError) as caught:
             make_draft_config(recipe, target, special_ids={"eos": None, "pad": 2}, dtype="float32")

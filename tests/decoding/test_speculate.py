@@ -139,6 +139,7 @@ DRAFTS = {
     "transforms": {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 2.0},
     "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
     "dflash": {"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0},
+    "last target layer": {"target_layer_ids": (0, 3)},
 }
 
 
