@@ -45,6 +45,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
                  the target's last layer
       specforge  sliding layers that look both ways inside the block;
                  scaled embeddings or logits
+      all        plain DFlash drafts with shift_label
     """
     record, params, step = load_draft(run)
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []

@@ -24,8 +24,12 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
 
     The target's last layer is read after the final norm here, in z-lab's dflash, in NeMo's
     `spec_generate` and with SpecForge's Hugging Face backend: all take `hidden_states[id + 1]`.
-    Before the norm take it vLLM (`hidden_states + residual` after the layer), SGLang (the same where
-    the model has that place at all) and NeMo's trainer (a hook on the layer).
+    Before the norm it is taken by vLLM (`hidden_states + residual` after the layer), by SGLang (the
+    same, where the model has that place at all) and by NeMo's trainer (a hook on the layer).
+
+    A plain DFlash draft with `shift_label` is for readers of `sample_from_anchor`: speculators, and
+    sglang-jax with `--speculative-sample-from-anchor`. vLLM's DFlash refuses the key (#54154 is to
+    read it), SGLang's passes over it (#40203 likewise), the others do not have it.
 
     Args:
         config: the draft.
@@ -106,8 +110,14 @@ _RULES = (
     ),
     _Rule(
         ("vllm", "zlab"),
-        _when(lambda config: config.shift_label, "shift_label is true"),
+        _when(lambda config: config.shift_label and config.projector_type == "domino", "shift_label is true"),
         "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
+    ),
+    _Rule(
+        ENGINES,
+        _when(lambda config: config.shift_label and config.projector_type is None, "shift_label is true"),
+        "it drafts plain DFlash from the second position of a block on and does not know sample_from_anchor, "
+        "block position 0 already predicts anchor + 1",
     ),
     _Rule(("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"),
     _Rule(("sglang",), _other_dtype, "its Domino head runs in bfloat16 only"),

@@ -18,6 +18,7 @@ SHIFTED = (
 )
 BOTH_WAYS = "sliding_in_block is bidirectional: it looks only back"
 ONLY_BACK = "sliding_in_block is causal: it never reads is_causal"
+ANCHOR_FIRST = "shift_label is true: it drafts plain DFlash from the second position of a block on"
 UNNORMED = "target_layer_ids ends with the last layer, 5: it takes that layer before the target's final norm"
 UNNORMED_IN_TRAINING = UNNORMED.replace("it takes", "its trainer takes")
 PLAIN_LOGITS = ("sglang", "vllm", "specforge")
@@ -31,6 +32,11 @@ TRANSFORMS = {
 CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
     ("dflash", dflash_config(), {}),
     ("domino", draft_config(), {"vllm": [HEADLESS, SHIFTED], "zlab": [HEADLESS, SHIFTED]}),
+    (
+        "dflash shifted",
+        dataclasses.replace(dflash_config(), shift_label=True),
+        {engine: [ANCHOR_FIRST] for engine in ENGINES},
+    ),
     ("domino unshifted", draft_config(shift_label=False), {"vllm": [HEADLESS], "zlab": [HEADLESS]}),
     (
         "no pure prefix",
