@@ -206,9 +206,9 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"block_size": 1}, "block_size must be at least 2, found 1"),
         ({"mask_token_id": 32}, "mask_token_id 32 is outside the vocabulary of 32"),
         ({"mask_token_id": -1}, "mask_token_id -1 is outside the vocabulary of 32"),
-        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..4"),
-        ({"target_layer_ids": (1, 5)}, "target_layer_ids [1, 5] must lie in 0..4"),
-        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..4"),
+        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..5"),
+        ({"target_layer_ids": (1, 6)}, "target_layer_ids [1, 6] must lie in 0..5"),
+        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..5"),
         ({"target_layer_ids": (3, 1)}, "target_layer_ids [3, 1] must rise"),
         ({"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] must rise"),
         ({"projector_type": "mlp"}, "projector_type must be 'domino' or null, found 'mlp'"),
@@ -217,7 +217,6 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"pure_draft_prefix_len": -1}, "pure_draft_prefix_len -1 leaves none of 3 positions to correct"),
         ({"pure_draft_prefix_len": 3}, "pure_draft_prefix_len 3 leaves none of 3 positions to correct"),
         ({"pure_draft_prefix_len": 4, "shift_label": True}, "pure_draft_prefix_len 4 leaves none of 4 positions"),
-        ({"projector_type": None, "shift_label": True}, "shift_label needs projector_type 'domino'"),
         ({"layer_types": ("full_attention",)}, "layer_types names 1 layers, num_hidden_layers is 2"),
         ({"layer_types": ("full_attention", "linear")}, "layer_types holds ['linear']; known: full_attention, sliding"),
         ({"sliding_window": 8}, "sliding_window is 8, layer_types []: a window needs sliding_attention layers"),
@@ -242,9 +241,10 @@ def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
 
 
 def test_draft_config_accepts_the_edges() -> None:
-    assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 4)}).num_predictions == 3
+    assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 5)}).num_predictions == 3
     assert DraftConfig(**DRAFT | {"pure_draft_prefix_len": 3, "shift_label": True}).num_predictions == 4
     assert DraftConfig(**DRAFT | {"projector_type": None, "emb_dim": 0}).qk_norm
+    assert DraftConfig(**DRAFT | {"projector_type": None, "shift_label": True}).num_predictions == 4
 
 
 def test_make_draft_config_takes_the_rest_from_the_target() -> None:
@@ -273,6 +273,7 @@ def test_make_draft_config_of_other_drafts() -> None:
     plain = made(projector_type=None)  # shift_label follows the head
     assert (plain.projector_type, plain.shift_label) == (None, False)
     assert not made(shift_label=False).shift_label
+    assert made(projector_type=None, shift_label=True).shift_label
     windowed = made(sliding_window=32)
     assert (windowed.sliding_window, windowed.layer_types) == (32, ("sliding_attention",) * 2)
     mixed = made(sliding_window=32, layer_types=("full_attention", "sliding_attention"), sliding_in_block="causal")
@@ -311,8 +312,8 @@ def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:
     for recipe, message in (
         (DraftRecipe(mask_token_id=2), "draft.mask_token_id 2 is the target's pad token"),
         (DraftRecipe(mask_token_id=32), "mask_token_id 32 is outside the vocabulary of 32"),
-        (DraftRecipe(mask_token_id=31, target_layer_ids=()), "target_layer_ids [] must lie in 0..34"),
-        (DraftRecipe(mask_token_id=31, target_layer_ids=(35,)), "target_layer_ids [35] must lie in 0..34"),
+        (DraftRecipe(mask_token_id=31, target_layer_ids=()), "target_layer_ids [] must lie in 0..35"),
+        (DraftRecipe(mask_token_id=31, target_layer_ids=(36,)), "target_layer_ids [36] must lie in 0..35"),
     ):
         with pytest.raises(InputError) as caught:
             make_draft_config(recipe, target, special_ids={"eos": None, "pad": 2}, dtype="float32")

@@ -37,12 +37,15 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
     \b
     What --for refuses, because the reader would draft other tokens:
       sglang     a Domino draft with pure_draft_prefix_len other than 1 or in float32;
-                 scaled embeddings or logits
-      vllm       Domino drafts (it has no head); scaled embeddings or logits
+                 scaled embeddings or logits; the target's last layer
+      vllm       Domino drafts (it has no head); scaled embeddings or logits;
+                 the target's last layer
       zlab       Domino drafts
-      nemo       sliding layers that are causal inside the block
+      nemo       sliding layers that are causal inside the block;
+                 the target's last layer
       specforge  sliding layers that look both ways inside the block;
                  scaled embeddings or logits
+      all        plain DFlash drafts with shift_label
     """
     record, params, step = load_draft(run)
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []

@@ -24,6 +24,7 @@ from domino_jax.target.load import check_tensors, read_json, read_rope_scaling, 
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
+SHIFTED_DFLASH = "sample_from_anchor"  # what readers of plain DFlash call shift_label
 OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
 
 
@@ -176,6 +177,8 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
     # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a full one is not.
     if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
         top["is_causal"] = dflash["causal"] = False
+    if config.shift_label and config.projector_type is None:
+        top[SHIFTED_DFLASH] = dflash[SHIFTED_DFLASH] = True
     if config.projector_type is not None:
         dflash["projector_type"] = config.projector_type
         dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
@@ -255,6 +258,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
     projector = nested.get("projector_type")
     optional: dict[str, Any] = _windows(tree, nested, place=place)
+    optional["shift_label"] = _shift_label(tree, nested, place=place)
     for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
         if nested.get(key) is not None:
             optional[key] = float(value(key, nested, kind=(float, int)))
@@ -263,8 +267,6 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             "emb_dim": value("emb_dim", nested, tree, kind=int),
             "gru_hidden_dim": value("gru_hidden_dim", nested, tree, kind=int),
             "pure_draft_prefix_len": value("pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int),
-            # A guess here costs nearly all acceptance, so there is no default.
-            "shift_label": value("shift_label", nested, kind=bool),
         }
     integers = (
         "vocab_size",
@@ -292,6 +294,29 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
+
+
+def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> bool:
+    """Whether the first position of a block predicts too, by either name; plain DFlash without a word does not.
+
+    Source: vLLM's speculators (#760), which write `sample_from_anchor` at the top and have false as its default.
+    """
+    named = {
+        "dflash_config.shift_label": nested.get("shift_label"),
+        f"dflash_config.{SHIFTED_DFLASH}": nested.get(SHIFTED_DFLASH),
+        SHIFTED_DFLASH: tree.get(SHIFTED_DFLASH),
+    }
+    found = {name: value for name, value in named.items() if value is not None}
+    for name, value in found.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{place}: {name} is {value!r}, expected true or false")
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
+        raise InputError(f"{place}: {said}: names of one layout of the block, expected the same value")
+    # A guess here costs nearly all acceptance, so there is no default with the head.
+    if not found and nested.get("projector_type") is not None:
+        raise InputError(f"{place}: shift_label is missing")
+    return any(found.values())
 
 
 def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ LayerCaches = tuple[Cache, ...] | Cache
 class TargetOutput(NamedTuple):
     """What one pass of the target returns.
 
-    `hidden` [B, T, D] is after the final norm, `features` [B, T, C*D] joins the outputs of the captured layers,
-    `cache` is the updated one, or None.
+    `hidden` [B, T, D] is after the final norm, `features` [B, T, C*D] joins the outputs of the captured layers, the
+    last layer's being `hidden` (as in Hugging Face's `hidden_states`), `cache` is the updated one, or None.
     """
 
     hidden: jax.Array
@@ -90,12 +90,19 @@ class Target(nn.Module):
     Attributes:
         cfg: shape of the decoder.
         capture: layers whose outputs are returned, 0-based (`capture=(1,)` is Hugging Face's `hidden_states[2]`).
+        depth: layers that run (see `first_layers`), None for all of `cfg`; fewer give captured states only.
         scan_layers: run the layers under `nn.scan`.
     """
 
     cfg: DecoderConfig
     capture: tuple[int, ...] = ()
     scan_layers: bool = False
+    depth: int | None = None
+
+    @property
+    def layers_run(self) -> int:
+        """Layers that a pass goes through."""
+        return self.cfg.num_hidden_layers if self.depth is None else self.depth
 
     @nn.compact
     def __call__(
@@ -120,9 +127,11 @@ class Target(nn.Module):
         Returns:
             `TargetOutput` in the compute dtype.
         Raises:
-            ValueError: a cache together with `documents`.
+            ValueError: a cache together with `documents`, or a captured layer that does not run.
         """
         cfg = self.cfg
+        if not all(0 <= layer < self.layers_run for layer in self.capture):
+            raise ValueError(f"cannot capture layers {list(self.capture)} of a target that runs {self.layers_run}")
         batch, length = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
@@ -147,13 +156,17 @@ class Target(nn.Module):
         at = _Place(positions[:, 0], documents)
         run: Any = self._scanned if self.scan_layers else self._unrolled
         x, captured, cache = run(x, tables, at, cache)
-        features = jnp.concatenate(captured, axis=-1) if captured else jnp.zeros((batch, length, 0), x.dtype)
-        return TargetOutput(RMSNorm(cfg.rms_norm_eps, name="norm")(x), features, cache)
+        hidden = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
+        # Of the whole target only: where it is cut, the last layer that runs is one of the middle.
+        last = cfg.num_hidden_layers - 1
+        captured = [hidden if layer == last else states for layer, states in zip(self.capture, captured, strict=True)]
+        none = jnp.zeros((batch, length, 0), x.dtype)
+        features = jnp.concatenate(captured, axis=-1) if captured else none
+        return TargetOutput(hidden, features, cache)
 
     def empty_cache(self, *, batch: int, slots: int) -> LayerCaches:
         """A cache of zeros of all layers, in the compute dtype and in the form that this target's passes take."""
-        cfg = self.cfg
-        layers = tuple(empty_cache(cfg, batch=batch, slots=slots) for _ in range(cfg.num_hidden_layers))
+        layers = tuple(empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run))
         return jax.tree.map(lambda *layer: jnp.stack(layer), *layers) if self.scan_layers else layers
 
     def _unrolled(
@@ -161,7 +174,7 @@ class Target(nn.Module):
     ) -> tuple[jax.Array, list[jax.Array], tuple[Cache, ...] | None]:
         outputs: dict[int, jax.Array] = {}
         layers: list[Any] = []
-        for index in range(self.cfg.num_hidden_layers):
+        for index in range(self.layers_run):
             layer = DecoderLayer(self.cfg, name=f"layers_{index}")
             x, layer_cache = layer(x, tables, at, cache[index] if cache else None)
             layers.append(layer_cache)
@@ -174,15 +187,13 @@ class Target(nn.Module):
     ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
         count = len(self.capture)
         # The last slot takes the outputs nobody asked for, so that no layer's state outlives the next one.
-        slots = jnp.array(
-            [self.capture.index(i) if i in self.capture else count for i in range(self.cfg.num_hidden_layers)]
-        )
+        slots = jnp.array([self.capture.index(i) if i in self.capture else count for i in range(self.layers_run)])
         layers = nn.scan(
             _CapturingLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
-            length=self.cfg.num_hidden_layers,
+            length=self.layers_run,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.cfg, name="layers")
         captured = jnp.zeros((count + 1, *x.shape), x.dtype)
@@ -210,8 +221,7 @@ def stack_layers(params: Any) -> Any:
     return {**rest, "layers": {"layer": stacked}}
 
 
-def first_layers(cfg: DecoderConfig, params: Any, count: int) -> tuple[DecoderConfig, Any]:
-    """A target cut after `count` layers: enough when only captured states are wanted, not logits."""
-    dropped = {f"layers_{index}" for index in range(count, cfg.num_hidden_layers)}
-    config = type(cfg)(**{**vars(cfg), "num_hidden_layers": count})
-    return config, {name: leaf for name, leaf in params.items() if name not in dropped}
+def first_layers(params: Any, depth: int) -> Any:
+    """The parameters of `Target(cfg, depth=depth)`: enough where only captured states are wanted."""
+    dropped = [name for name in params if name.startswith("layers_") and int(name[7:]) >= depth]
+    return {name: leaf for name, leaf in params.items() if name not in dropped}

@@ -143,12 +143,12 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
     whole = config.loss.kl_weight > 0  # the target's own distribution needs its last layer
     depth = target.config.num_hidden_layers if whole else max(draft_config.target_layer_ids) + 1
-    needed, target_params = first_layers(target.config, target.params, depth)
+    target_params = first_layers(target.params, depth)
     if not target_runs:
         target_params = {name: leaf for name, leaf in target_params.items() if name in TABLES}
     program = Program(
         trainer=build_trainer(draft_config, **_trainer_options(config.loss)),
-        target=Target(needed, capture=draft_config.target_layer_ids, scan_layers=True),
+        target=Target(target.config, capture=draft_config.target_layer_ids, depth=depth, scan_layers=True),
         optimizer=make_optimizer(config.optimizer, total_steps),
         curriculum=lambda_base_schedule(
             total_steps, lambda_start=config.loss.lambda_start, decay_ratio=config.loss.decay_ratio

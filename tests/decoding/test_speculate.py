@@ -108,8 +108,10 @@ def answers(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count
         ({}, "block", False),
         ({"shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
         ({"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
+        ({"projector_type": None}, "block", True),
+        ({"projector_type": None}, "serving", True),
     ],
-    ids=["shift", "serving", "head off", "no shift", "dflash"],
+    ids=["shift", "serving", "head off", "no shift", "dflash", "dflash shift", "dflash shift serving"],
 )
 def test_greedy_output_is_the_target_s_own(
     target_params: Any, prompts: list[np.ndarray], changes: dict[str, Any], mode: str, use_head: bool
@@ -140,6 +142,8 @@ DRAFTS = {
     "transforms": {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 2.0},
     "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
     "dflash": {"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0},
+    "dflash shifted": {"projector_type": None},
+    "last target layer": {"target_layer_ids": (0, 3)},
 }
 
 
@@ -319,6 +323,7 @@ def test_number_of_proposals_and_bad_combinations() -> None:
     assert number_of_proposals(draft_config(), "block") == 4
     assert number_of_proposals(draft_config(), "serving") == 3
     assert number_of_proposals(draft_config(shift_label=False), "block") == 3
+    assert number_of_proposals(draft_config(projector_type=None), "block") == 4
     with pytest.raises(ValueError, match="'block' or 'serving'"):
         number_of_proposals(draft_config(), "all")
     with pytest.raises(ValueError, match="draft's vocab_size is 9, the target's 7"):

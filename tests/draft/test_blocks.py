@@ -205,6 +205,27 @@ def test_make_blocks_supervises_by_the_share_of_the_loss_mask() -> None:
     np.testing.assert_allclose(found.mask, [[[0.5, 0.51, 0.0]]])
 
 
+@pytest.mark.parametrize("shift_label", [False, True])
+def test_a_prefix_shows_its_tokens_and_supervises_only_what_it_does_not_show(shift_label: bool) -> None:
+    ids, anchor, size = np.arange(20, 32)[None], 2, 5
+    for length in (2, 3, 4):
+        found = cut(
+            jnp.asarray(ids),
+            jnp.ones((1, 12)),
+            jnp.array([[anchor]]),
+            jnp.ones((1, 1), bool),
+            block_size=size,
+            mask_token_id=MASK_ID,
+            shift_label=shift_label,
+            prefix_lengths=jnp.array([[length]]),
+        )
+        shown = [ids[0, anchor + k] if k < length else MASK_ID for k in range(size)]
+        labels = [ids[0, anchor + k + int(shift_label)] for k in range(size)][not shift_label :]
+        assert found.noise_ids[0, 0].tolist() == shown
+        assert found.target_ids[0, 0].tolist() == labels
+        assert found.mask[0, 0].tolist() == [label not in shown for label in labels]
+
+
 def test_document_ids_equal_the_loop_and_nemo() -> None:
     seq_lens = np.array([[3, 0, 4, 2, 0], [12, 0, 0, 0, 0], [0, 0, 1, 1, 1]])  # holes, a full row, padding behind
     found = document_ids(jnp.asarray(seq_lens), 12)

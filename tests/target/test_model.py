@@ -39,18 +39,10 @@ def random_tokens(batch: int, length: int, *, seed: int = 0) -> np.ndarray:
 
 
 def torch_states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits and the output of every decoder layer, taken by hooks: before the final norm in all of them."""
-    outputs: list[np.ndarray] = []
-
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output).numpy())
-
-    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
+    """Logits and `hidden_states` after every decoder layer, the last one after the final norm."""
     with torch.no_grad():
-        logits = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    for hook in hooks:
-        hook.remove()
-    return logits, outputs
+        output = model(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True)
+    return output.logits.numpy(), [states.numpy() for states in output.hidden_states[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -186,13 +178,34 @@ def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> 
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_first_layers_give_the_same_captured_states(tiny: Callable[..., Any], kind: str) -> None:
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("capture", "depth"), [((0, 2), 3), ((0, 3), 4)])
+def test_first_layers_give_the_same_captured_states(
+    tiny: Callable[..., Any], kind: str, scan: bool, capture: tuple[int, ...], depth: int
+) -> None:
     tokens, loaded = random_tokens(1, 9), load_target(tiny(kind, tied=False).directory)
-    config, params = first_layers(loaded.config, loaded.params, 3)
-    assert config.num_hidden_layers == 3 and "layers_2" in params and "layers_3" not in params
-    out = jitted(Target(config, (0, 2)))({"params": params}, tokens)
-    expected = jitted(Target(loaded.config, (0, 2)))({"params": loaded.params}, tokens)
-    chex.assert_trees_all_close(out.features, expected.features, atol=1e-6)
+    params = first_layers(loaded.params, depth)
+    kept = [name for name in params if name.startswith("layers_")]
+    assert kept == [f"layers_{index}" for index in range(depth)] and "embed_tokens" in params
+    cut = jitted(Target(loaded.config, capture, depth=depth, scan_layers=scan))
+    out = cut({"params": stack_layers(params) if scan else params}, tokens)
+    # The states of layer 2 are not normed where the cut ends with it: it is not the target's last.
+    states = whole(loaded, tokens).features.reshape(1, 9, 4, -1)
+    np.testing.assert_allclose(out.features, states[:, :, capture].reshape(1, 9, -1), atol=1e-5)
+
+
+def test_a_captured_last_layer_is_what_the_head_reads(loaded: LoadedTarget) -> None:
+    out = whole(loaded, random_tokens(2, 9))
+    np.testing.assert_array_equal(out.features[..., -32:], out.hidden)
+
+
+@pytest.mark.parametrize(("capture", "depth"), [((0, 3), 3), ((4,), None), ((-1,), None)])
+def test_layers_that_do_not_run_are_not_captured(
+    loaded: LoadedTarget, capture: tuple[int, ...], depth: int | None
+) -> None:
+    target = Target(loaded.config, capture, depth=depth)
+    with pytest.raises(ValueError, match=r"cannot capture layers .* of a target that runs \d"):
+        target.apply({"params": loaded.params}, random_tokens(1, 4))
 
 
 LENGTHS = (5, 1, 9, 6)  # of the documents in a packed row

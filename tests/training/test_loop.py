@@ -193,7 +193,7 @@ def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -
     [
         ("draft.mask_token_id=0", "mask_token_id 0 is the target's eos token"),
         ("draft.mask_token_id=32", "mask_token_id 32 is outside the vocabulary of 32"),
-        ("draft.target_layer_ids=[0,3]", r"target_layer_ids \[0, 3\] must lie in 0..2"),
+        ("draft.target_layer_ids=[0,4]", r"target_layer_ids \[0, 4\] must lie in 0..3"),
         ("data.train=missing.jsonl", "missing.jsonl"),
         ("data.batch_size=12", "multiple of its 8 devices"),
         ("mesh.tensor=3", "mesh"),
