@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 TABLE = (
     (0, "", ("strict", "model_config", "config", "sharding")),
     (1, "", ("layers",)),
-    (2, "data", ("conversations", "packing", "pipeline", "features")),
+    (2, "data", ("template", "conversations", "packing", "pipeline", "features")),
     (2, "target", ("moe", "model", "load", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "attention", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),
