@@ -133,7 +133,8 @@ def encode_conversation(
 
     Marked are the tokens of each answer and the token that ends its turn; neither the role header before it nor a
     newline that the template puts after it. A token that lies across the start of an answer is not marked: the target
-    cannot generate it after the prompt.
+    cannot generate it after the prompt. Nor is an earlier answer whose prompt the template renders
+    otherwise once more follows: the target never saw this text before it.
 
     Args:
         messages: the conversation, with one answer at least.
@@ -147,7 +148,8 @@ def encode_conversation(
     Returns:
         The row, or None if no marked token is left after the cut.
     Raises:
-        InputError: there is no answer, or the template does not show where answers begin and end.
+        InputError: there is no answer, or the template does not show where the last one begins or where
+            one ends.
     """
     return _encode(
         messages,
@@ -254,17 +256,19 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
 def _answer_begins(
     messages: Messages, text: str, tokenizer: Any, kwargs: Scalars, stop_texts: Iterable[str]
 ) -> list[int]:
-    """Characters of the rendered conversation at which the answers begin."""
+    """Characters at which those answers begin whose prompt the rendered conversation holds."""
     begins = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index in answers:
+        message = messages[index]
         written = message["content"] + (message.get("reasoning_content") or "")
         for stop in stop_texts:
             if stop in written:
                 raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
         prompt = _render(messages[:index], tokenizer, kwargs, generation_prompt=True)
         if not text.startswith(prompt):
+            if index < answers[-1]:
+                continue  # Qwen3 shows empty thoughts in the last answer alone: another prompt
             raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
         # Some templates know no generation prompt and need none; in the others a role header would count as answer.
         follows = text[len(prompt) :].lstrip().startswith((message["content"].strip(), THINK_BEGIN))

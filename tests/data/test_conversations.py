@@ -352,6 +352,23 @@ def test_what_the_template_is_told_reaches_rows_and_prompts(tmp_path: Path) -> N
             refuse({"enable_thnking": False})
 
 
+def test_an_earlier_answer_whose_prompt_is_gone_is_not_marked() -> None:
+    # As Qwen3: the empty thoughts that the first answer followed are not shown once more follows.
+    tokenizer = make_tokenizer(SWITCHED.replace("{% if enable", "{% if loop.last and enable", 1))
+    for last in ([], ["Thanks"]):
+        messages = chat("Hi", "Hello.", "3 cats?", "twelve", *last)
+        row = encode_conversation(messages, tokenizer, max_length=100)
+        assert row is not None
+        marked = tokenizer.decode(row.input_ids[row.loss_mask])
+        assert marked == "Hello.<|im_end|>twelve<|im_end|>"
+    row = encode_conversation(messages[:4], tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
+    assert row is not None
+    assert "Hello." in tokenizer.decode(row.input_ids)
+    assert tokenizer.decode(row.input_ids[row.loss_mask]) == "twelve<|im_end|>"
+    with pytest.raises(InputError, match="renders what precedes message 4 otherwise without it"):
+        encode_conversation(messages, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
+
+
 @pytest.mark.parametrize(
     ("generator", "kwargs", "answered"),
     [
