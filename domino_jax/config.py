@@ -83,6 +83,8 @@ def make_draft_config(
 class DataConfig:
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line.
 
+    `chat_template_kwargs` is what the target's chat template is told besides the messages, for example
+    `enable_thinking: false`; a name that the template does not read is refused.
     `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their tokens stay in the rows.
     `features` is a directory that `domino capture` wrote: training reads its rows and the target's captured states
     instead of `train`, and does not run the target. Held-out rows are conversations either way; for them the target
@@ -95,6 +97,7 @@ class DataConfig:
     heldout: str | None = None
     max_length: int = 3072
     batch_size: int = 16
+    chat_template_kwargs: Scalars = field(default_factory=dict, hash=False)
     mask_reasoning_content: bool = False
     packing: bool = False
 

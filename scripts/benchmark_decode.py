@@ -53,8 +53,11 @@ def main() -> None:
     loaded, domino = load_run(options.domino, "float32")
     _, dflash = load_run(options.dflash, "float32")
     usable, _ = read_messages(options.prompts)
-    prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[: options.limit]]
-    count, target, stops = options.max_new_tokens, Target(loaded.config), stop_token_ids(loaded.tokenizer)
+    kwargs = domino.record.chat_template.kwargs
+    conversations = [messages for _, messages in usable[: options.limit]]
+    prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for messages in conversations]
+    stops = stop_token_ids(loaded.tokenizer, kwargs)
+    count, target = options.max_new_tokens, Target(loaded.config)
     drafts = {"plain": None, "domino": domino, "dflash": dflash}
     decoders = {
         name: (

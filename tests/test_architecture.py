@@ -14,7 +14,7 @@ TABLE = (
     (0, "", ("strict", "model_config", "config", "sharding")),
     (1, "kernels", ("causal_attention", "cache", "products", "largest", "block_attention", "vocabulary_loss")),
     (1.5, "", ("layers",)),
-    (2, "data", ("conversations", "packing", "pipeline", "features")),
+    (2, "data", ("template", "conversations", "packing", "pipeline", "features")),
     (2, "target", ("moe", "model", "load", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),

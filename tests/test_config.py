@@ -74,6 +74,15 @@ def test_load_config_applies_overrides_in_order(smallest: Path) -> None:
     assert load_config(smallest) == from_tree(RunConfig, SMALLEST, place="smallest"), "overrides must not stick"
 
 
+def test_load_config_overrides_one_name_of_a_mapping(smallest: Path, tmp_path: Path) -> None:
+    assert load_config(smallest).data.chat_template_kwargs == {}
+    words = ["data.chat_template_kwargs.enable_thinking=false", "data.chat_template_kwargs.budget=64"]
+    config = load_config(smallest, words)
+    assert config.data.chat_template_kwargs == {"enable_thinking": False, "budget": 64}
+    assert load_config(smallest, [*words, "data.chat_template_kwargs={}"]) == load_config(smallest)
+    assert load_config(write(tmp_path / "again.yaml", dump_config(config))) == config
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-3", 1e-3), ("1.0e-3", 1e-3), ("'1e-3'", 1e-3), ("2", 2.0), ("0.5", 0.5), ("1E-4", 1e-4)]
 )
@@ -103,6 +112,11 @@ def test_load_config_reads_every_spelling_of_a_float(smallest: Path, text: str, 
         ("draft.target_layer_ids=3", "draft: target_layer_ids: expected a list, found 3"),
         ("draft.target_layer_ids=[1, x]", "draft: target_layer_ids: expected int, found 'x'"),
         ("mesh=3", "mesh: expected a mapping, found 3"),
+        ("data.chat_template_kwargs=false", "data: chat_template_kwargs: expected a mapping, found False"),
+        (
+            "data.chat_template_kwargs.enable_thinking=[no]",
+            "data: chat_template_kwargs: enable_thinking: expected true, false, a number or text, found [False]",
+        ),
         ("train.steps", "override 'train.steps': expected key=value, for example train.steps=100"),
         ("=3", "override '=3': expected key=value"),
         ("train.steps=[1", "override 'train.steps=[1': '[1' is not a YAML value"),

@@ -20,6 +20,7 @@ from domino_jax.cli.shared import (
     say,
     seed_option,
     temperature_option,
+    template_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import evaluate as evaluation
@@ -27,7 +28,7 @@ from domino_jax.decoding.generate import stream_text
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.report import evaluation_table, training_summary
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
 
 
@@ -41,6 +42,7 @@ from domino_jax.target.model import Target
 @temperature_option
 @seed_option
 @dtype_option
+@template_option
 def generate(
     run: Path,
     prompt: str | None,
@@ -51,13 +53,15 @@ def generate(
     temperature: float,
     seed: int,
     dtype: str,
+    chat_template_kwargs: Scalars | None,
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
     text = prompt if prompt is not None else sys.stdin.read()
     if not text.strip():
         raise InputError("the prompt is empty")
-    loaded, drafter = load_run(run, dtype)
-    stops = stop_token_ids(loaded.tokenizer)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs)
+    kwargs = drafter.record.chat_template.kwargs
+    stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
     if not plain:
         decoder = make_decoder(
@@ -72,7 +76,7 @@ def generate(
         decoder,
         Weights(loaded.params, drafter.params),
         loaded.tokenizer,
-        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer),
+        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs),
         max_new_tokens=max_new_tokens,
         seed=seed,
         write=lambda piece: click.echo(piece, nl=False),
@@ -91,6 +95,7 @@ def generate(
 @temperature_option
 @seed_option
 @dtype_option
+@template_option
 def evaluate(
     run: Path,
     prompt_files: tuple[Path, ...],
@@ -100,25 +105,27 @@ def evaluate(
     temperature: float,
     seed: int,
     dtype: str,
+    chat_template_kwargs: Scalars | None,
 ) -> None:
     """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
 
     Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens per verification
     (tau), tokens per second, and whether the outputs are the same token by token.
     """
-    loaded, drafter = load_run(run, dtype)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs)
+    kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),
         DraftModel(drafter.config),
         proposals=proposals,
         temperature=temperature,
-        stop_ids=stop_token_ids(loaded.tokenizer),
+        stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
     )
     weights = Weights(loaded.params, drafter.params)
     report: dict[str, Any] = {
         "evaluator": {
             "target": drafter.record.target,
-            "chat_template": drafter.record.chat_template,
+            **drafter.record.chat_template.as_json(),
             "step": drafter.step,
             "block_size": drafter.config.block_size,
             "proposals": decoder.proposals,
@@ -133,7 +140,8 @@ def evaluate(
         usable, bad_lines = read_messages(path)
         for bad in bad_lines:
             say(f"{path}:{bad.line}: {bad.reason}")
-        prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[:limit]]
+        conversations = [messages for _, messages in usable[:limit]]
+        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for messages in conversations]
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures
     place = run / "evaluation.json"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
@@ -122,7 +123,8 @@ def regenerate(
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
-        settings: what made the answers; a partial file of other settings is refused.
+        settings: what makes the answers, a partial file of other settings is refused; its
+            `chat_template_kwargs`, if any, are what the template is told.
         progress: called after each batch with prompts done, prompts in all and tokens written by this start.
     Returns:
         Prompts answered by this start.
@@ -137,7 +139,8 @@ def regenerate(
     partial = answers_path.with_name(answers_path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     done = _answered_lines(partial, settings)
-    prompts = [(line, messages, encode_prompt(messages, tokenizer)) for line, messages in usable]
+    kwargs = settings.get(KWARGS, NO_KWARGS)
+    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     left = [prompt for prompt in prompts if prompt[0] not in done]
     slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
@@ -180,9 +183,12 @@ def _answered_lines(partial: Path, settings: dict[str, Any]) -> set[int]:
     if not partial.exists():
         return set()
     records = list(_whole_lines(partial))
+    settings = {KWARGS: {}, **settings}
     for record in records:
-        if record["generator"] != settings:
-            raise InputError(f"{partial}: made with {record['generator']}, not {settings}; remove it to start again")
+        made_with = {KWARGS: {}, **record["generator"]}  # older files do not say
+        # As text: to a chat template 0 and false are two things, in Python they are equal.
+        if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
+            raise InputError(f"{partial}: made with {made_with}, not {settings}; remove it to start again")
     beside = partial.with_name(partial.name + ".new")
     beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     beside.replace(partial)

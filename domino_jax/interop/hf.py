@@ -17,6 +17,7 @@ import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
+from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
 from domino_jax.strict import InputError, from_tree
@@ -48,7 +49,12 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
 
 
 def save_hf_draft(
-    path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16", chat_template: str | None = None
+    path: str | Path,
+    config: DraftConfig,
+    params: Any,
+    *,
+    dtype: str = "bfloat16",
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Writes `config.json` and safetensors (sharded with an index above 5 GB) that every reader accepts.
 
@@ -59,8 +65,8 @@ def save_hf_draft(
         config: the draft.
         params: tree of arrays as `load_hf_draft` returns it.
         dtype: type of the stored tensors, "bfloat16" or "float32".
-        chat_template: sha256 of the template that the draft was trained with, in hex; written beside the other keys
-            for `recorded_template`, other readers pass over it.
+        chat_template: what the draft was trained with; written beside the other keys for
+            `recorded_template`, other readers pass over it.
     Raises:
         InputError: the directory is in use, or parameters and config disagree.
     """
@@ -73,8 +79,10 @@ def save_hf_draft(
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        template = {} if chat_template is None else {TEMPLATE_KEY: chat_template}
-        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype) | template, indent=2) + "\n")
+        tree = _to_json(config, dtype)
+        if chat_template is not None:
+            tree |= {TEMPLATE_KEY: chat_template.sha256, KWARGS: dict(chat_template.kwargs)}
+        (staging / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
         _write_shards(staging, tensors)
         _check_reads_back(staging, config, tensors)
         staging.chmod(0o755)
@@ -104,16 +112,20 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     return config, flax.traverse_util.unflatten_dict(tree)
 
 
-def recorded_template(path: str | Path) -> str | None:
-    """sha256 of the chat template that the draft in a directory was trained with; None where its writer kept none.
+def recorded_template(path: str | Path) -> ChatTemplate | None:
+    """The chat template that a draft was trained with; None where its writer recorded none.
 
     Raises:
-        InputError: no readable config.json, or something else under the key.
+        InputError: no readable config.json, or something else under its keys.
     """
-    found = read_json(Path(path) / "config.json").get(TEMPLATE_KEY)
-    if found is not None and not isinstance(found, str):
-        raise InputError(f"{path}/config.json: {TEMPLATE_KEY} is {found!r}, expected text")
-    return found
+    place = Path(path) / "config.json"
+    tree = read_json(place)
+    found = tree.get(TEMPLATE_KEY)
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise InputError(f"{place}: {TEMPLATE_KEY} is {found!r}, expected text")
+    return ChatTemplate(found, recorded_kwargs(tree, place=str(place)))
 
 
 def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> dict[str, np.ndarray]:

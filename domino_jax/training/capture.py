@@ -84,6 +84,7 @@ def capture(
         dtype=dtype,
         compute_dtype=config.dtype,
         max_length=config.data.max_length,
+        chat_template_kwargs=config.data.chat_template_kwargs,
         mask_reasoning_content=config.data.mask_reasoning_content,
         target_states=target_states,
         row_lengths=tuple(len(row.input_ids) for row in rows),

@@ -1,7 +1,6 @@
 """Orbax checkpoints of a run: draft, optimiser, data position, and what a reader needs to use the draft alone."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from domino_jax.data.template import ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, from_tree
@@ -18,16 +18,11 @@ from domino_jax.training.step import TrainState
 
 
 class DraftRecord(NamedTuple):
-    """A draft and where it belongs: `target` is a built-in name or a directory, `chat_template` its hash."""
+    """A draft, the built-in name or directory of its target, and the template of its rows."""
 
     config: DraftConfig
     target: str
-    chat_template: str
-
-
-def template_hash(tokenizer: Any) -> str:
-    """sha256 of a tokenizer's chat template, in hex."""
-    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    chat_template: ChatTemplate
 
 
 def open_checkpoints(run_dir: str | Path, *, keep: int = 2) -> ocp.CheckpointManager:
@@ -128,8 +123,10 @@ def load_draft(run_dir: str | Path) -> tuple[DraftRecord, Any, int]:
 
 def _read_record(checkpoints: ocp.CheckpointManager, step: int) -> DraftRecord:
     stored = checkpoints.restore(step, args=ocp.args.Composite(draft=ocp.args.JsonRestore()))["draft"]
-    config = from_tree(DraftConfig, stored["config"], place=f"{checkpoints.directory}/{step}/draft")
-    return DraftRecord(config, stored["target"], stored["chat_template"])
+    place = f"{checkpoints.directory}/{step}/draft"
+    config = from_tree(DraftConfig, stored["config"], place=place)
+    template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=place))
+    return DraftRecord(config, stored["target"], template)
 
 
 def _item_names(checkpoints: ocp.CheckpointManager, step: int) -> set[str]:
@@ -140,5 +137,5 @@ def _record_json(record: DraftRecord) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(record.config),
         "target": record.target,
-        "chat_template": record.chat_template,
+        **record.chat_template.as_json(),
     }

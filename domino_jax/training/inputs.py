@@ -51,7 +51,11 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
         InputError: the file cannot be read or gives no row.
     """
     rows, bad_lines = load_rows(
-        path, tokenizer, max_length=data.max_length, mask_reasoning_content=data.mask_reasoning_content
+        path,
+        tokenizer,
+        max_length=data.max_length,
+        chat_template_kwargs=data.chat_template_kwargs,
+        mask_reasoning_content=data.mask_reasoning_content,
     )
     for bad in bad_lines[:5]:
         say(f"{path}:{bad.line}: {bad.reason}")
@@ -80,6 +84,7 @@ def read_features(config: RunConfig, target: Path, tokenizer: Any, draft: DraftC
         "tokenizer": tokenizer_fingerprint(target, tokenizer),
         "target_layer_ids": draft.target_layer_ids,
         "max_length": data.max_length,
+        "chat_template_kwargs": data.chat_template_kwargs,
         "mask_reasoning_content": data.mask_reasoning_content,
     }
     check_manifest(data.features, rows.manifest, asked)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from domino_jax.config import LossConfig, RunConfig, dump_config
+from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
@@ -36,7 +37,6 @@ from domino_jax.training.checkpoint import (
     open_checkpoints,
     restore_checkpoint,
     save_checkpoint,
-    template_hash,
 )
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.inputs import (
@@ -156,6 +156,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         seed=config.seed,
         ema_decay=config.optimizer.ema_decay,
     )
+    template = chat_template(tokenizer, data.chat_template_kwargs)
     mesh = run_mesh(config)
     layers_from = target.params if config.draft.init_layers_from_target else None
     init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
@@ -164,7 +165,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         directory=directory,
         rows=rows,
         heldout=heldout,
-        record=DraftRecord(draft_config, config.target, template_hash(tokenizer)),
+        record=DraftRecord(draft_config, config.target, template),
         program=program,
         mesh=mesh,
         target_params=place_target(program.target, target_params, mesh),
