@@ -1,5 +1,6 @@
 """A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
 
+import dataclasses
 import functools
 import signal
 import time
@@ -13,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
@@ -21,7 +21,7 @@ from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import LossConfig, RunConfig, dump_config
+from domino_jax.config import LossConfig, RunConfig, dump_config, load_config
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
@@ -356,7 +356,14 @@ def _claim(directory: Path, config: RunConfig, *, started: bool) -> None:
         beside.write_text(dump_config(config))
         beside.replace(path)
         return
-    before, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(dump_config(config)))
+    try:
+        started_as = load_config(path)
+    except InputError as error:
+        raise InputError(
+            f"{error}: the run was started by another version of this program and cannot be resumed by this one; "
+            "use another run_dir, which may begin with the old run's export (draft.init_from)"
+        ) from error
+    before, now = (_flat(dataclasses.asdict(one)) for one in (started_as, config))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -188,6 +188,15 @@ def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -
     train(load_config(path, ["train.log_every=1"]), console=quiet())  # changes no number
 
 
+def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=quiet())
+    stored = tmp_path / "run" / "config.yaml"
+    stored.write_text(stored.read_text().replace("  options: {}\n", "  dpace_alpha: 0.5\n"))
+    with pytest.raises(InputError, match=r"config\.yaml: loss: unknown key 'dpace_alpha'.*another version.*run_dir"):
+        train(load_config(path), console=quiet())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
