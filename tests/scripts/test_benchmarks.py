@@ -195,3 +195,16 @@ def test_a_step_is_measured_beside_nemo(tmp_path: Path) -> None:
     assert setting["ours"]["samples_per_second"] > 0
     assert setting["ours"]["useful_mfu"] is None  # nobody publishes a peak of this machine
     assert setting["nemo"]["versions"]["nemo-automodel"] == "0.7.0"
+
+
+def test_decoding_is_measured_beside_transformers_and_nemo(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("nemo_automodel")
+    words = ["--shape", "qwen3-4b", "--tiny", "--limit", "1"]
+    words += ["--max-new-tokens", "6", "--batch-sizes", "1"]
+    report = run("benchmark_decode.py", words, tmp_path)
+    assert set(report["ways"]) == {"plain", "domino", "dflash", "transformers", "nemo"}
+    for way in report["ways"].values():
+        assert way["answers_equal_to_plain"] == 1
+        assert way["seconds_per_verification"] > 0
+    assert set(report["cycle"]) == {"domino", "dflash"}
