@@ -8,9 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from nemo_automodel.components.speculative.dflash import core
 
 from domino_jax.training.loss import (
     CROSS_ENTROPY,
@@ -86,6 +83,9 @@ def gradient(inputs: Inputs, labels: Labels, *, scale: float = 2.0, **options: A
 
 def torch_loss(inputs: Inputs, labels: Labels, objective: Objective, factors: Any, lam: float) -> tuple[Any, Any]:
     """The same sums by autograd over whole logits; `factors` are taken as constants."""
+    import torch
+    import torch.nn.functional as F
+
     leaves = [torch.tensor(x, requires_grad=True) for x in inputs]
     hidden, lm_head, low_rank, expansion, states = leaves
 
@@ -134,6 +134,9 @@ def test_vocabulary_loss_equals_autograd_over_whole_logits(objective: Objective,
 
 
 def test_vocabulary_loss_says_what_each_logit_predicts() -> None:
+    import torch
+    import torch.nn.functional as F
+
     inputs, labels = random_inputs()
     loss = run(inputs, labels)
     base_logits = inputs.hidden @ inputs.lm_head.T
@@ -267,6 +270,9 @@ def slow_accept_len(predictions: np.ndarray, targets: np.ndarray, valid: np.ndar
 
 
 def test_compute_accept_len_equals_the_loop_and_nemo() -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash import core
+
     arrays = random_predictions()
     found = compute_accept_len(*map(jnp.asarray, arrays))
     chex.assert_type(found, jnp.float32)
@@ -276,6 +282,9 @@ def test_compute_accept_len_equals_the_loop_and_nemo() -> None:
 
 
 def test_acceptance_stats_equal_the_loop_and_nemo() -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash import core
+
     arrays = random_predictions()
     used = arrays[2].any(axis=-1)
     found = acceptance_stats(*map(jnp.asarray, arrays))
