@@ -8,12 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
 from transformers import LlamaConfig, Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from domino_jax.kernels.causal_attention import causal_attention
 from domino_jax.layers import (
@@ -55,6 +51,8 @@ def bits(x: jax.Array) -> np.ndarray:
 
 
 def test_dense_multiplies_by_the_transposed_weight() -> None:
+    import torch
+
     x, weight = normal(2, 3, 5), normal(7, 5, seed=1)
     ours = Dense(7, ("mlp", "embed")).apply({"params": {"weight": weight}}, x)
     theirs = torch.nn.functional.linear(torch.tensor(x), torch.tensor(weight))
@@ -80,6 +78,8 @@ def test_dense_refuses_an_unknown_axis() -> None:
 
 
 def test_rms_norm_equals_torch() -> None:
+    import torch
+
     x, weight = 100 * normal(2, 3, 8), normal(8, seed=1)
     ours = RMSNorm(1e-5).apply({"params": {"weight": weight}}, x)
     theirs = torch.nn.functional.rms_norm(torch.tensor(x), (8,), torch.tensor(weight), 1e-5)
@@ -103,6 +103,8 @@ def test_rms_norm_of_bfloat16_takes_float32_statistics() -> None:
 
 
 def test_swiglu_equals_torch() -> None:
+    import torch
+
     x = normal(2, 3, CFG.hidden_size)
     params = initialised(SwiGLU(CFG), x)
     ours = SwiGLU(CFG).apply(params, x)
@@ -116,6 +118,9 @@ def test_swiglu_equals_torch() -> None:
 
 @pytest.mark.parametrize(("theta", "head_dim"), [(1e4, 64), (1e6, 128)])
 def test_rotary_equals_transformers(theta: float, head_dim: int) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
     positions = np.array([[0, 1, 2, 63], [5, 5, 40, 7]], np.int32)
     config = LlamaConfig(
         hidden_size=2 * head_dim,
@@ -168,6 +173,10 @@ SCALINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize(("theta", "head_dim"), [(5e5, 64), (1e6, 128), (1e4, 16)])
 def test_scaled_rotary_frequencies_equal_transformers(name: str, theta: float, head_dim: int) -> None:
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     scaling = SCALINGS[name]
     config = LlamaConfig(
         hidden_size=head_dim,
@@ -220,6 +229,9 @@ def test_rotate_at_position_zero_is_the_identity() -> None:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
+    import torch
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+
     cfg = dataclasses.replace(CFG, qk_norm=qk_norm)
     x, mask = normal(2, 5, cfg.hidden_size), np.tril(np.ones((5, 5), bool))[None].repeat(2, 0)
     positions = np.arange(5, dtype=np.int32)[None].repeat(2, 0)

@@ -11,8 +11,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
@@ -70,6 +68,8 @@ class FeatureRows(Sequence[Row]):
         Raises:
             InputError: no capture, an unfinished one, or a file that cannot be read.
         """
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         self._directory = Path(directory)
         self.manifest = read_manifest(directory)
         self.lengths = self.manifest.row_lengths
@@ -129,6 +129,8 @@ def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...
 
 def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
     """Writes rows as one shard, beside its place first: a shard that is there is whole."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     path = shard_path(directory, index)
     beside = path.with_suffix(".partial")
     writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # random access; floats hardly compress

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -43,6 +42,8 @@ def save_checkpoint(
     checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any, record: DraftRecord, *, wait: bool = False
 ) -> None:
     """Saves state and data position under the state's step, in the background unless `wait`."""
+    import grain.checkpoint
+
     items: dict[str, Any] = {
         "params": ocp.args.StandardSave(state.params),
         "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -72,6 +73,8 @@ def restore_checkpoint(
         InputError: the checkpoint holds an imported draft without optimiser state, or its draft, target or chat
             template is not the one of `record`: the target's files have changed since.
     """
+    import grain.checkpoint  # here: a draft alone is read without it
+
     step = checkpoints.latest_step()
     if step is None:
         return None

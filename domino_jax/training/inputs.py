@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,9 @@ from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.model import Target, stack_layers
 from domino_jax.training.step import Batch
+
+if TYPE_CHECKING:
+    import grain
 
 Say = Callable[[str], None]
 
@@ -100,7 +102,7 @@ def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
     return InputRows(rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None)
 
 
-def training_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetIterator:
+def training_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """The endless shuffled batches of this process, each of all micro-batches of a step (see `row_batches`)."""
     return row_batches(
         inputs.rows,
@@ -112,7 +114,7 @@ def training_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetItera
     )
 
 
-def evaluation_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetIterator:
+def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """One pass over held-out rows (see `heldout_batches`)."""
     size = config.data.batch_size // jax.process_count()
     return heldout_batches(inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs)

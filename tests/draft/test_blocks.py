@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nemo_automodel.components.speculative.dflash.core import _context_doc_ids
 from reference import draft_config, random_anchors, random_batch, slow_document_ids
-from torch import tensor
 
 from domino_jax.draft.blocks import (
     Packing,
@@ -227,6 +225,9 @@ def test_a_prefix_shows_its_tokens_and_supervises_only_what_it_does_not_show(shi
 
 
 def test_document_ids_equal_the_loop_and_nemo() -> None:
+    from nemo_automodel.components.speculative.dflash.core import _context_doc_ids
+    from torch import tensor
+
     seq_lens = np.array([[3, 0, 4, 2, 0], [12, 0, 0, 0, 0], [0, 0, 1, 1, 1]])  # holes, a full row, padding behind
     found = document_ids(jnp.asarray(seq_lens), 12)
     chex.assert_type(found, jnp.int32)

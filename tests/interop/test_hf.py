@@ -13,9 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
-from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 from reference import dflash_config, draft_config, nemo_draft, random_anchors, random_batch, random_params
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen3Config
@@ -159,6 +156,8 @@ def test_save_and_load_in_float32_give_the_same_bits(config: DraftConfig, tmp_pa
 def test_windows_are_written_as_their_readers_take_them(
     changes: dict[str, Any], is_causal: bool | None, tmp_path: Path
 ) -> None:
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     config = draft_config(**changes)
     save_hf_draft(tmp_path / "draft", config, params_of(config))
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -189,6 +188,8 @@ def test_a_sliding_layer_that_huggingface_would_read_as_full_is_refused(draft: P
 
 
 def test_save_rounds_to_bfloat16_by_default_like_torch(tmp_path: Path) -> None:
+    import torch
+
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG))
     stored = load_file(tmp_path / "draft" / "model.safetensors")
     assert {x.dtype for x in stored.values()} == {jnp.dtype("bfloat16")}
@@ -200,6 +201,9 @@ def test_save_rounds_to_bfloat16_by_default_like_torch(tmp_path: Path) -> None:
 
 @KINDS
 def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConfig) -> None:
+    import torch
+    from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
+
     batch = random_batch(config)
     anchors, keep = random_anchors(config, batch, slots=11)
     rng = np.random.default_rng(3)
@@ -233,6 +237,9 @@ def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConf
 def test_nemo_takes_the_tensors_as_its_state_dict_and_its_own_export_loads_here(
     config: DraftConfig, tmp_path: Path
 ) -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     save_hf_draft(tmp_path / "ours", config, params_of(config), dtype="float32")
     settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "ours")
     theirs = Qwen3DFlashDraftModel(settings)
@@ -404,6 +411,9 @@ def test_old_exports_load_as_before_and_are_written_as_before(config: DraftConfi
 
 
 def test_shards_have_an_index_and_load_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     split = functools.partial(hf.split_state_dict_into_shards_factory, max_shard_size="20KB")
     monkeypatch.setattr(hf, "split_state_dict_into_shards_factory", split)
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG), dtype="float32")

@@ -17,7 +17,6 @@ import numpy as np
 import platformdirs
 import pytest
 import regex
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -40,6 +39,8 @@ def leftovers(directory: Path) -> list[str]:
 def test_convert_gguf_gives_back_the_model(
     tiny: Callable[..., Any], tiny_gguf: Callable[..., Path], tmp_path: Path, kind: str, tied: bool
 ) -> None:
+    import torch
+
     model = tiny(kind, tied=tied).model
     directory = convert_gguf(tiny_gguf(kind, tied=tied), tmp_path / "deep" / "model")
     again = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +39,8 @@ def random_tokens(batch: int, length: int, *, seed: int = 0) -> np.ndarray:
 
 def torch_states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits and `hidden_states` after every decoder layer, the last one after the final norm."""
+    import torch
+
     with torch.no_grad():
         output = model(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True)
     return output.logits.numpy(), [states.numpy() for states in output.hidden_states[1:]]
@@ -323,6 +324,8 @@ class Real(NamedTuple):
 
 @pytest.fixture(scope="module")
 def real(smollm2: Path) -> Iterator[Real]:
+    import torch
+
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads spin: on a busy machine several take eight times as long as one
@@ -331,6 +334,8 @@ def real(smollm2: Path) -> Iterator[Real]:
 
 
 def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable[[str, object], None]) -> None:
+    import torch
+
     loaded, worst = real.loaded, 0.0
     rows = [np.array(real.tokenizer(text)["input_ids"], np.int32) for text in TEXTS]
     assert min(len(row) for row in rows) >= 100
@@ -352,6 +357,8 @@ def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable
 
 
 def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
+    import torch
+
     loaded, count = real.loaded, 64
     prompts = np.array([real.tokenizer(text)["input_ids"][:48] for text in TEXTS], np.int32)
     start = prompts.shape[1]

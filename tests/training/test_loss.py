@@ -6,8 +6,6 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from nemo_automodel.components.speculative.dflash import core
 
 from domino_jax.training.loss import acceptance_stats, compute_accept_len, position_weights
 
@@ -45,6 +43,9 @@ def slow_accept_len(predictions: np.ndarray, targets: np.ndarray, valid: np.ndar
 
 
 def test_compute_accept_len_equals_the_loop_and_nemo() -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash import core
+
     arrays = random_predictions()
     found = compute_accept_len(*map(jnp.asarray, arrays))
     chex.assert_type(found, jnp.float32)
@@ -54,6 +55,9 @@ def test_compute_accept_len_equals_the_loop_and_nemo() -> None:
 
 
 def test_acceptance_stats_equal_the_loop_and_nemo() -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash import core
+
     arrays = random_predictions()
     used = arrays[2].any(axis=-1)
     found = acceptance_stats(*map(jnp.asarray, arrays))

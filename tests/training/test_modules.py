@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from nemo_automodel.components.speculative.dflash.core import NoValidAnchorsError
 from reference import (
     GRADIENT,
     check_close,
@@ -108,6 +107,8 @@ def test_trainers_draw_every_candidate_like_nemo_when_slots_abound(
 
 @DRAWN
 def test_a_batch_without_anchors_has_no_loss_and_no_gradient(config: DraftConfig, packed: bool, length: int) -> None:
+    from nemo_automodel.components.speculative.dflash.core import NoValidAnchorsError
+
     params, batch = random_params(config), random_batch(config, length=length, packed=packed)
     batch.loss_mask[:] = False
     with pytest.raises(NoValidAnchorsError):  # NeMo's training loop skips such a batch
