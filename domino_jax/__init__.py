@@ -10,6 +10,7 @@ from domino_jax.training.modules import (
     DominoTrainerModule,
     build_trainer,
 )
+from domino_jax.training.objectives import register_objective
 
 __all__ = [
     "DFlashStepMetrics",
@@ -22,5 +23,6 @@ __all__ = [
     "hf_tensors",
     "lambda_base_schedule",
     "load_hf_draft",
+    "register_objective",
     "save_hf_draft",
 ]
