@@ -57,7 +57,6 @@ from domino_jax.training.step import (
     Program,
     TrainState,
     batch_metrics,
-    compiler_options,
     initial_state,
     train_step,
 )
@@ -253,7 +252,7 @@ def _run_steps(
     layout = jax.tree.map(lambda x: x.sharding, state)
     program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
     began = time.monotonic()
-    compiled = program.lower(state, run.target_params, batch).compile(compiler_options=compiler_options())
+    compiled = program.lower(state, run.target_params, batch).compile()
     _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
     heldout = _HeldOut(run) if run.heldout else None
 

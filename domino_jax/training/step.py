@@ -64,14 +64,6 @@ class Program:
     ema_decay: float | None = None
 
 
-def compiler_options() -> dict[str, Any]:
-    """XLA's options for compiling a step: none but on CPU, where 512-bit vectors took 1 to 3 % off its time.
-
-    Measured with the workloads of scripts/benchmark_step.py on two AMD EPYC cores with AVX-512.
-    """
-    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
-
-
 def initial_state(program: Program, params: Any) -> TrainState:
     """A state at step 0 from the draft's parameters."""
     ema = None if program.ema_decay is None else jax.tree.map(jnp.copy, params)
