@@ -22,7 +22,7 @@ TABLE = (
         "training",
         (
             *("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint"),
-            *("inputs", "capture", "loop"),
+            *("run_directory", "inputs", "capture", "skips", "loop"),
         ),
     ),
     (3, "decoding", ("speculate", "generate", "evaluate")),
