@@ -12,6 +12,7 @@ from tiny import run_config, write_conversations, write_target
 from domino_jax import load_hf_draft
 from domino_jax.cli import main
 from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.skips import Diverged
 
 
 @pytest.fixture
@@ -189,3 +190,14 @@ def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_
 def test_help_teaches(domino, verb: str) -> None:
     code, out, _ = domino(verb, "--help")
     assert code == 0 and "Usage: domino" in out and len(out.splitlines()) > 6
+
+
+def test_a_run_that_went_astray_has_an_exit_code_of_its_own(domino, monkeypatch: pytest.MonkeyPatch) -> None:
+    def astray(*_: object, **__: object) -> None:
+        raise Diverged("stopped: " + "finite " * 40)
+
+    monkeypatch.setattr("domino_jax.cli.train.load_config", lambda *_: None)
+    monkeypatch.setattr("domino_jax.cli.train.train_run", astray)
+    code, out, err = domino("train", "run.yaml")
+    assert code == 3 and not out
+    assert err.startswith("stopped: ") and len(err.splitlines()) == 1

@@ -172,6 +172,27 @@ PITFALLS = {
             "training/capture.py: the limit not asked; the size not told"
         ),
     },
+    "a batch without anchors still moves the weights through the moments": {
+        "training/test_step.py::test_a_batch_without_anchors_moves_nothing_and_is_counted": (
+            "training/step.py: every finite update taken"
+        ),
+        "training/test_step.py::test_eight_devices_equal_one": "training/step.py: every finite update taken",
+    },
+    "a NaN is trained on, saved, and the good checkpoints are rotated away": {
+        "training/test_step.py::test_one_micro_batch_that_is_not_finite_skips_the_step": (
+            "training/step.py: taken whatever loss and norm are; sums of a skipped step added up"
+        ),
+        "training/test_step.py::test_an_update_that_overflows_is_skipped": (
+            "training/step.py: the new parameters not looked at"
+        ),
+        "training/test_skips.py::test_a_poisoned_line_is_named_skipped_and_survived": (
+            "training/step.py: taken whatever loss and norm are; "
+            "data/conversations.py: lines counted without empty ones"
+        ),
+        "training/test_skips.py::test_a_run_that_goes_astray_stops_with_finite_checkpoints": (
+            "training/step.py: the new parameters not looked at; training/skips.py: never too many"
+        ),
+    },
     "an evaluator that does not say what it measured": {
         "test_cli.py::test_from_prompts_to_an_evaluated_run": (
             "cli/decode.py: no chat_template in evaluation.json; report.py: no proposals above the table"

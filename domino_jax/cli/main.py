@@ -13,6 +13,7 @@ from domino_jax.cli.shared import say
 from domino_jax.cli.train import capture, train
 from domino_jax.strict import InputError
 from domino_jax.training.loop import Interrupted
+from domino_jax.training.skips import Diverged
 
 
 class _Group(click.Group):
@@ -28,6 +29,9 @@ class _Group(click.Group):
         except Interrupted as error:
             say(str(error))
             ctx.exit(130)
+        except Diverged as error:
+            say(str(error))
+            ctx.exit(3)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,6 +1,5 @@
 """A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
 
-import dataclasses
 import functools
 import signal
 import time
@@ -21,13 +20,13 @@ from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import LossConfig, RunConfig, dump_config, load_config
+from domino_jax.config import LossConfig, RunConfig, dump_config
+from domino_jax.data.packing import row_lengths
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import parameter_shardings, partition_spec
-from domino_jax.strict import InputError
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_tables, load_target, load_tokenizer
 from domino_jax.target.model import Target, first_layers
@@ -53,13 +52,14 @@ from domino_jax.training.inputs import (
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.modules import build_trainer
 from domino_jax.training.objectives import resolved_loss
-from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_done
+from domino_jax.training.run_directory import claim
+from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence
 from domino_jax.training.step import (
     Batch,
     Program,
     TrainState,
     batch_metrics,
-    compiler_options,
     initial_state,
     train_step,
 )
@@ -91,13 +91,14 @@ def train(config: RunConfig, *, console: Console) -> Path:
     """Trains a drafter, or goes on with a run that was cut off.
 
     Args:
-        config: the run; its directory receives config.yaml, metrics.jsonl and checkpoints/.
+        config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and checkpoints/.
         console: where progress goes.
     Returns:
         The run directory.
     Raises:
         InputError: unusable input, or a run directory that belongs to another configuration.
         Interrupted: after SIGINT or SIGTERM, once the state is saved.
+        Diverged: `train.max_bad_steps` updates in a row were not finite; no checkpoint holds one.
     """
     run = prepare(config, console=console)
     with jax.set_mesh(run.mesh), open_checkpoints(run.directory, keep=config.train.keep_checkpoints) as checkpoints:
@@ -110,11 +111,18 @@ def train(config: RunConfig, *, console: Console) -> Path:
 
         def save(state: TrainState) -> None:
             if checkpoints.latest_step() != int(state.step):
+                _say(console, f"saving checkpoint {int(state.step)}")
                 save_checkpoint(checkpoints, state, rows, run.record)
+
+        def newest_checkpoint() -> int | None:
+            checkpoints.wait_until_finished()
+            return checkpoints.latest_step()
 
         log = MetricsLog(run.directory, from_step=int(state.step), tensorboard=config.train.tensorboard)
         with log, _stop_requests() as stop_requested:
-            _run_steps(run, state, rows, log=log, save=save, stop_requested=stop_requested, console=console)
+            diverged = _run_steps(run, state, rows, log=log, save=save, stop_requested=stop_requested, console=console)
+        if diverged is not None:
+            raise Diverged(divergence(config, diverged, newest_checkpoint=newest_checkpoint()))
     return run.directory
 
 
@@ -124,15 +132,17 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     config = replace(config, loss=loss)
     directory = Path(config.run_dir)
     started = has_checkpoint(directory)
-    _claim(directory, config, started=started)
+    claim(directory, config, started=started)
     say = functools.partial(_say, console)
     path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
     data = config.data
+    say(f"loading target {path}")
     target_runs = data.features is None or data.heldout is not None
     load = load_target if target_runs or config.draft.init_layers_from_target else load_tables
     target = load(path, dtype=config.dtype)
     draft_config = draft_of(config, target.config, tokenizer)
+    say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
     if data.train is None:
         rows = read_features(config, path, tokenizer, draft_config)
     else:
@@ -247,39 +257,51 @@ def _run_steps(
     save: Callable[[TrainState], None],
     stop_requested: Callable[[], bool],
     console: Console,
-) -> None:
+) -> Skip | None:
+    """Trains to the last step; the first of too many non-finite steps in a row where it had to stop."""
     settings, total = run.config.train, run.total_steps
     step = int(state.step)
     if step >= total:
         _say(console, f"already trained for {step} steps")
-        return
+        return None
     micro_batches = run.config.optimizer.grad_accumulation
-    batch = device_batch(run.mesh, next(rows), micro_batches=micro_batches)
-    # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
-    began = time.monotonic()
-    compiled = program.lower(state, run.target_params, batch).compile(compiler_options=compiler_options())
-    _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
+    taken = next(rows)
+    batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
+    compiled = _compiled_step(run, state, batch, console=console)
     heldout = _HeldOut(run) if run.heldout else None
+    skips = SkipWatch(run.rows.rows, run.config)
+    lengths = np.asarray(row_lengths(run.rows.rows))
 
     with _progress(console) as progress:
         task = progress.add_task("training", total=total, completed=step, figures="")
         window: dict[str, Any] = {}
-        began, first_of_window = time.monotonic(), step
+        began, first_of_window, tokens = time.monotonic(), step, 0
         while True:
             state, sums = compiled(state, run.target_params, batch)
             step += 1
             window = {name: window[name] + value for name, value in sums.items()} if window else sums
+            numbers = taken["row_numbers"]
+            skips.add(step, numbers, sums)
+            tokens += int(lengths[numbers[numbers >= 0]].sum())
             last = step == total or stop_requested()
             if step % settings.log_every == 0 or last:
-                sums, steps = jax.device_get(window), step - first_of_window  # waits for the steps it measures
-                figures = _training_figures(run, step, sums, steps=steps, seconds=time.monotonic() - began)
-                log.write(step, "train", figures)
-                progress.update(task, completed=step, figures=_in_words(figures))
+                # Waits for the steps it measures.
+                sums, updates = jax.device_get((window, updates_done(state.opt_state)))
+                seconds = time.monotonic() - began
+                timing = {"tokens_per_second": tokens / seconds}
+                timing["seconds_per_step"] = seconds / (step - first_of_window)
+                figures = _training_figures(run, sums, step=step, updates=int(updates))
+                for skip in skips.fetch():
+                    _say(console, f"step {skip.step}: update skipped, {skip.words}")
+                    log.write(skip.step, "skipped", skip.record)
+                log.write(step, "train", figures, timing=timing)
+                words = f"{_in_words(figures)}  {timing['tokens_per_second']:,.0f} tokens/s"
+                progress.update(task, completed=step, figures=words)
                 if not console.is_terminal:
-                    _say(console, f"step {step}/{total}  {_in_words(figures)}")
-                window, began, first_of_window = {}, time.monotonic(), step
+                    _say(console, f"step {step}/{total}  {words}")
+                if skips.diverged_at is not None:
+                    return skips.diverged_at
+                window, began, first_of_window, tokens = {}, time.monotonic(), step, 0
             paused = time.monotonic()
             if heldout and (step % settings.eval_every == 0 or step == total):
                 jax.block_until_ready(state)
@@ -291,9 +313,24 @@ def _run_steps(
             began += time.monotonic() - paused
             if last:
                 break
-            batch = device_batch(run.mesh, next(rows), micro_batches=micro_batches)
+            taken = next(rows)
+            batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
     if step < total:
         raise Interrupted(f"stopped at step {step} of {total}; the same command goes on from there")
+    return None
+
+
+def _compiled_step(
+    run: Run, state: TrainState, batch: Batch, *, console: Console
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The program of a step, which consumes its state."""
+    # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
+    began = time.monotonic()
+    compiled = program.lower(state, run.target_params, batch).compile()
+    _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
+    return compiled
 
 
 class _HeldOut:
@@ -324,60 +361,18 @@ def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _training_figures(run: Run, step: int, sums: dict[str, Any], *, steps: int, seconds: float) -> dict[str, float]:
-    """The means of a window of steps, and what they were trained with."""
-    data, optimizer = run.config.data, run.config.optimizer
-    tokens = steps * data.batch_size * optimizer.grad_accumulation * data.max_length
+def _training_figures(run: Run, sums: dict[str, Any], *, step: int, updates: int) -> dict[str, float]:
+    """The means of a window of steps, and what its last step and its last update were made with."""
+    rate = learning_rate_schedule(run.config.optimizer, run.total_steps)
     return metric_means(sums) | {
-        "grad_norm": float(sums["grad_norm"]) / steps,
         "lambda_base": float(run.program.curriculum(step - 1)),
-        "learning_rate": float(learning_rate_schedule(optimizer, run.total_steps)(step - 1)),
-        "tokens_per_second": tokens / seconds,
-        "seconds_per_step": seconds / steps,
+        "learning_rate": float(rate(max(updates - 1, 0))),
     }
 
 
 def _in_words(figures: dict[str, float]) -> str:
     base = f" (base {figures['base_accept_len']:.2f})" if "base_accept_len" in figures else ""
-    speed = f"  {figures['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in figures else ""
-    return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}{speed}"
-
-
-# What may differ when a run is started again: nothing that changes its numbers.
-_FREE_TO_CHANGE = ("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "mesh")
-
-
-def _claim(directory: Path, config: RunConfig, *, started: bool) -> None:
-    """Creates the run directory with the resolved config, or checks that one with a checkpoint belongs to it."""
-    path = directory / "config.yaml"
-    if not (started and path.exists()):
-        directory.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".yaml.new")
-        beside.write_text(dump_config(config))
-        beside.replace(path)
-        return
-    try:
-        started_as = load_config(path)
-    except InputError as error:
-        raise InputError(
-            f"{error}: the run was started by another version of this program and cannot be resumed by this one; "
-            "use another run_dir, which may begin with the old run's export (draft.init_from)"
-        ) from error
-    before, now = (_flat(dataclasses.asdict(one)) for one in (started_as, config))
-    changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith((*_FREE_TO_CHANGE, "run_dir", "train.tensorboard"))
-    ]
-    if changed:
-        raise InputError(f"{path}: started with other settings ({'; '.join(changed)}); use another run_dir")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}"
 
 
 def _progress(console: Console) -> Progress:
