@@ -154,7 +154,7 @@ class OptimizerConfig:
 class TrainConfig:
     """Length of the run and what happens along the way. `steps` overrides `epochs`.
 
-    A step whose loss, gradient or new parameters are not finite is skipped; `max_bad_steps` of them
+    A step whose loss or gradient is not finite is skipped; `max_bad_steps` of them
     in a row end the run.
     """
 

@@ -24,7 +24,7 @@ TABLE = (
         "training",
         (
             *("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint"),
-            *("run_directory", "inputs", "capture", "skips", "loop"),
+            *("run_directory", "inputs", "start", "capture", "skips", "loop"),
         ),
     ),
     (4, "", ("plan", "report")),

@@ -182,15 +182,15 @@ PITFALLS = {
         "training/test_step.py::test_one_micro_batch_that_is_not_finite_skips_the_step": (
             "training/step.py: taken whatever loss and norm are; sums of a skipped step added up"
         ),
-        "training/test_step.py::test_an_update_that_overflows_is_skipped": (
-            "training/step.py: the new parameters not looked at"
+        "training/test_skips.py::test_parameters_that_overflowed_are_never_saved": (
+            "training/loop.py: saved whatever they are"
         ),
         "training/test_skips.py::test_a_poisoned_line_is_named_skipped_and_survived": (
             "training/step.py: taken whatever loss and norm are; "
             "data/conversations.py: lines counted without empty ones"
         ),
         "training/test_skips.py::test_a_run_that_goes_astray_stops_with_finite_checkpoints": (
-            "training/step.py: the new parameters not looked at; training/skips.py: never too many"
+            "training/skips.py: never too many"
         ),
     },
     "an evaluator that does not say what it measured": {

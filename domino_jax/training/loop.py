@@ -9,24 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
-from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
-from optax.tree_utils import tree_map_params
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from domino_jax.config import LossConfig, RunConfig, dump_config
 from domino_jax.data.packing import row_lengths
 from domino_jax.data.template import chat_template
-from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.interop.start import starting_params
-from domino_jax.model_config import DraftConfig
-from domino_jax.sharding import parameter_shardings, partition_spec
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_tables, load_target, load_tokenizer
 from domino_jax.target.model import Target, first_layers
@@ -54,13 +46,14 @@ from domino_jax.training.modules import build_trainer
 from domino_jax.training.objectives import resolved_loss
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_done
 from domino_jax.training.run_directory import claim
-from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence
+from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence, overflow
+from domino_jax.training.start import state_at_start
 from domino_jax.training.step import (
     Batch,
     Program,
     TrainState,
+    all_finite,
     batch_metrics,
-    initial_state,
     train_step,
 )
 
@@ -98,7 +91,7 @@ def train(config: RunConfig, *, console: Console) -> Path:
     Raises:
         InputError: unusable input, or a run directory that belongs to another configuration.
         Interrupted: after SIGINT or SIGTERM, once the state is saved.
-        Diverged: `train.max_bad_steps` updates in a row were not finite; no checkpoint holds one.
+        Diverged: `train.max_bad_steps` updates in a row, or the parameters, were not finite; no checkpoint is.
     """
     run = prepare(config, console=console)
     with jax.set_mesh(run.mesh), open_checkpoints(run.directory, keep=config.train.keep_checkpoints) as checkpoints:
@@ -109,14 +102,20 @@ def train(config: RunConfig, *, console: Console) -> Path:
             state, rows = restored
             _say(console, f"resuming at step {int(state.step)} of {run.total_steps}")
 
-        def save(state: TrainState) -> None:
-            if checkpoints.latest_step() != int(state.step):
-                _say(console, f"saving checkpoint {int(state.step)}")
-                save_checkpoint(checkpoints, state, rows, run.record)
+        finite = jax.jit(all_finite)
 
         def newest_checkpoint() -> int | None:
             checkpoints.wait_until_finished()
             return checkpoints.latest_step()
+
+        def save(state: TrainState) -> None:
+            step = int(state.step)
+            if checkpoints.latest_step() == step:
+                return
+            if not finite(state.params):
+                raise Diverged(overflow(config, step, newest_checkpoint=newest_checkpoint()))
+            _say(console, f"saving checkpoint {step}")
+            save_checkpoint(checkpoints, state, rows, run.record)
 
         log = MetricsLog(run.directory, from_step=int(state.step), tensorboard=config.train.tensorboard)
         with log, _stop_requests() as stop_requested:
@@ -179,7 +178,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         program=program,
         mesh=mesh,
         target_params=place_target(program.target, target_params, mesh),
-        state=_state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
+        state=state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
         total_steps=total_steps,
     )
     say(dump_config(config))
@@ -198,54 +197,6 @@ def _trainer_options(loss: LossConfig) -> dict[str, Any]:
     other = ("lambda_start", "decay_ratio", "options")
     fields = {name: value for name, value in vars(loss).items() if name not in other}
     return fields | {"loss_options": FrozenDict(loss.options)}
-
-
-def _state_at_start(
-    program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any, init_from: str | None
-) -> TrainState:
-    """A fresh draft, or one that starts as the target's top or as a checkpoint, over the mesh with its optimiser."""
-    key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
-    model = DraftModel(config)
-    boxed = jax.eval_shape(lambda: init_variables(model, key))["params"]
-    shardings = parameter_shardings(boxed, mesh)
-    params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
-    if layers_from is not None:
-        params = jax.device_put(draft_from_target(config, params, layers_from), shardings)
-    if init_from is not None:
-        params = jax.device_put(starting_params(init_from, config), shardings)
-    whole = NamedSharding(mesh, partition_spec())
-    shapes = jax.eval_shape(lambda: initial_state(program, params))
-    opt_shardings = tree_map_params(
-        program.optimizer, lambda _, s: s, shapes.opt_state, shardings, transform_non_params=lambda _: whole
-    )
-    layout = TrainState(whole, shardings, opt_shardings, shardings if program.ema_decay is not None else None)
-    return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
-
-
-def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:
-    """A draft that starts as the top of its target.
-
-    Its layers and final norm are the target's last ones, and its context is the last captured state as the first of
-    those layers would read it; the other captured states start without weight.
-
-    Args:
-        config: the draft.
-        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays, and so
-            does the feed-forward part below experts. What the draft lacks (biases) is left out.
-        target_params: the target's, layers apart.
-    Returns:
-        A tree like `params`.
-    """
-    first = config.num_target_layers - config.num_hidden_layers
-    copied = {"norm": target_params["norm"]}
-    for index in range(config.num_hidden_layers):
-        name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
-        fresh, known = flatten_dict(params[name]), flatten_dict(layer)
-        copied[name] = unflatten_dict({path: known.get(path, leaf) for path, leaf in fresh.items()})
-    copied["hidden_norm"] = target_params[f"layers_{first}"]["input_layernorm"]
-    width, captured = config.hidden_size, len(config.target_layer_ids)
-    copied["fc"] = {"weight": jnp.eye(width, captured * width, k=(captured - 1) * width)}
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**params, **copied})
 
 
 def _run_steps(

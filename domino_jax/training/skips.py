@@ -1,7 +1,7 @@
 """Updates that were skipped: why, on which lines of the data, and when a run has to stop for it.
 
-A step leaves everything as it was where its batch has no anchor, or where its loss, its gradient or
-the parameters it would give are not finite (`training.step`). Whether it did is known on the device
+A step leaves everything as it was where its batch has no anchor, or where its loss or its gradient
+is not finite (`training.step`). Whether it did is known on the device
 first; asking after every step would make the host wait for each. So the answers are kept beside the
 row numbers of their steps and fetched once per window of `train.log_every` steps.
 """
@@ -18,14 +18,14 @@ from domino_jax.data.conversations import Row
 
 NONFINITE, NO_ANCHOR = "nonfinite", "no_anchor"
 REASONS = {
-    NONFINITE: "its loss, gradient or new parameters are not finite",
+    NONFINITE: "its loss or gradient is not finite",
     NO_ANCHOR: "no anchor in its batch",
 }
 MAX_SHOWN = 16  # lines of one step in a message; metrics.jsonl has all of them
 
 
 class Diverged(Exception):
-    """`train.max_bad_steps` updates in a row were not finite; the run stopped, its checkpoints are finite."""
+    """Too many updates in a row, or the parameters, were not finite; the run stopped, its checkpoints are finite."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,25 @@ class SkipWatch:
 
 def divergence(config: RunConfig, first: Skip, *, newest_checkpoint: int | None) -> str:
     """One line on a run that had to stop: since when, on which rows, what is left, how to go on."""
-    if newest_checkpoint is None:
-        left = "no checkpoint was written yet; mend the data or lower optimizer.learning_rate"
-    else:
-        left = (
-            f"the newest checkpoint, of step {newest_checkpoint}, is finite; mend the data or lower "
-            "optimizer.learning_rate and start another run_dir from it: "
-            f"`domino export {config.run_dir} DRAFT`, then draft.init_from=DRAFT"
-        )
     return (
         f"stopped: {config.train.max_bad_steps} updates in a row (train.max_bad_steps) were not "
-        f"finite, from step {first.step} on ({first.place}); {left}"
+        f"finite, from step {first.step} on ({first.place}); {_way_on(config, newest_checkpoint)}"
+    )
+
+
+def overflow(config: RunConfig, step: int, *, newest_checkpoint: int | None) -> str:
+    """One line on parameters that an update of finite gradients took past what float32 holds."""
+    return (
+        f"stopped: the parameters are not finite after step {step}, so they were not saved; "
+        f"{_way_on(config, newest_checkpoint)}"
+    )
+
+
+def _way_on(config: RunConfig, newest_checkpoint: int | None) -> str:
+    if newest_checkpoint is None:
+        return "no checkpoint was written yet; mend the data or lower optimizer.learning_rate"
+    return (
+        f"the newest checkpoint, of step {newest_checkpoint}, is finite; mend the data or lower "
+        "optimizer.learning_rate and start another run_dir from it: "
+        f"`domino export {config.run_dir} DRAFT`, then draft.init_from=DRAFT"
     )

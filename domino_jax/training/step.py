@@ -83,9 +83,9 @@ def train_step(
     Micro-batches are weighted by their loss weight, so that A of them give the gradient of one large batch.
 
     The update is skipped, one decision for all micro-batches, where nothing in them is supervised
-    (no anchors: AdamW fed with zeros would still move), or where the loss, the gradient's norm or a
-    parameter after the update is not finite. Draft, optimiser state (its counts too) and average
-    then stay as they were, bit for bit; only `step` advances.
+    (no anchors: AdamW fed with zeros would still move), or where the loss or the gradient's norm is
+    not finite. Draft, optimiser state (its counts too) and average then stay as they were, bit for
+    bit; only `step` advances.
 
     Args:
         program: static parts; jit with it bound by `functools.partial` or closed over.
@@ -111,7 +111,7 @@ def train_step(
         return grads, metric_sums(metrics)
 
     count = batch.input_ids.shape[0]
-    if count == 1:  # XLA on CPU multiplies matrices slower inside a loop body
+    if count == 1:  # no loop around the one
         grads, sums = micro_step(0, jax.tree.map(lambda x: x[0], batch))
         weight = sums["loss_weight"] + 1e-6
     else:
@@ -134,7 +134,7 @@ def train_step(
 
 
 class _Outcome(NamedTuple):
-    """Whether loss, gradient and new parameters were finite, whether they were taken; the norm."""
+    """Whether loss and gradient were finite, whether the update was taken; the gradient's norm."""
 
     finite: jax.Array
     updated: jax.Array
@@ -159,28 +159,26 @@ def _update(
         weight: float32 [].
     """
 
-    def mean(grads: Any) -> Any:
-        return jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
-
-    def update(before: TrainState, grads: Any) -> TrainState:
-        updates, opt_state = program.optimizer.update(mean(grads), before.opt_state, before.params)
-        params = optax.apply_updates(before.params, updates)
-        ema = before.ema
-        if program.ema_decay is not None:
-            ema = optax.incremental_update(params, before.ema, 1.0 - program.ema_decay)
-        return TrainState(before.step, params, opt_state, ema)
-
+    grads = jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
     # A norm is finite only where every part of the gradient is.
-    grad_norm = optax.tree.norm(mean(grads))
-    tried = jax.tree.leaves(update(state, grads).params)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
-    finite &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in tried]))
     updated = finite & (sums["valid_blocks"] > 0)
-    # Computed again rather than kept: what was tried would be a second copy of the whole state. The
-    # barrier keeps XLA from seeing that both are the same.
-    held = jax.lax.optimization_barrier(state)
-    after = jax.lax.cond(updated, update, lambda before, _: before, held, grads)
+
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if program.ema_decay is not None:
+        ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
+    after = TrainState(state.step, params, opt_state, ema)
+    # Chosen element by element, in the update's own pass over the state: a branch would have to wait for `updated`.
+    after = jax.tree.map(lambda new, old: jnp.where(updated, new, old), after, state)
     return after.replace(step=state.step + 1), _Outcome(finite, updated, grad_norm)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every element of a tree of arrays is finite, bool []."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def batch_metrics(

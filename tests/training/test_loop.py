@@ -27,8 +27,9 @@ from domino_jax.target.model import Target
 from domino_jax.training import loop
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch
-from domino_jax.training.loop import Interrupted, draft_from_target, prepare, train
+from domino_jax.training.loop import Interrupted, prepare, train
 from domino_jax.training.metrics import read_metrics
+from domino_jax.training.start import draft_from_target
 
 
 @pytest.fixture(scope="module")

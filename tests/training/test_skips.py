@@ -16,7 +16,7 @@ from tiny import WORDS, run_config, write_target
 from domino_jax.config import RunConfig, load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
-from domino_jax.training.checkpoint import open_checkpoints
+from domino_jax.training.checkpoint import has_checkpoint, open_checkpoints
 from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
 from domino_jax.training.optimizer import learning_rate_schedule
@@ -79,8 +79,6 @@ def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
     [
         ("target", 1),
         ("optimizer.learning_rate=1e30", 2),
-        ("optimizer.learning_rate=1e300", 1),
-        ("optimizer.weight_decay=1e300", 1),
     ],
 )
 def test_a_run_that_goes_astray_stops_with_finite_checkpoints(tmp_path: Path, override: str, first: int) -> None:
@@ -108,6 +106,17 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(tmp_path: Path, ov
     ]
     assert [line["loss"] for line in lines if line["split"] == "train"][-1] is None
     training_summary(run)  # reads a log without a loss
+
+
+@pytest.mark.parametrize("override", ["optimizer.learning_rate=1e300", "optimizer.weight_decay=1e300"])
+def test_parameters_that_overflowed_are_never_saved(tmp_path: Path, override: str) -> None:
+    """Of finite gradients an absurd setting makes parameters that are not; the next save finds them."""
+    (tmp_path / "target").mkdir()
+    path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
+    with pytest.raises(Diverged, match=r"the parameters are not finite after step 1, .*no checkpoint was written yet"):
+        train(load_config(path, [override]), console=quiet())
+    assert not has_checkpoint(tmp_path / "run")
+    strictly(tmp_path / "run" / "metrics.jsonl")
 
 
 def watch(**settings: Any) -> SkipWatch:
