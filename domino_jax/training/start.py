@@ -1,4 +1,4 @@
-"""The state that a run starts with: a fresh draft, the target's own top, or an earlier draft, laid out over the mesh."""
+"""The state that a run starts with: a fresh draft, its target's top or an earlier draft, laid out over the mesh."""
 
 from typing import Any
 
