@@ -80,7 +80,7 @@ def regenerate(
             if not logs.is_terminal:
                 say(f"{done}/{total} prompts answered, {tokens} tokens, {speed:.0f} tokens/s")
 
-        count = regenerate_answers(
+        result = regenerate_answers(
             decoder,
             Weights(loaded.params),
             loaded.tokenizer,
@@ -92,5 +92,10 @@ def regenerate(
             settings=settings,
             progress=show,
         )
-    say(f"{count} prompts answered")
+    say(f"saved {result.total} answers, {result.answered} of them by this start")
+    if result.cut:
+        say(
+            f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
+            f"{max_new_tokens} tokens: a drafter sees no end in them; --max-new-tokens sets the limit"
+        )
     click.echo(answers)

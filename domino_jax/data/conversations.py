@@ -46,10 +46,11 @@ class Row(NamedTuple):
 
 
 class RowSet(NamedTuple):
-    """The rows of a file in its order, and the lines left out."""
+    """The rows of a file in its order, the lines left out, and how many rows are of unfinished answers."""
 
     rows: list[Row]
     bad_lines: list[BadLine]
+    unfinished: int
 
 
 def read_messages(path: str | Path) -> MessageSet:
@@ -84,16 +85,17 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int, mask_reasoni
     """
     records, bad_lines = _read_records(path)
     stop_ids = stop_token_ids(tokenizer)
-    rows = []
+    rows, unfinished = [], 0
     what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
+        finished = record.get("finished") is not False
         try:
             row = _encode(
                 record["messages"],
                 tokenizer,
                 stop_ids,
                 max_length=max_length,
-                finished=record.get("finished") is not False,
+                finished=finished,
                 mask_reasoning_content=mask_reasoning_content,
             )
         except InputError as error:
@@ -103,10 +105,11 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int, mask_reasoni
             bad_lines.append(BadLine(line, f"no token of {what} among the first {max_length}"))
         else:
             rows.append(row)
+            unfinished += not finished
     bad_lines.sort()
     if not rows:
         raise _nothing_usable(path, bad_lines)
-    return RowSet(rows, bad_lines)
+    return RowSet(rows, bad_lines, unfinished)
 
 
 def encode_conversation(

@@ -1,6 +1,7 @@
 """Answers for a prompt file and streamed text, on a tiny target."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tiny import write_conversations, write_target
 
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import generate as generation
-from domino_jax.decoding.generate import generate, regenerate, stream_text
+from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target, load_tokenizer
@@ -32,7 +33,7 @@ class Tiny:
         (answer,) = generate(self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots)
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
-    def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> int:
+    def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> Regenerated:
         options = dict(max_new_tokens=12, batch_size=4, seed=0, settings=SETTINGS, progress=lambda *_: None)
         return regenerate(self.decoder, self.weights, self.tokenizer, prompts, answers, **{**options, **changes})
 
@@ -48,8 +49,10 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_every_prompt_gets_the_answer_it_gets_alone(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
-    assert tiny.regenerate(prompts, tmp_path / "answers.jsonl") == 10
+    result = tiny.regenerate(prompts, tmp_path / "answers.jsonl")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    cut = sum(not record["finished"] for record in records)
+    assert result == Regenerated(total=10, answered=10, cut=cut) and cut > 0
     asked = dict(read_messages(prompts).conversations)
     assert sorted(record["prompt_line"] for record in records) == sorted(asked)
     for record in records:
@@ -65,7 +68,7 @@ def test_every_prompt_gets_the_answer_it_gets_alone(tiny: Tiny, prompts: Path, t
 def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     tiny: Tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.regenerate(prompts, tmp_path / "whole.jsonl")
+    whole = tiny.regenerate(prompts, tmp_path / "whole.jsonl")
 
     def stop(done: int, *_: int) -> None:
         if done >= 4:
@@ -75,7 +78,8 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
         tiny.regenerate(prompts, tmp_path / "parts.jsonl", progress=stop)
     partial = tmp_path / "parts.jsonl.partial"
     partial.write_text(partial.read_text() + '{"messages": [{"ro')  # a line cut by a crash
-    assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == 6
+    # Those that the first start cut count as well.
+    assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == replace(whole, answered=6)
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
