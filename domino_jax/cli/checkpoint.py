@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import check_fit, say
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
@@ -44,11 +45,15 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
       specforge  sliding layers that look both ways inside the block;
                  scaled embeddings or logits
     """
+    keeps(f"{directory} is whole or was not made; the same command starts over")
+    say(f"loading the draft of {run}")
     record, params, step = load_draft(run)
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
     if refusals:
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
+    say(f"saving {directory}")
     save_hf_draft(directory, record.config, params, dtype=dtype, chat_template=record.chat_template)
+    keeps(f"{directory} is complete")
     say(f"step {step} of {run} exported and read back, {dtype}")
     if engine:
         say(proposals_note(record.config, engine))
@@ -65,6 +70,8 @@ def import_(directory: Path, run: Path, target_name: str) -> None:
     """Make the run directory RUN from the draft checkpoint in DIRECTORY, for generate, evaluate and export."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: already there and not an empty directory; give a new one")
+    keeps(f"{run} may be incomplete: remove it, then the same command starts over")
+    say(f"loading {directory}")
     config, params = load_hf_draft(directory)
     path = resolve_target(target_name, progress=say)
     tokenizer = load_tokenizer(path)
@@ -75,5 +82,6 @@ def import_(directory: Path, run: Path, target_name: str) -> None:
         say(f"{directory} does not say which chat template it was trained with; taking that of {target_name}")
     elif trained_with != template:
         raise InputError(f"{directory}: the chat template of {target_name} is not the one the draft was trained with")
+    say(f"saving {run}")
     save_draft(run, params, DraftRecord(config, target_name, template))
     click.echo(run)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     dtype_option,
     load_named_target,
@@ -31,6 +32,7 @@ def target(source: str, directory: Path | None) -> None:
     SOURCE is a built-in name (smollm2-135m-instruct: fetched and converted on first use), a directory in Hugging Face
     form, or a GGUF file of a Llama or Qwen3 model, which is converted into DIRECTORY.
     """
+    keeps("the target is whole or was not made; the same command starts over")
     if source.endswith(".gguf"):
         if directory is None:
             raise InputError(f"{source}: give the directory to convert into: domino target {source} DIRECTORY")
@@ -68,6 +70,7 @@ def regenerate(
     A drafter must learn the words of its own target; answers written by anyone else cost acceptance. Stopped and
     started again it goes on where it was.
     """
+    keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
     loaded = load_named_target(target_name, dtype)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stop_token_ids(loaded.tokenizer))
     settings = {"target": target_name, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -75,6 +78,10 @@ def regenerate(
         task = progress.add_task("answering", total=None)
 
         def show(done: int, total: int, tokens: int) -> None:
+            safe_point()
+            if tokens == 0 and done < total:
+                say(f"{done}/{total} prompts are answered already; compiling" if done else "compiling")
+                return
             speed = tokens / max(progress.tasks[task].elapsed or 0.0, 1e-9)
             progress.update(task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s")
             if not logs.is_terminal:
@@ -92,6 +99,7 @@ def regenerate(
             settings=settings,
             progress=show,
         )
+    keeps(f"{answers} is complete")
     say(f"saved {result.total} answers, {result.answered} of them by this start")
     if result.cut:
         say(

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     dtype_option,
     load_run,
@@ -56,6 +57,7 @@ def generate(
     text = prompt if prompt is not None else sys.stdin.read()
     if not text.strip():
         raise InputError("the prompt is empty")
+    keeps("nothing is kept of the answer; the same command starts over")
     loaded, drafter = load_run(run, dtype)
     stops = stop_token_ids(loaded.tokenizer)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
@@ -68,6 +70,12 @@ def generate(
             temperature=temperature,
             stop_ids=stops,
         )
+
+    def write(piece: str) -> None:
+        safe_point()
+        click.echo(piece, nl=False)
+
+    say("compiling")
     answer = stream_text(
         decoder,
         Weights(loaded.params, drafter.params),
@@ -75,7 +83,7 @@ def generate(
         encode_prompt([{"role": "user", "content": text}], loaded.tokenizer),
         max_new_tokens=max_new_tokens,
         seed=seed,
-        write=lambda piece: click.echo(piece, nl=False),
+        write=write,
     )
     click.echo()
     speed = f"{answer.tokens_per_second:.1f} tokens/s (compilation included)"
@@ -106,6 +114,8 @@ def evaluate(
     Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens per verification
     (tau), tokens per second, and whether the outputs are the same token by token.
     """
+    place = run / "evaluation.json"
+    keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(run, dtype)
     decoder = make_decoder(
         Target(loaded.config),
@@ -134,12 +144,14 @@ def evaluate(
         for bad in bad_lines:
             say(f"{path}:{bad.line}: {bad.reason}")
         prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[:limit]]
+        say(f"{path.stem}: compiling")
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures
-    place = run / "evaluation.json"
+    say(f"saving {place}")
     beside = place.with_suffix(".json.new")
     beside.write_text(json.dumps(report, indent=2) + "\n")
     beside.replace(place)
+    keeps(f"{place} is written")
     Console().print(evaluation_table(report))
     for name, figures in report["sets"].items():
         for difference in figures.get("differences", ()):
@@ -154,6 +166,7 @@ def _evaluate_set(
         task = progress.add_task(name, total=len(prompts))
 
         def show(done: int) -> None:
+            safe_point()
             progress.update(task, completed=done)
             if not logs.is_terminal:
                 say(f"{name}: {done}/{len(prompts)} prompts")

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from domino_jax.cli.interrupts import safe_point
 from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.model_config import DraftConfig
@@ -62,12 +63,14 @@ class Drafter(NamedTuple):
 def load_named_target(name: str, dtype: str) -> Loaded:
     """Reads a target by built-in name or directory."""
     path = resolve_target(name, progress=say)
+    say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
 
 
 def load_run(run: Path, dtype: str) -> tuple[Loaded, Drafter]:
     """Reads a run's newest draft and its target, or raises `InputError` where they do not fit."""
+    say(f"loading the draft of {run}")
     record, params, step = load_draft(run)
     loaded = load_named_target(record.target, dtype)
     if template_hash(loaded.tokenizer) != record.chat_template:
@@ -93,5 +96,6 @@ def progress_bar() -> Progress:
 
 
 def say(line: str) -> None:
-    """Writes one line to stderr."""
+    """Writes one line to stderr; a place where an interrupted verb may end."""
+    safe_point()
     logs.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The `domino` command: thin verbs over the package. Results go to stdout, progress and logs to stderr."""
+"""The verbs of `domino`, thin over the package. Results go to stdout, progress and logs to stderr."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ import jax
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
-from domino_jax.cli.shared import say
+from domino_jax.cli.interrupts import EXIT_CODE
 from domino_jax.cli.train import capture, train
 from domino_jax.strict import InputError
 from domino_jax.training.loop import Interrupted
@@ -26,8 +26,8 @@ class _Group(click.Group):
         except OSError as error:
             raise click.UsageError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
         except Interrupted as error:
-            say(str(error))
-            ctx.exit(130)
+            print(error, file=sys.stderr)
+            ctx.exit(EXIT_CODE)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,8 +48,8 @@ for _verb in (target, regenerate, capture, train, generate, evaluate, export, im
     cli.add_command(_verb)
 
 
-def main() -> None:
-    """Entry point of the `domino` command; a message of bad input is one line, exit code 2."""
+def run() -> None:
+    """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
@@ -60,5 +60,3 @@ def main() -> None:
     except click.ClickException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
