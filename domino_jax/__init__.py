@@ -18,11 +18,14 @@ if TYPE_CHECKING:
         build_trainer,
     )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DFlashStepMetrics",
     "DFlashTrainerModule",
     "DominoStepMetrics",
     "DominoTrainerModule",
+    "__version__",
     "build_trainer",
     "compute_accept_len",
     "get_lambda_base",

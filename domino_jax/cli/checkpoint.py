@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import check_fit, say
+from domino_jax.cli.shared import check_fit, say, target_option
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
 from domino_jax.strict import InputError
@@ -63,9 +63,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
 @click.command(name="import")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--target", "target_name", default="smollm2-135m-instruct", show_default=True, help="Target the draft belongs to."
-)
+@target_option
 def import_(directory: Path, run: Path, target_name: str) -> None:
     """Make the run directory RUN from the draft checkpoint in DIRECTORY, for generate, evaluate and export."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):

@@ -13,6 +13,7 @@ from domino_jax.cli.shared import (
     progress_bar,
     say,
     seed_option,
+    target_option,
     temperature_option,
 )
 from domino_jax.data.conversations import stop_token_ids
@@ -47,9 +48,7 @@ def target(source: str, directory: Path | None) -> None:
 @click.command()
 @click.argument("prompts", type=click.Path(path_type=Path))
 @click.argument("answers", type=click.Path(path_type=Path))
-@click.option(
-    "--target", "target_name", default="smollm2-135m-instruct", show_default=True, help="Built-in name or directory."
-)
+@target_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows decoded together.")
 @new_tokens_option
 @temperature_option

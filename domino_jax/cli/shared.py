@@ -13,7 +13,7 @@ from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError
-from domino_jax.target.gguf import resolve_target
+from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft, template_hash
@@ -40,6 +40,24 @@ proposals_option = click.option(
     default="block",
     show_default=True,
     help="Tokens per cycle: all that a block predicts, or K - 1 as serving engines do.",
+)
+
+
+class _TargetName(click.ParamType[str]):
+    """Text; where it is missing, the message says what could stand there."""
+
+    name = "text"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Expected a directory or a built-in name ({', '.join(BUILT_IN)})."
+
+
+target_option = click.option(
+    "--target",
+    "target_name",
+    type=_TargetName(),
+    required=True,
+    help=f"Directory of the target, or a built-in name ({', '.join(BUILT_IN)}).",
 )
 
 

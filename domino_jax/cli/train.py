@@ -7,6 +7,7 @@ import click
 from domino_jax.cli.interrupts import keeps, stop_requested
 from domino_jax.cli.shared import logs, say
 from domino_jax.config import load_config
+from domino_jax.strict import InputError
 from domino_jax.training.capture import capture as capture_states
 from domino_jax.training.loop import train as train_run
 
@@ -66,6 +67,11 @@ def capture(
     Worth it where several runs share rows and layers. The size is printed first: each token takes as many values as
     the captured layers are wide together. The same command goes on after a stop.
     """
+    if "=" in directory.name:
+        raise InputError(
+            f"DIRECTORY is {str(directory)!r}, which looks like an override; "
+            "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
+        )
     keeps(f"shards that were written to {directory} stay; the same command goes on")
     capture_states(
         load_config(config, overrides),

@@ -6,6 +6,7 @@ from typing import Any
 import click
 import jax
 
+from domino_jax import __version__
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
@@ -30,8 +31,14 @@ class _Group(click.Group):
             ctx.exit(EXIT_CODE)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="domino", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Train speculative-decoding drafters (Domino, DFlash) in JAX, check what they gain, and export them.
 
     \b
@@ -42,6 +49,8 @@ def cli() -> None:
       domino generate RUN "a question"    streams one answer
       domino export RUN DIR               writes the checkpoint that serving engines read
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 for _verb in (target, regenerate, capture, train, generate, evaluate, export, import_):
