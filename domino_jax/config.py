@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
-from domino_jax.strict import InputError, from_tree, require
+from domino_jax.strict import InputError, Scalars, from_tree, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,8 @@ def make_draft_config(
 class DataConfig:
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line.
 
+    `chat_template_kwargs` is what the target's chat template is told besides the messages, for example
+    `enable_thinking: false`; a name that the template does not read is refused.
     `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their tokens stay in the rows.
     `features` is a directory that `domino capture` wrote: training reads its rows and the target's captured states
     instead of `train`, and does not run the target. Held-out rows are conversations either way; for them the target
@@ -95,6 +97,7 @@ class DataConfig:
     heldout: str | None = None
     max_length: int = 3072
     batch_size: int = 16
+    chat_template_kwargs: Scalars = field(default_factory=dict, hash=False)
     mask_reasoning_content: bool = False
     packing: bool = False
 
@@ -104,16 +107,7 @@ class DataConfig:
         require((self.train is None) != (self.features is None), f"give one of train and features, found {found}")
 
 
-# Rows of `training/objectives.py`, its divisors, and the rules of `draft/blocks.py`.
-LOSS_TYPES = (
-    "dflash",
-    "variable_prefix",
-    "accept_until_fail",
-    "dpace",
-    "dpace-cumulative-confidence-only",
-    "dpace-continuation-value-only",
-)
-NORMALIZERS = ("weights", "tokens", "blocks")
+# Of `draft/blocks.py`.
 ANCHOR_RULES = ("nemo", "specforge")
 
 
@@ -121,8 +115,9 @@ ANCHOR_RULES = ("nemo", "specforge")
 class LossConfig:
     """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base).
 
-    `anchor_rule` is "nemo" or "specforge". `loss_type` is a row of `training/objectives.py`, which says what
-    `normalize` null means for it; `dpace_alpha` and `prefix_weight_base` belong to the rows of those names.
+    `anchor_rule` is "nemo" or "specforge". `loss_type` is an objective of `training/objectives.py`, `options` are its
+    own parameters, and it says what `normalize` null means. `loss_decay_gamma` "default" is the objective's own decay
+    of the position weights (7 for dflash, none for dpace), null none.
     `kl_weight` of each token's loss is the divergence from the target's distribution, the rest its hard label's
     cross-entropy. `chunk_blocks` bounds memory: the vocabulary loss runs over that many blocks at a time; 0 takes
     all at once.
@@ -131,10 +126,9 @@ class LossConfig:
     num_anchors: int = 512
     anchor_rule: str = "nemo"
     loss_type: str = "dflash"
-    loss_decay_gamma: float | None = None
+    options: Scalars = field(default_factory=dict, hash=False)
+    loss_decay_gamma: float | Literal["default"] | None = "default"
     normalize: str | None = None
-    dpace_alpha: float = 0.5
-    prefix_weight_base: float = 0.9
     kl_weight: float = 0.0
     lambda_start: float = 1.0
     decay_ratio: float = 1.0
@@ -214,13 +208,17 @@ class RunConfig:
         for place, ratio in (
             ("loss.lambda_start", self.loss.lambda_start),
             ("loss.decay_ratio", self.loss.decay_ratio),
-            ("loss.dpace_alpha", self.loss.dpace_alpha),
             ("loss.kl_weight", self.loss.kl_weight),
             ("optimizer.warmup_ratio", self.optimizer.warmup_ratio),
             ("optimizer.final_ratio", self.optimizer.final_ratio),
         ):
             require(0 <= ratio <= 1, f"{place} must lie in 0..1, found {ratio}")
-        self._check_objective()
+        rule, gamma = self.loss.anchor_rule, self.loss.loss_decay_gamma
+        require(rule in ANCHOR_RULES, f"loss.anchor_rule must be one of {', '.join(ANCHOR_RULES)}, found {rule!r}")
+        require(
+            gamma is None or gamma == "default" or gamma > 0,
+            f"loss.loss_decay_gamma must be positive, null for none or 'default', found {gamma}",
+        )
         draft = self.draft
         require(
             not (draft.init_from and draft.init_layers_from_target),
@@ -247,29 +245,6 @@ class RunConfig:
         require(
             self.data.max_length > self.draft.block_size,
             f"data.max_length {self.data.max_length} must exceed draft.block_size {self.draft.block_size}",
-        )
-
-    def _check_objective(self) -> None:
-        loss = self.loss
-        for place, value, known in (
-            ("loss.loss_type", loss.loss_type, LOSS_TYPES),
-            ("loss.normalize", loss.normalize, (None, *NORMALIZERS)),
-            ("loss.anchor_rule", loss.anchor_rule, ANCHOR_RULES),
-        ):
-            names = ", ".join("null" if name is None else name for name in known)
-            require(value in known, f"{place} must be one of {names}, found {value!r}")
-        require(
-            not loss.loss_type.startswith("dpace") or loss.loss_decay_gamma is None,
-            f"loss.loss_type {loss.loss_type} brings its own weights of positions; loss.loss_decay_gamma must be null, "
-            f"found {loss.loss_decay_gamma}",
-        )
-        require(
-            loss.loss_type != "variable_prefix" or self.draft.projector_type is None,
-            "loss.loss_type variable_prefix is for plain DFlash drafts; draft.projector_type must be null, "
-            f"found {self.draft.projector_type}",
-        )
-        require(
-            loss.prefix_weight_base > 0, f"loss.prefix_weight_base must be positive, found {loss.prefix_weight_base}"
         )
 
 

@@ -1,10 +1,9 @@
-"""The parts that the target and the draft share: dense, RMSNorm, rotary embedding, SwiGLU, grouped attention.
+"""The parts that the target and the draft share: dense, RMSNorm, rotary embedding, SwiGLU, attention's projections.
 
 Weights are stored `[out, in]`, the layout of the checkpoints that this project reads and writes. Activations of
 attention are heads first, `[B, heads, T, head_dim]`.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -13,31 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from domino_jax.kernels.products import project
 from domino_jax.model_config import YARN_BETA_FAST, YARN_BETA_SLOW, DecoderConfig, RopeScaling
 from domino_jax.sharding import constrain, logical_axes
-
-# Up to so many rows a product costs what reading its weight costs: verifying a block, not training.
-FEW_ROWS = 16
-
-
-def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
-    """`x @ weight.T`.
-
-    Args:
-        x: [..., in].
-        weight: [out, in], of the type of `x`.
-        dtype: of the result (and its sums); the type of `x` when not given.
-    Returns:
-        [..., out].
-    """
-    rows = math.prod(x.shape[:-1])
-    if 1 < rows <= FEW_ROWS and jax.default_backend() == "cpu":
-        # XLA on CPU streams the weight faster as the left factor, with the rows as 2, 4, 8 or 16 columns; the barrier
-        # keeps it from turning the product round again.
-        columns = jnp.pad(x.reshape(rows, -1), ((0, (1 << (rows - 1).bit_length()) - rows), (0, 0)))
-        columns = jnp.einsum("oi,ri->or", weight, columns, preferred_element_type=dtype)
-        return jax.lax.optimization_barrier(columns).T[:rows].reshape(*x.shape[:-1], -1)
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
 
 
 class Dense(nn.Module):
@@ -67,26 +44,6 @@ class Dense(nn.Module):
         return product + self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
 
 
-@jax.custom_vjp
-def scaled(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x * weight` over the last axis, [..., D] and [D], float32.
-
-    The gradient of the weight is a product with ones: into a plain sum over the rows XLA on CPU fuses the products that
-    made its terms, and makes them twice.
-    """
-    return x * weight
-
-
-def _scaled_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    terms = (gradient * x).reshape(-1, x.shape[-1])
-    ones = jnp.ones((1, terms.shape[0]), terms.dtype)
-    return gradient * weight, jnp.matmul(ones, terms, precision=jax.lax.Precision.HIGHEST)[0]
-
-
-scaled.defvjp(lambda x, weight: (x * weight, (x, weight)), _scaled_backward)
-
-
 class RMSNorm(nn.Module):
     """`weight * x / rms(x)` over the last axis; the mean square is taken in float32 whatever the input."""
 
@@ -98,7 +55,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", logical_axes(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return scaled(x32, weight.astype(jnp.float32)).astype(x.dtype)
+        return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 @jax.checkpoint
@@ -258,45 +215,3 @@ class AttentionProjections(nn.Module):
 
     def _heads(self, x: jax.Array) -> jax.Array:  # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
         return x.reshape(*x.shape[:2], -1, self.cfg.head_dim)
-
-
-def grouped_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
-    """Softmax attention in which several query heads share one key-value head.
-
-    Args:
-        q: [B, H, T, head_dim].
-        k: [B, KV, S, head_dim], KV divides H.
-        v: [B, KV, S, head_dim].
-        mask: bool [B, T, S], True where the query may look; each row needs one True.
-    Returns:
-        [B, H, T, head_dim] in the type of `q`; scores and softmax are float32.
-    """
-    batch, heads, length, width = q.shape
-    kv_heads = k.shape[1]
-    # Group and length merge into the rows of one plain product per key-value head.
-    rows = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
-    scores = jnp.einsum("bkrd,bksd->bkrs", rows, k, preferred_element_type=jnp.float32) * width**-0.5
-    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkrs,bksd->bkrd", weights.reshape(batch, kv_heads, -1, k.shape[2]), v)
-    return out.reshape(batch, heads, length, width)
-
-
-def write_rows(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes a run of positions into each row of a cache.
-
-    Args:
-        cache: [B * KV, S, head_dim]. In four dimensions XLA on CPU would not write in place: it makes the cache again
-            for the product that reads it, whose batch axes it merges.
-        new: [B, KV, T, head_dim], T <= S.
-        start: int32 [B], where each row's run begins; `start + T <= S` must hold.
-    Returns:
-        The cache with `new` at positions `start .. start + T - 1` of each row.
-    """
-    new = new.astype(cache.dtype)
-    batch, heads = new.shape[:2]
-    if batch == 1:  # a scatter, which vmap makes of this, costs more than the slice update
-        return jax.lax.dynamic_update_slice(cache, new[0], (0, start[0], 0))
-    write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-    return write(cache.reshape(batch, heads, *cache.shape[1:]), new, start).reshape(cache.shape)

@@ -114,8 +114,10 @@ class DecoderConfig:
 class DraftConfig(DecoderConfig):
     """A draft model as its checkpoint describes it (see `interop/hf.py` for the file format).
 
-    `projector_type` "domino" adds the causal head; None is plain DFlash. `num_target_layers` and
-    `target_layer_ids` (0-based layer outputs) say which states of the target the draft reads.
+    `projector_type` "domino" adds the causal head; None is plain DFlash. With `shift_label` block
+    position k predicts the token `k + 1` after the anchor, else the one `k` after it, of which the
+    first is known. `num_target_layers` and `target_layer_ids` (0-based layer outputs) say which states
+    of the target the draft reads; the last layer's is taken after the target's final norm.
 
     `layer_types` names each layer "full_attention" or "sliding_attention" (None: all full); a sliding layer sees the
     context less than `sliding_window` positions before its query. Inside the block it looks both ways, or with
@@ -152,15 +154,12 @@ class DraftConfig(DecoderConfig):
             0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
         )
-        # Not the last layer: config formats disagree on whether its state is taken before or after the final norm.
+        layers, last = list(self.target_layer_ids), self.num_target_layers - 1
         require(
-            len(self.target_layer_ids) > 0 and all(0 <= i < self.num_target_layers - 1 for i in self.target_layer_ids),
-            f"target_layer_ids {list(self.target_layer_ids)} must lie in 0..{self.num_target_layers - 2}",
+            len(layers) > 0 and all(0 <= layer <= last for layer in layers),
+            f"target_layer_ids {layers} must lie in 0..{last}",
         )
-        require(
-            list(self.target_layer_ids) == sorted(set(self.target_layer_ids)),
-            f"target_layer_ids {list(self.target_layer_ids)} must rise",
-        )
+        require(layers == sorted(set(layers)), f"target_layer_ids {layers} must rise")
         require(
             self.projector_type in ("domino", None),
             f"projector_type must be 'domino' or null, found {self.projector_type!r}",
@@ -169,8 +168,6 @@ class DraftConfig(DecoderConfig):
             require(self.emb_dim > 0 and self.gru_hidden_dim > 0, "emb_dim and gru_hidden_dim must be positive")
             prefix, count = self.pure_draft_prefix_len, self.num_predictions
             require(0 <= prefix < count, f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct")
-        else:
-            require(not self.shift_label, "shift_label needs projector_type 'domino': plain DFlash keeps its anchor")
         self._check_windows()
         for name in ("input_embedding_scale", "output_multiplier"):
             require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")

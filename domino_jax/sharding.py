@@ -1,6 +1,7 @@
 """The only file that names mesh axes: what each logical axis of a parameter or activation is split over."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -110,3 +111,45 @@ def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMe
         return math.prod(mesh.shape[name] for name in names)
 
     return PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)))
+
+
+def split_over_devices(function: Callable[..., Any], *, inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """A function that each device runs on its own part of the arrays; the same function without a mesh.
+
+    For work in which no part needs another: loops then end where the device's own data says, and nothing is summed
+    over devices.
+
+    Args:
+        function: of arrays (or trees of them), traceable.
+        inputs: the logical axes of each array, one tuple of names per array, in a tuple of the arguments.
+        outputs: likewise of its result. An axis whose length the mesh does not divide stays whole.
+    Returns:
+        A function of the same arguments and result.
+    Raises:
+        KeyError: an unknown logical axis.
+    """
+
+    def specs(axes: Any, arrays: Any, mesh: AbstractMesh) -> Any:
+        flat = jax.tree.leaves(arrays)
+        named = jax.tree.leaves(axes, is_leaf=lambda leaf: type(leaf) is tuple and _is_axes(leaf))
+        fitted = [_fitted(partition_spec(*names), x.shape, mesh) for names, x in zip(named, flat, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(arrays), fitted)
+
+    def split(*arrays: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arrays)
+        results = jax.eval_shape(function, *arrays)
+        run = jax.shard_map(
+            function,
+            in_specs=specs(inputs, arrays, mesh),
+            out_specs=specs(outputs, results, mesh),
+            check_vma=False,
+        )
+        return run(*arrays)
+
+    return split
+
+
+def _is_axes(leaf: tuple[Any, ...]) -> bool:
+    return all(axis is None or isinstance(axis, str) for axis in leaf)

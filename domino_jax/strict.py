@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Scalar = bool | int | float | str
+Scalars = Mapping[str, Scalar]  # settings whose names somebody else defines, a chat template for example
 
 
 class InputError(ValueError):
@@ -26,7 +28,9 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
 
     Args:
         kind: the dataclass.
-        tree: mapping of its fields; a float may be an integer or a string such as "1e-3", which YAML reads as text.
+        tree: mapping of its fields; a float may be an integer or a string such as "1e-3", which YAML
+            reads as text. A field of type `Scalars` takes a mapping, see `scalars`; where its
+            dataclass is to be hashable, the field is declared with `hash=False`.
         place: where the mapping comes from, for messages.
     Raises:
         InputError: unknown or missing keys, wrong types, or a value that the dataclass refuses.
@@ -53,11 +57,38 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
         raise InputError(f"{place}: {error}") from error
 
 
+def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
+    """A mapping from names to plain values, each in the type it was written in.
+
+    Only who reads a name knows its type, so nothing is converted: "1e-3", which YAML reads as text,
+    stays text.
+
+    Raises:
+        InputError: not a mapping, a name that is not text, or a value that is none of true, false, a
+            finite number and text.
+    """
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: expected a mapping, found {value!r}")
+    for name, item in value.items():
+        if not isinstance(name, str):
+            raise InputError(f"{place}: expected text as a name, found {name!r}")
+        endless = isinstance(item, float) and not math.isfinite(item)
+        if type(item) not in typing.get_args(Scalar) or endless:
+            raise InputError(f"{place}: {name}: expected true, false, a number or text, found {item!r}")
+    return dict(value)
+
+
 def _typed(hint: Any, value: Any, *, place: str) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
-        (hint,) = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        words = [word for option in options for word in typing.get_args(option) if isinstance(word, str)]
+        if value in words:  # Literal["default"], for example
+            return value
+        (hint,) = [option for option in options if typing.get_origin(option) is not typing.Literal]
+    if hint == Scalars:
+        return scalars(value, place=place)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise InputError(f"{place}: expected a mapping, found {value!r}")

@@ -2,13 +2,24 @@
 
 Here: plain, speculative with a Domino draft, speculative with a plain DFlash draft. Beside them transformers'
 `generate` and, on the DFlash draft, the `spec_generate` of NeMo AutoModel 0.7.0 and of z-lab's dflash 0.1.0 (neither
-runs the Domino head). All greedy, float32; the ways take turns prompt by prompt. Then the parts of a cycle, what
-verifying costs against a single token, and batches. The last line is JSON.
+runs the Domino head). All greedy; the ways take turns prompt by prompt. Then the parts of a cycle, what verifying
+costs against a single token, and batches. The last line is JSON.
+
+Trained drafts of a run are measured in float32 (`--domino RUN --dflash RUN`). On an accelerator
+
+    python scripts/benchmark_decode.py --shape qwen3-4b
+
+fills the README's table instead: bfloat16, prompts, target and drafts random and made on the device, alike in jax and
+torch (`benchmark_weights.py`). What such drafts guess right means nothing: compare the time of a cycle ("verification")
+and of plain decoding, the prompt's reading included. Draft weights are float32 here, as every verb reads them. It needs
+what `benchmark_step.py` says for a machine without network; z-lab's program is left out. `--tiny` tries it anywhere.
 """
 
 import argparse
 import dataclasses
+import datetime
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,25 +31,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_step import hardware, revision
+from benchmark_sides import hardware, revision
+from benchmark_workloads import SHAPES, draft_config, target_config
 
-from domino_jax.cli.shared import load_run
-from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import speculate
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.interop.hf import save_hf_draft
-from domino_jax.target.gguf import resolve_target
-from domino_jax.target.model import Target, lm_head_weight, most_likely, vocabulary_logits
+from domino_jax.kernels.largest import most_likely
+from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.target.model import Target, lm_head_weight
 
 ROUNDS = 25  # repetitions of each measured part
+CONTEXT = 512  # positions behind which parts are measured
+OURS = ("plain", "domino", "dflash")
+
+Way = Callable[[np.ndarray], tuple[list[int], int]]  # a prompt's answer and its verifications
+TorchModels = tuple[Any, dict[str, Any]]  # a target and its DFlash drafts
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is decoded: a target, its Domino and its DFlash draft, prompts, and the tokens that end an answer."""
+
+    target: DecoderConfig
+    target_params: Any
+    drafts: dict[str, tuple[DraftConfig, Any]]
+    prompts: list[np.ndarray]
+    stops: tuple[int, ...]
+    context: int
+    torch_models: Callable[[], TorchModels]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--domino", type=Path, required=True, help="run directory of a Domino draft")
-    parser.add_argument("--dflash", type=Path, required=True, help="run directory of a DFlash draft of the same target")
+    parser.add_argument("--domino", type=Path, help="run directory of a Domino draft")
+    parser.add_argument("--dflash", type=Path, help="run directory of a DFlash draft of the same target")
+    parser.add_argument("--shape", choices=SHAPES, help="random target and drafts of this shape instead of runs")
+    parser.add_argument("--tiny", action="store_true", help="with --shape: widths that a CPU runs in seconds")
     parser.add_argument("--prompts", type=Path, default=Path("configs/prompts/heldout.jsonl"))
     parser.add_argument("--limit", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -48,46 +80,116 @@ def main() -> None:
     )
     parser.add_argument("--no-torch", action="store_true", help="only what is written here")
     options = parser.parse_args()
-    jax.config.update("jax_default_matmul_precision", "highest")
+    if (options.shape is None) != bool(options.domino and options.dflash):
+        parser.error("give --domino RUN and --dflash RUN, or --shape alone")
+    if options.tiny and not options.shape:
+        parser.error("--tiny belongs to --shape")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the device
 
-    loaded, domino = load_run(options.domino, "float32")
-    _, dflash = load_run(options.dflash, "float32")
-    usable, _ = read_messages(options.prompts)
-    prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[: options.limit]]
-    count, target, stops = options.max_new_tokens, Target(loaded.config), stop_token_ids(loaded.tokenizer)
-    drafts = {"plain": None, "domino": domino, "dflash": dflash}
-    decoders = {
-        name: (
-            make_decoder(target, draft and DraftModel(draft.config), proposals=options.proposals, stop_ids=stops),
-            Weights(loaded.params, draft and draft.params),
-        )
-        for name, draft in drafts.items()
-    }
-    ways: dict[str, Callable[[np.ndarray], tuple[list[int], int]]] = {
-        name: our_way(*pair, longest=max(map(len, prompts)), count=count) for name, pair in decoders.items()
-    }
+    case = case_of_shape(options) if options.shape else case_of_runs(options)
+    prompts, count, target = case.prompts, options.max_new_tokens, Target(case.target)
+    decoders = {"plain": (make_decoder(target, stop_ids=case.stops), Weights(case.target_params))}
+    for name, (config, params) in case.drafts.items():
+        decoder = make_decoder(target, DraftModel(config), proposals=options.proposals, stop_ids=case.stops)
+        decoders[name] = (decoder, Weights(case.target_params, params))
+    ways = {name: our_way(*pair, longest=max(map(len, prompts)), count=count) for name, pair in decoders.items()}
     if not options.no_torch:
-        ways |= torch_ways(resolve_target(domino.record.target), dflash, stops, count=count)
+        ways |= torch_ways(*case.torch_models(), case.stops, count=count)
     report: dict[str, Any] = {"ways": take_turns(ways, prompts, count=count)}
-    report["verification"] = verification(target, loaded.params, context=512)
-    report["cycle"] = {name: cycle_parts(*decoders[name], context=512) for name in ("domino", "dflash")}
+    report["verification"] = verification(target, case.target_params, context=case.context)
+    report["cycle"] = {name: cycle_parts(*decoders[name], context=case.context) for name in case.drafts}
     report["batches"] = {
         size: batch_speed(*decoders["domino"], (prompts * size)[:size], count=count) for size in options.batch_sizes
     }
     report |= {
+        "shape": options.shape,
+        "tiny": options.tiny,
+        "dtype": case.target.dtype,
+        "device": jax.devices()[0].device_kind,
+        "context": case.context,
         "proposals": options.proposals,
         "prompts": len(prompts),
         "max_new_tokens": count,
         "hardware": hardware(),
         "revision": revision(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"jax": jax.__version__},
     }
+    if not options.no_torch:
+        import benchmark_nemo
+
+        report["versions"] |= benchmark_nemo.versions()
     show(report)
     print(json.dumps(report))
 
 
-def our_way(
-    decoder: Decoder, weights: Weights, *, longest: int, count: int
-) -> Callable[[np.ndarray], tuple[list[int], int]]:
+def case_of_runs(options: argparse.Namespace) -> Case:
+    """Trained drafts of two runs and their target, in float32."""
+    from domino_jax.cli.shared import load_run
+    from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+    from domino_jax.target.gguf import resolve_target
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    loaded, domino = load_run(options.domino, "float32")
+    _, dflash = load_run(options.dflash, "float32")
+    usable, _ = read_messages(options.prompts)
+    kwargs = domino.record.chat_template.kwargs
+
+    def torch_models() -> TorchModels:
+        import torch
+        from dflash import DFlashDraftModel
+        from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+        from transformers import AutoModelForCausalLM
+
+        path = resolve_target(domino.record.target)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with tempfile.TemporaryDirectory() as directory:
+            draft = Path(directory) / "draft"
+            save_hf_draft(draft, dflash.config, dflash.params, dtype="float32")
+            whole = {"dtype": torch.float32}
+            return model, {
+                "nemo": Qwen3DFlashDraftModel.from_pretrained(draft, attn_implementation="sdpa", **whole),
+                "zlab": DFlashDraftModel.from_pretrained(draft, **whole),
+            }
+
+    return Case(
+        target=loaded.config,
+        target_params=loaded.params,
+        drafts={"domino": (domino.config, domino.params), "dflash": (dflash.config, dflash.params)},
+        prompts=[encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[: options.limit]],
+        stops=stop_token_ids(loaded.tokenizer, kwargs),
+        context=CONTEXT,
+        torch_models=torch_models,
+    )
+
+
+def case_of_shape(options: argparse.Namespace) -> Case:
+    """A random target with random drafts, made on the device, and random prompts; nothing ends an answer early."""
+    import benchmark_ours
+
+    target = target_config(options.shape, dtype=benchmark_ours.default_dtype(), tiny=options.tiny)
+    configs = {"domino": draft_config(target), "dflash": draft_config(target, projector_type=None)}
+    context = 32 if options.tiny else CONTEXT
+    ids = np.random.default_rng(0).integers(0, configs["dflash"].mask_token_id, (options.limit, context))
+
+    def torch_models() -> TorchModels:
+        import benchmark_nemo
+
+        draft = benchmark_nemo.draft_model(configs["dflash"], target, attention="sdpa")
+        return benchmark_nemo.target_model(target), {"nemo": draft}
+
+    return Case(
+        target=target,
+        target_params=benchmark_ours.target_params(target),
+        drafts={name: (config, benchmark_ours.draft_params(config)) for name, config in configs.items()},
+        prompts=list(ids.astype(np.int32)),
+        stops=(),
+        context=context,
+        torch_models=torch_models,
+    )
+
+
+def our_way(decoder: Decoder, weights: Weights, *, longest: int, count: int) -> Way:
     """Tokens and verifications of one prompt; every prompt uses the same compiled loop."""
     slots = required_slots(decoder, longest, count)
 
@@ -98,40 +200,25 @@ def our_way(
     return run
 
 
-def torch_ways(
-    target: Path, dflash: Any, stops: tuple[int, ...], *, count: int
-) -> dict[str, Callable[[np.ndarray], tuple[list[int], int]]]:
-    """transformers, NeMo and z-lab on the same weights; verifications are counted at the target's forward."""
+def torch_ways(model: Any, drafts: dict[str, Any], stops: tuple[int, ...], *, count: int) -> dict[str, Way]:
+    """transformers and the programs with a draft; verifications are counted at the target's forward."""
     import torch
-    from dflash import DFlashDraftModel
-    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from benchmark_nemo import crop_to_length
 
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    # NeMo 0.7.0 asks transformers 5.18, its own version, to crop a cache *to* a length; later ones crop *by* one.
-    by = DynamicCache.crop
-    DynamicCache.crop = lambda cache, size: by(cache, size - cache.get_seq_length() if size > 0 else size)
+    crop_to_length()
     calls: list[None] = []
     model.register_forward_pre_hook(lambda *_: calls.append(None))
-    with tempfile.TemporaryDirectory() as directory:
-        save_hf_draft(Path(directory) / "draft", dflash.config, dflash.params, dtype="float32")
-        drafts = {
-            "nemo": Qwen3DFlashDraftModel.from_pretrained(
-                Path(directory) / "draft", dtype=torch.float32, attn_implementation="sdpa"
-            ),
-            "zlab": DFlashDraftModel.from_pretrained(Path(directory) / "draft", dtype=torch.float32),
-        }
 
-    def way(run: Callable[[Any], Any]) -> Callable[[np.ndarray], tuple[list[int], int]]:
+    def way(run: Callable[[Any], Any]) -> Way:
         def counted(prompt: np.ndarray) -> tuple[list[int], int]:
             calls.clear()
             with torch.inference_mode():
-                out = run(torch.tensor(prompt[None].astype(np.int64)))
+                out = run(torch.tensor(prompt[None].astype(np.int64), device=model.device))
             return out[0, len(prompt) :].tolist(), len(calls) - 1  # the first call reads the prompt
 
         return counted
 
-    limits = {"max_new_tokens": count, "do_sample": False, "eos_token_id": list(stops)}
+    limits = {"max_new_tokens": count, "do_sample": False, "eos_token_id": list(stops) or None}
     ways = {"transformers": way(lambda ids: model.generate(ids, **limits))}
     for name, draft in drafts.items():
         ways[name] = way(
@@ -162,14 +249,12 @@ def take_turns(ways: dict[str, Any], prompts: list[np.ndarray], *, count: int) -
         figures[name] = {
             "tokens_per_second": tokens / seconds[name],
             "tau": (tokens - len(rows)) / checks,  # the first token of an answer comes from reading the prompt
+            "seconds_per_verification": seconds[name] / checks,
             "tokens": tokens,
             "verifications": checks,
             "answers_equal_to_plain": same,
         }
     return figures
-
-
-OURS = ("plain", "domino", "dflash")
 
 
 def verification(target: Target, params: Any, *, context: int) -> dict[int, float]:
@@ -179,9 +264,7 @@ def verification(target: Target, params: Any, *, context: int) -> dict[int, floa
 
 def target_pass(target: Target, params: Any, *, size: int, context: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted pass over `size` tokens at `context`, and its arguments; the cache comes back in its place."""
-    from domino_jax.target.model import empty_cache
-
-    cache = empty_cache(target.cfg, batch=1, slots=context + 64)
+    cache = target.empty_cache(batch=1, slots=context + 64)
     tokens = jnp.ones((1, size), jnp.int32)
     positions = context + jnp.arange(size, dtype=jnp.int32)[None]
 
@@ -238,16 +321,17 @@ def show(report: dict[str, Any]) -> None:
     """The figures in words."""
     for name, way in report["ways"].items():
         equal = f"{way['answers_equal_to_plain']}/{report['prompts']} answers equal to plain"
-        print(f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  {equal}")
+        cycle = f"{way['seconds_per_verification'] * 1e3:.2f} ms a verification"
+        print(f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  {cycle}  {equal}")
     single = report["verification"][1]
-    print("one pass of the target, context 512: ", end="")
+    print(f"one pass of the target, context {report['context']}: ", end="")
     print(
-        ", ".join(f"{size} tokens {s * 1e3:.0f} ms ({s / single:.2f}x)" for size, s in report["verification"].items())
+        ", ".join(f"{size} tokens {s * 1e3:.2f} ms ({s / single:.2f}x)" for size, s in report["verification"].items())
     )
     for name, parts in report["cycle"].items():
         whole = parts["cycle"]
         shares = ", ".join(f"{part} {s / whole:.0%}" for part, s in parts.items() if part != "cycle")
-        print(f"cycle of {name}: {whole * 1e3:.0f} ms: {shares}")
+        print(f"cycle of {name}: {whole * 1e3:.2f} ms: {shares}")
     for size, batch in report["batches"].items():
         print(f"batch {size}: {batch['tokens_per_second']:.1f} tokens/s, tau {batch['tau']:.3f}")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_step import CONFIG, hardware, random_batch, revision
+from benchmark_sides import hardware, revision
+from benchmark_step import CONFIG, random_batch
 
 SWEEPS = {
     "N": (16, 32, 64, 128, 256, 512),
@@ -98,7 +99,7 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
     import jax
     import jax.numpy as jnp
 
-    from domino_jax.training.loss import vocabulary_loss
+    from domino_jax.kernels.vocabulary_loss import Labels, States, Tables, vocabulary_loss
 
     shape = (1, anchors, config.num_predictions)
     states, low_rank = (jnp.zeros((*shape, width)) for width in (config.hidden_size, config.emb_dim))
@@ -107,13 +108,9 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
     def total(states: jax.Array, low_rank: jax.Array, expansion: jax.Array, head: jax.Array) -> jax.Array:
         ids, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
         return vocabulary_loss(
-            states,
-            ids,
-            mask=ones > 0,
-            weights=ones,
-            lm_head=head,
-            low_rank=low_rank,
-            expansion=expansion,
+            States(states, low_rank),
+            Tables(head, expansion),
+            Labels(ids, mask=ones, weights=ones),
             lambda_base=0.5,
             chunk_blocks=chunk_blocks,
         ).total

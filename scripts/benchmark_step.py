@@ -4,15 +4,24 @@ Each side runs in its own process and waits for its turn; the two alternate, so 
 medians, peak memory, the arithmetic of a step and the share of the measured float32 matrix-product peak; the last line
 is JSON. NeMo AutoModel must be installed beside the project (`pip install -e '.[test]'`, then
 `pip install --no-deps nemo-automodel==0.7.0`).
+
+On an accelerator `qwen3-4b`, `qwen3-8b` and `specforge` measure steps of real size in bfloat16, each with few and many
+anchors, draft only and online (see `benchmark_card.py`). The GPU table of the README is filled by
+
+    python scripts/benchmark_step.py --workload qwen3-8b --rounds 7
+
+and likewise for the other two; `--anchors` and `--modes` take a part of a workload, where a call may last some minutes
+only. A machine without network needs the checkout, jax for CUDA with flax and optax, transformers, safetensors and,
+for the peer, torch for CUDA and the wheel that `pip download --no-deps nemo-automodel==0.7.0` fetches, installed there
+with `pip install --no-deps --no-index WHEEL`; no weights, no data, no tokenizer. `--tiny` tries the same on any machine
+in seconds.
 """
 
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_workloads as card
 import numpy as np
+from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
+from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE, step_flops
 
 from domino_jax.config import LossConfig
 from domino_jax.model_config import DraftConfig
@@ -44,36 +56,63 @@ CONFIG = DraftConfig(
     shift_label=True,
 )
 WORKLOADS = {"small": (512, 64), "wide": (512, 256), "long": (4096, 64)}  # S, N
-LAMBDA_BASE, LEARNING_RATE, BETAS = 0.5, 6e-4, (0.9, 0.95)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", choices=WORKLOADS, default="small")
+    parser.add_argument("--workload", choices=(*WORKLOADS, *card.WORKLOADS), default="small")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, after two to warm up")
     chunk = LossConfig.chunk_blocks
-    parser.add_argument("--chunk-blocks", type=int, default=chunk, help="blocks whose logits exist together; 0 for all")
+    parser.add_argument(
+        "--chunk-blocks",
+        type=int,
+        help=f"blocks whose logits exist together; 0 for all ({chunk}, on an accelerator {card.CHUNK_BLOCKS})",
+    )
+    real = parser.add_argument_group("steps of real size (qwen3-4b, qwen3-8b, specforge)")
+    real.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
+    real.add_argument("--modes", nargs="+", choices=card.MODES, default=[], help="only these")
+    real.add_argument("--no-peer", action="store_true", help="this project alone")
+    real.add_argument("--nemo-compile", action="store_true", help="the recipe's `compile: {enabled: true}`")
+    real.add_argument("--tiny", action="store_true", help="widths and rows that a CPU runs in seconds")
     parser.add_argument("--worker", choices=("ours", "nemo"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        run_worker(options)
+    on_card = options.workload in card.WORKLOADS
+    if options.chunk_blocks is None:
+        options.chunk_blocks = card.CHUNK_BLOCKS if on_card else chunk
+    chosen = {"anchors": options.anchors, "modes": options.modes, "tiny": options.tiny}
+    if not on_card and any((*chosen.values(), options.no_peer, options.nemo_compile)):
+        parser.error(f"{options.workload} has no settings; those of real size have")
+    if on_card and not card.settings(options.workload, **chosen):
+        parser.error(f"--modes: {options.workload} has {' '.join(card.WORKLOADS[options.workload].modes)} alone")
+    if on_card:
+        import benchmark_card
+
+        run, work = benchmark_card.compare, benchmark_card.run_worker
     else:
-        compare(options)
+        run, work = compare, run_worker
+    try:
+        (work if options.worker else run)(options)
+    except SideEnded as ended:
+        sys.exit(str(ended))
 
 
 def compare(options: argparse.Namespace) -> None:
     """Starts both sides, lets them take turns, prints the figures."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # as the other side, whatever the machine has
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(Path(directory), options.workload)
-        sides = {name: Side(name, directory, options) for name in ("ours", "nemo")}
+        words = ["--directory", directory, "--workload", options.workload]
+        words += ["--chunk-blocks", str(options.chunk_blocks)]
+        sides = {name: Side(name, [__file__, "--worker", name, *words]) for name in ("ours", "nemo")}
         for index in range(options.rounds + 2):
             for side in sides.values():
                 side.step(measured=index >= 2)
             print(f"round {index}: " + ", ".join(f"{s.name} {s.last:.2f} s" for s in sides.values()), file=sys.stderr)
         ours, nemo = (side.finish() for side in sides.values())
     medians = {side.name: statistics.median(side.seconds) for side in sides.values()}
-    flops = step_flops(CONFIG, *WORKLOADS[options.workload])
+    flops = sum(step_flops(CONFIG, *WORKLOADS[options.workload]).values())
     peak = max(side["matmul_flops_per_second"] for side in (ours, nemo))
     figures = {
         "workload": options.workload,
@@ -98,40 +137,6 @@ def compare(options: argparse.Namespace) -> None:
     print(f"  ratio {figures['ratio']:.2f}x, memory {figures['rss_ratio']:.2f}x of NeMo's, ", end="")
     print(f"{figures['peak_share']:.0%} of {peak / 1e9:.0f} GFLOP/s")
     print(json.dumps(figures))
-
-
-class Side:
-    """One worker process and the times of its steps."""
-
-    def __init__(self, name: str, directory: str, options: argparse.Namespace) -> None:
-        self.name, self.seconds, self.last = name, [], 0.0
-        words = ["--worker", name, "--directory", directory, "--workload", options.workload]
-        words += ["--chunk-blocks", str(options.chunk_blocks)]
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._ask("ready")
-
-    def step(self, *, measured: bool) -> None:
-        """Runs one step while the other side waits."""
-        self.last = self._ask("step")["seconds"]
-        if measured:
-            self.seconds.append(self.last)
-
-    def finish(self) -> dict[str, float]:
-        """Peak memory, last loss and the speed of this side's matrix products; ends the process."""
-        figures = self._ask("finish")
-        self._process.communicate()
-        return figures
-
-    def _ask(self, word: str) -> dict[str, float]:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"the {self.name} side ended: exit code {self._process.wait()}")
-        return json.loads(line)
 
 
 def write_inputs(directory: Path, workload: str) -> None:
@@ -167,22 +172,24 @@ def random_batch(config: DraftConfig, *, length: int, anchors: int) -> dict[str,
 
 
 def run_worker(options: argparse.Namespace) -> None:
-    """Answers "ready", "step" and "finish" on standard input, one JSON line each."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # libraries may print
-    batch = dict(np.load(options.directory / "batch.npz"))
-    make = our_step if options.worker == "ours" else nemo_step
-    step = make(options.directory / "draft", batch, options)
-    loss = float("nan")
-    for line in sys.stdin:
-        answer: dict[str, float] = {}
-        if line.strip() == "step":
-            began = time.perf_counter()
-            loss = step()
-            answer = {"seconds": time.perf_counter() - began}
-        elif line.strip() == "finish":
-            answer = {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "loss": loss}
-            answer["matmul_flops_per_second"] = matmul_speed(options.worker)
-        print(json.dumps(answer), file=replies, flush=True)
+    """One side, asked for its steps."""
+    losses = [float("nan")]
+
+    def make() -> Worker:
+        batch = dict(np.load(options.directory / "batch.npz"))
+        one = (our_step if options.worker == "ours" else nemo_step)(options.directory / "draft", batch, options)
+
+        def step() -> float:
+            losses[0] = one()
+            return losses[0]
+
+        return step, finish
+
+    def finish() -> dict[str, Any]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"peak_bytes": peak, "loss": losses[0], "matmul_flops_per_second": matmul_speed(options.worker)}
+
+    serve(make)
 
 
 def our_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace) -> Callable[[], float]:
@@ -265,23 +272,6 @@ def nemo_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Names
     return step
 
 
-def step_flops(config: DraftConfig, length: int, anchors: int) -> float:
-    """Multiplications and additions of the step's matrix products, frozen weights without their gradient.
-
-    Context scores are counted up to each anchor on average, half of S: what the result needs, not what is computed.
-    """
-    d, tokens = config.hidden_size, anchors * config.block_size
-    heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    per_token = d * (2 * heads + 2 * kv_heads) + 3 * d * config.intermediate_size
-    attention = 2 * heads * (length / 2 + config.block_size)
-    layers = config.num_hidden_layers * (3 * tokens * (per_token + attention) + 3 * length * d * 2 * kv_heads)
-    context = 2 * length * len(config.target_layer_ids) * d * d  # no gradient into the target's states
-    gru = tokens * 3 * config.gru_hidden_dim * (2 * d + 3 * config.gru_hidden_dim)  # nor into the embeddings
-    low_rank = 3 * tokens * config.emb_dim * (d + config.gru_hidden_dim)
-    vocabulary = tokens * config.vocab_size * (2 * d + 3 * config.emb_dim)
-    return 2.0 * (layers + context + gru + low_rank + vocabulary)
-
-
 def matmul_speed(side: str) -> float:
     """Float32 operations per second of a 4096 x 4096 product of JAX or torch, the best of five after one to warm up."""
     size = 4096
@@ -308,18 +298,6 @@ def torch_product(x: np.ndarray) -> Callable[[], Any]:
 
     held = torch.tensor(x)
     return lambda: held @ held
-
-
-def hardware() -> str:
-    """Cores and their name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def revision() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,32 @@
-"""Eight fake CPU devices, no network, and the real small target that several tests share."""
+"""Fake CPU devices, no network, and the real small target that several tests share."""
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-import hypothesis
 import pytest
+from availability import pytest_make_collect_report, pytest_runtest_call, pytest_runtest_setup
 from filelock import FileLock
 
-# Before JAX starts, which reads them once.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-os.environ["JAX_PLATFORMS"] = "cpu"
+__all__ = ["pytest_make_collect_report", "pytest_runtest_call", "pytest_runtest_setup"]
+
+# Before JAX starts, which reads them once. A platform that is set stays: its devices are real.
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Torch's tensors are tiny here, and two workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The same examples in every run, and no time limit per example: a busy machine is not a failure.
-hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("project")
+# A machine with an accelerator may lack it; no check of a device needs it.
+with suppress(ModuleNotFoundError):
+    import hypothesis
+
+    # The same examples every time, and no time limit per example: a busy machine is not a failure.
+    hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True, scope="module")

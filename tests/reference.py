@@ -1,4 +1,7 @@
-"""NeMo AutoModel's draft and trainers beside ours: the same weights, the same anchors, random batches."""
+"""NeMo AutoModel's draft and trainers beside ours: the same weights, the same anchors, random batches.
+
+Torch and NeMo are imported where they are used: tests without them take random inputs from here.
+"""
 
 import dataclasses
 import functools
@@ -10,10 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from nemo_automodel.components.speculative.dflash.core import DFlashTrainerModule as NemoDFlashTrainerModule
-from nemo_automodel.components.speculative.dflash.domino_core import DominoTrainerModule as NemoDominoTrainerModule
-from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
@@ -146,8 +145,11 @@ def random_anchors(config: DraftConfig, batch: Batch, *, slots: int, seed: int =
     return anchors, keep
 
 
-def nemo_draft(config: DraftConfig, params: Any) -> Qwen3DFlashDraftModel:
+def nemo_draft(config: DraftConfig, params: Any) -> Any:
     """NeMo's draft with our weights, by way of an exported directory; every weight comes from the file."""
+    import torch
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "draft"
         save_hf_draft(path, config, params, dtype="float32")
@@ -166,15 +168,18 @@ def nemo_trainer(
     num_anchors: int = 512,
     loss_decay_gamma: float | None = None,
     **options: Any,
-) -> NemoDFlashTrainerModule:
+) -> Any:
     """NeMo's trainer of the same draft and frozen target; options are those of its DFlash class."""
+    import torch
+    from nemo_automodel.components.speculative.dflash import core, domino_core
+
     lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size)
     for module, table in ((lm_head, batch.lm_head), (embed_tokens, batch.embed_tokens)):
         module.weight = torch.nn.Parameter(torch.tensor(table), requires_grad=False)
-    kind = NemoDFlashTrainerModule
+    kind = core.DFlashTrainerModule
     if config.projector_type == "domino":
-        kind = NemoDominoTrainerModule
+        kind = domino_core.DominoTrainerModule
         options["shift_label"] = config.shift_label
     trainer = kind(
         nemo_draft(config, params),
@@ -192,7 +197,7 @@ def nemo_trainer(
 
 
 def nemo_step(
-    trainer: NemoDFlashTrainerModule,
+    trainer: Any,
     batch: Batch,
     *,
     anchors: tuple[np.ndarray, np.ndarray] | None = None,
@@ -202,6 +207,8 @@ def nemo_step(
 
     `lambda_base` is for the Domino trainer only. The gradients stay in the parameters too.
     """
+    import torch
+
     if anchors is not None:
         given = tuple(torch.tensor(x) for x in (anchors[0].astype(np.int64), anchors[1]))
         trainer._sample_anchor_positions = lambda *args, **kwargs: given

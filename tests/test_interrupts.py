@@ -14,9 +14,10 @@ from tiny import run_config, write_conversations, write_target
 
 from domino_jax.cli.interrupts import SAVING
 from domino_jax.config import load_config
+from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.training.checkpoint import DraftRecord, save_draft, template_hash
+from domino_jax.training.checkpoint import DraftRecord, save_draft
 from domino_jax.training.inputs import draft_of
 
 LINES = {
@@ -37,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(directory / "target")
     config = draft_of(load_config(run_config(directory, directory / "target")), target.config, tokenizer)
     params = nn.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
-    record = DraftRecord(config, str(directory / "target"), template_hash(tokenizer))
+    record = DraftRecord(config, str(directory / "target"), chat_template(tokenizer, {}))
     save_draft(directory / "run", params, record)
     write_conversations(directory / "prompts.jsonl", 30, seed=5, answers=False)
     return directory

@@ -1,7 +1,6 @@
 """The shared layers against torch or plain loops, and the types they compute in."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import chex
@@ -9,24 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import linen as nn
 from transformers import LlamaConfig, Qwen3Config
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
+from domino_jax.kernels.causal_attention import causal_attention
 from domino_jax.layers import (
     AttentionProjections,
     Dense,
     RMSNorm,
     SwiGLU,
-    grouped_attention,
-    project,
     rotary,
     rotary_frequencies,
     rotate,
-    write_rows,
 )
 from domino_jax.model_config import DecoderConfig, RopeScaling
 
@@ -58,6 +51,8 @@ def bits(x: jax.Array) -> np.ndarray:
 
 
 def test_dense_multiplies_by_the_transposed_weight() -> None:
+    import torch
+
     x, weight = normal(2, 3, 5), normal(7, 5, seed=1)
     ours = Dense(7, ("mlp", "embed")).apply({"params": {"weight": weight}}, x)
     theirs = torch.nn.functional.linear(torch.tensor(x), torch.tensor(weight))
@@ -83,6 +78,8 @@ def test_dense_refuses_an_unknown_axis() -> None:
 
 
 def test_rms_norm_equals_torch() -> None:
+    import torch
+
     x, weight = 100 * normal(2, 3, 8), normal(8, seed=1)
     ours = RMSNorm(1e-5).apply({"params": {"weight": weight}}, x)
     theirs = torch.nn.functional.rms_norm(torch.tensor(x), (8,), torch.tensor(weight), 1e-5)
@@ -106,6 +103,8 @@ def test_rms_norm_of_bfloat16_takes_float32_statistics() -> None:
 
 
 def test_swiglu_equals_torch() -> None:
+    import torch
+
     x = normal(2, 3, CFG.hidden_size)
     params = initialised(SwiGLU(CFG), x)
     ours = SwiGLU(CFG).apply(params, x)
@@ -119,6 +118,9 @@ def test_swiglu_equals_torch() -> None:
 
 @pytest.mark.parametrize(("theta", "head_dim"), [(1e4, 64), (1e6, 128)])
 def test_rotary_equals_transformers(theta: float, head_dim: int) -> None:
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
     positions = np.array([[0, 1, 2, 63], [5, 5, 40, 7]], np.int32)
     config = LlamaConfig(
         hidden_size=2 * head_dim,
@@ -171,6 +173,10 @@ SCALINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize(("theta", "head_dim"), [(5e5, 64), (1e6, 128), (1e4, 16)])
 def test_scaled_rotary_frequencies_equal_transformers(name: str, theta: float, head_dim: int) -> None:
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     scaling = SCALINGS[name]
     config = LlamaConfig(
         hidden_size=head_dim,
@@ -221,51 +227,11 @@ def test_rotate_at_position_zero_is_the_identity() -> None:
     np.testing.assert_array_equal(rotate(heads, rotary(jnp.zeros((1, 3), int), EIGHT_WIDE)), heads)
 
 
-def slow_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    out = np.zeros(q.shape)
-    shared = q.shape[1] // k.shape[1]
-    for b, h, t in np.ndindex(*q.shape[:3]):
-        seen = np.flatnonzero(mask[b, t])
-        scores = np.array([q[b, h, t] @ k[b, h // shared, s] for s in seen], np.float64) / np.sqrt(q.shape[-1])
-        weights = np.exp(scores - scores.max())
-        out[b, h, t] = (weights / weights.sum()) @ v[b, h // shared, seen]
-    return out
-
-
-def attention_inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    mask = np.random.default_rng(3).random((2, 3, 5)) < 0.5
-    mask[..., 2] = True
-    mask[0, 1] = np.arange(5) == 4  # a row with one key
-    return normal(2, 6, 3, 4), normal(2, 2, 5, 4, seed=1), normal(2, 2, 5, 4, seed=2), mask
-
-
-def test_grouped_attention_equals_loops() -> None:
-    q, k, v, mask = attention_inputs()
-    ours = grouped_attention(*map(jnp.asarray, (q, k, v)), mask=jnp.asarray(mask))
-    np.testing.assert_allclose(ours, slow_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(ours[0, :, 1], np.repeat(v[0, :, 4], 3, axis=0), rtol=1e-5)
-
-
-def test_grouped_attention_ignores_what_is_masked() -> None:
-    q, k, v, mask = attention_inputs()
-    mask[:] = np.arange(5) < 3
-    ours = grouped_attention(q, k, v, mask=mask)
-    k[:, :, 3:], v[:, :, 3:] = 1e4, 1e4
-    np.testing.assert_array_equal(ours, grouped_attention(q, k, v, mask=mask))
-
-
-def test_grouped_attention_of_bfloat16_has_float32_scores_and_softmax() -> None:
-    q, k, v, mask = attention_inputs()
-    # Large scores that differ little: rounded to bfloat16, near 64, they would be steps of a half.
-    q, k, v = (jnp.asarray(x).astype(jnp.bfloat16) for x in (1 + 0.1 * q, 32 + k, v))
-    ours = grouped_attention(q, k, v, mask=mask)
-    assert ours.dtype == jnp.bfloat16
-    # What is left is the rounding of the weights and of the sum, 2**-9 each.
-    np.testing.assert_allclose(bits(ours), slow_attention(bits(q), bits(k), bits(v), mask), rtol=2**-7, atol=2**-7)
-
-
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
+    import torch
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
+
     cfg = dataclasses.replace(CFG, qk_norm=qk_norm)
     x, mask = normal(2, 5, cfg.hidden_size), np.tril(np.ones((5, 5), bool))[None].repeat(2, 0)
     positions = np.arange(5, dtype=np.int32)[None].repeat(2, 0)
@@ -273,7 +239,7 @@ def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
 
     def run(module: AttentionProjections, x: jax.Array) -> jax.Array:
         keys, values = module.keys_values(x, tables)
-        return module.output(grouped_attention(module.queries(x, tables), keys, values, mask=jnp.asarray(mask)))
+        return module.output(causal_attention(module.queries(x, tables), keys, values))
 
     module = AttentionProjections(cfg)
     params = nn.unbox(module.init(jax.random.key(0), x, method=run))["params"]
@@ -298,31 +264,3 @@ def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
     with torch.no_grad():
         theirs, _ = reference(torch.tensor(x), embeddings, bias)
     np.testing.assert_allclose(module.apply({"params": params}, x, method=run), theirs.numpy(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1,), (2,), (1, 5), (3, 4), (16,), (17,), (2, 3, 7)])
-def test_project_equals_a_plain_product(shape: tuple[int, ...]) -> None:
-    x, weight = normal(*shape, 6), normal(9, 6, seed=1)
-    weights = normal(*shape, 9, seed=2)
-    np.testing.assert_allclose(jax.jit(project)(x, weight), x @ weight.T, rtol=1e-5, atol=1e-6)
-    found = jax.jit(jax.grad(lambda x, w: jnp.sum(project(x, w) * weights), argnums=(0, 1)))(x, weight)
-    expected = (weights @ weight, weights.reshape(-1, 9).T @ x.reshape(-1, 6))
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
-    half = jax.eval_shape(functools.partial(project, dtype=jnp.float32), x.astype(jnp.bfloat16), weight)
-    assert half.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_write_rows_equals_loops(batch: int) -> None:
-    cache, new = normal(batch * 2, 6, 4), normal(batch, 2, 2, 4, seed=1)
-    start = np.array([3, 0, 4][:batch], np.int32)
-    expected = cache.copy()
-    for b, kv, t in np.ndindex(batch, 2, 2):
-        expected[2 * b + kv, start[b] + t] = new[b, kv, t]
-    np.testing.assert_array_equal(jax.jit(write_rows)(cache, new, start), expected)
-
-
-def test_write_rows_keeps_the_type_of_the_cache() -> None:
-    written = write_rows(jnp.zeros((1, 4, 2), jnp.bfloat16), jnp.ones((1, 1, 4, 2)), jnp.zeros(1, int))
-    chex.assert_trees_all_equal(written, jnp.ones((1, 4, 2), jnp.bfloat16))
-    assert written.dtype == jnp.bfloat16

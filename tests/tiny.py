@@ -20,6 +20,13 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
+# As Qwen3's: told not to think, it begins every answer after empty thoughts, which are "n o" here.
+SWITCHED_TEMPLATE = (
+    "{% set off = enable_thinking is defined and enable_thinking is false %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} "
+    "{% if off and m['role'] == 'assistant' %}n o {% endif %}{{ m['content'] }}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% if off %}n o {% endif %}{% endif %}"
+)
 WORDS = ["<|im_end|>", "<|im_start|>", "<mask>", "<unk>", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz"]
 MASK_TOKEN_ID = 2
 CONFIG = DecoderConfig(

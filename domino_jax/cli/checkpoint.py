@@ -5,14 +5,15 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import check_fit, say, target_option
+from domino_jax.cli.shared import check_fit, say, target_option, template_option
+from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
-from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft, template_hash
+from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft
 
 
 @click.command()
@@ -38,12 +39,15 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
     \b
     What --for refuses, because the reader would draft other tokens:
       sglang     a Domino draft with pure_draft_prefix_len other than 1 or in float32;
-                 scaled embeddings or logits
-      vllm       Domino drafts (it has no head); scaled embeddings or logits
+                 scaled embeddings or logits; the target's last layer
+      vllm       Domino drafts (it has no head); scaled embeddings or logits;
+                 the target's last layer
       zlab       Domino drafts
-      nemo       sliding layers that are causal inside the block
+      nemo       sliding layers that are causal inside the block;
+                 the target's last layer
       specforge  sliding layers that look both ways inside the block;
                  scaled embeddings or logits
+      all        plain DFlash drafts with shift_label
     """
     keeps(f"{directory} is whole or was not made; the same command starts over")
     say(f"loading the draft of {run}")
@@ -64,7 +68,13 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
 @target_option
-def import_(directory: Path, run: Path, target_name: str) -> None:
+@template_option
+def import_(
+    directory: Path,
+    run: Path,
+    target_name: str,
+    chat_template_kwargs: Scalars | None,
+) -> None:
     """Make the run directory RUN from the draft checkpoint in DIRECTORY, for generate, evaluate and export."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: already there and not an empty directory; give a new one")
@@ -74,12 +84,16 @@ def import_(directory: Path, run: Path, target_name: str) -> None:
     path = resolve_target(target_name, progress=say)
     tokenizer = load_tokenizer(path)
     check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
-    template = template_hash(tokenizer)
     trained_with = recorded_template(directory)
+    kwargs = chat_template_kwargs
+    if kwargs is None:
+        kwargs = {} if trained_with is None else trained_with.kwargs
+    template = chat_template(tokenizer, kwargs)
     if trained_with is None:
+        check_kwargs(tokenizer, kwargs)
         say(f"{directory} does not say which chat template it was trained with; taking that of {target_name}")
-    elif trained_with != template:
-        raise InputError(f"{directory}: the chat template of {target_name} is not the one the draft was trained with")
+    else:
+        template.check_trained(trained_with, place=str(directory), target=target_name)
     say(f"saving {run}")
     save_draft(run, params, DraftRecord(config, target_name, template))
     click.echo(run)

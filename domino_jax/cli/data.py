@@ -15,11 +15,13 @@ from domino_jax.cli.shared import (
     seed_option,
     target_option,
     temperature_option,
+    template_option,
 )
 from domino_jax.data.conversations import stop_token_ids
+from domino_jax.data.template import KWARGS
 from domino_jax.decoding.generate import regenerate as regenerate_answers
 from domino_jax.decoding.speculate import Weights, make_decoder
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars
 from domino_jax.target.gguf import convert_gguf, resolve_target
 from domino_jax.target.model import Target
 
@@ -54,6 +56,7 @@ def target(source: str, directory: Path | None) -> None:
 @temperature_option
 @seed_option
 @dtype_option
+@template_option
 def regenerate(
     prompts: Path,
     answers: Path,
@@ -63,6 +66,7 @@ def regenerate(
     temperature: float,
     seed: int,
     dtype: str,
+    chat_template_kwargs: Scalars | None,
 ) -> None:
     """Let the target answer PROMPTS (JSONL of {"messages": [...]}) into ANSWERS, the training data of a drafter.
 
@@ -71,8 +75,11 @@ def regenerate(
     """
     keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
     loaded = load_named_target(target_name, dtype)
-    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stop_token_ids(loaded.tokenizer))
+    kwargs = chat_template_kwargs or {}
+    stops = stop_token_ids(loaded.tokenizer, kwargs)
+    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
     settings = {"target": target_name, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings[KWARGS] = kwargs
     with progress_bar() as progress:
         task = progress.add_task("answering", total=None)
 

@@ -21,6 +21,7 @@ from domino_jax.cli.shared import (
     say,
     seed_option,
     temperature_option,
+    template_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import evaluate as evaluation
@@ -28,7 +29,7 @@ from domino_jax.decoding.generate import stream_text
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.report import evaluation_table, training_summary
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
 
 
@@ -42,6 +43,7 @@ from domino_jax.target.model import Target
 @temperature_option
 @seed_option
 @dtype_option
+@template_option
 def generate(
     run: Path,
     prompt: str | None,
@@ -52,14 +54,16 @@ def generate(
     temperature: float,
     seed: int,
     dtype: str,
+    chat_template_kwargs: Scalars | None,
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
     text = prompt if prompt is not None else sys.stdin.read()
     if not text.strip():
         raise InputError("the prompt is empty")
     keeps("nothing is kept of the answer; the same command starts over")
-    loaded, drafter = load_run(run, dtype)
-    stops = stop_token_ids(loaded.tokenizer)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs)
+    kwargs = drafter.record.chat_template.kwargs
+    stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
     if not plain:
         decoder = make_decoder(
@@ -80,7 +84,7 @@ def generate(
         decoder,
         Weights(loaded.params, drafter.params),
         loaded.tokenizer,
-        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer),
+        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs),
         max_new_tokens=max_new_tokens,
         seed=seed,
         write=write,
@@ -99,6 +103,7 @@ def generate(
 @temperature_option
 @seed_option
 @dtype_option
+@template_option
 def evaluate(
     run: Path,
     prompt_files: tuple[Path, ...],
@@ -108,6 +113,7 @@ def evaluate(
     temperature: float,
     seed: int,
     dtype: str,
+    chat_template_kwargs: Scalars | None,
 ) -> None:
     """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
 
@@ -116,19 +122,20 @@ def evaluate(
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(run, dtype)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs)
+    kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),
         DraftModel(drafter.config),
         proposals=proposals,
         temperature=temperature,
-        stop_ids=stop_token_ids(loaded.tokenizer),
+        stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
     )
     weights = Weights(loaded.params, drafter.params)
     report: dict[str, Any] = {
         "evaluator": {
             "target": drafter.record.target,
-            "chat_template": drafter.record.chat_template,
+            **drafter.record.chat_template.as_json(),
             "step": drafter.step,
             "block_size": drafter.config.block_size,
             "proposals": decoder.proposals,
@@ -143,7 +150,8 @@ def evaluate(
         usable, bad_lines = read_messages(path)
         for bad in bad_lines:
             say(f"{path}:{bad.line}: {bad.reason}")
-        prompts = [encode_prompt(messages, loaded.tokenizer) for _, messages in usable[:limit]]
+        conversations = [messages for _, messages in usable[:limit]]
+        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for messages in conversations]
         say(f"{path.stem}: compiling")
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures

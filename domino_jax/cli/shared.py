@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import yaml
 from rich.console import Console
 from rich.progress import Progress
 
 from domino_jax.cli.interrupts import safe_point
+from domino_jax.data.template import chat_template
 from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.model_config import DraftConfig
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars, scalars
 from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
-from domino_jax.training.checkpoint import DraftRecord, load_draft, template_hash
+from domino_jax.training.checkpoint import DraftRecord, load_draft
 
 logs = Console(stderr=True)
 
@@ -33,6 +35,26 @@ dtype_option = click.option(
     default="float32",
     show_default=True,
     help="Compute type of the target.",
+)
+
+
+def _mapping(_: click.Context, option: click.Parameter, text: str | None) -> Scalars | None:
+    """The value of an option as a mapping; JSON is YAML."""
+    if text is None:
+        return None
+    place = option.opts[0]
+    try:
+        return scalars(yaml.safe_load(text), place=place)
+    except yaml.YAMLError as error:
+        raise InputError(f"{place}: {text!r} is not a YAML or JSON mapping") from error
+
+
+template_option = click.option(
+    "--chat-template-kwargs",
+    callback=_mapping,
+    metavar="MAPPING",
+    help="What the target's chat template is told, as YAML or JSON: "
+    "'{\"enable_thinking\": false}'. A run or a draft knows its own and accepts no other.",
 )
 proposals_option = click.option(
     "--proposals",
@@ -86,13 +108,27 @@ def load_named_target(name: str, dtype: str) -> Loaded:
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
 
 
-def load_run(run: Path, dtype: str) -> tuple[Loaded, Drafter]:
-    """Reads a run's newest draft and its target, or raises `InputError` where they do not fit."""
+def load_run(
+    run: Path,
+    dtype: str,
+    chat_template_kwargs: Scalars | None = None,
+) -> tuple[Loaded, Drafter]:
+    """Reads a run's newest draft and its target.
+
+    Args:
+        run: the run directory.
+        dtype: compute type of both.
+        chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
+    Raises:
+        InputError: draft, target and chat template do not fit each other.
+    """
     say(f"loading the draft of {run}")
     record, params, step = load_draft(run)
     loaded = load_named_target(record.target, dtype)
-    if template_hash(loaded.tokenizer) != record.chat_template:
-        raise InputError(f"{run}: the chat template of {record.target} is not the one the draft was trained with")
+    trained = record.chat_template
+    kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
+    asked = chat_template(loaded.tokenizer, kwargs)
+    asked.check_trained(trained, place=str(run), target=record.target)
     config = replace(record.config, dtype=dtype)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
     return loaded, Drafter(record, config, params, step)

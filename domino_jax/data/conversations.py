@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.strict import InputError
+from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, kwargs_text, recorded_kwargs
+from domino_jax.strict import InputError, Scalars
 
 ROLES = ("system", "user", "assistant")
 
@@ -67,7 +68,14 @@ def read_messages(path: str | Path) -> MessageSet:
     return MessageSet([(line, record["messages"]) for line, record in records], bad_lines)
 
 
-def load_rows(path: str | Path, tokenizer: Any, *, max_length: int, mask_reasoning_content: bool = False) -> RowSet:
+def load_rows(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    chat_template_kwargs: Scalars = NO_KWARGS,
+    mask_reasoning_content: bool = False,
+) -> RowSet:
     """Reads conversations and encodes them.
 
     A line with `"finished": false` (as `regenerate` writes it for an answer cut at its limit) ends without an
@@ -77,22 +85,26 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int, mask_reasoni
         path: JSONL, see `read_messages`.
         tokenizer: a transformers fast tokenizer with a chat template.
         max_length: longer conversations keep their first `max_length` tokens.
+        chat_template_kwargs: what the template is told besides the messages.
         mask_reasoning_content: see `encode_conversation`.
     Returns:
         The rows, and per other line its number and what is wrong with it.
     Raises:
-        InputError: the file cannot be read, no line of it gives a row, or the template has no end of turn.
+        InputError: the file cannot be read, no line of it gives a row, an answer of `regenerate` was
+            given under other kwargs, or the template does not read one of them or has no end of turn.
     """
     records, bad_lines = _read_records(path)
-    stop_ids = stop_token_ids(tokenizer)
+    stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
     rows, unfinished = [], 0
     what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
+        _check_answered(record, chat_template_kwargs, place=f"{path}:{line}")
         finished = record.get("finished") is not False
         try:
             row = _encode(
                 record["messages"],
                 tokenizer,
+                chat_template_kwargs,
                 stop_ids,
                 max_length=max_length,
                 finished=finished,
@@ -113,18 +125,25 @@ def load_rows(path: str | Path, tokenizer: Any, *, max_length: int, mask_reasoni
 
 
 def encode_conversation(
-    messages: Messages, tokenizer: Any, *, max_length: int, mask_reasoning_content: bool = False
+    messages: Messages,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    chat_template_kwargs: Scalars = NO_KWARGS,
+    mask_reasoning_content: bool = False,
 ) -> Row | None:
     """Renders a conversation with the chat template and marks what the assistant wrote.
 
     Marked are the tokens of each answer and the token that ends its turn; neither the role header before it nor a
     newline that the template puts after it. A token that lies across the start of an answer is not marked: the target
-    cannot generate it after the prompt.
+    cannot generate it after the prompt. Nor is an earlier answer whose prompt the template renders
+    otherwise once more follows: the target never saw this text before it.
 
     Args:
         messages: the conversation, with one answer at least.
         tokenizer: a transformers fast tokenizer with a chat template.
         max_length: the row keeps its first `max_length` tokens.
+        chat_template_kwargs: what the template is told besides the messages.
         mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags included, whether they stand
             in `content` or the template renders them from `reasoning_content`. Their tokens stay in the row. A span
             that is never closed reaches to the end of the turn. An answer that is nothing but reasoning has no
@@ -132,24 +151,31 @@ def encode_conversation(
     Returns:
         The row, or None if no marked token is left after the cut.
     Raises:
-        InputError: there is no answer, or the template does not show where answers begin and end.
+        InputError: there is no answer, or the template does not show where the last one begins or where
+            one ends.
     """
     return _encode(
         messages,
         tokenizer,
-        stop_token_ids(tokenizer),
+        chat_template_kwargs,
+        stop_token_ids(tokenizer, chat_template_kwargs),
         max_length=max_length,
         finished=True,
         mask_reasoning_content=mask_reasoning_content,
     )
 
 
-def encode_prompt(messages: Messages, tokenizer: Any) -> np.ndarray:
+def encode_prompt(
+    messages: Messages,
+    tokenizer: Any,
+    chat_template_kwargs: Scalars = NO_KWARGS,
+) -> np.ndarray:
     """The ids that the target continues with its answer.
 
     Args:
         messages: a conversation that ends before an answer.
         tokenizer: a transformers fast tokenizer with a chat template.
+        chat_template_kwargs: what the template is told besides the messages.
     Returns:
         int32 [n], generation prompt included.
     Raises:
@@ -157,18 +183,22 @@ def encode_prompt(messages: Messages, tokenizer: Any) -> np.ndarray:
     """
     if messages[-1]["role"] == "assistant":
         raise InputError("the last message is an answer; a prompt ends with a message of the user")
-    return _tokenize(_render(messages, tokenizer, generation_prompt=True), tokenizer)[0]
+    text = _render(messages, tokenizer, chat_template_kwargs, generation_prompt=True)
+    return _tokenize(text, tokenizer)[0]
 
 
-def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) -> tuple[int, ...]:
     """The ids that end an answer: the tokenizer's eos, then the template's end of turn where that is another token.
 
     Raises:
-        InputError: the tokenizer has neither, or its chat template refuses a plain exchange.
+        InputError: the tokenizer has neither, or its chat template does not read one of the kwargs or
+            refuses a plain exchange.
     """
+    check_kwargs(tokenizer, chat_template_kwargs)
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answer = "Certainly, here it is"
-    text = _render([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}], tokenizer)
+    exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    text = _render(exchange, tokenizer, chat_template_kwargs)
     if answer not in text:
         raise InputError("the chat template does not show the text of an answer")
     ids, spans = _tokenize(text, tokenizer)
@@ -184,14 +214,16 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
 def _encode(
     messages: Messages,
     tokenizer: Any,
+    kwargs: Scalars,
     stop_ids: Sequence[int],
     *,
     max_length: int,
     finished: bool,
     mask_reasoning_content: bool,
 ) -> Row | None:
-    text = _render(messages, tokenizer)
-    begins = _answer_begins(messages, text, tokenizer, tokenizer.convert_ids_to_tokens(list(stop_ids)))
+    text = _render(messages, tokenizer, kwargs)
+    stop_texts = tokenizer.convert_ids_to_tokens(list(stop_ids))
+    begins = _answer_begins(messages, text, tokenizer, kwargs, stop_texts)
     ids, spans = _tokenize(text, tokenizer)
     mask = np.zeros(len(ids), bool)
     for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True):
@@ -224,22 +256,26 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
     return spans if outside.strip() else [(0, beyond)]
 
 
-def _answer_begins(messages: Messages, text: str, tokenizer: Any, stop_texts: Iterable[str]) -> list[int]:
-    """Characters of the rendered conversation at which the answers begin."""
+def _answer_begins(
+    messages: Messages, text: str, tokenizer: Any, kwargs: Scalars, stop_texts: Iterable[str]
+) -> list[int]:
+    """Characters at which those answers begin whose prompt the rendered conversation holds."""
     begins = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index in answers:
+        message = messages[index]
         written = message["content"] + (message.get("reasoning_content") or "")
         for stop in stop_texts:
             if stop in written:
                 raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
-        prompt = _render(messages[:index], tokenizer, generation_prompt=True)
+        prompt = _render(messages[:index], tokenizer, kwargs, generation_prompt=True)
         if not text.startswith(prompt):
+            if index < answers[-1]:
+                continue  # Qwen3 shows empty thoughts in the last answer alone: another prompt
             raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
         # Some templates know no generation prompt and need none; in the others a role header would count as answer.
         follows = text[len(prompt) :].lstrip().startswith((message["content"].strip(), THINK_BEGIN))
-        if not follows and prompt == _render(messages[:index], tokenizer):
+        if not follows and prompt == _render(messages[:index], tokenizer, kwargs):
             raise InputError("the chat template ignores add_generation_prompt, which marks where an answer begins")
         begins.append(len(prompt))
     if not begins:
@@ -247,9 +283,30 @@ def _answer_begins(messages: Messages, text: str, tokenizer: Any, stop_texts: It
     return begins
 
 
-def _render(messages: Messages, tokenizer: Any, *, generation_prompt: bool = False) -> str:
+def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> None:
+    """Refuses an answer that `regenerate` asked for under another setting."""
+    generator = record.get("generator")
+    if not isinstance(generator, dict):
+        return
+    answered = kwargs_text(recorded_kwargs(generator, place=f"{place}: generator"))
+    if answered != kwargs_text(kwargs):
+        raise InputError(
+            f"{place}: answered with {KWARGS} {answered}, the run has {kwargs_text(kwargs)}; "
+            f"give the run data.{KWARGS} of its answers, or make the answers again"
+        )
+
+
+def _render(
+    messages: Messages,
+    tokenizer: Any,
+    kwargs: Scalars,
+    *,
+    generation_prompt: bool = False,
+) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+        )
     except Exception as error:  # a template is a program of its own: it may raise anything
         raise InputError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
 

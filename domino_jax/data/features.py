@@ -5,19 +5,18 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from domino_jax.data.conversations import Row
-from domino_jax.strict import InputError, from_tree
+from domino_jax.data.template import kwargs_text
+from domino_jax.strict import InputError, Scalars, from_tree
 
 MANIFEST = "manifest.json"
 _TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
@@ -30,7 +29,8 @@ class Manifest:
 
     `target`, `tokenizer` and `rows` are sha256 sums (see `target.fingerprint` and `rows_fingerprint`), `hidden_size`
     is D, `dtype` the stored type, `compute_dtype` the one the target ran in, `target_states` whether its states after
-    the final norm are there too. `row_lengths` are tokens per row, `shard_rows` rows per shard.
+    the final norm are there too. `chat_template_kwargs` is what the template was told for the rows,
+    nothing in captures that do not say. `row_lengths` are tokens per row, `shard_rows` rows per shard.
     """
 
     target: str
@@ -45,6 +45,7 @@ class Manifest:
     target_states: bool
     row_lengths: tuple[int, ...]
     shard_rows: tuple[int, ...]
+    chat_template_kwargs: Scalars = field(default_factory=dict)
 
     @property
     def token_bytes(self) -> int:
@@ -67,6 +68,8 @@ class FeatureRows(Sequence[Row]):
         Raises:
             InputError: no capture, an unfinished one, or a file that cannot be read.
         """
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
         self._directory = Path(directory)
         self.manifest = read_manifest(directory)
         self.lengths = self.manifest.row_lengths
@@ -126,6 +129,8 @@ def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...
 
 def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
     """Writes rows as one shard, beside its place first: a shard that is there is whole."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
     path = shard_path(directory, index)
     beside = path.with_suffix(".partial")
     writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # random access; floats hardly compress
@@ -175,7 +180,8 @@ def check_manifest(directory: str | Path, manifest: Manifest, asked: Mapping[str
     differing = [
         f"{name} is {_shown(getattr(manifest, name))}, asked for is {_shown(value)}"
         for name, value in asked.items()
-        if getattr(manifest, name) != value
+        # As text: to a chat template 0 and false are two things, in Python they are equal.
+        if json.dumps(getattr(manifest, name), sort_keys=True) != json.dumps(value, sort_keys=True)
     ]
     if differing:
         raise InputError(f"{directory}: captured otherwise: {'; '.join(differing)}")
@@ -194,4 +200,6 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"sha256 {value[:12]}"
+    if isinstance(value, dict):
+        return kwargs_text(value)
     return str(list(value)) if isinstance(value, tuple) else repr(value)

@@ -2,14 +2,17 @@
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import grain
 import jax
 import numpy as np
 
 from domino_jax.data.conversations import Row
 from domino_jax.data.packing import Pack, check_fits, document_arrays, row_lengths, single_packs
 from domino_jax.strict import InputError
+
+if TYPE_CHECKING:
+    import grain  # at run time where it is used: steps and decoding do without
 
 
 def row_batches(
@@ -24,7 +27,7 @@ def row_batches(
     read_ahead: int = 0,
     process_index: int | None = None,
     process_count: int | None = None,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """Training batches of one process.
 
     The epochs follow each other without a gap, so that every batch is full and every row comes once per epoch. Batch
@@ -51,6 +54,8 @@ def row_batches(
         InputError: fewer rows or packs than all processes take per batch, or a seed outside 0..2**32-1.
         ValueError: a row is longer than `max_length`.
     """
+    import grain
+
     index, count = _process(process_index, process_count)
     units = single_packs(len(rows)) if packs is None else packs
     if len(units) < batch_size * count:
@@ -77,7 +82,7 @@ def heldout_batches(
     packs: Sequence[Pack] | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """One pass over held-out rows in their order; the last batches are filled up with empty rows.
 
     Args:
@@ -93,6 +98,8 @@ def heldout_batches(
         InputError: there are no rows.
         ValueError: a row is longer than `max_length`.
     """
+    import grain
+
     index, count = _process(process_index, process_count)
     if not rows:
         raise InputError("no held-out rows")
@@ -121,7 +128,15 @@ def _batch_maker(rows: Sequence[Row], packs: Sequence[Pack] | None, *, max_lengt
     return functools.partial(_batch, rows=rows, max_length=max_length, documents=documents)
 
 
-def _iterator(batches: grain.MapDataset, index: int, count: int, *, read_ahead: int) -> grain.DatasetIterator:
+def _iterator(
+    batches: "grain.MapDataset",
+    index: int,
+    count: int,
+    *,
+    read_ahead: int,
+) -> "grain.DatasetIterator":
+    import grain
+
     # Rows that lie in memory need no reading threads: a batch takes microseconds.
     options = grain.ReadOptions(num_threads=read_ahead, prefetch_buffer_size=read_ahead)
     return iter(batches[index::count].to_iter_dataset(options))

@@ -11,7 +11,8 @@ import numpy as np
 
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import Decoder, Weights, required_slots
-from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.target.model import Target, lm_head_weight
 
 TIE = 1e-3  # two logits closer than this may change places between one-token and block-wise float32 arithmetic
 
@@ -60,7 +61,9 @@ def evaluate(
         temperature 0 `tokens_compared`, `tokens_equal`, `differences` and `lossless`: whether every difference is a tie
         of the target's logits.
     """
-    decoders = {"plain": replace(decoder, target=Target(decoder.target.cfg), draft=None, proposals=0, use_head=False)}
+    decoders = {
+        "plain": replace(decoder, target=replace(decoder.target, capture=()), draft=None, proposals=0, use_head=False)
+    }
     decoders["speculative"] = decoder
     if decoder.use_head:
         decoders["head_off"] = replace(decoder, use_head=False)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
@@ -132,9 +133,10 @@ def regenerate(
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
-        settings: what made the answers; a partial file of other settings is refused.
-        progress: called before the first batch and after each one, with prompts done, prompts in all and tokens
-            written by this start.
+        settings: what makes the answers, a partial file of other settings is refused; its
+            `chat_template_kwargs`, if any, are what the template is told.
+        progress: called before the first batch and after each, with prompts done, all prompts and
+            tokens written by this start.
     Returns:
         How many answers there are, and how many of them end without a stop token.
     Raises:
@@ -148,12 +150,13 @@ def regenerate(
     partial = answers_path.with_name(answers_path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     finished = _answered_lines(partial, settings)
-    prompts = [(line, messages, encode_prompt(messages, tokenizer)) for line, messages in usable]
+    kwargs = settings.get(KWARGS, NO_KWARGS)
+    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     left = [prompt for prompt in prompts if prompt[0] not in finished]
     slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
-    before, written = len(finished), 0
-    progress(before, len(prompts), written)
+    written = 0
+    progress(len(finished), len(prompts), written)
     with partial.open("a", encoding="utf-8") as file:
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
@@ -194,9 +197,12 @@ def _answered_lines(partial: Path, settings: dict[str, Any]) -> dict[int, bool]:
     if not partial.exists():
         return {}
     records = list(_whole_lines(partial))
+    settings = {KWARGS: {}, **settings}
     for record in records:
-        if record["generator"] != settings:
-            raise InputError(f"{partial}: made with {record['generator']}, not {settings}; remove it to start again")
+        made_with = {KWARGS: {}, **record["generator"]}  # older files do not say
+        # As text: to a chat template 0 and false are two things, in Python they are equal.
+        if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
+            raise InputError(f"{partial}: made with {made_with}, not {settings}; remove it to start again")
     beside = partial.with_name(partial.name + ".new")
     beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     beside.replace(partial)

@@ -15,8 +15,12 @@ import numpy as np
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
+from domino_jax.kernels import cache as kv_cache
+from domino_jax.kernels.cache import Cache
+from domino_jax.kernels.largest import most_likely
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.model_config import DraftConfig
-from domino_jax.target.model import Cache, Target, empty_cache, lm_head_weight, most_likely, vocabulary_logits
+from domino_jax.target.model import LayerCaches, Target, lm_head_weight
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -43,7 +47,7 @@ class Decoder:
 
 
 class Weights(NamedTuple):
-    """Parameters of the target, layers apart, and of the draft (None for plain decoding)."""
+    """Parameters of the target, in the form it takes, and of the draft (None for plain decoding)."""
 
     target: Any
     draft: Any = None
@@ -63,7 +67,7 @@ class DecodeState(NamedTuple):
     finished: jax.Array
     committed: jax.Array
     verifications: jax.Array
-    target_cache: tuple[Cache, ...]
+    target_cache: LayerCaches
     draft_cache: tuple[Cache, ...]
     key: jax.Array
 
@@ -91,7 +95,8 @@ def make_decoder(
     """
     cfg = target.cfg
     if draft is None:
-        return Decoder(Target(cfg), temperature=temperature, stop_ids=tuple(stop_ids))
+        plain = replace(target, capture=())
+        return Decoder(plain, temperature=temperature, stop_ids=tuple(stop_ids))
     for name in ("hidden_size", "vocab_size"):
         found, expected = getattr(draft.cfg, name), getattr(cfg, name)
         if found != expected:
@@ -100,7 +105,7 @@ def make_decoder(
     if layers != cfg.num_hidden_layers:
         raise ValueError(f"the draft reads a target of {layers} layers, this one has {cfg.num_hidden_layers}")
     return Decoder(
-        Target(cfg, capture=draft.cfg.target_layer_ids),
+        replace(target, capture=draft.cfg.target_layer_ids),
         draft,
         proposals=number_of_proposals(draft.cfg, proposals),
         use_head=use_head and draft.cfg.projector_type == "domino",
@@ -173,7 +178,7 @@ def _prefill(
     slots: int,
 ) -> DecodeState:
     batch, padded = prompts.shape
-    cache = empty_cache(decoder.target.cfg, batch=batch, slots=slots)
+    cache = decoder.target.empty_cache(batch=batch, slots=slots)
     out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)
     last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = vocabulary_logits(last, lm_head_weight(weights.target))
@@ -181,7 +186,7 @@ def _prefill(
     first = _pick(decoder, draw, logits)
     draft_cache: tuple[Cache, ...] = ()
     if decoder.draft is not None:
-        draft_cache = empty_cache(decoder.draft.cfg, batch=batch, slots=slots)
+        draft_cache = decoder.draft.empty_cache(batch=batch, slots=slots)
         draft_cache = _remember(decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths))
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
     tokens = _write_tokens(tokens, first[:, None], lengths)
@@ -249,7 +254,7 @@ def _remember(
     positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     variables = {"params": weights.draft}
     new = decoder.draft.apply(variables, features, positions, method=DraftModel.context)  # type: ignore[union-attr]
-    return tuple(old.write(keys, values, begin) for old, (keys, values) in zip(cache, new, strict=True))
+    return tuple(kv_cache.write(old, keys, values, begin) for old, (keys, values) in zip(cache, new, strict=True))
 
 
 def _draft(
@@ -265,7 +270,7 @@ def _draft(
     noise = jnp.where(offsets == 0, bonus[:, None], cfg.mask_token_id)
     used = jnp.ones((bonus.shape[0], 1), bool)
     hidden = model.block_states(
-        tuple(layer.by_row(bonus.shape[0]) for layer in state.draft_cache),
+        state.draft_cache,
         jnp.take(embedding, noise, axis=0)[:, None],
         (anchors[:, None] + offsets)[:, None],
         layer_spans(cfg, anchors[:, None], used),

@@ -6,14 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.draft.attention import block_attention
 from domino_jax.draft.head import DominoHead
-from domino_jax.draft.mask import ContextSpan, layer_spans
+from domino_jax.draft.mask import layer_spans
+from domino_jax.kernels.block_attention import ContextSpan, block_attention
+from domino_jax.kernels.cache import Cache, empty_cache
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
-
-KeysValues = tuple[jax.Array, jax.Array]
 
 
 class DraftLayer(nn.Module):
@@ -34,7 +33,7 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.cfg.rms_norm_eps)
         self.mlp = SwiGLU(self.cfg)
 
-    def __call__(self, x: jax.Array, context: KeysValues, tables: Rotary, span: ContextSpan) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Cache, tables: Rotary, span: ContextSpan) -> jax.Array:
         """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `span` is the context that they see."""
         normed = self.input_layernorm(x)
         own = self.self_attn.keys_values(normed, tables)
@@ -42,9 +41,9 @@ class DraftLayer(nn.Module):
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
-    def context_keys_values(self, context: jax.Array, tables: Rotary) -> KeysValues:
+    def context_keys_values(self, context: jax.Array, tables: Rotary) -> Cache:
         """Keys and values of context states, [B, S, D] -> two [B, KV, S, head_dim]; the context is not normed here."""
-        return self.self_attn.keys_values(context, tables)
+        return Cache(*self.self_attn.keys_values(context, tables))
 
 
 class DraftModel(nn.Module):
@@ -88,7 +87,7 @@ class DraftModel(nn.Module):
         """
         return self.block_states(self.context(features, context_positions), embeddings, positions, spans)
 
-    def context(self, features: jax.Array, positions: jax.Array) -> tuple[KeysValues, ...]:
+    def context(self, features: jax.Array, positions: jax.Array) -> tuple[Cache, ...]:
         """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
         states = self.hidden_norm(self.fc(features))
         tables = rotary(positions, self.cfg)
@@ -96,7 +95,7 @@ class DraftModel(nn.Module):
 
     def block_states(
         self,
-        context: tuple[KeysValues, ...],
+        context: tuple[Cache, ...],
         embeddings: jax.Array,
         positions: jax.Array,
         spans: Mapping[str, ContextSpan],
@@ -109,6 +108,10 @@ class DraftModel(nn.Module):
         for layer, kind, keys_values in zip(self.layers, self.cfg.attention_types, context, strict=True):
             x = layer(x, keys_values, tables, spans[kind])
         return self.norm(x).reshape(batch, blocks, size, width)
+
+    def empty_cache(self, *, batch: int, slots: int) -> tuple[Cache, ...]:
+        """A cache of zeros for the context of each layer, in the compute dtype."""
+        return tuple(empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.cfg.num_hidden_layers))
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
         """The positions that predict, [B, N, K, D] -> [B, N, M, D]: all with `shift_label`, else all but the anchor."""

@@ -22,8 +22,8 @@ class Blocks(NamedTuple):
     """The drawn blocks of a batch.
 
     `noise_ids` int32 [B, N, K] is the anchor's token followed by mask tokens, `positions` int32 [B, N, K] its rotary
-    positions. Prediction m of a block is the token at `anchor + 1 + m`: `target_ids` int32 [B, N, M], supervised where
-    `mask` bool [B, N, M]; `previous_ids` int32 [B, N, M] is the token just before it.
+    positions. Prediction m of a block is the token at `anchor + 1 + m`: `target_ids` int32 [B, N, M], supervised by
+    `mask` float32 [B, N, M], its share of the loss; `previous_ids` int32 [B, N, M] is the token just before it.
     """
 
     noise_ids: jax.Array
@@ -102,7 +102,7 @@ def make_blocks(
 
     Args:
         input_ids: int [B, S].
-        loss_mask: [B, S], supervised tokens.
+        loss_mask: [B, S], supervised tokens, or the share in which each is.
         anchors: int32 [B, N].
         keep: bool [B, N], False for an unused slot.
         block_size: K.
@@ -132,13 +132,13 @@ def make_blocks(
     if prefix_lengths is not None:
         inside &= 1 + predictions >= prefix_lengths[..., None]
     clamped = jnp.minimum(label_index, length - 1)
-    supervised = _gather(loss_mask, clamped) > 0.5
+    supervised = _gather(loss_mask, clamped).astype(jnp.float32)
     return Blocks(
         noise_ids=noise_ids.astype(jnp.int32),
         positions=first[..., None] + offsets,
         previous_ids=_gather(input_ids, jnp.minimum(label_index - 1, length - 1)),
         target_ids=_gather(input_ids, clamped),
-        mask=keep[..., None] & inside & supervised,
+        mask=jnp.where(keep[..., None] & inside, supervised, 0.0),
     )
 
 
@@ -162,26 +162,6 @@ def document_ids(seq_lens: jax.Array, length: int) -> jax.Array:
     """The document each position of a packed row belongs to, int32 [B, length], from lengths [B, documents]."""
     ends = jnp.cumsum(seq_lens, axis=1)
     return jnp.sum(ends[:, None, :] <= jnp.arange(length)[None, :, None], axis=-1).astype(jnp.int32)
-
-
-def position_weights(mask: jax.Array, *, gamma: float | None, prefix_lengths: jax.Array | None = None) -> jax.Array:
-    """Loss weights that decay along the block.
-
-    Args:
-        mask: bool [B, N, M], supervised predictions.
-        gamma: decay length in positions; None or a value <= 0 means no decay.
-        prefix_lengths: int32 [B, N]; the decay then begins at the first position that is not shown.
-    Returns:
-        float32 [B, N, M], `mask * exp(-m / gamma)`, with a prefix of l positions `mask * exp(-(m + 1 - l) / gamma)`.
-    Source: DFlash (arXiv:2602.06036), equation 4; NeMo AutoModel 0.7.0, `_variable_prefix_loss`.
-    """
-    weights = mask.astype(jnp.float32)
-    if gamma is None or gamma <= 0:
-        return weights
-    distance = jnp.arange(mask.shape[-1])
-    if prefix_lengths is not None:
-        distance = jnp.maximum(distance + 1 - prefix_lengths[..., None], 0)
-    return weights * jnp.exp(-distance.astype(jnp.float32) / gamma)
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:  # [B, S], [B, ...] -> [B, ...]

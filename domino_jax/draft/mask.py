@@ -1,21 +1,10 @@
 """Which keys a draft block sees: a span of the context per query, and the dense mask that spells out all of it."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
+from domino_jax.kernels.block_attention import ContextSpan
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
-
-
-class ContextSpan(NamedTuple):
-    """The context positions j that a query of a block sees, `first <= j < end`.
-
-    Both int32 [B, N, Q]; Q is 1 where all queries of a block see the same, and K for `first` with a window.
-    """
-
-    first: jax.Array
-    end: jax.Array
 
 
 def context_span(

@@ -22,6 +22,15 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
     Vocabulary and depth are those of the target, integers and booleans are such, and both `emb_dim`s and `block_size`s
     are equal in every export; only what a `DraftConfig` can hold and an engine cannot is asked here.
 
+    The target's last layer is read after the final norm here, in z-lab's dflash, in NeMo's
+    `spec_generate` and with SpecForge's Hugging Face backend: all take `hidden_states[id + 1]`.
+    Before the norm it is taken by vLLM (`hidden_states + residual` after the layer), by SGLang (the
+    same, where the model has that place at all) and by NeMo's trainer (a hook on the layer).
+
+    A plain DFlash draft with `shift_label` is for readers of `sample_from_anchor`: speculators, and
+    sglang-jax with `--speculative-sample-from-anchor`. vLLM's DFlash refuses the key (#54154 is to
+    read it), SGLang's passes over it (#40203 likewise), the others do not have it.
+
     Args:
         config: the draft.
         engine: one of `ENGINES`.
@@ -30,8 +39,9 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
         One reason per line, what was found and what the engine does; empty where it reads the draft as it is meant.
     Raises:
         ValueError: another engine.
-    Source: SGLang of 2026-08 (#34524, #36899), vLLM of 2026-08 (`qwen3_dflash.py`), NeMo AutoModel 0.7.0, SpecForge
-        0.2.0, z-lab's dflash 0.1.0.
+    Source: SGLang of 2026-08 (#34524, #36899, #32204), vLLM of 2026-08 (`qwen3_dflash.py`, #46788),
+        NeMo AutoModel 0.7.0 (`HFDFlashTargetModel`), SpecForge 0.2.0 (`DFlashCapturePolicy`), z-lab's
+        dflash 0.1.0.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, found {engine!r}")
@@ -76,6 +86,11 @@ def _transform(name: str) -> Callable[[DraftConfig, str], str | None]:
     return found
 
 
+def _last_layer(config: DraftConfig, _: str) -> str | None:
+    last, layers = config.num_target_layers - 1, config.target_layer_ids
+    return f"target_layer_ids ends with the last layer, {last}" if last in layers else None
+
+
 def _other_prefix(config: DraftConfig, _: str) -> str | None:
     prefix = config.pure_draft_prefix_len
     return f"pure_draft_prefix_len is {prefix}" if config.projector_type == "domino" and prefix != 1 else None
@@ -85,6 +100,8 @@ def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
     return f"dtype is {dtype}" if config.projector_type == "domino" and dtype != "bfloat16" else None
 
 
+_UNNORMED = "before the target's final norm, this draft was trained on it after"
+
 _RULES = (
     _Rule(
         ("vllm", "zlab"),
@@ -93,11 +110,23 @@ _RULES = (
     ),
     _Rule(
         ("vllm", "zlab"),
-        _when(lambda config: config.shift_label, "shift_label is true"),
+        _when(lambda config: config.shift_label and config.projector_type == "domino", "shift_label is true"),
         "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
+    ),
+    _Rule(
+        ENGINES,
+        _when(lambda config: config.shift_label and config.projector_type is None, "shift_label is true"),
+        "it drafts plain DFlash from the second position of a block on and does not know sample_from_anchor, "
+        "block position 0 already predicts anchor + 1",
     ),
     _Rule(("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"),
     _Rule(("sglang",), _other_dtype, "its Domino head runs in bfloat16 only"),
+    _Rule(("sglang", "vllm"), _last_layer, f"it takes that layer {_UNNORMED}"),
+    _Rule(
+        ("nemo",),
+        _last_layer,
+        f"its trainer takes that layer {_UNNORMED}, only its spec_generate reads what this draft does",
+    ),
     _Rule(("nemo",), _sliding("causal"), "it never reads is_causal and looks both ways inside the block"),
     _Rule(("specforge",), _sliding("bidirectional"), "it looks only back inside the block of a sliding layer"),
     *(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
+from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
 from domino_jax.strict import InputError, from_tree
@@ -29,6 +30,7 @@ from domino_jax.target.load import (
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
+SHIFTED_DFLASH = "sample_from_anchor"  # what readers of plain DFlash call shift_label
 OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
 
 
@@ -52,7 +54,12 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
 
 
 def save_hf_draft(
-    path: str | Path, config: DraftConfig, params: Any, *, dtype: str = "bfloat16", chat_template: str | None = None
+    path: str | Path,
+    config: DraftConfig,
+    params: Any,
+    *,
+    dtype: str = "bfloat16",
+    chat_template: ChatTemplate | None = None,
 ) -> None:
     """Writes `config.json` and safetensors (sharded with an index above 5 GB) that every reader accepts.
 
@@ -63,8 +70,8 @@ def save_hf_draft(
         config: the draft.
         params: tree of arrays as `load_hf_draft` returns it.
         dtype: type of the stored tensors, "bfloat16" or "float32".
-        chat_template: sha256 of the template that the draft was trained with, in hex; written beside the other keys
-            for `recorded_template`, other readers pass over it.
+        chat_template: what the draft was trained with; written beside the other keys for
+            `recorded_template`, other readers pass over it.
     Raises:
         InputError: the directory is in use, or parameters and config disagree.
     """
@@ -77,8 +84,10 @@ def save_hf_draft(
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
-        template = {} if chat_template is None else {TEMPLATE_KEY: chat_template}
-        (staging / "config.json").write_text(json.dumps(_to_json(config, dtype) | template, indent=2) + "\n")
+        tree = _to_json(config, dtype)
+        if chat_template is not None:
+            tree |= {TEMPLATE_KEY: chat_template.sha256, KWARGS: dict(chat_template.kwargs)}
+        (staging / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
         _write_shards(staging, tensors)
         _check_reads_back(staging, config, tensors)
         staging.replace(path)
@@ -107,16 +116,20 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     return config, flax.traverse_util.unflatten_dict(tree)
 
 
-def recorded_template(path: str | Path) -> str | None:
-    """sha256 of the chat template that the draft in a directory was trained with; None where its writer kept none.
+def recorded_template(path: str | Path) -> ChatTemplate | None:
+    """The chat template that a draft was trained with; None where its writer recorded none.
 
     Raises:
-        InputError: no readable config.json, or something else under the key.
+        InputError: no readable config.json, or something else under its keys.
     """
-    found = read_json(Path(path) / "config.json").get(TEMPLATE_KEY)
-    if found is not None and not isinstance(found, str):
-        raise InputError(f"{path}/config.json: {TEMPLATE_KEY} is {found!r}, expected text")
-    return found
+    place = Path(path) / "config.json"
+    tree = read_json(place)
+    found = tree.get(TEMPLATE_KEY)
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise InputError(f"{place}: {TEMPLATE_KEY} is {found!r}, expected text")
+    return ChatTemplate(found, recorded_kwargs(tree, place=str(place)))
 
 
 def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> dict[str, np.ndarray]:
@@ -180,6 +193,8 @@ def _to_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
     # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a full one is not.
     if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
         top["is_causal"] = dflash["causal"] = False
+    if config.shift_label and config.projector_type is None:
+        top[SHIFTED_DFLASH] = dflash[SHIFTED_DFLASH] = True
     if config.projector_type is not None:
         dflash["projector_type"] = config.projector_type
         dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
@@ -259,6 +274,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
     projector = nested.get("projector_type")
     optional: dict[str, Any] = _windows(tree, nested, place=place)
+    optional["shift_label"] = _shift_label(tree, nested, place=place)
     for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
         if nested.get(key) is not None:
             optional[key] = float(value(key, nested, kind=(float, int)))
@@ -267,8 +283,6 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             "emb_dim": value("emb_dim", nested, tree, kind=int),
             "gru_hidden_dim": value("gru_hidden_dim", nested, tree, kind=int),
             "pure_draft_prefix_len": value("pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int),
-            # A guess here costs nearly all acceptance, so there is no default.
-            "shift_label": value("shift_label", nested, kind=bool),
         }
     integers = (
         "vocab_size",
@@ -296,6 +310,29 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
+
+
+def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> bool:
+    """Whether the first position of a block predicts too, by either name; plain DFlash without a word does not.
+
+    Source: vLLM's speculators (#760), which write `sample_from_anchor` at the top and have false as its default.
+    """
+    named = {
+        "dflash_config.shift_label": nested.get("shift_label"),
+        f"dflash_config.{SHIFTED_DFLASH}": nested.get(SHIFTED_DFLASH),
+        SHIFTED_DFLASH: tree.get(SHIFTED_DFLASH),
+    }
+    found = {name: value for name, value in named.items() if value is not None}
+    for name, value in found.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{place}: {name} is {value!r}, expected true or false")
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
+        raise InputError(f"{place}: {said}: names of one layout of the block, expected the same value")
+    # A guess here costs nearly all acceptance, so there is no default with the head.
+    if not found and nested.get("projector_type") is not None:
+        raise InputError(f"{place}: shift_label is missing")
+    return any(found.values())
 
 
 def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> dict[str, Any]:

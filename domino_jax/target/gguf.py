@@ -11,21 +11,18 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import gguf
 import numpy as np
-import platformdirs
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from domino_jax.strict import InputError
-from domino_jax.target.load import (
-    check_tensors,
-    expected_tensors,
-    read_decoder_config,
-    write_safetensors,
-)
+from domino_jax.target.load import check_tensors, expected_tensors, read_decoder_config, write_safetensors
 
+if TYPE_CHECKING:
+    import gguf
+
+# gguf and platformdirs are imported where they are used: a directory as a target needs neither.
 Progress = Callable[[str], None]
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -98,6 +95,8 @@ def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) ->
         raise InputError(f"{path}: a GGUF file is converted once: run `domino target {path} DIR`, then give DIR")
     if str(name_or_path) not in BUILT_IN:
         raise InputError(f"{name_or_path}: no such directory, and no built-in target; known: {', '.join(BUILT_IN)}")
+    import platformdirs
+
     directory = platformdirs.user_cache_path("domino_jax") / "targets" / str(name_or_path)
     if not (directory / "config.json").is_file():
         built_in = BUILT_IN[str(name_or_path)]
@@ -153,7 +152,7 @@ class _Source:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: list[gguf.ReaderTensor]
+    tensors: "list[gguf.ReaderTensor]"
 
     def need(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """The value of a key that must be there and of this type."""
@@ -173,6 +172,8 @@ class _Source:
 
 
 def _open(path: Path) -> _Source:
+    import gguf
+
     try:
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -238,6 +239,8 @@ def _config(source: _Source) -> dict[str, Any]:
 
 def _tensors(source: _Source, config: dict[str, Any], progress: Progress) -> dict[str, np.ndarray]:
     """All weights dequantised to float32 under their Hugging Face names, [out, in]."""
+    import gguf
+
     total = len(source.tensors)
     tensors = {}
     for index, tensor in enumerate(source.tensors, start=1):
@@ -280,6 +283,8 @@ def _half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, with its special tokens."""
+    import gguf
+
     model, pre = source.metadata.get("tokenizer.ggml.model"), source.metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise InputError(

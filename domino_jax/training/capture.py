@@ -85,6 +85,7 @@ def capture(
         dtype=dtype,
         compute_dtype=config.dtype,
         max_length=config.data.max_length,
+        chat_template_kwargs=config.data.chat_template_kwargs,
         mask_reasoning_content=config.data.mask_reasoning_content,
         target_states=target_states,
         row_lengths=tuple(len(row.input_ids) for row in rows),
@@ -97,8 +98,7 @@ def capture(
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
         states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
-        if missing:
-            say("compiling")
+        say("compiling" if missing else "every shard is there")
         written, began = 0, time.monotonic()
         for index in missing:
             first = sum(manifest.shard_rows[:index])
@@ -152,11 +152,10 @@ class _CapturedStates:
     """Rows -> the same rows with what the target computed for them; one compiled program."""
 
     def __init__(self, target: LoadedTarget, manifest: Manifest, mesh: Mesh, *, batch_size: int) -> None:
-        config, params = target.config, target.params
-        if not manifest.target_states:
-            config, params = first_layers(config, params, max(manifest.target_layer_ids) + 1)
-        model = Target(config, capture=manifest.target_layer_ids, scan_layers=True)
-        self._params = place_target(model, params, mesh)
+        layers = manifest.target_layer_ids
+        depth = target.config.num_hidden_layers if manifest.target_states else max(layers) + 1
+        model = Target(target.config, capture=layers, depth=depth, scan_layers=True)
+        self._params = place_target(model, first_layers(target.params, depth), mesh)
         self._put = functools.partial(device_batch, mesh, micro_batches=1)
         self._batch_size, self._max_length = batch_size, manifest.max_length
 

@@ -1,16 +1,15 @@
 """Orbax checkpoints of a run: draft, optimiser, data position, and what a reader needs to use the draft alone."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from domino_jax.data.template import ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, from_tree
@@ -18,16 +17,11 @@ from domino_jax.training.step import TrainState
 
 
 class DraftRecord(NamedTuple):
-    """A draft and where it belongs: `target` is a built-in name or a directory, `chat_template` its hash."""
+    """A draft, the built-in name or directory of its target, and the template of its rows."""
 
     config: DraftConfig
     target: str
-    chat_template: str
-
-
-def template_hash(tokenizer: Any) -> str:
-    """sha256 of a tokenizer's chat template, in hex."""
-    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    chat_template: ChatTemplate
 
 
 def open_checkpoints(run_dir: str | Path, *, keep: int = 2) -> ocp.CheckpointManager:
@@ -48,6 +42,8 @@ def save_checkpoint(
     checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any, record: DraftRecord, *, wait: bool = False
 ) -> None:
     """Saves state and data position under the state's step, in the background unless `wait`."""
+    import grain.checkpoint
+
     items: dict[str, Any] = {
         "params": ocp.args.StandardSave(state.params),
         "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -77,6 +73,8 @@ def restore_checkpoint(
         InputError: the checkpoint holds an imported draft without optimiser state, or its draft, target or chat
             template is not the one of `record`: the target's files have changed since.
     """
+    import grain.checkpoint  # here: a draft alone is read without it
+
     step = checkpoints.latest_step()
     if step is None:
         return None
@@ -128,8 +126,10 @@ def load_draft(run_dir: str | Path) -> tuple[DraftRecord, Any, int]:
 
 def _read_record(checkpoints: ocp.CheckpointManager, step: int) -> DraftRecord:
     stored = checkpoints.restore(step, args=ocp.args.Composite(draft=ocp.args.JsonRestore()))["draft"]
-    config = from_tree(DraftConfig, stored["config"], place=f"{checkpoints.directory}/{step}/draft")
-    return DraftRecord(config, stored["target"], stored["chat_template"])
+    place = f"{checkpoints.directory}/{step}/draft"
+    config = from_tree(DraftConfig, stored["config"], place=place)
+    template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=place))
+    return DraftRecord(config, stored["target"], template)
 
 
 def _item_names(checkpoints: ocp.CheckpointManager, step: int) -> set[str]:
@@ -140,5 +140,5 @@ def _record_json(record: DraftRecord) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(record.config),
         "target": record.target,
-        "chat_template": record.chat_template,
+        **record.chat_template.as_json(),
     }

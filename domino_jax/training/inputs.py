@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,9 @@ from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.model import Target, stack_layers
 from domino_jax.training.step import Batch
+
+if TYPE_CHECKING:
+    import grain
 
 Say = Callable[[str], None]
 
@@ -53,7 +55,11 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
         InputError: the file cannot be read or gives no row.
     """
     rows, bad_lines, unfinished = load_rows(
-        path, tokenizer, max_length=data.max_length, mask_reasoning_content=data.mask_reasoning_content
+        path,
+        tokenizer,
+        max_length=data.max_length,
+        chat_template_kwargs=data.chat_template_kwargs,
+        mask_reasoning_content=data.mask_reasoning_content,
     )
     for bad in bad_lines[:5]:
         say(f"{path}:{bad.line}: {bad.reason}")
@@ -87,6 +93,7 @@ def read_features(config: RunConfig, target: Path, tokenizer: Any, draft: DraftC
         "tokenizer": tokenizer_fingerprint(target, tokenizer),
         "target_layer_ids": draft.target_layer_ids,
         "max_length": data.max_length,
+        "chat_template_kwargs": data.chat_template_kwargs,
         "mask_reasoning_content": data.mask_reasoning_content,
     }
     check_manifest(data.features, rows.manifest, asked)
@@ -102,7 +109,7 @@ def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
     return InputRows(rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None)
 
 
-def training_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetIterator:
+def training_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """The endless shuffled batches of this process, each of all micro-batches of a step (see `row_batches`)."""
     return row_batches(
         inputs.rows,
@@ -114,7 +121,7 @@ def training_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetItera
     )
 
 
-def evaluation_batches(inputs: InputRows, config: RunConfig) -> grain.DatasetIterator:
+def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """One pass over held-out rows (see `heldout_batches`)."""
     size = config.data.batch_size // jax.process_count()
     return heldout_batches(inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs)

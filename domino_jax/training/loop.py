@@ -1,9 +1,10 @@
 """A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import LossConfig, RunConfig, dump_config
+from domino_jax.config import LossConfig, RunConfig, dump_config, load_config
+from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
@@ -33,7 +35,6 @@ from domino_jax.training.checkpoint import (
     open_checkpoints,
     restore_checkpoint,
     save_checkpoint,
-    template_hash,
 )
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.inputs import (
@@ -49,6 +50,7 @@ from domino_jax.training.inputs import (
 )
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.modules import build_trainer
+from domino_jax.training.objectives import resolved_loss
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.step import (
     Batch,
@@ -122,6 +124,8 @@ def train(
 
 def prepare(config: RunConfig, *, console: Console) -> Run:
     """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
+    loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
+    config = replace(config, loss=loss)
     directory = Path(config.run_dir)
     started = has_checkpoint(directory)
     _claim(directory, config, started=started)
@@ -143,12 +147,12 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
     whole = config.loss.kl_weight > 0  # the target's own distribution needs its last layer
     depth = target.config.num_hidden_layers if whole else max(draft_config.target_layer_ids) + 1
-    needed, target_params = first_layers(target.config, target.params, depth)
+    target_params = first_layers(target.params, depth)
     if not target_runs:
         target_params = {name: leaf for name, leaf in target_params.items() if name in TABLES}
     program = Program(
         trainer=build_trainer(draft_config, **_trainer_options(config.loss)),
-        target=Target(needed, capture=draft_config.target_layer_ids, scan_layers=True),
+        target=Target(target.config, capture=draft_config.target_layer_ids, depth=depth, scan_layers=True),
         optimizer=make_optimizer(config.optimizer, total_steps),
         curriculum=lambda_base_schedule(
             total_steps, lambda_start=config.loss.lambda_start, decay_ratio=config.loss.decay_ratio
@@ -156,6 +160,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         seed=config.seed,
         ema_decay=config.optimizer.ema_decay,
     )
+    template = chat_template(tokenizer, data.chat_template_kwargs)
     mesh = run_mesh(config)
     layers_from = target.params if config.draft.init_layers_from_target else None
     init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
@@ -164,7 +169,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         directory=directory,
         rows=rows,
         heldout=heldout,
-        record=DraftRecord(draft_config, config.target, template_hash(tokenizer)),
+        record=DraftRecord(draft_config, config.target, template),
         program=program,
         mesh=mesh,
         target_params=place_target(program.target, target_params, mesh),
@@ -184,8 +189,9 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
 
 def _trainer_options(loss: LossConfig) -> dict[str, Any]:
     """The settings of a loss that are fields of the trainer module; the rest is the curriculum's."""
-    curriculum = ("lambda_start", "decay_ratio")
-    return {name: value for name, value in vars(loss).items() if name not in curriculum}
+    other = ("lambda_start", "decay_ratio", "options")
+    fields = {name: value for name, value in vars(loss).items() if name not in other}
+    return fields | {"loss_options": FrozenDict(loss.options)}
 
 
 def _state_at_start(
@@ -354,7 +360,14 @@ def _claim(directory: Path, config: RunConfig, *, started: bool) -> None:
         beside.write_text(dump_config(config))
         beside.replace(path)
         return
-    before, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(dump_config(config)))
+    try:
+        started_as = load_config(path)
+    except InputError as error:
+        raise InputError(
+            f"{error}: the run was started by another version of this program and cannot be resumed by this one; "
+            "use another run_dir, which may begin with the old run's export (draft.init_from)"
+        ) from error
+    before, now = (_flat(dataclasses.asdict(one)) for one in (started_as, config))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -1,26 +1,39 @@
 """The trainer modules: a draft, its blocks and its loss behind one call, with the reference's metrics."""
 
+import functools
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
+from domino_jax.config import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.blocks import (
     Blocks,
     Packing,
     anchor_candidates,
     make_blocks,
-    position_weights,
     sample_anchors,
-    sample_prefix_lengths,
 )
 from domino_jax.draft.mask import layer_spans
+from domino_jax.kernels.vocabulary_loss import (
+    Labels,
+    Objective,
+    States,
+    Tables,
+    TokenLoss,
+    VocabularyLoss,
+    vocabulary_loss,
+)
 from domino_jax.model_config import DraftConfig
-from domino_jax.training.loss import Objective, TokenLoss, VocabularyLoss, acceptance_stats, vocabulary_loss
-from domino_jax.training.objectives import OBJECTIVES, loss_divisor
+from domino_jax.strict import require
+from domino_jax.training.loss import acceptance_stats, dual_loss, position_weights
+from domino_jax.training.objectives import check_objective, checked_options, loss_divisor, objective_named
 
 Anchors = tuple[jax.Array, jax.Array]  # positions int32 [B, N] and which slots hold one, bool [B, N]
 
@@ -68,10 +81,9 @@ class DFlashTrainerModule(nn.Module):
         block_size: K.
         num_anchors: N, slots per row.
         loss_decay_gamma: decay of the position weights, None for none.
-        loss_type: a row of `OBJECTIVES`.
-        prefix_weight_base: of "variable_prefix" (see `sample_prefix_lengths`).
-        dpace_alpha: smoothing of the "dpace" rows.
-        normalize: divisor of the loss (see `loss_divisor`), None for the row's own.
+        loss_type: name of an objective (`objectives.py`).
+        loss_options: the objective's own parameters, by name.
+        normalize: divisor of the loss (see `loss_divisor`), None for the objective's own.
         kl_weight: share of the divergence from the target's distribution in each token's loss.
         anchor_rule: "nemo" or "specforge" (see `anchor_candidates`).
         chunk_blocks: memory bound of the vocabulary loss (see `vocabulary_loss`).
@@ -84,18 +96,31 @@ class DFlashTrainerModule(nn.Module):
     num_anchors: int = 512
     loss_decay_gamma: float | None = None
     loss_type: str = "dflash"
-    prefix_weight_base: float = 0.9
-    dpace_alpha: float = 0.5
+    loss_options: Mapping[str, Any] = FrozenDict()
     normalize: str | None = None
     kl_weight: float = 0.0
     anchor_rule: str = "nemo"
     chunk_blocks: int = 16
 
     def __post_init__(self) -> None:
-        """Refuses an objective that does not exist."""
+        """Refuses what a run's config refuses, and fields that contradict the draft's config."""
         super().__post_init__()
-        if self.loss_type not in OBJECTIVES:
-            raise ValueError(f"loss_type must be one of {', '.join(OBJECTIVES)}, found {self.loss_type!r}")
+        cfg = self.draft_model.cfg
+        for name in ("block_size", "mask_token_id"):
+            here, there = getattr(self, name), getattr(cfg, name)
+            require(here == there, f"{name} is {here} here and {there} in the draft's config")
+        rules = ", ".join(ANCHOR_RULES)
+        require(self.anchor_rule in ANCHOR_RULES, f"anchor_rule must be one of {rules}, found {self.anchor_rule!r}")
+        require(0 <= self.kl_weight <= 1, f"kl_weight must lie in 0..1, found {self.kl_weight}")
+        require(self.num_anchors >= 1, f"num_anchors must be at least 1, found {self.num_anchors}")
+        require(self.chunk_blocks >= 0, f"chunk_blocks must be 0 or more, found {self.chunk_blocks}")
+        check_objective(
+            self.loss_type,
+            self.loss_options,
+            normalize=self.normalize,
+            gamma=self.loss_decay_gamma,
+            domino=cfg.projector_type is not None,
+        )
 
     def __call__(
         self,
@@ -115,21 +140,25 @@ class DFlashTrainerModule(nn.Module):
         """Loss and metrics of a batch; arguments as in `DominoTrainerModule.__call__`, without `lambda_base`."""
         packing = _packing(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
-        prefix_lengths = self.draw_prefix_lengths(anchors[0]) if self.loss_type == "variable_prefix" else None
+        prefix_lengths = self.draw_prefix_lengths(anchors[0])
         blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths)
-        loss = self._vocabulary_loss(hidden, blocks, weights, lm_head, anchors, target_states=target_states)
+        wanted = self._wanted_states(target_states, anchors)
+        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
+        loss = self._dual_loss(States(hidden), Tables(lm_head), labels)
         divisor = self._divisor(weights, blocks)
         return DFlashStepMetrics(
             loss=loss.total / (divisor + 1e-6), loss_weight=divisor, **_prediction_metrics(loss.final, blocks)
         )
 
-    def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array:
-        """Prefixes for blocks at the anchors, int32 [B, N] both, drawn with the rng stream "anchors"."""
-        return sample_prefix_lengths(
-            self.make_rng("anchors"), anchors.shape, block_size=self.block_size, weight_base=self.prefix_weight_base
-        )
+    def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array | None:
+        """Prefixes for blocks at the anchors, int32 [B, N] both; None where the objective shows the anchor alone."""
+        draw = objective_named(self.loss_type).prefix_lengths
+        if draw is None:
+            return None
+        options = checked_options(self.loss_type, self.loss_options)
+        return draw(self.make_rng("anchors"), anchors.shape, options, block_size=self.block_size)
 
     def _anchors(
         self,
@@ -187,47 +216,48 @@ class DFlashTrainerModule(nn.Module):
         return self.draft_model.prediction_states(states)
 
     def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
-        """The target's states that predict the labels, [B, S, D] -> [B, N, M, D]; None where no divergence is asked."""
-        if self.kl_weight == 0:
-            return None
-        if target_states is None:
+        """The target's states that predict the labels, [B, S, D] -> [B, N, M, D]; None where nothing reads them."""
+        if self.kl_weight > 0 and target_states is None:
             raise ValueError("kl_weight needs target_states, the target's states after its final norm")
+        reads = self.kl_weight > 0 or objective_named(self.loss_type).cost is not None
+        if not reads or target_states is None:
+            return None
         index = anchors[0][..., None] + jnp.arange(self.draft_model.cfg.num_predictions)
         index = jnp.minimum(index, target_states.shape[1] - 1)
         return jax.vmap(lambda row, at: row[at])(target_states, index)
 
     def _divisor(self, weights: jax.Array, blocks: Blocks) -> jax.Array:
-        normalize = self.normalize or OBJECTIVES[self.loss_type].normalize
+        normalize = self.normalize or objective_named(self.loss_type).normalize
         return loss_divisor(weights, blocks.mask, normalize=normalize)
 
-    def _vocabulary_loss(
-        self,
-        hidden: jax.Array,
-        blocks: Blocks,
-        weights: jax.Array,
-        lm_head: jax.Array,
-        anchors: Anchors,
-        *,
-        target_states: jax.Array | None,
-        **head: Any,
-    ) -> VocabularyLoss:
-        factor, cfg = OBJECTIVES[self.loss_type].factor, self.draft_model.cfg
-        objective = Objective(
-            factor=lambda loss, ids, mask: factor(loss, ids, mask, self.dpace_alpha),
+    def _objective(self) -> Objective:
+        row, cfg = objective_named(self.loss_type), self.draft_model.cfg
+        options = checked_options(self.loss_type, self.loss_options)
+        return Objective(
+            factor=_with_options(row.factor, options),
             kl_weight=self.kl_weight,
-            output_logits=lambda logits: output_logits(cfg, logits),
+            output_logits=functools.partial(output_logits, cfg),
+            cost=_with_options(row.cost, options),
         )
-        return vocabulary_loss(
-            hidden,
-            blocks.target_ids,
-            mask=blocks.mask,
-            weights=weights,
-            lm_head=lm_head,
-            target_states=self._wanted_states(target_states, anchors),
-            objective=objective,
-            chunk_blocks=self.chunk_blocks,
-            **head,
+
+    def _dual_loss(
+        self, states: States, tables: Tables, labels: Labels, *, lambda_base: jax.Array | float = 0.0
+    ) -> VocabularyLoss:
+        objective = self._objective()
+        if objective.cost is None:
+            return vocabulary_loss(
+                states,
+                tables,
+                labels,
+                lambda_base=lambda_base,
+                objective=objective,
+                chunk_blocks=self.chunk_blocks,
+            )
+        warnings.warn(
+            f"loss_type {self.loss_type} reads whole logits: it runs on the definition, which holds all of them",
+            stacklevel=2,
         )
+        return dual_loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
 
 
 class DominoTrainerModule(DFlashTrainerModule):
@@ -248,8 +278,6 @@ class DominoTrainerModule(DFlashTrainerModule):
             raise ValueError(f"DominoTrainerModule needs projector_type 'domino', found {cfg.projector_type!r}")
         if cfg.shift_label != self.shift_label:
             raise ValueError(f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config")
-        if self.loss_type == "variable_prefix":
-            raise ValueError("loss_type 'variable_prefix' is for plain DFlash drafts")
 
     def __call__(
         self,
@@ -294,16 +322,11 @@ class DominoTrainerModule(DFlashTrainerModule):
         head = self.draft_model.head
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
         lambda_base = jnp.asarray(lambda_base, jnp.float32)
-        loss = self._vocabulary_loss(
-            hidden,
-            blocks,
-            weights,
-            lm_head,
-            anchors,
-            target_states=target_states,
-            low_rank=head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids)),
-            expansion=head.expansion,
-            lambda_base=lambda_base,
+        low_rank = head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids))
+        wanted = self._wanted_states(target_states, anchors)
+        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
+        loss = self._dual_loss(
+            States(hidden, low_rank), Tables(lm_head, head.expansion), labels, lambda_base=lambda_base
         )
         divisor = self._divisor(weights, blocks)
         base_metrics = _prediction_metrics(loss.base, blocks)
@@ -341,6 +364,11 @@ def build_trainer(
     return DFlashTrainerModule(DraftModel(config), **options)
 
 
+def _with_options(function: Callable[..., jax.Array] | None, options: Any) -> Callable[..., jax.Array] | None:
+    """A function of an objective with its last argument given."""
+    return None if function is None else lambda *arguments: function(*arguments, options)
+
+
 def _packing(
     position_ids: jax.Array | None, seq_lens: jax.Array | None, doc_remaining: jax.Array | None
 ) -> Packing | None:
@@ -356,9 +384,11 @@ def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:  # [V, D], [...
 
 
 def _prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:
-    valid = jnp.sum(blocks.mask.astype(jnp.float32))
-    correct = jnp.sum(((token_loss.prediction == blocks.target_ids) & blocks.mask).astype(jnp.float32))
-    acceptance = acceptance_stats(token_loss.prediction, blocks.target_ids, blocks.mask)
+    # A fractional mask counts as its share among the tokens, as right from one half, and as there in a block.
+    valid = jnp.sum(blocks.mask)
+    right = (token_loss.prediction == blocks.target_ids) & (blocks.mask > 0.5)
+    correct = jnp.sum(right.astype(jnp.float32))
+    acceptance = acceptance_stats(token_loss.prediction, blocks.target_ids, blocks.mask > 0)
     return {
         "accuracy": correct / jnp.maximum(valid, 1.0),
         "valid_tokens": valid,

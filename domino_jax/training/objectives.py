@@ -1,81 +1,157 @@
-"""The named losses: what each makes of the draft's own predictions, and what a batch's sum is divided by."""
+"""The named objectives: what a prediction costs besides its position weight, and what a batch's sum is divided by.
 
+A row owns everything that is its own: its factor, its options with their defaults and bounds, its divisor, its default
+decay, and how many real tokens a block shows. A new one is a frozen dataclass of options, a function, and a call:
+
+    @dataclass(frozen=True)
+    class FocalOptions:
+        focus: float = 2.0
+
+    def focal(token, labels, options):
+        return (1.0 - jnp.exp(-token.nll)) ** options.focus
+
+    register_objective("focal", factor=focal, options=FocalOptions)
+
+`loss.loss_type: focal` with `loss.options: {focus: 1.0}` then trains with it, with its gradient, at the kernel's speed.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import NORMALIZERS
-from domino_jax.training.loss import TokenLoss
+from domino_jax.config import LossConfig
+from domino_jax.draft.blocks import sample_prefix_lengths
+from domino_jax.kernels.vocabulary_loss import Labels, TokenLoss
+from domino_jax.strict import InputError, from_tree, require
 
-Factor = Callable[[TokenLoss, jax.Array, jax.Array, float], jax.Array]
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of an objective without parameters."""
 
 
-class LossRow(NamedTuple):
-    """One row of `OBJECTIVES`.
+@dataclass(frozen=True)
+class NamedObjective:
+    """One row of the table, as `register_objective` describes it."""
 
-    `factor(token_loss, target_ids, mask, alpha)` multiplies the position weights, float32 [B, N, M]. `normalize` is the
-    default divisor, one of `NORMALIZERS`.
-    """
-
-    factor: Factor
+    options: type
+    factor: Callable[[TokenLoss, Labels, Any], jax.Array] | None
+    cost: Callable[[jax.Array, Labels, jax.Array | None, Any], jax.Array] | None
+    prefix_lengths: Callable[..., jax.Array] | None
     normalize: str
+    loss_decay_gamma: float | None
+    weighs_positions: bool
 
 
-def position_weights_alone(token_loss: TokenLoss, target_ids: jax.Array, mask: jax.Array, alpha: float) -> jax.Array:
-    """1 everywhere: the draft's own predictions change nothing."""
-    del target_ids, mask, alpha
-    return jnp.ones_like(token_loss.nll)
+OBJECTIVES: dict[str, NamedObjective] = {}
 
 
-def dpace_weights(
-    token_loss: TokenLoss, target_ids: jax.Array, mask: jax.Array, alpha: float, *, form: str = "whole"
-) -> jax.Array:
-    """D-PACE: how much a position contributes to the expected length of the accepted prefix.
-
-    With the draft's confidence `q = exp(-nll)` smoothed to `(1 - alpha) q + alpha` and `P_m` the product up to m,
-    position j weighs `sum over m >= j of P_m`.
+def register_objective(
+    name: str,
+    *,
+    factor: Callable[[TokenLoss, Labels, Any], jax.Array] | None = None,
+    cost: Callable[[jax.Array, Labels, jax.Array | None, Any], jax.Array] | None = None,
+    prefix_lengths: Callable[..., jax.Array] | None = None,
+    options: type = NoOptions,
+    normalize: str = "weights",
+    loss_decay_gamma: float | None = 7.0,
+    weighs_positions: bool = False,
+) -> None:
+    """Adds an objective, which `loss.loss_type` and the trainer modules then know by its name.
 
     Args:
-        token_loss: of the logits that are weighted, [B, N, M].
-        target_ids: not read.
-        mask: bool [B, N, M]; other positions neither scale the product nor add to the sum.
-        alpha: smoothing, 0..1.
-        form: "whole", or one of its two factors: "confidence" (`P_j`), "continuation" (`sum / P_j`).
-    Returns:
-        float32 [B, N, M].
-    Source: D-PACE (arXiv:2605.18810), equations 7 and 8; SpecForge 0.2.0 has the same three forms.
+        name: of the objective.
+        factor: `(token_loss, labels, options)` -> float32 [B, n, M] over whole blocks, which multiplies the loss of
+            each prediction. Differentiated with it: stop the gradient where it is a weight and not a loss. None is 1.
+        cost: `(logits, labels, target_logits, options)` -> float32 [B, N, M], in the place of the cross-entropy.
+            It reads whole logits [B, N, M, V], so it runs on the definition, in the memory that those take.
+            `target_logits` are the target's own, or None where its states are not given.
+        prefix_lengths: `(key, shape, options, block_size=K)` -> int32 `shape`, how many positions of each block show
+            their real token and are not supervised; None shows the anchor alone. Plain DFlash only.
+        options: a frozen dataclass of the objective's parameters, with defaults; it refuses bad ones by `InputError`.
+        normalize: default divisor (`loss_divisor`).
+        loss_decay_gamma: default decay of the position weights, None for none.
+        weighs_positions: whether the factor itself says what a position weighs; a decay is then refused.
+    Raises:
+        ValueError: the name is taken.
     """
-    del target_ids
-    smooth = jnp.where(mask, (1.0 - alpha) * jnp.exp(-token_loss.nll) + alpha, 1.0)
-    prefix = jnp.cumprod(smooth, axis=-1)
-    if form == "confidence":
-        return prefix
-    rest = jnp.flip(jnp.cumsum(jnp.flip(prefix * mask, axis=-1), axis=-1), axis=-1)
-    return rest if form == "whole" else rest / jnp.maximum(prefix, jnp.finfo(jnp.float32).tiny)
+    if name in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is already there")
+    OBJECTIVES[name] = NamedObjective(
+        options, factor, cost, prefix_lengths, normalize, loss_decay_gamma, weighs_positions
+    )
 
 
-def accept_until_fail(token_loss: TokenLoss, target_ids: jax.Array, mask: jax.Array, alpha: float) -> jax.Array:
-    """1 up to and with the first wrong prediction of a block, 0 after it: what verification would never reach.
+def objective_named(name: str) -> NamedObjective:
+    """The row of a name, or `InputError` with the names that exist."""
+    require(name in OBJECTIVES, f"loss_type must be one of {', '.join(OBJECTIVES)}, found {name!r}")
+    return OBJECTIVES[name]
 
-    Shapes as in `dpace_weights`; `alpha` is not read.
+
+def checked_options(name: str, options: Mapping[str, Any]) -> Any:
+    """The options of a named objective as its own dataclass.
+
+    Raises:
+        InputError: an unknown objective or option, or a value that the objective refuses.
     """
-    del alpha
-    right = (token_loss.prediction == target_ids) | ~mask
-    reached = jnp.cumprod(right.astype(jnp.float32), axis=-1)
-    return jnp.pad(reached[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+    return from_tree(objective_named(name).options, options, place=f"options of {name}")
 
 
-# D-PACE's weights are the objective: dividing by their sum would cancel them, so its blocks are averaged.
-OBJECTIVES = {
-    "dflash": LossRow(position_weights_alone, "weights"),
-    "variable_prefix": LossRow(position_weights_alone, "weights"),
-    "accept_until_fail": LossRow(accept_until_fail, "weights"),
-    "dpace": LossRow(dpace_weights, "blocks"),
-    "dpace-cumulative-confidence-only": LossRow(functools.partial(dpace_weights, form="confidence"), "blocks"),
-    "dpace-continuation-value-only": LossRow(functools.partial(dpace_weights, form="continuation"), "blocks"),
+def check_objective(
+    name: str, options: Mapping[str, Any], *, normalize: str | None, gamma: float | None, domino: bool
+) -> None:
+    """Refuses what cannot be trained with, for a run's config and for the trainer modules alike.
+
+    Args:
+        name: of the objective.
+        options: its parameters.
+        normalize: the divisor, None for the objective's own.
+        gamma: decay of the position weights, None or <= 0 for none.
+        domino: whether the draft has a head.
+    Raises:
+        InputError: what was found and what was expected.
+    """
+    row = objective_named(name)
+    checked_options(name, options)
+    require(
+        normalize in (None, *DIVISORS),
+        f"normalize must be one of null, {', '.join(DIVISORS)}, found {normalize!r}",
+    )
+    require(
+        not row.weighs_positions or gamma is None or gamma <= 0,
+        f"loss_type {name} brings its own weights of positions; loss_decay_gamma must be null, found {gamma}",
+    )
+    require(
+        row.prefix_lengths is None or not domino,
+        f"loss_type {name} is for plain DFlash drafts; draft.projector_type must be null",
+    )
+
+
+def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
+    """A run's loss, checked, with the objective's own decay where "default" stands.
+
+    Raises:
+        InputError: as `check_objective`, with the place.
+    """
+    name, gamma = loss.loss_type, loss.loss_decay_gamma
+    try:
+        if gamma == "default":
+            gamma = objective_named(name).loss_decay_gamma
+        check_objective(name, loss.options, normalize=loss.normalize, gamma=gamma, domino=domino)
+    except InputError as error:
+        raise InputError(f"loss: {error}") from error
+    return dataclasses.replace(loss, loss_decay_gamma=gamma)
+
+
+DIVISORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "weights": lambda weights, mask: jnp.sum(weights),
+    "tokens": lambda weights, mask: jnp.sum(mask),
+    "blocks": lambda weights, mask: jnp.sum(jnp.any(mask > 0, axis=-1).astype(jnp.float32)),
 }
 
 
@@ -84,18 +160,98 @@ def loss_divisor(weights: jax.Array, mask: jax.Array, *, normalize: str) -> jax.
 
     Args:
         weights: float32 [B, N, M], position weights before any factor.
-        mask: bool [B, N, M], supervised predictions.
-        normalize: "weights" sums the position weights, "tokens" counts supervised predictions,
-            "blocks" the blocks that have one.
+        mask: float32 [B, N, M], the share in which predictions are supervised.
+        normalize: "weights" sums the position weights, "tokens" the mask, "blocks" counts the blocks that have a
+            supervised prediction.
     Returns:
         float32 scalar.
     Raises:
         ValueError: another name.
     """
-    if normalize == "weights":
-        return jnp.sum(weights)
-    if normalize == "tokens":
-        return jnp.sum(mask.astype(jnp.float32))
-    if normalize == "blocks":
-        return jnp.sum(jnp.any(mask, axis=-1).astype(jnp.float32))
-    raise ValueError(f"normalize must be one of {', '.join(NORMALIZERS)}, found {normalize!r}")
+    if normalize not in DIVISORS:
+        raise ValueError(f"normalize must be one of {', '.join(DIVISORS)}, found {normalize!r}")
+    return DIVISORS[normalize](weights, mask)
+
+
+@dataclass(frozen=True)
+class PrefixOptions:
+    """`prefix_weight_base`: a prefix of l tokens is as likely as its l-th power; below 1 favours short ones."""
+
+    prefix_weight_base: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Refuses what is not a weight."""
+        require(self.prefix_weight_base > 0, f"prefix_weight_base must be positive, found {self.prefix_weight_base}")
+
+
+def drawn_prefix_lengths(
+    key: jax.Array, shape: tuple[int, ...], options: PrefixOptions, *, block_size: int
+) -> jax.Array:
+    """See `sample_prefix_lengths`."""
+    return sample_prefix_lengths(key, shape, block_size=block_size, weight_base=options.prefix_weight_base)
+
+
+@dataclass(frozen=True)
+class DpaceOptions:
+    """`dpace_alpha`: how far confidences are smoothed towards 1, 0..1."""
+
+    dpace_alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuses what is not a share."""
+        require(0 <= self.dpace_alpha <= 1, f"dpace_alpha must lie in 0..1, found {self.dpace_alpha}")
+
+
+def dpace_weights(token: TokenLoss, labels: Labels, options: DpaceOptions, *, form: str = "whole") -> jax.Array:
+    """D-PACE: how much a position contributes to the expected length of the accepted prefix.
+
+    With the draft's confidence `q = exp(-nll)` smoothed to `(1 - alpha) q + alpha` and `P_m` the product up to m,
+    position j weighs `sum over m >= j of P_m`. A weight: no gradient flows through it.
+
+    Args:
+        token: of the logits that are weighted, [B, N, M].
+        labels: unsupervised positions neither scale the product nor add to the sum.
+        options: alpha.
+        form: "whole", or one of its two factors: "confidence" (`P_j`), "continuation" (`sum / P_j`).
+    Returns:
+        float32 [B, N, M].
+    Source: D-PACE (arXiv:2605.18810), equations 7 and 8; SpecForge 0.2.0 has the same three forms.
+    """
+    alpha, mask = options.dpace_alpha, labels.mask > 0
+    confidence = jnp.exp(-jax.lax.stop_gradient(token.nll))
+    smooth = jnp.where(mask, (1.0 - alpha) * confidence + alpha, 1.0)
+    prefix = jnp.cumprod(smooth, axis=-1)
+    if form == "confidence":
+        return prefix
+    rest = jnp.flip(jnp.cumsum(jnp.flip(prefix * mask, axis=-1), axis=-1), axis=-1)
+    return rest if form == "whole" else rest / jnp.maximum(prefix, jnp.finfo(jnp.float32).tiny)
+
+
+def accept_until_fail(token: TokenLoss, labels: Labels, options: NoOptions) -> jax.Array:
+    """1 up to and with the first wrong prediction of a block, 0 after it: what verification would never reach.
+
+    Shapes as in `dpace_weights`.
+    """
+    del options
+    right = (token.prediction == labels.target_ids) | (labels.mask == 0)
+    reached = jnp.cumprod(right.astype(jnp.float32), axis=-1)
+    return jnp.pad(reached[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+
+
+register_objective("dflash")
+register_objective("variable_prefix", prefix_lengths=drawn_prefix_lengths, options=PrefixOptions)
+register_objective("accept_until_fail", factor=accept_until_fail)
+# D-PACE's weights are the objective: dividing by their sum would cancel them, so its blocks are averaged.
+for _name, _form in (
+    ("dpace", "whole"),
+    ("dpace-cumulative-confidence-only", "confidence"),
+    ("dpace-continuation-value-only", "continuation"),
+):
+    register_objective(
+        _name,
+        factor=functools.partial(dpace_weights, form=_form),
+        options=DpaceOptions,
+        normalize="blocks",
+        loss_decay_gamma=None,
+        weighs_positions=True,
+    )

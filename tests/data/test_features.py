@@ -1,6 +1,7 @@
 """Captured states on disk: what is written is read, and damage is told in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -11,6 +12,7 @@ from domino_jax.data.conversations import Row
 from domino_jax.data.features import (
     FeatureRows,
     Manifest,
+    check_manifest,
     read_manifest,
     rows_fingerprint,
     shard_path,
@@ -135,3 +137,23 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(InputError, match="unfinished capture, 1 of 2 shards"):
         FeatureRows(tmp_path)
+
+
+def test_a_capture_that_does_not_say_what_the_template_was_told_means_nothing(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    tree = json.loads((tmp_path / "manifest.json").read_text())
+    assert tree.pop("chat_template_kwargs") == {}
+    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    manifest = read_manifest(tmp_path)
+    check_manifest(tmp_path, manifest, {"chat_template_kwargs": {}, "target_layer_ids": (0, 2)})
+    with pytest.raises(InputError, match=r'chat_template_kwargs is {}, asked for is {"enable_thinking": false}'):
+        check_manifest(tmp_path, manifest, {"chat_template_kwargs": {"enable_thinking": False}})
+
+
+def test_false_and_0_are_two_settings(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    manifest = replace(read_manifest(tmp_path), chat_template_kwargs={"enable_thinking": False})
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    with pytest.raises(InputError, match=r'is {"enable_thinking": false}, asked for is .* 0}'):
+        check_manifest(tmp_path, manifest, {"chat_template_kwargs": {"enable_thinking": 0}})

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_conversations, write_target
+from tiny import SWITCHED_TEMPLATE, TEMPLATE, write_conversations, write_target
 
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.data.template import NO_KWARGS
 from domino_jax.decoding import generate as generation
 from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 
@@ -21,14 +22,14 @@ SETTINGS = {"target": "tiny", "max_new_tokens": 12}
 
 
 class Tiny:
-    def __init__(self, directory: Path) -> None:
-        loaded = load_target(write_target(directory))
+    def __init__(self, directory: Path, *, template: str = TEMPLATE) -> None:
+        loaded = load_target(write_target(directory, template=template))
         self.tokenizer = load_tokenizer(directory)
         self.decoder = make_decoder(Target(loaded.config), stop_ids=stop_token_ids(self.tokenizer))
         self.weights = Weights(loaded.params)
 
-    def answer_alone(self, messages: Any, count: int = 12) -> str:
-        prompt = encode_prompt(messages, self.tokenizer)
+    def answer_alone(self, messages: Any, count: int = 12, kwargs: Scalars = NO_KWARGS) -> str:
+        prompt = encode_prompt(messages, self.tokenizer, kwargs)
         slots = required_slots(self.decoder, len(prompt), count)
         (answer,) = generate(self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots)
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
@@ -95,6 +96,35 @@ def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tm
     prompts.write_text(prompts.read_text() + "nonsense\n")
     with pytest.raises(InputError, match=r"prompts\.jsonl:11"):
         tiny.regenerate(prompts, tmp_path / "bad.jsonl")
+
+
+def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path) -> None:
+    tiny = Tiny(tmp_path, template=SWITCHED_TEMPLATE)
+    told = {"enable_thinking": False}
+    settings = {**SETTINGS, "chat_template_kwargs": told}
+    answers, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
+    tiny.regenerate(prompts, answers, settings=settings)
+    lines = answers.read_text().splitlines(keepends=True)
+    assert {json.dumps(json.loads(line)["generator"]) for line in lines} == {json.dumps(settings)}
+    first = json.loads(lines[0])
+    assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
+    assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
+    partial.write_text("".join(lines[:4]))
+    answers.unlink()
+    for other in ({}, {"enable_thinking": 0}):
+        with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
+            tiny.regenerate(prompts, answers, settings={**SETTINGS, "chat_template_kwargs": other})
+    assert tiny.regenerate(prompts, answers, settings=settings).answered == 6
+    assert answers.read_text() == "".join(lines)
+
+
+def test_an_old_partial_file_goes_on_where_nothing_is_told(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "chat_template_kwargs": {}}
+    tiny.regenerate(prompts, tmp_path / "a.jsonl", settings=settings)
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    old = [json.dumps({**record, "generator": SETTINGS}) + "\n" for record in records[:4]]
+    (tmp_path / "b.jsonl.partial").write_text("".join(old))
+    assert tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=settings).answered == 6
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:

@@ -26,8 +26,9 @@ from domino_jax.decoding.speculate import (
 )
 from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
 from domino_jax.draft.mask import layer_spans
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.model_config import DecoderConfig, DraftConfig
-from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+from domino_jax.target.model import Target, lm_head_weight, stack_layers
 
 TARGET = DecoderConfig(
     vocab_size=7,
@@ -107,8 +108,10 @@ def answers(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count
         ({}, "block", False),
         ({"shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
         ({"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
+        ({"projector_type": None}, "block", True),
+        ({"projector_type": None}, "serving", True),
     ],
-    ids=["shift", "serving", "head off", "no shift", "dflash"],
+    ids=["shift", "serving", "head off", "no shift", "dflash", "dflash shift", "dflash shift serving"],
 )
 def test_greedy_output_is_the_target_s_own(
     target_params: Any, prompts: list[np.ndarray], changes: dict[str, Any], mode: str, use_head: bool
@@ -139,6 +142,8 @@ DRAFTS = {
     "transforms": {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 2.0},
     "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
     "dflash": {"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0},
+    "dflash shifted": {"projector_type": None},
+    "last target layer": {"target_layer_ids": (0, 3)},
 }
 
 
@@ -173,6 +178,18 @@ def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes:
         previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
         logits += vocabulary_logits(bound.head(hidden, embedding[previous][:, None]), bound.head.expansion)
     assert np.asarray(drafted).tolist() == np.argmax(logits, axis=-1)[:, 0].tolist()
+
+
+def test_a_scanned_target_decodes_the_same_tokens(target_params: Any) -> None:
+    """As training does, which holds the target's layers stacked."""
+    model, weights = models(target_params, draft_config())
+    outputs = []
+    for scan, held in ((False, weights), (True, weights._replace(target=stack_layers(target_params)))):
+        decoder = make_decoder(Target(TARGET, scan_layers=scan), model)
+        state = start(decoder, held, PROMPTS, max_new_tokens=12, slots=100)
+        outputs.append(finish(decoder, held, state))
+    np.testing.assert_array_equal(outputs[0].tokens, outputs[1].tokens)
+    np.testing.assert_array_equal(outputs[0].verifications, outputs[1].verifications)
 
 
 def test_plain_decoding_is_the_loop_without_proposals(target_params: Any) -> None:
@@ -306,6 +323,7 @@ def test_number_of_proposals_and_bad_combinations() -> None:
     assert number_of_proposals(draft_config(), "block") == 4
     assert number_of_proposals(draft_config(), "serving") == 3
     assert number_of_proposals(draft_config(shift_label=False), "block") == 3
+    assert number_of_proposals(draft_config(projector_type=None), "block") == 4
     with pytest.raises(ValueError, match="'block' or 'serving'"):
         number_of_proposals(draft_config(), "all")
     with pytest.raises(ValueError, match="draft's vocab_size is 9, the target's 7"):

@@ -8,16 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nemo_automodel.components.speculative.dflash.core import _context_doc_ids
 from reference import draft_config, random_anchors, random_batch, slow_document_ids
-from torch import tensor
 
 from domino_jax.draft.blocks import (
     Packing,
     anchor_candidates,
     document_ids,
     make_blocks,
-    position_weights,
     sample_anchors,
 )
 
@@ -140,13 +137,13 @@ def slow_blocks(
     rows, length = ids.shape
     shape = (rows, anchors.shape[1], block_size)
     names = ("noise_ids", "positions", "previous_ids", "target_ids", "mask")
-    blocks = {name: np.zeros(shape, bool if name == "mask" else int) for name in names}
+    blocks = {name: np.zeros(shape, np.float32 if name == "mask" else int) for name in names}
     label_start = 1 if shift_label else 0
     last = length - 1
     for b, n, k in itertools.product(*map(range, shape)):
         a = anchors[b, n]
         index = a + label_start + k
-        supervised = keep[b, n] and index < length and loss_mask[b, min(index, last)] > 0.5
+        supervised = loss_mask[b, min(index, last)] if keep[b, n] and index < length else 0.0
         if packing:
             supervised = supervised and label_start + k <= packing["doc_remaining"][b, a]
         blocks["noise_ids"][b, n, k] = ids[b, a] if k == 0 and keep[b, n] else MASK_ID
@@ -189,11 +186,11 @@ def test_make_blocks_equals_the_loop(shift_label: bool, packed: bool, length: in
     expected = slow_blocks(batch.input_ids, batch.loss_mask, anchors, keep, packing=batch.packing, **options)
     assert not np.all(keep)
     for name, values in found._asdict().items():
-        assert values.dtype == (bool if name == "mask" else jnp.int32), name
+        assert values.dtype == (jnp.float32 if name == "mask" else jnp.int32), name
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
-def test_make_blocks_supervises_only_above_half() -> None:
+def test_make_blocks_supervises_by_the_share_of_the_loss_mask() -> None:
     found = cut(
         jnp.arange(4)[None],
         jnp.array([[1.0, 0.5, 0.51, 0.0]]),
@@ -203,24 +200,36 @@ def test_make_blocks_supervises_only_above_half() -> None:
         mask_token_id=9,
         shift_label=False,
     )
-    assert found.mask.tolist() == [[[False, True, False]]]
+    np.testing.assert_allclose(found.mask, [[[0.5, 0.51, 0.0]]])
+
+
+@pytest.mark.parametrize("shift_label", [False, True])
+def test_a_prefix_shows_its_tokens_and_supervises_only_what_it_does_not_show(shift_label: bool) -> None:
+    ids, anchor, size = np.arange(20, 32)[None], 2, 5
+    for length in (2, 3, 4):
+        found = cut(
+            jnp.asarray(ids),
+            jnp.ones((1, 12)),
+            jnp.array([[anchor]]),
+            jnp.ones((1, 1), bool),
+            block_size=size,
+            mask_token_id=MASK_ID,
+            shift_label=shift_label,
+            prefix_lengths=jnp.array([[length]]),
+        )
+        shown = [ids[0, anchor + k] if k < length else MASK_ID for k in range(size)]
+        labels = [ids[0, anchor + k + int(shift_label)] for k in range(size)][not shift_label :]
+        assert found.noise_ids[0, 0].tolist() == shown
+        assert found.target_ids[0, 0].tolist() == labels
+        assert found.mask[0, 0].tolist() == [label not in shown for label in labels]
 
 
 def test_document_ids_equal_the_loop_and_nemo() -> None:
+    from nemo_automodel.components.speculative.dflash.core import _context_doc_ids
+    from torch import tensor
+
     seq_lens = np.array([[3, 0, 4, 2, 0], [12, 0, 0, 0, 0], [0, 0, 1, 1, 1]])  # holes, a full row, padding behind
     found = document_ids(jnp.asarray(seq_lens), 12)
     chex.assert_type(found, jnp.int32)
     np.testing.assert_array_equal(found, slow_document_ids(seq_lens, 12))
     np.testing.assert_array_equal(found, _context_doc_ids(tensor(seq_lens), 12, "cpu").numpy())
-
-
-@pytest.mark.parametrize("gamma", [None, 0.0, -1.0, 0.5, 7.0])
-def test_position_weights_equal_the_loop(gamma: float | None) -> None:
-    mask = np.random.default_rng(0).random((2, 3, 6)) < 0.6
-    expected = np.zeros(mask.shape)
-    for b, n, m in itertools.product(*map(range, mask.shape)):
-        decay = np.exp(-m / gamma) if gamma is not None and gamma > 0 else 1.0
-        expected[b, n, m] = decay if mask[b, n, m] else 0.0
-    found = position_weights(jnp.asarray(mask), gamma=gamma)
-    chex.assert_type(found, jnp.float32)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from reference import draft_config, random_params
 
 from domino_jax.draft.head import DominoHead, PrefixGRU
@@ -28,6 +27,8 @@ def gru_weights() -> dict[str, np.ndarray]:
 
 
 def test_prefix_gru_equals_torch_in_values_and_gradients() -> None:
+    import torch
+
     x, weights, outer = normal(ROWS, STEPS, INPUT), gru_weights(), normal(ROWS, STEPS, HIDDEN, seed=3)
     theirs = torch.nn.GRU(INPUT, HIDDEN, bias=False, batch_first=True)
     theirs.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
@@ -95,6 +96,8 @@ def test_domino_head_step_equals_the_scan() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 def test_domino_head_equals_torch_and_is_zero_for_the_pure_prefix(prefix: int) -> None:
+    import torch
+
     config = draft_config(pure_draft_prefix_len=prefix)
     params = random_params(config)["head"]
     hidden, previous = normal(2, 3, 5, config.hidden_size), normal(2, 3, 5, config.hidden_size, seed=1)

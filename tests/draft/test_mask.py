@@ -6,8 +6,6 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
 from reference import draft_config, random_anchors, random_batch, slow_document_ids
 
 from domino_jax.draft.mask import block_mask, context_span, layer_spans
@@ -49,6 +47,9 @@ def slots_of(packed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 3, 6])
 def test_block_mask_equals_the_loop_and_nemo(packed: bool, window: int | None) -> None:
+    import torch
+    from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
+
     anchors, keep, seq_lens = slots_of(packed)
     found = block_mask(anchors, keep, context_len=LENGTH, block_size=SIZE, seq_lens=seq_lens, window=window)
     chex.assert_type(found, bool)

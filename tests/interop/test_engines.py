@@ -1,5 +1,6 @@
 """Each reader's refusals by name, and what `domino export --for` makes of them."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -17,6 +18,9 @@ SHIFTED = (
 )
 BOTH_WAYS = "sliding_in_block is bidirectional: it looks only back"
 ONLY_BACK = "sliding_in_block is causal: it never reads is_causal"
+ANCHOR_FIRST = "shift_label is true: it drafts plain DFlash from the second position of a block on"
+UNNORMED = "target_layer_ids ends with the last layer, 5: it takes that layer before the target's final norm"
+UNNORMED_IN_TRAINING = UNNORMED.replace("it takes", "its trainer takes")
 PLAIN_LOGITS = ("sglang", "vllm", "specforge")
 TRANSFORMS = {
     "input_embedding_scale is 2.0": {"input_embedding_scale": 2.0},
@@ -28,6 +32,11 @@ TRANSFORMS = {
 CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
     ("dflash", dflash_config(), {}),
     ("domino", draft_config(), {"vllm": [HEADLESS, SHIFTED], "zlab": [HEADLESS, SHIFTED]}),
+    (
+        "dflash shifted",
+        dataclasses.replace(dflash_config(), shift_label=True),
+        {engine: [ANCHOR_FIRST] for engine in ENGINES},
+    ),
     ("domino unshifted", draft_config(shift_label=False), {"vllm": [HEADLESS], "zlab": [HEADLESS]}),
     (
         "no pure prefix",
@@ -37,6 +46,11 @@ CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
             "zlab": [HEADLESS, SHIFTED],
             "sglang": ["pure_draft_prefix_len is 0: its rollout starts to correct at the second token; expected 1"],
         },
+    ),
+    (
+        "last target layer",
+        dataclasses.replace(dflash_config(), target_layer_ids=(0, 5)),
+        {"sglang": [UNNORMED], "vllm": [UNNORMED], "nemo": [UNNORMED_IN_TRAINING]},
     ),
     ("window", dflash_config(**SLIDING), {"specforge": [BOTH_WAYS]}),
     ("causal window", dflash_config(**CAUSAL), {"nemo": [ONLY_BACK]}),

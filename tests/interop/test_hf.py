@@ -14,9 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
-from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 from reference import dflash_config, draft_config, nemo_draft, random_anchors, random_batch, random_params
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen3Config
@@ -66,8 +63,12 @@ WINDOWED = draft_config(
     output_multiplier=0.5,
     final_logit_softcapping=20.0,
 )
+PLAIN = dflash_config(emb_dim=256, gru_hidden_dim=1024)  # widths of a head that its file does not hold
+SHIFTED_DFLASH = dataclasses.replace(PLAIN, shift_label=True)
 KINDS = pytest.mark.parametrize(
-    "config", [CONFIG, dflash_config(), WINDOWED], ids=["domino", "dflash", "windows-and-transforms"]
+    "config",
+    [CONFIG, dflash_config(), SHIFTED_DFLASH, WINDOWED],
+    ids=["domino", "dflash", "dflash-shifted", "windows-and-transforms"],
 )
 
 
@@ -156,6 +157,8 @@ def test_save_and_load_in_float32_give_the_same_bits(config: DraftConfig, tmp_pa
 def test_windows_are_written_as_their_readers_take_them(
     changes: dict[str, Any], is_causal: bool | None, tmp_path: Path
 ) -> None:
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     config = draft_config(**changes)
     save_hf_draft(tmp_path / "draft", config, params_of(config))
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -186,6 +189,8 @@ def test_a_sliding_layer_that_huggingface_would_read_as_full_is_refused(draft: P
 
 
 def test_save_rounds_to_bfloat16_by_default_like_torch(tmp_path: Path) -> None:
+    import torch
+
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG))
     stored = load_file(tmp_path / "draft" / "model.safetensors")
     assert {x.dtype for x in stored.values()} == {jnp.dtype("bfloat16")}
@@ -197,6 +202,9 @@ def test_save_rounds_to_bfloat16_by_default_like_torch(tmp_path: Path) -> None:
 
 @KINDS
 def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConfig) -> None:
+    import torch
+    from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
+
     batch = random_batch(config)
     anchors, keep = random_anchors(config, batch, slots=11)
     rng = np.random.default_rng(3)
@@ -230,6 +238,9 @@ def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConf
 def test_nemo_takes_the_tensors_as_its_state_dict_and_its_own_export_loads_here(
     config: DraftConfig, tmp_path: Path
 ) -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     save_hf_draft(tmp_path / "ours", config, params_of(config), dtype="float32")
     settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "ours")
     theirs = Qwen3DFlashDraftModel(settings)
@@ -303,9 +314,107 @@ def test_config_json_of_a_dflash_draft_names_no_head(tmp_path: Path) -> None:
     assert tree["dtype"] == "float32" and tree["dflash_config"]["shift_label"] is False
     head = {"projector_type", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"}
     assert not head & (set(tree) | set(tree["dflash_config"]))
+    assert "sample_from_anchor" not in tree | tree["dflash_config"]
+
+
+def test_config_json_of_a_shifted_dflash_draft_says_so_under_both_names(tmp_path: Path) -> None:
+    save_hf_draft(tmp_path / "draft", SHIFTED_DFLASH, params_of(SHIFTED_DFLASH))
+    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert tree["dflash_config"]["shift_label"] is True
+    # vLLM looks inside, speculators write it at the top.
+    assert tree["sample_from_anchor"] is tree["dflash_config"]["sample_from_anchor"] is True
+    assert load_hf_draft(tmp_path / "draft")[0] == SHIFTED_DFLASH
+
+
+@pytest.mark.parametrize(
+    ("nested", "top", "shifted"),
+    [
+        ({}, {}, False),
+        ({"shift_label": True}, {}, True),
+        ({"sample_from_anchor": True}, {}, True),
+        ({}, {"sample_from_anchor": True}, True),
+        ({"shift_label": False, "sample_from_anchor": False}, {}, False),
+    ],
+)
+def test_a_dflash_draft_may_name_its_layout_either_way(
+    nested: dict[str, bool], top: dict[str, bool], shifted: bool, tmp_path: Path
+) -> None:
+    save_hf_draft(tmp_path / "draft", PLAIN, params_of(PLAIN))
+
+    def name_it(tree: dict[str, Any]) -> None:
+        del tree["dflash_config"]["shift_label"]
+        tree["dflash_config"] |= nested
+        tree |= top
+
+    edit_config(tmp_path / "draft", name_it)
+    assert load_hf_draft(tmp_path / "draft")[0] == dataclasses.replace(PLAIN, shift_label=shifted)
+
+
+# What this project wrote before plain DFlash could be shifted.
+OLD_JSON: dict[str, Any] = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 5000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 2,
+    "layer_types": ["full_attention", "full_attention"],
+    "tie_word_embeddings": False,
+    "num_target_layers": 6,
+    "block_size": 5,
+    "is_causal": False,
+    "dtype": "float32",
+    "dflash_config": {
+        "mask_token_id": 119,
+        "target_layer_ids": [0, 2, 4],
+        "block_size": 5,
+        "shift_label": False,
+        "input_embedding_scale": 1.0,
+        "output_multiplier": 1.0,
+        "final_logit_softcapping": None,
+        "causal": False,
+    },
+}
+OLD_HEAD_JSON = {
+    "shift_label": True,
+    "projector_type": "domino",
+    "pure_draft_prefix_len": 1,
+    "emb_dim": 12,
+    "gru_hidden_dim": 20,
+}
+
+
+@pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["domino", "dflash"])
+def test_old_exports_load_as_before_and_are_written_as_before(config: DraftConfig, tmp_path: Path) -> None:
+    tree = copy.deepcopy(OLD_JSON)
+    if config.projector_type is not None:
+        tree["emb_dim"] = 12
+        tree["dflash_config"] |= OLD_HEAD_JSON
+    save_hf_draft(tmp_path / "draft", config, params_of(config), dtype="float32")
+    assert json.loads((tmp_path / "draft" / "config.json").read_text()) == tree
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(tree))
+    found_config, found = load_hf_draft(tmp_path / "draft")
+    assert found_config == config
+    chex.assert_trees_all_equal(found, params_of(config), strict=True)
 
 
 def test_shards_have_an_index_and_load_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
     split = functools.partial(hf.split_state_dict_into_shards_factory, max_shard_size="20KB")
     monkeypatch.setattr(hf, "split_state_dict_into_shards_factory", split)
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG), dtype="float32")
@@ -446,6 +555,13 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("dflash_config", "shift_label"), ..., "shift_label is missing"),
         (("dflash_config", "shift_label"), "true", "shift_label is 'true'"),
         (("dflash_config", "shift_label"), 1, "shift_label is 1"),
+        (("dflash_config", "sample_from_anchor"), 1, "sample_from_anchor is 1, expected true or false"),
+        (
+            ("dflash_config", "sample_from_anchor"),
+            False,
+            r"dflash_config\.shift_label is true, dflash_config\.sample_from_anchor is false: names of one layout",
+        ),
+        (("sample_from_anchor",), False, "shift_label is true, sample_from_anchor is false: names of one layout"),
         (("block_size",), 16, r"block_size contradicts itself: \[5, 16\]"),
         (("emb_dim",), 13, r"emb_dim contradicts itself: \[12, 13\]"),
         (("rope_theta",), 1e6, r"rope_theta contradicts itself: \[1000000\.0, 5000\.0\]"),

@@ -195,11 +195,14 @@ def check(seen: Seen) -> None:
     assert seen.tokens == 5 * NEW_TOKENS and 1.1 < tau < BLOCK_SIZE
 
 
-def test_three_decoders_agree_on_a_tiny_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", [(0, 2), (0, 3)], ids=["middle", "last layer"])
+def test_three_decoders_agree_on_a_tiny_target(
+    layers: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = write_target(tmp_path / "target")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 32, size).astype(np.int32) for size in (5, 9, 12, 17, 24)]
-    fields = {"mask_token_id": MASK_TOKEN_ID, "target_layer_ids": (0, 2)}
+    fields = {"mask_token_id": MASK_TOKEN_ID, "target_layer_ids": layers}
     draft = trained_draft(tmp_path, target, prompts, steps=60, **fields)
     check(compare_all(draft, target, prompts, monkeypatch))
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 from dflash import DFlashDraftModel
 from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+from nemo_automodel.components.speculative.dflash.target import HFDFlashTargetModel
 from reference import dflash_config, draft_config, random_params
+from tiny import write_target
+from transformers import AutoModelForCausalLM
 
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
@@ -18,6 +21,8 @@ from domino_jax.draft.mask import layer_spans
 from domino_jax.interop import hf
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.model_config import DraftConfig
+from domino_jax.target.load import load_target
+from domino_jax.target.model import Target
 
 WINDOW = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
 # NeMo looks both ways inside every block; z-lab reads whether a sliding layer does.
@@ -113,3 +118,19 @@ def test_shards_are_read_both_ways(
     expected_config, expected = load_hf_draft(tmp_path / "ours")
     assert found_config == expected_config
     chex.assert_trees_all_equal(found, expected, strict=True)
+
+
+def test_nemos_trainer_reads_the_last_target_layer_before_the_norm(tmp_path: Path) -> None:
+    """Why `export --for nemo` refuses it; its other layers are ours."""
+    directory = write_target(tmp_path / "target")
+    loaded, model = load_target(directory), AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(3, 32, (2, 9))
+    given = torch.tensor(tokens)
+    found = HFDFlashTargetModel(model, [0, 3]).generate_batch(given, torch.ones_like(given), torch.ones_like(given))
+    ours = Target(loaded.config, capture=(0, 3)).apply({"params": loaded.params}, tokens).features
+    middle, last = torch.chunk(found.hidden_states, 2, dim=-1)
+    our_middle, our_last = np.split(np.asarray(ours), 2, axis=-1)
+    close(our_middle, middle)
+    with torch.no_grad():
+        close(our_last, model.model.norm(last))
+    assert np.abs(our_last - last.numpy()).max() > 0.1

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from nemo_automodel.components.datasets.llm.formatting_utils import format_chat_template
 from tiny import write_target
 
 from domino_jax.data.conversations import encode_conversation
@@ -38,6 +37,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_loss_mask_equals_nemos(tokenizer: Any, messages: list[dict[str, Any]], masked: bool) -> None:
+    from nemo_automodel.components.datasets.llm.formatting_utils import format_chat_template
+
     eos = tokenizer.eos_token_id
     theirs = format_chat_template(
         tokenizer,

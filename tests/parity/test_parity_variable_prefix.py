@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.core import FrozenDict
 from reference import (
     GRADIENT,
     check_close,
@@ -34,13 +35,15 @@ def test_variable_prefix_equals_nemo(block_size: int, gamma: float | None, packe
     config = dflash_config(block_size=block_size)
     params, batch = random_params(config), random_batch(config, length=40, packed=packed)
     anchors = random_anchors(config, batch, slots=SLOTS)
-    options = {"loss_type": "variable_prefix", "prefix_weight_base": base}
-    step = make_step(config, loss_decay_gamma=gamma, chunk_blocks=3, **options)
+    own = FrozenDict({"prefix_weight_base": base})
+    step = make_step(config, loss_decay_gamma=gamma, chunk_blocks=3, loss_type="variable_prefix", loss_options=own)
     # With given anchors the module draws nothing but the prefixes, so the same key draws the same ones here.
     prefixes = step.module.apply(
         {}, jnp.asarray(anchors[0]), rngs={"anchors": jax.random.key(0)}, method="draw_prefix_lengths"
     )
-    theirs = nemo_trainer(config, params, batch, loss_decay_gamma=gamma, **options)
+    theirs = nemo_trainer(
+        config, params, batch, loss_decay_gamma=gamma, loss_type="variable_prefix", prefix_weight_base=base
+    )
     theirs._sample_prefix_lengths = lambda *_: torch.tensor(np.asarray(prefixes, np.int64))
     expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors)
     found, gradient = our_step(step, config, params, batch, anchors=anchors)
@@ -59,7 +62,7 @@ def test_prefix_lengths_follow_the_truncated_geometric_prior(block_size: int, ba
 
 
 def test_domino_refuses_variable_prefix_and_every_draft_an_unknown_loss() -> None:
-    with pytest.raises(ValueError, match="'variable_prefix' is for plain DFlash"):
+    with pytest.raises(ValueError, match="variable_prefix is for plain DFlash"):
         build_trainer(draft_config(), loss_type="variable_prefix")
     with pytest.raises(ValueError, match=r"loss_type must be one of dflash, .*found 'focal'"):
         build_trainer(draft_config(), loss_type="focal")

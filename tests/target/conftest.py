@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -59,6 +57,8 @@ class Tiny(NamedTuple):
 
 def make_tiny(kind: str, *, tied: bool) -> Any:
     """A random model of 4 layers whose weights are large enough for every part to show in the logits."""
+    import torch
+
     torch.manual_seed(7)
     config_class, model_class, special = KINDS[kind]
     special = dict(special)
@@ -155,11 +155,13 @@ def write_gguf(
     vocabulary: tuple[list[str], list[str]],
     *,
     pre: str = "smollm",
-    quantised: gguf.GGMLQuantizationType | None = None,
+    quantised: Any = None,
     metadata: dict[str, Any] | None = None,
     tensors: Callable[[dict[str, np.ndarray]], Any] = lambda tensors: tensors,
 ) -> Path:
     """Writes a tiny model the way llama.cpp does; `metadata` overrides keys (None drops one)."""
+    import gguf
+
     config, kind = model.config, model.config.model_type
     tokens, merges = vocabulary
     writer = gguf.GGUFWriter(path, arch=kind)

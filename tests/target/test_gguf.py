@@ -18,18 +18,18 @@ import numpy as np
 import platformdirs
 import pytest
 import regex
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.strict import InputError
 from domino_jax.target import gguf as conversion
 from domino_jax.target.gguf import BUILT_IN, BuiltIn, convert_gguf, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target, lm_head_weight, vocabulary_logits
+from domino_jax.target.model import Target, lm_head_weight
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -40,6 +40,8 @@ def leftovers(directory: Path) -> list[str]:
 def test_convert_gguf_gives_back_the_model(
     tiny: Callable[..., Any], tiny_gguf: Callable[..., Path], tmp_path: Path, kind: str, tied: bool
 ) -> None:
+    import torch
+
     model = tiny(kind, tied=tied).model
     directory = convert_gguf(tiny_gguf(kind, tied=tied), tmp_path / "deep" / "model")
     again = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -11,7 +11,6 @@ import chex
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
@@ -232,6 +231,8 @@ def test_load_target_reads_shards(tiny: Callable[..., Any], tmp_path: Path) -> N
 
 
 def test_load_target_reads_bfloat16_files(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    import torch
+
     model, single = tiny("llama", tied=True)
     directory = edited(single, tmp_path, tensors=lambda a: {k: v.astype(ml_dtypes.bfloat16) for k, v in a.items()})
     wide, narrow = load_target(directory), load_target(directory, dtype="bfloat16")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,20 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers import AutoModelForCausalLM
 
+from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
 from domino_jax.target.model import (
     Target,
     TargetOutput,
-    empty_cache,
     first_layers,
     lm_head_weight,
     stack_layers,
-    vocabulary_logits,
 )
 
 EVERY_LAYER = (0, 1, 2, 3)
@@ -39,18 +38,12 @@ def random_tokens(batch: int, length: int, *, seed: int = 0) -> np.ndarray:
 
 
 def torch_states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits and the output of every decoder layer, taken by hooks: before the final norm in all of them."""
-    outputs: list[np.ndarray] = []
+    """Logits and `hidden_states` after every decoder layer, the last one after the final norm."""
+    import torch
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output).numpy())
-
-    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
     with torch.no_grad():
-        logits = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    for hook in hooks:
-        hook.remove()
-    return logits, outputs
+        output = model(torch.tensor(tokens, dtype=torch.long), output_hidden_states=True)
+    return output.logits.numpy(), [states.numpy() for states in output.hidden_states[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +122,22 @@ def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int,
     chex.assert_trees_all_close(scanned, unrolled, atol=1e-5)
 
 
-def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
-    target = Target(loaded.config, scan_layers=True)
-    with pytest.raises(ValueError, match="scan_layers has no cache"):
-        cache = empty_cache(loaded.config, batch=1, slots=8)
-        target.apply({"params": stack_layers(loaded.params)}, random_tokens(1, 4), cache=cache)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch: int) -> None:
+    tokens = random_tokens(batch, 9)
+    apart = Target(loaded.config, capture=(0, 3))
+    forms = [(apart, loaded.params), (replace(apart, scan_layers=True), stack_layers(loaded.params))]
+    caches = [target.empty_cache(batch=batch, slots=12) for target, _ in forms]
+    for start, stop in ((0, 6), (6, 7), (5, 9)):  # the last pass rewinds
+        positions = np.tile(np.arange(start, stop, dtype=np.int32), (batch, 1))
+        outs = [
+            jitted(target)({"params": params}, tokens[:, start:stop], positions, cache=cache)
+            for (target, params), cache in zip(forms, caches, strict=True)
+        ]
+        caches = [out.cache for out in outs]
+        chex.assert_trees_all_close(outs[1][:2], outs[0][:2], atol=1e-5)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *caches[0])
+    chex.assert_trees_all_close(caches[1], stacked, atol=1e-5)
 
 
 # One row is written by another code path.
@@ -141,7 +145,7 @@ def test_scanned_layers_refuse_a_cache(loaded: LoadedTarget) -> None:
 def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str, batch: int) -> None:
     loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
     expected = whole(loaded, tokens)
-    cache, start = empty_cache(loaded.config, batch=batch, slots=24), 0
+    cache, start = Target(loaded.config).empty_cache(batch=batch, slots=24), 0
     for length in (6, 1, 6, 1, 3):
         out = step(loaded, tokens[:, start : start + length], [start] * batch, cache)
         assert_rows_equal(out, expected, [slice(start, start + length)] * batch)
@@ -151,7 +155,7 @@ def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str,
 def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
     tokens = random_tokens(2, 14)
     expected = whole(loaded, tokens)
-    cache = step(loaded, tokens[:, :6], [0, 0], empty_cache(loaded.config, batch=2, slots=16)).cache
+    cache = step(loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, slots=16)).cache
     # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
     cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
     out = step(loaded, tokens[:, 6:9], [6, 6], cache)
@@ -163,7 +167,7 @@ def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
 def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> None:
     tokens = random_tokens(3, 16)
     expected = whole(loaded, tokens)
-    cache = step(loaded, tokens[:, :11], [0, 0, 0], empty_cache(loaded.config, batch=3, slots=20)).cache
+    cache = step(loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, slots=20)).cache
     starts = [3, 11, 7]
     rows = [slice(start, start + 4) for start in starts]
     pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
@@ -175,13 +179,34 @@ def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> 
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_first_layers_give_the_same_captured_states(tiny: Callable[..., Any], kind: str) -> None:
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("capture", "depth"), [((0, 2), 3), ((0, 3), 4)])
+def test_first_layers_give_the_same_captured_states(
+    tiny: Callable[..., Any], kind: str, scan: bool, capture: tuple[int, ...], depth: int
+) -> None:
     tokens, loaded = random_tokens(1, 9), load_target(tiny(kind, tied=False).directory)
-    config, params = first_layers(loaded.config, loaded.params, 3)
-    assert config.num_hidden_layers == 3 and "layers_2" in params and "layers_3" not in params
-    out = jitted(Target(config, (0, 2)))({"params": params}, tokens)
-    expected = jitted(Target(loaded.config, (0, 2)))({"params": loaded.params}, tokens)
-    chex.assert_trees_all_close(out.features, expected.features, atol=1e-6)
+    params = first_layers(loaded.params, depth)
+    kept = [name for name in params if name.startswith("layers_")]
+    assert kept == [f"layers_{index}" for index in range(depth)] and "embed_tokens" in params
+    cut = jitted(Target(loaded.config, capture, depth=depth, scan_layers=scan))
+    out = cut({"params": stack_layers(params) if scan else params}, tokens)
+    # The states of layer 2 are not normed where the cut ends with it: it is not the target's last.
+    states = whole(loaded, tokens).features.reshape(1, 9, 4, -1)
+    np.testing.assert_allclose(out.features, states[:, :, capture].reshape(1, 9, -1), atol=1e-5)
+
+
+def test_a_captured_last_layer_is_what_the_head_reads(loaded: LoadedTarget) -> None:
+    out = whole(loaded, random_tokens(2, 9))
+    np.testing.assert_array_equal(out.features[..., -32:], out.hidden)
+
+
+@pytest.mark.parametrize(("capture", "depth"), [((0, 3), 3), ((4,), None), ((-1,), None)])
+def test_layers_that_do_not_run_are_not_captured(
+    loaded: LoadedTarget, capture: tuple[int, ...], depth: int | None
+) -> None:
+    target = Target(loaded.config, capture, depth=depth)
+    with pytest.raises(ValueError, match=r"cannot capture layers .* of a target that runs \d"):
+        target.apply({"params": loaded.params}, random_tokens(1, 4))
 
 
 LENGTHS = (5, 1, 9, 6)  # of the documents in a packed row
@@ -226,7 +251,7 @@ def test_one_document_equals_none(loaded: LoadedTarget) -> None:
 
 
 def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
-    tokens, cache = random_tokens(1, 4), empty_cache(loaded.config, batch=1, slots=8)
+    tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, slots=8)
     with pytest.raises(ValueError, match="documents have no cache"):
         Target(loaded.config).apply({"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int))
 
@@ -299,6 +324,8 @@ class Real(NamedTuple):
 
 @pytest.fixture(scope="module")
 def real(smollm2: Path) -> Iterator[Real]:
+    import torch
+
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # torch's threads spin: on a busy machine several take eight times as long as one
@@ -307,6 +334,8 @@ def real(smollm2: Path) -> Iterator[Real]:
 
 
 def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable[[str, object], None]) -> None:
+    import torch
+
     loaded, worst = real.loaded, 0.0
     rows = [np.array(real.tokenizer(text)["input_ids"], np.int32) for text in TEXTS]
     assert min(len(row) for row in rows) >= 100
@@ -328,6 +357,8 @@ def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable
 
 
 def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
+    import torch
+
     loaded, count = real.loaded, 64
     prompts = np.array([real.tokenizer(text)["input_ids"][:48] for text in TEXTS], np.int32)
     start = prompts.shape[1]
@@ -347,7 +378,7 @@ def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
     def positions(first: int, length: int) -> np.ndarray:
         return np.broadcast_to(np.arange(first, first + length, dtype=np.int32), (len(TEXTS), length))
 
-    cache = empty_cache(loaded.config, batch=len(TEXTS), slots=start + count)
+    cache = Target(loaded.config).empty_cache(batch=len(TEXTS), slots=start + count)
     token, cache = next_tokens(loaded.params, prompts, cache, positions(0, start))
     tokens = [token]
     for at in range(start, start + count - 1):

@@ -99,6 +99,17 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
     assert half.features.shape == (len(half.input_ids), WIDTH)
 
 
+def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(place: Path, tmp_path: Path) -> None:
+    settings = ("draft.target_layer_ids=[0,3]", "data.heldout=null", "train.steps=3")
+    captured(place / "config.yaml", tmp_path / "states", *settings)
+    row, loaded = FeatureRows(tmp_path / "states")[0], load_target(place / "target")
+    hidden = Target(loaded.config).apply({"params": loaded.params}, row.input_ids[None]).hidden[0]
+    assert row.features is not None
+    np.testing.assert_allclose(row.features[:, CONFIG.hidden_size :], hidden, rtol=1e-4, atol=1e-5)
+    online = losses(place, "last-online", *settings)
+    np.testing.assert_allclose(losses(place, "last", *settings, *offline(tmp_path / "states")), online, rtol=1e-6)
+
+
 def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nemo_automodel.components.speculative.dflash import domino_core
 
 from domino_jax.training.curriculum import get_lambda_base, lambda_base_schedule
 
@@ -17,6 +16,8 @@ TOTALS = (0, 1, 7, 40)
 
 
 def test_get_lambda_base_equals_the_reference_on_a_grid() -> None:
+    from nemo_automodel.components.speculative.dflash import domino_core
+
     for step, total, start, ratio in itertools.product(range(43), TOTALS, STARTS, RATIOS):
         assert get_lambda_base(step, total, start, ratio) == domino_core.get_lambda_base(step, total, start, ratio)
     assert get_lambda_base(3, 40) == domino_core.get_lambda_base(3, 40)

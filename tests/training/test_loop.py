@@ -166,10 +166,10 @@ def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
-    config, console = load_config(run_config(tmp_path, target)), quiet()
-    prepare(config, console=console)
+    console = quiet()
+    config = prepare(load_config(run_config(tmp_path, target)), console=console).config
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "loss_decay_gamma: null" in said and dump_config(config) in said
+    assert "loss_decay_gamma: 7.0" in said and dump_config(config) in said
     assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
 
 
@@ -181,16 +181,26 @@ def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -
     train(load_config(path, ["train.log_every=1"]), console=quiet())  # changes no number
 
 
+def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=quiet())
+    stored = tmp_path / "run" / "config.yaml"
+    stored.write_text(stored.read_text().replace("  options: {}\n", "  dpace_alpha: 0.5\n"))
+    with pytest.raises(InputError, match=r"config\.yaml: loss: unknown key 'dpace_alpha'.*another version.*run_dir"):
+        train(load_config(path), console=quiet())
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("draft.mask_token_id=0", "mask_token_id 0 is the target's eos token"),
         ("draft.mask_token_id=32", "mask_token_id 32 is outside the vocabulary of 32"),
-        ("draft.target_layer_ids=[0,3]", r"target_layer_ids \[0, 3\] must lie in 0..2"),
+        ("draft.target_layer_ids=[0,4]", r"target_layer_ids \[0, 4\] must lie in 0..3"),
         ("data.train=missing.jsonl", "missing.jsonl"),
         ("data.batch_size=12", "multiple of its 8 devices"),
         ("mesh.tensor=3", "mesh"),
         ("target=nowhere", "nowhere"),
+        ("loss.loss_type=focal", "loss: loss_type must be one of dflash, .*found 'focal'"),
     ],
 )
 def test_unusable_settings_are_one_line(target: Path, tmp_path: Path, override: str, message: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from nemo_automodel.components.speculative.dflash.core import NoValidAnchorsError
 from reference import (
     GRADIENT,
     check_close,
@@ -23,8 +22,8 @@ from reference import (
     random_params,
 )
 
-from domino_jax.draft import attention
 from domino_jax.draft.backbone import DraftModel
+from domino_jax.kernels import block_attention
 from domino_jax.model_config import DraftConfig
 from domino_jax.training.modules import DFlashTrainerModule, DominoTrainerModule, build_trainer
 
@@ -108,6 +107,8 @@ def test_trainers_draw_every_candidate_like_nemo_when_slots_abound(
 
 @DRAWN
 def test_a_batch_without_anchors_has_no_loss_and_no_gradient(config: DraftConfig, packed: bool, length: int) -> None:
+    from nemo_automodel.components.speculative.dflash.core import NoValidAnchorsError
+
     params, batch = random_params(config), random_batch(config, length=length, packed=packed)
     batch.loss_mask[:] = False
     with pytest.raises(NoValidAnchorsError):  # NeMo's training loop skips such a batch
@@ -145,8 +146,7 @@ def test_gradients_reach_the_draft_only() -> None:
 
 
 def test_no_array_has_the_shape_of_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "TILE_ROWS", 16)
-    monkeypatch.setattr(attention, "TILE_KEYS", 8)
+    monkeypatch.setattr(block_attention, "TILE", block_attention.TileSize(16, 8))
     config = draft_config(sliding_window=6, layer_types=("full_attention", "sliding_attention"))
     batch, module = random_batch(config, length=50), build_trainer(config, num_anchors=13)
 
@@ -181,6 +181,55 @@ def test_domino_trainer_refuses_another_shift_than_the_drafts(shift_label: bool)
     draft = DraftModel(draft_config(shift_label=not shift_label))
     with pytest.raises(ValueError, match=f"shift_label is {shift_label} here and {not shift_label} in the draft"):
         DominoTrainerModule(draft, mask_token_id=119, block_size=5, shift_label=shift_label)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"block_size": 4}, "block_size is 4 here and 5 in the draft's config"),
+        ({"mask_token_id": 118}, "mask_token_id is 118 here and 119 in the draft's config"),
+        ({"loss_type": "focal"}, "loss_type must be one of dflash, .*found 'focal'"),
+        ({"loss_type": "dpace", "loss_options": {"dpace_alpha": 1.5}}, r"dpace_alpha must lie in 0..1, found 1.5"),
+        ({"loss_options": {"dpace_alpha": 0.5}}, "options of dflash: unknown key 'dpace_alpha'"),
+        ({"loss_type": "dpace", "loss_decay_gamma": 7.0}, "loss_decay_gamma must be null, found 7.0"),
+        ({"normalize": "mean"}, "normalize must be one of null, weights, tokens, blocks, found 'mean'"),
+        ({"kl_weight": 1.5}, r"kl_weight must lie in 0..1, found 1.5"),
+        ({"anchor_rule": "any"}, "anchor_rule must be one of nemo, specforge, found 'any'"),
+        ({"num_anchors": 0}, "num_anchors must be at least 1, found 0"),
+        ({"chunk_blocks": -1}, "chunk_blocks must be 0 or more, found -1"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [DFlashTrainerModule, DominoTrainerModule])
+def test_trainers_refuse_what_a_config_refuses(kind: Any, field: dict[str, Any], message: str) -> None:
+    domino = kind is DominoTrainerModule
+    draft = DraftModel(draft_config() if domino else dflash_config())
+    fields = {"mask_token_id": 119, "block_size": 5} | ({"shift_label": True} if domino else {}) | field
+    with pytest.raises(ValueError, match=message):
+        kind(draft, **fields)
+
+
+def test_dflash_trainer_refuses_a_prefix_without_weight() -> None:
+    with pytest.raises(ValueError, match=r"prefix_weight_base must be positive, found 0\.0"):
+        build_trainer(dflash_config(), loss_type="variable_prefix", loss_options={"prefix_weight_base": 0})
+
+
+def test_a_fractional_mask_weighs_as_in_the_reference() -> None:
+    """Candidates ask for more than a half; a label weighs by its share, counts by it, and is right from one half."""
+    config = draft_config()
+    params, batch = random_params(config), random_batch(config)
+    rng = np.random.default_rng(7)
+    shares = np.where(batch.loss_mask, rng.choice([0.25, 0.75, 1.0], batch.loss_mask.shape), 0.0).astype(np.float32)
+    batch = batch._replace(loss_mask=shares)
+    anchors = random_anchors(config, batch._replace(loss_mask=shares > 0.5), slots=11)
+    theirs = nemo_trainer(config, params, batch, loss_decay_gamma=4.0)
+    expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, lambda_base=0.5)
+    found, gradient = our_step(
+        make_step(config, loss_decay_gamma=4.0), config, params, batch, anchors=anchors, lambda_base=0.5
+    )
+    assert found["valid_tokens"] % 1 != 0
+    check_metrics(found, expected)
+    check_close(gradient, expected_gradient, relative=GRADIENT)
 
 
 @pytest.mark.parametrize("config", [draft_config(), dflash_config()], ids=["domino", "dflash"])

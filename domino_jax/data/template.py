@@ -1,0 +1,115 @@
+"""What a chat template is to a run: its text, and what it is told besides the messages.
+
+A drafter learns conversations as one template renders them under one setting, for example with
+`enable_thinking: false`. Rendered otherwise they are other tokens: acceptance falls and nothing
+fails. So whatever depends on a rendering (answers, captured states, checkpoints, exports, figures)
+records the setting, and `ChatTemplate` and `kwargs_text` say for all of them what is the same one.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+
+from domino_jax.strict import InputError, Scalars, scalars
+
+KWARGS = "chat_template_kwargs"  # its name in every file
+NO_KWARGS: Scalars = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """`sha256` of a template's text, in hex, and the `kwargs` that it is told."""
+
+    sha256: str
+    kwargs: Scalars
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ChatTemplate) and self._identity() == other._identity()
+
+    def __str__(self) -> str:
+        return f"sha256 {self.sha256[:12]} with {KWARGS} {kwargs_text(self.kwargs)}"
+
+    def _identity(self) -> tuple[str, str]:
+        return self.sha256, kwargs_text(self.kwargs)
+
+    def as_json(self) -> dict[str, Any]:
+        """As checkpoints and evaluations record it."""
+        return {"chat_template": self.sha256, KWARGS: dict(self.kwargs)}
+
+    def check_trained(self, trained: "ChatTemplate", *, place: str, target: str) -> None:
+        """Refuses a draft that was trained with something else.
+
+        Args:
+            trained: the template of the draft.
+            place: of the draft, for the message.
+            target: whose template this one is, for the message.
+        Raises:
+            InputError: the text of the template, or else what it is told, differs.
+        """
+        if self.sha256 != trained.sha256:
+            raise InputError(f"{place}: the chat template of {target} is not the one the draft was trained with")
+        if self != trained:
+            raise InputError(
+                f"{place}: trained with {KWARGS} {kwargs_text(trained.kwargs)}, asked for are "
+                f"{kwargs_text(self.kwargs)}; leave them out to take the draft's own"
+            )
+
+
+def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
+    """The template of a tokenizer, told `kwargs`."""
+    return ChatTemplate(hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(), kwargs)
+
+
+def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
+    """What a file records under `chat_template_kwargs`; a file written before there were any has none.
+
+    Raises:
+        InputError: something else than a mapping of plain values.
+    """
+    return scalars(tree.get(KWARGS, {}), place=f"{place}: {KWARGS}")
+
+
+def kwargs_text(kwargs: Scalars) -> str:
+    """Equal for equal settings: not for 0 and false, which are equal in Python and not in a template."""
+    return json.dumps(dict(kwargs), sort_keys=True, ensure_ascii=False)
+
+
+def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
+    """Refuses names that a tokenizer's chat template never reads: a misspelt switch would do nothing.
+
+    Raises:
+        InputError: each such name, with the nearest one that is read, or all of them.
+    """
+    if not kwargs:
+        return
+    read = _settings(tokenizer)
+    for name in kwargs:
+        if name in read:
+            continue
+        near = difflib.get_close_matches(name, read, n=1)
+        known = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
+        known = f"did you mean {near[0]!r}?" if near else known
+        raise InputError(f"{KWARGS}: the chat template does not read {name!r}; {known}")
+
+
+def _settings(tokenizer: Any) -> set[str]:
+    """The names that a template looks up and that nobody but the user fills."""
+    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
+    # Two tags of transformers' own, which mark answers and read nothing.
+    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)
+    try:
+        read = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"the chat template cannot be read: {error}") from error
+    filled = {"messages", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
+    return read - filled - set(inspect.signature(tokenizer.apply_chat_template).parameters)

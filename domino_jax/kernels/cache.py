@@ -1,0 +1,115 @@
+"""The cache of keys and values: written and read by one operation, so that its layout is its own affair.
+
+    slots of a row    0 1 2 3 4 5 6 7      a pass over T = 2 tokens from position 4 writes 4 and 5
+    holding           p p p p n n s s      and reads up to 4, then 5: s, what an earlier pass left, is never seen
+
+Rewinding is implicit: a slot at or after a pass's first position is overwritten or masked.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.kernels import causal_attention
+from domino_jax.model_config import DecoderConfig
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, both [B, KV, S, head_dim]; slot j holds position j of its row."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    new = new.astype(cache.dtype)
+    if cache.shape[0] == 1:  # of a vmap over one row comes a scatter, which costs more
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
+    return jax.vmap(lambda row, run, at: jax.lax.dynamic_update_slice(row, run, (0, at, 0)))(cache, new, start)
+
+
+def write_definition(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
+    """See `write`."""
+    return Cache(_written(cache.keys, keys, start), _written(cache.values, values, start))
+
+
+def attend_definition(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cache: Cache,
+    start: jax.Array,
+    *,
+    write: Callable[..., Cache] = write_definition,
+) -> tuple[jax.Array, Cache]:
+    """See `cached_attention`; `write` puts the run into the cache."""
+    cache = write(cache, keys, values, start)
+    positions = start[:, None] + jnp.arange(q.shape[2])
+    mask = jnp.arange(cache.keys.shape[2]) <= positions[:, :, None]
+    return causal_attention.definition(q, *cache, mask=mask), cache
+
+
+def _write_merged(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
+    """For a CPU: batch and heads are one axis while a run is written.
+
+    XLA merges them for the product that reads the cache. In four dimensions it would make the whole cache again for
+    that product, in three it writes in place.
+    """
+
+    def written(cache: jax.Array, new: jax.Array) -> jax.Array:
+        if cache.shape[0] > 1:
+            return _written(cache, new, start)
+        merged = cache.reshape(-1, *cache.shape[2:])
+        new = new.astype(cache.dtype).reshape(-1, *new.shape[2:])
+        return jax.lax.dynamic_update_slice(merged, new, (0, start[0], 0)).reshape(cache.shape)
+
+    with jax.named_scope("cpu_cache"):
+        return Cache(written(cache.keys, keys), written(cache.values, values))
+
+
+def write(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
+    """The cache with a further run of positions in each row.
+
+    Args:
+        cache: of S slots.
+        keys: [B, KV, T, head_dim], T <= S.
+        values: like `keys`.
+        start: int32 [B], where each row's run begins; `start + T <= S` must hold.
+    Returns:
+        The cache with the run at `start .. start + T - 1` of each row, in its own type.
+    """
+    return jax.lax.platform_dependent(cache, keys, values, start, cpu=_write_merged, default=write_definition)
+
+
+def cached_attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, cache: Cache, start: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Writes a run of positions and attends from it to everything up to each of them.
+
+    Args:
+        q: [B, H, T, head_dim].
+        keys: [B, KV, T, head_dim] of the same positions, KV divides H.
+        values: like `keys`.
+        cache: of S slots, which hold every earlier position.
+        start: int32 [B], the first position of each row's run; `start + T <= S` must hold.
+    Returns:
+        [B, H, T, head_dim] in the type of `q`, and the cache with the run.
+    """
+    return jax.lax.platform_dependent(
+        q,
+        keys,
+        values,
+        cache,
+        start,
+        cpu=functools.partial(attend_definition, write=_write_merged),
+        default=attend_definition,
+    )
+
+
+def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> Cache:
+    """One layer's cache of zeros, [batch, KV, slots, head_dim] twice in the compute dtype."""
+    shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+    return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))

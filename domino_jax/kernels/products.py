@@ -1,0 +1,77 @@
+"""Products with weights stored [out, in], and the case in which reading the weight is all that they cost.
+
+Training multiplies thousands of rows by each weight, which every compiler does well. Verifying a drafted block
+multiplies K of them: its price is the reading of the weight once, if the product is laid out for that.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Up to so many rows a product costs what reading its weight costs.
+FEW_ROWS = 16
+
+
+def definition(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ weight.T`, [..., in] and [out, in] -> [..., out]; `dtype` as in `project`."""
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
+
+def _as_columns(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    """For a CPU: the weight as the left factor, which XLA streams faster than as the right one."""
+    with jax.named_scope("cpu_few_rows"):
+        rows = math.prod(x.shape[:-1])
+        padding = (1 << (rows - 1).bit_length()) - rows  # its kernels are for 2, 4, 8 or 16 columns
+        columns = jnp.pad(x.reshape(rows, -1), ((0, padding), (0, 0)))
+        product = jnp.einsum("oi,ri->or", weight, columns, preferred_element_type=dtype)
+        # Without the barrier XLA would turn the product round again.
+        product = jax.lax.optimization_barrier(product).T[:rows]
+        return product.reshape(*x.shape[:-1], -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _few_rows(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=functools.partial(_as_columns, dtype=dtype),
+        default=functools.partial(definition, dtype=dtype),
+    )
+
+
+def _few_rows_forward(
+    x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _few_rows(x, weight, dtype), (x, weight)
+
+
+def _few_rows_backward(
+    dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, pull = jax.vjp(functools.partial(definition, dtype=dtype), *saved)
+    return pull(cotangent)
+
+
+_few_rows.defvjp(_few_rows_forward, _few_rows_backward)
+
+
+def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ weight.T`.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], of the type of `x`.
+        dtype: of the result and of its sums; the type of `x` when not given.
+    Returns:
+        [..., out].
+    """
+    if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+        return _few_rows(x, weight, dtype)
+    return definition(x, weight, dtype)
+
+
+def vocabulary_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+    """Logits in float32 whatever the compute dtype, [..., D] and [V, D] -> [..., V]."""
+    return project(hidden, weight.astype(hidden.dtype), dtype=jnp.float32)

@@ -1,0 +1,389 @@
+"""The losses of two logits over one vocabulary, without ever holding the logits of all predictions.
+
+Its definition is `training/loss.py`, which a researcher edits; what both read stands first here. Two logits of [V] for
+each of N*K predictions are 2.5 GB a row in float32 (N 512, K 16, V 151,936, one of them), and differentiating them
+keeps several copies. So blocks go through in pieces, and a piece makes its gradient as soon as it has its loss:
+
+    hidden [B, N, M, D]   ┌ piece ┐┌ piece ┐┌ piece ┐     per piece: U = h W^T, U + E, both losses,
+                          └───────┘└───────┘└───────┘     d loss / d h, d r, d W2; its logits are then gone
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.kernels.largest import most_likely
+from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.sharding import constrain
+
+
+class TokenLoss(NamedTuple):
+    """What the logits of each prediction say of its label, all [B, N, M].
+
+    `nll` float32 is the negative log-likelihood, `prediction` int32 the most likely token, `divergence` float32
+    KL(target || draft), None where the target's states were not given.
+    """
+
+    nll: jax.Array
+    prediction: jax.Array
+    divergence: jax.Array | None = None
+
+
+class States(NamedTuple):
+    """What the logits are made from: `hidden` [B, N, M, D], the backbone's, and `low_rank` [B, N, M, R], the head's.
+
+    `low_rank` is zero where the logits stay uncorrected, and None without a head.
+    """
+
+    hidden: jax.Array
+    low_rank: jax.Array | None = None
+
+
+class Tables(NamedTuple):
+    """What turns states into logits: `lm_head` [V, D], frozen, and `expansion` [V, R], the head's, or None."""
+
+    lm_head: jax.Array
+    expansion: jax.Array | None = None
+
+
+class Labels(NamedTuple):
+    """What the predictions are held against, all [B, N, M] but the last.
+
+    `target_ids` int32; `mask` float32, the share in which a prediction is supervised, 0 for not at all; `weights`
+    float32, the position weights, 0 outside the mask. `target_states` [B, N, M, D] are the target's own states, after
+    its final norm, that predict the same tokens; None without a divergence.
+    """
+
+    target_ids: jax.Array
+    mask: jax.Array
+    weights: jax.Array
+    target_states: jax.Array | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a prediction costs, beyond its position weight.
+
+    Attributes:
+        factor: of `(token_loss, labels)`, float32 [B, n, M] over whole blocks; it multiplies each prediction's loss
+            and is differentiated with it, except through what it stops itself.
+        kl_weight: share of the divergence in a prediction's loss, the rest is the cross-entropy of its label.
+        output_logits: what the target's head makes of its product, elementwise, before the correction is added.
+        cost: of `(logits, labels, target_logits)`, float32 [B, N, M], takes the place of cross-entropy and divergence.
+            It reads whole logits, which the kernel never has: such an objective runs on the definition.
+    """
+
+    factor: Callable[[TokenLoss, Labels], jax.Array] | None = None
+    kl_weight: float = 0.0
+    output_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits
+    cost: Callable[[jax.Array, Labels, jax.Array | None], jax.Array] | None = None
+
+
+CROSS_ENTROPY = Objective()
+
+
+class VocabularyLoss(NamedTuple):
+    """Weighted sums over all predictions, float32 scalars, and what they were made of.
+
+    `total = (1 - lambda_base) * final_sum + lambda_base * base_sum` alone carries a gradient. Without a head final and
+    base are the same.
+    """
+
+    total: jax.Array
+    final_sum: jax.Array
+    base_sum: jax.Array
+    final: TokenLoss
+    base: TokenLoss
+
+
+def token_loss(logits: jax.Array, target_ids: jax.Array, target_logits: jax.Array | None = None) -> TokenLoss:
+    """The definition of one prediction's loss, from whole logits.
+
+    Args:
+        logits: float32 [..., V].
+        target_ids: int32 [...].
+        target_logits: float32 [..., V], the target's own, for the divergence.
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    divergence = None
+    if target_logits is not None:
+        target_log_probs = jax.nn.log_softmax(target_logits, axis=-1)
+        divergence = jnp.sum(jnp.exp(target_log_probs) * (target_log_probs - log_probs), axis=-1)
+    return TokenLoss(-_at(log_probs, target_ids), most_likely(logits), divergence)
+
+
+def weighted_sum(token: TokenLoss, labels: Labels, objective: Objective) -> jax.Array:
+    """The weighted sum of the predictions' losses, a float32 scalar."""
+    values = token.nll
+    if token.divergence is not None:
+        values = (1.0 - objective.kl_weight) * values + objective.kl_weight * token.divergence
+    if objective.factor is not None:
+        values *= objective.factor(token, labels)
+    return jnp.sum(values * labels.weights)
+
+
+def vocabulary_loss(
+    states: States,
+    tables: Tables,
+    labels: Labels,
+    *,
+    lambda_base: jax.Array | float = 0.0,
+    objective: Objective = CROSS_ENTROPY,
+    chunk_blocks: int = 0,
+) -> VocabularyLoss:
+    """`training.loss.dual_loss` in pieces, with the gradient derived by hand.
+
+    A prediction's loss is a function of its `nll` and its `divergence` alone, so with `a` and `b` the derivatives of
+    the weighted sum by them (which `jax.vjp` gives, of arrays without a vocabulary), the gradient of its logits is
+
+        d sum / d logits = a (softmax - onehot(label)) + b (softmax - target's softmax)
+
+    The part of the label is one row of a table per prediction, the rest a product over the vocabulary. Of the final
+    logits `U + E` the same gradient reaches `E = r W2^T` and, through `U`, the backbone; of the base logits only `U`.
+    Both are scaled by their shares of the total, and added up before the product with the head.
+
+    Args:
+        states: of the predictions.
+        tables: the head is frozen.
+        labels: of the predictions.
+        lambda_base: weight of the base loss, may be traced.
+        objective: without a `cost` of its own.
+        chunk_blocks: blocks whose logits exist at the same time, 0 for all. The pieces after the last supervised
+            prediction are left out: unused slots come last.
+    Returns:
+        `VocabularyLoss`. Logits, log-sum-exp and sums are float32; gradients reach the states and `expansion` through
+        `total`. What is said of predictions outside the mask means nothing.
+    Raises:
+        ValueError: an objective with a `cost`.
+    """
+    if objective.cost is not None:
+        raise ValueError("an objective with a cost of its own runs on training.loss.dual_loss")
+    if objective.kl_weight == 0:
+        labels = labels._replace(target_states=None)
+    lambda_base = jnp.asarray(lambda_base, jnp.float32)
+    tables = tables._replace(lm_head=jax.lax.stop_gradient(tables.lm_head))
+    return _vocabulary_loss((objective, chunk_blocks), states, tables, labels, lambda_base)
+
+
+class _Slopes(NamedTuple):
+    """Derivatives of a weighted sum by each prediction's `nll` and `divergence` (None without), float32 [B, n, M]."""
+
+    nll: jax.Array
+    divergence: jax.Array | None
+
+
+class _Gradients(NamedTuple):
+    """Of states and of `expansion`, [V, R] or, transposed, [R, V], without the labels' part.
+
+    That part is a row of `low_rank` per prediction, times `labelled` [B, n, M].
+    """
+
+    hidden: jax.Array | None = None
+    low_rank: jax.Array | None = None
+    expansion: jax.Array | None = None
+    labelled: jax.Array | None = None
+
+
+class _Softmax(NamedTuple):
+    """Logits and their softmax, not yet divided by its sum: `exps` [..., V], `sums` and `largest` [...]."""
+
+    logits: jax.Array
+    exps: jax.Array
+    sums: jax.Array
+    largest: jax.Array
+
+    @classmethod
+    def of(cls, logits: jax.Array) -> "_Softmax":
+        largest = jnp.max(logits, axis=-1)
+        exps = jnp.exp(logits - largest[..., None])
+        return cls(logits, exps, jnp.sum(exps, axis=-1), largest)
+
+    def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
+        log_sum = self.largest + jnp.log(self.sums)
+        divergence = None
+        if wanted is not None:
+            apart = jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums
+            divergence = apart - (wanted.largest + jnp.log(wanted.sums)) + log_sum
+        return TokenLoss(log_sum - _at(self.logits, ids), most_likely(self.logits), divergence)
+
+    def slope(self, by: _Slopes, wanted: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
+        """The gradient without the labels' part: [..., V], and the factor of each row, not multiplied in yet."""
+        if wanted is None or by.divergence is None:
+            return self.exps, by.nll / self.sums
+        own, target = (by.nll + by.divergence) / self.sums, by.divergence / wanted.sums
+        dense = own[..., None] * self.exps - target[..., None] * wanted.exps
+        return dense, jnp.ones_like(own)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vocabulary_loss(
+    static: tuple[Objective, int], states: States, tables: Tables, labels: Labels, lam: jax.Array
+) -> VocabularyLoss:
+    run = functools.partial(_in_pieces, static, with_gradient=False, transposed=False)
+    return run(states, tables, labels, lam)[0]
+
+
+def _forward(
+    static: tuple[Objective, int], states: States, tables: Tables, labels: Labels, lam: jax.Array
+) -> tuple[VocabularyLoss, Any]:
+    run = functools.partial(_in_pieces, static, with_gradient=True)
+    # A kernel of a TPU's or a GPU's own becomes a branch here.
+    return jax.lax.platform_dependent(
+        states,
+        tables,
+        labels,
+        lam,
+        cpu=functools.partial(run, transposed=True),
+        default=functools.partial(run, transposed=False),
+    )
+
+
+def _backward(_: Any, gradients: Any, cotangent: VocabularyLoss) -> tuple[Any, ...]:
+    states, expansion = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
+    return states, Tables(None, expansion), None, None  # type: ignore[arg-type]
+
+
+_vocabulary_loss.defvjp(_forward, _backward)
+
+
+def _in_pieces(
+    static: tuple[Objective, int],
+    states: States,
+    tables: Tables,
+    labels: Labels,
+    lam: jax.Array,
+    *,
+    with_gradient: bool,
+    transposed: bool,
+) -> tuple[VocabularyLoss, Any]:
+    """The loss and the gradients of states and expansion, one piece of blocks after the other."""
+    objective, chunk_blocks = static
+    dtype = states.hidden.dtype
+    tables = jax.tree.map(lambda table: table.astype(dtype), tables)  # once, not in every piece
+    piece = functools.partial(
+        _piece, objective=objective, tables=tables, lam=lam, with_gradient=with_gradient, transposed=transposed
+    )
+    blocks = states.hidden.shape[1]
+    if chunk_blocks == 0 or chunk_blocks >= blocks:
+        loss, gradients = piece(states, labels)
+        return loss, _with_labels(gradients, states, labels, transposed=transposed)
+    pieces = -(-blocks // chunk_blocks)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
+        x = jnp.pad(x, ((0, 0), (0, pieces * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], pieces, chunk_blocks, *x.shape[2:]).swapaxes(0, 1)
+
+    def joined(x: jax.Array) -> jax.Array:  # and back
+        return x.swapaxes(0, 1).reshape(x.shape[1], pieces * chunk_blocks, *x.shape[3:])[:, :blocks]
+
+    def one(parts: tuple[States, Labels]) -> tuple[Any, Any]:
+        loss, gradients = piece(*parts)
+        sums = (loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+        return sums, (loss.final, loss.base, gradients._replace(expansion=None))
+
+    def add(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        new, out = one(jax.tree.map(lambda x: x[index], parts))
+        outs = jax.tree.map(lambda whole, x: whole.at[index].set(x), carry[1], out)
+        return jax.tree.map(jnp.add, carry[0], new), outs
+
+    parts = jax.tree.map(split, (states, labels))
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
+    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), shapes[1])
+    supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
+    needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
+    (total, final_sum, base_sum, expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
+    final, base, gradients = jax.tree.map(joined, outs)
+    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
+    return loss, _with_labels(gradients._replace(expansion=expanded), states, labels, transposed=transposed)
+
+
+def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, transposed: bool) -> Any:
+    """The gradients of states and expansion, to which the labels' part is added here, once for all pieces."""
+    expansion = gradients.expansion
+    if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
+        if transposed:
+            with jax.named_scope("cpu_expansion"):  # or XLA would turn the product round again
+                expansion = jax.lax.optimization_barrier(expansion).T
+        expansion = expansion.at[labels.target_ids].add(-gradients.labelled[..., None] * states.low_rank)
+    return States(gradients.hidden, gradients.low_rank), expansion  # type: ignore[arg-type]
+
+
+def _piece(
+    states: States,
+    labels: Labels,
+    *,
+    objective: Objective,
+    tables: Tables,
+    lam: jax.Array,
+    with_gradient: bool,
+    transposed: bool,
+) -> tuple[VocabularyLoss, _Gradients]:
+    """Loss and gradients of blocks whose logits fit in memory."""
+    ids = labels.target_ids
+    product = head_logits(states.hidden, tables.lm_head)
+    base_logits, pull_output = jax.vjp(objective.output_logits, product)
+    wanted = None
+    if labels.target_states is not None:
+        wanted = _Softmax.of(objective.output_logits(head_logits(labels.target_states, tables.lm_head)))
+    base = final = _Softmax.of(base_logits)
+    if states.low_rank is not None and tables.expansion is not None:
+        final = _Softmax.of(base_logits + head_logits(states.low_rank, tables.expansion))
+    base_loss, final_loss = base.loss(ids, wanted), final.loss(ids, wanted)
+    base_sum, base_slopes = _sum_and_slopes(base_loss, labels, objective)
+    final_sum, final_slopes = _sum_and_slopes(final_loss, labels, objective)
+    total = (1.0 - lam) * final_sum + lam * base_sum
+    loss = VocabularyLoss(total, final_sum, base_sum, final_loss, base_loss)
+    if not with_gradient:
+        return loss, _Gradients()
+
+    base_slopes = jax.tree.map(lambda x: lam * x, base_slopes)
+    final_slopes = jax.tree.map(lambda x: (1.0 - lam) * x, final_slopes)
+    dense, scale = final.slope(final_slopes, wanted)
+    dense_base, scale_base = base.slope(base_slopes, wanted)
+    # The corrected logits' part is scaled outside its products; both parts are added up for the one with the head.
+    (slope,) = pull_output(scale[..., None] * dense + scale_base[..., None] * dense_base)
+    labelled = base_slopes.nll + final_slopes.nll
+    (labelled,) = jax.vjp(objective.output_logits, _at(product, ids))[1](labelled)
+    slope, ones = slope.astype(states.hidden.dtype), jnp.ones_like(scale)
+    hidden_gradient = _states_gradient(slope, ones, tables.lm_head, labelled, ids)
+    if states.low_rank is None or tables.expansion is None:
+        return loss, _Gradients(hidden_gradient)
+    dense = dense.astype(states.low_rank.dtype)
+    low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
+    rows = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
+    # On a CPU [R, V]: the other way round the large factor would be transposed first.
+    equation = "bnmr,bnmv->rv" if transposed else "bnmv,bnmr->vr"
+    factors = (rows, dense) if transposed else (dense, rows)
+    expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
+    return loss, _Gradients(hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll)
+
+
+def _sum_and_slopes(token: TokenLoss, labels: Labels, objective: Objective) -> tuple[jax.Array, _Slopes]:
+    """The weighted sum of a piece, and its derivatives by each prediction's `nll` and `divergence`."""
+
+    def total(nll: jax.Array, divergence: jax.Array | None) -> jax.Array:
+        return weighted_sum(TokenLoss(nll, token.prediction, divergence), labels, objective)
+
+    value, pull = jax.vjp(total, token.nll, token.divergence)
+    return value, _Slopes(*pull(jnp.ones_like(value)))
+
+
+def _states_gradient(
+    dense: jax.Array, scale: jax.Array, table: jax.Array, labelled: jax.Array, ids: jax.Array
+) -> jax.Array:
+    products = jnp.einsum("...v,vd->...d", dense, table, preferred_element_type=jnp.float32)
+    return (scale[..., None] * products - labelled[..., None] * table[ids]).astype(dense.dtype)
+
+
+def head_logits(states: jax.Array, table: jax.Array) -> jax.Array:
+    """Float32 logits of predictions, laid out over the mesh: [B, N, M, D] and [V, D] -> [B, N, M, V]."""
+    return constrain(vocabulary_logits(states, table), "batch", None, None, "vocab")
+
+
+def _at(logits: jax.Array, ids: jax.Array) -> jax.Array:  # [..., V], [...] -> [...]
+    return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]

@@ -1,0 +1,187 @@
+"""What the benchmarks on an accelerator train and decode, what that takes, and what a chip can do.
+
+A workload is the published Domino recipe on a Qwen3 target, cut to one row; its settings are that
+row with few or many anchors, from given features (draft only) or with the frozen target's forward
+in the step (online). Nothing here imports jax or torch: the process that lets both sides take turns
+must not hold a part of the card itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from domino_jax.model_config import DecoderConfig, DraftConfig, default_target_layer_ids
+
+MODES = ("draft", "online")
+LAMBDA_BASE, LEARNING_RATE, BETAS = 0.5, 6e-4, (0.9, 0.95)
+LOSS_DECAY_GAMMA, CLIP_NORM = 7.0, 1.0
+CHUNK_BLOCKS = 32  # as configs/qwen3-8b.yaml
+
+# Published dense bfloat16 operations per second, by the name that jax or torch gives the chip.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def qwen3(*, hidden_size: int, intermediate_size: int, tied: bool) -> DecoderConfig:
+    """A Qwen3 decoder of 36 layers, which both published sizes have."""
+    return DecoderConfig(
+        vocab_size=151936,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        qk_norm=True,
+        tie_word_embeddings=tied,
+    )
+
+
+SHAPES = {
+    "qwen3-4b": qwen3(hidden_size=2560, intermediate_size=9728, tied=True),
+    "qwen3-8b": qwen3(hidden_size=4096, intermediate_size=12288, tied=False),
+}
+TINY = replace(
+    SHAPES["qwen3-8b"],
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A target's shape with the rows that are trained on it: S, the choices of N, and the modes."""
+
+    shape: str
+    length: int
+    anchors: tuple[int, ...]
+    modes: tuple[str, ...] = MODES
+
+
+WORKLOADS = {
+    "qwen3-4b": Workload("qwen3-4b", 2048, (256, 512)),
+    "qwen3-8b": Workload("qwen3-8b", 2048, (256, 512)),
+    # The one published step time of another trainer: SpecForge on an H200, 105.6 ms a sample.
+    "specforge": Workload("qwen3-8b", 768, (256,), ("draft",)),
+}
+
+
+def target_config(shape: str, *, dtype: str, tiny: bool) -> DecoderConfig:
+    """The target of a shape; `tiny` keeps only whether its head is tied."""
+    full = SHAPES[shape]
+    if tiny:
+        return replace(TINY, dtype=dtype, tie_word_embeddings=full.tie_word_embeddings)
+    return replace(full, dtype=dtype)
+
+
+def draft_config(target: DecoderConfig, *, projector_type: str | None = "domino") -> DraftConfig:
+    """The published Domino draft of a target, or without projector the DFlash draft beside it."""
+    tiny = target.hidden_size == TINY.hidden_size
+    depth = 2 if tiny else 5
+    shape = {name: value for name, value in vars(target).items() if name != "tie_word_embeddings"}
+    domino = projector_type == "domino"
+    return DraftConfig(
+        **(shape | {"num_hidden_layers": depth}),
+        block_size=4 if tiny else 16,
+        mask_token_id=target.vocab_size - 1 if tiny else 151669,
+        num_target_layers=target.num_hidden_layers,
+        target_layer_ids=default_target_layer_ids(target.num_hidden_layers, depth),
+        projector_type=projector_type,
+        emb_dim=16 if tiny else 256,
+        gru_hidden_dim=32 if tiny else 1024,
+        pure_draft_prefix_len=1 if domino else 0,
+        shift_label=domino,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One measured step: a row of a workload with N anchors, draft only or online."""
+
+    workload: str
+    anchors: int
+    mode: str
+    tiny: bool
+
+    @property
+    def shape(self) -> str:
+        """Whose target it is."""
+        return WORKLOADS[self.workload].shape
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return WORKLOADS[self.workload].length // (32 if self.tiny else 1)
+
+    @property
+    def slots(self) -> int:
+        """N, as it is run."""
+        return self.anchors // (64 if self.tiny else 1)
+
+
+def settings(
+    workload: str,
+    *,
+    anchors: Sequence[int],
+    modes: Sequence[str],
+    tiny: bool,
+) -> list[Setting]:
+    """The settings of a workload, all of them or those with the given anchors and modes."""
+    row = WORKLOADS[workload]
+    chosen = [mode for mode in row.modes if not modes or mode in modes]
+    counts = anchors or row.anchors
+    return [Setting(workload, count, mode, tiny) for mode in chosen for count in counts]
+
+
+def step_flops(
+    config: DraftConfig,
+    length: int,
+    anchors: int,
+    *,
+    online: bool = False,
+) -> dict[str, float]:
+    """Useful multiplications and additions of one row's step, by its parts.
+
+    Frozen weights and the target's states have no gradient, and scores are counted up to each
+    anchor (half of S on average) or up to each token of the target: what the result needs, not what
+    is computed. The target is cut after the last layer that the draft reads.
+    """
+    d, tokens = config.hidden_size, anchors * config.block_size
+    heads = config.num_attention_heads * config.head_dim
+    kv_heads = config.num_key_value_heads * config.head_dim
+    layer = d * (2 * heads + 2 * kv_heads) + 3 * d * config.intermediate_size
+    gru, width = config.gru_hidden_dim, config.emb_dim
+    draft_layers = config.num_hidden_layers
+    fc = 2 * length * len(config.target_layer_ids) * d * d
+    own_block = 3 * draft_layers * tokens * 2 * heads * config.block_size
+    recurrence = tokens * 3 * gru * (2 * d + 3 * gru)
+    low_rank = 3 * tokens * width * (d + gru)
+    parts: dict[str, float] = {
+        "fc, context keys and values": fc + 3 * draft_layers * length * d * 2 * kv_heads,
+        "backbone": 3 * draft_layers * tokens * layer,
+        "context attention": 3 * draft_layers * tokens * 2 * heads * (length / 2),
+        "own block, GRU, low rank": own_block + recurrence + low_rank,
+        "base logits": 2 * tokens * config.vocab_size * d,
+        "final logits": 3 * tokens * config.vocab_size * width,
+    }
+    if online:
+        depth = max(config.target_layer_ids) + 1
+        parts["target products"] = depth * length * layer
+        parts["target attention"] = depth * length * 2 * heads * (length / 2)
+    return {name: 2.0 * count for name, count in parts.items()}

@@ -1,0 +1,71 @@
+"""Greedy speculative decoding on a device writes the plain target's own tokens there."""
+
+from dataclasses import replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from domino_jax.decoding.generate import generate
+from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.model_config import DraftConfig
+from domino_jax.target.model import Target
+
+pytestmark = pytest.mark.accelerator
+
+# So few words that a random draft is right now and then, in layers of real widths.
+DRAFT = DraftConfig(
+    vocab_size=7,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=64,
+    max_position_embeddings=256,
+    block_size=4,
+    mask_token_id=6,
+    num_target_layers=4,
+    target_layer_ids=(0, 2),
+    emb_dim=32,
+    gru_hidden_dim=64,
+    shift_label=True,
+    pure_draft_prefix_len=1,
+)
+TARGET = Target(replace(DRAFT, num_hidden_layers=4))
+PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3, 1], [3, 3])]
+COUNT = 40
+
+
+def sharp(variables: Any) -> Any:
+    """Random weights large enough for outputs that depend on every input."""
+    params = nn.meta.unbox(variables)["params"]
+    return jax.tree.map(lambda x: x * 20.0 if x.ndim == 2 else x, params)
+
+
+@pytest.mark.parametrize("use_head", [True, False], ids=["head", "no head"])
+def test_greedy_tokens_are_the_targets_own(use_head: bool) -> None:
+    draft = DraftModel(DRAFT)
+    weights = Weights(
+        sharp(TARGET.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))),
+        sharp(init_variables(draft, jax.random.key(1))),
+    )
+    speculative = make_decoder(TARGET, draft, use_head=use_head)
+    slots = required_slots(speculative, max(map(len, PROMPTS)), COUNT)
+    # In full float32, as the command decodes: in fewer bits words may tie in one program alone.
+    with jax.default_matmul_precision("highest"):
+        ours = generate(speculative, weights, PROMPTS, max_new_tokens=COUNT, slots=slots)
+        alone, target = make_decoder(TARGET), Weights(weights.target)
+        plain = generate(alone, target, PROMPTS, max_new_tokens=COUNT, slots=slots)
+    written = np.concatenate([answer.tokens for answer in plain])
+    assert written.size == len(PROMPTS) * COUNT
+    assert len(set(written.tolist())) > 3, "too dull to show a difference"
+    for found, expected in zip(ours, plain, strict=True):
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+    committed = sum(answer.committed for answer in ours)
+    verifications = sum(answer.verifications for answer in ours)
+    assert committed > verifications, "nothing was ever accepted"

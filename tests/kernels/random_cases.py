@@ -1,0 +1,6 @@
+"""How many random configurations each implementation is held to: 8 in the suite, all 50 with `-m slow`."""
+
+import pytest
+
+CASES = [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 50))]
+VALUE, GRADIENT = 1e-5, 1e-5  # relative, of the largest value and of a gradient's norm

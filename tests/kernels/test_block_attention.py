@@ -1,0 +1,219 @@
+"""Block attention: the definition against dense attention, the tiled form against the definition."""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_cases import CASES, GRADIENT, VALUE
+from reference import draft_config, random_anchors, random_batch
+
+from domino_jax.draft.mask import block_mask, context_span
+from domino_jax.kernels import block_attention as kernel
+from domino_jax.kernels import causal_attention
+from domino_jax.kernels.block_attention import ContextSpan, TileSize, block_attention
+from domino_jax.sharding import make_mesh
+
+attend = jax.jit(block_attention)
+
+ROWS, HEADS, KV_HEADS, LENGTH, SLOTS, SIZE, WIDTH = 2, 6, 2, 24, 7, 3, 10
+
+
+class Inputs(NamedTuple):
+    q: jax.Array
+    context: tuple[jax.Array, jax.Array]
+    own: tuple[jax.Array, jax.Array]
+
+
+def random_inputs(
+    rows: int = ROWS,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    length: int = LENGTH,
+    queries: int = SLOTS * SIZE,
+    seed: int = 4,
+) -> Inputs:
+    rng = np.random.default_rng(seed)
+
+    def draw(heads: int, length: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((rows, heads, length, WIDTH)) * 2.0, jnp.float32)
+
+    context, own = ((draw(kv_heads, count), draw(kv_heads, count)) for count in (length, queries))
+    return Inputs(draw(heads, queries), context, own)
+
+
+def drawn(packed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    batch = random_batch(draft_config(), rows=ROWS, length=LENGTH, packed=packed)
+    anchors, keep = random_anchors(draft_config(block_size=SIZE), batch, slots=SLOTS)
+    anchors[0, 0] = 0  # a used block without context
+    assert keep.any() and not keep.all()
+    return anchors, keep, batch.packing.get("seq_lens")
+
+
+def values_and_gradients(attention: Any, inputs: Inputs) -> tuple[jax.Array, Inputs]:
+    weights = jnp.asarray(np.random.default_rng(5).standard_normal(inputs.q.shape), jnp.float32)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        out = attention(*inputs)
+        return jnp.sum(out * weights), out
+
+    (_, out), gradient = run(inputs)
+    return out, gradient
+
+
+@pytest.mark.parametrize(
+    ("packed", "window", "causal"), [(False, None, False), (True, None, False), (True, 5, False), (False, 4, True)]
+)
+def test_definition_equals_dense_attention(packed: bool, window: int | None, causal: bool) -> None:
+    anchors, keep, seq_lens = drawn(packed)
+    rule: dict[str, Any] = {"block_size": SIZE, "seq_lens": seq_lens, "window": window}
+    span = context_span(anchors, keep, **rule)
+    mask = block_mask(anchors, keep, **rule, context_len=LENGTH, causal=causal)
+
+    def dense(q: jax.Array, context: Any, own: Any) -> jax.Array:
+        k, v = (jnp.concatenate(pair, axis=2) for pair in zip(context, own, strict=True))
+        return causal_attention.definition(q, k, v, mask=mask)
+
+    inputs = random_inputs()
+    found = values_and_gradients(functools.partial(kernel.definition, span=span, causal=causal), inputs)
+    expected = values_and_gradients(dense, inputs)
+    chex.assert_shape(found[0], (ROWS, HEADS, SLOTS * SIZE, WIDTH))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Case(NamedTuple):
+    inputs: Inputs
+    span: ContextSpan
+    causal: bool
+    size: TileSize
+    transposed: bool
+
+
+def random_case(seed: int) -> Case:
+    """Windows, packed rows, unused slots, one long row beside short ones; tiles that divide nothing."""
+    rng = np.random.default_rng(seed)
+    rows, kv_heads, groups = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    size, slots, length = int(rng.integers(2, 7)), int(rng.integers(1, 9)), int(rng.integers(1, 60))
+    reach = np.maximum(1, length * rng.choice([0.1, 0.5, 1.0], (rows, 1))).astype(int)
+    anchors = np.sort(rng.integers(0, reach, (rows, slots)), axis=1).astype(np.int32)
+    keep = np.arange(slots) < rng.integers(0, slots + 1, (rows, 1))
+    packed, window = rng.random() < 0.5, int(rng.integers(size, 3 * size)) if rng.random() < 0.5 else None
+    first = int(rng.integers(1, length + 1))
+    seq_lens = np.tile(np.array([first, length - first], np.int32), (rows, 1)) if packed else None
+    span = context_span(
+        jnp.asarray(np.where(keep, anchors, 0)), jnp.asarray(keep), seq_lens=seq_lens, block_size=size, window=window
+    )
+    inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, slots * size, seed=seed)
+    tiles = TileSize(int(rng.integers(1, 4 * groups * size)), int(rng.integers(1, length + 9)))
+    return Case(inputs, span, bool(rng.random() < 0.3), tiles, bool(rng.random() < 0.5))
+
+
+@pytest.mark.parametrize("transposed", [True, False], ids=["cpu", "others"])
+@pytest.mark.parametrize("seed", CASES)
+def test_tiled_form_equals_the_definition(seed: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(seed)
+    backward = kernel.tiled_backward
+    # What the other platforms run is tried here too: every branch is traced, and this one is taken.
+    monkeypatch.setattr(kernel, "tiled_backward", lambda *a, **o: backward(*a, **(o | {"transposed": transposed})))
+    options: dict[str, Any] = {"span": case.span, "causal": case.causal}
+    found, gradient = values_and_gradients(functools.partial(block_attention, **options, size=case.size), case.inputs)
+    expected, exact = values_and_gradients(functools.partial(kernel.definition, **options), case.inputs)
+    np.testing.assert_allclose(found, expected, rtol=VALUE, atol=VALUE * np.abs(expected).max())
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
+        assert np.linalg.norm(ours - theirs) <= GRADIENT * np.linalg.norm(theirs) + 1e-6
+
+
+def test_a_short_row_walks_its_own_length() -> None:
+    """Of a batch of a long row and a short one, each tile ends where its own row ends."""
+    span = context_span(jnp.array([[90, 95], [3, 5]]), jnp.ones((2, 2), bool))
+    inputs = random_inputs(rows=2, length=96, queries=2 * SIZE)
+    operands = kernel._Operands(
+        inputs.q.reshape(2, KV_HEADS, 2, -1, WIDTH),
+        *inputs.context,
+        *(x.reshape(2, KV_HEADS, 2, SIZE, WIDTH) for x in inputs.own),
+    )
+    tiles = kernel._tiles(operands, span, TileSize(9, 10))
+    assert tiles.row.tolist() == [0, 0, 1, 1]
+    assert tiles.stop.tolist() == [9, 10, 1, 1]
+
+
+def test_devices_attend_for_their_own_rows_and_sum_nothing() -> None:
+    rows, span = 4, context_span(jnp.array([[3, 20], [4, 9], [1, 2], [8, 23]]), jnp.ones((4, 2), bool))
+    inputs = random_inputs(rows=rows, queries=2 * SIZE)
+
+    def total(inputs: Inputs, span: ContextSpan) -> jax.Array:
+        return jnp.sum(jnp.sin(block_attention(*inputs, span=span)))
+
+    expected = jax.jit(jax.value_and_grad(total))(inputs, span)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    by_row = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), "tensor"))
+    spans = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(total), in_shardings=(by_row, spans))
+        found = run(inputs, span)
+        text = run.lower(inputs, span).compile().as_text()
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert "all-gather" not in text and "all-to-all" not in text
+    # The sums of the scalar `total`, and no other.
+    assert len(re.findall(r"all-reduce\(", text)) == len(re.findall(r"= f32\[\]\S* all-reduce\(", text)) > 0
+
+
+def test_block_attention_ignores_the_anchor_and_what_follows() -> None:
+    anchors, keep = np.full((ROWS, SLOTS), 9, np.int32), np.ones((ROWS, SLOTS), bool)
+    span = context_span(anchors, keep)
+    inputs = random_inputs()
+
+    def total(context: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.sum(jnp.sin(block_attention(inputs.q, context, inputs.own, span=span)))
+
+    for gradient in jax.jit(jax.grad(total))(inputs.context):
+        reached = np.any(np.asarray(gradient) != 0, axis=(0, 1, 3))
+        assert reached.tolist() == [position < 9 for position in range(LENGTH)]
+
+
+def test_block_attention_keeps_blocks_apart() -> None:
+    anchors, keep, _ = drawn()
+    span = context_span(anchors, keep)
+    inputs = random_inputs()
+    before = attend(*inputs, span=span)
+    own = tuple(x.at[:, :, SIZE : 2 * SIZE].add(1.0) for x in inputs.own)
+    changed = np.any(np.asarray(before != attend(inputs.q, inputs.context, own, span=span)), axis=(0, 1, 3))
+    assert np.flatnonzero(changed).tolist() == list(range(SIZE, 2 * SIZE))
+
+
+def test_block_attention_of_an_unused_slot_sees_its_own_block_only() -> None:
+    nothing = ContextSpan(*jnp.zeros((2, ROWS, SLOTS, 1), jnp.int32))
+    inputs = random_inputs()
+    found = attend(*inputs, span=nothing)
+    k, v = (np.repeat(np.asarray(x), HEADS // KV_HEADS, axis=1) for x in inputs.own)
+    for n in range(SLOTS):
+        block = slice(n * SIZE, (n + 1) * SIZE)
+        scores = np.asarray(inputs.q)[:, :, block] @ k[:, :, block].swapaxes(2, 3) / np.sqrt(WIDTH)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(found[:, :, block], weights @ v[:, :, block], rtol=1e-5, atol=1e-5)
+
+    def total(inputs: Inputs) -> jax.Array:
+        return jnp.sum(jnp.sin(block_attention(*inputs, span=nothing)))
+
+    gradient = jax.jit(jax.grad(total))(inputs)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
+    assert not any(np.any(x) for x in gradient.context)
+
+
+def test_block_attention_keeps_bfloat16_outside_and_float32_scores_inside() -> None:
+    anchors, keep, _ = drawn()
+    span = context_span(anchors, keep)
+    inputs = random_inputs()
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs._replace(q=4.0 * inputs.q))
+    found = attend(*rounded, span=span)
+    chex.assert_type(found, jnp.bfloat16)
+    exact = attend(*jax.tree.map(lambda x: x.astype(jnp.float32), rounded), span=span)
+    # Weights and outputs, up to 7 here, are rounded to 8 bits; scores, up to 100, must not be.
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, atol=0.05)
