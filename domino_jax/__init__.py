@@ -1,22 +1,32 @@
-"""Train, check and export Domino and DFlash speculative-decoding drafters in JAX. The public names."""
+"""Train, check and export Domino and DFlash speculative-decoding drafters in JAX. The public names.
 
-from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
-from domino_jax.training.curriculum import get_lambda_base, lambda_base_schedule
-from domino_jax.training.loss import compute_accept_len
-from domino_jax.training.modules import (
-    DFlashStepMetrics,
-    DFlashTrainerModule,
-    DominoStepMetrics,
-    DominoTrainerModule,
-    build_trainer,
-)
-from domino_jax.training.objectives import register_objective
+Each is imported when it is asked for: `domino` answers Ctrl-C before jax is there.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
+    from domino_jax.training.curriculum import get_lambda_base, lambda_base_schedule
+    from domino_jax.training.loss import compute_accept_len
+    from domino_jax.training.modules import (
+        DFlashStepMetrics,
+        DFlashTrainerModule,
+        DominoStepMetrics,
+        DominoTrainerModule,
+        build_trainer,
+    )
+    from domino_jax.training.objectives import register_objective
+
+__version__ = "0.1.0"
 
 __all__ = [
     "DFlashStepMetrics",
     "DFlashTrainerModule",
     "DominoStepMetrics",
     "DominoTrainerModule",
+    "__version__",
     "build_trainer",
     "compute_accept_len",
     "get_lambda_base",
@@ -26,3 +36,19 @@ __all__ = [
     "register_objective",
     "save_hf_draft",
 ]
+
+# The modules of the imports above, which only type checkers read.
+_MODULES = ("interop.hf", "training.curriculum", "training.loss", "training.modules", "training.objectives")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            found = importlib.import_module(f"domino_jax.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,7 +28,8 @@ TABLE = (
         ),
     ),
     (4, "", ("plan", "report")),
-    (5, "cli", ("shared", "data", "train", "decode", "checkpoint", "main")),
+    (5, "cli", ("interrupts", "shared", "data", "train", "decode", "checkpoint", "verbs")),
+    (6, "", ("__main__",)),
 )
 # The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the last file of its row.
 RANK_OF_TOP = 3.5

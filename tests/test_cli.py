@@ -1,7 +1,10 @@
 """The command as a user meets it: the whole way on a tiny target, and one line with exit code 2 for bad input."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import run_config, write_conversations, write_target
 
-from domino_jax import load_hf_draft
+from domino_jax import __version__, load_hf_draft
 from domino_jax.cli import main
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.skips import Diverged
@@ -51,12 +54,18 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     prompts = write_conversations(tmp_path / "prompts.jsonl", 12, answers=False)
     answers = tmp_path / "answers.jsonl"
     words = ("--target", target, "--max-new-tokens", 12, "--batch-size", 8)
-    assert domino("regenerate", prompts, answers, *words)[:2] == (0, f"{answers}\n")
+    code, out, log = domino("regenerate", prompts, answers, *words)
+    assert (code, out) == (0, f"{answers}\n") and "\ncompiling\n" in log
+    cut = sum(not json.loads(line)["finished"] for line in answers.read_text().splitlines())
+    share = f"{cut} of 12 answers ({cut / 12:.0%})"
+    assert cut and f"{share} were cut at 12 tokens" in log
     config = run_config(tmp_path, target)
     code, out, log = domino("train", config, f"data.train={answers}", "data.heldout=null")
     assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
-    code, out, _ = domino("evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6)
+    assert f"{answers}: {share} are unfinished" in log
+    code, out, log = domino("evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6)
     assert code == 0 and "tau, head off" in out
+    assert "\nprompts: compiling\n" in log and log.endswith(f"saving {tmp_path / 'run' / 'evaluation.json'}\n")
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     figures = report["sets"]["prompts"]
     assert figures["prompts"] == 2 and figures["tokens_compared"] == figures["tokens_equal"]
@@ -79,7 +88,9 @@ def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object
 
 def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path) -> None:
     exported, run = tmp_path / "draft", tmp_path / "imported"
-    assert domino("export", trained / "run", exported, "--dtype", "float32")[:2] == (0, f"{exported}\n")
+    code, out, log = domino("export", trained / "run", exported, "--dtype", "float32")
+    assert (code, out) == (0, f"{exported}\n")
+    assert log.startswith(f"loading the draft of {trained / 'run'}\nsaving {exported}\n")
     assert domino("import", exported, run, "--target", trained / "target")[0] == 0
     (before, params, _), (after, imported, step) = load_draft(trained / "run"), load_draft(run)
     assert before.config == after.config and step == 0
@@ -121,6 +132,10 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         (("import", trained / "target", tmp_path / "new", "--target", trained / "target"), "dflash_config"),
         (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"), "nobody"),
         (("target", "x.gguf"), "give the directory"),
+        # Nothing is assumed about whose words a drafter learns.
+        (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl"), "'--target'. Expected a directory or a bui"),
+        (("import", trained / "target", tmp_path / "new"), "a built-in name (smollm2-135m-instruct)"),
+        (("capture", trained / "config.yaml", "data.batch_size=4"), "'data.batch_size=4', which looks like an overri"),
         (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
     ):
         code, out, log = domino(*words)
@@ -182,6 +197,31 @@ def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_
     (exported / "config.json").write_text(json.dumps(config))
     code, out, log = domino("import", exported, run, "--target", target)
     assert (code, out) == (0, f"{run}\n") and "does not say which chat template" in log
+
+
+def test_domino_alone_teaches_and_tells_its_version(domino) -> None:
+    code, out, log = domino()
+    assert code == 0 and out.startswith("Usage: domino") and not log
+    assert domino("--version") == (0, f"domino {__version__}\n", "")
+    command = [sys.executable, "-m", "domino_jax", "--version"]
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
+    assert result.stdout == f"domino {__version__}\n"
+
+
+def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path) -> None:
+    """A process of its own: transformers warns once, where it is imported first."""
+    code = "import sys; sys.modules['torch'] = None; from domino_jax.cli import main; main()"
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+    def lines(*words: object) -> list[str]:
+        command = [sys.executable, "-c", code, *map(str, words)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
+        return result.stderr.splitlines()
+
+    loading = [f"loading the draft of {trained / 'run'}", f"loading the target {trained / 'target'}, float32"]
+    *told, last = lines("generate", trained / "run", "a b", "--max-new-tokens", 4)
+    assert told == [*loading, "compiling"] and "tau" in last
 
 
 @pytest.mark.parametrize(

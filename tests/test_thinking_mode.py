@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tiny import SWITCHED_TEMPLATE, run_config, write_conversations, write_target
 
 from domino_jax.cli import decode
-from domino_jax.cli.main import cli
+from domino_jax.cli.verbs import cli
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.data.features import read_manifest
 from domino_jax.interop.hf import recorded_template

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from domino_jax.cli.shared import check_fit, say, template_option
+from domino_jax.cli.interrupts import keeps
+from domino_jax.cli.shared import check_fit, say, target_option, template_option
 from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
@@ -48,11 +49,15 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
                  scaled embeddings or logits
       all        plain DFlash drafts with shift_label
     """
+    keeps(f"{directory} is whole or was not made; the same command starts over")
+    say(f"loading the draft of {run}")
     record, params, step = load_draft(run)
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
     if refusals:
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
+    say(f"saving {directory}")
     save_hf_draft(directory, record.config, params, dtype=dtype, chat_template=record.chat_template)
+    keeps(f"{directory} is complete")
     say(f"step {step} of {run} exported and read back, {dtype}")
     if engine:
         say(proposals_note(record.config, engine))
@@ -62,9 +67,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
 @click.command(name="import")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--target", "target_name", default="smollm2-135m-instruct", show_default=True, help="Target the draft belongs to."
-)
+@target_option
 @template_option
 def import_(
     directory: Path,
@@ -75,6 +78,8 @@ def import_(
     """Make the run directory RUN from the draft checkpoint in DIRECTORY, for generate, evaluate and export."""
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise InputError(f"{run}: already there and not an empty directory; give a new one")
+    keeps(f"{run} may be incomplete: remove it, then the same command starts over")
+    say(f"loading {directory}")
     config, params = load_hf_draft(directory)
     path = resolve_target(target_name, progress=say)
     tokenizer = load_tokenizer(path)
@@ -89,5 +94,6 @@ def import_(
         say(f"{directory} does not say which chat template it was trained with; taking that of {target_name}")
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)
+    say(f"saving {run}")
     save_draft(run, params, DraftRecord(config, target_name, template))
     click.echo(run)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     dtype_option,
     load_named_target,
@@ -12,6 +13,7 @@ from domino_jax.cli.shared import (
     progress_bar,
     say,
     seed_option,
+    target_option,
     temperature_option,
     template_option,
 )
@@ -33,6 +35,7 @@ def target(source: str, directory: Path | None) -> None:
     SOURCE is a built-in name (smollm2-135m-instruct: fetched and converted on first use), a directory in Hugging Face
     form, or a GGUF file of a Llama or Qwen3 model, which is converted into DIRECTORY.
     """
+    keeps("the target is whole or was not made; the same command starts over")
     if source.endswith(".gguf"):
         if directory is None:
             raise InputError(f"{source}: give the directory to convert into: domino target {source} DIRECTORY")
@@ -47,9 +50,7 @@ def target(source: str, directory: Path | None) -> None:
 @click.command()
 @click.argument("prompts", type=click.Path(path_type=Path))
 @click.argument("answers", type=click.Path(path_type=Path))
-@click.option(
-    "--target", "target_name", default="smollm2-135m-instruct", show_default=True, help="Built-in name or directory."
-)
+@target_option
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows decoded together.")
 @new_tokens_option
 @temperature_option
@@ -72,6 +73,7 @@ def regenerate(
     A drafter must learn the words of its own target; answers written by anyone else cost acceptance. Stopped and
     started again it goes on where it was.
     """
+    keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
     loaded = load_named_target(target_name, dtype)
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)
@@ -82,12 +84,16 @@ def regenerate(
         task = progress.add_task("answering", total=None)
 
         def show(done: int, total: int, tokens: int) -> None:
+            safe_point()
+            if tokens == 0 and done < total:
+                say(f"{done}/{total} prompts are answered already; compiling" if done else "compiling")
+                return
             speed = tokens / max(progress.tasks[task].elapsed or 0.0, 1e-9)
             progress.update(task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s")
             if not logs.is_terminal:
                 say(f"{done}/{total} prompts answered, {tokens} tokens, {speed:.0f} tokens/s")
 
-        count = regenerate_answers(
+        result = regenerate_answers(
             decoder,
             Weights(loaded.params),
             loaded.tokenizer,
@@ -99,5 +105,11 @@ def regenerate(
             settings=settings,
             progress=show,
         )
-    say(f"{count} prompts answered")
+    keeps(f"{answers} is complete")
+    say(f"saved {result.total} answers, {result.answered} of them by this start")
+    if result.cut:
+        say(
+            f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
+            f"{max_new_tokens} tokens: a drafter sees no end in them; --max-new-tokens sets the limit"
+        )
     click.echo(answers)

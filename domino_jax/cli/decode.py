@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     dtype_option,
     load_run,
@@ -59,6 +60,7 @@ def generate(
     text = prompt if prompt is not None else sys.stdin.read()
     if not text.strip():
         raise InputError("the prompt is empty")
+    keeps("nothing is kept of the answer; the same command starts over")
     loaded, drafter = load_run(run, dtype, chat_template_kwargs)
     kwargs = drafter.record.chat_template.kwargs
     stops = stop_token_ids(loaded.tokenizer, kwargs)
@@ -72,6 +74,12 @@ def generate(
             temperature=temperature,
             stop_ids=stops,
         )
+
+    def write(piece: str) -> None:
+        safe_point()
+        click.echo(piece, nl=False)
+
+    say("compiling")
     answer = stream_text(
         decoder,
         Weights(loaded.params, drafter.params),
@@ -79,7 +87,7 @@ def generate(
         encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs),
         max_new_tokens=max_new_tokens,
         seed=seed,
-        write=lambda piece: click.echo(piece, nl=False),
+        write=write,
     )
     click.echo()
     speed = f"{answer.tokens_per_second:.1f} tokens/s (compilation included)"
@@ -112,6 +120,8 @@ def evaluate(
     Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens per verification
     (tau), tokens per second, and whether the outputs are the same token by token.
     """
+    place = run / "evaluation.json"
+    keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(run, dtype, chat_template_kwargs)
     kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
@@ -142,12 +152,14 @@ def evaluate(
             say(f"{path}:{bad.line}: {bad.reason}")
         conversations = [messages for _, messages in usable[:limit]]
         prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for messages in conversations]
+        say(f"{path.stem}: compiling")
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures
-    place = run / "evaluation.json"
+    say(f"saving {place}")
     beside = place.with_suffix(".json.new")
     beside.write_text(json.dumps(report, indent=2) + "\n")
     beside.replace(place)
+    keeps(f"{place} is written")
     Console().print(evaluation_table(report))
     for name, figures in report["sets"].items():
         for difference in figures.get("differences", ()):
@@ -162,6 +174,7 @@ def _evaluate_set(
         task = progress.add_task(name, total=len(prompts))
 
         def show(done: int) -> None:
+            safe_point()
             progress.update(task, completed=done)
             if not logs.is_terminal:
                 say(f"{name}: {done}/{len(prompts)} prompts")

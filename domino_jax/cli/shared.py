@@ -9,12 +9,13 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from domino_jax.cli.interrupts import safe_point
 from domino_jax.data.template import chat_template
 from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, Scalars, scalars
-from domino_jax.target.gguf import resolve_target
+from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft
@@ -64,6 +65,24 @@ proposals_option = click.option(
 )
 
 
+class _TargetName(click.ParamType[str]):
+    """Text; where it is missing, the message says what could stand there."""
+
+    name = "text"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"Expected a directory or a built-in name ({', '.join(BUILT_IN)})."
+
+
+target_option = click.option(
+    "--target",
+    "target_name",
+    type=_TargetName(),
+    required=True,
+    help=f"Directory of the target, or a built-in name ({', '.join(BUILT_IN)}).",
+)
+
+
 class Loaded(NamedTuple):
     """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
 
@@ -84,6 +103,7 @@ class Drafter(NamedTuple):
 def load_named_target(name: str, dtype: str) -> Loaded:
     """Reads a target by built-in name or directory."""
     path = resolve_target(name, progress=say)
+    say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
 
@@ -102,6 +122,7 @@ def load_run(
     Raises:
         InputError: draft, target and chat template do not fit each other.
     """
+    say(f"loading the draft of {run}")
     record, params, step = load_draft(run)
     loaded = load_named_target(record.target, dtype)
     trained = record.chat_template
@@ -129,5 +150,6 @@ def progress_bar() -> Progress:
 
 
 def say(line: str) -> None:
-    """Writes one line to stderr."""
+    """Writes one line to stderr; a place where an interrupted verb may end."""
+    safe_point()
     logs.print(line, highlight=False, markup=False, soft_wrap=True)

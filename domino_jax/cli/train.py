@@ -4,8 +4,10 @@ from pathlib import Path
 
 import click
 
+from domino_jax.cli.interrupts import keeps, stop_requested
 from domino_jax.cli.shared import logs, say
 from domino_jax.config import load_config
+from domino_jax.strict import InputError
 from domino_jax.training.capture import capture as capture_states
 from domino_jax.training.loop import train as train_run
 
@@ -22,7 +24,9 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     The run directory receives config.yaml, metrics.jsonl and checkpoints/. The same command goes on after a stop,
     with the same bits as if there had been none.
     """
-    click.echo(train_run(load_config(config, overrides), console=logs))
+    settings = load_config(config, overrides)
+    keeps(f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on")
+    click.echo(train_run(settings, console=logs, stop_requested=stop_requested))
 
 
 @click.command()
@@ -63,6 +67,12 @@ def capture(
     Worth it where several runs share rows and layers. The size is printed first: each token takes as many values as
     the captured layers are wide together. The same command goes on after a stop.
     """
+    if "=" in directory.name:
+        raise InputError(
+            f"DIRECTORY is {str(directory)!r}, which looks like an override; "
+            "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
+        )
+    keeps(f"shards that were written to {directory} stay; the same command goes on")
     capture_states(
         load_config(config, overrides),
         directory,

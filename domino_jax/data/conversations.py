@@ -55,10 +55,11 @@ class Row(NamedTuple):
 
 
 class RowSet(NamedTuple):
-    """The rows of a file in its order, and the lines left out."""
+    """The rows of a file in its order, the lines left out, and how many rows are of unfinished answers."""
 
     rows: list[Row]
     bad_lines: list[BadLine]
+    unfinished: int
 
 
 def read_messages(path: str | Path) -> MessageSet:
@@ -102,10 +103,11 @@ def load_rows(
     """
     records, bad_lines = _read_records(path)
     stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
-    rows = []
+    rows, unfinished = [], 0
     what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
         _check_answered(record, chat_template_kwargs, place=f"{path}:{line}")
+        finished = record.get("finished") is not False
         try:
             row = _encode(
                 record["messages"],
@@ -113,7 +115,7 @@ def load_rows(
                 chat_template_kwargs,
                 stop_ids,
                 max_length=max_length,
-                finished=record.get("finished") is not False,
+                finished=finished,
                 mask_reasoning_content=mask_reasoning_content,
             )
         except InputError as error:
@@ -123,10 +125,11 @@ def load_rows(
             bad_lines.append(BadLine(line, f"no token of {what} among the first {max_length}"))
         else:
             rows.append(row._replace(line=line))
+            unfinished += not finished
     bad_lines.sort()
     if not rows:
         raise _nothing_usable(path, bad_lines)
-    return RowSet(rows, bad_lines)
+    return RowSet(rows, bad_lines, unfinished)
 
 
 def encode_conversation(

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,15 @@ class Answer(NamedTuple):
     def tokens_per_second(self) -> float:
         """Tokens of the answer per second, reading the prompt included."""
         return len(self.tokens) / self.seconds
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """What a file of answers holds: `total` of them, `answered` by this start, `cut` at the limit."""
+
+    total: int
+    answered: int
+    cut: int
 
 
 def generate(
@@ -107,7 +117,7 @@ def regenerate(
     seed: int,
     settings: dict[str, Any],
     progress: Callable[[int, int, int], None],
-) -> int:
+) -> Regenerated:
     """Writes the target's own answers to the prompts of a file; a second start goes on after the last whole batch.
 
     Each line of the result is the prompt's line with the answer appended to its messages, `prompt_line`, `finished`
@@ -125,9 +135,10 @@ def regenerate(
         seed: of the sampler.
         settings: what makes the answers, a partial file of other settings is refused; its
             `chat_template_kwargs`, if any, are what the template is told.
-        progress: called after each batch with prompts done, prompts in all and tokens written by this start.
+        progress: called before the first batch and after each, with prompts done, all prompts and
+            tokens written by this start.
     Returns:
-        Prompts answered by this start.
+        How many answers there are, and how many of them end without a stop token.
     Raises:
         InputError: unusable prompts, or a partial file of another start that does not fit.
     """
@@ -138,13 +149,14 @@ def regenerate(
         raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
     partial = answers_path.with_name(answers_path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    done = _answered_lines(partial, settings)
+    finished = _answered_lines(partial, settings)
     kwargs = settings.get(KWARGS, NO_KWARGS)
     prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
-    left = [prompt for prompt in prompts if prompt[0] not in done]
+    left = [prompt for prompt in prompts if prompt[0] not in finished]
     slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
     written = 0
+    progress(len(finished), len(prompts), written)
     with partial.open("a", encoding="utf-8") as file:
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
@@ -153,18 +165,17 @@ def regenerate(
             answers = generate(
                 decoder, weights, rows, max_new_tokens=max_new_tokens, slots=slots, seed=seed + batch[0][0]
             )
-            lines = []
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turn = {"role": "assistant", "content": text}
                 record = {"messages": [*messages, turn], "prompt_line": line, "finished": answer.stopped}
-                lines.append(json.dumps({**record, "generator": settings}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({**record, "generator": settings}, ensure_ascii=False) + "\n")
                 written += len(answer.tokens)
-            file.write("".join(lines))
+                finished[line] = answer.stopped
             file.flush()
-            progress(len(done) + first + len(batch), len(prompts), written)
+            progress(len(finished), len(prompts), written)
     partial.replace(answers_path)
-    return len(left)
+    return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
 
 
 def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float) -> list[Answer]:
@@ -178,10 +189,13 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
     return answers
 
 
-def _answered_lines(partial: Path, settings: dict[str, Any]) -> set[int]:
-    """Prompt lines that a partial file already answers; a line that a crash cut off is removed from it."""
+def _answered_lines(partial: Path, settings: dict[str, Any]) -> dict[int, bool]:
+    """Prompt lines that a partial file already answers, and whether each answer is finished.
+
+    A line that a crash cut off is removed from the file.
+    """
     if not partial.exists():
-        return set()
+        return {}
     records = list(_whole_lines(partial))
     settings = {KWARGS: {}, **settings}
     for record in records:
@@ -192,7 +206,7 @@ def _answered_lines(partial: Path, settings: dict[str, Any]) -> set[int]:
     beside = partial.with_name(partial.name + ".new")
     beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     beside.replace(partial)
-    return {record["prompt_line"] for record in records}
+    return {record["prompt_line"]: record["finished"] for record in records}
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:

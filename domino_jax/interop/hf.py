@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from safetensors.numpy import save_file
 
 from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
 from domino_jax.strict import InputError, from_tree
-from domino_jax.target.load import check_tensors, read_json, read_rope_scaling, read_safetensors
+from domino_jax.target.load import (
+    check_tensors,
+    read_json,
+    read_rope_scaling,
+    read_safetensors,
+    write_safetensors,
+)
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
@@ -76,8 +81,8 @@ def save_hf_draft(
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"dtype must be bfloat16 or float32, found {dtype!r}")
     tensors = {name: np.asarray(x, jnp.dtype(dtype)) for name, x in hf_tensors(config, params).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    staging.mkdir(parents=True)
     try:
         tree = _to_json(config, dtype)
         if chat_template is not None:
@@ -85,7 +90,6 @@ def save_hf_draft(
         (staging / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
         _write_shards(staging, tensors)
         _check_reads_back(staging, config, tensors)
-        staging.chmod(0o755)
         staging.replace(path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -168,7 +172,7 @@ def _write_shards(directory: Path, tensors: dict[str, np.ndarray]) -> None:
     )
     for filename, names in split.filename_to_tensors.items():
         shard = {name: np.ascontiguousarray(tensors[name]) for name in names}
-        save_file(shard, directory / filename, metadata={"format": "pt"})
+        write_safetensors(directory / filename, shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")

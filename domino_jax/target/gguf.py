@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from domino_jax.strict import InputError
-from domino_jax.target.load import check_tensors, expected_tensors, read_decoder_config
+from domino_jax.target.load import check_tensors, expected_tensors, read_decoder_config, write_safetensors
 
 if TYPE_CHECKING:
     import gguf
@@ -140,7 +139,7 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
         shapes = dict(expected_tensors(read_decoder_config(staging, dtype="float32")).values())
         check_tensors(tensors, shapes, place=source.path)
         progress(f"writing {directory}")
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(staging / "model.safetensors", tensors)
         _publish(staging, directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
 from domino_jax.strict import InputError, from_tree
@@ -175,6 +176,20 @@ def read_safetensors(directory: str | Path, *, names: Set[str] | None = None) ->
             )
         tensors |= held
     return tensors
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes tensors as one file whose mode follows the umask, as that of any other new file.
+
+    Args:
+        path: of a file that is not there yet.
+        tensors: contiguous arrays by name.
+    """
+    # The library leaves a file of mode 600, which nobody else could serve.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, place: Path) -> None:

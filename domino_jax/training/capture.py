@@ -72,6 +72,7 @@ def capture(
     directory = Path(directory)
     path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
+    say(f"loading the target {path}, {config.dtype}")
     target = load_target(path, dtype=config.dtype)
     layers = draft_of(config, target.config, tokenizer).target_layer_ids
     rows = read_rows(config.data.train, tokenizer, config.data, say=say).rows
@@ -97,6 +98,7 @@ def capture(
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
         states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
+        say("compiling" if missing else "every shard is there")
         written, began = 0, time.monotonic()
         for index in missing:
             first = sum(manifest.shard_rows[:index])

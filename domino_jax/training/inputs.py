@@ -47,12 +47,14 @@ class InputRows(NamedTuple):
 
 
 def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> InputRows:
-    """Reads and encodes conversations, tells which lines were left out, and packs the rows if the run packs.
+    """Reads and encodes conversations and packs the rows if the run packs.
+
+    Tells which lines were left out, and how many answers were cut at the limit of whoever wrote them.
 
     Raises:
         InputError: the file cannot be read or gives no row.
     """
-    rows, bad_lines = load_rows(
+    rows, bad_lines, unfinished = load_rows(
         path,
         tokenizer,
         max_length=data.max_length,
@@ -63,6 +65,11 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
         say(f"{path}:{bad.line}: {bad.reason}")
     if bad_lines:
         say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
+    if unfinished:
+        say(
+            f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are unfinished, "
+            "cut at their token limit: no end of turn is learned from them"
+        )
     return _with_packs(rows, data)
 
 

@@ -1,10 +1,8 @@
 """A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
 
 import functools
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,17 +78,23 @@ class Run:
     total_steps: int
 
 
-def train(config: RunConfig, *, console: Console) -> Path:
+def train(
+    config: RunConfig,
+    *,
+    console: Console,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Path:
     """Trains a drafter, or goes on with a run that was cut off.
 
     Args:
         config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and checkpoints/.
         console: where progress goes.
+        stop_requested: asked after each step; once it says so, the state is saved and the run ends.
     Returns:
         The run directory.
     Raises:
         InputError: unusable input, or a run directory that belongs to another configuration.
-        Interrupted: after SIGINT or SIGTERM, once the state is saved.
+        Interrupted: `stop_requested` said so, and the state is saved.
         Diverged: `train.max_bad_steps` updates in a row, or the parameters, were not finite; no checkpoint is.
     """
     run = prepare(config, console=console)
@@ -118,7 +122,7 @@ def train(config: RunConfig, *, console: Console) -> Path:
             save_checkpoint(checkpoints, state, rows, run.record)
 
         log = MetricsLog(run.directory, from_step=int(state.step), tensorboard=config.train.tensorboard)
-        with log, _stop_requests() as stop_requested:
+        with log:
             diverged = _run_steps(run, state, rows, log=log, save=save, stop_requested=stop_requested, console=console)
         if diverged is not None:
             raise Diverged(divergence(config, diverged, newest_checkpoint=newest_checkpoint()))
@@ -330,22 +334,3 @@ def _progress(console: Console) -> Progress:
     figures = TextColumn("{task.fields[figures]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a question asked after each step; a second one acts at once."""
-    asked: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, _: object) -> None:
-        asked.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for asked_by, handler in previous.items():
-            signal.signal(asked_by, handler)

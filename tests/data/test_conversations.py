@@ -293,13 +293,13 @@ def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     long = {"messages": chat("Hi " * 100, "Hello.")}
     path = write(tmp_path / "a.jsonl", {"messages": chat("Hi")}, GOOD, b"{}", long)
-    rows, bad_lines = load_rows(path, tokenizer, max_length=60)
+    rows, bad_lines, unfinished = load_rows(path, tokenizer, max_length=60)
     assert [row.line for row in rows] == [2]
     expected = encode_conversation(chat("Hi", "Hello."), tokenizer, max_length=60)
     assert expected is not None
     np.testing.assert_array_equal(rows[0].input_ids, expected.input_ids)
     np.testing.assert_array_equal(rows[0].loss_mask, expected.loss_mask)
-    assert bad_lines[0] == BadLine(1, "no assistant message")
+    assert unfinished == 0 and bad_lines[0] == BadLine(1, "no assistant message")
     assert bad_lines[1].line == 3 and bad_lines[2] == BadLine(4, "no token of an answer among the first 60")
 
 
@@ -309,7 +309,8 @@ def test_load_rows_gives_an_unfinished_answer_no_end(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl", {"messages": messages, "finished": True}, {"messages": messages, "finished": False}
     )
-    (whole, cut), _ = load_rows(path, tokenizer, max_length=100)
+    (whole, cut), _, unfinished = load_rows(path, tokenizer, max_length=100)
+    assert unfinished == 1
     end = int(np.flatnonzero(whole.loss_mask)[-1])
     assert tokenizer.decode(cut.input_ids[cut.loss_mask]) == "Hello.<|im_end|>They have"
     assert isinstance(cut, Row) and len(cut.input_ids) == len(cut.loss_mask) == end
@@ -342,7 +343,7 @@ def test_what_the_template_is_told_reaches_rows_and_prompts(tmp_path: Path) -> N
     np.testing.assert_array_equal(prompt, row.input_ids[: len(prompt)])
     assert row.loss_mask[len(prompt)] and not row.loss_mask[: len(prompt)].any()
     path = write(tmp_path / "a.jsonl", {"messages": messages})
-    (read,), _ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
+    (read,), _, _ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
     np.testing.assert_array_equal(read.input_ids, row.input_ids)
     for refuse in (
         lambda kwargs: stop_token_ids(tokenizer, kwargs),
@@ -387,7 +388,7 @@ def test_answers_of_another_setting_are_refused(
     tokenizer = make_tokenizer(SWITCHED)
     path = write(tmp_path / "a.jsonl", GOOD, {**GOOD, "generator": generator})
     if answered is None:
-        rows, _ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=kwargs)
+        rows, *_ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=kwargs)
         assert len(rows) == 2
         return
     with pytest.raises(InputError) as caught:

@@ -143,7 +143,7 @@ def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenizer = make_tokenizer(THOUGHTS.replace("(loop.last or thought)", "thought"))
-    rows, bad_lines = load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
+    rows, bad_lines, _ = load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
     assert [tokenizer.decode(row.input_ids[row.loss_mask]) for row in rows] == ["one "]
     reason = "no token of an answer outside its reasoning among the first 100"
     assert bad_lines == [

@@ -1,6 +1,7 @@
 """Answers for a prompt file and streamed text, on a tiny target."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, write_conversations, write_target
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
 from domino_jax.decoding import generate as generation
-from domino_jax.decoding.generate import generate, regenerate, stream_text
+from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.load import load_target, load_tokenizer
@@ -33,7 +34,7 @@ class Tiny:
         (answer,) = generate(self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots)
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
-    def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> int:
+    def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> Regenerated:
         options = dict(max_new_tokens=12, batch_size=4, seed=0, settings=SETTINGS, progress=lambda *_: None)
         return regenerate(self.decoder, self.weights, self.tokenizer, prompts, answers, **{**options, **changes})
 
@@ -49,8 +50,10 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_every_prompt_gets_the_answer_it_gets_alone(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
-    assert tiny.regenerate(prompts, tmp_path / "answers.jsonl") == 10
+    result = tiny.regenerate(prompts, tmp_path / "answers.jsonl")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    cut = sum(not record["finished"] for record in records)
+    assert result == Regenerated(total=10, answered=10, cut=cut) and cut > 0
     asked = dict(read_messages(prompts).conversations)
     assert sorted(record["prompt_line"] for record in records) == sorted(asked)
     for record in records:
@@ -66,7 +69,7 @@ def test_every_prompt_gets_the_answer_it_gets_alone(tiny: Tiny, prompts: Path, t
 def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     tiny: Tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.regenerate(prompts, tmp_path / "whole.jsonl")
+    whole = tiny.regenerate(prompts, tmp_path / "whole.jsonl")
 
     def stop(done: int, *_: int) -> None:
         if done >= 4:
@@ -76,7 +79,8 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
         tiny.regenerate(prompts, tmp_path / "parts.jsonl", progress=stop)
     partial = tmp_path / "parts.jsonl.partial"
     partial.write_text(partial.read_text() + '{"messages": [{"ro')  # a line cut by a crash
-    assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == 6
+    # Those that the first start cut count as well.
+    assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == replace(whole, answered=6)
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
@@ -110,7 +114,7 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     for other in ({}, {"enable_thinking": 0}):
         with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
             tiny.regenerate(prompts, answers, settings={**SETTINGS, "chat_template_kwargs": other})
-    assert tiny.regenerate(prompts, answers, settings=settings) == 6
+    assert tiny.regenerate(prompts, answers, settings=settings).answered == 6
     assert answers.read_text() == "".join(lines)
 
 
@@ -120,7 +124,7 @@ def test_an_old_partial_file_goes_on_where_nothing_is_told(tiny: Tiny, prompts: 
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     old = [json.dumps({**record, "generator": SETTINGS}) + "\n" for record in records[:4]]
     (tmp_path / "b.jsonl.partial").write_text("".join(old))
-    assert tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=settings) == 6
+    assert tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=settings).answered == 6
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -446,12 +447,24 @@ def test_save_refuses_another_dtype(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_what_is_saved_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    """Weights of mode 600 could be served by nobody but their owner."""
+    before = os.umask(umask)
+    try:
+        save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "draft").iterdir()} == {mode}
+    assert (tmp_path / "draft").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_a_failing_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(tensors: dict[str, np.ndarray], path: Path, **options: Any) -> None:
+    def full_disk(path: Path, tensors: dict[str, np.ndarray]) -> None:
         path.write_bytes(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    monkeypatch.setattr(hf, "write_safetensors", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG))
     assert not any(tmp_path.iterdir())

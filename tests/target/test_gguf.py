@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -150,14 +151,25 @@ def test_convert_gguf_refuses_unreadable_files_and_taken_directories(
 def test_convert_gguf_leaves_nothing_when_interrupted(
     tiny_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(tensors: Any, path: Path, **options: Any) -> None:
+    def interrupted(path: Path, tensors: Any) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(conversion, "save_file", interrupted)
+    monkeypatch.setattr(conversion, "write_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(tiny_gguf("llama"), tmp_path / "model")
     assert leftovers(tmp_path) == ["tiny.gguf"]
+
+
+def test_what_is_converted_has_the_mode_of_the_umask(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
+    path = tiny_gguf("llama")
+    before = os.umask(0o022)
+    try:
+        convert_gguf(path, tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
 
 
 def test_conversion_and_loading_need_no_torch(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:

@@ -50,9 +50,7 @@ def final_bits(run_dir: Path, step: int) -> Any:
         return jax.device_get(dict(checkpoints.restore(step, args=ocp.args.Composite(**items))))
 
 
-def test_a_run_interrupted_twice_ends_with_the_same_bits(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_interrupted_twice_ends_with_the_same_bits(target: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for directory in (whole, parts):
         directory.mkdir()
@@ -65,16 +63,11 @@ def test_a_run_interrupted_twice_ends_with_the_same_bits(
         done = read_metrics(parts / "run")
         begin = max((line["step"] for line in done), default=0)
 
-        class Stop:
-            def __enter__(self, begin: int = begin, steps: Any = steps, stop_at: int = stop_at) -> Any:
-                return lambda: begin + next(steps) + 1 >= stop_at
+        def stop(begin: int = begin, steps: Any = steps, stop_at: int = stop_at) -> bool:
+            return begin + next(steps) + 1 >= stop_at
 
-            def __exit__(self, *_: object) -> None: ...
-
-        monkeypatch.setattr(loop, "_stop_requests", Stop)
         with pytest.raises(Interrupted, match=f"stopped at step {stop_at} of 6"):
-            train(config, console=quiet())
-    monkeypatch.undo()
+            train(config, console=quiet(), stop_requested=stop)
     train(config, console=quiet())
     chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
     assert (whole / "run" / "metrics.jsonl").read_bytes() == (parts / "run" / "metrics.jsonl").read_bytes()

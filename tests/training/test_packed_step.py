@@ -19,7 +19,6 @@ from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
 from domino_jax.target.model import Target, stack_layers
-from domino_jax.training import loop
 from domino_jax.training.loop import Interrupted, prepare, train
 from domino_jax.training.modules import build_trainer
 
@@ -85,26 +84,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PACKED: dict[str, Any] = {"data": {"max_length": 64, "packing": True}, "train": {"log_every": 1}}
 
 
-def test_a_packed_run_interrupted_ends_with_the_same_bits(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_packed_run_interrupted_ends_with_the_same_bits(target: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for directory in (whole, parts):
         directory.mkdir()
     train(load_config(run_config(whole, target, **PACKED)), console=quiet())
     config = load_config(run_config(parts, target, **PACKED))
     asked = iter(range(100))
-
-    class Stop:
-        def __enter__(self) -> Any:
-            return lambda: next(asked) + 1 >= 3
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(loop, "_stop_requests", Stop)
     with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
-        train(config, console=quiet())
-    monkeypatch.undo()
+        train(config, console=quiet(), stop_requested=lambda: next(asked) + 1 >= 3)
     train(config, console=quiet())
     chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
 

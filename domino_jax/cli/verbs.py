@@ -1,4 +1,4 @@
-"""The `domino` command: thin verbs over the package. Results go to stdout, progress and logs to stderr."""
+"""The verbs of `domino`, thin over the package. Results go to stdout, progress and logs to stderr."""
 
 import sys
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import click
 import jax
 
+from domino_jax import __version__
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
-from domino_jax.cli.shared import say
+from domino_jax.cli.interrupts import EXIT_CODE
 from domino_jax.cli.train import capture, train
 from domino_jax.strict import InputError
 from domino_jax.training.loop import Interrupted
@@ -27,15 +28,21 @@ class _Group(click.Group):
         except OSError as error:
             raise click.UsageError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
         except Interrupted as error:
-            say(str(error))
-            ctx.exit(130)
+            print(error, file=sys.stderr)
+            ctx.exit(EXIT_CODE)
         except Diverged as error:
-            say(str(error))
+            print(error, file=sys.stderr)
             ctx.exit(3)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-def cli() -> None:
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="domino", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Train speculative-decoding drafters (Domino, DFlash) in JAX, check what they gain, and export them.
 
     \b
@@ -46,14 +53,16 @@ def cli() -> None:
       domino generate RUN "a question"    streams one answer
       domino export RUN DIR               writes the checkpoint that serving engines read
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 for _verb in (target, regenerate, capture, train, generate, evaluate, export, import_):
     cli.add_command(_verb)
 
 
-def main() -> None:
-    """Entry point of the `domino` command; a message of bad input is one line, exit code 2."""
+def run() -> None:
+    """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
@@ -64,5 +73,3 @@ def main() -> None:
     except click.ClickException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)

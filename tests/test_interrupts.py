@@ -1,0 +1,160 @@
+"""Ctrl-C in a real process: one line, exit code 130, never a crash, whatever the verb was doing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import pytest
+from tiny import run_config, write_conversations, write_target
+
+from domino_jax.cli.interrupts import SAVING
+from domino_jax.config import load_config
+from domino_jax.data.template import chat_template
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.training.checkpoint import DraftRecord, save_draft
+from domino_jax.training.inputs import draft_of
+
+LINES = {
+    "regenerate": "interrupted: answered batches are kept in answers.jsonl.partial; the same command goes on",
+    "evaluate": "interrupted: run/evaluation.json was not written; the same command starts over",
+    "generate": "interrupted: nothing is kept of the answer; the same command starts over",
+    "capture": "interrupted: shards that were written to states stay; the same command goes on",
+    "train": "interrupted: the checkpoints in new stay as they are; the same command goes on",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a target, a run of an untrained draft, and prompts."""
+    directory = tmp_path_factory.mktemp("place")
+    (directory / "target").mkdir()
+    target = load_target(write_target(directory / "target"))
+    tokenizer = load_tokenizer(directory / "target")
+    config = draft_of(load_config(run_config(directory, directory / "target")), target.config, tokenizer)
+    params = nn.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
+    record = DraftRecord(config, str(directory / "target"), chat_template(tokenizer, {}))
+    save_draft(directory / "run", params, record)
+    write_conversations(directory / "prompts.jsonl", 30, seed=5, answers=False)
+    return directory
+
+
+def begin(place: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-m", "domino_jax", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=place, env=environment, text=True, **pipes)
+
+
+# The line of stderr after which the signal is sent, and whether it comes in the middle of a compilation.
+MOMENTS = (
+    ("regenerate", "compiling", ("prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4000")),
+    ("evaluate", "compiling", ("run", "prompts.jsonl", "--max-new-tokens", "2000")),
+    ("evaluate", "1/30 prompts", ("run", "prompts.jsonl", "--max-new-tokens", "200")),
+    ("generate", "compiling", ("run", "a b c", "--max-new-tokens", "20000")),
+    ("capture", "loading", ("config.yaml", "states")),
+    ("train", "training: ", ("config.yaml", "run_dir=new", "train.steps=100000")),
+)
+
+
+@pytest.mark.parametrize(("verb", "moment", "words"), MOMENTS, ids=lambda x: x if isinstance(x, str) else "")
+def test_ctrl_c_ends_with_one_line(place: Path, verb: str, moment: str, words: tuple[str, ...]) -> None:
+    process = begin(place, verb, *words)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if moment in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - sent < 10
+    lines = [line for line in errors.splitlines() if "interrupted" in line]
+    assert lines == [LINES[verb]] and lines[0] == errors.splitlines()[-1] and "Traceback" not in errors
+
+
+def test_ctrl_c_while_the_program_is_imported(place: Path) -> None:
+    process = begin(place, "export", "run", "draft")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(errors.splitlines()) == 1, errors
+    assert not (place / "draft").exists()
+
+
+def test_training_saves_its_step(place: Path) -> None:
+    process = begin(place, "train", "config.yaml", "run_dir=stopped", "train.steps=100000")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    *_, saving, last = [line for line in errors.splitlines() if not line.startswith("step ")]
+    assert process.returncode == 130, errors
+    assert saving.startswith("interrupted: stopping after this step")
+    stopped = last.removeprefix("stopped at step ").split()[0]
+    assert last == f"stopped at step {stopped} of 100000; the same command goes on from there"
+    assert (place / "stopped" / "checkpoints" / stopped).is_dir()
+
+
+def run_body(body: str, signals: int) -> tuple[int, str, float]:
+    """Exit code, stderr and seconds of a body under `answered_signals`, after some signals."""
+    code = (
+        "import time\n"
+        "from domino_jax.cli.interrupts import *\n"
+        "from domino_jax.cli import interrupts\n"
+        f"with interrupts.answered_signals():\n    {body}\n"
+    )
+    command = [sys.executable, "-c", code]
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    began = time.monotonic()
+    said = ""
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.readline()
+    said += process.communicate(timeout=30)[1]
+    return process.returncode, said, time.monotonic() - began
+
+
+READY = "print('ready', flush=True)"
+
+
+@pytest.mark.parametrize(
+    ("body", "signals", "seconds"),
+    [
+        # At the next safe point, and not only after the grace.
+        (f"keeps('all'); {READY}; [(time.sleep(0.1), safe_point()) for _ in range(300)]", 1, (0, 2.5)),
+        # Where none comes: the main thread may be deep in a compilation.
+        (f"keeps('all'); {READY}; time.sleep(30)", 1, (2.5, 20)),
+        (f"keeps('all'); {READY}; time.sleep(30)", 2, (0, 2.5)),
+        # The work is done meanwhile, or fails.
+        (f"keeps('all'); {READY}; time.sleep(1)", 1, (0, 2.5)),
+        (f"keeps('all'); {READY}; time.sleep(1); raise SystemExit(2)", 1, (0, 2.5)),
+    ],
+)
+def test_the_process_ends_in_time(body: str, signals: int, seconds: tuple[float, float]) -> None:
+    code, said, took = run_body(body, signals)
+    assert (code, said) == (130, "interrupted: all\n")
+    assert seconds[0] <= took <= seconds[1]
+
+
+def test_what_saves_itself_gets_its_time_but_not_twice() -> None:
+    code, said, took = run_body(f"stop_requested(); {READY}; time.sleep(4)", 1)
+    assert (code, said) == (130, f"{SAVING}\n") and took > 3.5
+    code, said, took = run_body(f"stop_requested(); {READY}; time.sleep(30)", 2)
+    assert (code, said) == (130, f"{SAVING}\n") and took < 2.5
+
+
+def test_the_handlers_stand_before_jax_is_imported() -> None:
+    code = "import sys, domino_jax.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

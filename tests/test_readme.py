@@ -1,0 +1,118 @@
+"""The commands that README.md prints, run in their order and as printed, on one device."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import MASK_TOKEN_ID, write_conversations, write_target
+
+from domino_jax.config import dump_config, load_config
+
+TOP = Path(__file__).parent.parent
+# Begin of a command -> why it is not run here.
+NOT_RUN = {
+    "scripts/": "installs an environment and takes minutes; run by hand and by the build server",
+    "pip install": "these tests run in an environment that is installed already",
+    ".venv/bin/python scripts/benchmark_": "measures for minutes, on a machine that must be quiet",
+    "domino train configs/smollm2-demo.yaml": "needs SmolLM2 and what scripts/demo left",
+}
+# What makes the published configuration one for the toy target.
+TOY = (
+    "draft.num_hidden_layers=1",
+    "draft.target_layer_ids=[0,2]",
+    "draft.block_size=4",
+    f"draft.mask_token_id={MASK_TOKEN_ID}",
+    "draft.emb_dim=8",
+    "draft.gru_hidden_dim=8",
+    "data.max_length=48",
+    "loss.num_anchors=4",
+)
+# Reads a list of commands; writes the exit code and stderr of each. One process: one start of jax.
+RUNNER = """
+import contextlib, io, json, sys
+from domino_jax.cli import main
+told = []
+for sys.argv in json.load(sys.stdin):
+    errors = io.StringIO()
+    from domino_jax.cli import shared
+    shared.logs.file = errors
+    with contextlib.redirect_stdout(sys.stderr), contextlib.redirect_stderr(errors):
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    told.append((code, errors.getvalue()))
+json.dump(told, sys.stdout)
+"""
+
+
+def printed_commands(text: str) -> list[str]:
+    """The lines of the fenced blocks, without comments."""
+    blocks = re.findall(r"^```\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in "".join(blocks).splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
+    commands = printed_commands((TOP / "README.md").read_text(encoding="utf-8"))
+    assert all(any(command.startswith(begin) for command in commands) for begin in NOT_RUN)
+    commands = [command for command in commands if not command.startswith(tuple(NOT_RUN))]
+    verbs = [shlex.split(command)[:2] for command in commands]
+    assert all(name == "domino" for name, _ in verbs)
+    expected = {"regenerate", "train", "capture", "evaluate", "generate", "export", "import"}
+    assert expected <= {verb for _, verb in verbs}
+
+    (tmp_path / "DIR").mkdir()
+    write_target(tmp_path / "DIR")
+    write_conversations(tmp_path / "prompts.jsonl", 20, answers=False)
+    (tmp_path / "configs").mkdir()
+    config = load_config(TOP / "configs/qwen3-8b.yaml", TOY)
+    (tmp_path / "configs/qwen3-8b.yaml").write_text(dump_config(config))
+
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(TOP),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps([shlex.split(command) for command in commands]),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = json.loads(process.stdout)
+    assert [code for code, _ in told] == [0] * len(commands), list(zip(commands, told, strict=True))
+
+    logs = dict(zip(commands, (log for _, log in told), strict=True))
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    cut = sum(not answer["finished"] for answer in answers)
+    assert cut
+    regenerated = next(log for command, log in logs.items() if " regenerate " in command)
+    assert f"{cut} of 20 answers ({cut / 20:.0%}) were cut at 3072 tokens" in regenerated
+    trained = next(log for command, log in logs.items() if "data.train=answers.jsonl" in command)
+    assert f"answers.jsonl: {cut} of 20 answers ({cut / 20:.0%}) are unfinished" in trained
+    assert (tmp_path / "runs/qwen3-8b/evaluation.json").is_file()
+    assert (tmp_path / "runs/other/checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_runs_on_one_device_as_it_stands(path: Path) -> None:
+    config = load_config(path)
+    assert config.mesh.data in (-1, 1) and config.mesh.fsdp == config.mesh.tensor == 1
+    if "qwen3" in path.stem:
+        assert config.data.heldout is None
+        words = re.search(r"domino train \S+ (mesh\.fsdp=8 .*)", path.read_text()).group(1).split()  # type: ignore[union-attr]
+        node = load_config(path, words)
+        assert node.mesh.fsdp == 8 and node.data.batch_size % 8 == 0
+        for published in (config, node):
+            assert published.data.batch_size * published.optimizer.grad_accumulation == 16
