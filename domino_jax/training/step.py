@@ -159,20 +159,23 @@ def _update(
         weight: float32 [].
     """
 
-    grads = jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
+    def mean(grads: Any) -> Any:
+        return jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
+
+    def update(state: TrainState, grads: Any) -> TrainState:
+        updates, opt_state = program.optimizer.update(mean(grads), state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if program.ema_decay is not None:
+            ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
+        return TrainState(state.step, params, opt_state, ema)
+
     # A norm is finite only where every part of the gradient is.
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = optax.tree.norm(mean(grads))
     finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
     updated = finite & (sums["valid_blocks"] > 0)
-
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if program.ema_decay is not None:
-        ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
-    after = TrainState(state.step, params, opt_state, ema)
-    # Chosen element by element, in the update's own pass over the state: a branch would have to wait for `updated`.
-    after = jax.tree.map(lambda new, old: jnp.where(updated, new, old), after, state)
+    # A branch, not a choice between two states: it updates in place, and keeps no second copy.
+    after = jax.lax.cond(updated, update, lambda state, _: state, state, grads)
     return after.replace(step=state.step + 1), _Outcome(finite, updated, grad_norm)
 
 
