@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DominoTrainerModule,
         build_trainer,
     )
+    from domino_jax.training.objectives import register_objective
 
 __version__ = "0.1.0"
 
@@ -32,11 +33,18 @@ __all__ = [
     "hf_tensors",
     "lambda_base_schedule",
     "load_hf_draft",
+    "register_objective",
     "save_hf_draft",
 ]
 
 # The modules of the imports above, which only type checkers read.
-_MODULES = ("interop.hf", "training.curriculum", "training.loss", "training.modules")
+_MODULES = (
+    "interop.hf",
+    "training.curriculum",
+    "training.loss",
+    "training.modules",
+    "training.objectives",
+)
 
 
 def __getattr__(name: str) -> Any:

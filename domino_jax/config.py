@@ -152,7 +152,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length of the run and what happens along the way. `steps` overrides `epochs`."""
+    """Length of the run and what happens along the way. `steps` overrides `epochs`.
+
+    A step whose loss or gradient is not finite is skipped; `max_bad_steps` of them
+    in a row end the run.
+    """
 
     epochs: int = 3
     steps: int | None = None
@@ -160,7 +164,13 @@ class TrainConfig:
     eval_every: int = 200
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    max_bad_steps: int = 20
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses a run that may not begin."""
+        found = self.max_bad_steps
+        require(found >= 1, f"max_bad_steps must be at least 1, found {found}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from domino_jax.training.metrics import read_metrics
 
 def training_summary(run: Path) -> dict[str, Any]:
     """First and last training loss and the last held-out figures of a run's log, empty for an imported draft."""
-    records = read_metrics(run)
+    # A window in which every step was skipped has no loss; neither has a pass that was not finite.
+    records = [record for record in read_metrics(run) if record.get("loss") is not None]
     training = [record for record in records if record["split"] == "train"]
     heldout = [record for record in records if record["split"] == "heldout"]
     summary: dict[str, Any] = {}

@@ -24,7 +24,7 @@ TABLE = (
         "training",
         (
             *("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint"),
-            *("inputs", "capture", "loop"),
+            *("run_directory", "inputs", "start", "capture", "skips", "loop"),
         ),
     ),
     (4, "", ("plan", "report")),

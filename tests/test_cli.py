@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from tiny import run_config, write_conversations, write_target
 from domino_jax import __version__, load_hf_draft
 from domino_jax.cli import main
 from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.skips import Diverged
 
 
 @pytest.fixture
@@ -229,3 +231,14 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path)
 def test_help_teaches(domino, verb: str) -> None:
     code, out, _ = domino(verb, "--help")
     assert code == 0 and "Usage: domino" in out and len(out.splitlines()) > 6
+
+
+def test_a_run_that_went_astray_has_an_exit_code_of_its_own(domino, monkeypatch: pytest.MonkeyPatch) -> None:
+    def astray(*_: object, **__: object) -> None:
+        raise Diverged("stopped: " + "finite " * 40)
+
+    monkeypatch.setattr("domino_jax.cli.train.load_config", lambda *_: SimpleNamespace(run_dir="run"))
+    monkeypatch.setattr("domino_jax.cli.train.train_run", astray)
+    code, out, err = domino("train", "run.yaml")
+    assert code == 3 and not out
+    assert err.startswith("stopped: ") and len(err.splitlines()) == 1

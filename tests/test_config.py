@@ -170,6 +170,7 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
         ("train.eval_every=0", "train.eval_every must be at least 1"),
         ("train.checkpoint_every=0", "train.checkpoint_every must be at least 1"),
         ("train.keep_checkpoints=0", "train.keep_checkpoints must be at least 1"),
+        ("train.max_bad_steps=0", "train: max_bad_steps must be at least 1, found 0"),
         ("mesh.fsdp=0", "mesh.fsdp must be at least 1, found 0"),
         ("mesh.tensor=-1", "mesh.tensor must be at least 1, found -1"),
         ("mesh.data=0", "mesh.data must be -1 or at least 1, found 0"),

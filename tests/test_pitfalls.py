@@ -71,13 +71,19 @@ PITFALLS = {
         ),
     },
     "fully masked attention rows: NaN": {
-        "draft/test_attention.py::test_block_attention_of_an_unused_slot_sees_its_own_block_only": (
-            "draft/attention.py: own block masked where the context is; the same with -inf, which gives NaN"
+        "kernels/test_block_attention.py::test_block_attention_of_an_unused_slot_sees_its_own_block_only": (
+            "kernels/block_attention.py: own block masked with -inf where the context is, which gives NaN"
         ),
     },
     "a boolean mask added as +1 and 0": {
-        "draft/test_attention.py::test_block_attention_equals_dense_attention_in_values_and_gradients": (
-            "draft/attention.py: `scores + seen`"
+        "kernels/test_block_attention.py::test_tiled_form_equals_the_definition": (
+            "kernels/block_attention.py: `scores + seen`"
+        ),
+    },
+    "merged softmaxes: the log-sum-exp's gradient is dropped without a word": {
+        "kernels/test_block_attention.py::test_tiled_form_equals_the_definition": (
+            "kernels/block_attention.py: a score's gradient without the merged output's part, in the context; in the "
+            "own block"
         ),
     },
     "shapes that depend on the data: recompilation late in an epoch": {
@@ -96,13 +102,13 @@ PITFALLS = {
         ),
     },
     "whole logits twice": {
-        "training/test_loss.py::test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk": (
-            "training/loss.py: chunk_blocks ignored"
+        "kernels/test_vocabulary_loss.py::test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk": (
+            "kernels/vocabulary_loss.py: chunk_blocks ignored"
         ),
     },
     "a dense mask of gigabytes": {
         "training/test_modules.py::test_no_array_has_the_shape_of_the_dense_mask": (
-            "draft/attention.py: scores over context and all blocks; over the whole context"
+            "draft/backbone.py: the definition of block attention, with scores over the whole context"
         ),
     },
     "head not saved, random embedding exported, unknown keys skipped": {
@@ -112,8 +118,8 @@ PITFALLS = {
         "interop/test_hf.py::test_load_refuses_other_tensors": "interop/hf.py: check_tensors left out on load",
     },
     "gamma None silently off or on": {
-        "draft/test_blocks.py::test_position_weights_equal_the_loop": (
-            "draft/blocks.py: None read as 7; no decay whatever gamma is"
+        "training/test_loss.py::test_position_weights_equal_the_loop": (
+            "training/loss.py: None read as 7; no decay whatever gamma is"
         ),
         "training/test_loop.py::test_the_resolved_recipe_is_printed_and_stored": (
             "training/loop.py: the recipe not printed; only run_dir stored"
@@ -157,13 +163,34 @@ PITFALLS = {
     },
     "bfloat16 masters and softmax": {
         "test_layers.py::test_dense_keeps_a_float32_master_and_computes_in_its_dtype": "layers.py: masters in `dtype`",
-        "training/test_loss.py::test_vocabulary_loss_of_bfloat16_states_has_float32_logits": (
-            "target/model.py: logits in bfloat16; in bfloat16 and then cast to float32"
+        "kernels/test_vocabulary_loss.py::test_vocabulary_loss_of_bfloat16_states_has_float32_logits": (
+            "kernels/products.py: logits in bfloat16, then cast to float32"
         ),
     },
     "offline states fill the disk": {
         "training/test_capture.py::test_the_size_is_told_first_and_limited": (
             "training/capture.py: the limit not asked; the size not told"
+        ),
+    },
+    "a batch without anchors still moves the weights through the moments": {
+        "training/test_step.py::test_a_batch_without_anchors_moves_nothing_and_is_counted": (
+            "training/step.py: every finite update taken"
+        ),
+        "training/test_step.py::test_eight_devices_equal_one": "training/step.py: every finite update taken",
+    },
+    "a NaN is trained on, saved, and the good checkpoints are rotated away": {
+        "training/test_step.py::test_one_micro_batch_that_is_not_finite_skips_the_step": (
+            "training/step.py: taken whatever loss and norm are; sums of a skipped step added up"
+        ),
+        "training/test_skips.py::test_parameters_that_overflowed_are_never_saved": (
+            "training/loop.py: saved whatever they are"
+        ),
+        "training/test_skips.py::test_a_poisoned_line_is_named_skipped_and_survived": (
+            "training/step.py: taken whatever loss and norm are; "
+            "data/conversations.py: lines counted without empty ones"
+        ),
+        "training/test_skips.py::test_a_run_that_goes_astray_stops_with_finite_checkpoints": (
+            "training/skips.py: never too many"
         ),
     },
     "an evaluator that does not say what it measured": {

@@ -14,6 +14,7 @@ from domino_jax.cli.interrupts import EXIT_CODE
 from domino_jax.cli.train import capture, train
 from domino_jax.strict import InputError
 from domino_jax.training.loop import Interrupted
+from domino_jax.training.skips import Diverged
 
 
 class _Group(click.Group):
@@ -29,6 +30,9 @@ class _Group(click.Group):
         except Interrupted as error:
             print(error, file=sys.stderr)
             ctx.exit(EXIT_CODE)
+        except Diverged as error:
+            print(error, file=sys.stderr)
+            ctx.exit(3)
 
 
 @click.group(

@@ -36,14 +36,22 @@ class MessageSet(NamedTuple):
 class Row(NamedTuple):
     """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token.
 
-    A row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were captured too,
-    `target_states` [n, D], both float32 or bfloat16.
+    A row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were
+    captured too, `target_states` [n, D], both float32 or bfloat16. `line` is where the conversation
+    stands in its file, counted from 1; None for rows that were not read from one.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     features: np.ndarray | None = None
     target_states: np.ndarray | None = None
+    line: int | None = None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the row says of its tokens, [n, ...] each, by name."""
+        fields = self._replace(line=None)._asdict()
+        return {name: values for name, values in fields.items() if values is not None}
 
 
 class RowSet(NamedTuple):
@@ -116,7 +124,7 @@ def load_rows(
         if row is None:
             bad_lines.append(BadLine(line, f"no token of {what} among the first {max_length}"))
         else:
-            rows.append(row)
+            rows.append(row._replace(line=line))
             unfinished += not finished
     bad_lines.sort()
     if not rows:

@@ -94,7 +94,7 @@ class FeatureRows(Sequence[Row]):
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
         try:
-            tensors = {
+            tensors: dict[str, Any] = {
                 name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
                 for name, tensor in deserialize(self._records[number])
             }
@@ -135,8 +135,7 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
     beside = path.with_suffix(".partial")
     writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # random access; floats hardly compress
     for row in rows:
-        tensors = {name: np.ascontiguousarray(x) for name, x in row._asdict().items() if x is not None}
-        writer.write(save(tensors))
+        writer.write(save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()}))
     writer.close()
     os.replace(beside, path)
 

@@ -47,9 +47,10 @@ def row_batches(
         process_count: of how many.
     Returns:
         Iterator with `get_state` and `set_state` (and `grain.checkpoint` for Orbax) over dicts of `input_ids` int32
-        [batch_size, S], padded with 0 on the right, and `loss_mask` bool [batch_size, S], False on padding; with
-        `packs` also the arrays of `document_arrays`; and what else the rows hold (`features`, `target_states`), padded
-        with 0.
+        [batch_size, S], padded with 0 on the right, and `loss_mask` bool [batch_size, S], False on
+        padding; with `packs` also the arrays of `document_arrays`; what else the rows hold
+        (`features`, `target_states`), padded with 0; and `row_numbers` int32 [batch_size,
+        documents], which of `rows` lie in each row of the batch, filled up with -1.
     Raises:
         InputError: fewer rows or packs than all processes take per batch, or a seed outside 0..2**32-1.
         ValueError: a row is longer than `max_length`.
@@ -124,8 +125,8 @@ def _steps(units: Sequence[Pack], step_rows: int) -> int:
 
 def _batch_maker(rows: Sequence[Row], packs: Sequence[Pack] | None, *, max_length: int) -> functools.partial:
     check_fits(row_lengths(rows), max_length=max_length)
-    documents = None if packs is None else max(len(pack) for pack in packs)
-    return functools.partial(_batch, rows=rows, max_length=max_length, documents=documents)
+    documents = 1 if packs is None else max(len(pack) for pack in packs)
+    return functools.partial(_batch, rows=rows, max_length=max_length, documents=documents, packed=packs is not None)
 
 
 def _iterator(
@@ -143,24 +144,24 @@ def _iterator(
 
 
 def _batch(
-    units: Sequence[Pack], *, rows: Sequence[Row], max_length: int, documents: int | None
+    units: Sequence[Pack], *, rows: Sequence[Row], max_length: int, documents: int, packed: bool
 ) -> dict[str, np.ndarray]:
     batch = {
         "input_ids": np.zeros((len(units), max_length), np.int32),
         "loss_mask": np.zeros((len(units), max_length), bool),
+        "row_numbers": np.full((len(units), documents), -1, np.int32),
     }
     seq_lens: list[list[int]] = []
     for slot, pack in enumerate(units):
         seq_lens.append([])
+        batch["row_numbers"][slot, : len(pack)] = pack
         for number in pack:
             row, begin = rows[number], sum(seq_lens[-1])
             seq_lens[-1].append(len(row.input_ids))
-            for name, values in row._asdict().items():
-                if values is None:
-                    continue
+            for name, values in row.arrays.items():
                 if name not in batch:
                     batch[name] = np.zeros((len(units), max_length, *values.shape[1:]), values.dtype)
                 batch[name][slot, begin : begin + len(values)] = values
-    if documents is not None:
+    if packed:
         batch |= document_arrays(seq_lens, max_length=max_length, documents=documents)
     return batch

@@ -8,8 +8,8 @@ def get_lambda_base(global_step: int, total_steps: int, lambda_start: float = 1.
     """Weight of the base loss at a step.
 
     Args:
-        global_step: optimiser steps done.
-        total_steps: optimiser steps of the run.
+        global_step: steps done; here these are batches, those whose update was skipped included.
+        total_steps: steps of the run.
         lambda_start: weight at step 0.
         decay_ratio: share of the run over which the weight falls linearly to 0.
     Returns:
@@ -21,6 +21,9 @@ def get_lambda_base(global_step: int, total_steps: int, lambda_start: float = 1.
 
 
 def lambda_base_schedule(total_steps: int, *, lambda_start: float = 1.0, decay_ratio: float = 0.5) -> optax.Schedule:
-    """`get_lambda_base` as an optax schedule of the optimiser step, which may be traced: float32 scalar in 0..1."""
+    """`get_lambda_base` as an optax schedule of `TrainState.step`, which may be traced.
+
+    Returns float32 [] in 0..1.
+    """
     linear = optax.linear_schedule(lambda_start, 0.0, max(1, int(total_steps * decay_ratio)))
     return lambda step: jnp.clip(jnp.asarray(linear(step), jnp.float32), 0.0, 1.0)

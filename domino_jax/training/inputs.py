@@ -128,13 +128,16 @@ def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIt
 
 
 def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
-    """Puts the rows of this process on the devices: arrays [A * B, ...] -> `Batch` of [A, B, ...] of all processes."""
+    """Puts the rows of this process on the devices: arrays [A * B, ...] -> `Batch` of [A, B, ...].
+
+    The result holds the rows of all processes. What says where rows come from stays on the host.
+    """
 
     def put(x: np.ndarray) -> jax.Array:
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (x.ndim - 1)))
         return jax.make_array_from_process_local_data(layout, x.reshape(micro_batches, -1, *x.shape[1:]))
 
-    return Batch(**{name: put(x) for name, x in rows.items()})
+    return Batch(**{name: put(x) for name, x in rows.items() if name in Batch._fields})
 
 
 def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:

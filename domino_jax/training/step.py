@@ -16,7 +16,12 @@ from domino_jax.training.modules import DFlashStepMetrics, DFlashTrainerModule, 
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What training changes: the optimiser step, the draft, the optimiser's state and, if kept, the average draft."""
+    """What training changes: the draft, the optimiser's state and, if kept, the average draft.
+
+    `step` counts batches. A batch whose update is skipped counts too: keys, data, lambda and
+    checkpoints follow it. The optimiser counts its own updates in `opt_state`, which lag behind by
+    the skipped ones.
+    """
 
     step: jax.Array
     params: Any
@@ -51,7 +56,7 @@ class Program:
         target: the frozen target, `scan_layers`, capturing the draft's layers; whole where the loss has a `kl_weight`,
             else as deep as they need.
         optimizer: an optax transformation.
-        curriculum: lambda_base as a function of the optimiser step.
+        curriculum: lambda_base as a function of `TrainState.step`.
         seed: of the anchors.
         ema_decay: of the average draft, None to keep none.
     """
@@ -62,14 +67,6 @@ class Program:
     curriculum: optax.Schedule
     seed: int = 0
     ema_decay: float | None = None
-
-
-def compiler_options() -> dict[str, Any]:
-    """XLA's options for compiling a step: none but on CPU, where 512-bit vectors took 1 to 3 % off its time.
-
-    Measured with the workloads of scripts/benchmark_step.py on two AMD EPYC cores with AVX-512.
-    """
-    return {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else {}
 
 
 def initial_state(program: Program, params: Any) -> TrainState:
@@ -85,13 +82,20 @@ def train_step(
 
     Micro-batches are weighted by their loss weight, so that A of them give the gradient of one large batch.
 
+    The update is skipped, one decision for all micro-batches, where nothing in them is supervised
+    (no anchors: AdamW fed with zeros would still move), or where the loss or the gradient's norm is
+    not finite. Draft, optimiser state (its counts too) and average then stay as they were, bit for
+    bit; only `step` advances.
+
     Args:
         program: static parts; jit with it bound by `functools.partial` or closed over.
         state: consumed when its buffers are donated.
         target_params: frozen, layers stacked.
         batch: `Batch`.
     Returns:
-        The next state and the additive sums of `metric_sums`, plus `grad_norm` before clipping.
+        The next state and the additive sums of `metric_sums`, plus float32 `grad_norm` before
+        clipping, `updates` and `skipped_nonfinite`, one of which is 1 unless there was no anchor. A
+        step that is not finite adds 0 to all but the counts, so that it does not spoil a window.
     """
     lambda_base = program.curriculum(state.step)
     key = jax.random.fold_in(jax.random.key(program.seed), state.step)
@@ -104,27 +108,77 @@ def train_step(
             return metrics.loss, metrics
 
         grads, metrics = jax.grad(loss, has_aux=True)(state.params)
-        weight = metrics.loss_weight + 1e-6
-        return jax.tree.map(lambda g: g * weight, grads), metric_sums(metrics)
+        return grads, metric_sums(metrics)
 
     count = batch.input_ids.shape[0]
-    if count == 1:  # XLA on CPU multiplies matrices slower inside a loop body
+    if count == 1:  # no loop around the one
         grads, sums = micro_step(0, jax.tree.map(lambda x: x[0], batch))
+        weight = sums["loss_weight"] + 1e-6
     else:
         first = jax.eval_shape(lambda: micro_step(0, jax.tree.map(lambda x: x[0], batch)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, micro_step(*indexed)), None
+            grads, sums = micro_step(*indexed)
+            grads = jax.tree.map(lambda g: g * (sums["loss_weight"] + 1e-6), grads)
+            return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
-    grads = jax.tree.map(lambda g: g / (sums["loss_weight"] + 1e-6), grads)
+        weight = jnp.float32(1)  # weighed one by one
+    state, outcome = _update(program, state, grads, sums, weight=weight)
+    counts = {name: sums[name] for name in ("batches", "batches_without_anchor")}
+    counts |= {"updates": outcome.updated.astype(jnp.float32)}
+    counts |= {"skipped_nonfinite": (~outcome.finite).astype(jnp.float32)}
+    measured = sums | {"grad_norm": outcome.grad_norm}
+    return state, {name: jnp.where(outcome.finite, x, 0.0) for name, x in measured.items()} | counts
+
+
+class _Outcome(NamedTuple):
+    """Whether loss and gradient were finite, whether the update was taken; the gradient's norm."""
+
+    finite: jax.Array
+    updated: jax.Array
+    grad_norm: jax.Array
+
+
+def _update(
+    program: Program,
+    state: TrainState,
+    grads: Any,
+    sums: dict[str, jax.Array],
+    *,
+    weight: jax.Array,
+) -> tuple[TrainState, _Outcome]:
+    """The state after the update, or as it was but for `step`.
+
+    Args:
+        program: of the step.
+        state: before it.
+        grads: times `weight` the sum over micro-batches of gradient times loss weight.
+        sums: `metric_sums` of all micro-batches.
+        weight: float32 [].
+    """
+
+    grads = jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
+    # A norm is finite only where every part of the gradient is.
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
+    updated = finite & (sums["valid_blocks"] > 0)
+
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if program.ema_decay is not None:
         ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema), {**sums, "grad_norm": optax.tree.norm(grads)}
+    after = TrainState(state.step, params, opt_state, ema)
+    # Chosen element by element, in the update's own pass over the state: a branch would have to wait for `updated`.
+    after = jax.tree.map(lambda new, old: jnp.where(updated, new, old), after, state)
+    return after.replace(step=state.step + 1), _Outcome(finite, updated, grad_norm)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every element of a tree of arrays is finite, bool []."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def batch_metrics(

@@ -64,6 +64,7 @@ def test_packed_batches_hold_every_row_whole() -> None:
                 continue
             number = int(batch["input_ids"][0, begin]) - 1
             seen.append(number)
+            assert number in batch["row_numbers"][0]
             assert batch["input_ids"][0, begin:end].tolist() == rows[number].input_ids.tolist()
             assert batch["loss_mask"][0, begin:end].tolist() == rows[number].loss_mask.tolist()
         assert not batch["input_ids"][0, ends[-1] :].any() and not batch["loss_mask"][0, ends[-1] :].any()

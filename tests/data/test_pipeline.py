@@ -47,6 +47,7 @@ def test_batches_are_the_padded_rows() -> None:
         assert batch["input_ids"].dtype == np.int32 and batch["loss_mask"].dtype == bool
         for slot, number in enumerate(numbers(batch)):
             row = rows[number]
+            assert batch["row_numbers"][slot].tolist() == [number]
             padding = LENGTH - len(row.input_ids)
             assert batch["input_ids"][slot].tolist() == row.input_ids.tolist() + [0] * padding
             assert batch["loss_mask"][slot].tolist() == row.loss_mask.tolist() + [False] * padding
@@ -163,6 +164,7 @@ def test_heldout_batches_drop_nothing(count: int, batch_size: int) -> None:
     assert len(batches) == -(-count // batch_size)
     seen = [number for batch in batches for number in numbers(batch)]
     assert seen == [*range(count), *[-1] * (len(seen) - count)]
+    assert [int(number) for batch in batches for number in batch["row_numbers"][:, 0]] == seen
     for batch in batches:
         assert batch["input_ids"].shape == batch["loss_mask"].shape == (batch_size, LENGTH)
     assert sum(int(batch["loss_mask"].sum()) for batch in batches) == sum(int(row.loss_mask.sum()) for row in rows)

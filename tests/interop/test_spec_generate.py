@@ -31,8 +31,8 @@ from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target, lm_head_weight
-from domino_jax.training.loop import draft_from_target
 from domino_jax.training.modules import build_trainer
+from domino_jax.training.start import draft_from_target
 
 NEW_TOKENS = 64
 BLOCK_SIZE = 4

@@ -27,8 +27,9 @@ from domino_jax.target.model import Target
 from domino_jax.training import loop
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch
-from domino_jax.training.loop import Interrupted, draft_from_target, prepare, train
+from domino_jax.training.loop import Interrupted, prepare, train
 from domino_jax.training.metrics import read_metrics
+from domino_jax.training.start import draft_from_target
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,6 @@ def final_bits(run_dir: Path, step: int) -> Any:
 
         items = {name: ocp.args.StandardRestore() for name in ("params", "optimizer")}
         return jax.device_get(dict(checkpoints.restore(step, args=ocp.args.Composite(**items))))
-
-
-def without_times(run_dir: Path) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "seconds_per_step")
-    return [{name: x for name, x in line.items() if name not in timed} for line in read_metrics(run_dir)]
 
 
 def test_a_run_interrupted_twice_ends_with_the_same_bits(target: Path, tmp_path: Path) -> None:
@@ -74,7 +70,7 @@ def test_a_run_interrupted_twice_ends_with_the_same_bits(target: Path, tmp_path:
             train(config, console=quiet(), stop_requested=stop)
     train(config, console=quiet())
     chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
-    assert without_times(whole / "run") == without_times(parts / "run")
+    assert (whole / "run" / "metrics.jsonl").read_bytes() == (parts / "run" / "metrics.jsonl").read_bytes()
     # The average is what leaves the run.
     exported = load_draft(parts / "run")[1]
     raw = final_bits(parts / "run", 6)["params"]
@@ -120,7 +116,12 @@ def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> 
 def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -> None:
     steps = {"steps": 60, "log_every": 20, "eval_every": 30, "checkpoint_every": 60, "tensorboard": True}
     path = run_config(tmp_path, target, train=steps, optimizer={"learning_rate": 1e-2})
-    directory = train(load_config(path), console=quiet())
+    console = quiet()
+    directory = train(load_config(path), console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    begun = ("loading target", "loading rows", "step compiled in", "saving checkpoint 60")
+    places = [said.index(words) for words in begun]
+    assert places == sorted(places) and [said.count(words) for words in begun] == [1] * 4
     lines = read_metrics(directory)
     training = [line for line in lines if line["split"] == "train"]
     heldout = [line for line in lines if line["split"] == "heldout"]
@@ -128,7 +129,16 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     assert training[-1]["loss"] < training[0]["loss"]
     assert training[-1]["lambda_base"] == pytest.approx(1 / 60)
     names = {"loss", "final_loss", "base_loss", "accept_len", "base_accept_len", "grad_norm", "batches_without_anchor"}
-    assert names <= training[0].keys()
+    assert names | {"updates", "skipped_nonfinite"} <= training[0].keys()
+    # Speeds stand apart, and count tokens, not padding: 20 steps of 8 are 6 epochs of 24 rows and 16 rows more.
+    timing = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timing] == [20, 40, 60] and not timing[0].keys() & training[0].keys() - {
+        "step",
+        "split",
+    }
+    tokens = [line["tokens_per_second"] * line["seconds_per_step"] * 20 for line in timing]
+    lengths = [len(row.input_ids) for row in prepare(load_config(path), console=quiet()).rows.rows]
+    assert sum(tokens) == pytest.approx(60 * 8 / 24 * sum(lengths))
     assert list((directory / "tensorboard").iterdir())
     assert load_config(directory / "config.yaml") == load_config(path)
 
@@ -152,7 +162,7 @@ def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(loop, name, counted)
 
     def put(mesh: Any, rows: dict[str, np.ndarray], *, micro_batches: int) -> Any:
-        assert {x.shape for x in rows.values()} == {(8 * micro_batches, 64)}
+        assert rows["input_ids"].shape == rows["loss_mask"].shape == (8 * micro_batches, 64)
         longest[micro_batches].append(int(np.flatnonzero(rows["loss_mask"].any(axis=0))[-1]))
         return device_batch(mesh, rows, micro_batches=micro_batches)
 

@@ -21,7 +21,7 @@ from domino_jax.target.model import Target, stack_layers
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.metrics import metric_means, metric_sums
 from domino_jax.training.modules import DominoStepMetrics, build_trainer
-from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_done
 from domino_jax.training.step import Batch, Program, batch_metrics, initial_state, train_step
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
@@ -94,6 +94,18 @@ def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data:
         together, spread_sums = jax.jit(functools.partial(train_step, program))(
             initial_state(program, spread), spread_target, rows
         )
+        # Nothing to learn from, or nothing finite: one decision on all devices.
+        step = jax.jit(functools.partial(train_step, program))
+        for spoilt, reason in (
+            (rows._replace(loss_mask=jnp.zeros_like(rows.loss_mask)), "batches_without_anchor"),
+            (rows, "skipped_nonfinite"),
+        ):
+            poison = jnp.nan if spoilt is rows else 1.0
+            frozen = {**spread_target, "embed_tokens": spread_target["embed_tokens"] * poison}
+            kept, counts = step(together, frozen, spoilt)
+            assert float(counts[reason]) == 1
+            chex.assert_trees_all_equal(kept.params, together.params)
+            chex.assert_trees_all_equal(kept.opt_state, together.opt_state)
     assert len(rows.input_ids.sharding.device_set) == 8
     if fsdp > 1:
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
@@ -120,14 +132,45 @@ def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -
     assert lambdas == pytest.approx([1.0, 0.8, 0.6, 0.4])
 
 
+def assert_only_the_step_moved(before: Any, after: Any) -> None:
+    assert int(after.step) == int(before.step) + 1
+    chex.assert_trees_all_equal(after.replace(step=before.step), before)
+
+
 def test_a_batch_without_anchors_moves_nothing_and_is_counted(target_params: Any, draft_variables: Any) -> None:
-    program, batch = make_program(), make_batch(1, 4)
-    state = initial_state(program, nn.meta.unbox(draft_variables))
+    """Neither through AdamW's moments, which a step before has filled, nor through its weight decay."""
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, warmup_ratio=0.0), 10)
+    program, batch = make_program(optimizer=optimizer, ema_decay=0.5), make_batch(1, 4)
+    step = jax.jit(functools.partial(train_step, program))
+    start = initial_state(program, nn.meta.unbox(draft_variables))
+    state, sums = step(start, target_params, batch)
+    assert float(sums["updates"]) == 1 and int(updates_done(state.opt_state)) == 1
     nothing = batch._replace(loss_mask=jnp.zeros_like(batch.loss_mask))
-    after, sums = jax.jit(functools.partial(train_step, program))(state, target_params, nothing)
-    chex.assert_trees_all_equal(state.params, after.params)
+    after, sums = step(state, target_params, nothing)
+    assert_only_the_step_moved(state, after)
     assert float(sums["batches_without_anchor"]) == 1 and float(sums["loss_sum"]) == 0
+    assert float(sums["updates"]) == float(sums["skipped_nonfinite"]) == 0
     assert metric_means(sums)["loss"] == 0
+    again, sums = step(after, target_params, batch)  # and it goes on
+    assert float(sums["updates"]) == 1 and int(updates_done(again.opt_state)) == 2 and int(again.step) == 3
+
+
+def test_one_micro_batch_that_is_not_finite_skips_the_step(target_params: Any, draft_variables: Any) -> None:
+    program, batch = make_program(ema_decay=0.5), make_batch(3, 2)
+    width = CONFIG.hidden_size * len(CONFIG.target_layer_ids)
+    features = np.random.default_rng(1).standard_normal((*batch.input_ids.shape, width)).astype(np.float32)
+    step = jax.jit(functools.partial(train_step, program))
+    start = initial_state(program, nn.meta.unbox(draft_variables))
+    state, good = step(start, target_params, batch._replace(features=jnp.asarray(features)))
+    features[1, 0, 0, 0] = np.inf
+    after, sums = step(state, target_params, batch._replace(features=jnp.asarray(features)))
+    assert_only_the_step_moved(state, after)
+    assert float(sums["skipped_nonfinite"]) == 1 and float(sums["updates"]) == 0
+    # What it measured does not spoil the window that it lies in.
+    window = metric_means(jax.tree.map(jnp.add, good, sums))
+    alone = metric_means(good)
+    assert window == {**alone, "skipped_nonfinite": 1.0}
+    assert np.isnan(metric_means(sums)["loss"]) and np.isnan(metric_means(sums)["grad_norm"])
 
 
 def test_anchors_differ_between_steps_and_repeat_with_the_seed(target_params: Any, draft_variables: Any) -> None:

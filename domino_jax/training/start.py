@@ -1,0 +1,65 @@
+"""The state that a run starts with: a fresh draft, its target's top or an earlier draft, laid out over the mesh."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from optax.tree_utils import tree_map_params
+
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.interop.start import starting_params
+from domino_jax.model_config import DraftConfig
+from domino_jax.sharding import parameter_shardings, partition_spec
+from domino_jax.training.step import Program, TrainState, initial_state
+
+
+def state_at_start(
+    program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any, init_from: str | None
+) -> TrainState:
+    """A fresh draft, or one that starts as the target's top or as a checkpoint, over the mesh with its optimiser."""
+    key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
+    model = DraftModel(config)
+    boxed = jax.eval_shape(lambda: init_variables(model, key))["params"]
+    shardings = parameter_shardings(boxed, mesh)
+    params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
+    if layers_from is not None:
+        params = jax.device_put(draft_from_target(config, params, layers_from), shardings)
+    if init_from is not None:
+        params = jax.device_put(starting_params(init_from, config), shardings)
+    whole = NamedSharding(mesh, partition_spec())
+    shapes = jax.eval_shape(lambda: initial_state(program, params))
+    opt_shardings = tree_map_params(
+        program.optimizer, lambda _, s: s, shapes.opt_state, shardings, transform_non_params=lambda _: whole
+    )
+    layout = TrainState(whole, shardings, opt_shardings, shardings if program.ema_decay is not None else None)
+    return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
+
+
+def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:
+    """A draft that starts as the top of its target.
+
+    Its layers and final norm are the target's last ones, and its context is the last captured state as the first of
+    those layers would read it; the other captured states start without weight.
+
+    Args:
+        config: the draft.
+        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays, and so
+            does the feed-forward part below experts. What the draft lacks (biases) is left out.
+        target_params: the target's, layers apart.
+    Returns:
+        A tree like `params`.
+    """
+    first = config.num_target_layers - config.num_hidden_layers
+    copied = {"norm": target_params["norm"]}
+    for index in range(config.num_hidden_layers):
+        name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
+        fresh, known = flatten_dict(params[name]), flatten_dict(layer)
+        copied[name] = unflatten_dict({path: known.get(path, leaf) for path, leaf in fresh.items()})
+    copied["hidden_norm"] = target_params[f"layers_{first}"]["input_layernorm"]
+    width, captured = config.hidden_size, len(config.target_layer_ids)
+    copied["fc"] = {"weight": jnp.eye(width, captured * width, k=(captured - 1) * width)}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**params, **copied})

@@ -1,0 +1,190 @@
+"""A NaN is never trained on: its lines are named, the run stops when it stays, checkpoints are finite."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_loop import quiet
+from test_metrics import strictly
+from tiny import WORDS, run_config, write_target
+
+from domino_jax.config import RunConfig, load_config
+from domino_jax.data.conversations import Row
+from domino_jax.report import training_summary
+from domino_jax.training.checkpoint import has_checkpoint, open_checkpoints
+from domino_jax.training.loop import train
+from domino_jax.training.metrics import read_metrics
+from domino_jax.training.optimizer import learning_rate_schedule
+from domino_jax.training.skips import Diverged, SkipWatch, divergence
+
+
+def poisoned(directory: Path, name: str, row: int) -> Path:
+    """A target with one row of one tensor that is not a number."""
+    directory.mkdir()
+    path = write_target(directory) / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name][row] = np.nan
+    save_file(tensors, path)
+    return directory
+
+
+def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
+    import orbax.checkpoint as ocp
+
+    with open_checkpoints(run_dir) as checkpoints:
+        steps = list(checkpoints.all_steps())
+        for step in steps:
+            items = {name: ocp.args.StandardRestore() for name in ("params", "optimizer")}
+            stored = checkpoints.restore(step, args=ocp.args.Composite(**items))
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dict(stored)))
+    return steps
+
+
+def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
+    """Line 8 alone has a token whose embedding is NaN: of each epoch's three batches one is skipped."""
+    target = poisoned(tmp_path / "target", "model.embed_tokens.weight", WORDS.index("<unk>"))
+    path = run_config(tmp_path, target, train={"log_every": 3, "checkpoint_every": 1})
+    rows = tmp_path / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    messages = [{"role": "user", "content": "unheard"}, {"role": "assistant", "content": "a b c d e f"}]
+    lines[6:7] = ["", json.dumps({"messages": messages})]  # an empty line counts, and gives no row
+    rows.write_text("\n".join(lines) + "\n")
+    console = quiet()
+    config = load_config(path)
+    run = train(config, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+
+    skipped = [line for line in strictly(run / "metrics.jsonl") if line["split"] == "skipped"]
+    assert len(skipped) == 2 and skipped[0]["step"] <= 3 < skipped[1]["step"]
+    for skip in skipped:
+        assert skip["reason"] == "nonfinite" and 8 in skip["lines"] and len(skip["lines"]) == 8
+        assert 7 not in skip["lines"]
+        assert f"step {skip['step']}: update skipped, its loss" in said
+    windows = [line for line in read_metrics(run) if line["split"] == "train"]
+    assert [(w["updates"], w["skipped_nonfinite"]) for w in windows] == [(2, 1), (2, 1)]
+    assert all(np.isfinite(w["loss"]) and np.isfinite(w["grad_norm"]) for w in windows)
+    # The schedule counts updates, lambda batches.
+    assert windows[-1]["learning_rate"] == float(learning_rate_schedule(config.optimizer, 6)(3))
+    assert windows[-1]["lambda_base"] == pytest.approx(1 / 6)
+    assert assert_checkpoints_are_finite(run) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("target", 1),
+        ("optimizer.learning_rate=1e30", 2),
+    ],
+)
+def test_a_run_that_goes_astray_stops_with_finite_checkpoints(tmp_path: Path, override: str, first: int) -> None:
+    if override == "target":
+        target, words = poisoned(tmp_path / "target", "model.layers.0.mlp.up_proj.weight", 3), []
+    else:
+        (tmp_path / "target").mkdir()
+        target, words = write_target(tmp_path / "target"), [override]
+    settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "max_bad_steps": 3}
+    path = run_config(tmp_path, target, train=settings)
+    with pytest.raises(Diverged) as raised:
+        train(load_config(path, words), console=quiet())
+    said = str(raised.value)
+    assert f"stopped: 3 updates in a row (train.max_bad_steps) were not finite, from step {first} on" in said
+    assert "rows.jsonl" in said and "is finite" in said and "\n" not in said
+    run = tmp_path / "run"
+    steps = assert_checkpoints_are_finite(run)
+    assert f"the newest checkpoint, of step {steps[-1]}," in said and steps[0] == 1
+    lines = strictly(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["split"] == "skipped"] == [
+        first,
+        first + 1,
+        first + 2,
+        *[4] * (first == 1),
+    ]
+    assert [line["loss"] for line in lines if line["split"] == "train"][-1] is None
+    training_summary(run)  # reads a log without a loss
+
+
+@pytest.mark.parametrize("override", ["optimizer.learning_rate=1e300", "optimizer.weight_decay=1e300"])
+def test_parameters_that_overflowed_are_never_saved(tmp_path: Path, override: str) -> None:
+    """Of finite gradients an absurd setting makes parameters that are not; the next save finds them."""
+    (tmp_path / "target").mkdir()
+    path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
+    with pytest.raises(Diverged, match=r"the parameters are not finite after step 1, .*no checkpoint was written yet"):
+        train(load_config(path, [override]), console=quiet())
+    assert not has_checkpoint(tmp_path / "run")
+    strictly(tmp_path / "run" / "metrics.jsonl")
+
+
+def watch(**settings: Any) -> SkipWatch:
+    rows = [Row(np.zeros(1, np.int32), np.ones(1, bool), line=10 + number) for number in range(40)]
+    return SkipWatch(rows, config(**settings))
+
+
+def config(max_bad_steps: int = 3, **data: Any) -> RunConfig:
+    from domino_jax.config import DataConfig, DraftRecipe, TrainConfig
+
+    return RunConfig(
+        run_dir="run",
+        target="target",
+        draft=DraftRecipe(mask_token_id=1),
+        data=DataConfig(**(data or {"train": "a.jsonl"})),
+        train=TrainConfig(max_bad_steps=max_bad_steps),
+    )
+
+
+def outcome(updates: int, nonfinite: int) -> dict[str, jax.Array]:
+    return {"updates": jnp.float32(updates), "skipped_nonfinite": jnp.float32(nonfinite)}
+
+
+GOOD, BAD, EMPTY = outcome(1, 0), outcome(0, 1), outcome(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "diverged_at"),
+    [
+        ([BAD, BAD, GOOD, BAD, BAD], None),
+        ([GOOD, BAD, BAD, BAD, GOOD], 2),
+        ([BAD, EMPTY, BAD, EMPTY, BAD], 1),
+        ([EMPTY] * 5, None),
+    ],
+)
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_only_steps_in_a_row_count(outcomes: list[Any], diverged_at: int | None, window: int) -> None:
+    skips, told = watch(), []
+    for step, sums in enumerate(outcomes, start=1):
+        skips.add(step, np.array([[step]]), sums)
+        if step % window == 0 or step == len(outcomes):
+            told += skips.fetch()
+    assert [skip.step for skip in told] == [step for step, x in enumerate(outcomes, 1) if x is not GOOD]
+    assert {skip.reason for skip in told} <= {"nonfinite", "no_anchor"}
+    assert (skips.diverged_at and skips.diverged_at.step) == diverged_at
+
+
+def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
+    skips = watch()
+    skips.add(1, np.array([[3, -1], [0, 5]]), BAD)
+    skips.add(2, np.arange(20), EMPTY)
+    first, second = skips.fetch()
+    assert first.record == {"reason": "nonfinite", "lines": [13, 10, 15]}
+    assert first.place == "lines 13, 10, 15 of a.jsonl"
+    assert second.words.startswith("no anchor in its batch; lines 10, 11,") and "and 4 more of a.jsonl" in second.words
+
+
+def test_captured_rows_are_named_by_their_number() -> None:
+    rows = [Row(np.zeros(1, np.int32), np.ones(1, bool))] * 3
+    skips = SkipWatch(rows, config(features="states"))
+    skips.add(1, np.array([2, 0]), BAD)
+    (skip,) = skips.fetch()
+    assert skip.place == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
+
+
+def test_the_message_without_a_checkpoint_promises_none() -> None:
+    skips = watch(max_bad_steps=1)
+    skips.add(1, np.array([2]), BAD)
+    (skip,) = skips.fetch()
+    said = divergence(config(max_bad_steps=1), skip, newest_checkpoint=None)
+    assert "no checkpoint was written yet" in said and "lines 12 of a.jsonl" in said
