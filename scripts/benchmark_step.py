@@ -208,7 +208,6 @@ def compiled_step(
     import optax
 
     from domino_jax.training.modules import build_trainer
-    from domino_jax.training.step import compiler_options
 
     module = build_trainer(config, chunk_blocks=chunk_blocks)
     optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)
@@ -227,7 +226,7 @@ def compiled_step(
 
     held = [params, jax.jit(optimizer.init)(params)]
     lowered = jax.jit(update, donate_argnums=(0, 1)).lower(*held, arrays, given)
-    compiled = lowered.compile(compiler_options=compiler_options())
+    compiled = lowered.compile()
 
     def step() -> float:
         *held[:], value = compiled(*held, arrays, given)

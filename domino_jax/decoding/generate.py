@@ -161,13 +161,12 @@ def regenerate(
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size would be another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
-            answers = generate(
-                decoder, weights, rows, max_new_tokens=max_new_tokens, slots=slots, seed=seed + batch[0][0]
-            )
+            own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": seed + batch[0][0]}
+            answers = generate(decoder, weights, rows, **own)
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                turn = {"role": "assistant", "content": text}
-                record = {"messages": [*messages, turn], "prompt_line": line, "finished": answer.stopped}
+                turns = [*messages, {"role": "assistant", "content": text}]
+                record = {"messages": turns, "prompt_line": line, "finished": answer.stopped}
                 file.write(json.dumps({**record, "generator": settings}, ensure_ascii=False) + "\n")
                 written += len(answer.tokens)
                 finished[line] = answer.stopped

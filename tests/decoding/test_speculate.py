@@ -349,8 +349,7 @@ def test_a_stale_cache_is_never_read(target_params: Any) -> None:
 
     def spoil(cache: jax.Array) -> jax.Array:
         stale = jnp.arange(slots) >= (state.lengths - 1)[:, None]
-        stale = jnp.repeat(stale, cache.shape[0] // len(PROMPTS), axis=0)  # [B * KV, slots]
-        return jnp.where(stale[..., None], 1e3, cache)
+        return jnp.where(stale[:, None, :, None], 1e3, cache)
 
     spoiled = replace_caches(state, spoil)
     expected = np.asarray(finish(decoder, weights, state).tokens)
