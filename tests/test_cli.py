@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -236,7 +237,7 @@ def test_a_run_that_went_astray_has_an_exit_code_of_its_own(domino, monkeypatch:
     def astray(*_: object, **__: object) -> None:
         raise Diverged("stopped: " + "finite " * 40)
 
-    monkeypatch.setattr("domino_jax.cli.train.load_config", lambda *_: None)
+    monkeypatch.setattr("domino_jax.cli.train.load_config", lambda *_: SimpleNamespace(run_dir="run"))
     monkeypatch.setattr("domino_jax.cli.train.train_run", astray)
     code, out, err = domino("train", "run.yaml")
     assert code == 3 and not out

@@ -135,8 +135,7 @@ def regenerate(
         seed: of the sampler.
         settings: what makes the answers, a partial file of other settings is refused; its
             `chat_template_kwargs`, if any, are what the template is told.
-        progress: called before the first batch and after each, with prompts done, all prompts and
-            tokens written by this start.
+        progress: called first and after each batch with prompts done, all prompts and new tokens.
     Returns:
         How many answers there are, and how many of them end without a stop token.
     Raises:
