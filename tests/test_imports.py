@@ -30,11 +30,12 @@ import tiny
 
 import domino_jax
 from domino_jax.cli import main
+from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import DraftConfig
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target, stack_layers
-from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft, template_hash
+from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
 directory, run = map(Path, sys.argv[1:])
@@ -59,7 +60,7 @@ state, sums = jax.jit(functools.partial(train_step, program))(
 )
 assert int(state.step) == 1 and np.isfinite(sums["loss_sum"]), sums
 
-template = template_hash(load_tokenizer(directory))
+template = chat_template(load_tokenizer(directory), {})
 save_draft(run, state.params, DraftRecord(config, str(directory), template))
 assert load_draft(run)[2] == 0
 for words in (["--help"], ["generate", str(run), "a b c", "--max-new-tokens", "8"]):

@@ -141,13 +141,16 @@ def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Pat
         FeatureRows(directory)
     first = shard_path(directory, 0).stat().st_mtime_ns
     said = captured(path, directory, target_states=True, shard_bytes=99)  # the shards are those it began with
-    assert "still to be written" in said[0] and said[1].startswith("shard 3/")
+    loading, size, compiling, shard, *_ = said
+    assert loading == f"loading the target {place / 'target'}, float32" and compiling == "compiling"
+    assert "still to be written" in size and shard.startswith("shard 3/")
     assert shard_path(directory, 0).stat().st_mtime_ns == first
     assert sorted(x.name for x in directory.iterdir()) == sorted(x.name for x in (place / "float32").iterdir())
     for ours, whole in zip(FeatureRows(directory), FeatureRows(place / "float32"), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(ours, whole, strict=True))
     again = captured(path, directory, target_states=True)
-    assert len(again) == 1 and "0 GB of it still to be written" in again[0]
+    assert "0 GB of it still to be written" in again[1]
+    assert [again[0], *again[2:]] == [loading, "every shard is there"]
 
 
 def test_the_size_is_told_first_and_limited(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +161,7 @@ def test_the_size_is_told_first_and_limited(place: Path, tmp_path: Path, monkeyp
     with pytest.raises(InputError, match=r"above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"):
         captured(path, directory, dtype="bfloat16", limit_gb=1e-6, say=said.append)
     total = f"{tokens * each / 1e9:.3g} GB for {tokens} tokens of 24 rows, {each} bytes each"
-    assert said == [f"{directory}: {total}"] and not directory.parent.exists()
+    assert said[1:] == [f"{directory}: {total}"] and not directory.parent.exists()
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: free)
