@@ -124,7 +124,9 @@ def recipe_step(
         num_anchors: N.
         chunk_blocks: memory bound of the vocabulary loss.
     """
-    cut = dataclasses.replace(target, num_hidden_layers=max(config.target_layer_ids) + 1)
+    depth = max(config.target_layer_ids) + 1
+    # Weights of the layers that run only; the target itself knows its whole depth.
+    cut = dataclasses.replace(target, num_hidden_layers=depth)
     program = Program(
         trainer=build_trainer(
             config,
@@ -132,7 +134,7 @@ def recipe_step(
             loss_decay_gamma=LOSS_DECAY_GAMMA,
             chunk_blocks=chunk_blocks,
         ),
-        target=Target(cut, capture=config.target_layer_ids, scan_layers=True),
+        target=Target(target, capture=config.target_layer_ids, depth=depth, scan_layers=True),
         optimizer=optax.chain(
             optax.clip_by_global_norm(CLIP_NORM),
             optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_cases import CASES, GRADIENT, VALUE
+from random_cases import CASES, GRADIENT, QUICK, VALUE
 from reference import draft_config, random_anchors, random_batch
 
 from domino_jax.draft.mask import block_mask, context_span
@@ -57,7 +57,7 @@ def drawn(packed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | No
 def values_and_gradients(attention: Any, inputs: Inputs) -> tuple[jax.Array, Inputs]:
     weights = jnp.asarray(np.random.default_rng(5).standard_normal(inputs.q.shape), jnp.float32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     @functools.partial(jax.value_and_grad, has_aux=True)
     def run(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         out = attention(*inputs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_cases import CASES, GRADIENT, VALUE
+from random_cases import CASES, GRADIENT, QUICK, VALUE
 
 from domino_jax.kernels import vocabulary_loss as kernel
 from domino_jax.kernels.vocabulary_loss import (
@@ -51,12 +51,11 @@ def run(inputs: Inputs, labels: Labels, *, form: Any = vocabulary_loss, **option
 def gradient(inputs: Inputs, labels: Labels, *, scale: float = 2.0, **options: Any) -> tuple[Any, VocabularyLoss]:
     """Of a multiple of the total, so that the cotangent is not 1."""
 
-    @jax.jit
     def total(inputs: Inputs) -> tuple[jax.Array, VocabularyLoss]:
         loss = run(inputs, labels, **options)
         return scale * loss.total, loss
 
-    return jax.grad(total, has_aux=True)(inputs)
+    return jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)(inputs)
 
 
 def torch_loss(inputs: Inputs, labels: Labels, objective: Objective, factors: Any, lam: float) -> tuple[Any, Any]:
