@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.kernels.products import project
+from domino_jax.kernels.scale import scaled
 from domino_jax.model_config import YARN_BETA_FAST, YARN_BETA_SLOW, DecoderConfig, RopeScaling
 from domino_jax.sharding import constrain, logical_axes
 
@@ -55,7 +56,7 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", logical_axes(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+        return scaled(x32, weight.astype(jnp.float32)).astype(x.dtype)
 
 
 @jax.checkpoint

@@ -53,14 +53,14 @@ def attend_definition(
 
 
 def _write_merged(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
-    """For a CPU: batch and heads are one axis while a run is written.
+    """For a CPU: batch and heads are one axis while a run of several tokens is written.
 
     XLA merges them for the product that reads the cache. In four dimensions it would make the whole cache again for
-    that product, in three it writes in place.
+    that product, in three it writes in place. A single token's product is read as it is.
     """
 
     def written(cache: jax.Array, new: jax.Array) -> jax.Array:
-        if cache.shape[0] > 1:
+        if cache.shape[0] > 1 or new.shape[2] == 1:
             return _written(cache, new, start)
         merged = cache.reshape(-1, *cache.shape[2:])
         new = new.astype(cache.dtype).reshape(-1, *new.shape[2:])

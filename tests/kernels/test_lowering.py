@@ -27,7 +27,7 @@ from domino_jax.training.step import Batch, Program, initial_state, train_step
 CONFIG = draft_config(num_hidden_layers=1, num_target_layers=4, target_layer_ids=(0, 2), dtype="bfloat16")
 TARGET = Target(dataclasses.replace(CONFIG, num_hidden_layers=4), capture=CONFIG.target_layer_ids)
 # The scopes of the CPU's implementations, and in which of the two programs each is read.
-STEP_FORMS = {"cpu_largest", "cpu_expansion", "cpu_transposed"}
+STEP_FORMS = {"cpu_largest", "cpu_expansion", "cpu_transposed", "cpu_scale"}
 CYCLE_FORMS = {"cpu_largest", "cpu_few_rows", "cpu_cache"}
 
 
