@@ -66,6 +66,7 @@ def test_offline_losses_equal_online_ones(place: Path) -> None:
     np.testing.assert_allclose(half[:, :3], online[:20, :3], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
     settings = ("data.packing=true", "data.heldout=null", "train.steps=4", "data.max_length=40")
     online = losses(place, "packed-online", *settings)

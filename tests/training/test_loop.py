@@ -77,7 +77,7 @@ def test_a_run_interrupted_twice_ends_with_the_same_bits(target: Path, tmp_path:
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (exported, raw)), strict=True))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Path, number: int) -> None:
     """A real process, killed in the middle of training and started again."""
     steps = {"train": {"steps": 400, "checkpoint_every": 20, "log_every": 10, "eval_every": 400}}

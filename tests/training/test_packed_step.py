@@ -84,6 +84,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PACKED: dict[str, Any] = {"data": {"max_length": 64, "packing": True}, "train": {"log_every": 1}}
 
 
+@pytest.mark.slow
 def test_a_packed_run_interrupted_ends_with_the_same_bits(target: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for directory in (whole, parts):

@@ -81,7 +81,7 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(
     chex.assert_trees_all_close(one, three, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [pytest.param(8, 1, 1, marks=pytest.mark.slow), (2, 2, 2)])
 def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int) -> None:
     program, params, batch = make_program(), nn.meta.unbox(draft_variables), make_batch(1, 8)
     alone, sums = jax.jit(functools.partial(train_step, program))(initial_state(program, params), target_params, batch)
