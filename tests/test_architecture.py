@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "", ("strict", "model_config", "config", "sharding")),
+    (0, "", ("strict", "model_config", "config", "sharding", "chips")),
     (1, "kernels", ("causal_attention", "cache", "products", "scale", "largest", "block_attention", "vocabulary_loss")),
     (1.5, "", ("layers",)),
     (2, "data", ("template", "conversations", "packing", "pipeline", "features")),

@@ -1,0 +1,232 @@
+"""Block attention in tiles of plain products, which every platform can run.
+
+Anchors are sorted: a tile of neighbouring blocks ends its walk over the context at its largest anchor, and scores live
+for one tile at a time, forward and backward.
+
+    key tiles    0   1   2   3   4          a walk ends where the tile's own queries say: a loop whose length the device
+    blocks 0-7   x   x   .   .   .          only knows when it runs. Where that is dear (a GPU waits for the answer), a
+    blocks 8-15  x   x   x   x   .          tile of keys is the whole context and nothing is walked.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
+
+
+class TileSize(NamedTuple):
+    """Rows of queries and columns of keys of one tile of scores, at most."""
+
+    rows: int
+    keys: int
+
+
+TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
+WHOLE_CONTEXT = TileSize(rows=4096, keys=2**30)
+
+
+class _Softmax(NamedTuple):
+    """A softmax under way: largest score and sum of exponentials [..., 1], weighted values [..., head_dim]."""
+
+    largest: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+def _own_scores(operands: Operands, causal: bool) -> jax.Array:  # [B, KV, N, G*K, K]
+    scores = _product("bknrd,bkncd->bknrc", operands.queries, operands.own_keys)
+    scores *= operands.queries.shape[-1] ** -0.5
+    if not causal:
+        return scores
+    rows, size = scores.shape[-2:]
+    seen = jnp.tile(jnp.tri(size, dtype=bool), (rows // size, 1))
+    return jnp.where(seen, scores, LOWEST)
+
+
+class _Tiles(NamedTuple):
+    """The queries in tiles, [B * tiles, KV, rows, head_dim], the span of each row [B * tiles, 1, rows, 1], the row of
+    the batch that each tile belongs to, and the key tiles that some query of it sees, `begin` to `stop`.
+    """
+
+    queries: jax.Array
+    first: jax.Array
+    end: jax.Array
+    row: jax.Array
+    begin: jax.Array
+    stop: jax.Array
+
+
+def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
+    rows = operands.queries.shape[3]
+    queries = _in_tiles(operands.queries, size)
+    first, end = (_in_tiles(_per_row(x, rows), size) for x in span)
+    row = jnp.arange(queries.shape[0]) // (queries.shape[0] // operands.queries.shape[0])
+    keys = min(size.keys, operands.keys.shape[2])
+    # Of this tile alone: a long row must not make the short ones of its batch walk its length.
+    seen = end > first
+    begin = jnp.min(jnp.where(seen, first, jnp.iinfo(jnp.int32).max), axis=(1, 2, 3)) // keys
+    stop = -(-jnp.max(jnp.where(seen, end, 0), axis=(1, 2, 3)) // keys)
+    return _Tiles(queries, first, end, row, begin, stop)
+
+
+def _per_row(x: jax.Array, rows: int) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, N, G * K, 1]
+    x = jnp.tile(x, (1, 1, rows // x.shape[2]))
+    return x[:, None, ..., None]
+
+
+def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:  # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
+    batch, heads, blocks, rows, width = x.shape
+    tile_blocks = max(min(size.rows // rows, blocks), 1)
+    count = -(-blocks // tile_blocks)
+    # Blocks that fill up the last tile see nothing.
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, count * tile_blocks - blocks), (0, 0), (0, 0)))
+    x = x.reshape(batch, heads, count, tile_blocks * rows, width).swapaxes(1, 2)
+    return x.reshape(batch * count, heads, tile_blocks * rows, width)
+
+
+def _from_tiles(x: jax.Array, like: jax.Array) -> jax.Array:  # and back, to the axes of `like` [B, KV, N, r, _]
+    batch, heads, blocks, rows, _ = like.shape
+    x = x.reshape(batch, -1, heads, *x.shape[2:]).swapaxes(1, 2)
+    return x.reshape(batch, heads, -1, rows, x.shape[-1])[:, :, :blocks]
+
+
+def _walk(tile: _Tiles, add: Callable[[Any, Any], Any], start: Any, *, operands: Operands, size: TileSize) -> Any:
+    """Adds up over the key tiles that a tile of queries sees; over the one that is the whole context without a loop."""
+    if size.keys >= operands.keys.shape[2]:
+        return add(0, start)
+    return jax.lax.fori_loop(tile.begin, tile.stop, add, start)
+
+
+class _KeyTile(NamedTuple):
+    """A tile of keys and values [KV, size, head_dim], where it begins, and what each row sees [1, rows, size]."""
+
+    begin: jax.Array
+    seen: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize) -> _KeyTile:
+    _, heads, length, width = operands.keys.shape
+    count = min(size.keys, length)
+    begin = jnp.minimum(index * count, length - count)  # the last one overlaps the one before
+    columns = begin + jnp.arange(count, dtype=jnp.int32)
+    seen = (jnp.maximum(tile.first, index * count) <= columns) & (columns < tile.end)
+
+    def part(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (tile.row, 0, begin, 0), (1, heads, count, width))[0]
+
+    return _KeyTile(begin, seen, part(operands.keys), part(operands.values))
+
+
+def forward(
+    operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize
+) -> tuple[jax.Array, jax.Array]:
+    """The online softmax, begun with the own block, which is never empty, and continued over tiles of the context.
+
+    Returns:
+        The output float32 [B, KV, N, G*K, head_dim] and the log-sum-exp of its scores [..., 1].
+    Source: FlashAttention (arXiv:2205.14135).
+    """
+    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    near = _own_scores(operands, causal)
+    largest = jnp.max(near, axis=-1, keepdims=True)
+    weights = jnp.exp(near - largest)
+    out = _product("bknrc,bkncd->bknrd", weights.astype(dtype), operands.own_values)
+    own = _Softmax(largest, jnp.sum(weights, axis=-1, keepdims=True), out)
+
+    def of_tile(item: tuple[_Tiles, _Softmax]) -> tuple[jax.Array, jax.Array]:
+        tile, own = item
+
+        def add(index: jax.Array, carry: _Softmax) -> _Softmax:
+            key_tile = _key_tile(tile, index, operands, size)
+            scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
+            scores = jnp.where(key_tile.seen, scores, LOWEST)
+            largest = jnp.maximum(carry.largest, jnp.max(scores, axis=-1, keepdims=True))
+            weights, kept = jnp.exp(scores - largest), jnp.exp(carry.largest - largest)
+            total = kept * carry.total + jnp.sum(weights, axis=-1, keepdims=True)
+            out = _product("krs,ksd->krd", weights.astype(dtype), key_tile.values)
+            return _Softmax(largest, total, kept * carry.out + out)
+
+        whole = _walk(tile, add, own, operands=operands, size=size)
+        total = jnp.where(whole.total > 0, whole.total, 1.0)  # rows that fill up a tile hold nothing
+        return whole.out / total, whole.largest + jnp.log(total)
+
+    tiles = _tiles(operands, span, size)
+    out, log_sum = jax.lax.map(of_tile, (tiles, jax.tree.map(lambda x: _in_tiles(x, size), own)))
+    return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
+
+
+def backward(saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize, transposed: bool) -> Operands:
+    """The gradients, with scores recomputed tile by tile.
+
+    With `P = exp(score - log_sum)`, the weights of the one softmax, and `dP` their gradient, a score's gradient is
+    `P * (dP - sum(cotangent * out))`, of the context and of the own block alike.
+
+    Args:
+        saved: of the forward pass.
+        cotangent: of the output, [B, KV, N, G*K, head_dim].
+        causal: as in `block_attention`.
+        size: of the tiles.
+        transposed: whether the sums over queries are made of factors turned round beforehand and kept turned round
+            ([KV, head_dim, S]), for a CPU, where XLA is slow at products that sum over first axes.
+    Returns:
+        Gradients in the types of the operands.
+    """
+    operands, span = saved.operands, saved.span
+    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1, keepdims=True)
+    cotangent = cotangent.astype(dtype)
+
+    near = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
+    near_slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
+    near_slopes = (near * (near_slopes - slope) * scale).astype(dtype)
+    own_queries = _product("bknrc,bkncd->bknrd", near_slopes, operands.own_keys)
+    own_keys = _product("bknrc,bknrd->bkncd", near_slopes, operands.queries)
+    own_values = _product("bknrc,bknrd->bkncd", near.astype(dtype), cotangent)
+
+    axis = 3 if transposed else 2  # of the positions in the sums of keys and values
+
+    def of_tile(sums: tuple[jax.Array, jax.Array], item: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        tile, log_sum, slope, cotangent = item
+        factors = (tile.queries, cotangent)
+        if transposed:
+            with jax.named_scope("cpu_transposed"):
+                factors = (tile.queries.swapaxes(1, 2), cotangent.swapaxes(1, 2))
+        equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
+
+        def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            queries, *sums = carry
+            key_tile = _key_tile(tile, index, operands, size)
+            scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
+            weights = jnp.where(key_tile.seen, jnp.exp(scores - log_sum), 0.0)
+            slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
+            slopes = (weights * (slopes - slope) * scale).astype(dtype)
+            queries += _product("krs,ksd->krd", slopes, key_tile.keys)
+            at = [tile.row, 0, 0, 0]
+            at[axis] = key_tile.begin
+            for place, (factor, tile_part) in enumerate(zip(factors, (slopes, weights.astype(dtype)), strict=True)):
+                new = _product(equation, factor, tile_part)[None]
+                old = jax.lax.dynamic_slice(sums[place], at, new.shape)
+                sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)
+            return queries, *sums
+
+        start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
+        queries, keys, values = _walk(tile, add, start, operands=operands, size=size)
+        return (keys, values), queries
+
+    shape = operands.keys.swapaxes(2, 3).shape if transposed else operands.keys.shape
+    zeros = jnp.zeros(shape, jnp.float32)
+    parts = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
+    sums, queries = jax.lax.scan(of_tile, (zeros, zeros), (_tiles(operands, span, size), *parts))
+    keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
+    queries = _from_tiles(queries, operands.queries) + own_queries
+    gradients = Operands(queries, keys, values, own_keys, own_values)
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)

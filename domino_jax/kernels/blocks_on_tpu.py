@@ -1,0 +1,397 @@
+"""Block attention on a TPU: one Pallas kernel a direction, which reads only the key tiles that its queries see.
+
+    queries   [KV, N*G*K, head_dim]   in tiles of whole blocks; anchors are sorted, so a tile's blocks see much the same
+    own keys  [KV, N*K, head_dim]     one tile beside each tile of queries, masked to the query's own block
+    context   [KV, S, head_dim]       in tiles; the list of those that a tile of queries sees is made on the device and
+                                      prefetched, so that a tile that nobody sees is neither read nor multiplied
+
+Scores are kept turned round, [keys, rows]: what belongs to a query (its span, largest score, sum, slope) is then a row
+of lanes, which a TPU broadcasts over the keys for nothing.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
+
+LANES = 128  # of a vector register: rows of queries and keys come in multiples of it
+
+
+class KernelTile(NamedTuple):
+    """Rows of queries and columns of keys of one tile of scores, and the context whose gradient stays in memory.
+
+    `rows` is a wish: a tile holds whole blocks and a multiple of `LANES` rows.
+    """
+
+    rows: int = 512
+    keys: int = 512
+    context: int = 4096
+
+
+class Plan(NamedTuple):
+    """How one call is cut: `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries,
+    and the context in `parts` of `part_tiles` tiles each.
+    """
+
+    blocks: int
+    rows: int
+    keys: int
+    tiles: int
+    parts: int
+    part_tiles: int
+
+
+def plan_of(operands: Operands, size: KernelTile) -> Plan:
+    """The cut of a call; both axes are filled up to whole tiles."""
+    blocks, rows = operands.queries.shape[2:4]
+    length = operands.keys.shape[2]
+    unit = LANES // math.gcd(LANES, rows)  # the fewest blocks that fill whole registers
+    tile_blocks = unit * max(min(size.rows // (unit * rows), -(-blocks // unit)), 1)
+    keys = min(size.keys, -(-length // LANES) * LANES)
+    key_tiles = -(-length // keys)
+    parts = -(-key_tiles * keys // max(size.context, keys))
+    return Plan(tile_blocks, tile_blocks * rows, keys, -(-blocks // tile_blocks), parts, -(-key_tiles // parts))
+
+
+class SeenTiles(NamedTuple):
+    """The key tiles that some query of a tile sees, by row of the batch, part of the context and tile of queries.
+
+    `order` int32 [B * parts * tiles * part_tiles], the seen ones first; `count` int32 [B * parts * tiles]. Flat, as a
+    scalar memory wants them.
+    """
+
+    order: jax.Array
+    count: jax.Array
+
+
+def seen_tiles(span: ContextSpan, plan: Plan) -> SeenTiles:
+    """Which key tiles are worth reading; arrays of tiles, not of positions."""
+    batch, blocks = span.end.shape[:2]
+
+    def by_tile(x: jax.Array) -> jax.Array:  # [B, N, Q] -> [B, tiles, queries, 1]
+        x = jnp.pad(x, ((0, 0), (0, plan.tiles * plan.blocks - blocks), (0, 0)))
+        return x.reshape(batch, plan.tiles, -1, 1)
+
+    first, end = (by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span)
+    begin = jnp.arange(plan.parts * plan.part_tiles) * plan.keys
+    seen = jnp.any((first < end) & (first < begin + plan.keys) & (end > begin), axis=2)
+    seen = seen.reshape(batch, plan.tiles, plan.parts, plan.part_tiles).swapaxes(1, 2)
+    order = jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32)
+    return SeenTiles(order.reshape(-1), jnp.sum(seen, axis=-1, dtype=jnp.int32).reshape(-1))
+
+
+class _Inputs(NamedTuple):
+    """What both kernels read, cut and filled up; a query's figures are rows of lanes, [.., 1, rows].
+
+    `own_seen` int32 [blocks * K, rows] says which keys of the tile of own keys a query sees, of every tile the same.
+    """
+
+    queries: Any
+    keys: Any
+    values: Any
+    own_keys: Any
+    own_values: Any
+    own_seen: Any
+    first: Any
+    end: Any
+
+
+def _inputs(operands: Operands, span: ContextSpan, plan: Plan, *, causal: bool) -> _Inputs:
+    batch, heads, blocks, rows, width = operands.queries.shape
+    size = operands.own_keys.shape[3]
+    more_blocks = plan.tiles * plan.blocks - blocks
+    more_keys = plan.parts * plan.part_tiles * plan.keys - operands.keys.shape[2]
+
+    def by_block(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, more_blocks), (0, 0), (0, 0)))
+        return x.reshape(batch, heads, -1, width)
+
+    def by_position(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more_keys), (0, 0)))
+
+    def by_query(x: jax.Array) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, tiles * rows]
+        x = jnp.tile(x, (1, 1, rows // x.shape[2]))
+        return jnp.pad(x, ((0, 0), (0, more_blocks), (0, 0))).reshape(batch, 1, -1)
+
+    key, row = np.arange(plan.blocks * size)[:, None], np.arange(plan.rows)
+    own_seen = key // size == row // rows
+    if causal:
+        own_seen &= key % size <= row % size
+    return _Inputs(
+        by_block(operands.queries),
+        by_position(operands.keys),
+        by_position(operands.values),
+        by_block(operands.own_keys),
+        by_block(operands.own_values),
+        jnp.asarray(own_seen, jnp.int32),
+        by_query(span.first),
+        by_query(span.end),
+    )
+
+
+# The grid of both kernels: row of the batch, key head, part of the context, tile of queries, step of its list.
+def _place(plan: Plan) -> jax.Array:
+    """Where the lists of this tile of queries stand in `SeenTiles.count`."""
+    return (pl.program_id(0) * plan.parts + pl.program_id(2)) * plan.tiles + pl.program_id(3)
+
+
+def _in_specs(plan: Plan, width: int, own: int) -> _Inputs:
+    def by_tile(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, count: Any) -> tuple[Any, ...]:
+        return b, h, t, 0
+
+    def by_key(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, count: Any) -> tuple[Any, ...]:
+        # Past the end of the list the tile stays what it was, and is not read again.
+        place = (b * plan.parts + p) * plan.tiles + t
+        step = jnp.minimum(s, jnp.maximum(count[place] - 1, 0))
+        return b, h, p * plan.part_tiles + order[place * plan.part_tiles + step], 0
+
+    def by_query(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, count: Any) -> tuple[Any, ...]:
+        return b, 0, t
+
+    def fixed(*_: Any) -> tuple[int, int]:
+        return 0, 0
+
+    tile, key = pl.BlockSpec((None, None, plan.rows, width), by_tile), pl.BlockSpec((None, None, plan.keys, width), by_key)
+    own_tile = pl.BlockSpec((None, None, own, width), by_tile)
+    query = pl.BlockSpec((None, 1, plan.rows), by_query)
+    return _Inputs(tile, key, key, own_tile, own_tile, pl.BlockSpec((own, plan.rows), fixed), query, query)
+
+
+def _turned(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
+    return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _plain(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, m], [m, d] -> [n, d]
+    return jax.lax.dot_general(left, right, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _over_first(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, b] -> [a, b]
+    return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _seen(at: _Inputs, begin: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Which keys of a context tile that begins at a position the queries see, bool [keys, rows]."""
+    position = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (at.first[...] <= position) & (position < at.end[...])
+
+
+def _forward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
+    at, (out, log_sum, largest, total, summed) = _Inputs(*refs[:8]), refs[8:]
+    place, step = _place(plan), pl.program_id(4)
+    scale = at.queries.shape[-1] ** -0.5
+
+    @pl.when(step == 0)
+    def _own_block() -> None:  # never empty: the online softmax begins with it
+        scores = _turned(at.own_keys[...], at.queries[...]) * scale
+        scores = jnp.where(at.own_seen[...] != 0, scores, LOWEST)
+        largest[...] = jnp.max(scores, axis=0, keepdims=True)
+        weights = jnp.exp(scores - largest[...])
+        total[...] = jnp.sum(weights, axis=0, keepdims=True)
+        summed[...] = _over_first(at.own_values[...], weights.astype(at.own_values.dtype))
+
+    @pl.when(step < count[place])
+    def _context() -> None:
+        scores = _turned(at.keys[...], at.queries[...]) * scale
+        tile = order[place * plan.part_tiles + step]
+        scores = jnp.where(_seen(at, tile * plan.keys, scores.shape), scores, LOWEST)
+        new = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
+        weights, kept = jnp.exp(scores - new), jnp.exp(largest[...] - new)
+        largest[...] = new
+        total[...] = kept * total[...] + jnp.sum(weights, axis=0, keepdims=True)
+        summed[...] = kept * summed[...] + _over_first(at.values[...], weights.astype(at.values.dtype))
+
+    @pl.when(step == plan.part_tiles - 1)
+    def _done() -> None:
+        out[...] = (summed[...] / total[...]).T
+        log_sum[...] = largest[...] + jnp.log(total[...])
+
+
+def _backward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
+    at, (cotangent, log_sum, slope) = _Inputs(*refs[:8]), refs[8:11]
+    gradients = Operands(*refs[11:])
+    place, part, tile, step = _place(plan), pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    scale = at.queries.shape[-1] ** -0.5
+
+    def of_tile(keys: jax.Array, values: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What a tile of keys adds to the gradients of queries, keys and values."""
+        weights = jnp.where(seen, jnp.exp(_turned(keys, at.queries[...]) * scale - log_sum[...]), 0.0)
+        slopes = weights * (_turned(values, cotangent[...]) - slope[...]) * scale
+        slopes, weights = slopes.astype(keys.dtype), weights.astype(keys.dtype)
+        return _over_first(slopes, keys), _plain(slopes, at.queries[...]), _plain(weights, cotangent[...])
+
+    @pl.when((tile == 0) & (step == 0))
+    def _begin() -> None:
+        gradients.keys[...] = jnp.zeros_like(gradients.keys)
+        gradients.values[...] = jnp.zeros_like(gradients.values)
+
+    @pl.when(step == 0)
+    def _own_block() -> None:
+        # Of the first part of the context alone; the sums of the others begin with nothing.
+        seen = (at.own_seen[...] != 0) & (part == 0)
+        parts = of_tile(at.own_keys[...], at.own_values[...], seen)
+        gradients.queries[...], gradients.own_keys[...], gradients.own_values[...] = parts
+
+    @pl.when(step < count[place])
+    def _context() -> None:
+        index = order[place * plan.part_tiles + step]
+        begin = (part * plan.part_tiles + index) * plan.keys
+        seen = _seen(at, begin, (plan.keys, plan.rows))
+        queries, keys, values = of_tile(at.keys[...], at.values[...], seen)
+        gradients.queries[...] += queries
+        held = pl.ds(pl.multiple_of(index * plan.keys, plan.keys), plan.keys)
+        gradients.keys[held, :] += keys
+        gradients.values[held, :] += values
+
+
+def _call(kernel: Any, plan: Plan, operands: Operands, **arguments: Any) -> Any:
+    """A `pallas_call` over the grid of both kernels, which takes `SeenTiles` and then the arrays."""
+    batch, heads = operands.queries.shape[:2]
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(batch, heads, plan.parts, plan.tiles, plan.part_tiles),
+        in_specs=arguments.pop("in_specs"),
+        out_specs=arguments.pop("out_specs"),
+        scratch_shapes=arguments.pop("scratch_shapes", ()),
+    )
+    semantics = ("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
+    return pl.pallas_call(
+        functools.partial(kernel, plan=plan),
+        grid_spec=grid,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        **arguments,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "size", "interpret"))
+def forward(
+    operands: Operands,
+    span: ContextSpan,
+    *,
+    causal: bool,
+    size: KernelTile = KernelTile(),
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The online softmax over the own block and the context; arguments and result as `blocks_by_tiles.forward`.
+
+    Args:
+        operands: of the call.
+        span: of each block, or of each of its queries.
+        causal: as in `block_attention`.
+        size: of the tiles.
+        interpret: run the kernel without a TPU, for tests.
+    """
+    batch, heads, blocks, rows, width = operands.queries.shape
+    plan = plan_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
+    inputs = _inputs(operands, span, plan, causal=causal)
+    specs = _in_specs(plan, width, inputs.own_seen.shape[0])
+    shape, queries = (batch, heads, plan.tiles * plan.rows, width), plan.tiles * plan.rows
+
+    def by_query(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+        return b, h, 0, t
+
+    run = _call(
+        _forward_kernel,
+        plan,
+        operands,
+        in_specs=list(specs),
+        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, plan.rows), by_query)],
+        out_shape=[
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((1, plan.rows), jnp.float32),
+            pltpu.VMEM((1, plan.rows), jnp.float32),
+            pltpu.VMEM((width, plan.rows), jnp.float32),
+        ],
+        interpret=interpret,
+        name="block_attention_forward",
+    )
+    out, log_sum = run(*seen_tiles(span, plan), *inputs)
+    out = out.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
+    return out, log_sum.reshape(batch, heads, -1, rows, 1)[:, :, :blocks]
+
+
+@functools.partial(jax.jit, static_argnames=("causal", "size", "interpret"))
+def backward(
+    saved: Saved,
+    cotangent: jax.Array,
+    *,
+    causal: bool,
+    size: KernelTile = KernelTile(),
+    interpret: bool = False,
+) -> Operands:
+    """The gradients; arguments and result as `blocks_by_tiles.backward`, the derivation too."""
+    operands, span = saved.operands, saved.span
+    batch, heads, blocks, rows, width = operands.queries.shape
+    length, own = operands.keys.shape[2], operands.own_keys.shape[3]
+    plan = plan_of(operands, size)
+    inputs = _inputs(operands, span, plan, causal=causal)
+    specs = _in_specs(plan, width, inputs.own_seen.shape[0])
+    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1)
+    more = ((0, 0), (0, 0), (0, plan.tiles * plan.blocks - blocks), (0, 0))
+
+    def by_query(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * rows]
+        return jnp.pad(x, more).reshape(batch, heads, 1, -1)
+
+    def at_query(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+        return b, h, 0, t
+
+    def at_part(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+        return b, h, p, 0
+
+    def at_tile_of_part(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+        return b, h, p, t, 0
+
+    def of_part(rows: int) -> tuple[Any, Any]:  # a partial sum for each part of the context
+        shape = (batch, heads, plan.parts, plan.tiles * rows, width)
+        return pl.BlockSpec((None, None, None, rows, width), at_tile_of_part), jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    held = plan.part_tiles * plan.keys
+    context = (
+        pl.BlockSpec((None, None, held, width), at_part),
+        jax.ShapeDtypeStruct((batch, heads, plan.parts * held, width), jnp.float32),
+    )
+    own_part = of_part(plan.blocks * own)
+    outputs = Operands(of_part(plan.rows), context, context, own_part, own_part)
+    query = pl.BlockSpec((None, None, 1, plan.rows), at_query)
+    run = _call(
+        _backward_kernel,
+        plan,
+        operands,
+        in_specs=[*specs, specs.queries, query, query],
+        out_specs=[spec for spec, _ in outputs],
+        out_shape=[shape for _, shape in outputs],
+        interpret=interpret,
+        name="block_attention_backward",
+    )
+    cotangent = jnp.pad(cotangent.astype(operands.queries.dtype), (*more, (0, 0)))
+    gradients = Operands(
+        *run(
+            *seen_tiles(span, plan),
+            *inputs,
+            cotangent.reshape(batch, heads, -1, width),
+            by_query(saved.log_sum[..., 0]),
+            by_query(slope),
+        )
+    )
+
+    def by_block(x: jax.Array, rows: int) -> jax.Array:
+        x = x[:, :, 0] if plan.parts == 1 else jnp.sum(x, axis=2)
+        return x.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
+
+    gradients = Operands(
+        by_block(gradients.queries, rows),
+        gradients.keys[:, :, :length],
+        gradients.values[:, :, :length],
+        by_block(gradients.own_keys, own),
+        by_block(gradients.own_values, own),
+    )
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)

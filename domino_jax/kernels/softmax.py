@@ -1,0 +1,61 @@
+"""What a softmax and a count need of one row of logits: the largest, where it stands, and the sum of exponentials.
+
+A row is a vocabulary of float32. Read from memory three times, once each, it costs three times what it costs in one
+pass, and nothing else happens there.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.kernels.largest import most_likely
+from domino_jax.sharding import parts_of
+
+
+class SoftmaxSums(NamedTuple):
+    """Of rows of logits [..., V]: `largest` and `total`, the sum of `exp(logit - largest)`, float32 [...], and
+    `place` int32 [...], the first place of the largest.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    place: jax.Array
+
+
+def definition(logits: jax.Array) -> SoftmaxSums:
+    """One after the other; what a CPU does best too, with its own way to find the place."""
+    largest = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
+    return SoftmaxSums(largest, total, most_likely(logits))
+
+
+def in_one_pass(logits: jax.Array) -> SoftmaxSums:
+    """A reduction that carries all three; exact up to the order of the sum.
+
+    Source: online normalizer calculation for softmax (arXiv:1805.02867).
+    """
+    # Each device of a split vocabulary makes its own three, which are merged last.
+    parts = parts_of("vocab")
+    parts = parts if logits.shape[-1] % parts == 0 else 1
+    logits = logits.reshape(*logits.shape[:-1], parts, -1)
+    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    place += logits.shape[-1] * jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
+    sums = SoftmaxSums(logits, jnp.ones_like(logits), place)
+    start = SoftmaxSums(jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.int32(jnp.iinfo(jnp.int32).max))
+
+    def merge(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        left, right = SoftmaxSums(*left), SoftmaxSums(*right)
+        largest = jnp.maximum(left.largest, right.largest)
+        total = left.total * jnp.exp(left.largest - largest) + right.total * jnp.exp(right.largest - largest)
+        first = (left.largest > right.largest) | ((left.largest == right.largest) & (left.place < right.place))
+        return largest, total, jnp.where(first, left.place, right.place)
+
+    for axis in (logits.ndim - 1, logits.ndim - 2):
+        sums = SoftmaxSums(*jax.lax.reduce(tuple(sums), tuple(start), merge, (axis,)))
+    return sums
+
+
+def softmax_sums(logits: jax.Array) -> SoftmaxSums:
+    """`SoftmaxSums` of float32 [..., V]; not differentiable."""
+    return jax.lax.platform_dependent(logits, cpu=definition, default=in_one_pass)
