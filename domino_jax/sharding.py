@@ -72,7 +72,7 @@ def logical_axes(init: Any, *axes: str) -> Any:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay out `x` by logical axes, one per dimension; nothing happens without a mesh.
 
-    An axis whose length the mesh does not divide stays whole.
+    An axis whose length the mesh does not divide stays whole. Inside `split_over_batch` rows are split already.
 
     Raises:
         KeyError: an unknown logical axis.
@@ -82,7 +82,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
+    if mesh.empty or not mesh.auto_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
+
+
+def parts_of(axis: str) -> int:
+    """How many parts the mesh splits a logical axis into, 1 without a mesh or where each device has its own part.
+
+    Raises:
+        KeyError: an unknown logical axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    (names,) = partition_spec(axis)
+    return 1 if mesh.empty else _parts(names, mesh)
 
 
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -105,12 +118,54 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    def parts(axes: str | tuple[str, ...] | None) -> int:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        return math.prod(mesh.shape[name] for name in names)
+def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names if name not in mesh.manual_axes)
 
-    return PartitionSpec(*(axes if size % parts(axes) == 0 else None for axes, size in zip(spec, shape, strict=True)))
+
+def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    def fitted(axes: str | tuple[str, ...] | None, size: int) -> tuple[str, ...] | None:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        left = tuple(name for name in names if name not in mesh.manual_axes)
+        return left if left and size % _parts(left, mesh) == 0 else None
+
+    return PartitionSpec(*(fitted(axes, size) for axes, size in zip(spec, shape, strict=True)))
+
+
+def split_over_batch(function: Callable[..., tuple[Any, Any]], *, by_row: tuple[bool, ...]) -> Callable[..., Any]:
+    """A function that the devices run on their own rows of the batch, with one sum over the batch at its end.
+
+    A loop inside adds up on each device, where the compiler would otherwise sum over devices in every turn. Heads and
+    vocabulary stay the compiler's to split.
+
+    Args:
+        function: returns what belongs to rows (arrays with the batch in front) and sums over rows.
+        by_row: of each argument, whether its arrays have the batch in front; the others are shared.
+    Returns:
+        A function of the same arguments and result; `function` itself where no mesh divides the rows.
+    """
+
+    def split(*arguments: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        rows = jax.tree.leaves([x for x, own in zip(arguments, by_row, strict=True) if own])[0].shape[0]
+        if mesh.empty or parts_of("batch") == 1 or rows % parts_of("batch"):
+            return function(*arguments)
+        (names,) = partition_spec("batch")
+        own, shared = PartitionSpec(names), PartitionSpec()
+
+        def run(*arguments: Any) -> Any:
+            of_rows, sums = function(*arguments)
+            return of_rows, jax.lax.psum(sums, names)
+
+        return jax.shard_map(
+            run,
+            in_specs=tuple(own if of_rows else shared for of_rows in by_row),
+            out_specs=(own, shared),
+            axis_names=set(names),
+            check_vma=False,
+        )(*arguments)
+
+    return split
 
 
 def split_over_devices(function: Callable[..., Any], *, inputs: Any, outputs: Any) -> Callable[..., Any]:

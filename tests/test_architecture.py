@@ -12,7 +12,14 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
     (0, "", ("strict", "model_config", "config", "sharding", "chips")),
-    (1, "kernels", ("causal_attention", "cache", "products", "scale", "largest", "block_attention", "vocabulary_loss")),
+    (
+        1,
+        "kernels",
+        (
+            *("causal_attention", "cache", "products", "scale", "largest", "softmax", "operands", "blocks_by_tiles"),
+            *("blocks_on_tpu", "block_attention", "vocabulary_loss"),
+        ),
+    ),
     (1.5, "", ("layers",)),
     (2, "data", ("template", "conversations", "packing", "pipeline", "features")),
     (2, "target", ("moe", "model", "load", "gguf", "fingerprint")),

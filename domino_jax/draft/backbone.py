@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
-from domino_jax.kernels.block_attention import ContextSpan, block_attention
+from domino_jax.kernels.block_attention import block_attention
 from domino_jax.kernels.cache import Cache, empty_cache
+from domino_jax.kernels.operands import ContextSpan
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain

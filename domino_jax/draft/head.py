@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from domino_jax.kernels.products import project
 from domino_jax.layers import Dense
 from domino_jax.model_config import DraftConfig
-from domino_jax.sharding import logical_axes
+from domino_jax.sharding import constrain, logical_axes
 
 
 class PrefixGRU(nn.Module):
@@ -35,8 +36,9 @@ class PrefixGRU(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., M, D] -> [..., M, G]
         """States after each input, float32, starting from zero."""
-        rows = x.reshape(-1, *x.shape[-2:])
+        rows = constrain(x.reshape(-1, *x.shape[-2:]), "batch", None, None)
         gates = self.input_gates(rows).swapaxes(0, 1)  # all steps in one product, outside the scan
+        gates = constrain(gates, None, "batch", None)
         start = jnp.zeros((rows.shape[0], self.hidden_dim), jnp.float32)
         scan = nn.scan(PrefixGRU.next_state, variable_broadcast="params", split_rngs={"params": False})
         _, states = scan(self, start, gates)
@@ -45,12 +47,12 @@ class PrefixGRU(nn.Module):
     def input_gates(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., 3 G]
         """The inputs' share of the gates, float32."""
         weight = self.weight_ih_l0.astype(self.dtype)
-        return jnp.einsum("...d,gd->...g", x.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+        return project(x.astype(self.dtype), weight, dtype=jnp.float32)
 
     def next_state(self, state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step, [rows, G] and [rows, 3 G] -> the next state twice (carry and output of a scan)."""
         weight = self.weight_hh_l0.astype(self.dtype)
-        recurrent = jnp.einsum("rh,gh->rg", state.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+        recurrent = project(state.astype(self.dtype), weight, dtype=jnp.float32)
         state = _gated(gates, recurrent, state)
         return state, state
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from domino_jax.kernels.block_attention import ContextSpan
+from domino_jax.kernels.operands import ContextSpan
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 
 

@@ -5,42 +5,24 @@
     a block at anchor 7   sees    x x x x x x x . . ...   x x x x     each its own K tokens, never another's
 
 Every query of a block sees one span of the context, `first <= j < end`, so no mask [N*K, S + N*K] is ever needed.
-Anchors are sorted: a tile of neighbouring blocks ends its walk over the context at its largest anchor, and scores live
-for one tile at a time, forward and backward.
+The definition stands first, then what serves it: tiles of plain products on a CPU and on a GPU (`blocks_by_tiles`), a
+kernel on a TPU (`blocks_on_tpu`). Which one a program holds is decided where it is lowered.
 
 A merge of two softmaxes by their log-sum-exps is where gradients get lost, so the derivative stands around the whole
 operation: the forward pass keeps the merged output and the one log-sum-exp, which the backward of each part reads.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu
+from domino_jax.kernels.blocks_by_tiles import TILE, WHOLE_CONTEXT, TileSize
+from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 from domino_jax.sharding import split_over_devices
-
-LOWEST = float(jnp.finfo(jnp.float32).min)
-
-
-class ContextSpan(NamedTuple):
-    """The context positions j that a query of a block sees, `first <= j < end`.
-
-    Both int32 [B, N, Q]; Q is 1 where all queries of a block see the same, and K for `first` with a window.
-    """
-
-    first: jax.Array
-    end: jax.Array
-
-
-class TileSize(NamedTuple):
-    """Rows of queries and columns of keys of one tile of scores, at most."""
-
-    rows: int
-    keys: int
-
-
-TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
 
 
 def definition(
@@ -72,263 +54,70 @@ def definition(
     return out.reshape(batch, heads, queries, width)
 
 
-class _Operands(NamedTuple):
-    """What looks at the same keys lies together, so that every product is a plain one.
-
-    `queries` [B, KV, N, G*K, head_dim]; `keys` and `values` [B, KV, S, head_dim] of the context, `own_keys` and
-    `own_values` [B, KV, N, K, head_dim] of the blocks.
-    """
-
-    queries: jax.Array
-    keys: jax.Array
-    values: jax.Array
-    own_keys: jax.Array
-    own_values: jax.Array
-
-
-class _Softmax(NamedTuple):
-    """A softmax under way: largest score and sum of exponentials [..., 1], weighted values [..., head_dim]."""
-
-    largest: jax.Array
-    total: jax.Array
-    out: jax.Array
-
-
-def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-
-
-def _own_scores(operands: _Operands, causal: bool) -> jax.Array:  # [B, KV, N, G*K, K]
-    scores = _product("bknrd,bkncd->bknrc", operands.queries, operands.own_keys)
-    scores *= operands.queries.shape[-1] ** -0.5
-    if not causal:
-        return scores
-    rows, size = scores.shape[-2:]
-    seen = jnp.tile(jnp.tri(size, dtype=bool), (rows // size, 1))
-    return jnp.where(seen, scores, LOWEST)
-
-
-class _Tiles(NamedTuple):
-    """The queries in tiles, [B * tiles, KV, rows, head_dim], the span of each row [B * tiles, 1, rows, 1], the row of
-    the batch that each tile belongs to, and the key tiles that some query of it sees, `begin` to `stop`.
-    """
-
-    queries: jax.Array
-    first: jax.Array
-    end: jax.Array
-    row: jax.Array
-    begin: jax.Array
-    stop: jax.Array
-
-
-def _tiles(operands: _Operands, span: ContextSpan, size: TileSize) -> _Tiles:
-    rows = operands.queries.shape[3]
-    queries = _in_tiles(operands.queries, size)
-    first, end = (_in_tiles(_per_row(x, rows), size) for x in span)
-    row = jnp.arange(queries.shape[0]) // (queries.shape[0] // operands.queries.shape[0])
-    keys = min(size.keys, operands.keys.shape[2])
-    # Of this tile alone: a long row must not make the short ones of its batch walk its length.
-    seen = end > first
-    begin = jnp.min(jnp.where(seen, first, jnp.iinfo(jnp.int32).max), axis=(1, 2, 3)) // keys
-    stop = -(-jnp.max(jnp.where(seen, end, 0), axis=(1, 2, 3)) // keys)
-    return _Tiles(queries, first, end, row, begin, stop)
-
-
-def _per_row(x: jax.Array, rows: int) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, N, G * K, 1]
-    x = jnp.tile(x, (1, 1, rows // x.shape[2]))
-    return x[:, None, ..., None]
-
-
-def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:  # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
-    batch, heads, blocks, rows, width = x.shape
-    tile_blocks = max(min(size.rows // rows, blocks), 1)
-    count = -(-blocks // tile_blocks)
-    # Blocks that fill up the last tile see nothing.
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, count * tile_blocks - blocks), (0, 0), (0, 0)))
-    x = x.reshape(batch, heads, count, tile_blocks * rows, width).swapaxes(1, 2)
-    return x.reshape(batch * count, heads, tile_blocks * rows, width)
-
-
-def _from_tiles(x: jax.Array, like: jax.Array) -> jax.Array:  # and back, to the axes of `like` [B, KV, N, r, _]
-    batch, heads, blocks, rows, _ = like.shape
-    x = x.reshape(batch, -1, heads, *x.shape[2:]).swapaxes(1, 2)
-    return x.reshape(batch, heads, -1, rows, x.shape[-1])[:, :, :blocks]
-
-
-class _KeyTile(NamedTuple):
-    """A tile of keys and values [KV, size, head_dim], where it begins, and what each row sees [1, rows, size]."""
-
-    begin: jax.Array
-    seen: jax.Array
-    keys: jax.Array
-    values: jax.Array
-
-
-def _key_tile(tile: _Tiles, index: jax.Array, operands: _Operands, size: TileSize) -> _KeyTile:
-    _, heads, length, width = operands.keys.shape
-    count = min(size.keys, length)
-    begin = jnp.minimum(index * count, length - count)  # the last one overlaps the one before
-    columns = begin + jnp.arange(count, dtype=jnp.int32)
-    seen = (jnp.maximum(tile.first, index * count) <= columns) & (columns < tile.end)
-
-    def part(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (tile.row, 0, begin, 0), (1, heads, count, width))[0]
-
-    return _KeyTile(begin, seen, part(operands.keys), part(operands.values))
-
-
-def tiled_forward(
-    operands: _Operands, span: ContextSpan, *, causal: bool, size: TileSize
-) -> tuple[jax.Array, jax.Array]:
-    """The online softmax, begun with the own block, which is never empty, and continued over tiles of the context.
-
-    Returns:
-        The output float32 [B, KV, N, G*K, head_dim] and the log-sum-exp of its scores [..., 1].
-    Source: FlashAttention (arXiv:2205.14135).
-    """
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
-    near = _own_scores(operands, causal)
-    largest = jnp.max(near, axis=-1, keepdims=True)
-    weights = jnp.exp(near - largest)
-    out = _product("bknrc,bkncd->bknrd", weights.astype(dtype), operands.own_values)
-    own = _Softmax(largest, jnp.sum(weights, axis=-1, keepdims=True), out)
-
-    def of_tile(item: tuple[_Tiles, _Softmax]) -> tuple[jax.Array, jax.Array]:
-        tile, own = item
-
-        def add(index: jax.Array, carry: _Softmax) -> _Softmax:
-            key_tile = _key_tile(tile, index, operands, size)
-            scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
-            scores = jnp.where(key_tile.seen, scores, LOWEST)
-            largest = jnp.maximum(carry.largest, jnp.max(scores, axis=-1, keepdims=True))
-            weights, kept = jnp.exp(scores - largest), jnp.exp(carry.largest - largest)
-            total = kept * carry.total + jnp.sum(weights, axis=-1, keepdims=True)
-            out = _product("krs,ksd->krd", weights.astype(dtype), key_tile.values)
-            return _Softmax(largest, total, kept * carry.out + out)
-
-        whole = jax.lax.fori_loop(tile.begin, tile.stop, add, own)
-        total = jnp.where(whole.total > 0, whole.total, 1.0)  # rows that fill up a tile hold nothing
-        return whole.out / total, whole.largest + jnp.log(total)
-
-    tiles = _tiles(operands, span, size)
-    out, log_sum = jax.lax.map(of_tile, (tiles, jax.tree.map(lambda x: _in_tiles(x, size), own)))
-    return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
-
-
-class _Saved(NamedTuple):
-    """What the backward pass reads: operands and span, and the merged output with its one log-sum-exp."""
-
-    operands: _Operands
-    span: ContextSpan
-    out: jax.Array
-    log_sum: jax.Array
-
-
-def tiled_backward(saved: _Saved, cotangent: jax.Array, *, causal: bool, size: TileSize, transposed: bool) -> _Operands:
-    """The gradients, with scores recomputed tile by tile.
-
-    With `P = exp(score - log_sum)`, the weights of the one softmax, and `dP` their gradient, a score's gradient is
-    `P * (dP - sum(cotangent * out))`, of the context and of the own block alike.
-
-    Args:
-        saved: of the forward pass.
-        cotangent: of the output, [B, KV, N, G*K, head_dim].
-        causal: as in `block_attention`.
-        size: of the tiles.
-        transposed: whether the sums over queries are made of factors turned round beforehand and kept turned round
-            ([KV, head_dim, S]), for a CPU, where XLA is slow at products that sum over first axes.
-    Returns:
-        Gradients in the types of the operands.
-    """
-    operands, span = saved.operands, saved.span
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
-    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1, keepdims=True)
-    cotangent = cotangent.astype(dtype)
-
-    near = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
-    near_slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
-    near_slopes = (near * (near_slopes - slope) * scale).astype(dtype)
-    own_queries = _product("bknrc,bkncd->bknrd", near_slopes, operands.own_keys)
-    own_keys = _product("bknrc,bknrd->bkncd", near_slopes, operands.queries)
-    own_values = _product("bknrc,bknrd->bkncd", near.astype(dtype), cotangent)
-
-    axis = 3 if transposed else 2  # of the positions in the sums of keys and values
-
-    def of_tile(sums: tuple[jax.Array, jax.Array], item: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        tile, log_sum, slope, cotangent = item
-        factors = (tile.queries, cotangent)
-        if transposed:
-            with jax.named_scope("cpu_transposed"):
-                factors = (tile.queries.swapaxes(1, 2), cotangent.swapaxes(1, 2))
-        equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
-
-        def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            queries, *sums = carry
-            key_tile = _key_tile(tile, index, operands, size)
-            scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
-            weights = jnp.where(key_tile.seen, jnp.exp(scores - log_sum), 0.0)
-            slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
-            slopes = (weights * (slopes - slope) * scale).astype(dtype)
-            queries += _product("krs,ksd->krd", slopes, key_tile.keys)
-            at = [tile.row, 0, 0, 0]
-            at[axis] = key_tile.begin
-            for place, (factor, tile_part) in enumerate(zip(factors, (slopes, weights.astype(dtype)), strict=True)):
-                new = _product(equation, factor, tile_part)[None]
-                old = jax.lax.dynamic_slice(sums[place], at, new.shape)
-                sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)
-            return queries, *sums
-
-        start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
-        queries, keys, values = jax.lax.fori_loop(tile.begin, tile.stop, add, start)
-        return (keys, values), queries
-
-    shape = operands.keys.swapaxes(2, 3).shape if transposed else operands.keys.shape
-    zeros = jnp.zeros(shape, jnp.float32)
-    parts = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
-    sums, queries = jax.lax.scan(of_tile, (zeros, zeros), (_tiles(operands, span, size), *parts))
-    keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
-    queries = _from_tiles(queries, operands.queries) + own_queries
-    gradients = _Operands(queries, keys, values, own_keys, own_values)
-    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)
-
-
 # Every device attends for its own rows and key heads.
 _BY_BLOCK: Any = ("batch", "kv_heads", None, None, None)
 _BY_POSITION: Any = ("batch", "kv_heads", "length", None)
-_OPERAND_AXES = _Operands(_BY_BLOCK, _BY_POSITION, _BY_POSITION, _BY_BLOCK, _BY_BLOCK)
+_OPERAND_AXES = Operands(_BY_BLOCK, _BY_POSITION, _BY_POSITION, _BY_BLOCK, _BY_BLOCK)
 _SPAN_AXES = ContextSpan(*[cast(Any, ("batch", None, None))] * 2)
-_SAVED_AXES = _Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
+_SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
+
+
+class Form(NamedTuple):
+    """One way to compute it: `forward(operands, span, causal=)` gives the output float32 and its log-sum-exp, both in
+    the axes of the queries; `backward(saved, cotangent, causal=)` gives the gradients of the operands.
+    """
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., Operands]
+
+
+def by_tiles(size: TileSize, *, transposed: bool) -> Form:
+    """Plain products over tiles; see `blocks_by_tiles.backward` for `transposed`."""
+    return Form(
+        functools.partial(blocks_by_tiles.forward, size=size),
+        functools.partial(blocks_by_tiles.backward, size=size, transposed=transposed),
+    )
+
+
+FORMS = {
+    "cpu": by_tiles(TILE, transposed=True),
+    "tpu": Form(blocks_on_tpu.forward, blocks_on_tpu.backward),
+    "default": by_tiles(WHOLE_CONTEXT, transposed=False),
+}
+
+
+def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
+    """A form's forward or backward: of the one that is given, else of the platform that the program is made for."""
+    if form is not None:
+        return getattr(form, name)(*operands, causal=causal)
+    branches = {
+        platform: functools.partial(getattr(form, name), causal=causal) for platform, form in FORMS.items()
+    }
+    return jax.lax.platform_dependent(*operands, **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(operands: _Operands, span: ContextSpan, causal: bool, size: TileSize) -> jax.Array:
-    return _forward(operands, span, causal, size)[0]
+def _attend(operands: Operands, span: ContextSpan, causal: bool, form: Form | None) -> jax.Array:
+    return _forward(operands, span, causal, form)[0]
 
 
-def _forward(operands: _Operands, span: ContextSpan, causal: bool, size: TileSize) -> tuple[jax.Array, _Saved]:
-    # A kernel of a TPU's or a GPU's own becomes a branch of `platform_dependent` here and in `_backward`.
+def _forward(operands: Operands, span: ContextSpan, causal: bool, form: Form | None) -> tuple[jax.Array, Saved]:
     run = split_over_devices(
-        functools.partial(tiled_forward, causal=causal, size=size),
+        functools.partial(_run, "forward", form, causal=causal),
         inputs=(_OPERAND_AXES, _SPAN_AXES),
         outputs=(_BY_BLOCK, _BY_BLOCK),
     )
     out, log_sum = run(operands, span)
-    return out.astype(operands.queries.dtype), _Saved(operands, span, out, log_sum)
+    return out.astype(operands.queries.dtype), Saved(operands, span, out, log_sum)
 
 
-def _backward(causal: bool, size: TileSize, saved: _Saved, cotangent: jax.Array) -> tuple[_Operands, None]:
-    run = functools.partial(tiled_backward, causal=causal, size=size)
-
-    def chosen(saved: _Saved, cotangent: jax.Array) -> _Operands:
-        return jax.lax.platform_dependent(
-            saved,
-            cotangent,
-            cpu=functools.partial(run, transposed=True),
-            default=functools.partial(run, transposed=False),
-        )
-
-    split = split_over_devices(chosen, inputs=(_SAVED_AXES, _BY_BLOCK), outputs=_OPERAND_AXES)
-    return split(saved, cotangent), None
+def _backward(causal: bool, form: Form | None, saved: Saved, cotangent: jax.Array) -> tuple[Operands, None]:
+    run = split_over_devices(
+        functools.partial(_run, "backward", form, causal=causal),
+        inputs=(_SAVED_AXES, _BY_BLOCK),
+        outputs=_OPERAND_AXES,
+    )
+    return run(saved, cotangent), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -341,7 +130,7 @@ def block_attention(
     *,
     span: ContextSpan,
     causal: bool = False,
-    size: TileSize | None = None,
+    form: Form | None = None,
 ) -> jax.Array:
     """One joint softmax over the context and the query's own block: scores of width S + K, not S + N*K.
 
@@ -351,11 +140,21 @@ def block_attention(
         own: keys and values of the blocks, two [B, KV, N*K, head_dim].
         span: the context that each block, or each of its queries, sees.
         causal: whether a query sees only its own and earlier positions of its block.
-        size: of the tiles, for tests.
+        form: to take on every platform, for tests; each has its own when not given.
     Returns:
         [B, H, N*K, head_dim] in the type of `q`; scores and softmax are float32.
     Source: DFlash (arXiv:2602.06036), section 4.2.
     """
+    batch, _, queries, width = q.shape
+    kv_heads, blocks = context[0].shape[1], span.end.shape[1]
+    out = _attend(_operands(q, context, own, span), span, causal, form)
+    out = out.reshape(batch, kv_heads, blocks, -1, queries // blocks, width).swapaxes(2, 3)
+    return out.reshape(q.shape)
+
+
+def _operands(
+    q: jax.Array, context: tuple[jax.Array, jax.Array], own: tuple[jax.Array, jax.Array], span: ContextSpan
+) -> Operands:
     batch, _, queries, width = q.shape
     kv_heads, blocks = context[0].shape[1], span.end.shape[1]
 
@@ -363,7 +162,4 @@ def block_attention(
         x = x.reshape(batch, kv_heads, -1, blocks, queries // blocks, width).swapaxes(2, 3)
         return x.reshape(batch, kv_heads, blocks, -1, width)
 
-    operands = _Operands(by_block(q), *context, *map(by_block, own))
-    out = _attend(operands, span, causal, size or TILE)
-    out = out.reshape(batch, kv_heads, blocks, -1, queries // blocks, width).swapaxes(2, 3)
-    return out.reshape(q.shape)
+    return Operands(by_block(q), *context, *map(by_block, own))

@@ -3,12 +3,24 @@
     keys of the cache      0 1 2 3 4 5 . .      S slots, those after the row's last position are stale
     queries at 4, 5              4 sees 0..4, 5 sees 0..5
 
-An own kernel for a TPU (splash attention) or a GPU (cuDNN), which never holds scores [T, S], takes the place of
-`causal_attention`'s body when there is one; today every platform runs the definition.
+Scores [T, S] of all heads are gigabytes a layer at the lengths that drafters are trained on, so on an accelerator they
+never exist: JAX's splash attention on a TPU, cuDNN's on a GPU that has it, the definition over tiles of queries on the
+rest. The target is frozen: none of them needs a gradient.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+
+from domino_jax.sharding import split_over_devices
+
+PORTABLE, CUDNN = "portable", "cudnn"
+LANES, TILE = 128, 512
 
 
 def definition(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> jax.Array:
@@ -34,7 +46,98 @@ def definition(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> 
     return out.reshape(batch, heads, length, width)
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, documents: jax.Array | None = None) -> jax.Array:
+def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) -> jax.Array:
+    """What the tokens at places `queries` [T] of their rows see of `length` keys, bool [B or 1, T, S].
+
+    By place in the row: the positions of packed documents start again and again.
+    """
+    mask = (queries[:, None] >= jnp.arange(length))[None]
+    if documents is None:
+        return mask
+    return mask & (documents[:, queries, None] == documents[:, None, :])
+
+
+def whole(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
+    """The definition with all scores at once: what a CPU does best, at the lengths that it can train."""
+    return definition(q, k, v, mask=causal_mask(jnp.arange(q.shape[2]), q.shape[2], documents))
+
+
+def by_query_tiles(
+    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, *, tile: int = TILE
+) -> jax.Array:
+    """The definition for some queries at a time: scores [tile, S] instead of [T, S]."""
+    batch, heads, length, width = q.shape
+    if length <= tile:
+        return whole(q, k, v, documents)
+    count = -(-length // tile)
+    tiles = jnp.pad(q, ((0, 0), (0, 0), (0, count * tile - length), (0, 0)))
+    tiles = jnp.moveaxis(tiles.reshape(batch, heads, count, tile, width), 2, 0)
+
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        queries, at = item
+        return definition(queries, k, v, mask=causal_mask(at, length, documents))
+
+    places = jnp.minimum(jnp.arange(count * tile), length - 1).reshape(count, tile)
+    out = jnp.moveaxis(jax.lax.map(one, (tiles, places)), 0, 2)
+    return out.reshape(batch, heads, count * tile, width)[:, :, :length]
+
+
+def on_tpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, *, interpret: bool = False
+) -> jax.Array:
+    """JAX's splash attention, which skips what lies above the diagonal."""
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    groups = heads // kv_heads
+    tile = min(TILE, -(-length // LANES) * LANES)
+    more = -length % tile  # keys that fill up stand after all queries that are kept
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * width**-0.5, k, v))
+    mask = splash_masks.MultiHeadMask([splash_masks.CausalMask((length + more,) * 2)] * groups)
+    sizes = splash.BlockSizes(block_q=tile, block_kv=tile)
+    attend: Any = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
+    segments = None
+    if documents is not None:
+        documents = jnp.pad(documents, ((0, 0), (0, more)), constant_values=-1)
+        segments = splash.SegmentIds(documents, documents)
+    by_head = jax.vmap(attend, in_axes=(0, 0, 0, None))
+    by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
+    out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
+    return out.reshape(batch, heads, -1, width)[:, :, :length].astype(v.dtype)
+
+
+def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """cuDNN's attention; bfloat16 or float16 on an NVIDIA GPU only, and no documents."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+
+
+def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
+    """The form of `causal_attention` for a mesh's devices.
+
+    cuDNN cannot be traced for other platforms, so it is never a branch of a program: it is named here, once.
+
+    Args:
+        platform: of the devices, as jax names it.
+        dtype: of queries, keys and values.
+        head_dim: width of a head.
+        packed: whether rows hold several documents.
+    """
+    fits = platform in ("gpu", "cuda") and dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0
+    return CUDNN if fits and not packed else PORTABLE
+
+
+_HEADS: Any = ("batch", "kv_heads", "length", None)
+_DOCUMENTS: Any = ("batch", "length")
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    documents: jax.Array | None = None,
+    form: str = PORTABLE,
+) -> jax.Array:
     """Attention of whole rows.
 
     Args:
@@ -42,11 +145,36 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, documents: jax
         k: [B, KV, T, head_dim], KV divides H.
         v: [B, KV, T, head_dim].
         documents: int32 [B, T], the document of each token of packed rows, which see nothing of other documents.
+        form: of `form_for`.
     Returns:
         [B, H, T, head_dim] in the type of `q`.
+    Raises:
+        ValueError: an unknown form, or cuDNN's with documents.
     """
-    # By place in the row: the positions of packed documents start again and again.
-    mask = jnp.tri(q.shape[2], dtype=bool)[None]
-    if documents is not None:
-        mask &= documents[:, :, None] == documents[:, None, :]
-    return definition(q, k, v, mask=mask)
+    if form not in (PORTABLE, CUDNN):
+        raise ValueError(f"form must be {PORTABLE} or {CUDNN}, found {form!r}")
+    if form == CUDNN and documents is not None:
+        raise ValueError("cudnn attends over whole rows: packed rows need the portable form")
+    # Heads that share keys stay on the device that has the keys.
+    by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    packed = () if documents is None else (documents,)
+    run = split_over_devices(
+        functools.partial(_of_device, form=form),
+        inputs=(_HEADS, _HEADS, _HEADS, *(_DOCUMENTS for _ in packed)),
+        outputs=_HEADS,
+    )
+    return run(by_kv_head, k, v, *packed).reshape(q.shape)
+
+
+def _of_device(q: jax.Array, k: jax.Array, v: jax.Array, *documents: jax.Array, form: str) -> jax.Array:
+    """Attention of the rows and key heads of one device; `q` is [B, KV, H / KV * T, head_dim]."""
+    batch, _, length, width = k.shape
+    heads = q.reshape(batch, -1, length, width)
+    if form == CUDNN:
+        return by_cudnn(heads, k, v).reshape(q.shape)
+
+    def taking(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda q, k, v, *documents: run(q, k, v, *documents or (None,))
+
+    branches = {"cpu": taking(whole), "tpu": taking(on_tpu), "default": taking(by_query_tiles)}
+    return jax.lax.platform_dependent(heads, k, v, *documents, **branches).reshape(q.shape)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.kernels.cache import Cache, cached_attention, empty_cache
-from domino_jax.kernels.causal_attention import causal_attention
+from domino_jax.kernels.causal_attention import PORTABLE, causal_attention
 from domino_jax.layers import AttentionProjections, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
@@ -40,6 +40,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm causal attention and SwiGLU (or a mixture of them), each added to its input."""
 
     cfg: DecoderConfig
+    attention: str = PORTABLE
 
     @nn.compact
     def __call__(
@@ -50,7 +51,7 @@ class DecoderLayer(nn.Module):
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         queries, (keys, values) = attention.queries(normed, tables), attention.keys_values(normed, tables)
         if cache is None:
-            heads = causal_attention(queries, keys, values, documents=at.documents)
+            heads = causal_attention(queries, keys, values, documents=at.documents, form=self.attention)
         else:
             heads, cache = cached_attention(queries, keys, values, cache, at.start)
         x = x + attention.output(heads)
@@ -63,6 +64,7 @@ class _CapturingLayer(nn.Module):
     """One step of the scan over layers: the layer, and its output and its cache put in their places."""
 
     cfg: DecoderConfig
+    attention: str = PORTABLE
 
     @nn.compact
     def __call__(self, carry: Any, item: tuple[jax.Array, jax.Array], tables: Rotary, at: _Place) -> tuple[Any, None]:
@@ -70,7 +72,7 @@ class _CapturingLayer(nn.Module):
         cache = None
         if caches is not None:
             cache = jax.tree.map(lambda held: jax.lax.dynamic_index_in_dim(held, layer, keepdims=False), caches)
-        x, cache = DecoderLayer(self.cfg, name="layer")(x, tables, at, cache)
+        x, cache = DecoderLayer(self.cfg, self.attention, name="layer")(x, tables, at, cache)
         if caches is not None:
             caches = jax.tree.map(
                 lambda held, new: jax.lax.dynamic_update_index_in_dim(held, new, layer, 0), caches, cache
@@ -92,12 +94,14 @@ class Target(nn.Module):
         capture: layers whose outputs are returned, 0-based (`capture=(1,)` is Hugging Face's `hidden_states[2]`).
         depth: layers that run (see `first_layers`), None for all of `cfg`; fewer give captured states only.
         scan_layers: run the layers under `nn.scan`.
+        attention: form of the attention over whole rows (see `kernels.causal_attention.form_for`).
     """
 
     cfg: DecoderConfig
     capture: tuple[int, ...] = ()
     scan_layers: bool = False
     depth: int | None = None
+    attention: str = PORTABLE
 
     @property
     def layers_run(self) -> int:
@@ -175,7 +179,7 @@ class Target(nn.Module):
         outputs: dict[int, jax.Array] = {}
         layers: list[Any] = []
         for index in range(self.layers_run):
-            layer = DecoderLayer(self.cfg, name=f"layers_{index}")
+            layer = DecoderLayer(self.cfg, self.attention, name=f"layers_{index}")
             x, layer_cache = layer(x, tables, at, cache[index] if cache else None)
             layers.append(layer_cache)
             if index in self.capture:
@@ -195,7 +199,7 @@ class Target(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.layers_run,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.cfg, name="layers")
+        )(self.cfg, self.attention, name="layers")
         captured = jnp.zeros((count + 1, *x.shape), x.dtype)
         (x, captured, cache), _ = layers((x, captured, cache), (jnp.arange(slots.size), slots), tables, at)
         return x, list(captured[:count]), cache

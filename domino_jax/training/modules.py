@@ -31,6 +31,7 @@ from domino_jax.kernels.vocabulary_loss import (
     vocabulary_loss,
 )
 from domino_jax.model_config import DraftConfig
+from domino_jax.sharding import constrain
 from domino_jax.strict import require
 from domino_jax.training.loss import acceptance_stats, dual_loss, position_weights
 from domino_jax.training.objectives import check_objective, checked_options, loss_divisor, objective_named
@@ -379,8 +380,10 @@ def _packing(
     return Packing(position_ids, seq_lens, doc_remaining)
 
 
-def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:  # [V, D], [...] -> [..., D]
-    return jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
+def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:  # [V, D], [B, N, x] -> [B, N, x, D]
+    # Laid out by rows of the batch here: what follows would else be split like the table, and gathered again.
+    rows = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
+    return constrain(rows, "batch", None, None, None)
 
 
 def _prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_cases import CASES, GRADIENT, QUICK, VALUE
+from random_cases import CASES, GRADIENT, KERNEL_GRADIENT, QUICK, VALUE
 from reference import draft_config, random_anchors, random_batch
 
 from domino_jax.draft.mask import block_mask, context_span
 from domino_jax.kernels import block_attention as kernel
-from domino_jax.kernels import causal_attention
-from domino_jax.kernels.block_attention import ContextSpan, TileSize, block_attention
+from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu, causal_attention
+from domino_jax.kernels.block_attention import block_attention
+from domino_jax.kernels.blocks_by_tiles import WHOLE_CONTEXT, TileSize
+from domino_jax.kernels.blocks_on_tpu import KernelTile
+from domino_jax.kernels.operands import ContextSpan
 from domino_jax.sharding import make_mesh
 
 attend = jax.jit(block_attention)
@@ -92,14 +95,13 @@ class Case(NamedTuple):
     span: ContextSpan
     causal: bool
     size: TileSize
-    transposed: bool
 
 
-def random_case(seed: int) -> Case:
+def random_case(seed: int, *, longest: int = 60) -> Case:
     """Windows, packed rows, unused slots, one long row beside short ones; tiles that divide nothing."""
     rng = np.random.default_rng(seed)
-    rows, kv_heads, groups = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.integers(1, 4))
-    size, slots, length = int(rng.integers(2, 7)), int(rng.integers(1, 9)), int(rng.integers(1, 60))
+    rows, kv_heads, groups = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.integers(1, 9))
+    size, slots, length = int(rng.integers(2, 17)), int(rng.integers(1, 9)), int(rng.integers(1, longest))
     reach = np.maximum(1, length * rng.choice([0.1, 0.5, 1.0], (rows, 1))).astype(int)
     anchors = np.sort(rng.integers(0, reach, (rows, slots)), axis=1).astype(np.int32)
     keep = np.arange(slots) < rng.integers(0, slots + 1, (rows, 1))
@@ -111,34 +113,67 @@ def random_case(seed: int) -> Case:
     )
     inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, slots * size, seed=seed)
     tiles = TileSize(int(rng.integers(1, 4 * groups * size)), int(rng.integers(1, length + 9)))
-    return Case(inputs, span, bool(rng.random() < 0.3), tiles, bool(rng.random() < 0.5))
+    return Case(inputs, span, bool(rng.random() < 0.3), tiles)
 
 
-@pytest.mark.parametrize("transposed", [True, False], ids=["cpu", "others"])
-@pytest.mark.parametrize("seed", CASES)
-def test_tiled_form_equals_the_definition(seed: int, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = random_case(seed)
-    backward = kernel.tiled_backward
-    # What the other platforms run is tried here too: every branch is traced, and this one is taken.
-    monkeypatch.setattr(kernel, "tiled_backward", lambda *a, **o: backward(*a, **(o | {"transposed": transposed})))
+def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: float) -> None:
     options: dict[str, Any] = {"span": case.span, "causal": case.causal}
-    found, gradient = values_and_gradients(functools.partial(block_attention, **options, size=case.size), case.inputs)
+    found, slopes = values_and_gradients(functools.partial(block_attention, **options, form=form), case.inputs)
     expected, exact = values_and_gradients(functools.partial(kernel.definition, **options), case.inputs)
     np.testing.assert_allclose(found, expected, rtol=VALUE, atol=VALUE * np.abs(expected).max())
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
-        assert np.linalg.norm(ours - theirs) <= GRADIENT * np.linalg.norm(theirs) + 1e-6
+    for ours, theirs in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact), strict=True):
+        assert np.linalg.norm(ours - theirs) <= gradient * np.linalg.norm(theirs) + 1e-6
+
+
+@pytest.mark.parametrize("form", ["cpu", "tiles", "whole context"])
+@pytest.mark.parametrize("seed", CASES)
+def test_tiled_form_equals_the_definition(seed: int, form: str) -> None:
+    case = random_case(seed)
+    size = case.size._replace(keys=WHOLE_CONTEXT.keys) if form == "whole context" else case.size
+    check_against_the_definition(case, kernel.by_tiles(size, transposed=form == "cpu"), gradient=GRADIENT)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
+    case = random_case(seed, longest=600)
+    interpreted: dict[str, Any] = {"size": KernelTile(rows=128, keys=128, context=256), "interpret": True}
+    form = kernel.Form(*(functools.partial(run, **interpreted) for run in kernel.FORMS["tpu"]))
+    check_against_the_definition(case, form, gradient=KERNEL_GRADIENT)
+
+
+@pytest.mark.parametrize("seed", CASES)
+def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed: int) -> None:
+    case = random_case(seed, longest=3000)
+    operands = kernel._operands(*case.inputs, case.span)
+    plan = blocks_on_tpu.plan_of(operands, KernelTile(rows=128, keys=128, context=1024))
+    first, end = (np.asarray(x) for x in case.span)
+    needed = 0
+    for row, tile, key in np.ndindex(first.shape[0], plan.tiles, plan.parts * plan.part_tiles):
+        blocks = slice(tile * plan.blocks, (tile + 1) * plan.blocks)
+        low = np.maximum(first[row, blocks], key * plan.keys)
+        high = np.minimum(end[row, blocks], (key + 1) * plan.keys)
+        needed += bool(np.any(low < high))
+    seen = blocks_on_tpu.seen_tiles(case.span, plan)
+    assert int(seen.count.sum()) == needed
+    # What stands in the others does not matter: no list leads there.
+    batch, heads, length, width = operands.keys.shape
+    position = np.arange(length)
+    tile_of, poisoned = position // plan.keys, np.zeros((batch, length), bool)
+    for row in range(batch):
+        of_some_query = np.any((first[row, ..., None] <= position) & (position < end[row, ..., None]), axis=(0, 1))
+        poisoned[row] = ~np.isin(tile_of, tile_of[of_some_query])
+    keys, values = (jnp.where(poisoned[:, None, :, None], jnp.nan, x) for x in (operands.keys, operands.values))
+    poison = operands._replace(keys=keys, values=values)
+    run = functools.partial(blocks_on_tpu.forward, causal=case.causal, size=KernelTile(128, 128), interpret=True)
+    if needed:
+        assert all(np.all(np.isfinite(x)) for x in run(poison, case.span))
 
 
 def test_a_short_row_walks_its_own_length() -> None:
     """Of a batch of a long row and a short one, each tile ends where its own row ends."""
     span = context_span(jnp.array([[90, 95], [3, 5]]), jnp.ones((2, 2), bool))
     inputs = random_inputs(rows=2, length=96, queries=2 * SIZE)
-    operands = kernel._Operands(
-        inputs.q.reshape(2, KV_HEADS, 2, -1, WIDTH),
-        *inputs.context,
-        *(x.reshape(2, KV_HEADS, 2, SIZE, WIDTH) for x in inputs.own),
-    )
-    tiles = kernel._tiles(operands, span, TileSize(9, 10))
+    tiles = blocks_by_tiles._tiles(kernel._operands(*inputs, span), span, TileSize(9, 10))
     assert tiles.row.tolist() == [0, 0, 1, 1]
     assert tiles.stop.tolist() == [9, 10, 1, 1]
 
