@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from domino_jax.kernels.largest import most_likely
 from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.sharding import constrain
+from domino_jax.kernels.softmax import SoftmaxSums, softmax_sums
+from domino_jax.sharding import constrain, split_over_batch
 
 
 class TokenLoss(NamedTuple):
@@ -165,7 +166,9 @@ def vocabulary_loss(
     if objective.kl_weight == 0:
         labels = labels._replace(target_states=None)
     lambda_base = jnp.asarray(lambda_base, jnp.float32)
-    tables = tables._replace(lm_head=jax.lax.stop_gradient(tables.lm_head))
+    # Laid out here, once: split as a parameter is, the head would be gathered again for every piece.
+    head = constrain(jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None)
+    tables = tables._replace(lm_head=head)
     return _vocabulary_loss((objective, chunk_blocks), states, tables, labels, lambda_base)
 
 
@@ -189,32 +192,36 @@ class _Gradients(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """Logits and their softmax, not yet divided by its sum: `exps` [..., V], `sums` and `largest` [...]."""
+    """Logits [..., V] and what makes a softmax of them."""
 
     logits: jax.Array
-    exps: jax.Array
-    sums: jax.Array
-    largest: jax.Array
+    sums: SoftmaxSums
 
     @classmethod
     def of(cls, logits: jax.Array) -> "_Softmax":
-        largest = jnp.max(logits, axis=-1)
-        exps = jnp.exp(logits - largest[..., None])
-        return cls(logits, exps, jnp.sum(exps, axis=-1), largest)
+        return cls(logits, softmax_sums(logits))
+
+    @property
+    def exps(self) -> jax.Array:
+        """The softmax [..., V], not yet divided by its sum."""
+        return jnp.exp(self.logits - self.sums.largest[..., None])
+
+    @property
+    def log_sum(self) -> jax.Array:
+        return self.sums.largest + jnp.log(self.sums.total)
 
     def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
-        log_sum = self.largest + jnp.log(self.sums)
         divergence = None
         if wanted is not None:
-            apart = jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums
-            divergence = apart - (wanted.largest + jnp.log(wanted.sums)) + log_sum
-        return TokenLoss(log_sum - _at(self.logits, ids), most_likely(self.logits), divergence)
+            apart = jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums.total
+            divergence = apart - wanted.log_sum + self.log_sum
+        return TokenLoss(self.log_sum - _at(self.logits, ids), self.sums.place, divergence)
 
     def slope(self, by: _Slopes, wanted: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
         """The gradient without the labels' part: [..., V], and the factor of each row, not multiplied in yet."""
         if wanted is None or by.divergence is None:
-            return self.exps, by.nll / self.sums
-        own, target = (by.nll + by.divergence) / self.sums, by.divergence / wanted.sums
+            return self.exps, by.nll / self.sums.total
+        own, target = (by.nll + by.divergence) / self.sums.total, by.divergence / wanted.sums.total
         dense = own[..., None] * self.exps - target[..., None] * wanted.exps
         return dense, jnp.ones_like(own)
 
@@ -223,23 +230,42 @@ class _Softmax(NamedTuple):
 def _vocabulary_loss(
     static: tuple[Objective, int], states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> VocabularyLoss:
-    run = functools.partial(_in_pieces, static, with_gradient=False, transposed=False)
-    return run(states, tables, labels, lam)[0]
+    return _of_devices(static, states, tables, labels, lam, with_gradient=False)[0]
 
 
 def _forward(
     static: tuple[Objective, int], states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> tuple[VocabularyLoss, Any]:
-    run = functools.partial(_in_pieces, static, with_gradient=True)
-    # A kernel of a TPU's or a GPU's own becomes a branch here.
-    return jax.lax.platform_dependent(
-        states,
-        tables,
-        labels,
-        lam,
-        cpu=functools.partial(run, transposed=True),
-        default=functools.partial(run, transposed=False),
-    )
+    return _of_devices(static, states, tables, labels, lam, with_gradient=True)
+
+
+def _of_devices(
+    static: tuple[Objective, int],
+    states: States,
+    tables: Tables,
+    labels: Labels,
+    lam: jax.Array,
+    *,
+    with_gradient: bool,
+) -> tuple[VocabularyLoss, Any]:
+    """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
+
+    def of_rows(states: States, labels: Labels, tables: Tables, lam: jax.Array) -> tuple[Any, Any]:
+        run = functools.partial(_in_pieces, static, with_gradient=with_gradient)
+        # A kernel of a TPU's or a GPU's own becomes a branch here.
+        loss, gradients = jax.lax.platform_dependent(
+            states,
+            tables,
+            labels,
+            lam,
+            cpu=functools.partial(run, transposed=True),
+            default=functools.partial(run, transposed=False),
+        )
+        return (loss.final, loss.base, gradients[0]), (loss.total, loss.final_sum, loss.base_sum, gradients[1])
+
+    run = split_over_batch(of_rows, by_row=(True, True, False, False))
+    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(states, labels, tables, lam)
+    return VocabularyLoss(total, final_sum, base_sum, final, base), (of_states, expansion)
 
 
 def _backward(_: Any, gradients: Any, cotangent: VocabularyLoss) -> tuple[Any, ...]:
@@ -262,8 +288,7 @@ def _in_pieces(
 ) -> tuple[VocabularyLoss, Any]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     objective, chunk_blocks = static
-    dtype = states.hidden.dtype
-    tables = jax.tree.map(lambda table: table.astype(dtype), tables)  # once, not in every piece
+    tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)  # once, not in every piece
     piece = functools.partial(
         _piece, objective=objective, tables=tables, lam=lam, with_gradient=with_gradient, transposed=transposed
     )

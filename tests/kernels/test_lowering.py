@@ -42,7 +42,7 @@ def draft_shapes() -> Any:
 def traced_step() -> Any:
     target = dataclasses.replace(TARGET, scan_layers=True)
     program = Program(
-        trainer=build_trainer(CONFIG, num_anchors=8, loss_decay_gamma=7.0, chunk_blocks=2),
+        trainer=build_trainer(CONFIG, num_anchors=16, loss_decay_gamma=7.0, chunk_blocks=2),
         target=target,
         optimizer=optax.adamw(1e-3),
         curriculum=lambda_base_schedule(10),
@@ -69,6 +69,9 @@ def test_a_program_has_the_forms_of_its_own_platform(trace: Any, forms: set[str]
     text = {platform: lowered(traced, platform) for platform in ("cpu", "tpu", "cuda")}
     assert set(re.findall(r"cpu_\w+", text["cpu"])) == forms
     assert barriers(text["cpu"]) > barriers(text["tpu"]) == barriers(text["cuda"])
+    # A step on a TPU attends in kernels: of the target, of the blocks, and the blocks' backward.
+    kernels = {platform: text[platform].count("@tpu_custom_call") for platform in text}
+    assert kernels["cpu"] == kernels["cuda"] == 0 and (kernels["tpu"] >= 3) == (trace is traced_step)
     for platform in ("tpu", "cuda"):
         assert not re.findall(r"cpu_\w+", text[platform])
         # Those that are left keep `jax.checkpoint`'s recomputation apart, on every platform.
