@@ -119,8 +119,8 @@ class LossConfig:
     own parameters, and it says what `normalize` null means. `loss_decay_gamma` "default" is the objective's own decay
     of the position weights (7 for dflash, none for dpace), null none.
     `kl_weight` of each token's loss is the divergence from the target's distribution, the rest its hard label's
-    cross-entropy. `chunk_blocks` bounds memory: the vocabulary loss runs over that many blocks at a time; 0 takes
-    all at once.
+    cross-entropy. `logits_mib` bounds memory: the vocabulary loss runs over as many blocks at a time as have float32
+    logits of that many MiB on a device; null takes what suits the device.
     """
 
     num_anchors: int = 512
@@ -132,7 +132,7 @@ class LossConfig:
     kl_weight: float = 0.0
     lambda_start: float = 1.0
     decay_ratio: float = 1.0
-    chunk_blocks: int = 16
+    logits_mib: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +236,8 @@ class RunConfig:
         )
         steps = self.train.steps
         require(steps is None or steps >= 1, f"train.steps must be at least 1, found {steps}")
-        require(self.loss.chunk_blocks >= 0, f"loss.chunk_blocks must be 0 or more, found {self.loss.chunk_blocks}")
+        mib = self.loss.logits_mib
+        require(mib is None or mib > 0, f"loss.logits_mib must be positive, found {mib}")
         optimizer = self.optimizer
         for name in ("learning_rate", "clip_norm"):
             value = getattr(optimizer, name)

@@ -1,7 +1,7 @@
 """The only file that names mesh axes: what each logical axis of a parameter or activation is split over."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,19 +28,20 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A device mesh over all devices of all processes.
 
     Args:
         data: copies of the state, -1 for as many as the devices allow.
         fsdp: parts each parameter is split into; these devices also split the batch.
         tensor: parts that heads, feed-forward width and vocabulary are split into.
+        devices: in the place of all devices.
     Returns:
         `Mesh` with axes "data", "fsdp", "tensor".
     Raises:
         ValueError: a size is not positive, or the product does not match the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
         raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor}: sizes must be positive, only data may be -1")
     if data == -1:
@@ -48,7 +49,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     needed = data * fsdp * tensor
     if needed != count:
         raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, found {count}")
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def partition_spec(*axes: str | None) -> PartitionSpec:

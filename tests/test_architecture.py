@@ -30,8 +30,8 @@ TABLE = (
         3,
         "training",
         (
-            *("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "checkpoint"),
-            *("run_directory", "inputs", "start", "capture", "skips", "loop"),
+            *("curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step", "program"),
+            *("checkpoint", "run_directory", "inputs", "start", "capture", "skips", "loop"),
         ),
     ),
     (4, "", ("plan", "report")),

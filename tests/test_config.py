@@ -179,7 +179,7 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
         ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio must lie in 0..1, found 2.0"),
         ("optimizer.final_ratio=-1", "optimizer.final_ratio must lie in 0..1"),
         ("train.steps=0", "train.steps must be at least 1, found 0"),
-        ("loss.chunk_blocks=-1", "loss.chunk_blocks must be 0 or more, found -1"),
+        ("loss.logits_mib=0", "loss.logits_mib must be positive, found 0"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate must be positive, found 0.0"),
         ("optimizer.clip_norm=0", "optimizer.clip_norm must be positive, found 0.0"),
         ("optimizer.b1=1", "optimizer.b1 must lie in 0..1 and below 1, found 1.0"),

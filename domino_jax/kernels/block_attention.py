@@ -90,9 +90,7 @@ def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
     """A form's forward or backward: of the one that is given, else of the platform that the program is made for."""
     if form is not None:
         return getattr(form, name)(*operands, causal=causal)
-    branches = {
-        platform: functools.partial(getattr(form, name), causal=causal) for platform, form in FORMS.items()
-    }
+    branches = {platform: functools.partial(getattr(form, name), causal=causal) for platform, form in FORMS.items()}
     return jax.lax.platform_dependent(*operands, **branches)
 
 

@@ -126,9 +126,7 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
     return _KeyTile(begin, seen, part(operands.keys), part(operands.values))
 
 
-def forward(
-    operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize
-) -> tuple[jax.Array, jax.Array]:
+def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize) -> tuple[jax.Array, jax.Array]:
     """The online softmax, begun with the own block, which is never empty, and continued over tiles of the context.
 
     Returns:

@@ -35,6 +35,9 @@ class KernelTile(NamedTuple):
     context: int = 4096
 
 
+TILE = KernelTile()
+
+
 class Plan(NamedTuple):
     """How one call is cut: `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries,
     and the context in `parts` of `part_tiles` tiles each.
@@ -158,7 +161,10 @@ def _in_specs(plan: Plan, width: int, own: int) -> _Inputs:
     def fixed(*_: Any) -> tuple[int, int]:
         return 0, 0
 
-    tile, key = pl.BlockSpec((None, None, plan.rows, width), by_tile), pl.BlockSpec((None, None, plan.keys, width), by_key)
+    tile, key = (
+        pl.BlockSpec((None, None, plan.rows, width), by_tile),
+        pl.BlockSpec((None, None, plan.keys, width), by_key),
+    )
     own_tile = pl.BlockSpec((None, None, own, width), by_tile)
     query = pl.BlockSpec((None, 1, plan.rows), by_query)
     return _Inputs(tile, key, key, own_tile, own_tile, pl.BlockSpec((own, plan.rows), fixed), query, query)
@@ -275,7 +281,7 @@ def forward(
     span: ContextSpan,
     *,
     causal: bool,
-    size: KernelTile = KernelTile(),
+    size: KernelTile = TILE,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The online softmax over the own block and the context; arguments and result as `blocks_by_tiles.forward`.
@@ -325,7 +331,7 @@ def backward(
     cotangent: jax.Array,
     *,
     causal: bool,
-    size: KernelTile = KernelTile(),
+    size: KernelTile = TILE,
     interpret: bool = False,
 ) -> Operands:
     """The gradients; arguments and result as `blocks_by_tiles.backward`, the derivation too."""

@@ -52,7 +52,7 @@ def _product_forward(
 def _product_backward(
     dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # In the type of the operands: a float32 cotangent would make both products float32 ones, at a fraction of the speed.
+    # In the type of the operands: a float32 cotangent would make float32 products, at a fraction of the speed.
     _, pull = jax.vjp(definition, *saved)
     return pull(cotangent.astype(saved[0].dtype))
 

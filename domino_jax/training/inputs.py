@@ -160,14 +160,14 @@ def place_target(model: Target, params: Any, mesh: Mesh) -> Any:
     return jax.device_put(stacked, {name: layout[name] for name in stacked})
 
 
-def run_mesh(config: RunConfig) -> Mesh:
-    """The mesh of a run over all devices.
+def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over all devices, or over planned ones.
 
     Raises:
         InputError: the sizes do not fit the devices, or the batch does not divide over them.
     """
     try:
-        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     parts = mesh.size // config.mesh.tensor

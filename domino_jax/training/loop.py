@@ -3,23 +3,22 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax.core import FrozenDict
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import LossConfig, RunConfig, dump_config
+from domino_jax.config import RunConfig, dump_config
 from domino_jax.data.packing import row_lengths
 from domino_jax.data.template import chat_template
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_tables, load_target, load_tokenizer
-from domino_jax.target.model import Target, first_layers
+from domino_jax.target.model import first_layers
 from domino_jax.training.checkpoint import (
     DraftRecord,
     has_checkpoint,
@@ -27,7 +26,6 @@ from domino_jax.training.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.inputs import (
     InputRows,
     device_batch,
@@ -40,9 +38,8 @@ from domino_jax.training.inputs import (
     training_batches,
 )
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
-from domino_jax.training.modules import build_trainer
-from domino_jax.training.objectives import resolved_loss
-from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_done
+from domino_jax.training.optimizer import learning_rate_schedule, updates_done
+from domino_jax.training.program import StepArguments, lowered_step, make_program, resolved
 from domino_jax.training.run_directory import claim
 from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence, overflow
 from domino_jax.training.start import state_at_start
@@ -52,7 +49,6 @@ from domino_jax.training.step import (
     TrainState,
     all_finite,
     batch_metrics,
-    train_step,
 )
 
 HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
@@ -131,8 +127,8 @@ def train(
 
 def prepare(config: RunConfig, *, console: Console) -> Run:
     """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
-    loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
-    config = replace(config, loss=loss)
+    mesh = run_mesh(config)
+    config = resolved(config, mesh)
     directory = Path(config.run_dir)
     started = has_checkpoint(directory)
     claim(directory, config, started=started)
@@ -154,23 +150,11 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
 
     step_rows = config.data.batch_size * config.optimizer.grad_accumulation
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
-    whole = config.loss.kl_weight > 0  # the target's own distribution needs its last layer
-    depth = target.config.num_hidden_layers if whole else max(draft_config.target_layer_ids) + 1
-    target_params = first_layers(target.params, depth)
+    program = make_program(config, target.config, draft_config, mesh, total_steps=total_steps)
+    target_params = first_layers(target.params, program.target.layers_run)
     if not target_runs:
         target_params = {name: leaf for name, leaf in target_params.items() if name in TABLES}
-    program = Program(
-        trainer=build_trainer(draft_config, **_trainer_options(config.loss)),
-        target=Target(target.config, capture=draft_config.target_layer_ids, depth=depth, scan_layers=True),
-        optimizer=make_optimizer(config.optimizer, total_steps),
-        curriculum=lambda_base_schedule(
-            total_steps, lambda_start=config.loss.lambda_start, decay_ratio=config.loss.decay_ratio
-        ),
-        seed=config.seed,
-        ema_decay=config.optimizer.ema_decay,
-    )
     template = chat_template(tokenizer, data.chat_template_kwargs)
-    mesh = run_mesh(config)
     layers_from = target.params if config.draft.init_layers_from_target else None
     init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
     run = Run(
@@ -194,13 +178,6 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         f"reads the target's layers {list(draft_config.target_layer_ids)}",
     )
     return run
-
-
-def _trainer_options(loss: LossConfig) -> dict[str, Any]:
-    """The settings of a loss that are fields of the trainer module; the rest is the curriculum's."""
-    other = ("lambda_start", "decay_ratio", "options")
-    fields = {name: value for name, value in vars(loss).items() if name not in other}
-    return fields | {"loss_options": FrozenDict(loss.options)}
 
 
 def _run_steps(
@@ -280,10 +257,8 @@ def _compiled_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The program of a step, which consumes its state."""
     # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    program = jax.jit(functools.partial(train_step, run.program), donate_argnums=0, out_shardings=(layout, None))
     began = time.monotonic()
-    compiled = program.lower(state, run.target_params, batch).compile()
+    compiled = lowered_step(run.program, StepArguments(state, run.target_params, batch)).compile()
     _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
     return compiled
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
-from optax.tree_utils import tree_map_params
+from jax.sharding import Mesh
 
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
-from domino_jax.sharding import parameter_shardings, partition_spec
+from domino_jax.training.program import state_layout
 from domino_jax.training.step import Program, TrainState, initial_state
 
 
@@ -22,20 +21,15 @@ def state_at_start(
 ) -> TrainState:
     """A fresh draft, or one that starts as the target's top or as a checkpoint, over the mesh with its optimiser."""
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
-    model = DraftModel(config)
-    boxed = jax.eval_shape(lambda: init_variables(model, key))["params"]
-    shardings = parameter_shardings(boxed, mesh)
-    params = jax.jit(lambda: nn.meta.unbox(init_variables(model, key))["params"], out_shardings=shardings)()
-    if layers_from is not None:
-        params = jax.device_put(draft_from_target(config, params, layers_from), shardings)
-    if init_from is not None:
-        params = jax.device_put(starting_params(init_from, config), shardings)
-    whole = NamedSharding(mesh, partition_spec())
-    shapes = jax.eval_shape(lambda: initial_state(program, params))
-    opt_shardings = tree_map_params(
-        program.optimizer, lambda _, s: s, shapes.opt_state, shardings, transform_non_params=lambda _: whole
+    layout = jax.tree.map(lambda x: x.sharding, state_layout(program, config, mesh))
+    fresh = jax.jit(
+        lambda: nn.meta.unbox(init_variables(DraftModel(config), key))["params"], out_shardings=layout.params
     )
-    layout = TrainState(whole, shardings, opt_shardings, shardings if program.ema_decay is not None else None)
+    params = fresh()
+    if layers_from is not None:
+        params = jax.device_put(draft_from_target(config, params, layers_from), layout.params)
+    if init_from is not None:
+        params = jax.device_put(starting_params(init_from, config), layout.params)
     return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
 
 

@@ -156,7 +156,7 @@ def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed
     seen = blocks_on_tpu.seen_tiles(case.span, plan)
     assert int(seen.count.sum()) == needed
     # What stands in the others does not matter: no list leads there.
-    batch, heads, length, width = operands.keys.shape
+    batch, _, length, _ = operands.keys.shape
     position = np.arange(length)
     tile_of, poisoned = position // plan.keys, np.zeros((batch, length), bool)
     for row in range(batch):

@@ -1,0 +1,183 @@
+"""What a run compiles, built from its configuration alone: the same for devices that are here and for planned ones."""
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from jax.sharding import Mesh, NamedSharding
+from optax.tree_utils import tree_map_params
+
+from domino_jax.chips import CHIPS
+from domino_jax.config import LossConfig, RunConfig
+from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.kernels.causal_attention import form_for
+from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.sharding import parameter_shardings, partition_spec
+from domino_jax.target.load import TABLES
+from domino_jax.target.model import Target
+from domino_jax.training.curriculum import lambda_base_schedule
+from domino_jax.training.modules import build_trainer
+from domino_jax.training.objectives import resolved_loss
+from domino_jax.training.optimizer import make_optimizer
+from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step
+
+CPU_LOGITS_MIB = 192.0  # where a step is as fast as with more
+LOGITS_SHARE = 1 / 128  # of an accelerator's memory
+MIB = 2**20
+
+
+def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The run with what it left open in its loss: the objective's own settings, and the memory that suits its devices.
+
+    Raises:
+        InputError: a loss that cannot be (see `resolved_loss`).
+    """
+    loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
+    if loss.logits_mib is None:
+        chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+        mib = CPU_LOGITS_MIB if chip is None else float(round(chip.memory * LOGITS_SHARE / MIB))
+        loss = replace(loss, logits_mib=mib)
+    return replace(config, loss=loss)
+
+
+def chunk_blocks(config: RunConfig, draft: DraftConfig, mesh: Mesh) -> int:
+    """Blocks whose float32 logits take `loss.logits_mib` on a device at most, in pieces of about the same size."""
+    rows = config.data.batch_size // math.prod(parts(mesh, "batch"))
+    vocabulary = -(-draft.vocab_size // math.prod(parts(mesh, "vocab")))
+    mib = config.loss.logits_mib or CPU_LOGITS_MIB
+    block = rows * draft.num_predictions * vocabulary * 4
+    pieces = -(-config.loss.num_anchors // max(int(mib * MIB // block), 1))
+    return -(-config.loss.num_anchors // pieces)
+
+
+def parts(mesh: Mesh, axis: str) -> list[int]:
+    """How many parts each mesh axis splits a logical axis into."""
+    (names,) = partition_spec(axis)
+    return [mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())]
+
+
+def make_program(
+    config: RunConfig, target: DecoderConfig, draft: DraftConfig, mesh: Mesh, *, total_steps: int
+) -> Program:
+    """The program of a run's steps.
+
+    Args:
+        config: the run, `resolved`.
+        target: the target.
+        draft: the draft that the run trains for it.
+        mesh: of devices that are here, or of a topology that is only described.
+        total_steps: which the schedules are stretched over.
+    """
+    loss, device = config.loss, mesh.devices.flat[0]
+    whole = loss.kl_weight > 0  # the target's own distribution needs its last layer
+    return Program(
+        trainer=build_trainer(draft, chunk_blocks=chunk_blocks(config, draft, mesh), **_trainer_options(loss)),
+        target=Target(
+            target,
+            capture=draft.target_layer_ids,
+            depth=target.num_hidden_layers if whole else max(draft.target_layer_ids) + 1,
+            scan_layers=True,
+            attention=form_for(
+                device.platform, dtype=config.dtype, head_dim=target.head_dim, packed=config.data.packing
+            ),
+        ),
+        optimizer=make_optimizer(config.optimizer, total_steps),
+        curriculum=lambda_base_schedule(total_steps, lambda_start=loss.lambda_start, decay_ratio=loss.decay_ratio),
+        seed=config.seed,
+        ema_decay=config.optimizer.ema_decay,
+    )
+
+
+def _trainer_options(loss: LossConfig) -> dict[str, Any]:
+    """The settings of a loss that are fields of the trainer module; the rest is the curriculum's, or memory's."""
+    other = ("lambda_start", "decay_ratio", "options", "logits_mib")
+    fields = {name: value for name, value in vars(loss).items() if name not in other}
+    return fields | {"loss_options": FrozenDict(loss.options)}
+
+
+def draft_layout(draft: DraftConfig, mesh: Mesh) -> Any:
+    """The draft's parameters as `ShapeDtypeStruct`s with their shardings."""
+    boxed = jax.eval_shape(lambda: init_variables(DraftModel(draft), jax.random.key(0)))["params"]
+    return _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh))
+
+
+def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState:
+    """The state of a run likewise: moments and average are split as the parameters are, counts are whole."""
+    params = draft_layout(draft, mesh)
+    split = jax.tree.map(lambda x: x.sharding, params)
+    whole = NamedSharding(mesh, partition_spec())
+    shapes = jax.eval_shape(functools.partial(initial_state, program), params)
+    moments = tree_map_params(
+        program.optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
+    )
+    shardings = TrainState(whole, split, moments, split if program.ema_decay is not None else None)
+    return _laid_out(shapes, shardings)
+
+
+def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
+    """The target's parameters likewise, in its compute type.
+
+    Args:
+        model: with `scan_layers`.
+        mesh: of the run.
+        tables_only: leave out the layers, where training reads captured states.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    laid_out = _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype)
+    return {name: leaf for name, leaf in laid_out.items() if name in TABLES} if tables_only else laid_out
+
+
+def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents: int = 8) -> Batch:
+    """The batch of a step likewise.
+
+    Args:
+        config: the run.
+        draft: says how wide captured states are.
+        mesh: of the run.
+        documents: of a packed row at most; only the data knows.
+    """
+    data = config.data
+    leading = (config.optimizer.grad_accumulation, data.batch_size)
+    rows = (*leading, data.max_length)
+
+    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+    batch = Batch(of(rows, np.int32), of(rows, np.bool_))
+    if data.packing:
+        packed = {"position_ids": of(rows, np.int32), "doc_remaining": of(rows, np.int32)}
+        batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
+    if data.features is not None:
+        width = draft.hidden_size
+        batch = batch._replace(features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16))
+        if config.loss.kl_weight > 0:
+            batch = batch._replace(target_states=of((*rows, width), jnp.bfloat16))
+    return batch
+
+
+class StepArguments(NamedTuple):
+    """What a step's program takes: arrays, or their shapes and shardings."""
+
+    state: TrainState
+    target_params: Any
+    batch: Batch
+
+
+def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lowered:
+    """The step for devices of the arguments' shardings, ready to be compiled; it consumes its state."""
+    layout = jax.tree.map(lambda x: x.sharding, arguments.state)
+    step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=(layout, None))
+    return step.lower(*arguments)
+
+
+def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), shapes, shardings
+    )
