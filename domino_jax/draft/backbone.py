@@ -8,12 +8,18 @@ import jax.numpy as jnp
 
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
-from domino_jax.kernels.block_attention import block_attention
+from domino_jax.kernels.block_attention import RESULT, block_attention
 from domino_jax.kernels.cache import Cache, empty_cache
 from domino_jax.kernels.operands import ContextSpan
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
+
+
+# What a layer that recomputes keeps for its backward pass.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(RESULT)
+)
 
 
 class DraftLayer(nn.Module):
@@ -51,10 +57,16 @@ class DraftModel(nn.Module):
     """A small non-causal stack that reads the target's states and fills whole blocks in one pass.
 
     Embedding and output head are the target's, so they are arguments of the callers, never parameters here.
+
+    Attributes:
+        cfg: the draft.
+        recompute: whether the backward pass makes again what is no product (norms, rotations, gates, weights in the
+            compute type) instead of keeping it: a third of a layer's memory for little time on an accelerator.
     Source: DFlash (arXiv:2602.06036) and Domino (arXiv:2605.29707); parameter names are those of the checkpoints.
     """
 
     cfg: DraftConfig
+    recompute: bool = False
 
     def setup(self) -> None:
         """Creates the projection of the target's states, the layers, the final norm and the head."""
@@ -62,7 +74,8 @@ class DraftModel(nn.Module):
         self.fc = Dense(cfg.hidden_size, ("embed", "features"), cfg.dtype)
         self.hidden_norm = RMSNorm(cfg.rms_norm_eps)
         causal_kind = SLIDING_ATTENTION if cfg.sliding_in_block == "causal" else None
-        self.layers = [DraftLayer(cfg, causal=kind == causal_kind) for kind in cfg.attention_types]
+        layer = nn.remat(DraftLayer, policy=KEPT) if self.recompute else DraftLayer
+        self.layers = [layer(cfg, causal=kind == causal_kind) for kind in cfg.attention_types]
         self.norm = RMSNorm(cfg.rms_norm_eps)
         if cfg.projector_type == "domino":
             self.head = DominoHead(cfg)

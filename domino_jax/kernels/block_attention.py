@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu
 from domino_jax.kernels.blocks_by_tiles import TILE, WHOLE_CONTEXT, TileSize
@@ -54,6 +55,8 @@ def definition(
     return out.reshape(batch, heads, queries, width)
 
 
+RESULT = "block_attention"  # the name of what it gives, for policies of `jax.checkpoint`
+
 # Every device attends for its own rows and key heads.
 _BY_BLOCK: Any = ("batch", "kv_heads", None, None, None)
 _BY_POSITION: Any = ("batch", "kv_heads", "length", None)
@@ -63,7 +66,7 @@ _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 
 class Form(NamedTuple):
-    """One way to compute it: `forward(operands, span, causal=)` gives the output float32 and its log-sum-exp, both in
+    """One way to compute it: `forward(operands, span, causal=)` gives the output and its log-sum-exp float32, both in
     the axes of the queries; `backward(saved, cotangent, causal=)` gives the gradients of the operands.
     """
 
@@ -106,7 +109,8 @@ def _forward(operands: Operands, span: ContextSpan, causal: bool, form: Form | N
         outputs=(_BY_BLOCK, _BY_BLOCK),
     )
     out, log_sum = run(operands, span)
-    return out.astype(operands.queries.dtype), Saved(operands, span, out, log_sum)
+    out = checkpoint_name(out, RESULT)
+    return out, Saved(operands, span, out, checkpoint_name(log_sum, RESULT))
 
 
 def _backward(causal: bool, form: Form | None, saved: Saved, cotangent: jax.Array) -> tuple[Operands, None]:

@@ -25,7 +25,7 @@ class TileSize(NamedTuple):
 
 
 TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
-WHOLE_CONTEXT = TileSize(rows=4096, keys=2**30)
+WHOLE_CONTEXT = TileSize(rows=8192, keys=2**30)
 
 
 class _Softmax(NamedTuple):
@@ -105,10 +105,14 @@ def _walk(tile: _Tiles, add: Callable[[Any, Any], Any], start: Any, *, operands:
 
 
 class _KeyTile(NamedTuple):
-    """A tile of keys and values [KV, size, head_dim], where it begins, and what each row sees [1, rows, size]."""
+    """A tile of keys and values [KV, size, head_dim], where it begins, and the bound of each score [1, rows, size].
+
+    A score that its query does not see is bounded by the lowest number, any other by the highest. (A choice between
+    scores and a constant would have XLA write out that constant for a whole tile of all heads.)
+    """
 
     begin: jax.Array
-    seen: jax.Array
+    bound: jax.Array
     keys: jax.Array
     values: jax.Array
 
@@ -123,14 +127,14 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
     def part(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (tile.row, 0, begin, 0), (1, heads, count, width))[0]
 
-    return _KeyTile(begin, seen, part(operands.keys), part(operands.values))
+    return _KeyTile(begin, jnp.where(seen, -LOWEST, LOWEST), part(operands.keys), part(operands.values))
 
 
 def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize) -> tuple[jax.Array, jax.Array]:
     """The online softmax, begun with the own block, which is never empty, and continued over tiles of the context.
 
     Returns:
-        The output float32 [B, KV, N, G*K, head_dim] and the log-sum-exp of its scores [..., 1].
+        The output [B, KV, N, G*K, head_dim] and the log-sum-exp of its scores, float32 [..., 1].
     Source: FlashAttention (arXiv:2205.14135).
     """
     scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
@@ -146,7 +150,7 @@ def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSi
         def add(index: jax.Array, carry: _Softmax) -> _Softmax:
             key_tile = _key_tile(tile, index, operands, size)
             scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
-            scores = jnp.where(key_tile.seen, scores, LOWEST)
+            scores = jnp.minimum(scores, key_tile.bound)
             largest = jnp.maximum(carry.largest, jnp.max(scores, axis=-1, keepdims=True))
             weights, kept = jnp.exp(scores - largest), jnp.exp(carry.largest - largest)
             total = kept * carry.total + jnp.sum(weights, axis=-1, keepdims=True)
@@ -155,7 +159,7 @@ def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSi
 
         whole = _walk(tile, add, own, operands=operands, size=size)
         total = jnp.where(whole.total > 0, whole.total, 1.0)  # rows that fill up a tile hold nothing
-        return whole.out / total, whole.largest + jnp.log(total)
+        return (whole.out / total).astype(dtype), whole.largest + jnp.log(total)
 
     tiles = _tiles(operands, span, size)
     out, log_sum = jax.lax.map(of_tile, (tiles, jax.tree.map(lambda x: _in_tiles(x, size), own)))
@@ -204,7 +208,7 @@ def backward(saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize
             queries, *sums = carry
             key_tile = _key_tile(tile, index, operands, size)
             scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
-            weights = jnp.where(key_tile.seen, jnp.exp(scores - log_sum), 0.0)
+            weights = jnp.exp(jnp.minimum(scores, key_tile.bound) - log_sum)
             slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
             slopes = (weights * (slopes - slope) * scale).astype(dtype)
             queries += _product("krs,ksd->krd", slopes, key_tile.keys)

@@ -215,7 +215,7 @@ def _forward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
 
     @pl.when(step == plan.part_tiles - 1)
     def _done() -> None:
-        out[...] = (summed[...] / total[...]).T
+        out[...] = (summed[...] / total[...]).T.astype(out.dtype)
         log_sum[...] = largest[...] + jnp.log(total[...])
 
 
@@ -309,7 +309,7 @@ def forward(
         in_specs=list(specs),
         out_specs=[specs.queries, pl.BlockSpec((None, None, 1, plan.rows), by_query)],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape, operands.queries.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
         ],
         scratch_shapes=[

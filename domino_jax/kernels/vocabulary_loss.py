@@ -307,7 +307,7 @@ def _in_pieces(
 
     def one(parts: tuple[States, Labels]) -> tuple[Any, Any]:
         loss, gradients = piece(*parts)
-        sums = (loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+        sums = jnp.stack([loss.final_sum, loss.base_sum]), gradients.expansion
         return sums, (loss.final, loss.base, gradients._replace(expansion=None))
 
     def add(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -321,9 +321,9 @@ def _in_pieces(
     outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), shapes[1])
     supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
-    (total, final_sum, base_sum, expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
+    ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
-    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
+    loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final, base)
     return loss, _with_labels(gradients._replace(expansion=expanded), states, labels, transposed=transposed)
 
 
@@ -361,8 +361,7 @@ def _piece(
     base_loss, final_loss = base.loss(ids, wanted), final.loss(ids, wanted)
     base_sum, base_slopes = _sum_and_slopes(base_loss, labels, objective)
     final_sum, final_slopes = _sum_and_slopes(final_loss, labels, objective)
-    total = (1.0 - lam) * final_sum + lam * base_sum
-    loss = VocabularyLoss(total, final_sum, base_sum, final_loss, base_loss)
+    loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final_loss, base_loss)
     if not with_gradient:
         return loss, _Gradients()
 
@@ -386,6 +385,10 @@ def _piece(
     factors = (rows, dense) if transposed else (dense, rows)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     return loss, _Gradients(hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll)
+
+
+def _total(final_sum: jax.Array, base_sum: jax.Array, lam: jax.Array) -> jax.Array:
+    return (1.0 - lam) * final_sum + lam * base_sum
 
 
 def _sum_and_slopes(token: TokenLoss, labels: Labels, objective: Objective) -> tuple[jax.Array, _Slopes]:

@@ -346,7 +346,12 @@ class DominoTrainerModule(DFlashTrainerModule):
 
 
 def build_trainer(
-    config: DraftConfig, *, num_anchors: int = 512, loss_decay_gamma: float | None = None, **options: Any
+    config: DraftConfig,
+    *,
+    num_anchors: int = 512,
+    loss_decay_gamma: float | None = None,
+    recompute: bool = False,
+    **options: Any,
 ) -> DFlashTrainerModule:
     """The trainer module of a draft config: `DominoTrainerModule`, or `DFlashTrainerModule` without projector.
 
@@ -356,13 +361,15 @@ def build_trainer(
         config: the draft.
         num_anchors: N.
         loss_decay_gamma: decay of the position weights, None for none.
+        recompute: as in `DraftModel`.
         options: further fields of the module.
     """
+    draft = DraftModel(config, recompute)
     options.update(mask_token_id=config.mask_token_id, block_size=config.block_size)
     options.update(num_anchors=num_anchors, loss_decay_gamma=loss_decay_gamma)
     if config.projector_type == "domino":
-        return DominoTrainerModule(DraftModel(config), shift_label=config.shift_label, **options)
-    return DFlashTrainerModule(DraftModel(config), **options)
+        return DominoTrainerModule(draft, shift_label=config.shift_label, **options)
+    return DFlashTrainerModule(draft, **options)
 
 
 def _with_options(function: Callable[..., jax.Array] | None, options: Any) -> Callable[..., jax.Array] | None:

@@ -77,7 +77,12 @@ def make_program(
     loss, device = config.loss, mesh.devices.flat[0]
     whole = loss.kl_weight > 0  # the target's own distribution needs its last layer
     return Program(
-        trainer=build_trainer(draft, chunk_blocks=chunk_blocks(config, draft, mesh), **_trainer_options(loss)),
+        trainer=build_trainer(
+            draft,
+            chunk_blocks=chunk_blocks(config, draft, mesh),
+            recompute=device.platform != "cpu",  # a CPU has the memory, and no time to spare
+            **_trainer_options(loss),
+        ),
         target=Target(
             target,
             capture=draft.target_layer_ids,
