@@ -13,6 +13,7 @@ from domino_jax.kernels.cache import Cache, empty_cache
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
+from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
 
 class DraftLayer(nn.Module):
@@ -37,7 +38,9 @@ class DraftLayer(nn.Module):
         """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `span` is the context that they see."""
         normed = self.input_layernorm(x)
         own = self.self_attn.keys_values(normed, tables)
-        heads = block_attention(self.self_attn.queries(normed, tables), context, own, span=span, causal=self.causal)
+        queries = self.self_attn.queries(normed, tables)
+        with jax.named_scope(BLOCK_ATTENTION):
+            heads = block_attention(queries, context, own, span=span, causal=self.causal)
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
@@ -87,12 +90,14 @@ class DraftModel(nn.Module):
         """
         return self.block_states(self.context(features, context_positions), embeddings, positions, spans)
 
+    @jax.named_scope(CONTEXT)
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[Cache, ...]:
         """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
         states = self.hidden_norm(self.fc(features))
         tables = rotary(positions, self.cfg)
         return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
 
+    @jax.named_scope(BACKBONE)
     def block_states(
         self,
         context: tuple[Cache, ...],

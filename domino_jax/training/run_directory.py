@@ -10,7 +10,7 @@ from domino_jax.strict import InputError
 # What may differ when a run is started again: nothing that changes its numbers.
 _FREE_TO_CHANGE = (
     *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.max_bad_steps", "mesh"),
+    *("train.max_bad_steps", "train.profile", "mesh"),
 )
 
 
