@@ -23,9 +23,9 @@ TABLE = (
         3,
         "training",
         (
-            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "optimizer", "step"),
-            *("checkpoint", "run_directory", "inputs", "start", "capture", "skips", "speed"),
-            *("trace", "loop"),
+            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "optimizer"),
+            *("step", "checkpoint", "run_directory", "inputs", "start", "capture", "skips"),
+            *("speed", "trace", "loop"),
         ),
     ),
     (4, "", ("plan", "report")),

@@ -47,7 +47,14 @@ from domino_jax.training.run_directory import claim
 from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.start import state_at_start
-from domino_jax.training.step import Batch, Program, TrainState, all_finite, batch_metrics, train_step
+from domino_jax.training.step import (
+    Batch,
+    Program,
+    TrainState,
+    all_finite,
+    batch_metrics,
+    train_step,
+)
 from domino_jax.training.trace import Trace
 
 HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
@@ -212,7 +219,8 @@ def _run_steps(
     settings, total = run.config.train, run.total_steps
     step, say = int(state.step), functools.partial(_say, console)
     speed = Speed(run.config, run.program, run.mesh, lengths=row_lengths(run.rows.rows))
-    trace = Trace(run.directory, settings.profile, done=step, total=total, paused=speed.paused, say=say)
+    coming = range(step + 1, total + 1)
+    trace = Trace(run.directory, settings.profile, coming, paused=speed.paused, say=say)
     if step >= total:
         say(f"already trained for {step} steps")
         return None
@@ -237,9 +245,8 @@ def _run_steps(
             speed.add(taken["row_numbers"])
             last = step == total or stop_requested()
             if step % settings.log_every == 0 or last:
-                # Waits for the steps it measures.
                 sums, updates = jax.device_get((window, updates_done(state.opt_state)))
-                timing = speed.figures(sums)
+                timing = speed.figures(sums)  # the window's steps have run: that waited for them
                 figures = _training_figures(run, sums, step=step, updates=int(updates))
                 for skip in skips.fetch():
                     say(f"step {skip.step}: update skipped, {skip.words}")
@@ -260,7 +267,7 @@ def _run_steps(
                 say(f"step {step}/{total}  held out: {_in_words(figures)}")
             if step % settings.checkpoint_every == 0 or last:
                 with speed.paused(state):
-                    save(state)  # before the next rows are taken: the saved data position belongs to this step
+                    save(state)  # before the next rows: the saved data position is this step's
             if last:
                 break
             taken = next(rows)

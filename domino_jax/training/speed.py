@@ -111,7 +111,7 @@ class Speed:
 
 
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
-    """The most memory that one of the devices has held at once; None where the platform is silent."""
+    """The most memory that one of the devices has held; None where the platform is silent."""
     peaks = []
     for device in devices:
         statistics = device.memory_stats() or {}

@@ -194,7 +194,12 @@ def batch_metrics(
     if batch.features is None:
         documents = None if batch.seq_lens is None else document_ids(batch.seq_lens, input_ids.shape[1])
         with jax.named_scope(TARGET):
-            out = program.target.apply({"params": target_params}, input_ids, batch.position_ids, documents=documents)
+            out = program.target.apply(
+                {"params": target_params},
+                input_ids,
+                batch.position_ids,
+                documents=documents,
+            )
         features, target_states = out.features, out.hidden
     else:
         features = constrain(batch.features, "batch", "length", None).astype(program.target.cfg.dtype)

@@ -19,9 +19,8 @@ class Trace:
         self,
         run_dir: Path,
         profile: tuple[int, int] | None,
+        coming: range,
         *,
-        done: int,
-        total: int,
         paused: Callable[[Any], AbstractContextManager[None]],
         say: Callable[[str], None],
     ) -> None:
@@ -30,8 +29,7 @@ class Trace:
         Args:
             run_dir: receives `profile/`.
             profile: the first step and how many, or None; those that run are traced.
-            done: steps that have run already.
-            total: the last step.
+            coming: the steps that this start has to run, perhaps none.
             paused: `Speed.paused`; starting and stopping takes time that is not training's.
             say: where lines go.
         """
@@ -41,11 +39,12 @@ class Trace:
         if profile is None:
             return
         first, count = profile
-        self._first, self._last = max(first, done + 1), min(first + count - 1, total)
+        last = first + count - 1
+        self._first, self._last = max(first, coming.start), min(last, coming.stop - 1)
         if self._first > self._last:
             say(
-                f"train.profile: no trace of steps {first} to {first + count - 1}: this start goes "
-                f"from step {done} to {total}"
+                f"train.profile: no trace of steps {first} to {last}: this start goes "
+                f"from step {coming.start - 1} to {coming.stop - 1}"
             )
 
     def __enter__(self) -> "Trace":

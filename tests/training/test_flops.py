@@ -142,5 +142,6 @@ def test_attention_is_counted_up_to_the_anchor_and_the_window(in_block: str) -> 
 def test_parts_are_stages_and_counting_needs_no_jax() -> None:
     parts = step_flops(DRAFT, S, N, target=TARGET)
     assert parts.keys() == set(STAGES) - {UPDATE}
-    words = "import sys, domino_jax.chips, domino_jax.training.flops; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
+    imports = "import sys, domino_jax.chips, domino_jax.training.flops"
+    words = [sys.executable, "-c", f"{imports}; sys.exit('jax' in sys.modules)"]
+    assert subprocess.run(words).returncode == 0

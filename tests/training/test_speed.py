@@ -11,7 +11,14 @@ import pytest
 from tiny import CONFIG, MASK_TOKEN_ID
 
 from domino_jax.chips import CHIPS, Chip
-from domino_jax.config import DataConfig, DraftRecipe, LossConfig, OptimizerConfig, RunConfig, make_draft_config
+from domino_jax.config import (
+    DataConfig,
+    DraftRecipe,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    make_draft_config,
+)
 from domino_jax.sharding import make_mesh
 from domino_jax.target.model import Target
 from domino_jax.training.flops import step_flops
@@ -19,6 +26,12 @@ from domino_jax.training.modules import build_trainer
 from domino_jax.training.speed import Speed, peak_memory_bytes, speed_words
 from domino_jax.training.step import Program
 
+RECIPE = DraftRecipe(
+    mask_token_id=MASK_TOKEN_ID,
+    num_hidden_layers=1,
+    block_size=4,
+    target_layer_ids=(0, 2),
+)
 LENGTHS = [10, 20, 30, 40]
 SUMS = {"valid_tokens": np.float32(48), "valid_blocks": np.float32(21)}
 
@@ -42,11 +55,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def toy_speed(*, kl_weight: float = 0.0, **data: Any) -> Speed:
     """Of a run whose steps have 2 micro-batches of 8 rows."""
     data = {"train": "rows.jsonl"} | data
-    recipe = DraftRecipe(mask_token_id=MASK_TOKEN_ID, num_hidden_layers=1, block_size=4, target_layer_ids=(0, 2))
     config = RunConfig(
         run_dir="run",
         target="target",
-        draft=recipe,
+        draft=RECIPE,
         data=DataConfig(batch_size=8, max_length=64, **data),
         loss=LossConfig(kl_weight=kl_weight),
         optimizer=OptimizerConfig(grad_accumulation=2),
@@ -61,8 +73,7 @@ def toy_speed(*, kl_weight: float = 0.0, **data: Any) -> Speed:
 
 
 def draft() -> Any:
-    recipe = DraftRecipe(mask_token_id=MASK_TOKEN_ID, num_hidden_layers=1, block_size=4, target_layer_ids=(0, 2))
-    return make_draft_config(recipe, CONFIG, special_ids={}, dtype="float32")
+    return make_draft_config(RECIPE, CONFIG, special_ids={}, dtype="float32")
 
 
 def test_speeds_count_what_was_there(clock: Clock) -> None:

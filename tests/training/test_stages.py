@@ -27,7 +27,8 @@ def test_every_product_of_a_step_belongs_to_a_stage(
     with jax.set_mesh(run.mesh):
         rows = next(training_batches(run.rows, run.config))
         batch = device_batch(run.mesh, rows, micro_batches=2)
-        lowered = jax.jit(functools.partial(train_step, run.program)).lower(run.state, run.target_params, batch)
+        step = jax.jit(functools.partial(train_step, run.program))
+        lowered = step.lower(run.state, run.target_params, batch)
     text = lowered.compile().as_text()
     names = re.findall(r'op_name="([^"]*)"', text)
     found = {innermost(name) for name in names} - {None}
