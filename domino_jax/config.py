@@ -155,7 +155,8 @@ class TrainConfig:
     """Length of the run and what happens along the way. `steps` overrides `epochs`.
 
     A step whose loss or gradient is not finite is skipped; `max_bad_steps` of them
-    in a row end the run.
+    in a row end the run. `profile` [step, steps] writes a trace of so many steps, from that one
+    on, into the run directory's `profile`.
     """
 
     epochs: int = 3
@@ -166,11 +167,17 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_bad_steps: int = 20
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuses a run that may not begin."""
         found = self.max_bad_steps
         require(found >= 1, f"max_bad_steps must be at least 1, found {found}")
+        profile = self.profile
+        require(
+            profile is None or (len(profile) == 2 and min(profile) >= 1),
+            f"profile must be [step, steps], both at least 1, found {list(profile or ())}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,14 +20,10 @@ from typing import Any
 
 import numpy as np
 from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
-from benchmark_workloads import (
-    PEAKS,
-    Setting,
-    draft_config,
-    settings,
-    step_flops,
-    target_config,
-)
+from benchmark_workloads import Setting, draft_config, settings, target_config
+
+from domino_jax.chips import CHIPS
+from domino_jax.training.flops import step_flops
 
 WARM_UP = 2  # steps of each side before those that count
 # Both sides take the memory that they need, not most of the card at once.
@@ -125,8 +121,10 @@ def setting_figures(
     """What was measured, in the form of the report."""
     target = target_config(setting.shape, dtype="bfloat16", tiny=setting.tiny)
     draft = draft_config(target)
-    flops = step_flops(draft, setting.length, setting.slots, online=setting.mode == "online")
-    total, peak = sum(flops.values()), PEAKS.get(said["ours"]["device"])
+    online = target if setting.mode == "online" else None
+    flops = step_flops(draft, setting.length, setting.slots, target=online)
+    total, chip = sum(flops.values()), CHIPS.get(said["ours"]["device"])
+    peak = chip and chip.flops
     report: dict[str, Any] = {
         "mode": setting.mode,
         "length": setting.length,

@@ -32,10 +32,11 @@ from typing import Any
 import benchmark_workloads as card
 import numpy as np
 from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
-from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE, step_flops
+from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
 from domino_jax.config import LossConfig
 from domino_jax.model_config import DraftConfig
+from domino_jax.training.flops import step_flops
 
 CONFIG = DraftConfig(
     vocab_size=49152,

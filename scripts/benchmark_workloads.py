@@ -1,4 +1,4 @@
-"""What the benchmarks on an accelerator train and decode, what that takes, and what a chip can do.
+"""What the benchmarks on an accelerator train and decode.
 
 A workload is the published Domino recipe on a Qwen3 target, cut to one row; its settings are that
 row with few or many anchors, from given features (draft only) or with the frozen target's forward
@@ -15,20 +15,6 @@ MODES = ("draft", "online")
 LAMBDA_BASE, LEARNING_RATE, BETAS = 0.5, 6e-4, (0.9, 0.95)
 LOSS_DECAY_GAMMA, CLIP_NORM = 7.0, 1.0
 CHUNK_BLOCKS = 32  # as configs/qwen3-8b.yaml
-
-# Published dense bfloat16 operations per second, by the name that jax or torch gives the chip.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def qwen3(*, hidden_size: int, intermediate_size: int, tied: bool) -> DecoderConfig:
@@ -147,41 +133,3 @@ def settings(
     chosen = [mode for mode in row.modes if not modes or mode in modes]
     counts = anchors or row.anchors
     return [Setting(workload, count, mode, tiny) for mode in chosen for count in counts]
-
-
-def step_flops(
-    config: DraftConfig,
-    length: int,
-    anchors: int,
-    *,
-    online: bool = False,
-) -> dict[str, float]:
-    """Useful multiplications and additions of one row's step, by its parts.
-
-    Frozen weights and the target's states have no gradient, and scores are counted up to each
-    anchor (half of S on average) or up to each token of the target: what the result needs, not what
-    is computed. The target is cut after the last layer that the draft reads.
-    """
-    d, tokens = config.hidden_size, anchors * config.block_size
-    heads = config.num_attention_heads * config.head_dim
-    kv_heads = config.num_key_value_heads * config.head_dim
-    layer = d * (2 * heads + 2 * kv_heads) + 3 * d * config.intermediate_size
-    gru, width = config.gru_hidden_dim, config.emb_dim
-    draft_layers = config.num_hidden_layers
-    fc = 2 * length * len(config.target_layer_ids) * d * d
-    own_block = 3 * draft_layers * tokens * 2 * heads * config.block_size
-    recurrence = tokens * 3 * gru * (2 * d + 3 * gru)
-    low_rank = 3 * tokens * width * (d + gru)
-    parts: dict[str, float] = {
-        "fc, context keys and values": fc + 3 * draft_layers * length * d * 2 * kv_heads,
-        "backbone": 3 * draft_layers * tokens * layer,
-        "context attention": 3 * draft_layers * tokens * 2 * heads * (length / 2),
-        "own block, GRU, low rank": own_block + recurrence + low_rank,
-        "base logits": 2 * tokens * config.vocab_size * d,
-        "final logits": 3 * tokens * config.vocab_size * width,
-    }
-    if online:
-        depth = max(config.target_layer_ids) + 1
-        parts["target products"] = depth * length * layer
-        parts["target attention"] = depth * length * 2 * heads * (length / 2)
-    return {name: 2.0 * count for name, count in parts.items()}

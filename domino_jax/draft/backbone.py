@@ -14,6 +14,7 @@ from domino_jax.kernels.operands import ContextSpan
 from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
+from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
 
 # What a layer that recomputes keeps for its backward pass.
@@ -44,7 +45,9 @@ class DraftLayer(nn.Module):
         """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `span` is the context that they see."""
         normed = self.input_layernorm(x)
         own = self.self_attn.keys_values(normed, tables)
-        heads = block_attention(self.self_attn.queries(normed, tables), context, own, span=span, causal=self.causal)
+        queries = self.self_attn.queries(normed, tables)
+        with jax.named_scope(BLOCK_ATTENTION):
+            heads = block_attention(queries, context, own, span=span, causal=self.causal)
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
@@ -101,12 +104,14 @@ class DraftModel(nn.Module):
         """
         return self.block_states(self.context(features, context_positions), embeddings, positions, spans)
 
+    @jax.named_scope(CONTEXT)
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[Cache, ...]:
         """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
         states = self.hidden_norm(self.fc(features))
         tables = rotary(positions, self.cfg)
         return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
 
+    @jax.named_scope(BACKBONE)
     def block_states(
         self,
         context: tuple[Cache, ...],

@@ -42,6 +42,7 @@ from domino_jax.training.optimizer import learning_rate_schedule, updates_done
 from domino_jax.training.program import StepArguments, lowered_step, make_program, resolved
 from domino_jax.training.run_directory import claim
 from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence, overflow
+from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.start import state_at_start
 from domino_jax.training.step import (
     Batch,
@@ -50,6 +51,7 @@ from domino_jax.training.step import (
     all_finite,
     batch_metrics,
 )
+from domino_jax.training.trace import Trace
 
 HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
 
@@ -192,9 +194,12 @@ def _run_steps(
 ) -> Skip | None:
     """Trains to the last step; the first of too many non-finite steps in a row where it had to stop."""
     settings, total = run.config.train, run.total_steps
-    step = int(state.step)
+    step, say = int(state.step), functools.partial(_say, console)
+    speed = Speed(run.config, run.program, run.mesh, lengths=row_lengths(run.rows.rows))
+    coming = range(step + 1, total + 1)
+    trace = Trace(run.directory, settings.profile, coming, paused=speed.paused, say=say)
     if step >= total:
-        _say(console, f"already trained for {step} steps")
+        say(f"already trained for {step} steps")
         return None
     micro_batches = run.config.optimizer.grad_accumulation
     taken = next(rows)
@@ -202,47 +207,44 @@ def _run_steps(
     compiled = _compiled_step(run, state, batch, console=console)
     heldout = _HeldOut(run) if run.heldout else None
     skips = SkipWatch(run.rows.rows, run.config)
-    lengths = np.asarray(row_lengths(run.rows.rows))
 
-    with _progress(console) as progress:
+    with _progress(console) as progress, trace:
         task = progress.add_task("training", total=total, completed=step, figures="")
         window: dict[str, Any] = {}
-        began, first_of_window, tokens = time.monotonic(), step, 0
+        speed.begin()
         while True:
+            trace.before(step + 1, state)
             state, sums = compiled(state, run.target_params, batch)
             step += 1
+            trace.after(step, state)
             window = {name: window[name] + value for name, value in sums.items()} if window else sums
-            numbers = taken["row_numbers"]
-            skips.add(step, numbers, sums)
-            tokens += int(lengths[numbers[numbers >= 0]].sum())
+            skips.add(step, taken["row_numbers"], sums)
+            speed.add(taken["row_numbers"])
             last = step == total or stop_requested()
             if step % settings.log_every == 0 or last:
-                # Waits for the steps it measures.
                 sums, updates = jax.device_get((window, updates_done(state.opt_state)))
-                seconds = time.monotonic() - began
-                timing = {"tokens_per_second": tokens / seconds}
-                timing["seconds_per_step"] = seconds / (step - first_of_window)
+                timing = speed.figures(sums)  # the window's steps have run: that waited for them
                 figures = _training_figures(run, sums, step=step, updates=int(updates))
                 for skip in skips.fetch():
-                    _say(console, f"step {skip.step}: update skipped, {skip.words}")
+                    say(f"step {skip.step}: update skipped, {skip.words}")
                     log.write(skip.step, "skipped", skip.record)
                 log.write(step, "train", figures, timing=timing)
-                words = f"{_in_words(figures)}  {timing['tokens_per_second']:,.0f} tokens/s"
+                words = f"{_in_words(figures)}  {speed_words(timing)}"
                 progress.update(task, completed=step, figures=words)
                 if not console.is_terminal:
-                    _say(console, f"step {step}/{total}  {words}")
+                    say(f"step {step}/{total}  {words}")
                 if skips.diverged_at is not None:
                     return skips.diverged_at
-                window, began, first_of_window, tokens = {}, time.monotonic(), step, 0
-            paused = time.monotonic()
+                window = {}
+                speed.begin()
             if heldout and (step % settings.eval_every == 0 or step == total):
-                jax.block_until_ready(state)
-                figures = heldout(state)
+                with speed.paused(state):
+                    figures = heldout(state)
                 log.write(step, "heldout", figures)
-                _say(console, f"step {step}/{total}  held out: {_in_words(figures)}")
+                say(f"step {step}/{total}  held out: {_in_words(figures)}")
             if step % settings.checkpoint_every == 0 or last:
-                save(state)  # before the next rows are taken: the saved data position belongs to this step
-            began += time.monotonic() - paused
+                with speed.paused(state):
+                    save(state)  # before the next rows: the saved data position is this step's
             if last:
                 break
             taken = next(rows)

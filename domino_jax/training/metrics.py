@@ -106,7 +106,7 @@ class MetricsLog:
             self._files[name].write(_json_line({"step": step, "split": split, **part}))
             self._files[name].flush()
             for figure, value in part.items():
-                if self._board and isinstance(value, float) and math.isfinite(value):
+                if self._board and isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(f"{split}/{figure}", value, step)
 
 

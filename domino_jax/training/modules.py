@@ -13,13 +13,7 @@ from flax.core import FrozenDict
 
 from domino_jax.config import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
-from domino_jax.draft.blocks import (
-    Blocks,
-    Packing,
-    anchor_candidates,
-    make_blocks,
-    sample_anchors,
-)
+from domino_jax.draft.blocks import Blocks, Packing, anchor_candidates, make_blocks, sample_anchors
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.vocabulary_loss import (
     Labels,
@@ -32,6 +26,7 @@ from domino_jax.kernels.vocabulary_loss import (
 )
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import constrain
+from domino_jax.stages import HEAD, VOCABULARY_LOSS
 from domino_jax.strict import require
 from domino_jax.training.loss import acceptance_stats, dual_loss, position_weights
 from domino_jax.training.objectives import check_objective, checked_options, loss_divisor, objective_named
@@ -241,6 +236,7 @@ class DFlashTrainerModule(nn.Module):
             cost=_with_options(row.cost, options),
         )
 
+    @jax.named_scope(VOCABULARY_LOSS)
     def _dual_loss(
         self, states: States, tables: Tables, labels: Labels, *, lambda_base: jax.Array | float = 0.0
     ) -> VocabularyLoss:
@@ -323,7 +319,8 @@ class DominoTrainerModule(DFlashTrainerModule):
         head = self.draft_model.head
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
         lambda_base = jnp.asarray(lambda_base, jnp.float32)
-        low_rank = head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids))
+        with jax.named_scope(HEAD):
+            low_rank = head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids))
         wanted = self._wanted_states(target_states, anchors)
         labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
         loss = self._dual_loss(

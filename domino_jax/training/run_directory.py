@@ -10,7 +10,8 @@ from domino_jax.strict import InputError
 # What may differ when a run is started again: nothing that changes its numbers.
 _FREE_TO_CHANGE = (
     *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.max_bad_steps", "mesh", "loss.logits_mib"),  # the last two change no more than the order of sums
+    *("train.max_bad_steps", "train.profile"),
+    *("mesh", "loss.logits_mib"),  # change no more than the order of sums
 )
 
 

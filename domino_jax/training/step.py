@@ -10,6 +10,7 @@ import optax
 
 from domino_jax.draft.blocks import document_ids
 from domino_jax.sharding import constrain
+from domino_jax.stages import TARGET, UPDATE
 from domino_jax.target.model import Target, lm_head_weight
 from domino_jax.training.metrics import metric_sums
 from domino_jax.training.modules import DFlashStepMetrics, DFlashTrainerModule, DominoTrainerModule
@@ -141,6 +142,7 @@ class _Outcome(NamedTuple):
     grad_norm: jax.Array
 
 
+@jax.named_scope(UPDATE)
 def _update(
     program: Program,
     state: TrainState,
@@ -191,7 +193,13 @@ def batch_metrics(
     input_ids = constrain(batch.input_ids, "batch", "length")
     if batch.features is None:
         documents = None if batch.seq_lens is None else document_ids(batch.seq_lens, input_ids.shape[1])
-        out = program.target.apply({"params": target_params}, input_ids, batch.position_ids, documents=documents)
+        with jax.named_scope(TARGET):
+            out = program.target.apply(
+                {"params": target_params},
+                input_ids,
+                batch.position_ids,
+                documents=documents,
+            )
         features, target_states = out.features, out.hidden
     else:
         features = constrain(batch.features, "batch", "length", None).astype(program.target.cfg.dtype)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from domino_jax.training.flops import step_flops
+
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 # What the machines with a GPU lack: nothing that runs there may import it.
 ABSENT = ("grain", "array_record", "gguf", "platformdirs", "datasets")
@@ -49,10 +51,11 @@ def test_step_flops_count_what_is_useful(
     anchors: int,
     teraflops: float,
 ) -> None:
-    from benchmark_workloads import WORKLOADS, draft_config, step_flops, target_config
+    from benchmark_workloads import WORKLOADS, draft_config, target_config
 
-    draft = draft_config(target_config(WORKLOADS[workload].shape, dtype="bfloat16", tiny=False))
-    parts = step_flops(draft, WORKLOADS[workload].length, anchors, online=True)
+    target = target_config(WORKLOADS[workload].shape, dtype="bfloat16", tiny=False)
+    draft = draft_config(target)
+    parts = step_flops(draft, WORKLOADS[workload].length, anchors, target=target)
     assert sum(parts.values()) == pytest.approx(teraflops * 1e12, rel=2e-3)
     assert draft.target_layer_ids == (1, 9, 17, 25, 33)
 

@@ -139,6 +139,11 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     tokens = [line["tokens_per_second"] * line["seconds_per_step"] * 20 for line in timing]
     lengths = [len(row.input_ids) for row in prepare(load_config(path), console=quiet()).rows.rows]
     assert sum(tokens) == pytest.approx(60 * 8 / 24 * sum(lengths))
+    for line, figures in zip(timing, training, strict=True):
+        assert line["samples_per_second"] == pytest.approx(8 / line["seconds_per_step"])
+        supervised = line["supervised_tokens_per_second"] * line["seconds_per_step"] * 20
+        assert supervised == pytest.approx(figures["valid_tokens"])
+        assert not {"mfu", "peak_memory_bytes"} & line.keys()  # nothing is published of this chip
     assert list((directory / "tensorboard").iterdir())
     # As it was resolved: the objective's own decay stands where none was given.
     stored, given = load_config(directory / "config.yaml"), load_config(path)

@@ -1,0 +1,104 @@
+"""The useful FLOPs of a training step: what its result needs, whatever a program computes for it.
+
+One count for the figures of a run, for plans and for the benchmarks. A multiplication and its
+addition are two FLOPs; only matrix products count. Useful means:
+
+- a product with a trained weight counts three times (forward, and the gradients of both sides),
+  less where one side is frozen: the embeddings, the target's states and the target's head have no
+  gradient, and the target itself runs forward only;
+- attention counts the keys that may be seen: those before the anchor, half of a row on average (up
+  to the window in a sliding layer), those of the block, and for the target those before the token;
+- nothing counts twice: no recomputation, no padding, no unused slot; the vocabulary's rows once per
+  prediction, and the target's logits once per token, though many blocks may ask for them.
+
+The update is left out: it has no products. No jax here: a benchmark's parent must not start it.
+"""
+
+from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig
+from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT, HEAD, TARGET, VOCABULARY_LOSS
+
+
+def step_flops(
+    draft: DraftConfig,
+    length: float,
+    anchors: float,
+    *,
+    target: DecoderConfig | None = None,
+    depth: int | None = None,
+    target_logits: bool = False,
+) -> dict[str, float]:
+    """Useful FLOPs of one row's training step.
+
+    Args:
+        draft: with or without head, shifted or not.
+        length: S, tokens of the row without its padding; may be a mean.
+        anchors: N, blocks that are trained on; may be a mean.
+        target: the target where it runs in the step; None where its states are given.
+        depth: layers of it that run; None for those that the draft reads, or with `target_logits`
+            for all. That its head is tied changes nothing.
+        target_logits: whether the loss reads the target's distribution (`kl_weight`).
+    Returns:
+        FLOPs by the stage they belong to (`stages.STAGES`); stages without any are left out.
+    """
+    width, vocabulary = draft.hidden_size, draft.vocab_size
+    predictions = anchors * draft.num_predictions
+    fc = 2 * length * len(draft.target_layer_ids) * width * width
+    context_keys = 3 * draft.num_hidden_layers * length * width * 2 * _kv_width(draft)
+    block_tokens = anchors * draft.block_size
+    products = {
+        CONTEXT: fc + context_keys,
+        BACKBONE: 3 * draft.num_hidden_layers * block_tokens * _layer_weights(draft),
+        BLOCK_ATTENTION: 3 * block_tokens * _block_attention(draft, length),
+        VOCABULARY_LOSS: 2 * predictions * vocabulary * width,
+    }
+    if draft.projector_type is not None:
+        gru, rank = draft.gru_hidden_dim, draft.emb_dim
+        recurrence = 3 * gru * (2 * width + 3 * gru)
+        products[HEAD] = predictions * (recurrence + 3 * rank * (width + gru))
+        products[VOCABULARY_LOSS] += 3 * predictions * vocabulary * rank
+    if target_logits:
+        products[VOCABULARY_LOSS] += min(length, predictions) * vocabulary * width
+    if target is not None:
+        if depth is None:
+            last_read = max(draft.target_layer_ids) + 1
+            depth = target.num_hidden_layers if target_logits else last_read
+        seen = 2 * _heads_width(target) * _mean_seen(length, None)
+        products[TARGET] = depth * length * (_layer_weights(target) + seen)
+    return {stage: 2.0 * count for stage, count in products.items()}
+
+
+def _heads_width(config: DecoderConfig) -> int:
+    return config.num_attention_heads * config.head_dim
+
+
+def _kv_width(config: DecoderConfig) -> int:
+    return config.num_key_value_heads * config.head_dim
+
+
+def _layer_weights(config: DecoderConfig) -> int:
+    """Weights of a layer that a token is multiplied with; of experts, those that it is sent to."""
+    width = config.hidden_size
+    attention = width * 2 * (_heads_width(config) + _kv_width(config))
+    if config.num_experts == 0:
+        return attention + 3 * width * config.intermediate_size
+    chosen = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok
+    return attention + width * config.num_experts + chosen
+
+
+def _block_attention(draft: DraftConfig, length: float) -> float:
+    """Products of a block's token with the keys and values that it sees, over all layers."""
+    causal = draft.sliding_in_block == "causal"
+    total = 0.0
+    for kind in draft.attention_types:
+        sliding = kind == SLIDING_ATTENTION
+        own = (draft.block_size + 1) / 2 if sliding and causal else draft.block_size
+        context = _mean_seen(length, draft.sliding_window if sliding else None)
+        total += 2 * _heads_width(draft) * (context + own)
+    return total
+
+
+def _mean_seen(length: float, window: int | None) -> float:
+    """Tokens before a place of the row, at most `window` of them, on average over its places."""
+    if window is None or window >= length:
+        return length / 2
+    return window - window * window / (2 * length)

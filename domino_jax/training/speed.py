@@ -1,0 +1,126 @@
+"""How fast a run trains: what a window of steps put through a second, and what the chips could do.
+
+Rows differ in length and in how many anchors they have, so speeds count what was really there:
+tokens without padding, predictions that were supervised, blocks that were trained on.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from domino_jax.chips import CHIPS
+from domino_jax.config import RunConfig
+from domino_jax.training.flops import step_flops
+from domino_jax.training.step import Program
+
+
+class Speed:
+    """Counts the steps of a window and gives its figures.
+
+    With several processes each counts the tokens of its own rows and takes those of the others to
+    be as many.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        program: Program,
+        mesh: Mesh,
+        *,
+        lengths: Sequence[int],
+    ) -> None:
+        """Begins a window.
+
+        Args:
+            config: of the run.
+            program: what it trains.
+            mesh: its devices.
+            lengths: tokens of each row of its data.
+        """
+        self._program, self._mesh = program, mesh
+        self._lengths = np.asarray(lengths)
+        self._rows_per_step = config.data.batch_size * config.optimizer.grad_accumulation
+        self._target_runs = config.data.features is None
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a window; what was counted before is forgotten."""
+        self._began = time.monotonic()
+        self._steps = self._tokens = self._conversations = 0
+
+    def add(self, row_numbers: np.ndarray) -> None:
+        """Counts one step; its rows are int [...], -1 for none."""
+        there = row_numbers[row_numbers >= 0]
+        self._steps += 1
+        self._tokens += int(self._lengths[there].sum()) * jax.process_count()
+        self._conversations += there.size * jax.process_count()
+
+    @contextmanager
+    def paused(self, state: Any) -> Iterator[None]:
+        """Time that does not count; the steps that lead to `state` are waited for first, and do."""
+        jax.block_until_ready(state)
+        stopped = time.monotonic()
+        yield
+        self._began += time.monotonic() - stopped
+
+    def figures(self, sums: dict[str, Any]) -> dict[str, float]:
+        """The figures of the window, whose steps have all run.
+
+        Args:
+            sums: of `train_step` over the window.
+        Returns:
+            `samples_per_second` (rows of batches), `tokens_per_second`,
+            `supervised_tokens_per_second`, `seconds_per_step`; `mfu`, the useful FLOPs per second
+            (`step_flops`) over the published bfloat16 peak of all devices, unless their kind is
+            unknown; and `peak_memory_bytes`, the most that one device of this process has held
+            since it started, where the platform tells.
+        """
+        seconds = time.monotonic() - self._began
+        figures = {
+            "samples_per_second": self._steps * self._rows_per_step / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "supervised_tokens_per_second": float(sums["valid_tokens"]) / seconds,
+            "seconds_per_step": seconds / self._steps,
+        }
+        chip = CHIPS.get(self._mesh.devices.flat[0].device_kind)
+        if chip is not None:
+            flops = self._useful_flops(float(sums["valid_blocks"]))
+            figures["mfu"] = flops / seconds / (self._mesh.size * chip.flops)
+        peak = peak_memory_bytes(self._mesh.local_devices)
+        if peak is not None:
+            figures["peak_memory_bytes"] = peak
+        return figures
+
+    def _useful_flops(self, blocks: float) -> float:
+        # Per conversation, not per row of a batch: packed ones do not see each other.
+        program, count = self._program, self._conversations
+        parts = step_flops(
+            program.trainer.draft_model.cfg,
+            self._tokens / count,
+            blocks / count,
+            target=program.target.cfg if self._target_runs else None,
+            depth=program.target.layers_run,
+            target_logits=program.trainer.kl_weight > 0,
+        )
+        return count * sum(parts.values())
+
+
+def peak_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
+    """The most memory that one of the devices has held; None where the platform is silent."""
+    peaks = []
+    for device in devices:
+        statistics = device.memory_stats() or {}
+        if "peak_bytes_in_use" in statistics:
+            peaks.append(statistics["peak_bytes_in_use"])
+    return max(peaks, default=None)
+
+
+def speed_words(figures: dict[str, float]) -> str:
+    """The figures that a person watches."""
+    words = f"{figures['tokens_per_second']:,.0f} tokens/s"
+    return f"{words}  MFU {figures['mfu']:.1%}" if "mfu" in figures else words

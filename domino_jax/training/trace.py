@@ -1,0 +1,79 @@
+"""A trace of some steps of a run, for TensorBoard's profiler: what the devices did, and when."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Trace:
+    """Traces the steps that `train.profile` asks for, as a context around all steps of a run.
+
+    The devices are waited for at both ends, so that the trace holds whole steps and no others. A
+    run that ends or is stopped between them leaves what it had.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        profile: tuple[int, int] | None,
+        coming: range,
+        *,
+        paused: Callable[[Any], AbstractContextManager[None]],
+        say: Callable[[str], None],
+    ) -> None:
+        """Says so where none of the steps will run.
+
+        Args:
+            run_dir: receives `profile/`.
+            profile: the first step and how many, or None; those that run are traced.
+            coming: the steps that this start has to run, perhaps none.
+            paused: `Speed.paused`; starting and stopping takes time that is not training's.
+            say: where lines go.
+        """
+        self._directory, self._paused, self._say = run_dir / "profile", paused, say
+        self._first, self._last = 0, 0  # steps count from 1
+        self._running, self._reached = False, 0
+        if profile is None:
+            return
+        first, count = profile
+        last = first + count - 1
+        self._first, self._last = max(first, coming.start), min(last, coming.stop - 1)
+        if self._first > self._last:
+            say(
+                f"train.profile: no trace of steps {first} to {last}: this start goes "
+                f"from step {coming.start - 1} to {coming.stop - 1}"
+            )
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._stop()
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts the trace if `step` is the first of it; `state` is the one that it begins from."""
+        if step == self._first <= self._last:
+            with self._paused(state):
+                jax.profiler.start_trace(self._directory)
+            self._running, self._reached = True, step
+
+    def after(self, step: int, state: Any) -> None:
+        """Ends the trace if `step` is the last of it; `state` is what it left."""
+        if not self._running:
+            return
+        self._reached = step
+        if step == self._last:
+            with self._paused(state):
+                self._stop()
+
+    def _stop(self) -> None:
+        self._running = False
+        jax.profiler.stop_trace()
+        self._say(
+            f"steps {self._first} to {self._reached} are traced in {self._directory}; to see them: "
+            f"pip install tensorboard xprof; tensorboard --logdir {self._directory}"
+        )
