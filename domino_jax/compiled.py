@@ -390,6 +390,8 @@ def stage_of(path: str) -> str | None:
 
 def scope_of(path: str) -> str:
     """A path as a person reads it: its stage and its last names, and whether it is a gradient."""
+    if "/" not in path:  # an argument of the step, or nothing
+        return path.replace("\\", "") or "the compiler's own"
     names = [re.sub(r"^(\w+\()*|\)*$", "", part) for part in path.split("/")]
     told = [name for name in names if re.fullmatch(r"[\w\-]+", name) and name not in _MACHINERY]
     stage = stage_of(path)

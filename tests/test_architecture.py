@@ -35,8 +35,8 @@ TABLE = (
             *("speed", "trace", "loop"),
         ),
     ),
-    (4, "", ("plan", "report")),
-    (5, "cli", ("interrupts", "shared", "data", "train", "decode", "checkpoint", "verbs")),
+    (4, "", ("compiled", "arithmetic", "places", "plan", "plan_table", "report")),
+    (5, "cli", ("interrupts", "shared", "data", "train", "plan", "decode", "checkpoint", "verbs")),
     (6, "", ("__main__",)),
 )
 # The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the last file of its row.

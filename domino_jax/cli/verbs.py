@@ -11,6 +11,7 @@ from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.interrupts import EXIT_CODE
+from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.train import capture, train
 from domino_jax.strict import InputError
 from domino_jax.training.loop import Interrupted
@@ -48,6 +49,7 @@ def cli(ctx: click.Context) -> None:
     \b
     A drafter from nothing to a served checkpoint:
       domino regenerate PROMPTS ANSWERS   the target answers your prompts: the training data
+      domino plan CONFIG --on v5p:2x2x2   what a step would take there, before you pay
       domino train CONFIG                 trains the drafter; run it again to go on after a stop
       domino evaluate RUN PROMPTS...      acceptance length, speed, and a token-by-token check
       domino generate RUN "a question"    streams one answer
@@ -57,7 +59,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _verb in (target, regenerate, capture, train, generate, evaluate, export, import_):
+for _verb in (target, regenerate, capture, plan_verb, train, generate, evaluate, export, import_):
     cli.add_command(_verb)
 
 

@@ -175,11 +175,16 @@ class StepArguments(NamedTuple):
     batch: Batch
 
 
-def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lowered:
-    """The step for devices of the arguments' shardings, ready to be compiled; it consumes its state."""
+def traced_step(program: Program, arguments: StepArguments) -> jax.stages.Traced:
+    """The step for devices of the arguments' shardings; it consumes its state."""
     layout = jax.tree.map(lambda x: x.sharding, arguments.state)
     step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=(layout, None))
-    return step.lower(*arguments)
+    return step.trace(*arguments)
+
+
+def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lowered:
+    """`traced_step`, ready to be compiled."""
+    return traced_step(program, arguments).lower()
 
 
 def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:

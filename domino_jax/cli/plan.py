@@ -1,0 +1,106 @@
+"""The verb `plan`: what a run would take on machines that are not here."""
+
+import dataclasses
+from pathlib import Path
+
+import click
+import jax
+from rich.console import Console
+
+from domino_jax.cli.interrupts import keeps
+from domino_jax.cli.shared import say
+from domino_jax.config import RunConfig, load_config
+from domino_jax.places import Compiler, Place, compiler_for, parse_place
+from domino_jax.plan import Models, Plan, largest_multiple, plan, read_models, with_batch, write_json
+from domino_jax.plan_table import plan_table
+from domino_jax.strict import InputError
+
+_WIDTH = 100  # of the table where nothing says how wide the screen is, at least
+
+
+@click.command("plan")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--on",
+    "places",
+    multiple=True,
+    required=True,
+    metavar="PLACE",
+    help="Where it would run: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB or h100:N. May be repeated.",
+)
+@click.option("--largest-batch", is_flag=True, help="Search the largest data.batch_size that fits.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the plans there.")
+@click.pass_context
+def plan_verb(
+    ctx: click.Context,
+    config: Path,
+    overrides: tuple[str, ...],
+    places: tuple[str, ...],
+    largest_batch: bool,
+    file: Path | None,
+) -> None:
+    """Compile the step that `train` runs with CONFIG for machines that are not here, and tell what it takes.
+
+    \b
+    domino plan configs/qwen3-8b.yaml --on h100:1
+    domino plan configs/qwen3-8b.yaml --on v5p:2x2x2 mesh.fsdp=8 data.batch_size=16 optimizer.grad_accumulation=1
+
+    Memory, collectives, launches, FLOPs, and the bounds that the chip's published peaks put on them;
+    no step time. Only the target's config.json is read. Exit code 1 where it does not fit.
+    """
+    settings = load_config(config, overrides)
+    asked = [parse_place(place) for place in places]
+    keeps("plans that were finished are kept; the same command goes on")
+    # Before jax looks for devices: this machine's own are none of a plan's business.
+    jax.config.update("jax_platforms", "cpu")
+    compilers = [compiler_for(place) for place in asked]
+    models = read_models(settings, say=say)
+    work = _largest if largest_batch else _as_it_stands
+    plans = [
+        work(settings, models, place, compiler)
+        for place, compiler in zip(asked, compilers, strict=True)
+    ]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, _WIDTH))
+    console.print(plan_table(plans))
+    for one in plans:
+        if one.refusal is not None:
+            click.echo(f"{one.place}: the compiler refused: {one.refusal}")
+        if largest_batch:
+            click.echo(f"{one.place}: largest data.batch_size that fits: {one.batch_size if one.fits else 'none'}")
+    if file is not None:
+        write_json(file, [dataclasses.asdict(one) for one in plans])
+        click.echo(file)
+    if not all(one.fits for one in plans):
+        ctx.exit(1)
+
+
+def _cache() -> Path:
+    try:
+        import platformdirs
+    except ModuleNotFoundError as error:
+        raise InputError("domino plan needs platformdirs: pip install platformdirs") from error
+    return platformdirs.user_cache_path("domino_jax") / "plans"
+
+
+def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
+    return plan(config, models, place, compiler, cache=_cache(), say=say)
+
+
+def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
+    """The plan of the largest batch that fits, or of the smallest, which does not."""
+    if len(compiler.devices) % config.mesh.tensor:
+        return _as_it_stands(config, models, place, compiler)  # raises, and says what is wrong
+    rows = len(compiler.devices) // config.mesh.tensor  # a batch is a multiple of them
+    plans: dict[int, Plan] = {}
+
+    def fits(count: int) -> bool:
+        plans[count] = _as_it_stands(with_batch(config, count * rows), models, place, compiler)
+        one = plans[count]
+        say(f"{place.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}")
+        return one.fits
+
+    best = largest_multiple(fits, first=max(config.data.batch_size // rows, 1))
+    return plans[best or 1]
