@@ -88,7 +88,7 @@ class _Walk:
         elif name == "pallas_call":
             turns = math.prod(params["grid_mapping"].grid)
         elif name == "shard_map":
-            turns = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            turns = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         for jaxpr in _inside(params):
             yield from self.of_jaxpr(jaxpr, _Place(at.path, at.times * turns))
 

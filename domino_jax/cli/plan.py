@@ -11,7 +11,15 @@ from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import say
 from domino_jax.config import RunConfig, load_config
 from domino_jax.places import Compiler, Place, compiler_for, parse_place
-from domino_jax.plan import Models, Plan, largest_multiple, plan, read_models, with_batch, write_json
+from domino_jax.plan import (
+    Models,
+    Plan,
+    largest_multiple,
+    plan,
+    read_models,
+    with_batch,
+    write_json,
+)
 from domino_jax.plan_table import plan_table
 from domino_jax.strict import InputError
 
@@ -57,10 +65,7 @@ def plan_verb(
     compilers = [compiler_for(place) for place in asked]
     models = read_models(settings, say=say)
     work = _largest if largest_batch else _as_it_stands
-    plans = [
-        work(settings, models, place, compiler)
-        for place, compiler in zip(asked, compilers, strict=True)
-    ]
+    plans = [work(settings, models, place, compiler) for place, compiler in zip(asked, compilers, strict=True)]
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, _WIDTH))

@@ -101,7 +101,10 @@ def on_tpu(
         segments = splash.SegmentIds(documents, documents)
     by_head = jax.vmap(attend, in_axes=(0, 0, 0, None))
     by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
-    out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
+    # The command asks for whole float32 products; a kernel cannot ask that of bfloat16 operands.
+    precision = "highest" if q.dtype == jnp.float32 else "default"
+    with jax.default_matmul_precision(precision):
+        out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
     return out.reshape(batch, heads, -1, width)[:, :, :length].astype(v.dtype)
 
 
