@@ -16,7 +16,6 @@ from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
 from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
-
 # What a layer that recomputes keeps for its backward pass.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(RESULT)
