@@ -17,7 +17,7 @@ TABLE = (
         "kernels",
         (
             *("causal_attention", "cache", "products", "scale", "largest", "softmax", "operands", "blocks_by_tiles"),
-            *("blocks_on_tpu", "block_attention", "vocabulary_loss"),
+            *("blocks_on_tpu", "block_attention", "token_loss", "vocabulary_loss"),
         ),
     ),
     (1.5, "", ("layers",)),

@@ -145,9 +145,16 @@ def _place(cut: Cut) -> jax.Array:
     return (pl.program_id(0) * cut.parts + pl.program_id(2)) * cut.tiles + pl.program_id(3)
 
 
-def _in_specs(cut: Cut, width: int, own: int) -> _Inputs:
-    def by_tile(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, counts: Any) -> tuple[Any, ...]:
-        return b, h, t, 0
+def _by_tile(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+    return b, h, t, 0
+
+
+def _by_lane(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+    return b, h, 0, t
+
+
+def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
+    width, own_shape = inputs.queries.shape[-1], inputs.own_seen.shape
 
     def by_key(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, counts: Any) -> tuple[Any, ...]:
         # Past the end of the list the tile stays what it was, and is not read again.
@@ -155,19 +162,12 @@ def _in_specs(cut: Cut, width: int, own: int) -> _Inputs:
         step = jnp.minimum(s, jnp.maximum(counts[place] - 1, 0))
         return b, h, p * cut.part_tiles + order[place * cut.part_tiles + step], 0
 
-    def by_query(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, counts: Any) -> tuple[Any, ...]:
-        return b, 0, t
-
-    def fixed(*_: Any) -> tuple[int, int]:
-        return 0, 0
-
-    tile, key = (
-        pl.BlockSpec((None, None, cut.rows, width), by_tile),
-        pl.BlockSpec((None, None, cut.keys, width), by_key),
-    )
-    own_tile = pl.BlockSpec((None, None, own, width), by_tile)
-    query = pl.BlockSpec((None, 1, cut.rows), by_query)
-    return _Inputs(tile, key, key, own_tile, own_tile, pl.BlockSpec((own, cut.rows), fixed), query, query)
+    tile = pl.BlockSpec((None, None, cut.rows, width), _by_tile)
+    key = pl.BlockSpec((None, None, cut.keys, width), by_key)
+    own = pl.BlockSpec((None, None, own_shape[0], width), _by_tile)
+    seen = pl.BlockSpec(own_shape, lambda *_: (0, 0))
+    query = pl.BlockSpec((None, 1, cut.rows), lambda b, h, p, t, s, *_: (b, 0, t))
+    return _Inputs(tile, key, key, own, own, seen, query, query)
 
 
 def _turned(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
@@ -296,20 +296,15 @@ def forward(
     batch, heads, blocks, rows, width = operands.queries.shape
     cut = cut_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
     inputs = _inputs(operands, span, cut, causal=causal)
-    specs = _in_specs(cut, width, inputs.own_seen.shape[0])
-    shape, queries = (batch, heads, cut.tiles * cut.rows, width), cut.tiles * cut.rows
-
-    def by_query(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, 0, t
-
+    specs, queries = _in_specs(cut, inputs), cut.tiles * cut.rows
     run = _call(
         _forward_kernel,
         cut,
         operands,
         in_specs=list(specs),
-        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, cut.rows), by_query)],
+        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, cut.rows), _by_lane)],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, operands.queries.dtype),
+            jax.ShapeDtypeStruct((batch, heads, queries, width), operands.queries.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
         ],
         scratch_shapes=[
@@ -340,34 +335,13 @@ def backward(
     length, own = operands.keys.shape[2], operands.own_keys.shape[3]
     cut = cut_of(operands, size)
     inputs = _inputs(operands, span, cut, causal=causal)
-    specs = _in_specs(cut, width, inputs.own_seen.shape[0])
-    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1)
+    specs, outputs = _in_specs(cut, inputs), _gradient_outputs(operands, cut)
     more = ((0, 0), (0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0))
 
-    def by_query(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * rows]
+    def lanes(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * rows]
         return jnp.pad(x, more).reshape(batch, heads, 1, -1)
 
-    def at_query(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, 0, t
-
-    def at_part(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, p, 0
-
-    def at_tile_of_part(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, p, t, 0
-
-    def of_part(rows: int) -> Any:  # a partial sum for each part of the context
-        shape = (batch, heads, cut.parts, cut.tiles * rows, width)
-        return pl.BlockSpec((None, None, None, rows, width), at_tile_of_part), jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    held = cut.part_tiles * cut.keys
-    context: Any = (
-        pl.BlockSpec((None, None, held, width), at_part),
-        jax.ShapeDtypeStruct((batch, heads, cut.parts * held, width), jnp.float32),
-    )
-    own_part = of_part(cut.blocks * own)
-    outputs = Operands(of_part(cut.rows), context, context, own_part, own_part)
-    query = pl.BlockSpec((None, None, 1, cut.rows), at_query)
+    query = pl.BlockSpec((None, None, 1, cut.rows), _by_lane)
     run = _call(
         _backward_kernel,
         cut,
@@ -378,26 +352,39 @@ def backward(
         interpret=interpret,
         name="block_attention_backward",
     )
+    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1)
     cotangent = jnp.pad(cotangent.astype(operands.queries.dtype), (*more, (0, 0)))
-    gradients = Operands(
-        *run(
-            *seen_tiles(span, cut),
-            *inputs,
-            cotangent.reshape(batch, heads, -1, width),
-            by_query(saved.log_sum[..., 0]),
-            by_query(slope),
-        )
-    )
+    figures = cotangent.reshape(batch, heads, -1, width), lanes(saved.log_sum[..., 0]), lanes(slope)
+    found = Operands(*run(*seen_tiles(span, cut), *inputs, *figures))
 
     def by_block(x: jax.Array, rows: int) -> jax.Array:
         x = x[:, :, 0] if cut.parts == 1 else jnp.sum(x, axis=2)
         return x.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
 
     gradients = Operands(
-        by_block(gradients.queries, rows),
-        gradients.keys[:, :, :length],
-        gradients.values[:, :, :length],
-        by_block(gradients.own_keys, own),
-        by_block(gradients.own_values, own),
+        by_block(found.queries, rows),
+        found.keys[:, :, :length],
+        found.values[:, :, :length],
+        by_block(found.own_keys, own),
+        by_block(found.own_values, own),
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)
+
+
+def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
+    """Block and shape of each gradient: sums over the context, which stay in memory, and what each part adds to the
+    rest.
+    """
+    batch, heads, _, _, width = operands.queries.shape
+
+    def of_tile(rows: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        shape = (batch, heads, cut.parts, cut.tiles * rows, width)
+        spec = pl.BlockSpec((None, None, None, rows, width), lambda b, h, p, t, s, *_: (b, h, p, t, 0))
+        return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    held = cut.part_tiles * cut.keys
+    spec = pl.BlockSpec((None, None, held, width), lambda b, h, p, t, s, *_: (b, h, p, 0))
+    context: Any = spec, jax.ShapeDtypeStruct((batch, heads, cut.parts * held, width), jnp.float32)
+    own: Any = of_tile(cut.blocks * operands.own_keys.shape[3])
+    queries: Any = of_tile(cut.rows)
+    return Operands(queries, context, context, own, own)
