@@ -99,7 +99,8 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
     import jax
     import jax.numpy as jnp
 
-    from domino_jax.kernels.vocabulary_loss import Labels, States, Tables, vocabulary_loss
+    from domino_jax.kernels.token_loss import Labels, States, Tables
+    from domino_jax.kernels.vocabulary_loss import vocabulary_loss
 
     shape = (1, anchors, config.num_predictions)
     states, low_rank = (jnp.zeros((*shape, width)) for width in (config.hidden_size, config.emb_dim))

@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.draft.blocks import anchor_candidates, sample_anchors
 from domino_jax.interop.hf import hf_tensors
+from domino_jax.kernels.causal_attention import form_for
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.load import TABLES, expected_tensors
 from domino_jax.target.model import Target
@@ -124,6 +125,7 @@ def recipe_step(
         num_anchors: N.
         chunk_blocks: memory bound of the vocabulary loss.
     """
+    device = jax.devices()[0]
     depth = max(config.target_layer_ids) + 1
     # Weights of the layers that run only; the target itself knows its whole depth.
     cut = dataclasses.replace(target, num_hidden_layers=depth)
@@ -133,8 +135,15 @@ def recipe_step(
             num_anchors=num_anchors,
             loss_decay_gamma=LOSS_DECAY_GAMMA,
             chunk_blocks=chunk_blocks,
+            recompute=device.platform != "cpu",
         ),
-        target=Target(target, capture=config.target_layer_ids, depth=depth, scan_layers=True),
+        target=Target(
+            target,
+            capture=config.target_layer_ids,
+            depth=depth,
+            scan_layers=True,
+            attention=form_for(device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False),
+        ),
         optimizer=optax.chain(
             optax.clip_by_global_norm(CLIP_NORM),
             optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0),

@@ -34,7 +34,6 @@ import numpy as np
 from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
 from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
-from domino_jax.config import LossConfig
 from domino_jax.model_config import DraftConfig
 from domino_jax.training.flops import step_flops
 
@@ -56,6 +55,7 @@ CONFIG = DraftConfig(
     pure_draft_prefix_len=1,
     shift_label=True,
 )
+CHUNK_BLOCKS = 16  # blocks whose logits exist together
 WORKLOADS = {"small": (512, 64), "wide": (512, 256), "long": (4096, 64)}  # S, N
 
 
@@ -63,11 +63,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=(*WORKLOADS, *card.WORKLOADS), default="small")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, after two to warm up")
-    chunk = LossConfig.chunk_blocks
     parser.add_argument(
         "--chunk-blocks",
         type=int,
-        help=f"blocks whose logits exist together; 0 for all ({chunk}, on an accelerator {card.CHUNK_BLOCKS})",
+        help=f"blocks whose logits exist together; 0 for all ({CHUNK_BLOCKS}, on an accelerator {card.CHUNK_BLOCKS})",
     )
     real = parser.add_argument_group("steps of real size (qwen3-4b, qwen3-8b, specforge)")
     real.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
@@ -81,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     on_card = options.workload in card.WORKLOADS
     if options.chunk_blocks is None:
-        options.chunk_blocks = card.CHUNK_BLOCKS if on_card else chunk
+        options.chunk_blocks = card.CHUNK_BLOCKS if on_card else CHUNK_BLOCKS
     chosen = {"anchors": options.anchors, "modes": options.modes, "tiny": options.tiny}
     if not on_card and any((*chosen.values(), options.no_peer, options.nemo_compile)):
         parser.error(f"{options.workload} has no settings; those of real size have")

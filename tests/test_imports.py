@@ -34,7 +34,7 @@ from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import DraftConfig
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target, stack_layers
+from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
@@ -55,7 +55,7 @@ program = Program(
 ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 2, 16), dtype=np.int32)
 state, sums = jax.jit(functools.partial(train_step, program))(
     initial_state(program, params),
-    stack_layers(target.params),
+    tiny.stack_layers(target.params),
     Batch(jnp.asarray(ids), jnp.ones(ids.shape, bool)),
 )
 assert int(state.step) == 1 and np.isfinite(sums["loss_sum"]), sums

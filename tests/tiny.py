@@ -67,6 +67,14 @@ def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
     return directory
 
 
+def stack_layers(params: Any) -> Any:
+    """Parameters of a target with its layers stacked under `layers/layer`, for `scan_layers`."""
+    count = sum(name.startswith("layers_") for name in params)
+    layers = [params[f"layers_{index}"] for index in range(count)]
+    rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    return {**rest, "layers": {"layer": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
+
+
 def write_conversations(path: Path, count: int, *, seed: int = 0, answers: bool = True, rounds: int = 1) -> Path:
     """Random words asked and answered, `rounds` times per conversation, one conversation per line."""
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """The draft model: the DFlash backbone and, when its config asks for one, the Domino head."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,6 @@ from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiG
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
 from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
-
 
 # What a layer that recomputes keeps for its backward pass.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
@@ -54,6 +54,26 @@ class DraftLayer(nn.Module):
     def context_keys_values(self, context: jax.Array, tables: Rotary) -> Cache:
         """Keys and values of context states, [B, S, D] -> two [B, KV, S, head_dim]; the context is not normed here."""
         return Cache(*self.self_attn.keys_values(context, tables))
+
+
+def _run(layer: DraftLayer, *arguments: Any) -> jax.Array:
+    return layer(*arguments)
+
+
+def _run_forward(layer: DraftLayer, *arguments: Any) -> tuple[jax.Array, Any]:
+    return nn.vjp(_run, layer, *arguments)
+
+
+def _run_backward(pull: Any, cotangent: jax.Array) -> Any:
+    gradients = pull(cotangent)
+    of_floats = [x for x in jax.tree.leaves(gradients) if x.dtype != jax.dtypes.float0]
+    ordered = iter(jax.lax.optimization_barrier(of_floats))
+    return jax.tree.map(lambda x: x if x.dtype == jax.dtypes.float0 else next(ordered), gradients)
+
+
+# A layer whose gradients are there before those of the layer below are begun. A compiler that sees memory to spare
+# leaves the products for the weights to the end, and keeps all that they read until then.
+_gradients_in_turn = nn.custom_vjp(_run, forward_fn=_run_forward, backward_fn=_run_backward)
 
 
 class DraftModel(nn.Module):
@@ -124,8 +144,9 @@ class DraftModel(nn.Module):
         tables = rotary(positions.reshape(batch, blocks * size), self.cfg)
         x = embeddings.reshape(batch, blocks * size, width) * self.cfg.input_embedding_scale
         x = x.astype(self.cfg.dtype)
+        run = _gradients_in_turn if self.recompute else _run
         for layer, kind, keys_values in zip(self.layers, self.cfg.attention_types, context, strict=True):
-            x = layer(x, keys_values, tables, spans[kind])
+            x = run(layer, x, keys_values, tables, spans[kind])
         return self.norm(x).reshape(batch, blocks, size, width)
 
     def empty_cache(self, *, batch: int, slots: int) -> tuple[Cache, ...]:

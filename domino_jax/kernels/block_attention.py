@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu
-from domino_jax.kernels.blocks_by_tiles import TILE, WHOLE_CONTEXT, TileSize
+from domino_jax.kernels.blocks_by_tiles import TILE, WHOLE_CONTEXT, WHOLE_CONTEXT_BACKWARD, TileSize
 from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 from domino_jax.sharding import split_over_devices
 
@@ -74,18 +74,18 @@ class Form(NamedTuple):
     backward: Callable[..., Operands]
 
 
-def by_tiles(size: TileSize, *, transposed: bool) -> Form:
+def by_tiles(size: TileSize, *, backward: TileSize | None = None, transposed: bool) -> Form:
     """Plain products over tiles; see `blocks_by_tiles.backward` for `transposed`."""
     return Form(
         functools.partial(blocks_by_tiles.forward, size=size),
-        functools.partial(blocks_by_tiles.backward, size=size, transposed=transposed),
+        functools.partial(blocks_by_tiles.backward, size=backward or size, transposed=transposed),
     )
 
 
 FORMS = {
     "cpu": by_tiles(TILE, transposed=True),
     "tpu": Form(blocks_on_tpu.forward, blocks_on_tpu.backward),
-    "default": by_tiles(WHOLE_CONTEXT, transposed=False),
+    "default": by_tiles(WHOLE_CONTEXT, backward=WHOLE_CONTEXT_BACKWARD, transposed=False),
 }
 
 

@@ -25,7 +25,9 @@ class TileSize(NamedTuple):
 
 
 TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
-WHOLE_CONTEXT = TileSize(rows=8192, keys=2**30)
+# For a GPU: the fewer launches the better, as far as the scores of all heads fit.
+# The backward pass holds twice as many.
+WHOLE_CONTEXT, WHOLE_CONTEXT_BACKWARD = TileSize(rows=10944, keys=2**30), TileSize(rows=6592, keys=2**30)
 
 
 class _Softmax(NamedTuple):

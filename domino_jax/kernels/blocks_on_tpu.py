@@ -38,7 +38,7 @@ class KernelTile(NamedTuple):
 TILE = KernelTile()
 
 
-class Plan(NamedTuple):
+class Cut(NamedTuple):
     """How one call is cut: `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries,
     and the context in `parts` of `part_tiles` tiles each.
     """
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     part_tiles: int
 
 
-def plan_of(operands: Operands, size: KernelTile) -> Plan:
+def cut_of(operands: Operands, size: KernelTile) -> Cut:
     """The cut of a call; both axes are filled up to whole tiles."""
     blocks, rows = operands.queries.shape[2:4]
     length = operands.keys.shape[2]
@@ -60,32 +60,32 @@ def plan_of(operands: Operands, size: KernelTile) -> Plan:
     keys = min(size.keys, -(-length // LANES) * LANES)
     key_tiles = -(-length // keys)
     parts = -(-key_tiles * keys // max(size.context, keys))
-    return Plan(tile_blocks, tile_blocks * rows, keys, -(-blocks // tile_blocks), parts, -(-key_tiles // parts))
+    return Cut(tile_blocks, tile_blocks * rows, keys, -(-blocks // tile_blocks), parts, -(-key_tiles // parts))
 
 
 class SeenTiles(NamedTuple):
     """The key tiles that some query of a tile sees, by row of the batch, part of the context and tile of queries.
 
-    `order` int32 [B * parts * tiles * part_tiles], the seen ones first; `count` int32 [B * parts * tiles]. Flat, as a
+    `order` int32 [B * parts * tiles * part_tiles], the seen ones first; `counts` int32 [B * parts * tiles]. Flat, as a
     scalar memory wants them.
     """
 
     order: jax.Array
-    count: jax.Array
+    counts: jax.Array
 
 
-def seen_tiles(span: ContextSpan, plan: Plan) -> SeenTiles:
+def seen_tiles(span: ContextSpan, cut: Cut) -> SeenTiles:
     """Which key tiles are worth reading; arrays of tiles, not of positions."""
     batch, blocks = span.end.shape[:2]
 
     def by_tile(x: jax.Array) -> jax.Array:  # [B, N, Q] -> [B, tiles, queries, 1]
-        x = jnp.pad(x, ((0, 0), (0, plan.tiles * plan.blocks - blocks), (0, 0)))
-        return x.reshape(batch, plan.tiles, -1, 1)
+        x = jnp.pad(x, ((0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0)))
+        return x.reshape(batch, cut.tiles, -1, 1)
 
     first, end = (by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span)
-    begin = jnp.arange(plan.parts * plan.part_tiles) * plan.keys
-    seen = jnp.any((first < end) & (first < begin + plan.keys) & (end > begin), axis=2)
-    seen = seen.reshape(batch, plan.tiles, plan.parts, plan.part_tiles).swapaxes(1, 2)
+    begin = jnp.arange(cut.parts * cut.part_tiles) * cut.keys
+    seen = jnp.any((first < end) & (first < begin + cut.keys) & (end > begin), axis=2)
+    seen = seen.reshape(batch, cut.tiles, cut.parts, cut.part_tiles).swapaxes(1, 2)
     order = jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32)
     return SeenTiles(order.reshape(-1), jnp.sum(seen, axis=-1, dtype=jnp.int32).reshape(-1))
 
@@ -106,11 +106,11 @@ class _Inputs(NamedTuple):
     end: Any
 
 
-def _inputs(operands: Operands, span: ContextSpan, plan: Plan, *, causal: bool) -> _Inputs:
+def _inputs(operands: Operands, span: ContextSpan, cut: Cut, *, causal: bool) -> _Inputs:
     batch, heads, blocks, rows, width = operands.queries.shape
     size = operands.own_keys.shape[3]
-    more_blocks = plan.tiles * plan.blocks - blocks
-    more_keys = plan.parts * plan.part_tiles * plan.keys - operands.keys.shape[2]
+    more_blocks = cut.tiles * cut.blocks - blocks
+    more_keys = cut.parts * cut.part_tiles * cut.keys - operands.keys.shape[2]
 
     def by_block(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, more_blocks), (0, 0), (0, 0)))
@@ -123,7 +123,7 @@ def _inputs(operands: Operands, span: ContextSpan, plan: Plan, *, causal: bool) 
         x = jnp.tile(x, (1, 1, rows // x.shape[2]))
         return jnp.pad(x, ((0, 0), (0, more_blocks), (0, 0))).reshape(batch, 1, -1)
 
-    key, row = np.arange(plan.blocks * size)[:, None], np.arange(plan.rows)
+    key, row = np.arange(cut.blocks * size)[:, None], np.arange(cut.rows)
     own_seen = key // size == row // rows
     if causal:
         own_seen &= key % size <= row % size
@@ -140,34 +140,34 @@ def _inputs(operands: Operands, span: ContextSpan, plan: Plan, *, causal: bool) 
 
 
 # The grid of both kernels: row of the batch, key head, part of the context, tile of queries, step of its list.
-def _place(plan: Plan) -> jax.Array:
-    """Where the lists of this tile of queries stand in `SeenTiles.count`."""
-    return (pl.program_id(0) * plan.parts + pl.program_id(2)) * plan.tiles + pl.program_id(3)
+def _place(cut: Cut) -> jax.Array:
+    """Where the lists of this tile of queries stand in `SeenTiles.counts`."""
+    return (pl.program_id(0) * cut.parts + pl.program_id(2)) * cut.tiles + pl.program_id(3)
 
 
-def _in_specs(plan: Plan, width: int, own: int) -> _Inputs:
-    def by_tile(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, count: Any) -> tuple[Any, ...]:
-        return b, h, t, 0
+def _by_tile(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+    return b, h, t, 0
 
-    def by_key(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, count: Any) -> tuple[Any, ...]:
+
+def _by_lane(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
+    return b, h, 0, t
+
+
+def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
+    width, own_shape = inputs.queries.shape[-1], inputs.own_seen.shape
+
+    def by_key(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, counts: Any) -> tuple[Any, ...]:
         # Past the end of the list the tile stays what it was, and is not read again.
-        place = (b * plan.parts + p) * plan.tiles + t
-        step = jnp.minimum(s, jnp.maximum(count[place] - 1, 0))
-        return b, h, p * plan.part_tiles + order[place * plan.part_tiles + step], 0
+        place = (b * cut.parts + p) * cut.tiles + t
+        step = jnp.minimum(s, jnp.maximum(counts[place] - 1, 0))
+        return b, h, p * cut.part_tiles + order[place * cut.part_tiles + step], 0
 
-    def by_query(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, count: Any) -> tuple[Any, ...]:
-        return b, 0, t
-
-    def fixed(*_: Any) -> tuple[int, int]:
-        return 0, 0
-
-    tile, key = (
-        pl.BlockSpec((None, None, plan.rows, width), by_tile),
-        pl.BlockSpec((None, None, plan.keys, width), by_key),
-    )
-    own_tile = pl.BlockSpec((None, None, own, width), by_tile)
-    query = pl.BlockSpec((None, 1, plan.rows), by_query)
-    return _Inputs(tile, key, key, own_tile, own_tile, pl.BlockSpec((own, plan.rows), fixed), query, query)
+    tile = pl.BlockSpec((None, None, cut.rows, width), _by_tile)
+    key = pl.BlockSpec((None, None, cut.keys, width), by_key)
+    own = pl.BlockSpec((None, None, own_shape[0], width), _by_tile)
+    seen = pl.BlockSpec(own_shape, lambda *_: (0, 0))
+    query = pl.BlockSpec((None, 1, cut.rows), lambda b, h, p, t, s, *_: (b, 0, t))
+    return _Inputs(tile, key, key, own, own, seen, query, query)
 
 
 def _turned(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
@@ -188,9 +188,9 @@ def _seen(at: _Inputs, begin: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return (at.first[...] <= position) & (position < at.end[...])
 
 
-def _forward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
+def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     at, (out, log_sum, largest, total, summed) = _Inputs(*refs[:8]), refs[8:]
-    place, step = _place(plan), pl.program_id(4)
+    place, step = _place(cut), pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
     @pl.when(step == 0)
@@ -202,27 +202,27 @@ def _forward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
         total[...] = jnp.sum(weights, axis=0, keepdims=True)
         summed[...] = _over_first(at.own_values[...], weights.astype(at.own_values.dtype))
 
-    @pl.when(step < count[place])
+    @pl.when(step < counts[place])
     def _context() -> None:
         scores = _turned(at.keys[...], at.queries[...]) * scale
-        tile = order[place * plan.part_tiles + step]
-        scores = jnp.where(_seen(at, tile * plan.keys, scores.shape), scores, LOWEST)
+        tile = order[place * cut.part_tiles + step]
+        scores = jnp.where(_seen(at, tile * cut.keys, scores.shape), scores, LOWEST)
         new = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
         weights, kept = jnp.exp(scores - new), jnp.exp(largest[...] - new)
         largest[...] = new
         total[...] = kept * total[...] + jnp.sum(weights, axis=0, keepdims=True)
         summed[...] = kept * summed[...] + _over_first(at.values[...], weights.astype(at.values.dtype))
 
-    @pl.when(step == plan.part_tiles - 1)
+    @pl.when(step == cut.part_tiles - 1)
     def _done() -> None:
         out[...] = (summed[...] / total[...]).T.astype(out.dtype)
         log_sum[...] = largest[...] + jnp.log(total[...])
 
 
-def _backward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
+def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     at, (cotangent, log_sum, slope) = _Inputs(*refs[:8]), refs[8:11]
     gradients = Operands(*refs[11:])
-    place, part, tile, step = _place(plan), pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    place, part, tile, step = _place(cut), pl.program_id(2), pl.program_id(3), pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
     def of_tile(keys: jax.Array, values: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -244,31 +244,31 @@ def _backward_kernel(order: Any, count: Any, *refs: Any, plan: Plan) -> None:
         parts = of_tile(at.own_keys[...], at.own_values[...], seen)
         gradients.queries[...], gradients.own_keys[...], gradients.own_values[...] = parts
 
-    @pl.when(step < count[place])
+    @pl.when(step < counts[place])
     def _context() -> None:
-        index = order[place * plan.part_tiles + step]
-        begin = (part * plan.part_tiles + index) * plan.keys
-        seen = _seen(at, begin, (plan.keys, plan.rows))
+        index = order[place * cut.part_tiles + step]
+        begin = (part * cut.part_tiles + index) * cut.keys
+        seen = _seen(at, begin, (cut.keys, cut.rows))
         queries, keys, values = of_tile(at.keys[...], at.values[...], seen)
         gradients.queries[...] += queries
-        held = pl.ds(pl.multiple_of(index * plan.keys, plan.keys), plan.keys)
+        held = pl.ds(pl.multiple_of(index * cut.keys, cut.keys), cut.keys)
         gradients.keys[held, :] += keys
         gradients.values[held, :] += values
 
 
-def _call(kernel: Any, plan: Plan, operands: Operands, **arguments: Any) -> Any:
+def _call(kernel: Any, cut: Cut, operands: Operands, **arguments: Any) -> Any:
     """A `pallas_call` over the grid of both kernels, which takes `SeenTiles` and then the arrays."""
     batch, heads = operands.queries.shape[:2]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(batch, heads, plan.parts, plan.tiles, plan.part_tiles),
+        grid=(batch, heads, cut.parts, cut.tiles, cut.part_tiles),
         in_specs=arguments.pop("in_specs"),
         out_specs=arguments.pop("out_specs"),
         scratch_shapes=arguments.pop("scratch_shapes", ()),
     )
-    semantics = ("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
+    semantics: Any = ("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
     return pl.pallas_call(
-        functools.partial(kernel, plan=plan),
+        functools.partial(kernel, cut=cut),
         grid_spec=grid,
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         **arguments,
@@ -294,33 +294,28 @@ def forward(
         interpret: run the kernel without a TPU, for tests.
     """
     batch, heads, blocks, rows, width = operands.queries.shape
-    plan = plan_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
-    inputs = _inputs(operands, span, plan, causal=causal)
-    specs = _in_specs(plan, width, inputs.own_seen.shape[0])
-    shape, queries = (batch, heads, plan.tiles * plan.rows, width), plan.tiles * plan.rows
-
-    def by_query(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, 0, t
-
+    cut = cut_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
+    inputs = _inputs(operands, span, cut, causal=causal)
+    specs, queries = _in_specs(cut, inputs), cut.tiles * cut.rows
     run = _call(
         _forward_kernel,
-        plan,
+        cut,
         operands,
         in_specs=list(specs),
-        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, plan.rows), by_query)],
+        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, cut.rows), _by_lane)],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, operands.queries.dtype),
+            jax.ShapeDtypeStruct((batch, heads, queries, width), operands.queries.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((1, plan.rows), jnp.float32),
-            pltpu.VMEM((1, plan.rows), jnp.float32),
-            pltpu.VMEM((width, plan.rows), jnp.float32),
+            pltpu.VMEM((1, cut.rows), jnp.float32),
+            pltpu.VMEM((1, cut.rows), jnp.float32),
+            pltpu.VMEM((width, cut.rows), jnp.float32),
         ],
         interpret=interpret,
         name="block_attention_forward",
     )
-    out, log_sum = run(*seen_tiles(span, plan), *inputs)
+    out, log_sum = run(*seen_tiles(span, cut), *inputs)
     out = out.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
     return out, log_sum.reshape(batch, heads, -1, rows, 1)[:, :, :blocks]
 
@@ -338,39 +333,18 @@ def backward(
     operands, span = saved.operands, saved.span
     batch, heads, blocks, rows, width = operands.queries.shape
     length, own = operands.keys.shape[2], operands.own_keys.shape[3]
-    plan = plan_of(operands, size)
-    inputs = _inputs(operands, span, plan, causal=causal)
-    specs = _in_specs(plan, width, inputs.own_seen.shape[0])
-    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1)
-    more = ((0, 0), (0, 0), (0, plan.tiles * plan.blocks - blocks), (0, 0))
+    cut = cut_of(operands, size)
+    inputs = _inputs(operands, span, cut, causal=causal)
+    specs, outputs = _in_specs(cut, inputs), _gradient_outputs(operands, cut)
+    more = ((0, 0), (0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0))
 
-    def by_query(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * rows]
+    def lanes(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * rows]
         return jnp.pad(x, more).reshape(batch, heads, 1, -1)
 
-    def at_query(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, 0, t
-
-    def at_part(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, p, 0
-
-    def at_tile_of_part(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]:
-        return b, h, p, t, 0
-
-    def of_part(rows: int) -> tuple[Any, Any]:  # a partial sum for each part of the context
-        shape = (batch, heads, plan.parts, plan.tiles * rows, width)
-        return pl.BlockSpec((None, None, None, rows, width), at_tile_of_part), jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    held = plan.part_tiles * plan.keys
-    context = (
-        pl.BlockSpec((None, None, held, width), at_part),
-        jax.ShapeDtypeStruct((batch, heads, plan.parts * held, width), jnp.float32),
-    )
-    own_part = of_part(plan.blocks * own)
-    outputs = Operands(of_part(plan.rows), context, context, own_part, own_part)
-    query = pl.BlockSpec((None, None, 1, plan.rows), at_query)
+    query = pl.BlockSpec((None, None, 1, cut.rows), _by_lane)
     run = _call(
         _backward_kernel,
-        plan,
+        cut,
         operands,
         in_specs=[*specs, specs.queries, query, query],
         out_specs=[spec for spec, _ in outputs],
@@ -378,26 +352,39 @@ def backward(
         interpret=interpret,
         name="block_attention_backward",
     )
+    slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1)
     cotangent = jnp.pad(cotangent.astype(operands.queries.dtype), (*more, (0, 0)))
-    gradients = Operands(
-        *run(
-            *seen_tiles(span, plan),
-            *inputs,
-            cotangent.reshape(batch, heads, -1, width),
-            by_query(saved.log_sum[..., 0]),
-            by_query(slope),
-        )
-    )
+    figures = cotangent.reshape(batch, heads, -1, width), lanes(saved.log_sum[..., 0]), lanes(slope)
+    found = Operands(*run(*seen_tiles(span, cut), *inputs, *figures))
 
     def by_block(x: jax.Array, rows: int) -> jax.Array:
-        x = x[:, :, 0] if plan.parts == 1 else jnp.sum(x, axis=2)
+        x = x[:, :, 0] if cut.parts == 1 else jnp.sum(x, axis=2)
         return x.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
 
     gradients = Operands(
-        by_block(gradients.queries, rows),
-        gradients.keys[:, :, :length],
-        gradients.values[:, :, :length],
-        by_block(gradients.own_keys, own),
-        by_block(gradients.own_values, own),
+        by_block(found.queries, rows),
+        found.keys[:, :, :length],
+        found.values[:, :, :length],
+        by_block(found.own_keys, own),
+        by_block(found.own_values, own),
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)
+
+
+def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
+    """Block and shape of each gradient: sums over the context, which stay in memory, and what each part adds to the
+    rest.
+    """
+    batch, heads, _, _, width = operands.queries.shape
+
+    def of_tile(rows: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        shape = (batch, heads, cut.parts, cut.tiles * rows, width)
+        spec = pl.BlockSpec((None, None, None, rows, width), lambda b, h, p, t, s, *_: (b, h, p, t, 0))
+        return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    held = cut.part_tiles * cut.keys
+    spec = pl.BlockSpec((None, None, held, width), lambda b, h, p, t, s, *_: (b, h, p, 0))
+    context: Any = spec, jax.ShapeDtypeStruct((batch, heads, cut.parts * held, width), jnp.float32)
+    own: Any = of_tile(cut.blocks * operands.own_keys.shape[3])
+    queries: Any = of_tile(cut.rows)
+    return Operands(queries, context, context, own, own)

@@ -17,7 +17,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from domino_jax.strict import InputError
-from domino_jax.target.load import check_tensors, expected_tensors, read_decoder_config, write_safetensors
+from domino_jax.target.load import expected_tensors, read_decoder_config
+from domino_jax.target.safetensors import check_tensors, write_safetensors
 
 if TYPE_CHECKING:
     import gguf

@@ -1,22 +1,36 @@
-"""Hugging Face directory -> target: config.json, safetensors and tokenizer files, read strictly or refused."""
+"""Hugging Face directory -> target: config.json, tensors and tokenizer files, strict or refused.
 
-import json
-from collections.abc import Mapping, Set
+Training runs a target that one device may not hold, so its parameters go from the files straight
+into the parts that the devices of a mesh hold. `*` in a name numbers a leading axis:
+
+    layers/layer/mlp/up_proj/weight [L, F, D]   <- model.layers.*.mlp.up_proj.weight, L times [F, D]
+    part of a device [L, F, D/8]                <- of each of the L files' tensors, its D/8 columns
+
+Decoding wants the layers apart, on one device; both are filled by the same reading of parts.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
-from domino_jax.strict import InputError, from_tree
+from domino_jax.sharding import parameter_shardings
+from domino_jax.strict import InputError, from_tree, read_json
 from domino_jax.target.model import Target
+from domino_jax.target.safetensors import (
+    StoredTensor,
+    check_tensors,
+    equal_tensors,
+    open_safetensors,
+)
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of the vocabulary
@@ -32,11 +46,12 @@ _ONLY_VALUE: dict[str, Any] = {
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
-_FLOAT_TYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+ParameterPath = tuple[str, ...]  # in a tree of parameters
+Bounds = tuple[tuple[int, int], ...]  # first entry and end of a part, for each axis
 
 
 class LoadedTarget(NamedTuple):
-    """A target read from disk: `path`, its `config` and the unboxed parameter tree of `Target`, layers apart."""
+    """A target read from disk: `path`, its `config` and the unboxed parameter tree of `Target`."""
 
     path: Path
     config: DecoderConfig
@@ -44,57 +59,61 @@ class LoadedTarget(NamedTuple):
 
 
 def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarget:
-    """Reads the directory of a Llama, Qwen2, Qwen3 or Qwen3 MoE model into parameters of `Target`.
+    """Reads a Llama, Qwen2, Qwen3 or Qwen3 MoE model onto one device, layers apart.
 
     Args:
         directory: holds config.json and model.safetensors, or shards with their index.
         dtype: "float32" or "bfloat16", the type of the parameters and of the computation.
     Returns:
-        `LoadedTarget`. The arrays lie on jax's default device and are uncommitted: under
-        `jax.default_device(jax.devices("cpu")[0])` a model too large for one accelerator can be read and then sharded.
+        `LoadedTarget`. The arrays lie on jax's default device and are uncommitted.
     Raises:
-        InputError: a file cannot be read, the config describes another kind of model, or a tensor is missing,
-            unexpected or mis-shaped.
+        InputError: a file cannot be read, the config describes another kind of model, or a tensor
+            is missing, unexpected or mis-shaped.
     """
     directory = Path(directory)
     config = read_decoder_config(directory, dtype=dtype)
-    tensors = read_safetensors(directory)
-    _drop_known_extras(tensors, config, place=directory)
-    expected = expected_tensors(config)
-    stored = {path: _stored_names(name, shape) for path, (name, shape) in expected.items()}
-    shapes = {
-        name: shape[1:] if "*" in pattern else shape
-        for path, (pattern, shape) in expected.items()
-        for name in stored[path]
-    }
-    check_tensors(tensors, shapes, place=directory)
+    tensors = _open_target(directory, config)
     leaves = {}
-    for path, (pattern, _) in expected.items():
-        # Popped one by one, so that the file's own copy of a tensor is freed as soon as it is converted.
-        parts = [tensors.pop(name) for name in stored[path]]
-        leaves[path] = jnp.asarray(np.stack(parts) if "*" in pattern else parts[0], dtype)
+    for path, (name, shape) in expected_tensors(config).items():
+        everything = tuple((0, size) for size in shape)
+        leaves[path] = jnp.asarray(_read_part(tensors, name, everything, dtype=dtype))
     return LoadedTarget(directory, config, unflatten_dict(leaves))
 
 
-def load_tables(directory: str | Path, *, dtype: str = "float32") -> LoadedTarget:
-    """Reads the embedding and the output head of a target alone, for training from its captured states.
+def load_sharded_target(
+    directory: str | Path,
+    model: Target,
+    mesh: Mesh,
+    *,
+    only: Callable[[ParameterPath], bool] = lambda path: True,
+) -> LoadedTarget:
+    """Reads parameters of a target straight into the parts that the devices of a mesh hold.
+
+    The host holds one parameter at a time above them (with `scan_layers`, of all layers), no
+    device more than its share, and a process reads the parts of its own devices alone, each once.
 
     Args:
         directory: as for `load_target`.
-        dtype: as for `load_target`.
+        model: the target in the form that is run: layers stacked or apart, cut or whole, with the
+            config that `read_decoder_config` gives. Layers that do not run are not read.
+        mesh: the mesh of `make_mesh`.
+        only: which paths in the parameters of `model` are read; the tree holds no others.
     Returns:
-        `LoadedTarget` whose parameters are those of `TABLES` that the model has.
+        `LoadedTarget`, in the compute dtype, laid out as `parameter_shardings` says.
     Raises:
-        InputError: a file cannot be read, or a tensor is missing or mis-shaped.
+        InputError: as `load_target`, for whatever the directory holds, before a parameter is read.
     """
     directory = Path(directory)
-    config = read_decoder_config(directory, dtype=dtype)
-    wanted = {path[0]: named for path, named in expected_tensors(config).items() if path[0] in TABLES}
-    tensors = read_safetensors(directory, names={name for name, _ in wanted.values()})
-    check_tensors(tensors, dict(wanted.values()), place=directory)
-    return LoadedTarget(
-        directory, config, {key: jnp.asarray(tensors[name], dtype) for key, (name, _) in wanted.items()}
-    )
+    tensors = _open_target(directory, model.cfg)
+    boxed = _boxed_parameters(model)
+    layout = flatten_dict(parameter_shardings(boxed, mesh))
+    leaves = {}
+    for path, (name, shape) in _named_parameters(boxed).items():
+        if only(path):
+            read = functools.partial(_read_part, tensors, name, dtype=model.cfg.dtype)
+            # Waited for: what the host holds of one parameter is gone before the next is read.
+            leaves[path] = _sharded(read, shape, layout[path]).block_until_ready()
+    return LoadedTarget(directory, model.cfg, unflatten_dict(leaves))
 
 
 def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
@@ -139,85 +158,12 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     return from_tree(DecoderConfig, values, place=str(place))
 
 
-def read_safetensors(directory: str | Path, *, names: Set[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads the tensors of a Hugging Face directory, from one file or from shards; pickles are never opened.
-
-    Args:
-        directory: holds model.safetensors, or model.safetensors.index.json and the shards it names.
-        names: which of them to read, None for all; what is not there is left out.
-    Returns:
-        Arrays by their names in the file, in the file's own type (bfloat16 as `ml_dtypes.bfloat16`).
-    Raises:
-        InputError: no such file, a damaged file, a pickle, a type that is not floating point, or an index that
-            disagrees with its shards.
-    """
-    directory = Path(directory)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return _read_file(single, names)
-    if not index.is_file():
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-        found = (
-            f"found the pickle {pickles[0]}, which is never opened: save it as safetensors" if pickles else "not there"
-        )
-        raise InputError(f"{directory}: expected model.safetensors or {index.name}; {found}")
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(f"{index}: expected weight_map, a mapping of tensors to files")
-    tensors: dict[str, np.ndarray] = {}
-    for shard in sorted({file for tensor, file in places.items() if names is None or tensor in names}):
-        if Path(shard).name != shard:
-            raise InputError(f"{index}: weight_map names {shard!r}; expected a file of the same directory")
-        held = _read_file(directory / shard, names)
-        named = {tensor for tensor, file in places.items() if file == shard and (names is None or tensor in names)}
-        if set(held) != named:
-            raise InputError(
-                f"{directory / shard}: holds other tensors than {index.name} says: {_some(set(held) ^ named)}"
-            )
-        tensors |= held
-    return tensors
-
-
-def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes tensors as one file whose mode follows the umask, as that of any other new file.
-
-    Args:
-        path: of a file that is not there yet.
-        tensors: contiguous arrays by name.
-    """
-    # The library leaves a file of mode 600, which nobody else could serve.
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, place: Path) -> None:
-    """Refuses tensors that are not exactly the expected ones.
-
-    Args:
-        tensors: what was found, by name.
-        shapes: what was expected, by name.
-        place: file or directory for the message.
-    Raises:
-        InputError: missing, unexpected or mis-shaped tensors, by name, found and expected.
-    """
-    for word, names in (("missing", set(shapes) - set(tensors)), ("unexpected", set(tensors) - set(shapes))):
-        if names:
-            raise InputError(f"{place}: {word} tensor: {_some(names)}; expected {len(shapes)}, found {len(tensors)}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise InputError(f"{place}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
-
-
-def expected_tensors(config: DecoderConfig) -> dict[tuple[str, ...], tuple[str, tuple[int, ...]]]:
+def expected_tensors(config: DecoderConfig) -> dict[ParameterPath, tuple[str, tuple[int, ...]]]:
     """For each path in the parameters of `Target`: the Hugging Face name and the shape of its tensor.
 
     A `*` in the name stands for one stored tensor per entry of the first axis: the experts of a layer.
     """
-    one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(Target(config).init, jax.random.key(0), one_token)["params"]
-    return {path: (_tensor_name(path), leaf.shape) for path, leaf in flatten_dict(nn.unbox(boxed)).items()}
+    return _named_parameters(_boxed_parameters(Target(config)))
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -264,60 +210,105 @@ def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] 
     return found[0] if found and found[0]["rope_type"] != "default" else None
 
 
-def read_json(place: Path) -> dict[str, Any]:
-    """Reads a JSON object, or raises `InputError` naming the file."""
-    try:
-        tree = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{place}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{place}: expected a JSON object, found {type(tree).__name__}")
-    return tree
-
-
-def _read_file(path: Path, names: Set[str] | None) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            held = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in (held if names is None else held & names)}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except (SafetensorError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-    for name, array in tensors.items():
-        if array.dtype not in _FLOAT_TYPES and not name.endswith("rotary_emb.inv_freq"):
-            raise InputError(f"{path}: tensor {name} is {array.dtype}; supported: float32, float16, bfloat16")
+def _open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
+    """The tensors of exactly this model, checked by their headers; no tied head's copy."""
+    tensors = open_safetensors(directory)
+    # Old checkpoints store rotary buffers beside the weights.
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        del tensors[name]
+    table, copy = tensors.get("model.embed_tokens.weight"), None
+    if config.tie_word_embeddings and table is not None:
+        copy = tensors.pop("lm_head.weight", None)
+    # One trace serves all layers of a scanned model; their names are the same.
+    stacked = _boxed_parameters(Target(config, scan_layers=True))
+    shapes = {
+        name: shape[pattern.count("*") :]
+        for pattern, shape in _named_parameters(stacked).values()
+        for _, name in _stored_names(pattern, [range(size) for size in shape])
+    }
+    check_tensors(tensors, shapes, place=directory)
+    if table is not None and copy is not None and not equal_tensors(copy, table):
+        raise InputError(
+            f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
+            "says tie_word_embeddings true; expected equal tensors or tie_word_embeddings false"
+        )
     return tensors
 
 
-def _drop_known_extras(tensors: dict[str, np.ndarray], config: DecoderConfig, *, place: Path) -> None:
-    """Removes what old checkpoints store beside the weights: rotary buffers and a copy of a tied head."""
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]
-    if config.tie_word_embeddings and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
-        if not np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]):
-            raise InputError(
-                f"{place}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
-                "tie_word_embeddings true; expected equal tensors or tie_word_embeddings false"
-            )
-        del tensors["lm_head.weight"]
+def _boxed_parameters(model: Target) -> Any:
+    """Shapes and logical axes of a target's parameters, without computing any."""
+    one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), one_token)["params"]
 
 
-def _tensor_name(path: tuple[str, ...]) -> str:
+def _named_parameters(boxed: Any) -> dict[ParameterPath, tuple[str, tuple[int, ...]]]:
+    """Name and shape of each parameter; each `*` of a name numbers a leading axis."""
+    leaves = flatten_dict(nn.unbox(boxed))
+    return {path: (_tensor_name(path), leaf.shape) for path, leaf in leaves.items()}
+
+
+def _tensor_name(path: ParameterPath) -> str:
     head, *rest = path
     if head == "lm_head":
         return "lm_head.weight"
     if head == "embed_tokens":
         return "model.embed_tokens.weight"
+    if head == "layers":  # stacked under `layers/layer`
+        head, rest = "layers_*", rest[1:]
     if "experts" in rest:
         rest = ["mlp", "experts", "*", rest[-1], "weight"]
     return ".".join(("model", head.replace("layers_", "layers."), *rest))
 
 
-def _stored_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    return [name.replace("*", str(index)) for index in range(shape[0])] if "*" in name else [name]
+def _stored_names(pattern: str, entries: Sequence[range]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The stored tensors of a parameter, or of some entries of its leading axes.
+
+    Args:
+        pattern: the name, with a `*` for each leading axis that the files do not have.
+        entries: of each axis, those that are wanted; those of the other axes are not looked at.
+    Returns:
+        Where each lies among the wanted entries, and its name.
+    """
+    stacked = entries[: pattern.count("*")]
+    for place in np.ndindex(*map(len, stacked)):
+        name = pattern
+        for numbers, index in zip(stacked, place, strict=True):
+            name = name.replace("*", str(numbers[index]), 1)
+        yield place, name
+
+
+def _read_part(
+    tensors: Mapping[str, StoredTensor],
+    pattern: str,
+    bounds: Bounds,
+    *,
+    dtype: str,
+) -> np.ndarray:
+    """A part of a parameter in `dtype`, from the tensors that hold it, one at a time."""
+    stacked = pattern.count("*")
+    part = np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
+    inside = tuple(slice(*bound) for bound in bounds[stacked:])
+    for place, name in _stored_names(pattern, [range(*bound) for bound in bounds]):
+        part[place] = tensors[name].read(inside)
+    return part
+
+
+def _sharded(
+    read: Callable[[Bounds], np.ndarray],
+    shape: tuple[int, ...],
+    layout: NamedSharding,
+) -> jax.Array:
+    """An array read part by part; devices that hold the same part share a read."""
+    parts: dict[Bounds, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        bounds = tuple(entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True))
+        if bounds not in parts:
+            parts[bounds] = read(bounds)
+        return parts[bounds]
+
+    return jax.make_array_from_callback(shape, layout, part)
 
 
 def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -390,10 +381,3 @@ def _head_dim(hidden_size: Any, heads: Any, place: Path) -> int:
             f"{place}: no head_dim, and num_attention_heads {heads!r} does not divide hidden_size {hidden_size!r}"
         )
     return hidden_size // heads
-
-
-def _some(names: set[str]) -> str:
-    """The first three names, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return ", ".join(ordered[:3]) + more

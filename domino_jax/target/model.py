@@ -84,15 +84,17 @@ class _CapturingLayer(nn.Module):
 class Target(nn.Module):
     """Decoder whose pass returns normed hidden states, captured layer outputs and the KV cache.
 
-    Parameters carry Hugging Face's names: `embed_tokens`, `layers_{i}`, `norm` and, when the head is not tied,
-    `lm_head` (read through `lm_head_weight`). With `scan_layers` the layers are stacked under `layers/layer`
-    (see `stack_layers`): compilation is short, which suits whole-sequence passes, and training decodes with the same
-    parameters. Verbs that only decode want them apart: slicing a stacked weight may copy it at every token.
+    Parameters carry Hugging Face's names: `embed_tokens`, `layers_{i}`, `norm` and, when the head
+    is not tied, `lm_head` (read through `lm_head_weight`). With `scan_layers` the layers are
+    stacked under `layers/layer`: compilation is short, which suits whole-sequence passes, and
+    training decodes with the same parameters. Verbs that only decode want them apart: slicing a
+    stacked weight may copy it at every token.
 
     Attributes:
         cfg: shape of the decoder.
         capture: layers whose outputs are returned, 0-based (`capture=(1,)` is Hugging Face's `hidden_states[2]`).
-        depth: layers that run (see `first_layers`), None for all of `cfg`; fewer give captured states only.
+        depth: how many layers run, the first ones, None for all of `cfg`; fewer give captured
+            states only.
         scan_layers: run the layers under `nn.scan`.
         attention: form of the attention over whole rows (see `kernels.causal_attention.form_for`).
     """
@@ -215,17 +217,3 @@ def _positions_in_documents(places: jax.Array, documents: jax.Array) -> jax.Arra
 def lm_head_weight(params: Any) -> jax.Array:
     """The target's output head, [V, D]: its own matrix, or the embedding when tied."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
-
-
-def stack_layers(params: Any) -> Any:
-    """The same parameters with `layers_0 .. layers_{L-1}` stacked under `layers/layer`, for `scan_layers`."""
-    names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name.split("_")[1]))
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
-    rest = {name: leaf for name, leaf in params.items() if name not in names}
-    return {**rest, "layers": {"layer": stacked}}
-
-
-def first_layers(params: Any, depth: int) -> Any:
-    """The parameters of `Target(cfg, depth=depth)`: enough where only captured states are wanted."""
-    dropped = [name for name in params if name.startswith("layers_") and int(name[7:]) >= depth]
-    return {name: leaf for name, leaf in params.items() if name not in dropped}

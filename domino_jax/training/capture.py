@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,13 +24,14 @@ from domino_jax.data.features import (
     write_shard,
 )
 from domino_jax.data.pipeline import heldout_batches
+from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
-from domino_jax.target.model import Target, first_layers
-from domino_jax.training.inputs import Say, device_batch, draft_of, place_target, read_rows, run_mesh
+from domino_jax.target.load import load_sharded_target, load_tokenizer, read_decoder_config
+from domino_jax.target.model import Target
+from domino_jax.training.inputs import Say, device_batch, draft_of, read_rows, run_mesh
 from domino_jax.training.step import Batch
 
 GIGABYTE = 10**9
@@ -72,16 +73,15 @@ def capture(
     directory = Path(directory)
     path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
-    say(f"loading the target {path}, {config.dtype}")
-    target = load_target(path, dtype=config.dtype)
-    layers = draft_of(config, target.config, tokenizer).target_layer_ids
+    target_config = read_decoder_config(path, dtype=config.dtype)
+    layers = draft_of(config, target_config, tokenizer).target_layer_ids
     rows = read_rows(config.data.train, tokenizer, config.data, say=say).rows
     manifest = Manifest(
         target=target_fingerprint(path),
         tokenizer=tokenizer_fingerprint(path, tokenizer),
         rows=rows_fingerprint(rows),
         target_layer_ids=layers,
-        hidden_size=target.config.hidden_size,
+        hidden_size=target_config.hidden_size,
         dtype=dtype,
         compute_dtype=config.dtype,
         max_length=config.data.max_length,
@@ -94,6 +94,7 @@ def capture(
     manifest = _planned(directory, manifest, shard_bytes=shard_bytes)
     missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
     mesh = run_mesh(config)
+    target = _load(path, target_config, manifest, mesh, say=say)
     directory.mkdir(parents=True, exist_ok=True)
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
@@ -148,19 +149,46 @@ def _agreed(directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: 
     return missing
 
 
+class _Captured(NamedTuple):
+    """The target as it is run: `model`, cut after the last layer that is captured, and `params`."""
+
+    model: Target
+    params: Any
+
+
+def _load(
+    path: Path,
+    config: DecoderConfig,
+    manifest: Manifest,
+    mesh: Mesh,
+    *,
+    say: Say,
+) -> _Captured:
+    say(f"loading the target {path}, {config.dtype}")
+    layers = manifest.target_layer_ids
+    depth = config.num_hidden_layers if manifest.target_states else max(layers) + 1
+    model = Target(config, capture=layers, depth=depth, scan_layers=True)
+    return _Captured(model, load_sharded_target(path, model, mesh).params)
+
+
 class _CapturedStates:
     """Rows -> the same rows with what the target computed for them; one compiled program."""
 
-    def __init__(self, target: LoadedTarget, manifest: Manifest, mesh: Mesh, *, batch_size: int) -> None:
-        layers = manifest.target_layer_ids
-        depth = target.config.num_hidden_layers if manifest.target_states else max(layers) + 1
-        model = Target(target.config, capture=layers, depth=depth, scan_layers=True)
-        self._params = place_target(model, first_layers(target.params, depth), mesh)
+    def __init__(
+        self,
+        target: _Captured,
+        manifest: Manifest,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+    ) -> None:
+        self._params = target.params
         self._put = functools.partial(device_batch, mesh, micro_batches=1)
         self._batch_size, self._max_length = batch_size, manifest.max_length
 
         def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-            output = model.apply({"params": params}, constrain(batch.input_ids[0], "batch", "length"))
+            tokens = constrain(batch.input_ids[0], "batch", "length")
+            output = target.model.apply({"params": params}, tokens)
             final = output.hidden.astype(manifest.dtype) if manifest.target_states else None
             return output.features.astype(manifest.dtype), final
 

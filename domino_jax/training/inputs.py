@@ -1,11 +1,10 @@
-"""What a run reads: its rows as batches on the devices, and its target."""
+"""What a run reads: its rows, and batches of them on the devices of its mesh."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -15,10 +14,9 @@ from domino_jax.data.features import FeatureRows, check_manifest
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.model_config import DecoderConfig, DraftConfig
-from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.sharding import make_mesh, partition_spec
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
-from domino_jax.target.model import Target, stack_layers
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -144,20 +142,6 @@ def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftC
     """The draft that a run trains for this target (see `make_draft_config`)."""
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
     return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
-
-
-def place_target(model: Target, params: Any, mesh: Mesh) -> Any:
-    """Stacks the layers of a target and lays its parameters out over the mesh.
-
-    Args:
-        model: with `scan_layers`.
-        params: layers apart, or none of them, where only head and embedding are used.
-        mesh: of the run.
-    """
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    layout = parameter_shardings(boxed, mesh)
-    stacked = stack_layers(params) if "layers_0" in params else params
-    return jax.device_put(stacked, {name: layout[name] for name in stacked})
 
 
 def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -17,8 +17,7 @@ from domino_jax.config import RunConfig, dump_config
 from domino_jax.data.packing import row_lengths
 from domino_jax.data.template import chat_template
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import TABLES, load_tables, load_target, load_tokenizer
-from domino_jax.target.model import first_layers
+from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, read_decoder_config
 from domino_jax.training.checkpoint import (
     DraftRecord,
     has_checkpoint,
@@ -31,7 +30,6 @@ from domino_jax.training.inputs import (
     device_batch,
     draft_of,
     evaluation_batches,
-    place_target,
     read_features,
     read_rows,
     run_mesh,
@@ -138,11 +136,8 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     path = resolve_target(config.target, progress=say)
     tokenizer = load_tokenizer(path)
     data = config.data
-    say(f"loading target {path}")
-    target_runs = data.features is None or data.heldout is not None
-    load = load_target if target_runs or config.draft.init_layers_from_target else load_tables
-    target = load(path, dtype=config.dtype)
-    draft_config = draft_of(config, target.config, tokenizer)
+    target_config = read_decoder_config(path, dtype=config.dtype)
+    draft_config = draft_of(config, target_config, tokenizer)
     say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
     if data.train is None:
         rows = read_features(config, path, tokenizer, draft_config)
@@ -152,13 +147,16 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
 
     step_rows = config.data.batch_size * config.optimizer.grad_accumulation
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
-    program = make_program(config, target.config, draft_config, mesh, total_steps=total_steps)
-    target_params = first_layers(target.params, program.target.layers_run)
-    if not target_runs:
-        target_params = {name: leaf for name, leaf in target_params.items() if name in TABLES}
+    program = make_program(config, target_config, draft_config, mesh, total_steps=total_steps)
     template = chat_template(tokenizer, data.chat_template_kwargs)
-    layers_from = target.params if config.draft.init_layers_from_target else None
-    init_from = None if started else config.draft.init_from  # a checkpoint is about to replace the state
+    say(f"loading target {path}")
+    target_runs = data.features is None or data.heldout is not None
+    only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
+    target = load_sharded_target(path, program.target, mesh, only=only)
+    layers_from = init_from = None
+    if not started:  # otherwise a checkpoint is about to replace the state
+        layers_from = path if config.draft.init_layers_from_target else None
+        init_from = config.draft.init_from
     run = Run(
         config=config,
         directory=directory,
@@ -167,7 +165,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         record=DraftRecord(draft_config, config.target, template),
         program=program,
         mesh=mesh,
-        target_params=place_target(program.target, target_params, mesh),
+        target_params=target.params,
         state=state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
         total_steps=total_steps,
     )

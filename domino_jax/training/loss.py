@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from domino_jax.kernels.vocabulary_loss import (
+from domino_jax.kernels.token_loss import (
     CROSS_ENTROPY,
     Labels,
     Objective,

@@ -15,15 +15,8 @@ from domino_jax.config import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.blocks import Blocks, Packing, anchor_candidates, make_blocks, sample_anchors
 from domino_jax.draft.mask import layer_spans
-from domino_jax.kernels.vocabulary_loss import (
-    Labels,
-    Objective,
-    States,
-    Tables,
-    TokenLoss,
-    VocabularyLoss,
-    vocabulary_loss,
-)
+from domino_jax.kernels.token_loss import Labels, Objective, States, Tables, TokenLoss, VocabularyLoss
+from domino_jax.kernels.vocabulary_loss import vocabulary_loss
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import constrain
 from domino_jax.stages import HEAD, VOCABULARY_LOSS

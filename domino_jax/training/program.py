@@ -23,7 +23,7 @@ from domino_jax.target.load import TABLES
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.modules import build_trainer
-from domino_jax.training.objectives import resolved_loss
+from domino_jax.training.objectives import objective_named, resolved_loss
 from domino_jax.training.optimizer import make_optimizer
 from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step
 
@@ -75,7 +75,8 @@ def make_program(
         total_steps: which the schedules are stretched over.
     """
     loss, device = config.loss, mesh.devices.flat[0]
-    whole = loss.kl_weight > 0  # the target's own distribution needs its last layer
+    # The target's own distribution needs its last layer.
+    whole = loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
     return Program(
         trainer=build_trainer(
             draft,
@@ -151,7 +152,7 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
     leading = (config.optimizer.grad_accumulation, data.batch_size)
     rows = (*leading, data.max_length)
 
-    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def of(shape: tuple[int, ...], dtype: Any) -> Any:
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 

@@ -1,5 +1,9 @@
 """The state that a run starts with: a fresh draft, its target's top or an earlier draft, laid out over the mesh."""
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,14 +16,31 @@ from jax.sharding import Mesh
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig
+from domino_jax.target.load import ParameterPath, load_sharded_target
+from domino_jax.target.model import Target
 from domino_jax.training.program import state_layout
 from domino_jax.training.step import Program, TrainState, initial_state
 
 
 def state_at_start(
-    program: Program, config: DraftConfig, mesh: Mesh, *, layers_from: Any, init_from: str | None
+    program: Program,
+    config: DraftConfig,
+    mesh: Mesh,
+    *,
+    layers_from: Path | None,
+    init_from: str | None,
 ) -> TrainState:
-    """A fresh draft, or one that starts as the target's top or as a checkpoint, over the mesh with its optimiser."""
+    """The state of step 0 over the mesh, its optimiser included.
+
+    Args:
+        program: of the run.
+        config: the draft.
+        mesh: of the run.
+        layers_from: the target's directory, for a draft that starts as its top; None for another.
+        init_from: a checkpoint that the draft starts as; None for another.
+    Raises:
+        InputError: one of the two cannot be read, or does not fit.
+    """
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
     layout = jax.tree.map(lambda x: x.sharding, state_layout(program, config, mesh))
     fresh = jax.jit(
@@ -27,7 +48,12 @@ def state_at_start(
     )
     params = fresh()
     if layers_from is not None:
-        params = jax.device_put(draft_from_target(config, params, layers_from), layout.params)
+        apart = Target(replace(program.target.cfg, dtype="float32"))
+        wanted = _copied(config, layout.params)
+        top = load_sharded_target(layers_from, apart, mesh, only=wanted).params
+        # Jitted with its layout: no device holds more than its share.
+        start = jax.jit(functools.partial(draft_from_target, config), out_shardings=layout.params)
+        params = start(params, top)
     if init_from is not None:
         params = jax.device_put(starting_params(init_from, config), layout.params)
     return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
@@ -43,11 +69,11 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
         config: the draft.
         params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays, and so
             does the feed-forward part below experts. What the draft lacks (biases) is left out.
-        target_params: the target's, layers apart.
+        target_params: the target's, layers apart; what a draft does not copy may be absent.
     Returns:
         A tree like `params`.
     """
-    first = config.num_target_layers - config.num_hidden_layers
+    first = _first_copied(config)
     copied = {"norm": target_params["norm"]}
     for index in range(config.num_hidden_layers):
         name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
@@ -57,3 +83,18 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
     width, captured = config.hidden_size, len(config.target_layer_ids)
     copied["fc"] = {"weight": jnp.eye(width, captured * width, k=(captured - 1) * width)}
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**params, **copied})
+
+
+def _first_copied(config: DraftConfig) -> int:
+    """The target's layer that the first layer of a draft starts as."""
+    return config.num_target_layers - config.num_hidden_layers
+
+
+def _copied(config: DraftConfig, draft: Any) -> Callable[[ParameterPath], bool]:
+    """Which parameters of a target, layers apart, a draft with such a tree starts with."""
+    first = _first_copied(config)
+    theirs = {("norm", "weight")}
+    for head, *rest in flatten_dict(draft):
+        if head.startswith("layers_"):
+            theirs.add((f"layers_{first + int(head.removeprefix('layers_'))}", *rest))
+    return theirs.__contains__

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import chi2, chisquare, ncx2
+from tiny import stack_layers
 
 from domino_jax.decoding.speculate import (
     Decoder,
@@ -28,7 +29,7 @@ from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.model_config import DecoderConfig, DraftConfig
-from domino_jax.target.model import Target, lm_head_weight, stack_layers
+from domino_jax.target.model import Target, lm_head_weight
 
 TARGET = DecoderConfig(
     vocab_size=7,

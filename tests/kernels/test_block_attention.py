@@ -145,20 +145,20 @@ def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
 def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed: int) -> None:
     case = random_case(seed, longest=3000)
     operands = kernel._operands(*case.inputs, case.span)
-    plan = blocks_on_tpu.plan_of(operands, KernelTile(rows=128, keys=128, context=1024))
+    cut = blocks_on_tpu.cut_of(operands, KernelTile(rows=128, keys=128, context=1024))
     first, end = (np.asarray(x) for x in case.span)
     needed = 0
-    for row, tile, key in np.ndindex(first.shape[0], plan.tiles, plan.parts * plan.part_tiles):
-        blocks = slice(tile * plan.blocks, (tile + 1) * plan.blocks)
-        low = np.maximum(first[row, blocks], key * plan.keys)
-        high = np.minimum(end[row, blocks], (key + 1) * plan.keys)
+    for row, tile, key in np.ndindex(first.shape[0], cut.tiles, cut.parts * cut.part_tiles):
+        blocks = slice(tile * cut.blocks, (tile + 1) * cut.blocks)
+        low = np.maximum(first[row, blocks], key * cut.keys)
+        high = np.minimum(end[row, blocks], (key + 1) * cut.keys)
         needed += bool(np.any(low < high))
-    seen = blocks_on_tpu.seen_tiles(case.span, plan)
-    assert int(seen.count.sum()) == needed
+    seen = blocks_on_tpu.seen_tiles(case.span, cut)
+    assert int(seen.counts.sum()) == needed
     # What stands in the others does not matter: no list leads there.
     batch, _, length, _ = operands.keys.shape
     position = np.arange(length)
-    tile_of, poisoned = position // plan.keys, np.zeros((batch, length), bool)
+    tile_of, poisoned = position // cut.keys, np.zeros((batch, length), bool)
     for row in range(batch):
         of_some_query = np.any((first[row, ..., None] <= position) & (position < end[row, ..., None]), axis=(0, 1))
         poisoned[row] = ~np.isin(tile_of, tile_of[of_some_query])

@@ -10,15 +10,8 @@ import pytest
 from random_cases import CASES, GRADIENT, QUICK, VALUE
 
 from domino_jax.kernels import vocabulary_loss as kernel
-from domino_jax.kernels.vocabulary_loss import (
-    CROSS_ENTROPY,
-    Labels,
-    Objective,
-    States,
-    Tables,
-    VocabularyLoss,
-    vocabulary_loss,
-)
+from domino_jax.kernels.token_loss import CROSS_ENTROPY, Labels, Objective, States, Tables, VocabularyLoss
+from domino_jax.kernels.vocabulary_loss import vocabulary_loss
 from domino_jax.training.loss import dual_loss
 from domino_jax.training.objectives import DpaceOptions, dpace_weights
 

@@ -1,7 +1,6 @@
 """Reading Hugging Face directories: every accepted form gives the same arrays, everything else one clear line."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from domino_jax.model_config import DecoderConfig, RopeScaling
 from domino_jax.strict import InputError
-from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config, read_json, read_safetensors
+from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 
 ABSENT = object()
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -212,17 +211,6 @@ def test_read_decoder_config_refuses_an_unknown_dtype(llama: Path) -> None:
         read_decoder_config(llama, dtype="float16")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "No such file or directory"), ("{", "not valid JSON"), ("[]", "expected a JSON object, found list")],
-)
-def test_read_json_names_the_file(tmp_path: Path, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=f"config.json: {message}"):
-        read_json(tmp_path / "config.json")
-
-
 def test_load_target_reads_shards(tiny: Callable[..., Any], tmp_path: Path) -> None:
     model, single = tiny("qwen3", tied=False)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -323,45 +311,6 @@ def test_load_target_refuses_qwen2_without_its_biases(tiny: Callable[..., Any], 
 def test_load_target_refuses_an_untied_model_without_its_head(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing tensor: lm_head.weight; expected 39, found 38"):
         load_target(edited(llama, tmp_path, config={"tie_word_embeddings": False}))
-
-
-def test_read_safetensors_never_opens_a_pickle(tmp_path: Path) -> None:
-    opened = tmp_path / "opened"
-
-    class Trap:
-        def __reduce__(self) -> Any:
-            return opened.write_text, ("",)
-
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(InputError, match=r"found the pickle pytorch_model.bin, which is never opened"):
-        read_safetensors(tmp_path)
-    assert not opened.exists()
-
-
-def test_read_safetensors_names_what_it_cannot_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected model.safetensors or model.safetensors.index.json; not there"):
-        read_safetensors(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a tensor file at all")
-    with pytest.raises(InputError, match=r"model.safetensors: not a readable safetensors file"):
-        read_safetensors(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("places", "message"),
-    [
-        ({"a": "one.safetensors", "b": "two.safetensors"}, "two.safetensors: No such file"),
-        ({"a": "one.safetensors", "b": "one.safetensors"}, "one.safetensors: holds other tensors than"),
-        ({"a": "../one.safetensors"}, "weight_map names '../one.safetensors'; expected a file of the same directory"),
-        ({"a": 3}, "expected weight_map, a mapping of tensors to files"),
-        (None, "expected weight_map, a mapping of tensors to files"),
-    ],
-)
-def test_read_safetensors_checks_the_index(tmp_path: Path, places: Any, message: str) -> None:
-    save_file({"a": np.ones(2, np.float32)}, tmp_path / "one.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(InputError) as caught:
-        read_safetensors(tmp_path)
-    assert message in str(caught.value)
 
 
 def test_load_tokenizer_reads_a_fast_tokenizer(smollm2: Path) -> None:

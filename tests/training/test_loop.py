@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from domino_jax.config import dump_config, load_config
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
+from domino_jax.target.safetensors import StoredTensor
 from domino_jax.training import loop
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch
@@ -119,7 +121,7 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     console = quiet()
     directory = train(load_config(path), console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    begun = ("loading target", "loading rows", "step compiled in", "saving checkpoint 60")
+    begun = ("loading rows", "loading target", "step compiled in", "saving checkpoint 60")
     places = [said.index(words) for words in begun]
     assert places == sorted(places) and [said.count(words) for words in begun] == [1] * 4
     lines = read_metrics(directory)
@@ -267,6 +269,34 @@ def test_draft_from_target_takes_what_a_dense_draft_has(target: Path, tmp_path: 
     for name in ("q_proj", "o_proj"):
         weight = theirs["layers_3"]["self_attn"][name]["weight"]
         np.testing.assert_array_equal(started["layers_0"]["self_attn"][name]["weight"], weight)
+
+
+def test_a_run_starts_as_the_top_of_its_target_and_reads_no_more_of_it(
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = run_config(tmp_path, target)
+    fresh = prepare(load_config(path), console=quiet())
+    read, names = StoredTensor.read, []
+
+    def noted(tensor: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
+        names.append(tensor.name)
+        return read(tensor, part)
+
+    monkeypatch.setattr(StoredTensor, "read", noted)
+    start, devices = "draft.init_layers_from_target=true", ("mesh.fsdp=8", "mesh.data=1")
+    config = load_config(path, [start, "dtype=bfloat16", *devices])
+    run = prepare(config, console=quiet())
+    counts = Counter(names)
+    # Three layers run; of the fourth, and of the final norm, the draft has its copy in float32.
+    whole = load_target(target).params
+    expected = draft_from_target(fresh.record.config, fresh.state.params, whole)
+    chex.assert_trees_all_equal(*jax.device_get((run.state.params, expected)))
+    layout = run.state.params["layers_0"]["mlp"]["up_proj"]["weight"].sharding
+    assert not layout.is_fully_replicated
+    assert any(".layers.3." in name for name in counts)
+    assert counts["model.embed_tokens.weight"] == 8 and counts["model.norm.weight"] == 2
 
 
 def test_the_metrics_log_drops_what_a_resumed_run_does_again(target: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from reference import (
 )
 
 from domino_jax.config import LossConfig
-from domino_jax.kernels.vocabulary_loss import Labels, TokenLoss
+from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.strict import InputError
 from domino_jax.training import objectives
 from domino_jax.training.modules import build_trainer

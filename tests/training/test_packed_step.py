@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from reference import draft_config, random_params
 from test_loop import final_bits, quiet
-from tiny import run_config, write_target
+from tiny import run_config, stack_layers, write_target
 
 from domino_jax.config import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
-from domino_jax.target.model import Target, stack_layers
+from domino_jax.target.model import Target
 from domino_jax.training.loop import Interrupted, prepare, train
 from domino_jax.training.modules import build_trainer
 

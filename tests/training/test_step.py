@@ -13,11 +13,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from reference import dflash_config, draft_config
+from tiny import stack_layers
 
 from domino_jax.config import OptimizerConfig
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
-from domino_jax.target.model import Target, stack_layers
+from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.metrics import metric_means, metric_sums
 from domino_jax.training.modules import DominoStepMetrics, build_trainer

@@ -1,0 +1,210 @@
+"""Safetensors files of a Hugging Face directory, read strictly or refused, never pickles.
+
+The weights of a target may be larger than one device, or than the host, can hold. So opening a
+directory reads the headers of its files alone, which is enough to refuse a wrong one, and every
+tensor is then read in the parts that somebody has room for:
+
+    model-00001-of-00002.safetensors | header: name, type, shape | values ...
+                                       open_safetensors            StoredTensor.read(part)
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy knows bfloat16 once this is imported)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from domino_jax.strict import InputError, read_json
+
+_FLOAT_TYPES = ("float32", "float16", "bfloat16")
+_KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
+_UNREADABLE = (SafetensorError, TypeError, ValueError, AttributeError)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file: what the header says of it, and its values when they are asked for.
+
+    Attributes:
+        file: where it lies.
+        name: its name in the file.
+        shape: its shape.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    _values: Any = field(repr=False)  # safetensors' view of the mapped file, which it keeps open
+
+    def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads the tensor, or a part of it without the rest.
+
+        Args:
+            part: a slice for each of the first axes; the other axes are whole.
+        Returns:
+            An array of its own memory, in the file's type.
+        Raises:
+            InputError: a type that numpy does not have.
+        """
+        try:
+            return self._values[part]
+        except _UNREADABLE as error:
+            raise _unreadable(self.file, error) from error
+
+
+def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
+    """Opens the safetensors of a Hugging Face directory, one file or shards, and reads no tensor.
+
+    Args:
+        directory: holds model.safetensors, or model.safetensors.index.json and its shards.
+    Returns:
+        The tensors by their names in the files.
+    Raises:
+        InputError: no such file, a damaged file, a pickle, a type that is not floating point, or
+            an index that disagrees with its shards.
+    """
+    directory = Path(directory)
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return _open_file(single)
+    if not index.is_file():
+        found = _instead(directory)
+        raise InputError(f"{directory}: expected {single.name} or {index.name}; {found}")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index}: expected weight_map, a mapping of tensors to files")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(places.values())):
+        if Path(shard).name != shard:
+            expected = "expected a file of the same directory"
+            raise InputError(f"{index}: weight_map names {shard!r}; {expected}")
+        held = _open_file(directory / shard)
+        differing = set(held) ^ {name for name, file in places.items() if file == shard}
+        if differing:
+            place, said = directory / shard, f"than {index.name} says"
+            raise InputError(f"{place}: holds other tensors {said}: {_some(differing)}")
+        tensors |= held
+    return tensors
+
+
+def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a Hugging Face directory that fits the host.
+
+    Args:
+        directory: as for `open_safetensors`.
+    Returns:
+        Arrays by their names in the file, in its own type (bfloat16 as `ml_dtypes.bfloat16`).
+    Raises:
+        InputError: as `open_safetensors`.
+    """
+    return {name: tensor.read() for name, tensor in open_safetensors(directory).items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes tensors as one file whose mode follows the umask, as that of any other new file.
+
+    Args:
+        path: of a file that is not there yet.
+        tensors: contiguous arrays by name.
+    """
+    # The library leaves a file of mode 600, which nobody else could serve.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def check_tensors(
+    tensors: Mapping[str, np.ndarray | StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    place: Path,
+) -> None:
+    """Refuses tensors that are not exactly the expected ones.
+
+    Args:
+        tensors: what was found, by name.
+        shapes: what was expected, by name.
+        place: file or directory for the message.
+    Raises:
+        InputError: missing, unexpected or mis-shaped tensors, by name, found and expected.
+    """
+    counts = f"expected {len(shapes)}, found {len(tensors)}"
+    missing, unexpected = set(shapes) - set(tensors), set(tensors) - set(shapes)
+    for word, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            raise InputError(f"{place}: {word} tensor: {_some(names)}; {counts}")
+    for name, shape in shapes.items():
+        found, expected = list(tensors[name].shape), list(shape)
+        if found != expected:
+            raise InputError(f"{place}: tensor {name} has shape {found}, expected {expected}")
+
+
+def equal_tensors(one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = 2**26) -> bool:
+    """Whether two tensors hold the same numbers, read a few rows at a time.
+
+    Args:
+        one: of any shape with rows.
+        other: likewise.
+        chunk_bytes: of either that the host holds, at least a row.
+    """
+    if one.shape != other.shape:
+        return False
+    chunks = _chunks(one.shape, chunk_bytes)
+    return all(np.array_equal(one.read(rows), other.read(rows)) for rows in chunks)
+
+
+def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
+    row_bytes = 4 * max(int(np.prod(shape[1:])), 1)
+    step = max(chunk_bytes // row_bytes, 1)
+    for start in range(0, shape[0], step):
+        yield (slice(start, min(start + step, shape[0])),)
+
+
+def _instead(directory: Path) -> str:
+    """What lies in a directory without safetensors."""
+    patterns = ("*.bin", "*.pt", "*.pth")
+    pickles = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
+    if not pickles:
+        return "not there"
+    return f"found the pickle {pickles[0]}, which is never opened: save it as safetensors"
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    tensors = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                values = file.get_slice(name)
+                _check_type(path, name, values.get_dtype())
+                tensors[name] = StoredTensor(path, name, tuple(values.get_shape()), values)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    return tensors
+
+
+def _check_type(path: Path, name: str, stored: str) -> None:
+    """Refuses a type such as "I8"; rotary buffers, which nobody reads, may have any."""
+    kind = stored.rstrip("0123456789")
+    dtype = _KINDS.get(kind, kind) + stored[len(kind) :]
+    if dtype not in _FLOAT_TYPES and not name.endswith("rotary_emb.inv_freq"):
+        raise InputError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(_FLOAT_TYPES)}")
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not a readable safetensors file: {error}")
+
+
+def _some(names: set[str]) -> str:
+    """The first three names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
