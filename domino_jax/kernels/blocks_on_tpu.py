@@ -171,15 +171,22 @@ def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
 
 
 def _turned(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
-    return jax.lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(left, right, ((1,), (1,)))
 
 
 def _plain(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, m], [m, d] -> [n, d]
-    return jax.lax.dot_general(left, right, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(left, right, ((1,), (0,)))
 
 
 def _over_first(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, b] -> [a, b]
-    return jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return _product(left, right, ((0,), (0,)))
+
+
+def _product(left: jax.Array, right: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    # The command asks for whole float32 products; a kernel cannot ask that of bfloat16 operands.
+    whole = left.dtype == right.dtype == jnp.float32
+    precision = None if whole else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(left, right, (axes, ((), ())), precision, jnp.float32)
 
 
 def _seen(at: _Inputs, begin: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -102,8 +102,8 @@ def on_tpu(
     by_head = jax.vmap(attend, in_axes=(0, 0, 0, None))
     by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
     # The command asks for whole float32 products; a kernel cannot ask that of bfloat16 operands.
-    precision = "highest" if q.dtype == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
+    asked = jax.config.jax_default_matmul_precision
+    with jax.default_matmul_precision(asked if q.dtype == jnp.float32 else "default"):
         out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
     return out.reshape(batch, heads, -1, width)[:, :, :length].astype(v.dtype)
 
