@@ -288,7 +288,12 @@ def _origin(operation: Operation, operations: Mapping[str, Operation]) -> Operat
     return operation
 
 
-def _operand_bytes(name: str, operations: Mapping[str, Operation], *, main_memory: bool = False) -> list[int]:
+def _operand_bytes(
+    name: str,
+    operations: Mapping[str, Operation],
+    *,
+    main_memory: bool = False,
+) -> list[int]:
     whole, _, place = name.partition("#")
     operation = operations.get(whole)
     if operation is None:

@@ -1,7 +1,8 @@
 """Machines that nobody owns here: described to a compiler, which is all that a plan needs of them.
 
 A place is written `v5p:2x2x2`, a slice of TPUs by its topology, or `h100:8`, a number of GPUs. The
-compilers are wheels that need no device: libtpu, and XLA's CUDA plugin with NVIDIA's ptxas and cuDNN.
+compilers are wheels that need no device: libtpu, and XLA's CUDA plugin with NVIDIA's ptxas and
+cuDNN.
 """
 
 import importlib.metadata

@@ -139,7 +139,8 @@ def read_models(config: RunConfig, *, say: Say) -> Models:
     if (path / "tokenizer.json").is_file():
         return Models(target, draft_of(config, target, load_tokenizer(path)))
     say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
-    return Models(target, make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype))
+    draft = make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype)
+    return Models(target, draft)
 
 
 class _Step(NamedTuple):
@@ -212,7 +213,14 @@ def _key(step: _Step, place: Place, compiler: Compiler) -> str:
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
-def _compiled_plan(config: RunConfig, models: Models, place: Place, compiler: Compiler, *, step: _Step) -> Plan:
+def _compiled_plan(
+    config: RunConfig,
+    models: Models,
+    place: Place,
+    compiler: Compiler,
+    *,
+    step: _Step,
+) -> Plan:
     kind = compiler.devices[0].device_kind
     chip, count = CHIPS[kind], len(compiler.devices)
     pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)

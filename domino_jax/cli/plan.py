@@ -48,14 +48,15 @@ def plan_verb(
     largest_batch: bool,
     file: Path | None,
 ) -> None:
-    """Compile the step that `train` runs with CONFIG for machines that are not here, and tell what it takes.
+    """Compile the step that `train` runs with CONFIG for machines that are not here.
 
     \b
     domino plan configs/qwen3-8b.yaml --on h100:1
-    domino plan configs/qwen3-8b.yaml --on v5p:2x2x2 mesh.fsdp=8 data.batch_size=16 optimizer.grad_accumulation=1
+    domino plan configs/qwen3-8b.yaml --on v5p:2x2x2 --on v6e:2x4 mesh.fsdp=8 data.batch_size=16
 
-    Memory, collectives, launches, FLOPs, and the bounds that the chip's published peaks put on them;
-    no step time. Only the target's config.json is read. Exit code 1 where it does not fit.
+    Tells its memory, collectives, launches and FLOPs, and the bounds that the chip's published
+    peaks put on them; no step time. Only the target's config.json is read. Exit code 1 where it
+    does not fit.
     """
     settings = load_config(config, overrides)
     asked = [parse_place(place) for place in places]
@@ -65,7 +66,9 @@ def plan_verb(
     compilers = [compiler_for(place) for place in asked]
     models = read_models(settings, say=say)
     work = _largest if largest_batch else _as_it_stands
-    plans = [work(settings, models, place, compiler) for place, compiler in zip(asked, compilers, strict=True)]
+    plans = []
+    for place, compiler in zip(asked, compilers, strict=True):
+        plans.append(work(settings, models, place, compiler))
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, _WIDTH))
@@ -74,7 +77,8 @@ def plan_verb(
         if one.refusal is not None:
             click.echo(f"{one.place}: the compiler refused: {one.refusal}")
         if largest_batch:
-            click.echo(f"{one.place}: largest data.batch_size that fits: {one.batch_size if one.fits else 'none'}")
+            found = one.batch_size if one.fits else "none"
+            click.echo(f"{one.place}: largest data.batch_size that fits: {found}")
     if file is not None:
         write_json(file, [dataclasses.asdict(one) for one in plans])
         click.echo(file)
