@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from domino_jax.compiled import stage_of
+from domino_jax.stages import stage_of
 
 OTHER = "other"
 _PLATFORMS = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",), "cpu": ("cpu",)}

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from domino_jax.stages import STAGES
+from domino_jax.stages import scope_of
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
@@ -379,31 +379,3 @@ def _written(operation: Operation, origin: Operation, program: CompiledProgram) 
     if root is None or root.opcode != "dynamic-update-slice" or not operations:
         return whole
     return min(whole, sum(_operand_bytes(root.operands[1], operations)))
-
-
-def stage_of(path: str) -> str | None:
-    """The stage of the step that an operation belongs to, None for none.
-
-    Args:
-        path: of `Operation.path` or of a name stack; transformations stand around its names.
-    """
-    parts = [re.sub(r"^(\w+\()*|\)*$", "", part) for part in path.split("/")]
-    return next((part for part in reversed(parts) if part in STAGES), None)
-
-
-def scope_of(path: str) -> str:
-    """A path as a person reads it: its stage and its last names, and whether it is a gradient."""
-    if "/" not in path:  # an argument of the step, or nothing
-        return path.replace("\\", "") or "the compiler's own"
-    names = [re.sub(r"^(\w+\()*|\)*$", "", part) for part in path.split("/")]
-    told = [name for name in names if re.fullmatch(r"[\w\-]+", name) and name not in _MACHINERY]
-    stage = stage_of(path)
-    tail = [name for name in told[-3:] if name != stage]
-    words = "/".join(([stage] if stage else []) + tail) or "the compiler's own"
-    return f"{words}, gradient" if "transpose(" in path else words
-
-
-_MACHINERY = {
-    *("while", "body", "cond", "closed_call", "eval_jaxpr", "shard_map", "checkpoint", "pjit"),
-    *("train_step", "branch_0_fun", "branch_1_fun", "remat", "custom_vjp_call", "jit"),
-}

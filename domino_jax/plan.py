@@ -143,7 +143,7 @@ def read_models(config: RunConfig, *, say: Say) -> Models:
     return Models(target, draft)
 
 
-class _Step(NamedTuple):
+class PlannedStep(NamedTuple):
     """A step ready to be compiled for its devices."""
 
     program: Program
@@ -152,7 +152,12 @@ class _Step(NamedTuple):
     mesh: dict[str, int]
 
 
-def _step(config: RunConfig, models: Models, compiler: Compiler) -> _Step:
+def planned_step(config: RunConfig, models: Models, compiler: Compiler) -> PlannedStep:
+    """The step of a run for a place, traced and lowered here.
+
+    Raises:
+        InputError: mesh or batch do not divide over the devices.
+    """
     mesh = run_mesh(config, compiler.devices)
     config = resolved(config, mesh)
     steps = config.train.steps or _UNKNOWN_STEPS
@@ -167,7 +172,7 @@ def _step(config: RunConfig, models: Models, compiler: Compiler) -> _Step:
     )
     with jax.set_mesh(mesh):
         traced = traced_step(program, arguments)
-        return _Step(program, traced, traced.lower(), dict(mesh.shape))
+        return PlannedStep(program, traced, traced.lower(), dict(mesh.shape))
 
 
 def plan(
@@ -191,7 +196,7 @@ def plan(
     Raises:
         InputError: mesh or batch do not divide over the devices.
     """
-    step = _step(config, models, compiler)
+    step = planned_step(config, models, compiler)
     kept = cache / f"{_key(step, place, compiler)}.json"
     if kept.is_file():
         say(f"{place.name}, batch {config.data.batch_size}: planned before ({kept})")
@@ -205,7 +210,7 @@ def plan(
     return made
 
 
-def _key(step: _Step, place: Place, compiler: Compiler) -> str:
+def _key(step: PlannedStep, place: Place, compiler: Compiler) -> str:
     """The program, its place, the compiler, and the code that reads what comes out."""
     readers = [Path(module.__file__ or "").read_text() for module in (compiled, arithmetic)]
     readers.append(Path(__file__).read_text())
@@ -219,7 +224,7 @@ def _compiled_plan(
     place: Place,
     compiler: Compiler,
     *,
-    step: _Step,
+    step: PlannedStep,
 ) -> Plan:
     kind = compiler.devices[0].device_kind
     chip, count = CHIPS[kind], len(compiler.devices)
@@ -228,7 +233,7 @@ def _compiled_plan(
     products = arithmetic.products(step.traced, platform=platform, unknown_turns=pieces)
     executed = arithmetic.flops_by_stage(products)
     began = time.monotonic()
-    outcome = _compile(step.lowered, place, compiler)
+    outcome = compile_step(step.lowered, place, compiler)
     seconds = time.monotonic() - began
     read = _read(outcome, pieces, place) if outcome.refusal is None else {}
     moved = read.get("bytes_moved")
@@ -259,7 +264,7 @@ def _compiled_plan(
     )
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """What a compiler gave: the program's text and memory, or its refusal."""
 
     text: str = ""
@@ -268,7 +273,8 @@ class _Outcome(NamedTuple):
     refusal: str | None = None
 
 
-def _compile(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) -> _Outcome:
+def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) -> Outcome:
+    """Compiles a lowered step for a place."""
     with tempfile.TemporaryDirectory() as scratch:
         options = dict(compiler.options)
         if place.is_tpu:
@@ -280,7 +286,7 @@ def _compile(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) -> _
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return _Outcome(refusal=" ".join(said[:2])[:400])
+            return Outcome(refusal=" ".join(said[:2])[:400])
         if place.is_tpu:
             dumps = Path(scratch).rglob("*.after_optimizations.txt")
             text = max((dump.read_text() for dump in dumps), key=len)
@@ -291,10 +297,10 @@ def _compile(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) -> _
     peak = memory.peak_memory_in_bytes
     if not peak:
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return _Outcome(text, peak, memory.argument_size_in_bytes)
+    return Outcome(text, peak, memory.argument_size_in_bytes)
 
 
-def _read(outcome: _Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
+def _read(outcome: Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
     program = compiled.read_program(outcome.text, unknown_turns=unknown_turns)
     exchanges: dict[str, Exchange] = {}
     for one in compiled.collectives(program):

@@ -5,6 +5,8 @@ FLOPs speak of the same parts. A stage may lie in another (`block_attention` in 
 innermost name is the part's. Its gradient has the name too, inside `transpose(...)`.
 """
 
+import re
+
 TARGET = "target"  # the frozen target's forward
 CONTEXT = "context"  # fc over the target's states; the draft's keys and values of them
 BACKBONE = "backbone"  # the draft's layers over the blocks
@@ -14,3 +16,32 @@ VOCABULARY_LOSS = "vocabulary_loss"  # logits, base and corrected, and their los
 UPDATE = "update"  # norm of the gradient, optimiser, average
 
 STAGES = (TARGET, CONTEXT, BACKBONE, BLOCK_ATTENTION, HEAD, VOCABULARY_LOSS, UPDATE)
+_MACHINERY = {
+    *("while", "body", "cond", "closed_call", "eval_jaxpr", "shard_map", "checkpoint", "pjit"),
+    *("train_step", "branch_0_fun", "branch_1_fun", "remat", "custom_vjp_call", "jit"),
+}
+
+
+def stage_of(path: str) -> str | None:
+    """The stage of the step that an operation belongs to, None for none.
+
+    Args:
+        path: of an operation's metadata or of a name stack; transformations stand around names.
+    """
+    return next((name for name in reversed(_names(path)) if name in STAGES), None)
+
+
+def scope_of(path: str) -> str:
+    """A path as a person reads it: its stage and its last names, and whether it is a gradient."""
+    if "/" not in path:  # an argument of the step, or nothing
+        return path.replace("\\", "") or "the compiler's own"
+    names = _names(path)
+    told = [name for name in names if re.fullmatch(r"[\w\-]+", name) and name not in _MACHINERY]
+    stage = stage_of(path)
+    tail = [name for name in told[-3:] if name != stage]
+    words = "/".join(([stage] if stage else []) + tail) or "the compiler's own"
+    return f"{words}, gradient" if "transpose(" in path else words
+
+
+def _names(path: str) -> list[str]:
+    return [re.sub(r"^(\w+\()*|\)*$", "", part) for part in path.split("/")]

@@ -17,6 +17,15 @@ NEEDS_PACKAGE = "needs {}, which scripts/test installs on Python 3.11"
 NEEDS_ACCELERATOR = "needs a GPU or TPU: JAX_PLATFORMS=cuda pytest -m accelerator"
 
 
+def require_compiler(place: str) -> None:
+    """Skips a test of plans for a place, written `v5e:2x2`, where its compiler is not installed."""
+    from domino_jax.places import missing_compiler, parse_place
+
+    lacking = missing_compiler(parse_place(place))
+    if lacking is not None:
+        pytest.skip(lacking)
+
+
 def missing_package(error: BaseException | None) -> str | None:
     """The one of `OPTIONAL` whose absence an error comes from, None for every other error.
 

@@ -8,6 +8,7 @@ never exist: JAX's splash attention on a TPU, cuDNN's on a GPU that has it, the 
 rest. The target is frozen: none of them needs a gradient.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -102,8 +103,8 @@ def on_tpu(
     by_head = jax.vmap(attend, in_axes=(0, 0, 0, None))
     by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
     # The command asks for whole float32 products; a kernel cannot ask that of bfloat16 operands.
-    asked = jax.config.jax_default_matmul_precision
-    with jax.default_matmul_precision(asked if q.dtype == jnp.float32 else "default"):
+    whole = q.dtype == jnp.float32
+    with contextlib.nullcontext() if whole else jax.default_matmul_precision("default"):
         out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
     return out.reshape(batch, heads, -1, width)[:, :, :length].astype(v.dtype)
 
