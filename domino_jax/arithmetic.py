@@ -22,7 +22,10 @@ _PLATFORMS = {"gpu": ("cuda", "gpu"), "tpu": ("tpu",), "cpu": ("cpu",)}
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product: FLOPs of one, how often it runs, whether both sides are float32."""
+    """One matrix product: FLOPs of one, and how often it runs.
+
+    `float32`: both sides are, and not to be multiplied in fewer bits.
+    """
 
     flops: int
     times: int
@@ -74,8 +77,7 @@ class _Walk:
         name, params = equation.primitive.name, equation.params
         flops = _flops(equation)
         if flops is not None:
-            types = {variable.aval.dtype for variable in equation.invars[:2]}
-            yield Product(flops, at.times, types == {jnp.dtype(jnp.float32)}, f"{at.path}/{name}")
+            yield Product(flops, at.times, _is_float32(equation), f"{at.path}/{name}")
             return
         if name == "cond":
             yield from self._dearest(equation, at)
@@ -114,6 +116,14 @@ def _inside(params: dict[str, Any]) -> Iterator[Any]:
             jaxpr = getattr(one, "jaxpr", one)
             if hasattr(jaxpr, "eqns"):
                 yield jaxpr
+
+
+def _is_float32(equation: Any) -> bool:
+    precision = equation.params.get("precision")
+    asked = precision if isinstance(precision, tuple) else (precision,)
+    fewer_bits = all(one == jax.lax.Precision.DEFAULT for one in asked)
+    types = {variable.aval.dtype for variable in equation.invars[:2]}
+    return types == {jnp.dtype(jnp.float32)} and not fewer_bits
 
 
 def _flops(equation: Any) -> int | None:

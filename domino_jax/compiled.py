@@ -67,9 +67,10 @@ class Computation:
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange between devices: bytes of its whole array on a device, and how often it runs.
+    """One exchange between devices: bytes of its whole arrays on a device, and how often it runs.
 
-    `loop` is the path of the innermost loop around it, None outside of all.
+    `arrays` are those of each array that comes out: a compiler combines small exchanges. `loop` is
+    the path of the innermost loop around it, None outside of all.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Collective:
     times: int
     loop: str | None
     path: str
+    arrays: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -275,9 +277,9 @@ def collectives(program: CompiledProgram) -> list[Collective]:
                     continue
                 seen.add((kind, channel[1]))
             given = sum(sum(_operand_bytes(name, operations)) for name in origin.operands)
-            size = max(sum(array_bytes(operation.shape)), given)
-            path = operation.path or origin.path
-            found.append(Collective(kind, size, visit.times, visit.loop, path))
+            arrays = tuple(array_bytes(operation.shape))
+            path, size = operation.path or origin.path, max(sum(arrays), given)
+            found.append(Collective(kind, size, visit.times, visit.loop, path, arrays))
     return found
 
 

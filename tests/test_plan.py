@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from availability import require_compiler
@@ -16,7 +17,7 @@ from tiny import MASK_TOKEN_ID, run_config, write_target
 
 from domino_jax import arithmetic, compiled
 from domino_jax.cli import main
-from domino_jax.config import RunConfig, load_config
+from domino_jax.config import RunConfig, load_config, make_draft_config
 from domino_jax.model_config import DecoderConfig
 from domino_jax.places import compiler_for, parse_place
 from domino_jax.plan import (
@@ -184,10 +185,26 @@ def test_a_batch_that_does_not_divide_and_a_topology_that_is_none(domino, config
 
 def test_what_does_not_fit_is_exit_code_1(domino, config: Path) -> None:
     require_compiler("h100:1")
-    # Whatever the compiler makes of it, the target's states alone need 160 GiB.
-    words = ("data.batch_size=2097152", "data.max_length=1024")
+    # Whatever the compiler makes of it, two copies of the target's states and what the layers read need more.
+    words = ("data.batch_size=1048576", "data.max_length=1024")
     code, out, _ = domino("plan", config, "--on", "h100:1", *words)
     assert code == 1 and "NO" in out
+
+
+@pytest.mark.parametrize(("most", "found", "code"), [(40, "40", 0), (3, "none", 1)])
+def test_the_largest_batch_is_searched_in_multiples_of_the_devices(
+    domino, config: Path, monkeypatch: pytest.MonkeyPatch, most: int, found: str, code: int
+) -> None:
+    def planned(config: RunConfig, *_: object, **__: object) -> Plan:
+        rows = config.data.batch_size
+        return dataclasses.replace(MADE, batch_size=rows, fits=rows <= most)
+
+    place_devices = SimpleNamespace(devices=[None] * 4)
+    monkeypatch.setattr("domino_jax.cli.plan.compiler_for", lambda place: place_devices)
+    monkeypatch.setattr("domino_jax.cli.plan.plan", planned)
+    ended, out, log = domino("plan", config, "--on", "v5e:2x2", "--largest-batch")
+    assert (ended, out.splitlines()[-1]) == (code, f"v5e:2x2: largest data.batch_size that fits: {found}")
+    assert "v5e:2x2: batch 8 " in log and {int(n) % 4 for n in re.findall(r"batch (\d+)", log)} == {0}
 
 
 # A small step in the proportions of a real one: the vocabulary is wide, and no two sizes are equal.
@@ -226,8 +243,6 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.mark.parametrize("place", ["v5e:2x2", "h100:4"])
 def test_a_small_step_exchanges_and_holds_no_more_than_it_should(small_config: RunConfig, place: str) -> None:
     require_compiler(place)
-    from domino_jax.config import make_draft_config
-
     draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")
     where = parse_place(place)
     compiler = compiler_for(where)
@@ -238,7 +253,7 @@ def test_a_small_step_exchanges_and_holds_no_more_than_it_should(small_config: R
     program = compiled.read_program(outcome.text, unknown_turns=pieces)
 
     found = compiled.collectives(program)
-    heads = [one for one in found if one.kind == "all-gather" and one.bytes == SMALL_HEAD]
+    heads = [one for one in found if one.kind == "all-gather" and SMALL_HEAD in one.arrays]
     assert [(one.times, one.loop) for one in heads] == [(1, None)]
     looped = [one for one in found if one.loop and {stage_of(one.loop), stage_of(one.path)} & {HEAD, VOCABULARY_LOSS}]
     assert not [one for one in looped if one.bytes > SMALL_BOUND]
