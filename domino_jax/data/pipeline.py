@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,6 +14,8 @@ from domino_jax.strict import InputError
 
 if TYPE_CHECKING:
     import grain  # at run time where it is used: steps and decoding do without
+
+READING_THREADS = 8  # that fill one batch from disk
 
 
 def row_batches(
@@ -42,7 +45,8 @@ def row_batches(
         packs: which rows share one row of a batch; these are then what is shuffled, counted and shared out.
         shuffle: False keeps the order of `rows` or `packs`.
         repeat: False ends after the batch that completes the first epoch; it is filled up from the second.
-        read_ahead: batches to prepare while the last one is used, for rows that are read from disk.
+        read_ahead: batches to prepare while the last one is used, for rows that are read from disk; several threads
+            read and copy the rows of each.
         process_index: which process this is; JAX's own by default.
         process_count: of how many.
     Returns:
@@ -67,7 +71,7 @@ def row_batches(
     data = grain.MapDataset.source(units)
     if shuffle:
         data = data.shuffle(seed=seed)
-    make = _batch_maker(rows, packs, max_length=max_length)
+    make = _batch_maker(rows, packs, max_length=max_length, from_disk=read_ahead > 0)
     # As good as endless; grain computes lengths in float64, where sys.maxsize in batches of 1 overflows.
     batches = data.repeat(2**50 // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
@@ -107,7 +111,7 @@ def heldout_batches(
     units = single_packs(len(rows)) if packs is None else packs
     missing = _steps(units, batch_size * count) * batch_size * count - len(units)
     data = grain.MapDataset.source([*units, *[()] * missing])
-    make = _batch_maker(rows, packs, max_length=max_length)
+    make = _batch_maker(rows, packs, max_length=max_length, from_disk=False)
     return _iterator(data.batch(batch_size, batch_fn=make), index, count, read_ahead=0)
 
 
@@ -123,10 +127,20 @@ def _steps(units: Sequence[Pack], step_rows: int) -> int:
     return -(-len(units) // step_rows)
 
 
-def _batch_maker(rows: Sequence[Row], packs: Sequence[Pack] | None, *, max_length: int) -> functools.partial:
-    check_fits(row_lengths(rows), max_length=max_length)
-    documents = 1 if packs is None else max(len(pack) for pack in packs)
-    return functools.partial(_batch, rows=rows, max_length=max_length, documents=documents, packed=packs is not None)
+def _batch_maker(
+    rows: Sequence[Row], packs: Sequence[Pack] | None, *, max_length: int, from_disk: bool
+) -> functools.partial:
+    lengths = row_lengths(rows)
+    check_fits(lengths, max_length=max_length)
+    return functools.partial(
+        _batch,
+        rows=rows,
+        lengths=lengths,
+        max_length=max_length,
+        documents=1 if packs is None else max(len(pack) for pack in packs),
+        packed=packs is not None,
+        threads=ThreadPoolExecutor(READING_THREADS) if from_disk else None,
+    )
 
 
 def _iterator(
@@ -144,7 +158,14 @@ def _iterator(
 
 
 def _batch(
-    units: Sequence[Pack], *, rows: Sequence[Row], max_length: int, documents: int, packed: bool
+    units: Sequence[Pack],
+    *,
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    max_length: int,
+    documents: int,
+    packed: bool,
+    threads: ThreadPoolExecutor | None,
 ) -> dict[str, np.ndarray]:
     batch = {
         "input_ids": np.zeros((len(units), max_length), np.int32),
@@ -152,16 +173,27 @@ def _batch(
         "row_numbers": np.full((len(units), documents), -1, np.int32),
     }
     seq_lens: list[list[int]] = []
+    places: list[tuple[int, int, int]] = []  # number of each row, its slot and where it begins there
     for slot, pack in enumerate(units):
-        seq_lens.append([])
         batch["row_numbers"][slot, : len(pack)] = pack
-        for number in pack:
-            row, begin = rows[number], sum(seq_lens[-1])
-            seq_lens[-1].append(len(row.input_ids))
-            for name, values in row.arrays.items():
-                if name not in batch:
-                    batch[name] = np.zeros((len(units), max_length, *values.shape[1:]), values.dtype)
-                batch[name][slot, begin : begin + len(values)] = values
+        seq_lens.append([lengths[number] for number in pack])
+        begins = np.cumsum([0, *seq_lens[-1]])
+        places += [(number, slot, int(begin)) for number, begin in zip(pack, begins[:-1], strict=True)]
+
+    def put(place: tuple[int, int, int]) -> None:
+        number, slot, begin = place
+        for name, values in rows[number].arrays.items():
+            if name not in batch:
+                batch[name] = np.zeros((len(units), max_length, *values.shape[1:]), values.dtype)
+            batch[name][slot, begin : begin + len(values)] = values
+
+    for place in places[:1]:  # which says what arrays there are
+        put(place)
+    if threads is None:
+        for place in places[1:]:
+            put(place)
+    else:  # states of one row are a hundred megabytes
+        list(threads.map(put, places[1:]))
     if packed:
         batch |= document_arrays(seq_lens, max_length=max_length, documents=documents)
     return batch

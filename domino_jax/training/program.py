@@ -28,7 +28,7 @@ from domino_jax.training.optimizer import make_optimizer
 from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step
 
 CPU_LOGITS_MIB = 192.0  # where a step is as fast as with more
-LOGITS_SHARE = 1 / 160  # of an accelerator's memory
+LOGITS_SHARE = 1 / 128  # of an accelerator's memory
 MIB = 2**20
 
 

@@ -26,7 +26,7 @@ from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
 from domino_jax.target.safetensors import StoredTensor
-from domino_jax.training import loop
+from domino_jax.training import loop, program
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.loop import Interrupted, prepare, train
@@ -147,9 +147,10 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         assert supervised == pytest.approx(figures["valid_tokens"])
         assert not {"mfu", "peak_memory_bytes"} & line.keys()  # nothing is published of this chip
     assert list((directory / "tensorboard").iterdir())
-    # As it was resolved: the objective's own decay stands where none was given.
+    # As it was resolved: the objective's own decay and the memory of a CPU stand where none were given.
     stored, given = load_config(directory / "config.yaml"), load_config(path)
-    assert stored == dataclasses.replace(given, loss=dataclasses.replace(given.loss, loss_decay_gamma=7.0))
+    resolved = dataclasses.replace(given.loss, loss_decay_gamma=7.0, logits_mib=program.CPU_LOGITS_MIB)
+    assert stored == dataclasses.replace(given, loss=resolved)
 
 
 def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,22 +162,22 @@ def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: py
     traces: list[str] = []
     longest: dict[int, list[int]] = {1: [], 2: []}  # of each batch, by the micro-batches: held-out rows have 1
 
-    def count_traces(name: str) -> None:
-        traced = getattr(loop, name)
+    def count_traces(module: Any, name: str) -> None:
+        traced = getattr(module, name)
 
         def counted(*args: Any, **options: Any) -> Any:
             traces.append(name)
             return traced(*args, **options)
 
-        monkeypatch.setattr(loop, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
     def put(mesh: Any, rows: dict[str, np.ndarray], *, micro_batches: int) -> Any:
         assert rows["input_ids"].shape == rows["loss_mask"].shape == (8 * micro_batches, 64)
         longest[micro_batches].append(int(np.flatnonzero(rows["loss_mask"].any(axis=0))[-1]))
         return device_batch(mesh, rows, micro_batches=micro_batches)
 
-    count_traces("train_step")
-    count_traces("batch_metrics")
+    count_traces(program, "train_step")
+    count_traces(loop, "batch_metrics")
     monkeypatch.setattr(loop, "device_batch", put)
     train(load_config(path), console=quiet())
     assert sorted(traces) == ["batch_metrics", "train_step"]
