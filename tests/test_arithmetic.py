@@ -15,8 +15,8 @@ def square(x: jax.Array) -> jax.Array:
     return x @ x
 
 
-def counted(function, *, platform: str = "gpu", turns: int = 1, dtype=jnp.float32) -> dict[str, float]:
-    traced = jax.jit(function).trace(jax.ShapeDtypeStruct((8, 8), dtype))
+def counted(function, *, platform: str = "gpu", turns: int = 1) -> dict[str, float]:
+    traced = jax.jit(function).trace(jax.ShapeDtypeStruct((8, 8), jnp.float32))
     return flops_by_stage(products(traced, platform=platform, unknown_turns=turns))
 
 

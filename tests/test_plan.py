@@ -1,6 +1,6 @@
 """Plans: the search, the file, the table, the command, and what a compiled step must not hold.
 
-What needs a compiler is skipped where its wheel is not installed: pip install -e '.[plan-tpu,plan-gpu]'.
+What needs a compiler is skipped where its wheel is not installed; the reason names the extra.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ MADE = Plan(
     peak_bytes=3 * 2**30,
     argument_bytes=2**30,
     refusal=None,
-    exchanges={"all-gather": Exchange(count=34, bytes=34 * 2**20, largest=2**20, largest_in_loop=2**20)},
+    exchanges={"all-gather": Exchange(34, 34 * 2**20, largest=2**20, largest_in_loop=2**20)},
     buffers=(compiled.Buffer(2**30, "f32[16384,16384]", "target/mlp"),),
     launches=None,
     bytes_moved=820 * 10**9,
@@ -103,10 +103,11 @@ def test_the_table_has_a_column_for_each_place() -> None:
     console = Console(width=140)
     with console.capture() as shown:
         console.print(plan_table([MADE, REFUSED]))
-    lines = {line.split("│")[1].strip(): line.split("│")[2:4] for line in shown.get().splitlines() if "│" in line}
+    rows = [line.split("│") for line in shown.get().splitlines() if "│" in line]
+    lines = {name.strip(): rest for _, name, *rest in rows}
 
     def cells(name: str) -> list[str]:
-        return [cell.strip() for cell in lines[name]]
+        return [cell.strip() for cell in lines[name][:2]]
 
     assert cells("fits") == ["yes", "NO"]
     assert cells("peak memory of published") == [
@@ -148,16 +149,17 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["v5e:2x2", "h100:1"])
-def test_the_command_plans_and_keeps_the_plan(domino, config: Path, tmp_path: Path, place: str) -> None:
+def test_the_command_plans_and_keeps_the_plan(domino, config: Path, place: str) -> None:
     require_compiler(place)
-    file = tmp_path / "plans.json"
+    file = config.parent / "plans.json"
     code, out, log = domino("plan", config, "--on", place, "--json", file)
     assert code == 0 and "yes" in out and out.endswith(f"{file}\n")
     assert f"compiling for {place}, batch 8\n" in log
     (made,) = json.loads(file.read_text())
     assert made["fits"] and 0 < made["argument_bytes"] < made["peak_bytes"] < 2**30
     assert set(made["useful_flops"]) == set(STAGES) - {"update"}
-    assert all(made["executed_flops"][stage] >= flops for stage, flops in made["useful_flops"].items())
+    executed = made["executed_flops"]
+    assert all(executed[stage] >= flops for stage, flops in made["useful_flops"].items())
     assert (made["launches"] is None) == (place == "v5e:2x2")
     code, _, log = domino("plan", config, "--on", place, "--json", file)
     assert code == 0 and "planned before" in log and "compiling" not in log
@@ -185,7 +187,7 @@ def test_a_batch_that_does_not_divide_and_a_topology_that_is_none(domino, config
 
 def test_what_does_not_fit_is_exit_code_1(domino, config: Path) -> None:
     require_compiler("h100:1")
-    # Whatever the compiler makes of it, two copies of the target's states and what the layers read need more.
+    # 32 GiB for the states behind each of the target's layers that the draft reads, and its own.
     words = ("data.batch_size=1048576", "data.max_length=1024")
     code, out, _ = domino("plan", config, "--on", "h100:1", *words)
     assert code == 1 and "NO" in out
@@ -203,8 +205,10 @@ def test_the_largest_batch_is_searched_in_multiples_of_the_devices(
     monkeypatch.setattr("domino_jax.cli.plan.compiler_for", lambda place: place_devices)
     monkeypatch.setattr("domino_jax.cli.plan.plan", planned)
     ended, out, log = domino("plan", config, "--on", "v5e:2x2", "--largest-batch")
-    assert (ended, out.splitlines()[-1]) == (code, f"v5e:2x2: largest data.batch_size that fits: {found}")
-    assert "v5e:2x2: batch 8 " in log and {int(n) % 4 for n in re.findall(r"batch (\d+)", log)} == {0}
+    assert ended == code
+    assert out.endswith(f"v5e:2x2: largest data.batch_size that fits: {found}\n")
+    tried = [int(rows) for rows in re.findall(r"v5e:2x2: batch (\d+)", log)]
+    assert tried[0] == 8 and not [rows for rows in tried if rows % 4]
 
 
 # A small step in the proportions of a real one: the vocabulary is wide, and no two sizes are equal.
@@ -241,7 +245,7 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.mark.parametrize("place", ["v5e:2x2", "h100:4"])
-def test_a_small_step_exchanges_and_holds_no_more_than_it_should(small_config: RunConfig, place: str) -> None:
+def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, place: str) -> None:
     require_compiler(place)
     draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")
     where = parse_place(place)
@@ -255,12 +259,14 @@ def test_a_small_step_exchanges_and_holds_no_more_than_it_should(small_config: R
     found = compiled.collectives(program)
     heads = [one for one in found if one.kind == "all-gather" and SMALL_HEAD in one.arrays]
     assert [(one.times, one.loop) for one in heads] == [(1, None)]
-    looped = [one for one in found if one.loop and {stage_of(one.loop), stage_of(one.path)} & {HEAD, VOCABULARY_LOSS}]
-    assert not [one for one in looped if one.bytes > SMALL_BOUND]
+    large = [one for one in found if one.loop and one.bytes > SMALL_BOUND]
+    stages = {stage_of(path) for one in large for path in (one.loop or "", one.path)}
+    assert not stages & {HEAD, VOCABULARY_LOSS}, large
 
     length = small_config.data.max_length
     buffers = compiled.largest_buffers(program, 10**6)
-    assert not [one for one in buffers if re.fullmatch(rf"f32\[([\d,]*,)?{length},{length}\]", one.shape)]
+    scores = re.compile(rf"f32\[([\d,]*,)?{length},{length}\]")
+    assert not [one for one in buffers if scores.fullmatch(one.shape)]
 
     platform = compiler.devices[0].platform
     products = arithmetic.products(step.traced, platform=platform, unknown_turns=pieces)
@@ -283,9 +289,10 @@ NODE = ("mesh.fsdp=8", "data.batch_size=16", "optimizer.grad_accumulation=1")
 )
 def test_the_published_recipe_fits(tmp_path: Path, place: str, words: tuple[str, ...]) -> None:
     require_compiler(place)
-    shape = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
-    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1000000}
-    tree = {"model_type": "qwen3", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, **shape}
+    tree = {"model_type": "qwen3", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6}
+    tree |= {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288}
+    tree |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    tree |= {"num_hidden_layers": 36, "rope_theta": 1000000}
     (tmp_path / "config.json").write_text(json.dumps(tree))
     path = Path(__file__).parent.parent / "configs/qwen3-8b.yaml"
     config = load_config(path, [*words, f"target={tmp_path}"])
@@ -293,5 +300,6 @@ def test_the_published_recipe_fits(tmp_path: Path, place: str, words: tuple[str,
     models = read_models(config, say=print)
     made = plan(config, models, where, compiler_for(where), cache=tmp_path / "plans", say=print)
     assert made.fits and made.refusal is None
-    assert sum(made.useful_flops.values()) == pytest.approx(118e12 * config.data.batch_size, rel=0.02)
+    a_row = sum(made.useful_flops.values()) / config.data.batch_size
+    assert a_row == pytest.approx(118e12, rel=0.02)  # counted by hand
     assert not [one for one in made.exchanges.values() if one.largest_in_loop > 64 * 2**20]

@@ -17,6 +17,7 @@ TOP = Path(__file__).parent.parent
 # Begin of a command -> why it is not run here.
 NOT_RUN = {
     "scripts/": "installs an environment and takes minutes; run by hand and by the build server",
+    "domino plan": "needs the compilers of the extras, and minutes; tests/test_plan.py runs it",
     "pip install": "these tests run in an environment that is installed already",
     ".venv/bin/python scripts/benchmark_": "measures for minutes, on a machine that must be quiet",
     "domino train configs/smollm2-demo.yaml": "needs SmolLM2 and what scripts/demo left",
