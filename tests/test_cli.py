@@ -226,7 +226,7 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "verb", ["target", "regenerate", "capture", "train", "generate", "evaluate", "export", "import"]
+    "verb", ["target", "regenerate", "capture", "plan", "train", "generate", "evaluate", "export", "import"]
 )
 def test_help_teaches(domino, verb: str) -> None:
     code, out, _ = domino(verb, "--help")
