@@ -200,6 +200,7 @@ def test_a_step_is_measured_beside_nemo(tmp_path: Path) -> None:
     assert setting["nemo"]["versions"]["nemo-automodel"] == "0.7.0"
 
 
+@pytest.mark.slow
 def test_decoding_is_measured_beside_transformers_and_nemo(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("nemo_automodel")

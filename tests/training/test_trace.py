@@ -42,7 +42,7 @@ def test_a_profiled_run_has_the_same_numbers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(CHIPS, "cpu", Chip(flops=1e9, memory=1, bandwidth=1.0))
+    monkeypatch.setitem(CHIPS, "cpu", Chip(flops=1e9, memory=2**30, bandwidth=1.0))
     runs, said = [], []
     for name, words in (("plain", []), ("profiled", ["train.profile=[3, 2]"])):
         (tmp_path / name).mkdir()
