@@ -185,6 +185,7 @@ def test_a_batch_that_does_not_divide_and_a_topology_that_is_none(domino, config
     assert code == 2 and "error: --on v5e:3x5: no such topology: " in log
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_exit_code_1(domino, config: Path) -> None:
     require_compiler("h100:1")
     # 32 GiB for the states behind each of the target's layers that the draft reads, and its own.

@@ -70,6 +70,7 @@ def test_a_profiled_run_has_the_same_numbers(
         assert f"train/{figure}".encode() in board.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_trace_ends_with_a_run_that_is_stopped_and_may_change_with_the_next_start(
     target: Path,
     tmp_path: Path,
