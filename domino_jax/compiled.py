@@ -24,7 +24,7 @@ COLLECTIVES = (
 # Names for what exists already, and containers whose contents are visited themselves.
 _NOTHING = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "async-start", "async-update", "async-done", "after-all", "add-dependency"),
+    *("call", "call-done", "async-done", "after-all", "add-dependency"),
     *("opt-barrier", "partition-id", "replica-id", "domain"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -126,7 +126,7 @@ class CompiledProgram:
             elif opcode == "conditional":
                 for branch in _branches(attributes):
                     yield from self._walk(branch, times, loop, fused)
-            elif opcode in ("call", "async-start") and operation.called:
+            elif opcode in ("call", "call-start", "async-start") and operation.called:
                 yield from self._walk(operation.called, times, loop, fused)
             elif "calls=" in attributes and not opcode.startswith(COLLECTIVES):
                 assert operation.called
@@ -310,7 +310,7 @@ def _works(visit: _Visit) -> Iterator[Operation]:
     if visit.fused:
         return
     for operation in visit.computation.operations.values():
-        started = operation.opcode.endswith("-start")
+        started = operation.opcode.endswith(("-start", "-update"))
         allocated = '"AllocateBuffer"' in operation.attributes
         if operation.opcode not in _NOTHING and not started and not allocated:
             yield operation
@@ -354,19 +354,17 @@ def bytes_moved(program: CompiledProgram) -> int:
 
 def _read(operation: Operation, place: int, whole: int, program: CompiledProgram) -> int:
     """Bytes that an operation reads of its operand, which has `whole`."""
-    if operation.opcode in _SLICES and place == 0:
-        return sum(array_bytes(operation.shape))
-    if operation.opcode == "dynamic-update-slice" and place == 0:
+    opcode = operation.opcode.removesuffix("-start")
+    if opcode in _SLICES and place == 0:
+        return min(whole, array_bytes(operation.shape)[-1 if opcode == operation.opcode else 1])
+    if opcode == "dynamic-update-slice" and place == 0:
         return 0
-    if not operation.opcode.startswith("fusion") or operation.called is None:
+    if opcode != "fusion" or operation.called is None:
         return whole
     inside = program.computations[operation.called].operations.values()
     given = [x.name for x in inside if x.opcode == "parameter" and x.literal == str(place)]
-    users = [x for x in inside if given and given[0] in x.operands]
-    partial = ("dynamic-update-slice", *_SLICES)
-    if not users or any(x.opcode not in partial or x.operands[0] != given[0] for x in users):
-        return whole
-    return sum(sum(array_bytes(x.shape)) for x in users if x.opcode in _SLICES)
+    used = [(x, at) for x in inside for at, name in enumerate(x.operands) if name in given]
+    return min(whole, sum(_read(user, at, whole, program) for user, at in used))
 
 
 def _written(operation: Operation, origin: Operation, program: CompiledProgram) -> int:

@@ -45,7 +45,7 @@ from domino_jax.training.step import Program
 
 Say = Callable[[str], None]
 _UNKNOWN_STEPS = 1000  # of a run whose rows are not read: constants of its schedules, no more
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Plan:
         """The peak, or what a refusal says of it; None where it says nothing."""
         if self.peak_bytes is not None or self.refusal is None:
             return self.peak_bytes
-        found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of", self.refusal)
+        found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGTP]?)", self.refusal)
         return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 

@@ -95,6 +95,12 @@ KERNELS = """HloModule jit_step
   ROOT %cut = f32[1,8,4]{2,1,0} dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,8,4}
 }
 
+%outer (p0: s32[], p1: f32[34,8,4]) -> f32[1,8,4] {
+  %p0 = s32[] parameter(0)
+  %p1 = f32[34,8,4]{2,1,0} parameter(1)
+  ROOT %inner = f32[1,8,4]{2,1,0} fusion(%p1, %p0), kind=kLoop, calls=%slice
+}
+
 %update (p0: f32[6,4], p1: f32[1,4], p2: s32[]) -> f32[6,4] {
   %p0 = f32[6,4]{1,0} parameter(0)
   %p1 = f32[1,4]{1,0} parameter(1)
@@ -124,8 +130,10 @@ ENTRY %main (w: f32[34,8,4], s: f32[6,4], r: f32[1,4], i: s32[], q: f32[2,4], c:
   %i = s32[] parameter(3)
   %q = f32[2,4]{1,0} parameter(4)
   %c = pred[] parameter(5)
-  %layer = f32[1,8,4]{2,1,0} fusion(%w, %i), kind=kLoop, calls=%slice, \
+  %layer = f32[1,8,4]{2,1,0} fusion(%i, %w), kind=kLoop, calls=%outer, \
     metadata={op_name="jit(train_step)/jvp(target)/Target/while/body/dynamic_slice"}
+  %fetch = ((f32[6,4]{1,0}), f32[2,4]{1,0}, u32[]) slice-start(%s), slice={[0:2], [0:4]}
+  %fetched = f32[2,4]{1,0} slice-done(%fetch)
   %begun = (f32[2,4]{1,0}, f32[8,4]{1,0}) fusion-start(%q), kind=kCustom, calls=%exchange
   %ended = f32[8,4]{1,0} fusion-done(%begun)
   %again = f32[8,4]{1,0} fusion(%q), kind=kCustom, calls=%exchange
@@ -137,8 +145,8 @@ ENTRY %main (w: f32[34,8,4], s: f32[6,4], r: f32[1,4], i: s32[], q: f32[2,4], c:
 
 
 def test_kernels_are_counted_and_names_for_what_exists_are_not() -> None:
-    # layer, ended, again, copied, stored.
-    assert launches(read_program(KERNELS)) == 5
+    # layer, fetched, ended, again, copied, stored.
+    assert launches(read_program(KERNELS)) == 6
 
 
 def test_a_collective_that_kernels_repeat_is_counted_once() -> None:
@@ -148,7 +156,8 @@ def test_a_collective_that_kernels_repeat_is_counted_once() -> None:
 
 
 def test_bytes_moved_of_a_slice_and_of_an_update_in_place() -> None:
-    slice_moves = 128 + 128 + 4  # written, read, the index
+    # Written, read two kernels deep, the index; then one that is prefetched.
+    slice_moves = 128 + 128 + 4 + 32 + 32
     gathers = 2 * (128 + 32)
     copy = 32 + 32
     update = 16 + 16 + 4  # the row written, the row read, the index

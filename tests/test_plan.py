@@ -65,7 +65,8 @@ REFUSED = dataclasses.replace(
     fits=False,
     peak_bytes=None,
     argument_bytes=None,
-    refusal="RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+    refusal="RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (20.50G) exceeds available HBM (15.75G).",
     exchanges={},
     buffers=(),
     bytes_moved=None,
@@ -187,11 +188,12 @@ def test_a_batch_that_does_not_divide_and_a_topology_that_is_none(domino, config
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_exit_code_1(domino, config: Path) -> None:
-    require_compiler("h100:1")
-    # 32 GiB for the states behind each of the target's layers that the draft reads, and its own.
-    words = ("data.batch_size=1048576", "data.max_length=1024")
-    code, out, _ = domino("plan", config, "--on", "h100:1", *words)
-    assert code == 1 and "NO" in out
+    require_compiler("v5e:2x2")
+    words = ("data.batch_size=4194304", "data.max_length=1024")
+    code, out, _ = domino("plan", config, "--on", "v5e:2x2", *words)
+    assert code == 1 and "NO" in out and "refused by the compiler" in " ".join(out.split())
+    assert "v5e:2x2: the compiler refused: RESOURCE_EXHAUSTED: " in out
+    assert "more of 16.00 GiB" not in out  # what it said was understood
 
 
 @pytest.mark.parametrize(("most", "found", "code"), [(40, "40", 0), (3, "none", 1)])
