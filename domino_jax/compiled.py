@@ -27,6 +27,7 @@ _NOTHING = {
     *("call", "call-done", "async-done", "after-all", "add-dependency"),
     *("opt-barrier", "partition-id", "replica-id", "domain"),
 }
+_KNOWN_TURNS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
 _SLICES = ("dynamic-slice", "slice", "gather")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -121,7 +122,9 @@ class CompiledProgram:
             if opcode == "while":
                 turns = self._turns(computation, operation)
                 inside = operation.path or operation.name
-                for part in ("body", "condition"):
+                # A loop of known length runs without asking its condition.
+                asked = () if _KNOWN_TURNS.search(attributes) else ("condition",)
+                for part in ("body", *asked):
                     yield from self._walk(_named(attributes, part), times * turns, inside, fused)
             elif opcode == "conditional":
                 for branch in _branches(attributes):
@@ -133,7 +136,7 @@ class CompiledProgram:
                 yield from self._walk(operation.called, times, loop, True)
 
     def _turns(self, computation: Computation, loop: Operation) -> int:
-        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
+        known = _KNOWN_TURNS.search(loop.attributes)
         if known:
             return int(known[1])
         # A TPU's compiler drops the count; its loops still compare a counter with a constant.
