@@ -32,6 +32,7 @@ from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_sharded_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import Say, device_batch, draft_of, read_rows, run_mesh
+from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
 
 GIGABYTE = 10**9
@@ -167,7 +168,7 @@ def _load(
     say(f"loading the target {path}, {config.dtype}")
     layers = manifest.target_layer_ids
     depth = config.num_hidden_layers if manifest.target_states else max(layers) + 1
-    model = Target(config, capture=layers, depth=depth, scan_layers=True)
+    model = scanned_target(config, capture=layers, depth=depth, mesh=mesh, packed=False)
     return _Captured(model, load_sharded_target(path, model, mesh).params)
 
 

@@ -84,20 +84,33 @@ def make_program(
             recompute=device.platform != "cpu",  # a CPU has the memory, and no time to spare
             **_trainer_options(loss),
         ),
-        target=Target(
+        target=scanned_target(
             target,
             capture=draft.target_layer_ids,
             depth=target.num_hidden_layers if whole else max(draft.target_layer_ids) + 1,
-            scan_layers=True,
-            attention=form_for(
-                device.platform, dtype=config.dtype, head_dim=target.head_dim, packed=config.data.packing
-            ),
+            mesh=mesh,
+            packed=config.data.packing,
         ),
         optimizer=make_optimizer(config.optimizer, total_steps),
         curriculum=lambda_base_schedule(total_steps, lambda_start=loss.lambda_start, decay_ratio=loss.decay_ratio),
         seed=config.seed,
         ema_decay=config.optimizer.ema_decay,
     )
+
+
+def scanned_target(config: DecoderConfig, *, capture: tuple[int, ...], depth: int, mesh: Mesh, packed: bool) -> Target:
+    """The target of whole rows: layers under a scan, attention in the form that suits the devices.
+
+    Args:
+        config: the target, its compute type included.
+        capture: layers whose outputs are read.
+        depth: layers that run.
+        mesh: of the run.
+        packed: whether rows hold several documents.
+    """
+    platform = mesh.devices.flat[0].platform
+    form = form_for(platform, dtype=config.dtype, head_dim=config.head_dim, packed=packed)
+    return Target(config, capture=capture, depth=depth, scan_layers=True, attention=form)
 
 
 def _trainer_options(loss: LossConfig) -> dict[str, Any]:
