@@ -82,6 +82,17 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(
     chex.assert_trees_all_close(one, three, rtol=1e-5, atol=1e-7)
 
 
+def test_layers_that_recompute_have_the_same_gradient(target_params: Any, draft_variables: Any) -> None:
+    params, batch = nn.meta.unbox(draft_variables), make_batch(1, 2)
+    gradients = []
+    for recompute in (False, True):
+        trainer = build_trainer(CONFIG, num_anchors=4, loss_decay_gamma=7.0, recompute=recompute)
+        program = make_program(trainer=trainer)
+        gradients.append(first_gradient(program, initial_state(program, params), target_params, batch))
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
+    assert optax.tree.norm(gradients[0]) > 0
+
+
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [pytest.param(8, 1, 1, marks=pytest.mark.slow), (2, 2, 2)])
 def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int) -> None:
     program, params, batch = make_program(), nn.meta.unbox(draft_variables), make_batch(1, 8)
