@@ -171,6 +171,8 @@ def test_the_command_plans_and_keeps_the_plan(domino, config: Path, place: str) 
 def test_bad_input_is_one_line(domino, config: Path, place: str) -> None:
     code, _, log = domino("plan", config, "--on", "v9:2x2")
     assert code == 2 and log.startswith("error: --on 'v9:2x2': expected v4:AxBxC")
+    code, _, log = domino("plan", config, "--on", place, "--json", "nowhere/plan.json")
+    assert (code, log) == (2, "error: --json nowhere/plan.json: no directory nowhere; make it first\n")
     require_compiler(place)
     code, _, log = domino("plan", config, "--on", place, "mesh.data=3")
     assert code == 2 and "error: mesh: mesh data=3" in log

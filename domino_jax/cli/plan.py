@@ -60,6 +60,8 @@ def plan_verb(
     """
     settings = load_config(config, overrides)
     asked = [parse_place(place) for place in places]
+    if file is not None and not file.parent.is_dir():
+        raise InputError(f"--json {file}: no directory {file.parent}; make it first")
     keeps("plans that were finished are kept; the same command goes on")
     # Before jax looks for devices: this machine's own are none of a plan's business.
     jax.config.update("jax_platforms", "cpu")
