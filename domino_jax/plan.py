@@ -10,6 +10,7 @@ neither peak, and nothing here tells how near it comes.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import re
@@ -85,6 +86,7 @@ class Plan:
         seconds_of_bytes: bytes moved at the chip's bandwidth.
         compile_seconds: on the machine that planned.
         compiler: its name and version.
+        date: of the compilation, ISO.
         cached: whether this was planned before.
     """
 
@@ -110,6 +112,7 @@ class Plan:
     seconds_of_bytes: float | None
     compile_seconds: float
     compiler: str
+    date: str
     cached: bool = False
 
     @property
@@ -261,6 +264,7 @@ def _compiled_plan(
         seconds_of_bytes=None if moved is None else moved / chip.bandwidth,
         compile_seconds=seconds,
         compiler=f"jax {jax.__version__}, {compiler.version}",
+        date=datetime.date.today().isoformat(),
     )
 
 

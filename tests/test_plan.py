@@ -58,6 +58,7 @@ MADE = Plan(
     seconds_of_bytes=1.0,
     compile_seconds=12.0,
     compiler="jax 1, libtpu 1",
+    date="2026-11-24",
 )
 REFUSED = dataclasses.replace(
     MADE,
