@@ -18,16 +18,24 @@ from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 
 
 class TileSize(NamedTuple):
-    """Rows of queries and columns of keys of one tile of scores, at most."""
+    """Rows of queries and columns of keys of one tile of scores, at most; `mib` of float32 scores of all heads."""
 
     rows: int
     keys: int
+    mib: int | None = None
+
+    def within_memory(self, operands: Operands) -> "TileSize":
+        """The same with no more rows than the MiB allow."""
+        if self.mib is None:
+            return self
+        heads, length = operands.keys.shape[1:3]
+        return self._replace(rows=min(self.rows, self.mib * 2**20 // (4 * heads * min(self.keys, length))))
 
 
 TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
-# For a GPU: the fewer launches the better, as far as the scores of all heads fit.
-# The backward pass holds twice as many.
-WHOLE_CONTEXT, WHOLE_CONTEXT_BACKWARD = TileSize(rows=10944, keys=2**30), TileSize(rows=6592, keys=2**30)
+# For a GPU: the fewer launches the better, as far as memory goes; the backward pass holds twice as many scores.
+WHOLE_CONTEXT = TileSize(rows=2**30, keys=2**30, mib=1026)
+WHOLE_CONTEXT_BACKWARD = WHOLE_CONTEXT._replace(mib=618)
 
 
 class _Softmax(NamedTuple):
@@ -139,6 +147,7 @@ def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSi
         The output [B, KV, N, G*K, head_dim] and the log-sum-exp of its scores, float32 [..., 1].
     Source: FlashAttention (arXiv:2205.14135).
     """
+    size = size.within_memory(operands)
     scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
     near = _own_scores(operands, causal)
     largest = jnp.max(near, axis=-1, keepdims=True)
@@ -185,6 +194,7 @@ def backward(saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize
         Gradients in the types of the operands.
     """
     operands, span = saved.operands, saved.span
+    size = size.within_memory(operands)
     scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
     slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1, keepdims=True)
     cotangent = cotangent.astype(dtype)

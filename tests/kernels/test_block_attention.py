@@ -169,6 +169,15 @@ def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed
         assert all(np.all(np.isfinite(x)) for x in run(poison, case.span))
 
 
+def test_a_tile_of_the_whole_context_has_the_rows_that_memory_allows() -> None:
+    inputs = random_inputs(queries=2 * SIZE)
+    operands = kernel._operands(*inputs, context_span(jnp.array([[3, 5], [1, 2]]), jnp.ones((2, 2), bool)))
+    a_row = 4 * KV_HEADS * LENGTH  # bytes of its scores
+    assert WHOLE_CONTEXT._replace(mib=1).within_memory(operands).rows == 2**20 // a_row
+    assert TileSize(5, 7, mib=1).within_memory(operands) == TileSize(5, 7, mib=1)
+    assert TileSize(5, 7).within_memory(operands) == TileSize(5, 7)
+
+
 def test_a_short_row_walks_its_own_length() -> None:
     """Of a batch of a long row and a short one, each tile ends where its own row ends."""
     span = context_span(jnp.array([[90, 95], [3, 5]]), jnp.ones((2, 2), bool))
