@@ -89,13 +89,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
 
-def parts_of(axis: str) -> int:
-    """How many parts the mesh splits a logical axis into, 1 without a mesh or where each device has its own part.
+def parts_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """How many parts a mesh splits a logical axis into, 1 without a mesh or where each device has its own part.
 
+    Args:
+        axis: the logical axis.
+        mesh: the one that is set when not given.
     Raises:
         KeyError: an unknown logical axis.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     (names,) = partition_spec(axis)
     return 1 if mesh.empty else _parts(names, mesh)
 

@@ -48,3 +48,20 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Beside the directories of all workers: the first one converts, the others wait.
     with FileLock(tmp_path_factory.getbasetemp().parent / "smollm2.lock"):
         return resolve_target("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def domino(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command in this process: words -> exit code, stdout, stderr."""
+    from domino_jax.cli import main
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

@@ -14,23 +14,8 @@ import pytest
 from tiny import run_config, write_conversations, write_target
 
 from domino_jax import __version__, load_hf_draft
-from domino_jax.cli import main
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.skips import Diverged
-
-
-@pytest.fixture
-def domino(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

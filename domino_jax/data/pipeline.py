@@ -189,11 +189,8 @@ def _batch(
 
     for place in places[:1]:  # which says what arrays there are
         put(place)
-    if threads is None:
-        for place in places[1:]:
-            put(place)
-    else:  # states of one row are a hundred megabytes
-        list(threads.map(put, places[1:]))
+    # The states of one row are a hundred megabytes.
+    list((map if threads is None else threads.map)(put, places[1:]))
     if packed:
         batch |= document_arrays(seq_lens, max_length=max_length, documents=documents)
     return batch

@@ -84,7 +84,7 @@ class DraftModel(nn.Module):
     Attributes:
         cfg: the draft.
         recompute: whether the backward pass makes again what is no product (norms, rotations, gates, weights in the
-            compute type) instead of keeping it: a third of a layer's memory for little time on an accelerator.
+            compute type) instead of keeping it, and gives the gradients of one layer after those of the other.
     Source: DFlash (arXiv:2602.06036) and Domino (arXiv:2605.29707); parameter names are those of the checkpoints.
     """
 

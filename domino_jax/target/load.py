@@ -105,7 +105,7 @@ def load_sharded_target(
     """
     directory = Path(directory)
     tensors = _open_target(directory, model.cfg)
-    boxed = _boxed_parameters(model)
+    boxed = boxed_parameters(model)
     layout = flatten_dict(parameter_shardings(boxed, mesh))
     leaves = {}
     for path, (name, shape) in _named_parameters(boxed).items():
@@ -163,7 +163,7 @@ def expected_tensors(config: DecoderConfig) -> dict[ParameterPath, tuple[str, tu
 
     A `*` in the name stands for one stored tensor per entry of the first axis: the experts of a layer.
     """
-    return _named_parameters(_boxed_parameters(Target(config)))
+    return _named_parameters(boxed_parameters(Target(config)))
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -220,7 +220,7 @@ def _open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTens
     if config.tie_word_embeddings and table is not None:
         copy = tensors.pop("lm_head.weight", None)
     # One trace serves all layers of a scanned model; their names are the same.
-    stacked = _boxed_parameters(Target(config, scan_layers=True))
+    stacked = boxed_parameters(Target(config, scan_layers=True))
     shapes = {
         name: shape[pattern.count("*") :]
         for pattern, shape in _named_parameters(stacked).values()
@@ -235,7 +235,7 @@ def _open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTens
     return tensors
 
 
-def _boxed_parameters(model: Target) -> Any:
+def boxed_parameters(model: Target) -> Any:
     """Shapes and logical axes of a target's parameters, without computing any."""
     one_token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), one_token)["params"]

@@ -174,7 +174,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         if part is not None:
             say(f"{name}: {part.summary(max_length=config.data.max_length)}")
     say(
-        f"{total_steps} steps of {step_rows} rows on {mesh.size} {jax.devices()[0].platform} device(s); the draft "
+        f"{total_steps} steps of {step_rows} rows on {mesh.size} {mesh.devices.flat[0].platform} device(s); the draft "
         f"reads the target's layers {list(draft_config.target_layer_ids)}",
     )
     return run

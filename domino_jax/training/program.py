@@ -1,7 +1,6 @@
 """What a run compiles, built from its configuration alone: the same for devices that are here and for planned ones."""
 
 import functools
-import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ from domino_jax.config import LossConfig, RunConfig
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.kernels.causal_attention import form_for
 from domino_jax.model_config import DecoderConfig, DraftConfig
-from domino_jax.sharding import parameter_shardings, partition_spec
-from domino_jax.target.load import TABLES
+from domino_jax.sharding import parameter_shardings, partition_spec, parts_of
+from domino_jax.target.load import TABLES, boxed_parameters
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.modules import build_trainer
@@ -48,18 +47,13 @@ def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
 
 def chunk_blocks(config: RunConfig, draft: DraftConfig, mesh: Mesh) -> int:
     """Blocks whose float32 logits take `loss.logits_mib` on a device at most, in pieces of about the same size."""
-    rows = config.data.batch_size // math.prod(parts(mesh, "batch"))
-    vocabulary = -(-draft.vocab_size // math.prod(parts(mesh, "vocab")))
-    mib = config.loss.logits_mib or CPU_LOGITS_MIB
+    mib = config.loss.logits_mib
+    assert mib is not None, "a run is resolved before its program is made"
+    rows = config.data.batch_size // parts_of("batch", mesh)
+    vocabulary = -(-draft.vocab_size // parts_of("vocab", mesh))
     block = rows * draft.num_predictions * vocabulary * 4
     pieces = -(-config.loss.num_anchors // max(int(mib * MIB // block), 1))
     return -(-config.loss.num_anchors // pieces)
-
-
-def parts(mesh: Mesh, axis: str) -> list[int]:
-    """How many parts each mesh axis splits a logical axis into."""
-    (names,) = partition_spec(axis)
-    return [mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())]
 
 
 def make_program(
@@ -147,7 +141,7 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
         mesh: of the run.
         tables_only: leave out the layers, where training reads captured states.
     """
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    boxed = boxed_parameters(model)
     laid_out = _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype)
     return {name: leaf for name, leaf in laid_out.items() if name in TABLES} if tables_only else laid_out
 

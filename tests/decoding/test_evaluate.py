@@ -78,7 +78,6 @@ def test_compare_takes_a_missing_token_for_a_difference(
     assert found.differences[0].logit_gap is None and -1 in found.differences[0]
 
 
-@pytest.mark.slow
 def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     """A verifier that takes whatever is drafted gives a high tau and is not lossless."""
 

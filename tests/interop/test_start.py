@@ -63,7 +63,6 @@ def test_a_resumed_run_does_not_read_the_checkpoint_again(target: Path, checkpoi
     assert "resuming at step 6 of 6" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
     target: Path,
     checkpoint: Path,

@@ -350,7 +350,6 @@ def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable
     assert worst < 2e-3
 
 
-@pytest.mark.slow
 def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
     import torch
 

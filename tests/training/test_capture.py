@@ -74,7 +74,6 @@ def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
     np.testing.assert_allclose(losses(place, "packed", *settings, *offline(place / "float32")), online, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_divergence_needs_the_captured_final_states(place: Path) -> None:
     settings = ("loss.kl_weight=0.5", "loss.loss_type=dpace", "train.steps=3", "data.heldout=null")
     online = losses(place, "kl-online", *settings)
@@ -102,7 +101,6 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
     assert half.features.shape == (len(half.input_ids), WIDTH)
 
 
-@pytest.mark.slow
 def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(place: Path, tmp_path: Path) -> None:
     settings = ("draft.target_layer_ids=[0,3]", "data.heldout=null", "train.steps=3")
     captured(place / "config.yaml", tmp_path / "states", *settings)

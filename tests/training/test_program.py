@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from reference import draft_config
 
 from domino_jax.chips import CHIPS
 from domino_jax.config import DataConfig, DraftRecipe, LossConfig, RunConfig
 from domino_jax.sharding import make_mesh
+from domino_jax.training import objectives
 from domino_jax.training.program import (
     CPU_LOGITS_MIB,
     chunk_blocks,
@@ -53,10 +55,21 @@ def test_what_is_left_open_is_what_the_devices_take() -> None:
     assert CHIPS["NVIDIA H100 80GB HBM3"].memory == 128 * 640 * 2**20
 
 
+def test_a_loss_that_reads_the_targets_logits_has_the_whole_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
+    target, mesh = replace(draft, num_hidden_layers=6), make_mesh()
+    monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
+    objectives.register_objective("of_logits", cost=lambda logits, *_: jnp.sum(logits, axis=-1))
+    for change, depth in (({}, 4), ({"kl_weight": 0.5}, 6), ({"loss_type": "of_logits"}, 6)):
+        config = resolved(replace(CONFIG, loss=replace(CONFIG.loss, **change)), mesh)
+        assert make_program(config, target, draft, mesh, total_steps=9).target.layers_run == depth
+
+
 def on(platform: str, kind: str) -> Any:
     """A mesh of one device that is not here."""
     device = SimpleNamespace(platform=platform, device_kind=kind)
-    return SimpleNamespace(devices=SimpleNamespace(flat=[device]), shape=dict.fromkeys(("data", "fsdp", "tensor"), 1))
+    shape = dict.fromkeys(("data", "fsdp", "tensor"), 1)
+    return SimpleNamespace(devices=SimpleNamespace(flat=[device]), shape=shape, empty=False, manual_axes=())
 
 
 def test_an_accelerator_recomputes_and_a_gpu_attends_by_cudnn() -> None:

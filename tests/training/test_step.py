@@ -93,7 +93,7 @@ def test_layers_that_recompute_have_the_same_gradient(target_params: Any, draft_
     assert optax.tree.norm(gradients[0]) > 0
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [pytest.param(8, 1, 1, marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
 def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int) -> None:
     program, params, batch = make_program(), nn.meta.unbox(draft_variables), make_batch(1, 8)
     alone, sums = jax.jit(functools.partial(train_step, program))(initial_state(program, params), target_params, batch)
