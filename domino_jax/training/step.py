@@ -1,5 +1,6 @@
 """One optimisation step as one program: target forward, anchors, draft forward, both losses, update."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ def _update(
     def mean(grads: Any) -> Any:
         return jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
 
-    def update(state: TrainState, grads: Any) -> TrainState:
+    def update() -> TrainState:
         updates, opt_state = program.optimizer.update(mean(grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -176,8 +177,8 @@ def _update(
     grad_norm = optax.tree.norm(mean(grads))
     finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
     updated = finite & (sums["valid_blocks"] > 0)
-    # A branch, not a choice between two states: it updates in place, and keeps no second copy.
-    after = jax.lax.cond(updated, update, lambda state, _: state, state, grads)
+    # A choice of each number, not a branch around all: a GPU's compiler may copy the state into a branch and out of it.
+    after = jax.tree.map(functools.partial(jnp.where, updated), update(), state)
     return after.replace(step=state.step + 1), _Outcome(finite, updated, grad_norm)
 
 
