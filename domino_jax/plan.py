@@ -26,6 +26,7 @@ import jax
 from domino_jax import arithmetic, compiled
 from domino_jax.chips import CHIPS
 from domino_jax.config import RunConfig, make_draft_config
+from domino_jax.files import write_whole
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.places import Compiler, Place
 from domino_jax.strict import InputError
@@ -374,9 +375,7 @@ def write_json(path: Path, tree: Any) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    beside = path.with_name(f"{path.name}.new")
     try:
-        beside.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, json.dumps(tree, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error

@@ -2,12 +2,10 @@
 
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,19 +55,6 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
         return kind(**values)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
-
-
-def read_json(place: Path) -> dict[str, Any]:
-    """Reads a JSON object, or raises `InputError` naming the file."""
-    try:
-        tree = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{place}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{place}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{place}: expected a JSON object, found {type(tree).__name__}")
-    return tree
 
 
 def scalars(value: Any, *, place: str) -> dict[str, Scalar]:

@@ -1,12 +1,11 @@
 """Mappings of plain values: what a field of type `Scalars` takes, and what it refuses in one line."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from domino_jax.strict import InputError, Scalars, from_tree, read_json, scalars
+from domino_jax.strict import InputError, Scalars, from_tree, scalars
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,3 @@ def test_a_mapping_refuses(value: Any, message: str) -> None:
         from_tree(Section, {"options": value}, place="file")
     with pytest.raises(InputError, match=f"^{message}$"):
         scalars(value, place="options")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "No such file or directory"),
-        ("{", "not valid JSON"),
-        ("[]", "expected a JSON object, found list"),
-    ],
-)
-def test_read_json_names_the_file(tmp_path: Path, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=f"config.json: {message}"):
-        read_json(tmp_path / "config.json")

@@ -28,6 +28,7 @@ from domino_jax.decoding import evaluate as evaluation
 from domino_jax.decoding.generate import stream_text
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
+from domino_jax.files import write_whole
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
@@ -156,9 +157,7 @@ def evaluate(
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures
     say(f"saving {place}")
-    beside = place.with_suffix(".json.new")
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    beside.replace(place)
+    write_whole(place, json.dumps(report, indent=2) + "\n")
     keeps(f"{place} is written")
     Console().print(evaluation_table(report))
     for name, figures in report["sets"].items():

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 
 from domino_jax.data.conversations import Row
 from domino_jax.data.template import kwargs_text
+from domino_jax.files import read_json, write_whole
 from domino_jax.strict import InputError, Scalars, from_tree
 
 MANIFEST = "manifest.json"
@@ -142,10 +143,7 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes the manifest, beside its place first."""
-    path = Path(directory) / MANIFEST
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(dataclasses.asdict(manifest)) + "\n")
-    os.replace(beside, path)
+    write_whole(Path(directory) / MANIFEST, json.dumps(dataclasses.asdict(manifest)) + "\n")
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -155,14 +153,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         InputError: there is none, or it is not one.
     """
     path = Path(directory) / MANIFEST
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a directory that `domino capture` wrote") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    if not path.exists():
+        raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
+    tree = read_json(path)
     return from_tree(Manifest, tree, place=str(path))
 
 

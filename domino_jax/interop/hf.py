@@ -18,8 +18,9 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
 from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.files import read_json
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
-from domino_jax.strict import InputError, from_tree, read_json
+from domino_jax.strict import InputError, from_tree
 from domino_jax.target.load import read_rope_scaling
 from domino_jax.target.safetensors import check_tensors, read_safetensors, write_safetensors
 

@@ -21,9 +21,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from domino_jax.files import read_json
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
 from domino_jax.sharding import parameter_shardings
-from domino_jax.strict import InputError, from_tree, read_json
+from domino_jax.strict import InputError, from_tree
 from domino_jax.target.model import Target
 from domino_jax.target.safetensors import (
     StoredTensor,

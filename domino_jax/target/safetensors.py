@@ -18,7 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from domino_jax.strict import InputError, read_json
+from domino_jax.files import read_json
+from domino_jax.strict import InputError
 
 _FLOAT_TYPES = ("float32", "float16", "bfloat16")
 _KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}

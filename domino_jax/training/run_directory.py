@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.config import RunConfig, dump_config, load_config
+from domino_jax.files import write_whole
 from domino_jax.strict import InputError
 
 # What may differ when a run is started again: nothing that changes its numbers.
@@ -24,9 +25,7 @@ def claim(directory: Path, config: RunConfig, *, started: bool) -> None:
     path = directory / "config.yaml"
     if not (started and path.exists()):
         directory.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".yaml.new")
-        beside.write_text(dump_config(config))
-        beside.replace(path)
+        write_whole(path, dump_config(config))
         return
     try:
         started_as = load_config(path)
