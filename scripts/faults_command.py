@@ -8,13 +8,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+from faults_damage import damaged
+from faults_disk import full_disks
+from faults_growth import growth
 from faults_kills import kills, signals
 from faults_place import Case, Place
+from faults_refusals import DRIFT, NUMBERS, SILENCE, drift, numbers, silence
 
 Part = Callable[[Place, int], Iterator[Case]]
 PARTS: dict[str, tuple[Part, int]] = {
     "kills": (kills, 50),
     "signals": (signals, 30),
+    "damage": (damaged, 400),
+    "drift": (drift, len(DRIFT) + 1),
+    "numbers": (numbers, len(NUMBERS)),
+    "silence": (silence, len(SILENCE)),
+    "disk": (full_disks, 30),
+    "growth": (growth, 30),  # minutes
 }
 
 
@@ -32,16 +42,16 @@ def main(parts: tuple[str, ...], seed: int, keep: bool) -> None:
         asked[name] = int(count) if count else PARTS[name][1]
     directory = Path(tempfile.mkdtemp(prefix="faults-"))
     rows, bad = [], []
+    place = Place(directory, seed=seed)
     try:
         for name, count in asked.items():
             began = time.monotonic()
-            place = Place(directory / name, seed=seed)
             cases = list(PARTS[name][0](place, count))
-            place.close()
             wrong = [case for case in cases if case.fault is not None]
             rows.append((name, cases, wrong, time.monotonic() - began))
             bad += wrong
     finally:
+        place.close()
         if keep and bad:
             click.echo(f"kept: {directory}", err=True)
         else:

@@ -35,8 +35,7 @@ def kills(place: Place, count: int) -> Iterator[Case]:
 
 def _reference(place: Place) -> tuple[Bits, dict[bool, float]]:
     """An undisturbed run, and how long one takes by either way of beginning it."""
-    filling = place.filling()
-    filled = place.copy()
+    filling, filled = place.filling, place.copy()
     process = filling.begin(filled, "train", "config.yaml", STEPS)
     while process.poll() is None and "saving checkpoint 8" not in process.log.read_text():
         time.sleep(0.01)
@@ -124,7 +123,7 @@ VERBS: dict[str, tuple[tuple[str, ...], str]] = {
 def signals(place: Place, count: int) -> Iterator[Case]:
     """One SIGTERM or SIGINT at a random moment of a verb; then the same words once more, to the end."""
     trained = place.copy()
-    filling = place.filling()
+    filling = place.filling
     outcome = filling.run(trained, "train", "config.yaml")
     assert outcome.code == DONE, outcome.log
     (trained / "run").rename(trained / "trained")

@@ -77,18 +77,26 @@ def run_bits(run: Path) -> Bits:
     for item in STATE_ITEMS:
         directory = (run / "checkpoints" / str(step) / item).resolve()
         if directory.is_dir():
-            for path, leaf in jax.tree_util.tree_leaves_with_path(_restored(directory)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(_tree(directory)):
                 array = np.asarray(leaf)
                 digest = hashlib.sha256(array.tobytes()).hexdigest()
                 arrays[item + jax.tree_util.keystr(path)] = f"{array.dtype} {array.shape} {digest}"
-    return Bits(step, arrays, (run / "metrics.jsonl").read_bytes())
+    log = run / "metrics.jsonl"  # an imported draft has none
+    return Bits(step, arrays, log.read_bytes() if log.exists() else b"")
 
 
-def _restored(directory: Path) -> Any:
+def restored(directory: Path) -> list[np.ndarray]:
+    """The arrays of one item of a checkpoint."""
+    return jax.tree.leaves(_tree(directory))
+
+
+def _tree(directory: Path) -> Any:
     with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the layout over devices is not asked for
-        tree = reader.metadata(directory).item_metadata.tree
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        metadata = reader.metadata(directory).item_metadata
+        if metadata is None:
+            raise ValueError(f"{directory.name} of the last checkpoint has no metadata")
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
         return reader.restore(directory, restore_args=arguments)
 
 
@@ -104,6 +112,7 @@ class Place:
     Attributes:
         directory: of everything; the caller removes it.
         base: what is copied for a case.
+        filling: processes for undisturbed work.
     """
 
     def __init__(self, directory: Path, *, seed: int) -> None:
@@ -111,7 +120,9 @@ class Place:
         self.base = directory / "base"
         self._cache = directory / "programs"
         self._local = threading.local()
-        self._all: list[Processes] = []
+        # They also fill the cache of compiled programs; one at a time, never killed.
+        self.filling = Processes(cache=self._cache, fill_cache=True)
+        self._all = [self.filling]
         self._count, self._lock = 0, threading.Lock()
         (self.base / "target").mkdir(parents=True)
         write_target(self.base / "target")
@@ -126,11 +137,6 @@ class Place:
             self._all.append(self._local.processes)
         return self._local.processes
 
-    def filling(self) -> Processes:
-        """Processes that also fill the cache of compiled programs; one at a time, never killed."""
-        processes = Processes(cache=self._cache, fill_cache=True)
-        self._all.append(processes)
-        return processes
 
     def copy(self, source: Path | None = None) -> Path:
         """A copy of the base, or of another place, for one case."""
