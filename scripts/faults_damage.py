@@ -78,7 +78,9 @@ def damaged(place: Place, count: int) -> Iterator[Case]:
     for index in range(count):
         group = groups[order[index % len(groups)]]
         command = index % max(count // REAL_COMMANDS, 1) == 0
-        works.append((f"{index} {group}", lambda i=index, g=group, c=command: [_case(place, undisturbed, i, g, command=c)]))
+        works.append(
+            (f"{index} {group}", lambda i=index, g=group, c=command: [_case(place, undisturbed, i, g, command=c)])
+        )
     yield from all_cases("damage", works, count)
 
 
@@ -166,7 +168,9 @@ def _candidates(directory: Path, group: str, rng: np.random.Generator) -> list[P
     """What may be broken: files and directories, the newest step more often than the others."""
     run = directory / "run"
     if group == "checkpoint":
-        steps = sorted((path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
+        steps = sorted(
+            (path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
+        )
         step = steps[-1] if rng.random() < 0.8 else steps[int(rng.integers(len(steps)))]
         return [step, *sorted(step.rglob("*"))]
     if group == "run":

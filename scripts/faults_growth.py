@@ -1,7 +1,7 @@
 """Whether a long run grows: memory, file handles and mappings of the training process over minutes.
 
-    samples   | start-up, compilation, 200 steps | first fifth | ............ | last fifth |
-                                                   medians of the two are compared
+samples   | start-up, compilation, 200 steps | first fifth | ............ | last fifth |
+                                               medians of the two are compared
 """
 
 import re

@@ -1,8 +1,8 @@
 """Processes that end at random moments: `kill -9` on training, SIGTERM and SIGINT on five verbs.
 
-    start-up | inputs | compile | step step [save] step step [save] ... | end
-        ^ uniformly over the time that an undisturbed process takes
-                                        ^ aimed: as soon as an unfinished save lies on the disk
+start-up | inputs | compile | step step [save] step step [save] ... | end
+    ^ uniformly over the time that an undisturbed process takes
+                                    ^ aimed: as soon as an unfinished save lies on the disk
 """
 
 import re
@@ -29,7 +29,9 @@ def kills(place: Place, count: int) -> Iterator[Case]:
     works = []
     for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
         part = min(KILLS_PER_RUN, count - first)
-        works.append((f"run {index + 1}", lambda index=index, part=part: _killed_run(place, index, part, reference, seconds)))
+        works.append(
+            (f"run {index + 1}", lambda index=index, part=part: _killed_run(place, index, part, reference, seconds))
+        )
     yield from all_cases("kills", works, count)
 
 
@@ -138,7 +140,9 @@ def signals(place: Place, count: int) -> Iterator[Case]:
     works = []
     for index in range(count):
         verb = list(VERBS)[index % len(VERBS)]
-        works.append((verb, lambda i=index, verb=verb: [_signalled(place, trained, i, verb, undisturbed[verb], seconds[verb])]))
+        works.append(
+            (verb, lambda i=index, verb=verb: [_signalled(place, trained, i, verb, undisturbed[verb], seconds[verb])])
+        )
     yield from all_cases("signals", works, count)
 
 

@@ -137,7 +137,6 @@ class Place:
             self._all.append(self._local.processes)
         return self._local.processes
 
-
     def copy(self, source: Path | None = None) -> Path:
         """A copy of the base, or of another place, for one case."""
         with self._lock:

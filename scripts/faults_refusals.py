@@ -156,7 +156,10 @@ def _draft(key: str, value: float) -> Callable[[Path], object]:
     def change(tree: dict[str, Any]) -> None:
         (tree["dflash_config"] if key in tree["dflash_config"] else tree)[key] = value
 
-    return lambda directory: (_json("draft/config.json", change)(directory), (directory / "draft" / "SHA256SUMS").unlink(missing_ok=True))
+    return lambda directory: (
+        _json("draft/config.json", change)(directory),
+        (directory / "draft" / "SHA256SUMS").unlink(missing_ok=True),
+    )
 
 
 _finished = _lines(_rows, lambda x: [json.dumps(json.loads(x[0]) | {"finished": "yes"}) + "\n", *x[1:]])
