@@ -30,7 +30,7 @@ TABLE = (
         3,
         "training",
         (
-            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "optimizer"),
+            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "window", "optimizer"),
             *("step", "program", "checkpoint", "run_directory", "inputs", "start", "capture", "skips"),
             *("speed", "trace", "loop"),
         ),
