@@ -31,7 +31,7 @@ TABLE = (
         "training",
         (
             *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "optimizer"),
-            *("step", "program", "checkpoint", "run_directory", "inputs", "start", "capture", "skips"),
+            *("step", "program", "checkpoint", "run_directory", "inputs", "start", "prepare", "capture", "skips"),
             *("speed", "trace", "loop"),
         ),
     ),

@@ -20,7 +20,8 @@ from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig, RopeScaling
 from domino_jax.strict import InputError
 from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.loop import prepare, train
+from domino_jax.training.loop import train
+from domino_jax.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
