@@ -30,8 +30,9 @@ from domino_jax.target.safetensors import StoredTensor
 from domino_jax.training import loop, program
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch
-from domino_jax.training.loop import Interrupted, prepare, train
+from domino_jax.training.loop import Interrupted, train
 from domino_jax.training.metrics import read_metrics
+from domino_jax.training.prepare import prepare
 from domino_jax.training.start import draft_from_target
 
 
