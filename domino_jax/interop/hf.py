@@ -19,10 +19,11 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.files import read_json
+from domino_jax.finite import require_finite
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
 from domino_jax.strict import InputError, from_tree
 from domino_jax.target.load import read_rope_scaling
-from domino_jax.target.safetensors import check_tensors, read_safetensors, write_safetensors
+from domino_jax.target.safetensors import ANOTHER_COPY, check_tensors, read_safetensors, write_safetensors
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
@@ -69,14 +70,19 @@ def save_hf_draft(
         chat_template: what the draft was trained with; written beside the other keys for
             `recorded_template`, other readers pass over it.
     Raises:
-        InputError: the directory is in use, or parameters and config disagree.
+        InputError: the directory is in use, parameters and config disagree, or a tensor is not finite in `dtype`.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already there and not an empty directory; give a new one")
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"dtype must be bfloat16 or float32, found {dtype!r}")
-    tensors = {name: np.asarray(x, jnp.dtype(dtype)) for name, x in hf_tensors(config, params).items()}
+    tensors = {}
+    for name, values in hf_tensors(config, params).items():
+        with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
+            tensors[name] = np.asarray(values, jnp.dtype(dtype))
+        place = f"{path} was not written: tensor {name}"
+        require_finite(tensors[name], place=place, remedy="a draft that diverged serves nobody: take an earlier one")
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     staging.mkdir(parents=True)
     try:
@@ -100,16 +106,34 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
         `(config, params)`: a float32 compute config and a tree of float32 arrays for `DraftModel`.
     Raises:
         InputError: missing, unknown or mis-shaped tensors, a tensor under its old and its new name, missing or
-            contradicting config keys; the message names each, what was found and what was expected.
+            contradicting config keys, a tensor that is not finite; the message names each, what was found and what
+            was expected.
     """
+    config, params = read_hf_draft(path)
+    return config, jax.tree.map(jnp.asarray, params)
+
+
+def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
+    """`load_hf_draft` with the arrays in the host's memory, for whoever splits them over devices."""
     path = Path(path)
-    config_path = path / "config.json"
-    config = _from_json(read_json(config_path), place=str(config_path))
+    config = read_hf_config(path)
     tensors = _with_current_names(read_safetensors(path), place=path)
     leaves = _parameter_shapes(config)
     check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
-    tree = {key: jnp.asarray(tensors[_tensor_name(key)], jnp.float32) for key in leaves}
+    for name, values in tensors.items():
+        require_finite(values, place=f"{path}: tensor {name}", remedy=ANOTHER_COPY)
+    tree = {key: np.asarray(tensors[_tensor_name(key)], np.float32) for key in leaves}
     return config, flax.traverse_util.unflatten_dict(tree)
+
+
+def read_hf_config(path: str | Path) -> DraftConfig:
+    """The draft that a directory describes, its weights unread.
+
+    Raises:
+        InputError: missing or contradicting keys; the message names each.
+    """
+    place = Path(path) / "config.json"
+    return _from_json(read_json(place), place=str(place))
 
 
 def recorded_template(path: str | Path) -> ChatTemplate | None:
@@ -143,7 +167,7 @@ def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> di
 
 
 def _check_reads_back(directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]) -> None:
-    stored, params = load_hf_draft(directory)
+    stored, params = read_hf_draft(directory)
     found = hf_tensors(stored, params)
     equal = all(np.array_equal(found[name], np.asarray(x, np.float32)) for name, x in tensors.items())
     if not equal or _to_json(stored, "float32") != _to_json(config, "float32"):

@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.files import read_json
+from domino_jax.finite import all_finite
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
 from domino_jax.sharding import parameter_shardings
 from domino_jax.strict import InputError, from_tree
@@ -30,6 +31,7 @@ from domino_jax.target.safetensors import (
     StoredTensor,
     check_tensors,
     equal_tensors,
+    not_finite_tensor,
     open_safetensors,
 )
 
@@ -69,7 +71,7 @@ def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarge
         `LoadedTarget`. The arrays lie on jax's default device and are uncommitted.
     Raises:
         InputError: a file cannot be read, the config describes another kind of model, or a tensor
-            is missing, unexpected or mis-shaped.
+            is missing, unexpected or mis-shaped, or not finite in `dtype`.
     """
     directory = Path(directory)
     config = read_decoder_config(directory, dtype=dtype)
@@ -102,7 +104,8 @@ def load_sharded_target(
     Returns:
         `LoadedTarget`, in the compute dtype, laid out as `parameter_shardings` says.
     Raises:
-        InputError: as `load_target`, for whatever the directory holds, before a parameter is read.
+        InputError: as `load_target`, for whatever the directory holds, before a parameter is read;
+            of numbers that are not finite, as soon as they are.
     """
     directory = Path(directory)
     tensors = _open_target(directory, model.cfg)
@@ -285,12 +288,15 @@ def _read_part(
     *,
     dtype: str,
 ) -> np.ndarray:
-    """A part of a parameter in `dtype`, from the tensors that hold it, one at a time."""
+    """A part of a parameter in `dtype`, from the tensors that hold it, one at a time; finite or refused."""
     stacked = pattern.count("*")
     part = np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
     inside = tuple(slice(*bound) for bound in bounds[stacked:])
     for place, name in _stored_names(pattern, [range(*bound) for bound in bounds]):
-        part[place] = tensors[name].read(inside)
+        with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
+            part[place] = tensors[name].read(inside)
+        if not all_finite(part[place]):
+            raise not_finite_tensor(tensors[name], dtype=dtype)
     return part
 
 

@@ -84,6 +84,33 @@ def draft(tmp_path: Path) -> Path:
     return tmp_path / "draft"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_draft_that_is_not_finite_is_not_written(tmp_path: Path, dtype: str) -> None:
+    params = params_of(CONFIG)
+    params = params | {"fc": {"weight": params["fc"]["weight"].at[3, 5].set(jnp.nan)}}
+    with pytest.raises(InputError) as caught:
+        save_hf_draft(tmp_path / "draft", CONFIG, params, dtype=dtype)
+    said = f"{tmp_path / 'draft'} was not written: tensor fc.weight: 1 of 3072 entries are not finite in {dtype}; "
+    assert str(caught.value).startswith(said) and not list(tmp_path.iterdir())
+
+
+def test_a_draft_that_overflows_in_the_stored_type_is_not_written(tmp_path: Path) -> None:
+    params = params_of(CONFIG)
+    params = params | {"fc": {"weight": params["fc"]["weight"].at[0].set(3.4e38)}}
+    with pytest.raises(InputError, match=r"fc\.weight: 96 of 3072 entries are not finite in bfloat16"):
+        save_hf_draft(tmp_path / "draft", CONFIG, params)
+    save_hf_draft(tmp_path / "draft", CONFIG, params, dtype="float32")
+
+
+def test_a_draft_that_is_not_finite_is_not_read(draft: Path) -> None:
+    tensors = load_file(draft / "model.safetensors")
+    tensors["norm.weight"][[1, 7]] = np.inf, np.nan
+    save_file(tensors, draft / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        load_hf_draft(draft)
+    assert str(caught.value).startswith(f"{draft}: tensor norm.weight: 2 of 32 entries are not finite in float32; ")
+
+
 def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     tree = json.loads((path / "config.json").read_text())
     change(tree)

@@ -14,8 +14,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from domino_jax.model_config import DecoderConfig, RopeScaling
+from domino_jax.sharding import make_mesh
 from domino_jax.strict import InputError
-from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
+from domino_jax.target.load import load_sharded_target, load_target, load_tokenizer, read_decoder_config
+from domino_jax.target.model import Target
 
 ABSENT = object()
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -246,6 +248,52 @@ NORM = "model.layers.2.input_layernorm.weight"
 
 def head_that_differs(arrays: dict[str, np.ndarray]) -> None:
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"] + 1
+
+
+def spoilt(name: str, *values: float) -> Callable[[dict[str, np.ndarray]], None]:
+    """A change of tensors that puts values at the end of one."""
+
+    def spoil(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[-len(values) :] = values
+
+    return spoil
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("qwen3_moe", False)])
+def test_targets_with_numbers_that_are_not_finite_are_refused(
+    tiny: Callable[..., Any], tmp_path: Path, kind: str, tied: bool, dtype: str
+) -> None:
+    experts = "model.layers.1.mlp.experts.5.down_proj.weight"
+    name = experts if kind == "qwen3_moe" else "model.layers.3.mlp.up_proj.weight"
+    directory = edited(tiny(kind, tied=tied).directory, tmp_path, tensors=spoilt(name, np.nan, -np.inf, 1.0))
+    size = load_file(directory / "model.safetensors")[name].size
+    message = f"{directory / 'model.safetensors'}: tensor {name}: 2 of {size} entries are not finite in {dtype}; "
+    with pytest.raises(InputError) as caught:
+        load_target(directory, dtype=dtype)
+    assert str(caught.value) == f"{message}use an undamaged copy of the file"
+    # The count is that of the tensor, whatever part of it a device holds.
+    model = Target(read_decoder_config(directory, dtype=dtype), scan_layers=True)
+    with pytest.raises(InputError) as caught:
+        load_sharded_target(directory, model, make_mesh(data=1, fsdp=8))
+    assert str(caught.value).startswith(message)
+
+
+def test_numbers_that_overflow_the_compute_type_are_refused(llama: Path, tmp_path: Path) -> None:
+    directory = edited(llama, tmp_path, tensors=spoilt(NORM, 3.4e38))
+    assert float(load_target(directory).params["layers_2"]["input_layernorm"]["weight"][-1]) == np.float32(3.4e38)
+    with pytest.raises(InputError, match=r"layers\.2\.input_layernorm\.weight: 1 of 32 entries .* in bfloat16"):
+        load_target(directory, dtype="bfloat16")
+
+
+def test_a_copied_tied_head_with_nan_is_not_called_another_one(llama: Path, tmp_path: Path) -> None:
+    def spoil(arrays: dict[str, np.ndarray]) -> None:
+        spoilt("model.embed_tokens.weight", np.nan)(arrays)
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+
+    with pytest.raises(InputError, match=r"tensor model\.embed_tokens\.weight: 1 of \d+ entries are not finite"):
+        load_target(edited(llama, tmp_path, tensors=spoil))
 
 
 @pytest.mark.parametrize(
