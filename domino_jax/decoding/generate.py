@@ -1,8 +1,7 @@
 """Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 
 from domino_jax.data.conversations import encode_prompt, read_messages
 from domino_jax.data.template import KWARGS, NO_KWARGS
+from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
@@ -129,7 +129,7 @@ def regenerate(
         weights: its parameters.
         tokenizer: of the target.
         prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
-        answers_path: the JSONL to write; `.partial` is added to its name until it is complete.
+        answers_path: the JSONL to write; until it is complete, a `BatchLog` of its name and `.partial`.
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
@@ -140,6 +140,7 @@ def regenerate(
         How many answers there are, and how many of them end without a stop token.
     Raises:
         InputError: unusable prompts, or a partial file of another start that does not fit.
+        OSError: the answers cannot be written; those of earlier batches are kept.
     """
     if answers_path.exists():
         raise InputError(f"{answers_path}: already there; remove it to make it again")
@@ -148,31 +149,31 @@ def regenerate(
         raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
     partial = answers_path.with_name(answers_path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    finished = _answered_lines(partial, settings)
     kwargs = settings.get(KWARGS, NO_KWARGS)
     prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
-    left = [prompt for prompt in prompts if prompt[0] not in finished]
-    slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
-    written = 0
-    progress(len(finished), len(prompts), written)
-    with partial.open("a", encoding="utf-8") as file:
+    with BatchLog(partial, settings) as log:
+        finished = dict(log.finished)
+        left = [prompt for prompt in prompts if prompt[0] not in finished]
+        slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
+        written = 0
+        progress(len(finished), len(prompts), written)
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size would be another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
             own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": seed + batch[0][0]}
             answers = generate(decoder, weights, rows, **own)
+            records = []
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
-                record = {"messages": turns, "prompt_line": line, "finished": answer.stopped}
-                file.write(json.dumps({**record, "generator": settings}, ensure_ascii=False) + "\n")
+                records.append({"messages": turns, "prompt_line": line, "finished": answer.stopped})
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
-            file.flush()
+            log.add(records)
             progress(len(finished), len(prompts), written)
-    partial.replace(answers_path)
+        log.publish(answers_path)
     return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
 
 
@@ -185,32 +186,3 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
         stopped = int(ids[-1]) in decoder.stop_ids
         answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
     return answers
-
-
-def _answered_lines(partial: Path, settings: dict[str, Any]) -> dict[int, bool]:
-    """Prompt lines that a partial file already answers, and whether each answer is finished.
-
-    A line that a crash cut off is removed from the file.
-    """
-    if not partial.exists():
-        return {}
-    records = list(_whole_lines(partial))
-    settings = {KWARGS: {}, **settings}
-    for record in records:
-        made_with = {KWARGS: {}, **record["generator"]}  # older files do not say
-        # As text: to a chat template 0 and false are two things, in Python they are equal.
-        if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
-            raise InputError(f"{partial}: made with {made_with}, not {settings}; remove it to start again")
-    beside = partial.with_name(partial.name + ".new")
-    beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    beside.replace(partial)
-    return {record["prompt_line"]: record["finished"] for record in records}
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not valid JSON; remove the file to start again") from error

@@ -12,6 +12,7 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, write_conversations, write_target
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
 from domino_jax.decoding import generate as generation
+from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.strict import InputError, Scalars
@@ -78,7 +79,8 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     with pytest.raises(KeyboardInterrupt):
         tiny.regenerate(prompts, tmp_path / "parts.jsonl", progress=stop)
     partial = tmp_path / "parts.jsonl.partial"
-    partial.write_text(partial.read_text() + '{"messages": [{"ro')  # a line cut by a crash
+    batch = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join([*batch, batch[1], batch[2][:-9]]))  # killed within the next batch
     # Those that the first start cut count as well.
     assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == replace(whole, answered=6)
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
@@ -90,7 +92,8 @@ def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tm
     with pytest.raises(InputError, match="already there"):
         tiny.regenerate(prompts, done)
     partial = tmp_path / "other.jsonl.partial"
-    partial.write_text(json.dumps({"prompt_line": 1, "generator": {"target": "another"}}) + "\n")
+    with BatchLog(partial, {"target": "another"}) as log:
+        log.add([{"prompt_line": 1, "finished": True}])
     with pytest.raises(InputError, match="made with"):
         tiny.regenerate(prompts, tmp_path / "other.jsonl")
     prompts.write_text(prompts.read_text() + "nonsense\n")
@@ -109,22 +112,15 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     first = json.loads(lines[0])
     assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
     assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
-    partial.write_text("".join(lines[:4]))
+    records = [json.loads(line) for line in lines[:4]]
+    with BatchLog(partial, settings) as log:
+        log.add([{key: record[key] for key in ("messages", "prompt_line", "finished")} for record in records])
     answers.unlink()
     for other in ({}, {"enable_thinking": 0}):
         with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
             tiny.regenerate(prompts, answers, settings={**SETTINGS, "chat_template_kwargs": other})
     assert tiny.regenerate(prompts, answers, settings=settings).answered == 6
     assert answers.read_text() == "".join(lines)
-
-
-def test_an_old_partial_file_goes_on_where_nothing_is_told(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "chat_template_kwargs": {}}
-    tiny.regenerate(prompts, tmp_path / "a.jsonl", settings=settings)
-    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    old = [json.dumps({**record, "generator": SETTINGS}) + "\n" for record in records[:4]]
-    (tmp_path / "b.jsonl.partial").write_text("".join(old))
-    assert tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=settings).answered == 6
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:

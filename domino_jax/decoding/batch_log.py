@@ -1,0 +1,141 @@
+"""Answers that are not all there yet: batches of lines, each attested, so that a second start loses and changes none.
+
+With a temperature the answer to a prompt depends on its batch. So what a start goes on from must end
+where a batch ended, though a process may be killed between any two bytes and a disk may be full at
+any of them; and a damaged answer must not become training data. A line after each batch says so:
+
+    {"sha256": of nothing}
+    {"messages": ..., "prompt_line": 3, "finished": true, "generator": {...}}
+    {"messages": ..., "prompt_line": 8, "finished": true, "generator": {...}}
+    {"sha256": of all lines before this one}
+
+Whatever follows the last such line is dropped and answered again. No jax here.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from domino_jax.data.template import KWARGS
+from domino_jax.files import parse_json
+from domino_jax.strict import InputError
+
+_ATTESTS = b'{"sha256": '
+
+
+class BatchLog:
+    """An unfinished file of answers.
+
+    Attributes:
+        finished: of the batches that earlier starts wrote, by prompt line, whether each answer ended by itself.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Opens the file, or makes it.
+
+        Args:
+            path: the file; what is not attested is cut off its end.
+            settings: what makes the answers; written with each as `generator`.
+        Raises:
+            InputError: it was made with other settings, or is not what was written.
+            OSError: it cannot be opened or written.
+        """
+        self.finished: dict[int, bool] = {}
+        self._path, self._settings = path, settings
+        self._digest, self._length = hashlib.sha256(), 0
+        if path.exists():
+            self._read()
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._file.truncate(self._length)
+        if self._length == 0:
+            self.add([])
+
+    def __enter__(self) -> "BatchLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Adds a batch; it is on disk when this returns.
+
+        Raises:
+            OSError: it could not be written; the batches before it are as they were.
+        """
+        lines = [json.dumps({**record, "generator": self._settings}, ensure_ascii=False) for record in records]
+        batch = "".join(f"{line}\n" for line in lines).encode()
+        digest = self._digest.copy()
+        digest.update(batch)
+        left = batch = batch + _attestation(digest)
+        try:
+            while left:  # an unbuffered file may take a part; the next call tells why
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(self._length)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._digest.update(batch)
+        self._length += len(batch)
+
+    def publish(self, path: Path) -> None:
+        """Writes the answers of all batches to their final place, whole, and removes the log.
+
+        Raises:
+            OSError: they could not be written; the log is as it was.
+        """
+        beside = path.with_name(f"{path.name}.new")
+        try:
+            with self._path.open("rb") as file, beside.open("wb") as whole:
+                whole.writelines(line for line in file if not line.startswith(_ATTESTS))
+                whole.flush()
+                os.fsync(whole.fileno())
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        self._path.unlink()
+
+    def _read(self) -> None:
+        """Takes what is attested; `_length` is where it ends."""
+        digest, number = hashlib.sha256(), 0
+        batch: list[bytes] = []
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.startswith(_ATTESTS) and line.endswith(b"\n"):
+                    if line != _attestation(digest):
+                        raise InputError(
+                            f"{self._path}: damaged: line {number} does not attest those before it; put a copy "
+                            "back, or remove the file to start again"
+                        )
+                    for one in batch:
+                        self._take(one)
+                    self._length += len(b"".join(batch)) + len(line)
+                    batch = []
+                    self._digest = digest.copy()
+                    self._digest.update(line)
+                else:
+                    batch.append(line)
+                digest.update(line)
+        if self._length == 0 and (number > 1 or (batch and not _attestation(hashlib.sha256()).startswith(batch[0]))):
+            raise InputError(
+                f"{self._path}: not unfinished answers as this version writes them; move the file away to start again"
+            )
+
+    def _take(self, line: bytes) -> None:
+        record = parse_json(line, place=str(self._path))
+        made_with, asked = record["generator"], self._settings
+        # As text: to a chat template 0 and false are two things, in Python they are equal.
+        if _text(made_with) != _text(asked):
+            raise InputError(f"{self._path}: made with {made_with}, not {asked}; remove it to start again")
+        self.finished[record["prompt_line"]] = record["finished"]
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return json.dumps({KWARGS: {}, **settings}, sort_keys=True)
+
+
+def _attestation(digest: Any) -> bytes:
+    return _ATTESTS + json.dumps(digest.hexdigest()).encode() + b"}\n"
