@@ -30,9 +30,9 @@ TABLE = (
         3,
         "training",
         (
-            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "optimizer"),
+            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "window", "optimizer"),
             *("step", "program", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
-            *("capture", "skips", "speed", "trace", "loop"),
+            *("preview", "capture", "skips", "speed", "trace", "loop"),
         ),
     ),
     (4, "", ("compiled", "arithmetic", "places", "plan", "plan_table", "report")),

@@ -15,12 +15,14 @@ from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, Scalars, scalars
+from domino_jax.target.fingerprint import hashed_beside
 from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft
 
 logs = Console(stderr=True)
+WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 new_tokens_option = click.option(
     "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of each answer at most."
@@ -62,6 +64,14 @@ proposals_option = click.option(
     default="block",
     show_default=True,
     help="Tokens per cycle: all that a block predicts, or K - 1 as serving engines do.",
+)
+
+
+step_option = click.option(
+    "--step",
+    type=click.IntRange(0),
+    default=None,
+    help="Take the checkpoint of this step (train.keep_best keeps one) instead of the newest.",
 )
 
 
@@ -112,19 +122,30 @@ def load_run(
     run: Path,
     dtype: str,
     chat_template_kwargs: Scalars | None = None,
+    *,
+    step: int | None = None,
 ) -> tuple[Loaded, Drafter]:
-    """Reads a run's newest draft and its target.
+    """Reads a draft of a run and its target.
 
     Args:
         run: the run directory.
         dtype: compute type of both.
         chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
+        step: of the checkpoint; None takes the newest.
     Raises:
-        InputError: draft, target and chat template do not fit each other.
+        InputError: draft, target and chat template do not fit each other, or the target is not the
+            one that the draft was trained for.
     """
     say(f"loading the draft of {run}")
-    record, params, step = load_draft(run)
-    loaded = load_named_target(record.target, dtype)
+    record, params, step = load_draft(run, say=say, step=step)
+    path = resolve_target(record.target, progress=say)
+    with hashed_beside(path) as target_sha256:
+        loaded = load_named_target(record.target, dtype)
+        if record.target_sha256 not in (None, target_sha256()):
+            raise InputError(
+                f"{path}: the target has changed since {run} was trained for it: sha256 was "
+                f"{record.target_sha256[:12]}, is {target_sha256()[:12]}; put its files back"
+            )
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
@@ -147,6 +168,12 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
 def progress_bar() -> Progress:
     """A progress bar on stderr, silent where that is not a terminal."""
     return Progress(console=logs, disable=not logs.is_terminal)
+
+
+def results() -> Console:
+    """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDTH))
 
 
 def say(line: str) -> None:

@@ -92,6 +92,11 @@ class FeatureRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the manifest: of what was captured, and how."""
+        return hashlib.sha256(_manifest_text(self.manifest).encode()).hexdigest()
+
     def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # one row at a time, never a slice
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
@@ -153,7 +158,11 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes the manifest, beside its place first."""
-    write_whole(Path(directory) / MANIFEST, json.dumps(dataclasses.asdict(manifest)) + "\n")
+    write_whole(Path(directory) / MANIFEST, _manifest_text(manifest))
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    return json.dumps(dataclasses.asdict(manifest)) + "\n"
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -74,9 +74,10 @@ def check_room(config: RunConfig, draft: DraftConfig) -> None:
     held = sum(_file_sizes(Path(config.run_dir) / "checkpoints"))
     free = free_bytes(config.run_dir) + held
     if needed > free:
+        best = ", train.keep_best" if config.train.keep_best else ""
         raise InputError(
             f"run_dir: {config.run_dir}: {checkpoints_at_once(config)} checkpoints (train.keep_checkpoints "
-            f"{config.train.keep_checkpoints} and one being written) take up to {needed / GIGABYTE:.3g} GB, "
+            f"{config.train.keep_checkpoints}{best} and one being written) take up to {needed / GIGABYTE:.3g} GB, "
             f"{free / GIGABYTE:.3g} GB are free there; make room, lower train.keep_checkpoints or give another run_dir"
         )
 
@@ -89,7 +90,7 @@ def checkpoint_bytes(config: RunConfig, draft: DraftConfig) -> int:
 
 def checkpoints_at_once(config: RunConfig) -> int:
     """How many checkpoints a run holds at most: an old one goes when the next is written."""
-    return config.train.keep_checkpoints + 1
+    return config.train.keep_checkpoints + int(config.train.keep_best is not None) + 1
 
 
 def free_bytes(path: str | Path) -> int:

@@ -1,9 +1,17 @@
-"""A run before its first step: its inputs read and checked, its weights laid out over the devices."""
+"""A run before its first step, in the order of what it costs to be refused.
 
+check         paths, mesh, ids, room on the disk, the checkpoint to go on from    seconds
+read_inputs   rows, and whether they are those of the checkpoint                  minutes
+prepare       weights over the devices, the state, and only then the directory
+"""
+
+import dataclasses
 import functools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -11,36 +19,70 @@ from rich.console import Console
 from domino_jax.config import RunConfig, dump_config
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
+from domino_jax.model_config import DecoderConfig
 from domino_jax.strict import InputError
+from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target, read_decoder_config
-from domino_jax.training.checkpoint import DraftRecord, has_checkpoint
+from domino_jax.training.checkpoint import (
+    CHECKPOINTS,
+    NEWEST,
+    DraftRecord,
+    RunRecord,
+    read_run_record,
+    sound_checkpoint,
+)
 from domino_jax.training.inputs import InputRows, Say, draft_of, read_features, read_rows, run_mesh
 from domino_jax.training.preflight import check_packages, check_place, check_room, check_sources, packages_of
 from domino_jax.training.program import make_program, resolved
-from domino_jax.training.run_directory import claim
+from domino_jax.training.run_directory import check_draft, check_inputs, check_settings, write_config
 from domino_jax.training.start import state_at_start
 from domino_jax.training.step import Program, TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunInputs:
-    """A run whose inputs are read and checked; no weights are loaded and nothing is written yet.
+class Resumed(NamedTuple):
+    """The checkpoint that a run is resumed from."""
 
-    `config` is resolved, `target` the directory, `started` whether there is a checkpoint.
+    step: int
+    record: RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that is possible as far as can be told without its rows and weights.
+
+    `config` is resolved, `target` the directory, `resumed` the checkpoint that is to replace the state of step 0.
     """
 
     config: RunConfig
     directory: Path
-    started: bool
+    mesh: Mesh
     target: Path
+    target_config: DecoderConfig
     tokenizer: Any
+    record: DraftRecord
+    resumed: Resumed | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs(CheckedRun):
+    """A run whose rows are read.
+
+    `total_steps` are those that the schedules are stretched over, `last_step` is where the run
+    ends, `inputs` tells by name what was read.
+    """
+
     rows: InputRows
     heldout: InputRows | None
-    record: DraftRecord
     program: Program
-    mesh: Mesh
     total_steps: int
+    last_step: int
+    inputs: dict[str, str]
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of batches that a step takes."""
+        return self.config.data.batch_size * self.config.optimizer.grad_accumulation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +93,18 @@ class Run(RunInputs):
     state: TrainState
 
 
-def read_inputs(config: RunConfig, *, say: Say) -> RunInputs:
-    """Checks a run, then reads its tokenizer and rows: what is free first, what takes time last.
+def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
+    """Checks whatever can be checked before rows and weights are read, what is free first.
 
+    Args:
+        config: the run.
+        say: gets one line per stage, and one per damaged checkpoint.
+        set_aside: move damaged checkpoints out of the way.
     Raises:
-        InputError: the run cannot be; nothing was created.
+        InputError: the run cannot be, or its directory belongs to other settings; nothing was created.
     """
     directory = Path(config.run_dir)
-    started = has_checkpoint(directory)
+    started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
     check_packages(packages_of(config))
     check_sources(config, started=started)
     check_place(directory)
@@ -66,21 +112,48 @@ def read_inputs(config: RunConfig, *, say: Say) -> RunInputs:
     config = resolved(config, mesh)
     path = resolve_target(config.target, progress=say)
     target_config = read_decoder_config(path, dtype=config.dtype)
-    open_target(path, target_config)  # checked by its headers
+    open_target(path, target_config)  # its headers are read and checked
     tokenizer = load_tokenizer(path)
     draft_config = draft_of(config, target_config, tokenizer)
     if config.draft.init_from and not started:
         check_start(config.draft.init_from, draft_config)
     check_room(config, draft_config)
-    data = config.data
-    template = chat_template(tokenizer, data.chat_template_kwargs)
+    record = DraftRecord(draft_config, config.target, chat_template(tokenizer, config.data.chat_template_kwargs))
+    return CheckedRun(
+        config=config,
+        directory=directory,
+        mesh=mesh,
+        target=path,
+        target_config=target_config,
+        tokenizer=tokenizer,
+        record=record,
+        resumed=_resumable(config, record, say=say, set_aside=set_aside),
+    )
 
+
+def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) -> RunInputs:
+    """Reads the rows of a run.
+
+    Args:
+        run: what was checked.
+        target_sha256: returns the target's fingerprint; only asked where captured states are read.
+        say: gets one line per stage, and one per line of the data that is left out.
+    Raises:
+        InputError: no usable rows, too few of them, or not those that the run was started with.
+    """
+    config, data, tokenizer = run.config, run.config.data, run.tokenizer
     say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
     if data.train is None:
-        rows = read_features(config, path, tokenizer, draft_config)
+        rows = read_features(config, run.target, tokenizer, run.record.config, target_sha256=target_sha256())
     else:
         rows = read_rows(data.train, tokenizer, data, say=say)
     heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
+    inputs = {"tokenizer": f"sha256 {tokenizer_fingerprint(run.target, tokenizer)}"}
+    inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
+    inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
+    if run.resumed is not None:
+        check_inputs(run.directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs)
+
     step_rows = data.batch_size * config.optimizer.grad_accumulation
     if rows.epoch_rows < step_rows:
         raise InputError(
@@ -88,49 +161,76 @@ def read_inputs(config: RunConfig, *, say: Say) -> RunInputs:
             f"(data.batch_size {data.batch_size} x optimizer.grad_accumulation {config.optimizer.grad_accumulation})"
         )
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
+    program = make_program(config, run.target_config, run.record.config, run.mesh, total_steps=total_steps)
     return RunInputs(
-        config=config,
-        directory=directory,
-        started=started,
-        target=path,
-        tokenizer=tokenizer,
+        **vars(run),
         rows=rows,
         heldout=heldout,
-        record=DraftRecord(draft_config, config.target, template),
-        program=make_program(config, target_config, draft_config, mesh, total_steps=total_steps),
-        mesh=mesh,
+        program=program,
         total_steps=total_steps,
+        last_step=total_steps + config.train.extend,
+        inputs=inputs,
     )
 
 
 def prepare(config: RunConfig, *, console: Console) -> Run:
-    """Reads a run's inputs and lays everything out on the devices; nothing is trained yet.
+    """Checks and reads a run and lays everything out on the devices; nothing is trained yet.
 
     The run directory is made last: a run that is refused leaves none.
 
     Raises:
-        InputError: the run cannot be, or its directory belongs to other settings.
+        InputError: the run cannot be, or is not the one that was started.
     """
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    inputs = read_inputs(config, say=say)
-    config, mesh, draft = inputs.config, inputs.mesh, inputs.record.config
-    say(f"loading target {inputs.target}")
-    target_runs = config.data.features is None or config.data.heldout is not None
-    only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
-    target = load_sharded_target(inputs.target, inputs.program.target, mesh, only=only)
+    checked = check(config, say=say, set_aside=True)
+    with hashed_beside(checked.target) as target_sha256:
+        run = read_inputs(checked, target_sha256=target_sha256, say=say)
+        config, resumed = run.config, run.resumed
+        say(f"loading target {run.target}")
+        target_runs = config.data.features is None or config.data.heldout is not None
+        only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
+        target = load_sharded_target(run.target, run.program.target, run.mesh, only=only)
+        began = time.monotonic()
+        record = dataclasses.replace(run.record, target_sha256=target_sha256())
+        say(f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than loading")
+    inputs = run.inputs | {"target": f"sha256 {record.target_sha256}"}
     layers_from = init_from = None
-    if not inputs.started:  # otherwise a checkpoint is about to replace the state
-        layers_from = inputs.target if config.draft.init_layers_from_target else None
+    if resumed is not None:  # a checkpoint is about to replace the state
+        check_inputs(run.directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
+    else:
+        layers_from = run.target if config.draft.init_layers_from_target else None
         init_from = config.draft.init_from
-    state = state_at_start(inputs.program, draft, mesh, layers_from=layers_from, init_from=init_from)
-    claim(inputs.directory, config, started=inputs.started)
-    run = Run(**vars(inputs), target_params=target.params, state=state)
+    state = state_at_start(run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from)
+    write_config(run.directory, config)
     say(dump_config(config))
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             say(f"{name}: {part.summary(max_length=config.data.max_length)}")
     say(
-        f"{run.total_steps} steps of {config.data.batch_size * config.optimizer.grad_accumulation} rows on {mesh.size} "
-        f"{mesh.devices.flat[0].platform} device(s); the draft reads the target's layers {list(draft.target_layer_ids)}"
+        f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} {run.mesh.devices.flat[0].platform} "
+        f"device(s); the draft reads the target's layers {list(record.config.target_layer_ids)}",
     )
-    return run
+    known = vars(run) | {"record": record, "inputs": inputs}
+    return Run(**known, target_params=target.params, state=state)
+
+
+def _resumable(config: RunConfig, record: DraftRecord, *, say: Say, set_aside: bool) -> Resumed | None:
+    """The checkpoint that a run goes on from, None for a run that was never saved.
+
+    Args:
+        config: of this start, resolved.
+        record: of this start; the target's fingerprint is not looked at.
+        say: is told damaged checkpoints.
+        set_aside: move them out of the way.
+    Raises:
+        InputError: settings or target are not those that the run was started with.
+    """
+    directory = Path(config.run_dir)
+    step = sound_checkpoint(directory, say=say, set_aside=set_aside)
+    if step is None:
+        return None
+    place = directory / CHECKPOINTS / str(step)
+    draft, run = read_run_record(directory, step)
+    check_settings(place, run.config, config)
+    check_draft(place, draft, record)
+    return Resumed(step, run)

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import pytest
 from rich.console import Console
-from tiny import run_config, write_conversations, write_target
+from tiny import run_config, write_target
 
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
 from domino_jax.training import preflight, prepare
-from domino_jax.training.checkpoint import has_checkpoint
 from domino_jax.training.loop import train
 
 
@@ -154,7 +153,8 @@ def test_room_for_the_checkpoints_is_checked(
     steps = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 3}
     path = run_config(tmp_path, target, train=steps, draft={"gru_hidden_dim": 512})
     words = (f"optimizer.ema_decay={ema}",)
-    run = prepare.read_inputs(load_config(path, words), say=lambda _: None)
+    checked = prepare.check(load_config(path, words), say=print, set_aside=False)
+    run = prepare.read_inputs(checked, target_sha256=str, say=print)
     state = jax.eval_shape(lambda: program_state(run))
     held = sum(4 * leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     needed = 4 * held  # three that are kept, and the one being written
@@ -190,12 +190,3 @@ def test_a_target_that_is_not_finite_leaves_no_run(target: Path, tmp_path: Path)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, spoilt / "model.safetensors")
     assert "model.layers.1.mlp.up_proj.weight: 1 of 512 entries are not finite" in refusal(run_config(tmp_path, spoilt))
-
-
-def test_has_checkpoint_creates_nothing(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for place in (tmp_path / "no", tmp_path / "empty"):
-        assert not has_checkpoint(place)
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "empty"]
-    write_conversations(tmp_path / "file", 1)
-    assert not has_checkpoint(tmp_path / "file")
