@@ -22,6 +22,7 @@ from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft
 
 logs = Console(stderr=True)
+WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 new_tokens_option = click.option(
     "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of each answer at most."
@@ -167,6 +168,12 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
 def progress_bar() -> Progress:
     """A progress bar on stderr, silent where that is not a terminal."""
     return Progress(console=logs, disable=not logs.is_terminal)
+
+
+def results() -> Console:
+    """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDTH))
 
 
 def say(line: str) -> None:
