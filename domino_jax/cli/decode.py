@@ -28,7 +28,7 @@ from domino_jax.decoding import evaluate as evaluation
 from domino_jax.decoding.generate import stream_text
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import write_whole
+from domino_jax.files import LINE_BYTES, write_whole
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
@@ -58,11 +58,13 @@ def generate(
     chat_template_kwargs: Scalars | None,
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
-    text = prompt if prompt is not None else sys.stdin.read()
+    if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
+        raise InputError(f"{run}: not a run directory (no checkpoints/ in it)")
+    text = prompt if prompt is not None else _standard_input()
     if not text.strip():
         raise InputError("the prompt is empty")
     keeps("nothing is kept of the answer; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens)
     kwargs = drafter.record.chat_template.kwargs
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
@@ -123,7 +125,7 @@ def evaluate(
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens)
     kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),
@@ -164,6 +166,16 @@ def evaluate(
         for difference in figures.get("differences", ()):
             click.echo(f"{name}: first difference {difference}")
     click.echo(place)
+
+
+def _standard_input() -> str:
+    raw = sys.stdin.buffer.read(LINE_BYTES + 1)
+    if len(raw) > LINE_BYTES:
+        raise InputError(f"standard input: more than {LINE_BYTES} bytes")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _evaluate_set(

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import logs, say
+from domino_jax.cli.shared import FiniteRange, logs, say
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
 from domino_jax.training.capture import capture as capture_states
@@ -43,7 +43,7 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--with-target-states", is_flag=True, help="Also store the target's states after its final norm.")
 @click.option(
     "--limit-gb",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=50.0,
     show_default=True,
     help="Refuse to write more than this many gigabytes without --yes.",
