@@ -136,17 +136,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def parse_json(text: str | bytes, *, place: str, nonfinite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False) -> Any:
     """Parses JSON of somebody else, within bounds.
 
     Args:
         text: the JSON.
-        place: where it comes from, for the message.
+        place: where it comes from, for the message; None where the caller says so.
         nonfinite: take NaN and Infinity, which are not JSON but which Python writes.
     Raises:
         InputError: not JSON, a key that is given twice in one object, a number beyond every float
             or of more than `NUMBER_CHARACTERS`, or more than `DEPTH` levels.
     """
+    where = "" if place is None else f"{place}: "
     try:
         value = json.loads(
             text,
@@ -156,11 +157,11 @@ def parse_json(text: str | bytes, *, place: str, nonfinite: bool = False) -> Any
             parse_constant=float if nonfinite else _no_constant,
         )
     except RecursionError as error:
-        raise InputError(f"{place}: more than {DEPTH} levels of lists and mappings") from error
+        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings") from error
     except ValueError as error:
-        raise InputError(f"{place}: not valid JSON: {error}") from error
+        raise InputError(f"{where}not valid JSON: {error}") from error
     if _deeper_than(value, DEPTH):
-        raise InputError(f"{place}: more than {DEPTH} levels of lists and mappings")
+        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings")
     return value
 
 
