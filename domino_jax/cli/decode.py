@@ -25,7 +25,7 @@ from domino_jax.cli.shared import (
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import evaluate as evaluation
-from domino_jax.decoding.generate import stream_text
+from domino_jax.decoding.generate import check_length, stream_text
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import LINE_BYTES, write_whole
@@ -82,12 +82,14 @@ def generate(
         safe_point()
         click.echo(piece, nl=False)
 
+    ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
+    check_length(decoder, ids, place="the prompt")
     say("compiling")
     answer = stream_text(
         decoder,
         Weights(loaded.params, drafter.params),
         loaded.tokenizer,
-        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs),
+        ids,
         max_new_tokens=max_new_tokens,
         seed=seed,
         write=write,
@@ -153,8 +155,9 @@ def evaluate(
         usable, bad_lines = read_messages(path)
         for bad in bad_lines:
             say(f"{path}:{bad.line}: {bad.reason}")
-        conversations = [messages for _, messages in usable[:limit]]
-        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for messages in conversations]
+        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[:limit]]
+        for (line, _), ids in zip(usable, prompts, strict=False):
+            check_length(decoder, ids, place=f"{path}:{line}")
         say(f"{path.stem}: compiling")
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures
