@@ -167,15 +167,13 @@ def regenerate(
     partial = answers_path.with_name(answers_path.name + ".partial")
     finished = _answered_lines(partial, settings, dict(usable), prompts_path)
     kwargs = settings.get(KWARGS, NO_KWARGS)
-    prompts = []
-    for line, messages in usable:
-        ids = encode_prompt(messages, tokenizer, kwargs)
-        check_length(decoder, ids, place=f"{prompts_path}:{line}")
-        prompts.append((line, messages, ids))
+    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
+    check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     left = [prompt for prompt in prompts if prompt[0] not in finished]
     slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
-    progress(len(finished), len(prompts), written := 0)
+    written = 0
+    progress(len(finished), len(prompts), written)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8") as file:
         for first in range(0, len(left), batch_size):
