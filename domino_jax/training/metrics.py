@@ -160,7 +160,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1):
         if line.endswith("\n"):
-            record = parse_json(line, place=f"{path}:{number}")
+            record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise InputError(f"{path}:{number}: expected a record with its step, found {line[:80]!r}")
             records.append(record)
@@ -195,7 +195,7 @@ def _parsable(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(InputError):
-            record = parse_json(line, place=str(path))
+            record = parse_json(line, place=str(path), nonfinite=True)
             if isinstance(record, dict) and line.endswith("\n"):
                 yield record
 
