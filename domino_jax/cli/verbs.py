@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.train import capture, train
 from domino_jax.staging import NO_ROOM
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, one_line, shown, text_problem
 from domino_jax.training.loop import Interrupted
 from domino_jax.training.skips import Diverged
 
@@ -25,6 +26,14 @@ NOBODY_READS = 141  # what shells report of a program that SIGPIPE ended
 
 class _Group(click.Group):
     """Turns what the user can mend into one line and exit code 2."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuses words that are not UTF-8: no settings file and no record could hold them."""
+        for word in args:
+            problem = text_problem(word)
+            if problem:
+                raise click.UsageError(f"{shown(word)} {problem}")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -90,17 +99,26 @@ def run() -> None:
     """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
-    # Orbax logs, with tracebacks, what it raises as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hear_failed_saves_once()
     try:
         code = cli(standalone_mode=False, prog_name="domino") or 0
     except SystemExit:
         # What click and rich do when a pipe is closed: `domino generate RUN "a question" | head -1`.
         sys.exit(NOBODY_READS)
-    except click.UsageError as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+    except click.ClickException as error:  # code 2 where it is about usage
+        print(f"error: {one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(code)
+
+
+def _hear_failed_saves_once() -> None:
+    """A save that fails raises in the main thread; its libraries log it too, and print it from their threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    told = sys.excepthook
+
+    def hook(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            told(*error)
+
+    sys.excepthook, sys.unraisablehook = hook, lambda _: None

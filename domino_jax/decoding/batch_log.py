@@ -15,13 +15,12 @@ Whatever follows the last such line is dropped and answered again. No jax here.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from domino_jax.data.template import KWARGS
-from domino_jax.files import parse_json
-from domino_jax.strict import InputError
+from domino_jax.files import parse_json, read_lines
+from domino_jax.strict import InputError, require
 
 _ATTESTS = b'{"sha256": '
 
@@ -33,18 +32,19 @@ class BatchLog:
         finished: of the batches that earlier starts wrote, by prompt line, whether each answer ended by itself.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, read: Callable[[Any], tuple[int, bool]]) -> None:
         """Opens the file, or makes it.
 
         Args:
             path: the file; what is not attested is cut off its end.
-            settings: what makes the answers; written with each as `generator`.
+            read: a record's prompt line and whether its answer ended by itself; raises `InputError` for
+                one of another start.
         Raises:
-            InputError: it was made with other settings, or is not what was written.
+            InputError: `read` refused a record, or the file is not what was written.
             OSError: it cannot be opened or written.
         """
         self.finished: dict[int, bool] = {}
-        self._path, self._settings = path, settings
+        self._path, self._read_record = path, read
         self._digest, self._length = hashlib.sha256(), 0
         if path.exists():
             self._read()
@@ -65,8 +65,8 @@ class BatchLog:
         Raises:
             OSError: it could not be written; the batches before it are as they were.
         """
-        lines = [json.dumps({**record, "generator": self._settings}, ensure_ascii=False) for record in records]
-        batch = "".join(f"{line}\n" for line in lines).encode()
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        batch = "".join(lines).encode()
         digest = self._digest.copy()
         digest.update(batch)
         left = batch = batch + _attestation(digest)
@@ -100,41 +100,34 @@ class BatchLog:
 
     def _read(self) -> None:
         """Takes what is attested; `_length` is where it ends."""
-        digest, number = hashlib.sha256(), 0
-        batch: list[bytes] = []
-        with self._path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.startswith(_ATTESTS) and line.endswith(b"\n"):
-                    if line != _attestation(digest):
-                        raise InputError(
-                            f"{self._path}: damaged: line {number} does not attest those before it; put a copy "
-                            "back, or remove the file to start again"
-                        )
-                    for one in batch:
-                        self._take(one)
-                    self._length += len(b"".join(batch)) + len(line)
-                    batch = []
-                    self._digest = digest.copy()
-                    self._digest.update(line)
-                else:
-                    batch.append(line)
-                digest.update(line)
-        if self._length == 0 and (number > 1 or (batch and not _attestation(hashlib.sha256()).startswith(batch[0]))):
+        digest, batch, number = hashlib.sha256(), [], 0
+        nothing = _attestation(digest)
+        for number, line in read_lines(self._path):
+            batch.append((number, line))
+            if line.startswith(_ATTESTS) and line.endswith(b"\n"):
+                if line != _attestation(digest):
+                    raise InputError(
+                        f"{self._path}:{number}: damaged: it does not attest the lines before it; put a copy of the "
+                        "file back, or remove it to start again"
+                    )
+                for one in batch[:-1]:
+                    self._take(*one)
+                self._length += sum(len(text) for _, text in batch)
+                self._digest, batch = digest.copy(), []
+                self._digest.update(line)
+            digest.update(line)
+        if self._length == 0 and (number > 1 or not nothing.startswith(b"".join(text for _, text in batch))):
             raise InputError(
                 f"{self._path}: not unfinished answers as this version writes them; move the file away to start again"
             )
 
-    def _take(self, line: bytes) -> None:
-        record = parse_json(line, place=str(self._path))
-        made_with, asked = record["generator"], self._settings
-        # As text: to a chat template 0 and false are two things, in Python they are equal.
-        if _text(made_with) != _text(asked):
-            raise InputError(f"{self._path}: made with {made_with}, not {asked}; remove it to start again")
-        self.finished[record["prompt_line"]] = record["finished"]
-
-
-def _text(settings: dict[str, Any]) -> str:
-    return json.dumps({KWARGS: {}, **settings}, sort_keys=True)
+    def _take(self, number: int, line: bytes) -> None:
+        try:
+            prompt, finished = self._read_record(parse_json(line, place=None))
+            require(prompt not in self.finished, f"the prompt of line {prompt} is answered twice")
+        except InputError as error:
+            raise InputError(f"{self._path}:{number}: {error}; remove the file to start again") from error
+        self.finished[prompt] = finished
 
 
 def _attestation(digest: Any) -> bytes:

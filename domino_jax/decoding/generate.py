@@ -1,5 +1,6 @@
 """Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.config import SEED_LIMIT
+from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
@@ -44,6 +46,21 @@ class Regenerated:
     total: int
     answered: int
     cut: int
+
+
+def check_length(decoder: Decoder, prompt: np.ndarray, *, place: str) -> None:
+    """Refuses a prompt that is longer than any text that the target knows positions for.
+
+    Args:
+        decoder: what is to answer it.
+        prompt: token ids, int32 [n].
+        place: where it comes from, for the message.
+    Raises:
+        InputError: with both lengths.
+    """
+    longest = decoder.target.cfg.max_position_embeddings
+    if len(prompt) > longest:
+        raise InputError(f"{place}: a prompt of {len(prompt)} tokens, the target has {longest} positions")
 
 
 def generate(
@@ -148,11 +165,13 @@ def regenerate(
     if bad_lines:
         raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
     partial = answers_path.with_name(answers_path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     kwargs = settings.get(KWARGS, NO_KWARGS)
     prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
-    with BatchLog(partial, settings) as log:
+    check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    asked = dict(usable)
+    with BatchLog(partial, lambda record: _answer(record, settings, asked, prompts_path)) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt[0] not in finished]
         slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
@@ -162,13 +181,14 @@ def regenerate(
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size would be another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
-            own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": seed + batch[0][0]}
+            own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": (seed + batch[0][0]) % SEED_LIMIT}
             answers = generate(decoder, weights, rows, **own)
             records = []
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
-                records.append({"messages": turns, "prompt_line": line, "finished": answer.stopped})
+                record = {"messages": turns, "prompt_line": line, "finished": answer.stopped}
+                records.append({**record, "generator": settings})
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
             log.add(records)
@@ -186,3 +206,21 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
         stopped = int(ids[-1]) in decoder.stop_ids
         answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
     return answers
+
+
+def _answer(
+    record: Any, settings: dict[str, Any], prompts: dict[int, Messages], prompts_path: Path
+) -> tuple[int, bool]:
+    """The prompt's line and whether the answer is finished; refuses one of another start."""
+    if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
+        raise InputError("not an answer of `domino regenerate`")
+    asked, made_with = ({KWARGS: {}, **one} for one in (settings, record["generator"]))  # older files do not say
+    # As text: to a chat template 0 and false are two things, in Python they are equal.
+    if json.dumps(made_with, sort_keys=True) != json.dumps(asked, sort_keys=True):
+        raise InputError(f"made with {made_with}, not {asked}")
+    line, finished, messages = (record.get(name) for name in ("prompt_line", "finished", "messages"))
+    if type(line) is not int or type(finished) is not bool or not isinstance(messages, list) or not messages:
+        raise InputError("not an answer of `domino regenerate`")
+    if messages[:-1] != prompts.get(line):
+        raise InputError(f"answers another prompt than line {line} of {prompts_path}")
+    return line, finished

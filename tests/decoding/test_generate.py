@@ -1,5 +1,6 @@
 """Answers for a prompt file and streamed text, on a tiny target."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, write_conversations, write_target
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
 from domino_jax.decoding import generate as generation
-from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.strict import InputError, Scalars
@@ -86,19 +86,75 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def attested(lines: bytes) -> bytes:
+    """An unfinished file of answers with these lines."""
+    begin = b'{"sha256": "%s"}\n'
+    content = begin % hashlib.sha256().hexdigest().encode() + lines
+    return content + begin % hashlib.sha256(content).hexdigest().encode()
+
+
 def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
     done = tmp_path / "done.jsonl"
     done.write_text("{}\n")
     with pytest.raises(InputError, match="already there"):
         tiny.regenerate(prompts, done)
     partial = tmp_path / "other.jsonl.partial"
-    with BatchLog(partial, {"target": "another"}) as log:
-        log.add([{"prompt_line": 1, "finished": True}])
+    partial.write_bytes(attested(json.dumps({"prompt_line": 1, "generator": {"target": "another"}}).encode() + b"\n"))
     with pytest.raises(InputError, match="made with"):
         tiny.regenerate(prompts, tmp_path / "other.jsonl")
     prompts.write_text(prompts.read_text() + "nonsense\n")
     with pytest.raises(InputError, match=r"prompts\.jsonl:11"):
         tiny.regenerate(prompts, tmp_path / "bad.jsonl")
+
+
+PROMPTED = {"messages": [], "prompt_line": 1, "finished": True, "generator": SETTINGS}
+OTHER_PARTIALS = [
+    (b"\xff\n", "not valid JSON"),
+    (b"[1]\n", "not an answer of `domino regenerate`"),
+    (b"[" * 99_999 + b"\n", "more than 64 levels"),
+    (b"\0\n", "not valid JSON"),
+    *(
+        (json.dumps({**PROMPTED, **change}).encode() + b"\n", message)
+        for change, message in (
+            ({"generator": None}, "not an answer"),
+            ({"generator": {}}, "made with"),
+            ({"prompt_line": "1"}, "not an answer"),
+            ({"prompt_line": True}, "not an answer"),
+            ({"finished": 1}, "not an answer"),
+            ({"messages": None}, "not an answer"),
+            ({"messages": [{"role": "user", "content": "x"}] * 2}, "answers another prompt than line 1 of"),
+            ({"messages": [1], "prompt_line": 11}, "answers another prompt than line 11 of"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), OTHER_PARTIALS)
+def test_a_partial_file_of_something_else_is_refused_and_left(
+    tiny: Tiny, prompts: Path, tmp_path: Path, raw: bytes, message: str
+) -> None:
+    partial = tmp_path / "a.jsonl.partial"
+    for content, told in ((attested(raw), rf":2: .*{message}"), (raw, ": not unfinished answers as this version")):
+        partial.write_bytes(content)
+        with pytest.raises(InputError, match=rf"a\.jsonl\.partial{told}"):
+            tiny.regenerate(prompts, tmp_path / "a.jsonl")
+        assert partial.read_bytes() == content
+
+
+def test_an_answer_twice_in_a_partial_file_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    tiny.regenerate(prompts, tmp_path / "a.jsonl")
+    line = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (tmp_path / "b.jsonl.partial").write_bytes(attested(line * 2))
+    with pytest.raises(InputError, match=r"partial:3: the prompt of line \d+ is answered twice; remove"):
+        tiny.regenerate(prompts, tmp_path / "b.jsonl")
+
+
+def test_a_prompt_beyond_the_targets_positions_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "a " * 200}]}) + "\n")
+    with pytest.raises(InputError, match=r"prompts\.jsonl:11: a prompt of \d+ tokens, the target has 128 positions"):
+        tiny.regenerate(prompts, tmp_path / "new" / "a.jsonl")
+    assert not (tmp_path / "new").exists()
 
 
 def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path) -> None:
@@ -112,9 +168,7 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     first = json.loads(lines[0])
     assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
     assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
-    records = [json.loads(line) for line in lines[:4]]
-    with BatchLog(partial, settings) as log:
-        log.add([{key: record[key] for key in ("messages", "prompt_line", "finished")} for record in records])
+    partial.write_bytes(attested("".join(lines[:4]).encode()))
     answers.unlink()
     for other in ({}, {"enable_thinking": 0}):
         with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
