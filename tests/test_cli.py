@@ -1,7 +1,7 @@
 """The command as a user meets it: the whole way on a tiny target, and one line with exit code 2 for bad input."""
 
-import io
 import errno
+import io
 import json
 import os
 import re
