@@ -38,6 +38,12 @@ dtype_option = click.option(
     show_default=True,
     help="Compute type of the target.",
 )
+run_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default=None,
+    help="Compute type of target and draft; the run's own where it is not given.",
+)
 
 
 def _mapping(_: click.Context, option: click.Parameter, text: str | None) -> Scalars | None:
@@ -120,7 +126,7 @@ def load_named_target(name: str, dtype: str) -> Loaded:
 
 def load_run(
     run: Path,
-    dtype: str,
+    dtype: str | None,
     chat_template_kwargs: Scalars | None = None,
     *,
     step: int | None = None,
@@ -129,7 +135,7 @@ def load_run(
 
     Args:
         run: the run directory.
-        dtype: compute type of both.
+        dtype: compute type of both; None takes the one that the run trains in.
         chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
         step: of the checkpoint; None takes the newest.
     Raises:
@@ -138,9 +144,11 @@ def load_run(
     """
     say(f"loading the draft of {run}")
     record, params, step = load_draft(run, say=say, step=step)
+    compute = dtype or record.config.dtype
+    say(f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}")
     path = resolve_target(record.target, progress=say)
     with hashed_beside(path) as target_sha256:
-        loaded = load_named_target(record.target, dtype)
+        loaded = load_named_target(record.target, compute)
         if record.target_sha256 not in (None, target_sha256()):
             raise InputError(
                 f"{path}: the target has changed since {run} was trained for it: sha256 was "
@@ -150,7 +158,7 @@ def load_run(
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
     asked.check_trained(trained, place=str(run), target=record.target)
-    config = replace(record.config, dtype=dtype)
+    config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
     return loaded, Drafter(record, config, params, step)
 

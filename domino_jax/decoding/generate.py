@@ -14,6 +14,7 @@ from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
+DTYPE = "dtype"  # of the settings of an answer: the target's compute type
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
 
@@ -134,7 +135,8 @@ def regenerate(
         batch_size: rows decoded together.
         seed: of the sampler.
         settings: what makes the answers, a partial file of other settings is refused; its
-            `chat_template_kwargs`, if any, are what the template is told.
+            `chat_template_kwargs`, if any, are what the template is told. A partial file that does
+            not say its `dtype` is of float32.
         progress: called first and after each batch with prompts done, all prompts and new tokens.
     Returns:
         How many answers there are, and how many of them end without a stop token.
@@ -195,9 +197,10 @@ def _answered_lines(partial: Path, settings: dict[str, Any]) -> dict[int, bool]:
     if not partial.exists():
         return {}
     records = list(_whole_lines(partial))
-    settings = {KWARGS: {}, **settings}
+    unsaid = {DTYPE: "float32", KWARGS: {}}  # in older files; what was the default then
+    settings = {**unsaid, **settings}
     for record in records:
-        made_with = {KWARGS: {}, **record["generator"]}  # older files do not say
+        made_with = {**unsaid, **record["generator"]}
         # As text: to a chat template 0 and false are two things, in Python they are equal.
         if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
             raise InputError(f"{partial}: made with {made_with}, not {settings}; remove it to start again")

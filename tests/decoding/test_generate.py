@@ -119,11 +119,13 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
 
 
 def test_an_old_partial_file_goes_on_where_nothing_is_told(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "chat_template_kwargs": {}}
+    settings = {**SETTINGS, "dtype": "float32", "chat_template_kwargs": {}}
     tiny.regenerate(prompts, tmp_path / "a.jsonl", settings=settings)
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     old = [json.dumps({**record, "generator": SETTINGS}) + "\n" for record in records[:4]]
     (tmp_path / "b.jsonl.partial").write_text("".join(old))
+    with pytest.raises(InputError, match=r"made with .*'dtype': 'float32'.*, not .*'dtype': 'bfloat16'.*; remove it"):
+        tiny.regenerate(prompts, tmp_path / "b.jsonl", settings={**settings, "dtype": "bfloat16"})
     assert tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=settings).answered == 6
 
 
