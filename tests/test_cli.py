@@ -282,7 +282,11 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path)
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
         return result.stderr.splitlines()
 
-    loading = [f"loading the draft of {trained / 'run'}", f"loading the target {trained / 'target'}, float32"]
+    loading = [
+        f"loading the draft of {trained / 'run'}",
+        f"step 6 of {trained / 'run'}, computed in float32, as it was trained",
+        f"loading the target {trained / 'target'}, float32",
+    ]
     *told, last = lines("generate", trained / "run", "a b", "--max-new-tokens", 4)
     assert told == [*loading, "compiling"] and "tau" in last
 
