@@ -8,8 +8,13 @@ from typing import Any, Literal
 
 import yaml
 
+from domino_jax.files import DEPTH, YAML_CHARACTERS, parse_yaml, read_text
 from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
-from domino_jax.strict import InputError, Scalars, from_tree, require
+from domino_jax.strict import InputError, Scalars, from_tree, require, shown
+
+SEED_LIMIT = 2**32  # of grain and of jax's keys
+COUNT_LIMIT = 2**31  # of what is counted in int32: steps, rows, devices
+LENGTH_LIMIT = 2**24  # of the sides of an array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +188,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuses a run that may not begin."""
         found = self.max_bad_steps
-        require(found >= 1, f"max_bad_steps must be at least 1, found {found}")
+        require(1 <= found < COUNT_LIMIT, f"max_bad_steps must be at least 1, found {found}")
         require(self.extend >= 0, f"extend must be 0 or more, found {self.extend}")
         best = self.keep_best
         require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {best!r}")
@@ -194,8 +199,8 @@ class TrainConfig:
         )
         profile = self.profile
         require(
-            profile is None or (len(profile) == 2 and min(profile) >= 1),
-            f"profile must be [step, steps], both at least 1, found {list(profile or ())}",
+            profile is None or (len(profile) == 2 and min(profile) >= 1 and max(profile) < COUNT_LIMIT),
+            f"profile must be [step, steps], both at least 1, found {shown(list(profile or ()))}",
         )
 
 
@@ -226,22 +231,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuses values and combinations that cannot train."""
         require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
-        require(0 <= self.seed < 2**32, f"seed must lie in 0..{2**32 - 1}, found {self.seed}")
-        for place, value in (
-            ("data.max_length", self.data.max_length),
-            ("data.batch_size", self.data.batch_size),
-            ("draft.num_hidden_layers", self.draft.num_hidden_layers),
-            ("loss.num_anchors", self.loss.num_anchors),
-            ("optimizer.grad_accumulation", self.optimizer.grad_accumulation),
-            ("train.epochs", self.train.epochs),
-            ("train.log_every", self.train.log_every),
-            ("train.eval_every", self.train.eval_every),
-            ("train.checkpoint_every", self.train.checkpoint_every),
-            ("train.keep_checkpoints", self.train.keep_checkpoints),
-            ("mesh.fsdp", self.mesh.fsdp),
-            ("mesh.tensor", self.mesh.tensor),
-        ):
-            require(value >= 1, f"{place} must be at least 1, found {value}")
+        require(0 <= self.seed < SEED_LIMIT, f"seed must lie in 0..2**32-1, found {self.seed}")
+        self._check_counts()
         for place, ratio in (
             ("loss.lambda_start", self.loss.lambda_start),
             ("loss.decay_ratio", self.loss.decay_ratio),
@@ -265,8 +256,6 @@ class RunConfig:
             self.train.keep_best is None or self.data.heldout is not None,
             "train.keep_best is 'heldout', but data.heldout is missing",
         )
-        steps = self.train.steps
-        require(steps is None or steps >= 1, f"train.steps must be at least 1, found {steps}")
         mib = self.loss.logits_mib
         require(mib is None or mib > 0, f"loss.logits_mib must be positive, found {mib}")
         optimizer = self.optimizer
@@ -282,12 +271,42 @@ class RunConfig:
         ema = optimizer.ema_decay
         require(ema is None or 0 < ema < 1, f"optimizer.ema_decay must lie between 0 and 1, found {ema}")
         require(
-            self.mesh.data == -1 or self.mesh.data >= 1, f"mesh.data must be -1 or at least 1, found {self.mesh.data}"
-        )
-        require(
             self.data.max_length > self.draft.block_size,
             f"data.max_length {self.data.max_length} must exceed draft.block_size {self.draft.block_size}",
         )
+
+    def _check_counts(self) -> None:
+        for limit, counts in (
+            (
+                LENGTH_LIMIT,
+                {
+                    "data.max_length": self.data.max_length,
+                    "data.batch_size": self.data.batch_size,
+                    "draft.num_hidden_layers": self.draft.num_hidden_layers,
+                    "draft.block_size": self.draft.block_size,
+                    "loss.num_anchors": self.loss.num_anchors,
+                    "optimizer.grad_accumulation": self.optimizer.grad_accumulation,
+                },
+            ),
+            (
+                COUNT_LIMIT,
+                {
+                    "train.epochs": self.train.epochs,
+                    "train.steps": 1 if self.train.steps is None else self.train.steps,
+                    "train.log_every": self.train.log_every,
+                    "train.eval_every": self.train.eval_every,
+                    "train.checkpoint_every": self.train.checkpoint_every,
+                    "train.keep_checkpoints": self.train.keep_checkpoints,
+                    "mesh.data": 1 if self.mesh.data == -1 else self.mesh.data,
+                    "mesh.fsdp": self.mesh.fsdp,
+                    "mesh.tensor": self.mesh.tensor,
+                },
+            ),
+        ):
+            for place, value in counts.items():
+                alone = "-1 or " if place == "mesh.data" else ""
+                require(value >= 1, f"{place} must be {alone}at least 1, found {value}")
+                require(value < limit, f"{place} must be below {limit}, found {value}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -301,23 +320,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: unreadable file, unknown key (with the nearest valid name), wrong type or contradicting values.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    tree = parse_yaml(read_text(Path(path), limit=YAML_CHARACTERS), place=str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     for word in overrides:
+        place = f"override {shown(word)}"
         key, equals, value = word.partition("=")
+        keys = key.split(".")
         if not equals or not key:
-            raise InputError(f"override {word!r}: expected key=value, for example train.steps=100")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"override {word!r}: {value!r} is not a YAML value") from error
-        _assign(tree, key.split("."), parsed, word)
+            raise InputError(f"{place}: expected key=value, for example train.steps=100")
+        if len(keys) > DEPTH:
+            raise InputError(f"{place}: a key of {len(keys)} parts, expected at most {DEPTH}")
+        _assign(tree, keys, parse_yaml(value, place=place), place)
     return from_tree(RunConfig, tree, place=str(path))
 
 
@@ -326,9 +340,9 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _assign(tree: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, place: str) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise InputError(f"override {word!r}: {key!r} is a value, not a section")
+            raise InputError(f"{place}: {shown(key)} is a value, not a section")
     tree[keys[-1]] = value

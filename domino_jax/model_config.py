@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from domino_jax.strict import require
+from domino_jax.strict import FLOAT32_LARGEST, require, shown
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
@@ -17,6 +17,9 @@ _ROPE_NEEDS = {
 }
 _ROPE_READS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
 ROPE_TYPES = tuple(_ROPE_NEEDS)
+# Above every model that anybody published; what no file can hold is refused before it is looked for.
+SIZE_LIMITS = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31}
+SIZE_LIMIT = 2**24
 _EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
 
@@ -51,7 +54,7 @@ class RopeScaling:
             value = getattr(self, field.name)
             require(field.name in known or value == field.default, f"rope_type {kind!r} does not read {field.name}")
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            require(not number or value > 0, f"{field.name} must be positive, found {value}")
+            require(not number or 0 < value < 2**31, f"{field.name} must be positive and below 2**31, found {value}")
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
         require(
@@ -96,6 +99,8 @@ class DecoderConfig:
         for name, kind in DecoderConfig.__annotations__.items():
             positive = kind is int and (name not in _EXPERT_FIELDS or self.num_experts != 0)
             require(not positive or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+            _check_size(name, getattr(self, name))
+        require(0 < self.rms_norm_eps < 1, f"rms_norm_eps must lie between 0 and 1, found {self.rms_norm_eps}")
         if self.num_experts == 0:
             given = [name for name in _EXPERT_FIELDS if getattr(self, name)]
             require(not given, f"{', '.join(given)} without num_experts")
@@ -107,6 +112,7 @@ class DecoderConfig:
         require(heads % kv_heads == 0, f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
         require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, found {self.head_dim}")
         require(self.rope_theta > 1, f"rope_theta must be above 1, found {self.rope_theta}")
+        _check_scale("rope_theta", self.rope_theta, "positive")
         require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
 
 
@@ -150,6 +156,8 @@ class DraftConfig(DecoderConfig):
         require(not self.attention_bias, "attention_bias: a draft has no biases")
         require(self.num_experts == 0, f"num_experts is {self.num_experts}: a draft is dense")
         require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
+        for name in ("num_target_layers", "block_size", "emb_dim", "gru_hidden_dim"):
+            _check_size(name, getattr(self, name))
         require(
             0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
@@ -157,9 +165,9 @@ class DraftConfig(DecoderConfig):
         layers, last = list(self.target_layer_ids), self.num_target_layers - 1
         require(
             len(layers) > 0 and all(0 <= layer <= last for layer in layers),
-            f"target_layer_ids {layers} must lie in 0..{last}",
+            f"target_layer_ids {shown(layers)} must lie in 0..{last}",
         )
-        require(layers == sorted(set(layers)), f"target_layer_ids {layers} must rise")
+        require(layers == sorted(set(layers)), f"target_layer_ids {shown(layers)} must rise")
         require(
             self.projector_type in ("domino", None),
             f"projector_type must be 'domino' or null, found {self.projector_type!r}",
@@ -170,9 +178,9 @@ class DraftConfig(DecoderConfig):
             require(0 <= prefix < count, f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct")
         self._check_windows()
         for name in ("input_embedding_scale", "output_multiplier"):
-            require(getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
-        cap = self.final_logit_softcapping
-        require(cap is None or cap > 0, f"final_logit_softcapping must be positive or null, found {cap}")
+            _check_scale(name, getattr(self, name), "positive")
+        if self.final_logit_softcapping is not None:
+            _check_scale("final_logit_softcapping", self.final_logit_softcapping, "positive or null")
 
     def _check_windows(self) -> None:
         types = self.layer_types or ()
@@ -181,11 +189,11 @@ class DraftConfig(DecoderConfig):
             f"layer_types names {len(types)} layers, num_hidden_layers is {self.num_hidden_layers}",
         )
         unknown = sorted(set(types) - {FULL_ATTENTION, SLIDING_ATTENTION})
-        require(not unknown, f"layer_types holds {unknown}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}")
+        require(not unknown, f"layer_types holds {shown(unknown)}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}")
         window = self.sliding_window
         require(
             (SLIDING_ATTENTION in types) == (window is not None),
-            f"sliding_window is {window}, layer_types {list(types)}: a window needs {SLIDING_ATTENTION} layers "
+            f"sliding_window is {window}, layer_types {shown(list(types))}: a window needs {SLIDING_ATTENTION} layers "
             "and they need a window",
         )
         # A smaller one would cut into the block itself, where trainers and engines disagree.
@@ -193,6 +201,8 @@ class DraftConfig(DecoderConfig):
             window is None or window >= self.block_size,
             f"sliding_window {window} must be at least block_size {self.block_size}",
         )
+        if window is not None:
+            _check_size("sliding_window", window)
         require(
             self.sliding_in_block in ("bidirectional", "causal"),
             f"sliding_in_block must be 'bidirectional' or 'causal', found {self.sliding_in_block!r}",
@@ -207,6 +217,19 @@ class DraftConfig(DecoderConfig):
     def num_predictions(self) -> int:
         """Positions of a block that predict a token: K with `shift_label`, else K - 1."""
         return self.block_size if self.shift_label else self.block_size - 1
+
+
+def _check_size(name: str, value: object) -> None:
+    """Refuses a number beyond any that a model has; other types pass."""
+    limit = SIZE_LIMITS.get(name, SIZE_LIMIT)
+    if type(value) is int:
+        require(value <= limit, f"{name} must be at most {limit}, found {value}")
+
+
+def _check_scale(name: str, value: float, expected: str) -> None:
+    """Refuses a factor that is not positive and finite in float32."""
+    require(value > 0, f"{name} must be {expected}, found {value}")
+    require(value <= FLOAT32_LARGEST, f"{name} must be finite in float32, found {value}")
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:

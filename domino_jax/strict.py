@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -12,9 +13,58 @@ T = TypeVar("T")
 Scalar = bool | int | float | str
 Scalars = Mapping[str, Scalar]  # settings whose names somebody else defines, a chat template for example
 
+LINE_CHARACTERS = 490  # of a message; with "error: " before it, a line of less than 500
+SHOWN_CHARACTERS = 100  # of a value inside a message
+# Every number of a configuration ends as one on a device.
+FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The message names the place, what was found and what was expected."""
+    """Something the user gave cannot be used.
+
+    The message names the place, what was found, what was expected and what to do. It is one line of
+    at most `LINE_CHARACTERS` whatever it quotes, see `one_line`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Text as one harmless line: control characters escaped, the middle of a long one left out.
+
+    The place stands at the beginning of a message and the remedy at its end.
+    """
+    # What is left out below is not looked at: a message may quote megabytes.
+    if len(text) > 2 * LINE_CHARACTERS:
+        text = f"{text[:LINE_CHARACTERS]}{text[-LINE_CHARACTERS:]}"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(text) <= LINE_CHARACTERS:
+        return text
+    end = LINE_CHARACTERS // 3
+    return f"{text[: LINE_CHARACTERS - end - 5]} ... {text[-end:]}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: its `repr`, the middle left out where it is long."""
+    text = _REPR.repr(value)
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[: SHOWN_CHARACTERS - 33]}...{text[-30:]}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 4
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = SHOWN_CHARACTERS
+
+
+def text_problem(text: str) -> str | None:
+    """Why text can be neither a path nor words for a tokenizer: a NUL, or half a surrogate pair; None if it can."""
+    if "\0" in text:
+        return "holds a NUL character"
+    return "is not valid Unicode" if any("\ud800" <= c <= "\udfff" for c in text) else None
 
 
 def require(holds: bool, message: str) -> None:
@@ -42,7 +92,7 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise InputError(f"{place}: unknown key {key!r}; {known}")
+            raise InputError(f"{place}: unknown key {shown(key)}; {known}")
         values[key] = _typed(hints[key], value, place=f"{place}: {key}")
     missing = [
         name
@@ -68,13 +118,16 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
             finite number and text.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{place}: expected a mapping, found {value!r}")
+        raise InputError(f"{place}: expected a mapping, found {shown(value)}")
     for name, item in value.items():
         if not isinstance(name, str):
-            raise InputError(f"{place}: expected text as a name, found {name!r}")
+            raise InputError(f"{place}: expected text as a name, found {shown(name)}")
         endless = isinstance(item, float) and not math.isfinite(item)
         if type(item) not in typing.get_args(Scalar) or endless:
-            raise InputError(f"{place}: {name}: expected true, false, a number or text, found {item!r}")
+            raise InputError(f"{place}: {name}: expected true, false, a number or text, found {shown(item)}")
+        for text in (name, item):
+            if isinstance(text, str) and text_problem(text):
+                raise InputError(f"{place}: {shown(text)} {text_problem(text)}")
     return dict(value)
 
 
@@ -91,19 +144,23 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
         return scalars(value, place=place)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise InputError(f"{place}: expected a mapping, found {value!r}")
+            raise InputError(f"{place}: expected a mapping, found {shown(value)}")
         return from_tree(typing.cast(type, hint), value, place=place)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise InputError(f"{place}: expected a list, found {value!r}")
+            raise InputError(f"{place}: expected a list, found {shown(value)}")
         return tuple(_typed(typing.get_args(hint)[0], item, place=place) for item in value)
     if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
             number = float(value)
         except (ValueError, OverflowError):  # not a number, or an integer beyond every float
             number = math.nan
-        if math.isfinite(number):
+        if number == 0 or FLOAT32_SMALLEST <= abs(number) <= FLOAT32_LARGEST:
             return number
+        if math.isfinite(number):
+            raise InputError(f"{place}: {shown(value)} is not a number that float32 holds")
     elif type(value) is hint:
+        if isinstance(value, str) and text_problem(value):
+            raise InputError(f"{place}: {shown(value)} {text_problem(value)}")
         return value
-    raise InputError(f"{place}: expected {hint.__name__}, found {value!r}")
+    raise InputError(f"{place}: expected {hint.__name__}, found {shown(value)}")

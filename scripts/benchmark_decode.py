@@ -130,8 +130,8 @@ def case_of_runs(options: argparse.Namespace) -> Case:
     from domino_jax.target.gguf import resolve_target
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    loaded, domino = load_run(options.domino, "float32")
-    _, dflash = load_run(options.dflash, "float32")
+    loaded, domino = load_run(options.domino, "float32", max_new_tokens=options.max_new_tokens)
+    _, dflash = load_run(options.dflash, "float32", max_new_tokens=options.max_new_tokens)
     usable, _ = read_messages(options.prompts)
     kwargs = domino.record.chat_template.kwargs
 

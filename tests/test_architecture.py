@@ -21,7 +21,7 @@ TABLE = (
         ),
     ),
     (1.5, "", ("layers",)),
-    (2, "data", ("template", "conversations", "packing", "pipeline", "features")),
+    (2, "data", ("renderer", "rendering", "template", "conversations", "packing", "pipeline", "features")),
     (2, "target", ("moe", "model", "safetensors", "load", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),

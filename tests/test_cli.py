@@ -1,5 +1,6 @@
 """The command as a user meets it: the whole way on a tiny target, and one line with exit code 2 for bad input."""
 
+import io
 import json
 import os
 import shutil
@@ -116,6 +117,24 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         (("evaluate", trained / "run", tmp_path / "none.jsonl"), "none.jsonl"),
         (("generate", trained / "run", " "), "prompt is empty"),
         (("generate", trained / "run", "a", "--max-new-tokens", 0), "max-new-tokens"),
+        (("generate", trained / "run", "a", "--max-new-tokens", 10**11), "max-new-tokens"),
+        (("generate", trained / "run", "a", "--max-new-tokens", 129), "has 128 positions; give fewer"),
+        (("generate", "nope"), "nope: not a run directory"),
+        (("generate", trained / "run", "a", "--temperature", "nan"), "nan is not a finite number"),
+        (("generate", trained / "run", "a", "--temperature", "inf"), "inf is not a finite number"),
+        (("generate", trained / "run", "a", "--temperature", "1e-30"), "expected 0, or 0.001 to 1000, found 1e-30"),
+        (("generate", trained / "run", "a", "--seed", -1), "--seed"),
+        (("generate", trained / "run", "a", "--seed", 2**32), "--seed"),
+        (("generate", trained / "run", "\udcff"), "'\\udcff' is not valid Unicode"),
+        (("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 1, a: 2}"), "the key 'a' is given twice"),
+        (("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 2001-99-99"), "not valid YAML"),
+        (("generate", trained / "run", "a", "--dtype", "x" * 10**5), "--dtype"),
+        (("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "nan"), "nan is not a finite number"),
+        (("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "inf"), "inf is not a finite number"),
+        (("train", trained / "config.yaml", "seed=-1"), "seed must lie in 0..2**32-1, found -1"),
+        (("train", trained / "config.yaml", "x" * 10**5), "expected key=value"),
+        (("train", trained / "config.yaml", "\udcff=1"), "is not valid Unicode"),
+        (("train\n",), "No such command"),
         (("export", trained / "run", trained), "not an empty directory"),
         (("import", trained / "target", tmp_path / "new", "--target", trained / "target"), "dflash_config"),
         (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"), "nobody"),
@@ -130,7 +149,19 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         assert (code, out) == (2, ""), words
         lines = log.strip().splitlines()
         assert lines[-1].startswith("error: ") and message in lines[-1] and "Traceback" not in log, words
+        assert len(lines[-1]) <= 500 and lines[-1].isprintable(), words
     assert not (tmp_path / "new").exists() and not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(b"\xff", "standard input: not UTF-8 text"), (b" \n", "the prompt is empty")]
+)
+def test_a_prompt_that_cannot_be_read_is_refused(
+    domino, trained: Path, monkeypatch: pytest.MonkeyPatch, given: bytes, message: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    code, out, log = domino("generate", trained / "run")
+    assert (code, out) == (2, "") and message in log
 
 
 def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domino_jax.config import DraftRecipe, RunConfig, dump_config, load_config, make_draft_config
-from domino_jax.model_config import DecoderConfig, DraftConfig, RopeScaling, default_target_layer_ids
+from domino_jax.model_config import (
+    SIZE_LIMIT,
+    SIZE_LIMITS,
+    DecoderConfig,
+    DraftConfig,
+    RopeScaling,
+    default_target_layer_ids,
+)
 from domino_jax.strict import InputError, from_tree
 
 SMALLEST: dict[str, Any] = {
@@ -114,7 +121,24 @@ def test_load_config_reads_every_spelling_of_a_float(smallest: Path, text: str, 
         ("optimizer.learning_rate=.nan", "optimizer: learning_rate: expected float, found nan"),
         ("optimizer.learning_rate=inf", "optimizer: learning_rate: expected float, found 'inf'"),
         ("optimizer.learning_rate=true", "optimizer: learning_rate: expected float, found True"),
-        (f"optimizer.learning_rate=1{'0' * 400}", "optimizer: learning_rate: expected float, found 1"),
+        (f"optimizer.learning_rate=1{'0' * 400}", "not valid YAML: line 1, column 1: a number of 401 characters"),
+        ("optimizer.learning_rate=1e300", "learning_rate: '1e300' is not a number that float32 holds"),
+        ("optimizer.weight_decay=1e-300", "weight_decay: '1e-300' is not a number that float32 holds"),
+        ("run_dir=2001-99-99x\0", "special characters are not allowed"),
+        ('run_dir="a\\0b"', "run_dir: 'a\\x00b' holds a NUL character"),
+        ('run_dir="\\ud800"', "run_dir: '\\ud800' is not valid Unicode"),
+        ("train.steps=0x_", "train: steps: expected int, found '0x_'"),
+        ("train.steps=010", "train: steps: expected int, found '010'"),
+        ("train.steps=1:30", "train: steps: expected int, found '1:30'"),
+        ("train.steps=2001-99-99", "train: steps: expected int, found '2001-99-99'"),
+        ("train.steps=!!int a", "tags ('tag:yaml.org,2002:int') are not read"),
+        ("train=" + "[" * 3000, "more than 64 levels of lists and mappings"),
+        ("data.chat_template_kwargs=" + "{a: " * 70 + "}" * 70, "more than 64 levels of lists and mappings"),
+        ("data.chat_template_kwargs" + ".a" * 70 + "=1", "a key of 72 parts, expected at most 64"),
+        ("train={steps: 1, steps: 2}", "the key 'steps' is given twice"),
+        ("train=&a {steps: 1}\nx: *a", "not valid YAML"),
+        ("draft.target_layer_ids=[&a 1, *a]", "aliases (*name) are not read"),
+        ("train.steps=" + "x" * 10**6, "train: steps: expected int, found 'xxx"),
         ("run_dir=2024", "run_dir: expected str, found 2024"),
         ("draft.target_layer_ids=3", "draft: target_layer_ids: expected a list, found 3"),
         ("draft.target_layer_ids=[1, x]", "draft: target_layer_ids: expected int, found 'x'"),
@@ -126,7 +150,7 @@ def test_load_config_reads_every_spelling_of_a_float(smallest: Path, text: str, 
         ),
         ("train.steps", "override 'train.steps': expected key=value, for example train.steps=100"),
         ("=3", "override '=3': expected key=value"),
-        ("train.steps=[1", "override 'train.steps=[1': '[1' is not a YAML value"),
+        ("train.steps=[1", "override 'train.steps=[1': not valid YAML: line 1, column 3: expected ',' or ']'"),
         ("run_dir.x=1", "override 'run_dir.x=1': 'run_dir' is a value, not a section"),
     ],
 )
@@ -153,10 +177,12 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
         write(tmp_path / "twice.yaml", "a: 1\n b: 2\n"): "not valid YAML",
         write(tmp_path / "list.yaml", "- 1\n"): "expected a mapping of settings, found list",
         write(tmp_path / "empty.yaml", "# nothing\n"): "expected a mapping of settings, found NoneType",
+        write(tmp_path / "double.yaml", "seed: 1\nseed: 2\n"): "line 2, column 1: the key 'seed' is given twice",
+        write(tmp_path / "large.yaml", "#" * 2**21): "2097152 bytes, expected at most 1048576",
     }
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00run")
-    for path, message in (cases | {binary: "not valid YAML"}).items():
+    for path, message in (cases | {binary: "not UTF-8 text"}).items():
         with pytest.raises(InputError) as caught:
             load_config(path)
         assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
@@ -166,6 +192,14 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("seed=-1", "seed must lie in 0..2**32-1, found -1"),
+        ("seed=4294967296", "seed must lie in 0..2**32-1, found 4294967296"),
+        (f"data.batch_size={2**62}", "data.batch_size must be below 16777216, found 4611686018427387904"),
+        (f"draft.block_size={2**63}", "draft.block_size must be below 16777216"),
+        (f"train.steps={2**31}", "train.steps must be below 2147483648"),
+        (f"mesh.data={2**63}", "mesh.data must be below 2147483648"),
+        (f"train.max_bad_steps={2**63}", "train: max_bad_steps must be at least 1"),
+        (f"train.profile=[1, {2**63}]", "train: profile must be [step, steps]"),
         ("dtype=float16", "dtype must be float32 or bfloat16, found 'float16'"),
         ("data.max_length=0", "data.max_length must be at least 1, found 0"),
         ("data.batch_size=0", "data.batch_size must be at least 1"),
@@ -209,6 +243,16 @@ def test_run_config_refuses(smallest: Path, override: str, message: str) -> None
     ("change", "message"),
     [
         *(({name: 0}, f"{name} must be positive, found 0") for name in DECODER),
+        *(
+            ({name: 2**62}, f"{name} must be at most {SIZE_LIMITS.get(name, SIZE_LIMIT)}, found {2**62}")
+            for name in DECODER
+        ),
+        ({"num_hidden_layers": 10_001}, "num_hidden_layers must be at most 10000, found 10001"),
+        *(
+            ({"rms_norm_eps": x}, f"rms_norm_eps must lie between 0 and 1, found {x}")
+            for x in (0.0, -1e-6, float("nan"), float("inf"), 1e30)
+        ),
+        ({"rope_theta": float("inf")}, "rope_theta must be finite in float32, found inf"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 4"),
         ({"head_dim": 3}, "head_dim must be even for rotary embeddings, found 3"),
         ({"dtype": "float64"}, "dtype must be float32 or bfloat16, found 'float64'"),
@@ -245,6 +289,11 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"layer_types": SLIDING}, "sliding_window is None, layer_types ['sliding_attention', 'sliding_attention']"),
         ({"layer_types": SLIDING, "sliding_window": 3}, "sliding_window 3 must be at least block_size 4"),
         ({"sliding_in_block": "forward"}, "sliding_in_block must be 'bidirectional' or 'causal', found 'forward'"),
+        ({"input_embedding_scale": float("inf")}, "input_embedding_scale must be finite in float32, found inf"),
+        ({"output_multiplier": float("nan")}, "output_multiplier must be positive, found nan"),
+        ({"final_logit_softcapping": 1e300}, "final_logit_softcapping must be finite in float32, found 1e+300"),
+        ({"emb_dim": 2**62}, f"emb_dim must be at most {SIZE_LIMIT}, found {2**62}"),
+        ({"num_target_layers": 2**62}, f"num_target_layers must be at most {SIZE_LIMIT}, found {2**62}"),
         ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive, found 0.0"),
         ({"output_multiplier": -1.0}, "output_multiplier must be positive, found -1.0"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be positive or null, found 0.0"),

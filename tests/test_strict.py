@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from domino_jax.strict import InputError, Scalars, from_tree, scalars
+from domino_jax.strict import LINE_CHARACTERS, InputError, Scalars, from_tree, scalars, shown
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def test_a_mapping_keeps_names_and_types() -> None:
         ({"a": {}}, "options: a: expected true, .*, found {}"),
         ({"a": float("nan")}, "options: a: expected true, .*, found nan"),
         ({"a": float("-inf")}, "options: a: expected true, .*, found -inf"),
+        ({"a": "x\0"}, r"options: 'x\\x00' holds a NUL character"),
+        ({"\ud800": 1}, r"options: '\\ud800' is not valid Unicode"),
     ],
 )
 def test_a_mapping_refuses(value: Any, message: str) -> None:
@@ -43,3 +45,45 @@ def test_a_mapping_refuses(value: Any, message: str) -> None:
         from_tree(Section, {"options": value}, place="file")
     with pytest.raises(InputError, match=f"^{message}$"):
         scalars(value, place="options")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("run.yaml: seed: bad", "run.yaml: seed: bad"),
+        ("a\nb\x1b[3m\udcff\u202e", r"a\nb\x1b[3m\udcff\u202e"),
+        ("x" * LINE_CHARACTERS, "x" * LINE_CHARACTERS),
+    ],
+)
+def test_a_message_is_one_harmless_line(message: str, line: str) -> None:
+    assert str(InputError(message)) == line
+
+
+@pytest.mark.parametrize("middle", ["y" * 10**6, "\n" * 10**6, "\U0001f600" * 1000])
+def test_a_long_message_keeps_its_place_and_its_remedy(middle: str) -> None:
+    line = str(InputError(f"run.yaml: {middle}; remove it"))
+    assert line.startswith("run.yaml: ") and line.endswith("; remove it") and " ... " in line
+    assert len(line) <= LINE_CHARACTERS and line.isprintable()
+
+
+def test_a_long_value_is_shown_in_part() -> None:
+    assert shown("ab") == "'ab'" and shown([1, None]) == "[1, None]"
+    for value in (
+        "x" * 10**7,
+        list(range(10**6)),
+        {i: [i] * 100 for i in range(100)},
+        10**4000,
+        [[[[[[["x"] * 99]]]]]] * 99,
+    ):
+        assert 0 < len(shown(value)) <= 100
+
+
+def test_a_number_that_float32_does_not_hold_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Rate:
+        rate: float
+
+    assert from_tree(Rate, {"rate": 0}, place="file") == Rate(0.0) and from_tree(Rate, {"rate": "1e38"}, place="file")
+    for value in (1e39, "1e-39", -1e300):
+        with pytest.raises(InputError, match=r"file: rate: .* is not a number that float32 holds"):
+            from_tree(Rate, {"rate": value}, place="file")

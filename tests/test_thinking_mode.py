@@ -186,7 +186,7 @@ def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) ->
     ("text", "message"),
     [
         ("enable_thinking", "--chat-template-kwargs: expected a mapping, found 'enable_thinking'"),
-        ("{a: [", "--chat-template-kwargs: '{a: [' is not a YAML or JSON mapping"),
+        ("{a: [", "--chat-template-kwargs: not valid YAML: line 1, column 6: "),
         ("{a: null}", "--chat-template-kwargs: a: expected true, false, a number or text, found None"),
         ("{messages: 1}", "the chat template does not read 'messages'; it reads enable_thinking"),
     ],

@@ -53,7 +53,9 @@ def target(source: str, directory: Path | None) -> None:
 @click.argument("prompts", type=click.Path(path_type=Path))
 @click.argument("answers", type=click.Path(path_type=Path))
 @target_option
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows decoded together.")
+@click.option(
+    "--batch-size", type=click.IntRange(1, 2**16), default=32, show_default=True, help="Rows decoded together."
+)
 @new_tokens_option
 @temperature_option
 @seed_option
@@ -76,7 +78,7 @@ def regenerate(
     started again it goes on where it was.
     """
     keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
-    loaded = load_named_target(target_name, dtype)
+    loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)

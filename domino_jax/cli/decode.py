@@ -26,10 +26,10 @@ from domino_jax.cli.shared import (
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding import evaluate as evaluation
-from domino_jax.decoding.generate import stream_text
+from domino_jax.decoding.generate import check_length, stream_text
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import write_whole
+from domino_jax.files import LINE_BYTES, write_whole
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
@@ -61,11 +61,13 @@ def generate(
     step: int | None,
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
-    text = prompt if prompt is not None else sys.stdin.read()
+    if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
+        raise InputError(f"{run}: not a run directory (no checkpoints/ in it)")
+    text = prompt if prompt is not None else _standard_input()
     if not text.strip():
         raise InputError("the prompt is empty")
     keeps("nothing is kept of the answer; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens)
     kwargs = drafter.record.chat_template.kwargs
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
@@ -83,12 +85,14 @@ def generate(
         safe_point()
         click.echo(piece, nl=False)
 
+    ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
+    check_length(decoder, ids, place="the prompt")
     say("compiling")
     answer = stream_text(
         decoder,
         Weights(loaded.params, drafter.params),
         loaded.tokenizer,
-        encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs),
+        ids,
         max_new_tokens=max_new_tokens,
         seed=seed,
         write=write,
@@ -128,7 +132,7 @@ def evaluate(
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens)
     kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),
@@ -157,8 +161,9 @@ def evaluate(
         usable, bad_lines = read_messages(path)
         for bad in bad_lines:
             say(f"{path}:{bad.line}: {bad.reason}")
-        conversations = [messages for _, messages in usable[:limit]]
-        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for messages in conversations]
+        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[:limit]]
+        for (line, _), ids in zip(usable, prompts, strict=False):
+            check_length(decoder, ids, place=f"{path}:{line}")
         say(f"{path.stem}: compiling")
         figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
         report["sets"][path.stem] = {"file": str(path)} | figures
@@ -170,6 +175,16 @@ def evaluate(
         for difference in figures.get("differences", ()):
             click.echo(f"{name}: first difference {difference}")
     click.echo(place)
+
+
+def _standard_input() -> str:
+    raw = sys.stdin.buffer.read(LINE_BYTES + 1)
+    if len(raw) > LINE_BYTES:
+        raise InputError(f"standard input: more than {LINE_BYTES} bytes")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _evaluate_set(

@@ -1,36 +1,71 @@
 """What several verbs share: options, progress on stderr, and reading a target or a run."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import yaml
 from rich.console import Console
 from rich.progress import Progress
 
 from domino_jax.cli.interrupts import safe_point
+from domino_jax.config import SEED_LIMIT
 from domino_jax.data.template import chat_template
 from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
+from domino_jax.files import parse_yaml
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, Scalars, scalars
 from domino_jax.target.fingerprint import hashed_beside
 from domino_jax.target.gguf import BUILT_IN, resolve_target
-from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft
 
 logs = Console(stderr=True)
 WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
+# A softmax over logits divided by less would round to the largest one, or overflow.
+_TEMPERATURES = (1e-3, 1e3)
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers, without the "nan" and "inf" that compare as inside one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or click's error."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+def _temperature(_: click.Context, option: click.Parameter, value: float) -> float:
+    low, high = _TEMPERATURES
+    if value != 0 and not low <= value <= high:
+        raise InputError(f"{option.opts[0]}: expected 0, or {low:g} to {high:g}, found {value}")
+    return value
+
+
 new_tokens_option = click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of each answer at most."
+    "--max-new-tokens",
+    type=click.IntRange(1, 2**20),
+    default=128,
+    show_default=True,
+    help="Length of each answer at most; the target's own length is another limit.",
 )
 temperature_option = click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the most likely token."
+    "--temperature",
+    type=FiniteRange(0),
+    callback=_temperature,
+    default=0.0,
+    show_default=True,
+    help="0 takes the most likely token.",
 )
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, SEED_LIMIT - 1), default=0, show_default=True, help="Of the sampler."
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -51,10 +86,7 @@ def _mapping(_: click.Context, option: click.Parameter, text: str | None) -> Sca
     if text is None:
         return None
     place = option.opts[0]
-    try:
-        return scalars(yaml.safe_load(text), place=place)
-    except yaml.YAMLError as error:
-        raise InputError(f"{place}: {text!r} is not a YAML or JSON mapping") from error
+    return scalars(parse_yaml(text, place=place), place=place)
 
 
 template_option = click.option(
@@ -116,9 +148,17 @@ class Drafter(NamedTuple):
     step: int
 
 
-def load_named_target(name: str, dtype: str) -> Loaded:
-    """Reads a target by built-in name or directory."""
+def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
+    """Reads a target by built-in name or directory.
+
+    Raises:
+        InputError: as `load_target` and `load_tokenizer`, or answers are to be longer than any text
+            that the target knows positions for.
+    """
     path = resolve_target(name, progress=say)
+    longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
+    if max_new_tokens > longest:
+        raise InputError(f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer")
     say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
@@ -129,7 +169,8 @@ def load_run(
     dtype: str | None,
     chat_template_kwargs: Scalars | None = None,
     *,
-    step: int | None = None,
+    step: int | None,
+    max_new_tokens: int,
 ) -> tuple[Loaded, Drafter]:
     """Reads a draft of a run and its target.
 
@@ -138,6 +179,7 @@ def load_run(
         dtype: compute type of both; None takes the one that the run trains in.
         chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
         step: of the checkpoint; None takes the newest.
+        max_new_tokens: of an answer.
     Raises:
         InputError: draft, target and chat template do not fit each other, or the target is not the
             one that the draft was trained for.
@@ -148,7 +190,7 @@ def load_run(
     say(f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}")
     path = resolve_target(record.target, progress=say)
     with hashed_beside(path) as target_sha256:
-        loaded = load_named_target(record.target, compute)
+        loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
         if record.target_sha256 not in (None, target_sha256()):
             raise InputError(
                 f"{path}: the target has changed since {run} was trained for it: sha256 was "

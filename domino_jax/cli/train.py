@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import logs, results, say
+from domino_jax.cli.shared import FiniteRange, logs, results, say
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint
@@ -54,7 +54,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.option("--with-target-states", is_flag=True, help="Also store the target's states after its final norm.")
 @click.option(
     "--limit-gb",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=50.0,
     show_default=True,
     help="Refuse to write more than this many gigabytes without --yes.",

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from typing import Any
 
 import click
@@ -14,13 +15,21 @@ from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.interrupts import EXIT_CODE
 from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.train import capture, train
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, one_line, shown, text_problem
 from domino_jax.training.loop import Interrupted
 from domino_jax.training.skips import Diverged
 
 
 class _Group(click.Group):
     """Turns what the user can mend into one line and exit code 2."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuses words that are not UTF-8: no settings file and no record could hold them."""
+        for word in args:
+            problem = text_problem(word)
+            if problem:
+                raise click.UsageError(f"{shown(word)} {problem}")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,13 +77,22 @@ def run() -> None:
     """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
-    # Orbax logs, with tracebacks, what it raises as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hear_failed_saves_once()
     try:
         sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
-    except click.UsageError as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
+    except click.ClickException as error:  # code 2 where it is about usage
+        print(f"error: {one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _hear_failed_saves_once() -> None:
+    """A save that fails raises in the main thread; its libraries log it too, and print it from their threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    told = sys.excepthook
+
+    def hook(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            told(*error)
+
+    sys.excepthook, sys.unraisablehook = hook, lambda _: None

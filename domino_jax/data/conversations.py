@@ -1,14 +1,15 @@
 """Conversations become token rows: JSONL of {"messages": [...]} and a chat template -> ids and loss mask."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, kwargs_text, recorded_kwargs
-from domino_jax.strict import InputError, Scalars
+from domino_jax.files import LINE_BYTES, parse_json, read_lines
+from domino_jax.strict import InputError, Scalars, shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -99,7 +100,8 @@ def load_rows(
         The rows, and per other line its number and what is wrong with it.
     Raises:
         InputError: the file cannot be read, no line of it gives a row, an answer of `regenerate` was
-            given under other kwargs, or the template does not read one of them or has no end of turn.
+            given under other kwargs, or the template does not read one of them, has no end of turn,
+            or breaks its limits (see `rendering`).
     """
     records, bad_lines = _read_records(path)
     stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
@@ -118,6 +120,8 @@ def load_rows(
                 finished=finished,
                 mask_reasoning_content=mask_reasoning_content,
             )
+        except CostlyTemplate:
+            raise
         except InputError as error:
             bad_lines.append(BadLine(line, str(error)))
             continue
@@ -191,7 +195,7 @@ def encode_prompt(
     """
     if messages[-1]["role"] == "assistant":
         raise InputError("the last message is an answer; a prompt ends with a message of the user")
-    text = _render(messages, tokenizer, chat_template_kwargs, generation_prompt=True)
+    (text,) = render(tokenizer, [Rendering(messages, generation_prompt=True)], chat_template_kwargs)
     return _tokenize(text, tokenizer)[0]
 
 
@@ -206,7 +210,7 @@ def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) ->
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answer = "Certainly, here it is"
     exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
-    text = _render(exchange, tokenizer, chat_template_kwargs)
+    (text,) = render(tokenizer, [Rendering(exchange)], chat_template_kwargs)
     if answer not in text:
         raise InputError("the chat template does not show the text of an answer")
     ids, spans = _tokenize(text, tokenizer)
@@ -229,9 +233,20 @@ def _encode(
     finished: bool,
     mask_reasoning_content: bool,
 ) -> Row | None:
-    text = _render(messages, tokenizer, kwargs)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    before = [Rendering(messages[:index], generation_prompt=True) for index in answers]
+    text, *prompts = render(tokenizer, [Rendering(messages), *before], kwargs)
     stop_texts = tokenizer.convert_ids_to_tokens(list(stop_ids))
-    begins = _answer_begins(messages, text, tokenizer, kwargs, stop_texts)
+    begins = []
+    for index, prompt in zip(answers, prompts, strict=True):
+        _check_own_words(index, messages[index], stop_texts)
+        if text.startswith(prompt):
+            _check_marked(index, messages, text, prompt, tokenizer, kwargs)
+            begins.append(len(prompt))
+        elif index == answers[-1]:  # Qwen3 shows empty thoughts in the last answer alone: another prompt
+            raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
+    if not begins:
+        raise InputError("no assistant message")
     ids, spans = _tokenize(text, tokenizer)
     mask = np.zeros(len(ids), bool)
     for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True):
@@ -264,31 +279,22 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
     return spans if outside.strip() else [(0, beyond)]
 
 
-def _answer_begins(
-    messages: Messages, text: str, tokenizer: Any, kwargs: Scalars, stop_texts: Iterable[str]
-) -> list[int]:
-    """Characters at which those answers begin whose prompt the rendered conversation holds."""
-    begins = []
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    for index in answers:
-        message = messages[index]
-        written = message["content"] + (message.get("reasoning_content") or "")
-        for stop in stop_texts:
-            if stop in written:
-                raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
-        prompt = _render(messages[:index], tokenizer, kwargs, generation_prompt=True)
-        if not text.startswith(prompt):
-            if index < answers[-1]:
-                continue  # Qwen3 shows empty thoughts in the last answer alone: another prompt
-            raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
-        # Some templates know no generation prompt and need none; in the others a role header would count as answer.
-        follows = text[len(prompt) :].lstrip().startswith((message["content"].strip(), THINK_BEGIN))
-        if not follows and prompt == _render(messages[:index], tokenizer, kwargs):
-            raise InputError("the chat template ignores add_generation_prompt, which marks where an answer begins")
-        begins.append(len(prompt))
-    if not begins:
-        raise InputError("no assistant message")
-    return begins
+def _check_own_words(index: int, message: dict[str, Any], stop_texts: Iterable[str]) -> None:
+    """Refuses an answer that holds as text what ends it."""
+    written = message["content"] + (message.get("reasoning_content") or "")
+    for stop in stop_texts:
+        if stop in written:
+            raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
+
+
+def _check_marked(index: int, messages: Messages, text: str, prompt: str, tokenizer: Any, kwargs: Scalars) -> None:
+    """Refuses a role header that would count as part of the answer after it."""
+    # Some templates know no generation prompt and need none.
+    if text[len(prompt) :].lstrip().startswith((messages[index]["content"].strip(), THINK_BEGIN)):
+        return
+    (without,) = render(tokenizer, [Rendering(messages[:index])], kwargs)
+    if prompt == without:
+        raise InputError("the chat template ignores add_generation_prompt, which marks where an answer begins")
 
 
 def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> None:
@@ -304,21 +310,6 @@ def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> N
         )
 
 
-def _render(
-    messages: Messages,
-    tokenizer: Any,
-    kwargs: Scalars,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
-        )
-    except Exception as error:  # a template is a program of its own: it may raise anything
-        raise InputError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from error
-
-
 def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The ids int32 [n] of rendered text and the characters int64 [n, 2] that each covers, end exclusive."""
     # The template has written the special tokens already; verbose off: long rows are cut later, no warning is due.
@@ -328,36 +319,30 @@ def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[BadLine]]:
     records, bad_lines = [], []
-    try:
-        for line, raw in _numbered_lines(path):
-            try:
-                records.append((line, _usable_record(raw)))
-            except InputError as error:
-                bad_lines.append(BadLine(line, str(error)))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    for line, raw in read_lines(Path(path)):
+        if line == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
+        if not raw.strip():
+            continue
+        try:
+            records.append((line, _usable_record(raw)))
+        except InputError as error:
+            bad_lines.append(BadLine(line, str(error)))
     if not records:
         raise _nothing_usable(path, bad_lines)
     return records, bad_lines
 
 
-def _numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    with Path(path).open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
-            if raw.strip():
-                yield line, raw
-
-
 def _usable_record(raw: bytes) -> dict[str, Any]:
     """The parsed line, or `InputError` with what is wrong with it."""
+    if len(raw) > LINE_BYTES:
+        raise InputError(f"more than {LINE_BYTES} bytes")
     try:
-        record = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError("not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}") from error
+    # What else a line holds is nobody's business, NaN included, which Python writes.
+    record = parse_json(text, place=None, nonfinite=True)
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise InputError('no messages; expected {"messages": [{"role": ..., "content": ...}, ...]}')
@@ -367,7 +352,7 @@ def _usable_record(raw: bytes) -> dict[str, Any]:
             raise InputError(f"message {number} is not an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"message {number} has unknown role {role!r}; known: {', '.join(ROLES)}")
+            raise InputError(f"message {number} has unknown role {shown(role)}; known: {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
             raise InputError(f"message {number} ({role}) has no content")
         reasoning = message.get("reasoning_content")
@@ -380,6 +365,8 @@ def _usable_record(raw: bytes) -> dict[str, Any]:
         asked = asked or role == "user"
         if role == "assistant" and not asked:
             raise InputError(f"message {number} answers, but no message of a user comes before it")
+    if not isinstance(record.get("finished", True), bool):
+        raise InputError(f"finished is {shown(record['finished'])}, expected true or false")
     return record
 
 

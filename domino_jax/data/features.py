@@ -18,7 +18,8 @@ from domino_jax.data.conversations import Row
 from domino_jax.data.template import kwargs_text
 from domino_jax.files import read_json, write_whole
 from domino_jax.finite import require_finite
-from domino_jax.strict import InputError, Scalars, from_tree
+from domino_jax.model_config import SIZE_LIMIT
+from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 MANIFEST = "manifest.json"
 _TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
@@ -48,6 +49,26 @@ class Manifest:
     row_lengths: tuple[int, ...]
     shard_rows: tuple[int, ...]
     chat_template_kwargs: Scalars = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what no capture can hold; `shard_rows` may be empty as long as nothing is planned."""
+        for name in ("dtype", "compute_dtype"):
+            found = getattr(self, name)
+            require(found in _BYTES, f"{name} must be one of {', '.join(_BYTES)}, found {shown(found)}")
+        for name in ("hidden_size", "max_length"):
+            found = getattr(self, name)
+            require(1 <= found <= SIZE_LIMIT, f"{name} must lie in 1..{SIZE_LIMIT}, found {found}")
+        layers = list(self.target_layer_ids)
+        rising = bool(layers) and layers[0] >= 0 and layers == sorted(set(layers)) and layers[-1] < SIZE_LIMIT
+        require(rising, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
+        lengths, limit = self.row_lengths, self.max_length
+        require(bool(lengths), "row_lengths is empty")
+        require(
+            min(lengths) >= 1 and max(lengths) <= limit,
+            f"row_lengths must lie in 1..{limit}, found {min(lengths)} to {max(lengths)}",
+        )
+        shards = self.shard_rows
+        require(not shards or min(shards) >= 1, f"shard_rows must be positive, found {shown(list(shards))}")
 
     @property
     def token_bytes(self) -> int:
@@ -105,18 +126,38 @@ class FeatureRows(Sequence[Row]):
                 name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
                 for name, tensor in deserialize(self._records[number])
             }
-            row = Row(**tensors)
+            self._check_row(number, Row(**tensors))
+            return Row(**tensors)
+        except InputError:
+            raise
         except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
-        width = self.manifest.hidden_size * len(self.manifest.target_layer_ids)
-        found = None if row.features is None else row.features.shape
-        if found != (self.lengths[number], width) or len(row.input_ids) != self.lengths[number]:
+
+    def _check_row(self, number: int, row: Row) -> None:
+        """Refuses arrays that are not what the manifest says of each row."""
+        manifest, length = self.manifest, self.lengths[number]
+        widths = {"features": manifest.hidden_size * len(manifest.target_layer_ids)}
+        if manifest.target_states:
+            widths["target_states"] = manifest.hidden_size
+        expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "input_ids": (np.int32, (length,)),
+            "loss_mask": (np.bool_, (length,)),
+            **{name: (manifest.dtype, (length, width)) for name, width in widths.items()},
+        }
+        arrays = row.arrays
+        if set(arrays) != set(expected):
             raise InputError(
-                f"{self._directory}: row {number} has features of shape {found}, "
-                f"the manifest says {(self.lengths[number], width)}"
+                f"{self._directory}: row {number} has {', '.join(sorted(arrays))}, "
+                f"the manifest says {', '.join(sorted(expected))}"
             )
+        for name, (dtype, shape) in expected.items():
+            found = arrays[name]
+            if found.shape != shape or found.dtype != dtype:
+                raise InputError(
+                    f"{self._directory}: row {number} has {name} of shape {found.shape} and type {found.dtype}, "
+                    f"the manifest says {shape} and {np.dtype(dtype)}"
+                )
         _require_finite(row, place=f"{self._directory}: row {number}", remedy="capture the rows again")
-        return row
 
 
 def shard_path(directory: str | Path, index: int) -> Path:
@@ -172,10 +213,13 @@ def read_manifest(directory: str | Path) -> Manifest:
         InputError: there is none, or it is not one.
     """
     path = Path(directory) / MANIFEST
-    if not path.exists():
+    if not path.is_file():
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
-    tree = read_json(path)
-    return from_tree(Manifest, tree, place=str(path))
+    manifest = from_tree(Manifest, read_json(path), place=str(path))
+    held, rows = sum(manifest.shard_rows), len(manifest.row_lengths)
+    if held != rows:
+        raise InputError(f"{path}: shard_rows holds {held} rows, row_lengths {rows}")
+    return manifest
 
 
 def check_manifest(directory: str | Path, manifest: Manifest, asked: Mapping[str, Any]) -> None:

@@ -10,16 +10,12 @@ import difflib
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-
+from domino_jax.data.rendering import names_read
 from domino_jax.strict import InputError, Scalars, scalars
 
 KWARGS = "chat_template_kwargs"  # its name in every file
@@ -104,12 +100,6 @@ def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
 
 def _settings(tokenizer: Any) -> set[str]:
     """The names that a template looks up and that nobody but the user fills."""
-    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
-    # Two tags of transformers' own, which mark answers and read nothing.
-    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", tokenizer.chat_template)
-    try:
-        read = jinja2.meta.find_undeclared_variables(environment.parse(source))
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"the chat template cannot be read: {error}") from error
+    read = names_read(tokenizer)
     filled = {"messages", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
     return read - filled - set(inspect.signature(tokenizer.apply_chat_template).parameters)

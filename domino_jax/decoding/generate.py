@@ -1,18 +1,21 @@
 """Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.config import SEED_LIMIT
+from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
-from domino_jax.strict import InputError
+from domino_jax.files import parse_json, read_lines
+from domino_jax.strict import InputError, require
 
 DTYPE = "dtype"  # of the settings of an answer: the target's compute type
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
@@ -45,6 +48,21 @@ class Regenerated:
     total: int
     answered: int
     cut: int
+
+
+def check_length(decoder: Decoder, prompt: np.ndarray, *, place: str) -> None:
+    """Refuses a prompt that is longer than any text that the target knows positions for.
+
+    Args:
+        decoder: what is to answer it.
+        prompt: token ids, int32 [n].
+        place: where it comes from, for the message.
+    Raises:
+        InputError: with both lengths.
+    """
+    longest = decoder.target.cfg.max_position_embeddings
+    if len(prompt) > longest:
+        raise InputError(f"{place}: a prompt of {len(prompt)} tokens, the target has {longest} positions")
 
 
 def generate(
@@ -149,27 +167,27 @@ def regenerate(
     if bad_lines:
         raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
     partial = answers_path.with_name(answers_path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    finished = _answered_lines(partial, settings)
+    finished = _answered_lines(partial, settings, dict(usable), prompts_path)
     kwargs = settings.get(KWARGS, NO_KWARGS)
     prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
+    check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     left = [prompt for prompt in prompts if prompt[0] not in finished]
     slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
     written = 0
     progress(len(finished), len(prompts), written)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a", encoding="utf-8") as file:
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size would be another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
-            own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": seed + batch[0][0]}
+            own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": (seed + batch[0][0]) % SEED_LIMIT}
             answers = generate(decoder, weights, rows, **own)
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
-                record = {"messages": turns, "prompt_line": line, "finished": answer.stopped}
-                file.write(json.dumps({**record, "generator": settings}, ensure_ascii=False) + "\n")
+                file.write(_answer_line(turns, line, answer.stopped, settings))
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
             file.flush()
@@ -189,31 +207,50 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
     return answers
 
 
-def _answered_lines(partial: Path, settings: dict[str, Any]) -> dict[int, bool]:
+def _answer_line(messages: Messages, line: int, finished: bool, settings: dict[str, Any]) -> str:
+    record = {"messages": messages, "prompt_line": line, "finished": finished, "generator": settings}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _answered_lines(
+    partial: Path, settings: dict[str, Any], prompts: dict[int, Messages], prompts_path: Path
+) -> dict[int, bool]:
     """Prompt lines that a partial file already answers, and whether each answer is finished.
 
     A line that a crash cut off is removed from the file.
     """
+    finished: dict[int, bool] = {}
+    whole = 0  # bytes
     if not partial.exists():
-        return {}
-    records = list(_whole_lines(partial))
+        return finished
+    for number, raw in read_lines(partial):
+        if not raw.endswith(b"\n"):
+            os.truncate(partial, whole)
+            break
+        whole += len(raw)
+        try:
+            line, stopped = _answer(parse_json(raw, place=None), settings, prompts, prompts_path)
+            require(line not in finished, f"the prompt of line {line} is answered twice")
+        except InputError as error:
+            raise InputError(f"{partial}:{number}: {error}; remove the file to start again") from error
+        finished[line] = stopped
+    return finished
+
+
+def _answer(
+    record: Any, settings: dict[str, Any], prompts: dict[int, Messages], prompts_path: Path
+) -> tuple[int, bool]:
+    """The prompt's line and whether the answer is finished; refuses one of another start."""
+    if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
+        raise InputError("not an answer of `domino regenerate`")
     unsaid = {DTYPE: "float32", KWARGS: {}}  # in older files; what was the default then
-    settings = {**unsaid, **settings}
-    for record in records:
-        made_with = {**unsaid, **record["generator"]}
-        # As text: to a chat template 0 and false are two things, in Python they are equal.
-        if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
-            raise InputError(f"{partial}: made with {made_with}, not {settings}; remove it to start again")
-    beside = partial.with_name(partial.name + ".new")
-    beside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    beside.replace(partial)
-    return {record["prompt_line"]: record["finished"] for record in records}
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not valid JSON; remove the file to start again") from error
+    asked, made_with = ({**unsaid, **one} for one in (settings, record["generator"]))
+    # As text: to a chat template 0 and false are two things, in Python they are equal.
+    if json.dumps(made_with, sort_keys=True) != json.dumps(asked, sort_keys=True):
+        raise InputError(f"made with {made_with}, not {asked}")
+    line, finished, messages = (record.get(name) for name in ("prompt_line", "finished", "messages"))
+    if type(line) is not int or type(finished) is not bool or not isinstance(messages, list) or not messages:
+        raise InputError("not an answer of `domino regenerate`")
+    if messages[:-1] != prompts.get(line):
+        raise InputError(f"answers another prompt than line {line} of {prompts_path}")
+    return line, finished

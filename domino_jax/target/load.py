@@ -10,6 +10,7 @@ Decoding wants the layers apart, on one device; both are filled by the same read
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.files import read_json
+from domino_jax.files import checked_file, read_json
 from domino_jax.finite import all_finite
 from domino_jax.model_config import ROPE_TYPES, DecoderConfig
 from domino_jax.sharding import parameter_shardings
-from domino_jax.strict import InputError, from_tree
+from domino_jax.strict import InputError, from_tree, shown, text_problem
 from domino_jax.target.model import Target
 from domino_jax.target.safetensors import (
     StoredTensor,
@@ -49,6 +50,8 @@ _ONLY_VALUE: dict[str, Any] = {
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_TOKENIZER_BYTES = 2**28  # of each of its files
 ParameterPath = tuple[str, ...]  # in a tree of parameters
 Bounds = tuple[tuple[int, int], ...]  # first entry and end of a part, for each axis
 
@@ -133,18 +136,16 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     Raises:
         InputError: the file, the key, what was found and what is supported.
     """
-    place = Path(directory) / "config.json"
+    place = checked_file(Path(directory), "config.json")
     tree = read_json(place)
     model_type = tree.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise InputError(f"{place}: model_type is {model_type!r}; supported: {', '.join(MODEL_TYPES)}")
+        raise InputError(f"{place}: model_type is {shown(model_type)}; supported: {', '.join(MODEL_TYPES)}")
     # Qwen2 always has the biases and its files do not say so.
     for key, value in (_ONLY_VALUE | {"attention_bias": model_type == "qwen2"}).items():
         if tree.get(key, value) not in (value, None):
-            raise InputError(f"{place}: {key} is {tree[key]!r}; supported: {value!r}")
-    other = sorted({kind for kind in tree.get("layer_types") or () if kind != "full_attention"})
-    if other:
-        raise InputError(f"{place}: layer_types holds {', '.join(map(repr, other))}; supported: 'full_attention'")
+            raise InputError(f"{place}: {key} is {shown(tree[key])}; supported: {value!r}")
+    _check_layer_types(tree, place)
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     values = {key: tree[key] for key in (*same, "max_position_embeddings", "rms_norm_eps") if key in tree}
     for key in ("num_attention_heads", "hidden_size", "rms_norm_eps"):
@@ -170,6 +171,28 @@ def expected_tensors(config: DecoderConfig) -> dict[ParameterPath, tuple[str, tu
     return _named_parameters(boxed_parameters(Target(config)))
 
 
+def stored_shapes(config: DecoderConfig, *, found: int, place: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the files of a target hold.
+
+    Args:
+        config: the target.
+        found: how many tensors there are; so many more in the config are not even listed.
+        place: of the tensors, for the message.
+    Raises:
+        InputError: the config describes far more tensors.
+    """
+    # One trace serves all layers of a scanned model; their names are the same.
+    stacked = _named_parameters(boxed_parameters(Target(config, scan_layers=True)))
+    count = sum(math.prod(shape[: name.count("*")]) for name, shape in stacked.values())
+    if count > 2 * found + 1000:
+        raise InputError(f"{place}: config.json describes {count} tensors, the files hold {found}")
+    return {
+        name: shape[pattern.count("*") :]
+        for pattern, shape in stacked.values()
+        for _, name in _stored_names(pattern, [range(size) for size in shape])
+    }
+
+
 def load_tokenizer(directory: str | Path) -> Any:
     """Reads the fast tokenizer of a target from local files; no code of the directory is ever run.
 
@@ -187,12 +210,17 @@ def load_tokenizer(directory: str | Path) -> Any:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (directory / name).is_file():
             raise InputError(f"{directory}: no {name}; a target needs its fast tokenizer")
+    _check_tokenizer_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
         raise InputError(f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if not tokenizer.chat_template:
+    if not template:
         raise InputError(f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja")
+    if not isinstance(template, str) or text_problem(template):
+        raise InputError(f"{directory}: the chat template is {shown(template)}; expected text")
+    tokenizer.chat_template = template  # of several, the default one
     return tokenizer
 
 
@@ -210,8 +238,29 @@ def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] 
     sections = (_rope_section(tree, key, place) for key in ("rope_scaling", "rope_parameters"))
     found = [section for section in sections if section is not None]
     if any(section != found[0] for section in found):
-        raise InputError(f"{place}: rope_scaling {found[0]} and rope_parameters {found[1]} contradict")
+        raise InputError(f"{place}: rope_scaling {shown(found[0])} and rope_parameters {shown(found[1])} contradict")
     return found[0] if found and found[0]["rope_type"] != "default" else None
+
+
+def _check_tokenizer_files(directory: Path) -> None:
+    """Refuses links out of a model, pipes and files beyond any size among what transformers may read."""
+    for folder in (directory, directory / "additional_chat_templates"):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix in _TOKENIZER_SUFFIXES and not path.is_dir():
+                size = checked_file(folder, path.name).stat().st_size
+                if size > _TOKENIZER_BYTES:
+                    raise InputError(f"{path}: {size} bytes, expected at most {_TOKENIZER_BYTES}")
+
+
+def _check_layer_types(tree: Mapping[str, Any], place: Path) -> None:
+    kinds = tree.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) not in (0, tree.get("num_hidden_layers")):
+        raise InputError(f"{place}: layer_types is {shown(kinds)}; expected one name for each layer")
+    other = next((kind for kind in kinds if kind != "full_attention"), None)
+    if other is not None:
+        raise InputError(f"{place}: layer_types holds {shown(other)}; supported: 'full_attention'")
 
 
 def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
@@ -227,14 +276,7 @@ def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTenso
     table, copy = tensors.get("model.embed_tokens.weight"), None
     if config.tie_word_embeddings and table is not None:
         copy = tensors.pop("lm_head.weight", None)
-    # One trace serves all layers of a scanned model; their names are the same.
-    stacked = boxed_parameters(Target(config, scan_layers=True))
-    shapes = {
-        name: shape[pattern.count("*") :]
-        for pattern, shape in _named_parameters(stacked).values()
-        for _, name in _stored_names(pattern, [range(size) for size in shape])
-    }
-    check_tensors(tensors, shapes, place=directory)
+    check_tensors(tensors, stored_shapes(config, found=len(tensors), place=directory), place=directory)
     if table is not None and copy is not None and not equal_tensors(copy, table):
         raise InputError(
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
@@ -326,7 +368,7 @@ def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """The fields of a mixture of experts; transformers 5 writes `num_local_experts` for `num_experts`."""
     counts = [tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None]
     if any(count != counts[0] for count in counts):
-        raise InputError(f"{place}: num_experts {counts[0]!r} and num_local_experts {counts[1]!r} contradict")
+        raise InputError(f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} contradict")
     if not counts or counts[0] == 0:
         raise InputError(f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; expected a mixture")
     values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
@@ -346,7 +388,7 @@ def _rope_theta(tree: Mapping[str, Any], place: Path) -> Any:
             found[f"{key}.rope_theta"] = inner["rope_theta"]
     theta = next(iter(found.values()), 10_000.0)
     if any(value != theta for value in found.values()):
-        raise InputError(f"{place}: {' and '.join(f'{key} {value!r}' for key, value in found.items())} contradict")
+        raise InputError(f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} contradict")
     return theta
 
 
@@ -354,10 +396,10 @@ def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, An
     """One of the two mappings, its type under `rope_type`; None where it names no type."""
     inner = tree.get(key) or {}
     if not isinstance(inner, dict):
-        raise InputError(f"{place}: {key} is {inner!r}; expected a mapping or null")
+        raise InputError(f"{place}: {key} is {shown(inner)}; expected a mapping or null")
     kinds = [inner[name] for name in ("rope_type", "type") if inner.get(name) is not None]
     if any(kind != kinds[0] for kind in kinds):
-        raise InputError(f"{place}: {key}: rope_type {kinds[0]!r} and type {kinds[1]!r} contradict")
+        raise InputError(f"{place}: {key}: rope_type {shown(kinds[0])} and type {shown(kinds[1])} contradict")
     read = ("rope_theta", "rope_type", "type")
     # A null stands for an absent key, except that transformers reads a null `truncate` as false: refused further on.
     section = {k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")}
@@ -366,15 +408,15 @@ def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, An
     kind = kinds[0] if kinds else None
     for name, value in section.items():
         if kind in ("default", None) or name == "partial_rotary_factor":
-            raise InputError(f"{place}: {key}.{name} is {value!r}; not supported with rope_type {kind!r}")
+            raise InputError(f"{place}: {key}.{name} is {shown(value)}; not supported with rope_type {shown(kind)}")
     if kind not in ("default", None, *ROPE_TYPES):
-        raise InputError(f"{place}: {key}.rope_type is {kind!r}; supported: default, {', '.join(ROPE_TYPES)}")
+        raise InputError(f"{place}: {key}.rope_type is {shown(kind)}; supported: default, {', '.join(ROPE_TYPES)}")
     if kind in ("llama3", "yarn"):
         outer, own = (level.get("original_max_position_embeddings") for level in (tree, section))
         if outer is not None and own is not None and outer != own:
             raise InputError(
-                f"{place}: original_max_position_embeddings {outer!r} and {key}.original_max_position_embeddings "
-                f"{own!r} contradict"
+                f"{place}: original_max_position_embeddings {shown(outer)} and {key}.original_max_position_embeddings "
+                f"{shown(own)} contradict"
             )
         # What transformers takes when neither is there: a scaling that starts from the full length.
         given = next((value for value in (own, outer) if value is not None), tree.get("max_position_embeddings"))
@@ -387,8 +429,9 @@ def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _head_dim(hidden_size: Any, heads: Any, place: Path) -> int:
-    if not (isinstance(hidden_size, int) and isinstance(heads, int) and heads > 0 and hidden_size % heads == 0):
+    if not (type(hidden_size) is int and type(heads) is int and heads > 0 and hidden_size % heads == 0):
         raise InputError(
-            f"{place}: no head_dim, and num_attention_heads {heads!r} does not divide hidden_size {hidden_size!r}"
+            f"{place}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
+            f"hidden_size {shown(hidden_size)}"
         )
     return hidden_size // heads

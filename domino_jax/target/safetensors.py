@@ -9,7 +9,7 @@ tensor is then read in the parts that somebody has room for:
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from domino_jax.files import read_json
+from domino_jax.files import checked_file, open_regular, parse_json, read_json
 from domino_jax.finite import count_non_finite, not_finite
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, shown, text_problem
 
 CHUNK_BYTES = 2**26  # of a tensor that is read a few rows at a time
 ANOTHER_COPY = "use an undamaged copy of the file"
@@ -73,25 +73,25 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
     Returns:
         The tensors by their names in the files.
     Raises:
-        InputError: no such file, a damaged file, a pickle, a type that is not floating point, or
-            an index that disagrees with its shards.
+        InputError: no such file, a damaged file, a pickle, a type that is not floating point, an
+            index that disagrees with its shards, or a link out of the model, see `checked_file`.
     """
     directory = Path(directory)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
-        return _open_file(single)
-    if not index.is_file():
+    if single.exists():
+        return _open_file(checked_file(directory, single.name))
+    if not index.exists():
         found = _instead(directory)
         raise InputError(f"{directory}: expected {single.name} or {index.name}; {found}")
-    places = read_json(index).get("weight_map")
+    places = read_json(checked_file(directory, index.name)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index}: expected weight_map, a mapping of tensors to files")
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or text_problem(shard):
             expected = "expected a file of the same directory"
-            raise InputError(f"{index}: weight_map names {shard!r}; {expected}")
-        held = _open_file(directory / shard)
+            raise InputError(f"{index}: weight_map names {shown(shard)}; {expected}")
+        held = _open_file(checked_file(directory, shard))
         differing = set(held) ^ {name for name, file in places.items() if file == shard}
         if differing:
             place, said = directory / shard, f"than {index.name} says"
@@ -153,6 +153,22 @@ def check_tensors(
             raise InputError(f"{place}: tensor {name} has shape {found}, expected {expected}")
 
 
+def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) -> None:
+    """Refuses tensors of another depth, before anything is built for as many layers as a file claims.
+
+    Args:
+        names: of the tensors that were found.
+        count: layers that config.json describes.
+        prefix: of a layer's tensors; its number follows.
+        place: file or directory for the message.
+    Raises:
+        InputError: with both numbers.
+    """
+    found = len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+    if found != count:
+        raise InputError(f"{place}: tensors of {found} layers, config.json says num_hidden_layers {count}")
+
+
 def equal_tensors(one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = CHUNK_BYTES) -> bool:
     """Whether two tensors hold the same numbers, or NaN in the same places, read a few rows at a time.
 
@@ -212,7 +228,18 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+    _check_header(path)
     return tensors
+
+
+def _check_header(path: Path) -> None:
+    """Refuses what the library leaves open: a tensor that is described twice, where the last one counts.
+
+    Sizes, offsets and overlaps are the library's: every byte belongs to one tensor of its shape.
+    """
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        parse_json(file.read(size).rstrip(b"\0"), place=f"{path}: header")
 
 
 def _check_type(path: Path, name: str, stored: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from domino_jax import files
+from domino_jax.data import conversations
 from domino_jax.data.conversations import (
     BadLine,
     Row,
@@ -243,8 +245,12 @@ def write(path: Path, *lines: Any) -> Path:
 
 GOOD = {"messages": chat("Hi", "Hello."), "family": "greeting"}
 BAD_LINES = [
-    (b"{", "not JSON"),
-    (b"[" * 100_000, "not JSON"),
+    (b"{", "not valid JSON"),
+    (b"[" * 100_000, "more than 64 levels"),
+    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "the key 'content' is given twice"),
+    (b'{"messages": [{"role": "user", "content": "a"}], "n": ' + b"9" * 5000 + b"}", "a number of 5000 characters"),
+    ({"messages": chat("Hi", "Hello."), "finished": "false"}, "finished is 'false', expected true or false"),
+    ({"messages": chat("Hi", "Hello."), "finished": 0}, "finished is 0, expected true or false"),
     (b'{"messages": "\xff"}', "not UTF-8"),
     ([1], "no messages"),
     ({"conversations": []}, "no messages"),
@@ -269,6 +275,14 @@ def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
         assert reason in bad.reason
 
 
+def test_read_messages_refuses_a_line_beyond_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (files, conversations):
+        monkeypatch.setattr(module, "LINE_BYTES", 2000)
+    path = write(tmp_path / "a.jsonl", {"messages": chat("x" * 9000, "y")}, {**GOOD, "score": float("nan")})
+    found = read_messages(path)
+    assert found == ([(2, GOOD["messages"])], [BadLine(1, "more than 2000 bytes")])
+
+
 def test_read_messages_skips_a_byte_order_mark(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     assert read_messages(path) == ([(1, GOOD["messages"])], [])
@@ -283,7 +297,7 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
             read(tmp_path)
         with pytest.raises(InputError, match="empty"):
             read(write(tmp_path / "empty.jsonl", b"", b""))
-        with pytest.raises(InputError, match="no usable line; line 2: not JSON"):
+        with pytest.raises(InputError, match="no usable line; line 2: not valid JSON"):
             read(write(tmp_path / "bad.jsonl", b"", b"{"))
     with pytest.raises(InputError, match="no usable line; line 1: no assistant message"):
         load_rows(write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")}), tokenizer, max_length=100)

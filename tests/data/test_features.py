@@ -132,6 +132,25 @@ def test_fingerprint_of_rows_sees_ids_masks_and_bounds() -> None:
     assert len({rows_fingerprint(rows) for rows in sets}) == 4
 
 
+OTHERWISE = [
+    ({"hidden_size": 4}, r"row 0 has features of shape \(5, 6\) and type bfloat16, .* \(5, 8\) and bfloat16"),
+    ({"dtype": "float32"}, r"row 0 has features of .* bfloat16, the manifest says .* float32"),
+    ({"target_states": False}, "row 0 has features, .*, target_states, the manifest says features, input_ids, loss_m"),
+    ({"row_lengths": [4, 3, 7, 1]}, r"row 0 has input_ids of shape \(5,\) .* says \(4,\)"),
+    ({"shard_rows": []}, "shard_rows holds 0 rows, row_lengths 4"),
+    ({"shard_rows": [3, 2]}, "shard_rows holds 5 rows, row_lengths 4"),
+    ({"shard_rows": [5, -1]}, r"shard_rows must be positive, found \[5, -1\]"),
+    ({"row_lengths": []}, "row_lengths is empty"),
+    ({"row_lengths": [5, 3, 9, 1]}, "row_lengths must lie in 1..8, found 1 to 9"),
+    ({"row_lengths": [5, 3, 0, 1]}, "row_lengths must lie in 1..8, found 0 to 5"),
+    ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, found 'float16'"),
+    ({"hidden_size": 2**62}, "hidden_size must lie in 1..16777216"),
+    ({"max_length": -1}, "max_length must lie in 1..16777216"),
+    ({"target_layer_ids": []}, "target_layer_ids must rise from 0 or more"),
+    ({"target_layer_ids": [2, 2]}, "target_layer_ids must rise from 0 or more"),
+]
+
+
 def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     write_capture(tmp_path)
     shard, manifest = shard_path(tmp_path, 0), (tmp_path / "manifest.json").read_text()
@@ -150,7 +169,7 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     shard.write_bytes(whole)
     for tree, message in (
         (manifest.replace("rows", "row", 1), "unknown key 'row'"),
-        (json.dumps({**json.loads(manifest), "hidden_size": 4}), r"row 0 has features of shape \(5, 6\), .* \(5, 8\)"),
+        *((json.dumps({**json.loads(manifest), **change}), message) for change, message in OTHERWISE),
         ("[]", "expected a JSON object"),
         ("{", "not valid JSON"),
     ):

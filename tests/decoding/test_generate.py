@@ -98,6 +98,55 @@ def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tm
         tiny.regenerate(prompts, tmp_path / "bad.jsonl")
 
 
+PROMPTED = {"messages": [], "prompt_line": 1, "finished": True, "generator": SETTINGS}
+OTHER_PARTIALS = [
+    (b"\xff\n", "not valid JSON"),
+    (b"[1]\n", "not an answer of `domino regenerate`"),
+    (b"[" * 99_999 + b"\n", "more than 64 levels"),
+    (b"\0\n", "not valid JSON"),
+    *(
+        (json.dumps({**PROMPTED, **change}).encode() + b"\n", message)
+        for change, message in (
+            ({"generator": None}, "not an answer"),
+            ({"generator": {}}, "made with"),
+            ({"prompt_line": "1"}, "not an answer"),
+            ({"prompt_line": True}, "not an answer"),
+            ({"finished": 1}, "not an answer"),
+            ({"messages": None}, "not an answer"),
+            ({"messages": [{"role": "user", "content": "x"}] * 2}, "answers another prompt than line 1 of"),
+            ({"messages": [1], "prompt_line": 11}, "answers another prompt than line 11 of"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), OTHER_PARTIALS)
+def test_a_partial_file_of_something_else_is_refused_and_left(
+    tiny: Tiny, prompts: Path, tmp_path: Path, raw: bytes, message: str
+) -> None:
+    partial = tmp_path / "a.jsonl.partial"
+    partial.write_bytes(raw)
+    with pytest.raises(InputError, match=rf"a\.jsonl\.partial:1: .*{message}"):
+        tiny.regenerate(prompts, tmp_path / "a.jsonl")
+    assert partial.read_bytes() == raw
+
+
+def test_an_answer_twice_in_a_partial_file_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    tiny.regenerate(prompts, tmp_path / "a.jsonl")
+    line = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "b.jsonl.partial").write_text(line * 2)
+    with pytest.raises(InputError, match=r"partial:2: the prompt of line \d+ is answered twice; remove"):
+        tiny.regenerate(prompts, tmp_path / "b.jsonl")
+
+
+def test_a_prompt_beyond_the_targets_positions_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "a " * 200}]}) + "\n")
+    with pytest.raises(InputError, match=r"prompts\.jsonl:11: a prompt of \d+ tokens, the target has 128 positions"):
+        tiny.regenerate(prompts, tmp_path / "new" / "a.jsonl")
+    assert not (tmp_path / "new").exists()
+
+
 def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path) -> None:
     tiny = Tiny(tmp_path, template=SWITCHED_TEMPLATE)
     told = {"enable_thinking": False}

@@ -1,0 +1,83 @@
+"""The process that runs chat templates for `rendering.py`, and that may be ended for what they do.
+
+Run by its path, it imports nothing of this package: a line of JSON comes in, a line of JSON goes
+out. The kernel ends it by itself where one rendering takes too long, even inside one operation.
+"""
+
+import contextlib
+import json
+import re
+import resource
+import signal
+import sys
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+TEXT_CHARACTERS = 2**26  # of a rendered conversation
+
+
+class Template:
+    """As much of a tokenizer as transformers' rendering asks for."""
+
+    def __init__(self, text: str, special_tokens_map: dict[str, str]) -> None:
+        self.text, self.special_tokens_map = text, special_tokens_map
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The text of the template."""
+        return self.text
+
+    def rendered(self, messages: Any, generation_prompt: bool, kwargs: dict[str, Any]) -> str:
+        """The text of a conversation, exactly as transformers renders it."""
+        apply: Any = PreTrainedTokenizerBase.apply_chat_template
+        text = apply(self, messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs)
+        if len(text) > TEXT_CHARACTERS:
+            raise MemoryError
+        text.encode("utf-8")  # a template can spell half a surrogate pair
+        return text
+
+    def names(self) -> list[str]:
+        """The names that the template looks up and does not set."""
+        environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
+        # Two tags of transformers' own, which mark answers and read nothing.
+        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.text)
+        return sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+
+
+def main(seconds: float, memory_bytes: int) -> None:
+    """Answers requests until the other end closes the pipe."""
+    template = Template("", {})
+    _limit_memory(memory_bytes)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        if "template" in request:
+            template = Template(**request["template"])
+        answers: list[Any] = []
+        try:
+            for job in request["jobs"]:
+                signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process
+                answers.append(template.names() if job is None else template.rendered(*job))
+            reply: dict[str, Any] = {"answers": answers}
+        except MemoryError:
+            reply = {"costly": True}
+        except Exception as error:  # a template is a program of its own: it may raise anything
+            reply = {"error": " ".join(str(error).split())[:200]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+        sys.stdout.buffer.flush()
+        if "costly" in reply:
+            return  # and gives the memory back
+
+
+def _limit_memory(further_bytes: int) -> None:
+    """Bounds the process to what it takes already and a little more; systems without /proc know no such bound."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + further_bytes, held + further_bytes))
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))

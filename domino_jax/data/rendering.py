@@ -1,0 +1,145 @@
+"""Chat templates run in a process of their own, under limits of time and memory.
+
+A template comes with a target from somewhere and is a program: its loops may never end, one
+multiplication of text may ask for all memory. Neither can be stopped from inside the process that
+trains, so another one renders; where it breaks a limit the kernel ends it and its memory is gone:
+
+    render  -- a line of JSON: conversations -->  renderer.py, started once, at the first rendering
+            <-- their texts, or what was wrong --     setitimer(SECONDS), RLIMIT_AS
+
+transformers renders there as it does anywhere. Conversations are sent together where many are
+rendered: a question costs about 0.1 ms.
+"""
+
+import atexit
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from domino_jax.strict import InputError, Scalars
+
+SECONDS = 10.0  # for one conversation
+MEMORY_BYTES = 2**29  # beyond what the process takes when it starts
+
+
+class CostlyTemplate(InputError):
+    """A chat template took more time or memory than any good one; the next conversation would too."""
+
+
+class Rendering(NamedTuple):
+    """A conversation to render: its `messages`, and whether the words before an answer follow."""
+
+    messages: list[dict[str, Any]]
+    generation_prompt: bool = False
+
+
+def render(tokenizer: Any, conversations: Iterable[Rendering], kwargs: Scalars) -> list[str]:
+    """The text of each conversation, as the tokenizer's `apply_chat_template` renders it.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        conversations: what to render.
+        kwargs: what the template is told besides the messages.
+    Raises:
+        CostlyTemplate: one took more than `SECONDS` or `MEMORY_BYTES`.
+        InputError: the template refuses one of them.
+    """
+    jobs = [(*conversation, dict(kwargs)) for conversation in conversations]
+    reply = _process.ask(tokenizer, jobs)
+    if "error" in reply:
+        raise InputError(f"the chat template refuses it: {reply['error']}")
+    return reply["answers"]
+
+
+def names_read(tokenizer: Any) -> set[str]:
+    """The names that a tokenizer's chat template looks up and does not set.
+
+    Raises:
+        CostlyTemplate: to find out took more than `SECONDS` or `MEMORY_BYTES`.
+        InputError: it is not a template.
+    """
+    reply = _process.ask(tokenizer, [None])
+    if "error" in reply:
+        raise InputError(f"the chat template cannot be read: {reply['error']}")
+    return set(reply["answers"][0])
+
+
+class _Process:
+    """`renderer.py`, started when it is first asked and again after it was ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._template: dict[str, Any] = {}
+        atexit.register(self.end)
+
+    def ask(self, tokenizer: Any, jobs: list[Any]) -> dict[str, Any]:
+        """The reply to one request, see `renderer.main`."""
+        template = {"text": tokenizer.get_chat_template(), "special_tokens_map": tokenizer.special_tokens_map}
+        with self._lock:
+            if self._running is None:
+                self._start()
+            request: dict[str, Any] = {"jobs": jobs}
+            if template != self._template:
+                request["template"] = self._template = template
+            try:
+                line = self._exchange(json.dumps(request).encode() + b"\n")
+            except BaseException:  # half an exchange: the next one would read its rest
+                self.end()
+                raise
+            if line.endswith(b"\n"):
+                reply = json.loads(line)
+                if "costly" not in reply:
+                    return reply
+            code = self.end()
+        if line or code < 0:
+            limit = f"{SECONDS:g} s" if code == -signal.SIGALRM else f"{MEMORY_BYTES // 2**20} MiB"
+            raise CostlyTemplate(f"the chat template took more than {limit} for one conversation; use another template")
+        raise RuntimeError(f"the process that renders chat templates ended with code {code}")
+
+    def end(self) -> int:
+        """Ends the process; its exit code, or 0 where there was none."""
+        running, self._running, self._template = self._running, None, {}
+        if running is None:
+            return 0
+        assert running.stdin is not None and running.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            running.stdin.close()  # which ends it, unless it is rendering
+        try:
+            code = running.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            code = running.wait()
+        running.stdout.close()
+        return code
+
+    def _start(self) -> None:
+        script = Path(__file__).with_name("renderer.py")
+        # A session of its own: Ctrl-C is for the process that asks. It ends when the pipe does.
+        self._running = subprocess.Popen(
+            [sys.executable, "-P", str(script), str(SECONDS), str(MEMORY_BYTES)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _exchange(self, line: bytes) -> bytes:
+        """Sends a request; the reply, empty or cut off where the process ended instead."""
+        assert self._running is not None
+        assert self._running.stdin is not None and self._running.stdout is not None
+        try:
+            self._running.stdin.write(line)
+            self._running.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        return self._running.stdout.readline()
+
+
+_process = _Process()

@@ -1,0 +1,129 @@
+"""Chat templates in their own process: the same text as transformers renders, and never more than the limits."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_conversations import CHATML, chat, make_tokenizer, write
+
+from domino_jax.data import rendering
+from domino_jax.data.conversations import load_rows, stop_token_ids
+from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, render
+from domino_jax.strict import InputError
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process of its own with limits that a test can wait for."""
+    process = rendering._Process()
+    monkeypatch.setattr(rendering, "SECONDS", 1.0)
+    monkeypatch.setattr(rendering, "MEMORY_BYTES", 2**27)
+    monkeypatch.setattr(rendering, "_process", process)
+    yield
+    process.end()
+
+
+SAME = {
+    "chatml": CHATML,
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ messages[0].content }}",
+    "filters": "{{ messages | tojson(indent=2) }}{{ messages[0]['content'] | upper | trim }}{{ '<b>' }}",
+    "marked answers": "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}{{ strftime_now('%Y') }}",
+    "loop controls": "{% for m in messages * 3 %}{% if loop.index > 2 %}{% break %}{% endif %}{{ loop.length }}"
+    "{% endfor %}",
+    "blocks": "{%- for m in messages -%}\n  {{ m.content }}\n  {%- if not loop.last %}\n{% endif %}\n{%- endfor %}\n",
+    "a namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}",
+    "told": "{{ enable_thinking is false }}{{ budget }}{{ messages[0].get('reasoning_content') }}",
+}
+
+
+@pytest.mark.parametrize("template", SAME.values(), ids=SAME.keys())
+def test_render_equals_transformers(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    told = {"enable_thinking": False, "budget": 0.5}
+    odd = [
+        {"role": "user", "content": "ü\U0001f600\n{{ 1 }}<b>", "reasoning_content": None, "n": [1.5, True, {"x": None}]}
+    ]
+    conversations = [
+        Rendering(messages, prompt) for messages in (HI, odd, chat("a", "b", "c")) for prompt in (False, True)
+    ]
+    for found, one in zip(render(tokenizer, conversations, told), conversations, strict=True):
+        assert found == tokenizer.apply_chat_template(
+            one.messages, tokenize=False, add_generation_prompt=one.generation_prompt, **told
+        )
+
+
+def test_render_tells_what_a_template_refuses() -> None:
+    for template, message in (
+        ("{{ raise_exception('only\n  users') }}", "the chat template refuses it: only users"),
+        ("{% if %}", "the chat template refuses it: Expected an expression"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe|undefined"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ):
+        with pytest.raises(InputError, match=message):
+            render(make_tokenizer(template), [Rendering(HI)], {})
+    assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
+
+
+COSTLY = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a multiplied string": "{{ 'x' * 10 ** 10 }}",
+    "a padded string": "{{ 'x' | center(10 ** 10) }}",
+    "a formatted number": "{{ '%10000000000d' % 1 }}",
+    "a doubled string": "{% set ns = namespace(s='x') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}"
+    "{% endfor %}",
+    "a power": "{{ 9 ** (10 ** 9) }}",
+    "much text": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+    "in one operation": "{{ ('x' * 99999999).replace('x', 'y') | wordwrap(1) | length }}",
+}
+
+
+@pytest.mark.parametrize("template", COSTLY.values(), ids=COSTLY.keys())
+def test_a_template_beyond_its_limits_is_ended(quick: None, template: str) -> None:
+    assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
+    began = time.monotonic()
+    with pytest.raises(CostlyTemplate, match=r"the chat template took more than (1 s|128 MiB) for one conversation"):
+        render(make_tokenizer(template), [Rendering(HI)], {})
+    assert time.monotonic() - began < 5
+    # Another one starts, and finds out what it reads, which evaluates constants.
+    assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
+
+
+def test_constants_of_a_template_are_under_the_limits_too(quick: None) -> None:
+    assert names_read(make_tokenizer("{{ budget }}{% set x = 1 %}{{ x }}")) == {"budget"}
+    with pytest.raises(CostlyTemplate):
+        names_read(make_tokenizer("{{ 9 ** (10 ** 9) }}"))
+
+
+def test_a_costly_line_ends_the_reading_of_a_file(quick: None, tmp_path: Path) -> None:
+    """Each of a million lines would take as long."""
+    tokenizer: Any = make_tokenizer(f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['nested loops']}{{% endif %}}")
+    assert stop_token_ids(tokenizer)
+    path = write(tmp_path / "a.jsonl", *({"messages": chat(*"abcd")} for _ in range(1000)))
+    began = time.monotonic()
+    with pytest.raises(CostlyTemplate):
+        load_rows(path, tokenizer, max_length=100)
+    assert time.monotonic() - began < 10
+
+
+def test_the_process_is_started_again_and_ends_with_its_asker(quick: None) -> None:
+    tokenizer = make_tokenizer("{{ messages[0].content }}")
+    render(tokenizer, [Rendering(HI)], {})
+    running = rendering._process._running
+    assert running is not None
+    running.kill()
+    with pytest.raises(CostlyTemplate):
+        render(tokenizer, [Rendering(HI)], {})
+    assert render(tokenizer, [Rendering(HI)], {}) == ["Hi"]
+    running = rendering._process._running
+    assert running is not None and running.stdin is not None
+    running.stdin.close()
+    assert running.wait(5) == 0
