@@ -159,6 +159,9 @@ class OptimizerConfig:
 class TrainConfig:
     """Length of the run and what happens along the way. `steps` overrides `epochs`.
 
+    Of the checkpoints the newest `keep_checkpoints` stay, and with `keep_best: heldout` the one
+    with the longest held-out acceptance. `extend` trains so many steps further once the run has
+    come to its end, at the learning rate and lambda_base that it ended with.
     A step whose loss or gradient is not finite is skipped; `max_bad_steps` of them
     in a row end the run. `profile` [step, steps] writes a trace of so many steps, from that one
     on, into the run directory's `profile`.
@@ -170,6 +173,8 @@ class TrainConfig:
     eval_every: int = 200
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    keep_best: str | None = None
+    extend: int = 0
     max_bad_steps: int = 20
     tensorboard: bool = False
     profile: tuple[int, int] | None = None
@@ -178,6 +183,14 @@ class TrainConfig:
         """Refuses a run that may not begin."""
         found = self.max_bad_steps
         require(1 <= found < COUNT_LIMIT, f"max_bad_steps must be at least 1, found {found}")
+        require(0 <= self.extend < COUNT_LIMIT, f"extend must be 0 or more, found {self.extend}")
+        best = self.keep_best
+        require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {shown(best)}")
+        require(
+            best is None or self.checkpoint_every < 1 or self.eval_every % self.checkpoint_every == 0,
+            f"keep_best needs a checkpoint at each evaluation: eval_every {self.eval_every} must be a "
+            f"multiple of checkpoint_every {self.checkpoint_every}",
+        )
         profile = self.profile
         require(
             profile is None or (len(profile) == 2 and min(profile) >= 1 and max(profile) < COUNT_LIMIT),
@@ -232,6 +245,10 @@ class RunConfig:
         require(
             not (draft.init_from and draft.init_layers_from_target),
             "draft.init_from and draft.init_layers_from_target are two starts; give one",
+        )
+        require(
+            self.train.keep_best is None or self.data.heldout is not None,
+            "train.keep_best is 'heldout', but data.heldout is missing",
         )
         mib = self.loss.logits_mib
         require(mib is None or mib > 0, f"loss.logits_mib must be positive, found {mib}")

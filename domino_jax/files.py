@@ -13,7 +13,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import yaml
 
 from domino_jax.strict import InputError, shown
 
+CHECKSUMS = "SHA256SUMS"
 TEXT_BYTES = 2**26  # of a file that is parsed as a whole: settings, manifests, tokenizers' side files
 YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
 LINE_BYTES = 2**26  # of one line of a JSONL file
@@ -199,9 +201,59 @@ def file_sha256(path: Path) -> str:
             raise InputError(f"{path}: {error.strerror or error}") from error
 
 
-def sha256_lines(directory: Path, names: Iterable[str]) -> str:
-    """Hashes of files as `sha256sum` prints them and `sha256sum --check` reads them, sorted by name."""
-    return "".join(f"{file_sha256(directory / name)}  {name}\n" for name in sorted(names))
+def write_checksums(directory: Path) -> None:
+    """Writes SHA256SUMS over every file below a directory; `sha256sum --check SHA256SUMS` reads it.
+
+    Raises:
+        InputError: a file cannot be read.
+        OSError: SHA256SUMS cannot be written.
+    """
+    names = _files_below(directory)
+    with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
+        hashes = threads.map(lambda name: file_sha256(directory / name), names)
+        lines = [f"{digest}  {name}\n" for name, digest in zip(names, hashes, strict=True)]
+    write_whole(directory / CHECKSUMS, "".join(lines))
+
+
+def damage(directory: Path, *, unlisted: Container[str] = ()) -> str | None:
+    """What is wrong with the files below a directory that `write_checksums` was called on.
+
+    Args:
+        directory: which should hold SHA256SUMS.
+        unlisted: names of files that came later, relative to the directory.
+    Returns:
+        A few words that name the first file in question, or None where every file is as it was.
+    """
+    listed = {}
+    try:
+        for line in read_text(directory / CHECKSUMS).splitlines():
+            digest, _, name = line.partition("  ")
+            listed[name] = digest
+    except InputError as error:
+        return str(error)
+    found = {name for name in _files_below(directory) if name not in unlisted}
+    for name in sorted(listed.keys() ^ found):
+        return f"{name} is {'missing' if name in listed else f'not listed in {CHECKSUMS}'}"
+
+    def sound(name: str) -> bool:
+        try:
+            return file_sha256(directory / name) == listed[name]
+        except InputError:
+            return False
+
+    names = sorted(listed)
+    with ThreadPoolExecutor() as threads:
+        for name, whole in zip(names, threads.map(sound, names), strict=True):
+            if not whole:
+                return f"{name} does not match its checksum"
+    return None
+
+
+def _files_below(directory: Path) -> list[str]:
+    """Names of all files but SHA256SUMS itself, relative to a directory, sorted."""
+    paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = (path.relative_to(directory).as_posix() for path in paths)
+    return sorted(name for name in names if name != CHECKSUMS)
 
 
 def _without_waiting(path: str, flags: int) -> int:

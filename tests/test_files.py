@@ -2,6 +2,7 @@
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 from domino_jax import files
 from domino_jax.files import (
     checked_file,
-    file_sha256,
+    damage,
     parse_json,
     parse_yaml,
     read_json,
     read_lines,
     read_text,
-    sha256_lines,
+    write_checksums,
     write_whole,
 )
 from domino_jax.strict import InputError
@@ -75,12 +76,55 @@ def test_read_text_refuses_what_is_no_small_text_file(tmp_path: Path) -> None:
             read_text(tmp_path / name, limit=10)
 
 
-def test_sha256_lines_are_those_of_sha256sum(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        (tmp_path / name).write_text(name)
-    lines = sha256_lines(tmp_path, ["b", "a"])
-    assert lines.splitlines()[0] == f"{file_sha256(tmp_path / 'a')}  a" and lines.splitlines()[1].endswith("  b")
-    assert file_sha256(tmp_path / "a") == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+def saved(directory: Path) -> Path:
+    (directory / "params").mkdir(parents=True)
+    (directory / "params" / "d").write_bytes(b"numbers")
+    (directory / "empty").write_bytes(b"")
+    write_checksums(directory)
+    return directory
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "10")
+    assert damage(directory) is None
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=directory, check=True)
+    (directory / "later").write_text("x")
+    assert damage(directory, unlisted=["later"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("params/d", b"numbert", "params/d does not match its checksum"),
+        ("params/d", b"number", "params/d does not match its checksum"),
+        ("empty", b"x", "empty does not match its checksum"),
+        ("params/d", None, "params/d is missing"),
+        ("params/e", b"", "params/e is not listed in SHA256SUMS"),
+        ("SHA256SUMS", None, "SHA256SUMS: No such file"),
+        ("SHA256SUMS", b"", "empty is not listed in SHA256SUMS"),
+        ("SHA256SUMS", b"\xff", "SHA256SUMS: not UTF-8"),
+    ],
+)
+def test_damage_names_the_file(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    directory = saved(tmp_path)
+    if content is None:
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes(content)
+    assert words in (damage(directory) or "nothing")
+
+
+def test_every_flipped_bit_is_damage(tmp_path: Path) -> None:
+    directory = saved(tmp_path)
+    for name in ("params/d", "SHA256SUMS"):
+        whole = (directory / name).read_bytes()
+        for place in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << (place % 8)
+            (directory / name).write_bytes(flipped)
+            assert damage(directory) is not None, (name, place)
+        (directory / name).write_bytes(whole)
+    assert damage(directory) is None
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import check_fit, say, target_option, template_option
+from domino_jax.cli.shared import check_fit, say, step_option, target_option, template_option
 from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
 from domino_jax.strict import InputError, Scalars
+from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
@@ -33,7 +34,8 @@ from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft
     default=None,
     help="Refuse what this reader would misread, see above.",
 )
-def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
+@step_option
+def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int | None) -> None:
     """Write the drafter of RUN to DIRECTORY as config.json and safetensors, the form that serving engines read.
 
     \b
@@ -51,7 +53,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None) -> None:
     """
     keeps(f"{directory} is whole or was not made; the same command starts over")
     say(f"loading the draft of {run}")
-    record, params, step = load_draft(run)
+    record, params, step = load_draft(run, say=say, step=step)
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
     if refusals:
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
@@ -95,5 +97,5 @@ def import_(
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)
     say(f"saving {run}")
-    save_draft(run, params, DraftRecord(config, target_name, template))
+    save_draft(run, params, DraftRecord(config, target_name, template, target_fingerprint(path)))
     click.echo(run)

@@ -20,6 +20,7 @@ from domino_jax.cli.shared import (
     proposals_option,
     say,
     seed_option,
+    step_option,
     temperature_option,
     template_option,
 )
@@ -45,6 +46,7 @@ from domino_jax.target.model import Target
 @seed_option
 @dtype_option
 @template_option
+@step_option
 def generate(
     run: Path,
     prompt: str | None,
@@ -56,6 +58,7 @@ def generate(
     seed: int,
     dtype: str,
     chat_template_kwargs: Scalars | None,
+    step: int | None,
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
     if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
@@ -64,7 +67,7 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty")
     keeps("nothing is kept of the answer; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens, step=step)
     kwargs = drafter.record.chat_template.kwargs
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
@@ -109,6 +112,7 @@ def generate(
 @seed_option
 @dtype_option
 @template_option
+@step_option
 def evaluate(
     run: Path,
     prompt_files: tuple[Path, ...],
@@ -119,6 +123,7 @@ def evaluate(
     seed: int,
     dtype: str,
     chat_template_kwargs: Scalars | None,
+    step: int | None,
 ) -> None:
     """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
 
@@ -127,7 +132,7 @@ def evaluate(
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens, step=step)
     kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),

@@ -17,6 +17,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import parse_yaml
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, Scalars, scalars
+from domino_jax.target.fingerprint import hashed_beside
 from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
@@ -97,6 +98,14 @@ proposals_option = click.option(
 )
 
 
+step_option = click.option(
+    "--step",
+    type=click.IntRange(0),
+    default=None,
+    help="Take the checkpoint of this step (train.keep_best keeps one) instead of the newest.",
+)
+
+
 class _TargetName(click.ParamType[str]):
     """Text; where it is missing, the message says what could stand there."""
 
@@ -154,20 +163,30 @@ def load_run(
     chat_template_kwargs: Scalars | None = None,
     *,
     max_new_tokens: int,
+    step: int | None = None,
 ) -> tuple[Loaded, Drafter]:
-    """Reads a run's newest draft and its target.
+    """Reads a draft of a run and its target.
 
     Args:
         run: the run directory.
         dtype: compute type of both.
         chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
         max_new_tokens: of an answer.
+        step: of the checkpoint; None takes the newest.
     Raises:
-        InputError: draft, target and chat template do not fit each other.
+        InputError: draft, target and chat template do not fit each other, or the target is not the
+            one that the draft was trained for.
     """
     say(f"loading the draft of {run}")
-    record, params, step = load_draft(run)
-    loaded = load_named_target(record.target, dtype, max_new_tokens=max_new_tokens)
+    record, params, step = load_draft(run, say=say, step=step)
+    path = resolve_target(record.target, progress=say)
+    with hashed_beside(path) as target_sha256:
+        loaded = load_named_target(record.target, dtype, max_new_tokens=max_new_tokens)
+        if record.target_sha256 not in (None, target_sha256()):
+            raise InputError(
+                f"{path}: the target has changed since {run} was trained for it: sha256 was "
+                f"{record.target_sha256[:12]}, is {target_sha256()[:12]}; put its files back"
+            )
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)

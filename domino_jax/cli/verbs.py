@@ -1,5 +1,6 @@
 """The verbs of `domino`, thin over the package. Results go to stdout, progress and logs to stderr."""
 
+import logging
 import sys
 from typing import Any
 
@@ -75,6 +76,8 @@ def run() -> None:
     """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
+    # Orbax logs, with tracebacks, what it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
     except click.ClickException as error:  # code 2 where it is about usage

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from domino_jax.data.conversations import Row
 from domino_jax.data.template import kwargs_text
 from domino_jax.files import read_json, write_whole
+from domino_jax.finite import require_finite
 from domino_jax.model_config import SIZE_LIMIT
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
@@ -112,6 +113,11 @@ class FeatureRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the manifest: of what was captured, and how."""
+        return hashlib.sha256(_manifest_text(self.manifest).encode()).hexdigest()
+
     def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # one row at a time, never a slice
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
@@ -120,12 +126,14 @@ class FeatureRows(Sequence[Row]):
                 name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
                 for name, tensor in deserialize(self._records[number])
             }
-            self._check_row(number, Row(**tensors))
-            return Row(**tensors)
+            row = Row(**tensors)
+            self._check_row(number, row)
         except InputError:
             raise
         except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
+        _require_finite(row, place=f"{self._directory}: row {number}", remedy="capture the rows again")
+        return row
 
     def _check_row(self, number: int, row: Row) -> None:
         """Refuses arrays that are not what the manifest says of each row."""
@@ -170,21 +178,33 @@ def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...
 
 
 def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
-    """Writes rows as one shard, beside its place first: a shard that is there is whole."""
+    """Writes rows as one shard, beside its place first: a shard that is there is whole.
+
+    Raises:
+        InputError: states of a row that are not finite; no shard is there then.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = shard_path(directory, index)
     beside = path.with_suffix(".partial")
     writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # random access; floats hardly compress
-    for row in rows:
-        writer.write(save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()}))
-    writer.close()
+    try:
+        for row in rows:
+            place = f"{directory}: line {row.line} of the conversations was not captured"
+            _require_finite(row, place=place, remedy="leave the line out, or capture in float32")
+            writer.write(save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()}))
+    finally:
+        writer.close()
     os.replace(beside, path)
 
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes the manifest, beside its place first."""
-    write_whole(Path(directory) / MANIFEST, json.dumps(dataclasses.asdict(manifest)) + "\n")
+    write_whole(Path(directory) / MANIFEST, _manifest_text(manifest))
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    return json.dumps(dataclasses.asdict(manifest)) + "\n"
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -231,6 +251,12 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
         digest.update(np.ascontiguousarray(row.input_ids, np.int32).tobytes())
         digest.update(np.ascontiguousarray(row.loss_mask, np.bool_).tobytes())
     return digest.hexdigest()
+
+
+def _require_finite(row: Row, *, place: str, remedy: str) -> None:
+    for name, states in (("features", row.features), ("target_states", row.target_states)):
+        if states is not None:
+            require_finite(states, place=f"{place}: {name}", remedy=remedy)
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from domino_jax.interop.hf import load_hf_draft
+from domino_jax.interop.hf import read_hf_config, read_hf_draft
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.strict import InputError
 
@@ -24,12 +24,17 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
         path: a directory as `load_hf_draft` reads it.
         config: the draft of the run.
     Returns:
-        A tree of float32 arrays for `DraftModel(config)`.
+        A tree of float32 arrays for `DraftModel(config)`, in the host's memory.
     Raises:
         InputError: an unusable checkpoint, or every field in which it is another draft, found and expected.
     """
-    found, params = load_hf_draft(path)
-    ours, theirs = _meaning(config), _meaning(found)
+    check_start(path, config)
+    return read_hf_draft(path)[1]
+
+
+def check_start(path: str | Path, config: DraftConfig) -> None:
+    """Refuses, as `starting_params` does, a checkpoint of another draft; its weights stay unread."""
+    ours, theirs = _meaning(config), _meaning(read_hf_config(path))
     different = [
         f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
         for name in (*ours, *(theirs.keys() - ours.keys()))
@@ -37,7 +42,6 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
     ]
     if different:
         raise InputError(f"draft.init_from: {path} is another draft than this run's: {'; '.join(different)}")
-    return params
 
 
 def _meaning(config: DraftConfig) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """What makes a target and its tokenizer the ones that something was computed with: hashes of their files."""
 
 import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from domino_jax.strict import InputError
+from domino_jax.files import file_sha256
 
 
 def target_fingerprint(directory: str | Path) -> str:
@@ -27,12 +30,14 @@ def tokenizer_fingerprint(directory: str | Path, tokenizer: Any) -> str:
     return hashlib.sha256(f"{files} {tokenizer.chat_template}".encode()).hexdigest()
 
 
+@contextmanager
+def hashed_beside(directory: str | Path) -> Iterator[Callable[[], str]]:
+    """Computes `target_fingerprint` while the body runs; what it yields waits for it and returns it."""
+    with ThreadPoolExecutor(1) as thread:
+        fingerprint = thread.submit(target_fingerprint, directory)
+        yield fingerprint.result
+
+
 def _hashed(paths: list[Path]) -> str:
-    parts = []
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                parts.append(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}") from error
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+    with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
+        return hashlib.sha256(" ".join(threads.map(file_sha256, paths)).encode()).hexdigest()

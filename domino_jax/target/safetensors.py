@@ -8,19 +8,22 @@ tensor is then read in the parts that somebody has room for:
                                        open_safetensors            StoredTensor.read(part)
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy knows bfloat16 once this is imported)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from domino_jax.files import checked_file, open_regular, parse_json, read_json
+from domino_jax.finite import count_non_finite, not_finite
 from domino_jax.strict import InputError, shown, text_problem
 
+CHUNK_BYTES = 2**26  # of a tensor that is read a few rows at a time
+ANOTHER_COPY = "use an undamaged copy of the file"
 _FLOAT_TYPES = ("float32", "float16", "bfloat16")
 _KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
 _UNREADABLE = (SafetensorError, TypeError, ValueError, AttributeError)
@@ -40,6 +43,11 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     _values: Any = field(repr=False)  # safetensors' view of the mapped file, which it keeps open
+
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return f"{self.file}: tensor {self.name}"
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads the tensor, or a part of it without the rest.
@@ -90,19 +98,6 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
             raise InputError(f"{place}: holds other tensors {said}: {_some(differing)}")
         tensors |= held
     return tensors
-
-
-def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of a Hugging Face directory that fits the host.
-
-    Args:
-        directory: as for `open_safetensors`.
-    Returns:
-        Arrays by their names in the file, in its own type (bfloat16 as `ml_dtypes.bfloat16`).
-    Raises:
-        InputError: as `open_safetensors`.
-    """
-    return {name: tensor.read() for name, tensor in open_safetensors(directory).items()}
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -161,8 +156,8 @@ def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) 
         raise InputError(f"{place}: tensors of {found} layers, config.json says num_hidden_layers {count}")
 
 
-def equal_tensors(one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = 2**26) -> bool:
-    """Whether two tensors hold the same numbers, read a few rows at a time.
+def equal_tensors(one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = CHUNK_BYTES) -> bool:
+    """Whether two tensors hold the same numbers, or NaN in the same places, read a few rows at a time.
 
     Args:
         one: of any shape with rows.
@@ -172,11 +167,26 @@ def equal_tensors(one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = 
     if one.shape != other.shape:
         return False
     chunks = _chunks(one.shape, chunk_bytes)
-    return all(np.array_equal(one.read(rows), other.read(rows)) for rows in chunks)
+    return all(np.array_equal(one.read(rows), other.read(rows), equal_nan=True) for rows in chunks)
+
+
+def not_finite_tensor(tensor: StoredTensor, *, dtype: str) -> InputError:
+    """The error that says how much of a stored tensor is not finite, or too large for `dtype`.
+
+    Args:
+        tensor: of any shape with rows; read again, a few rows at a time.
+        dtype: of the computation.
+    """
+    count = 0
+    for rows in _chunks(tensor.shape, CHUNK_BYTES):
+        with np.errstate(over="ignore", invalid="ignore"):
+            count += count_non_finite(tensor.read(rows).astype(dtype))
+    size = math.prod(tensor.shape)
+    return not_finite(tensor.place, count, of=size, dtype=dtype, remedy=ANOTHER_COPY)
 
 
 def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
-    row_bytes = 4 * max(int(np.prod(shape[1:])), 1)
+    row_bytes = 4 * max(math.prod(shape[1:]), 1)
     step = max(chunk_bytes // row_bytes, 1)
     for start in range(0, shape[0], step):
         yield (slice(start, min(start + step, shape[0])),)

@@ -202,4 +202,5 @@ class _CapturedStates:
             first = index * self._batch_size
             for slot, row in enumerate(rows[first : first + self._batch_size]):
                 length = len(row.input_ids)
-                yield Row(*row[:2], features[slot, :length], None if final is None else final[slot, :length])
+                own = None if final is None else final[slot, :length]
+                yield row._replace(features=features[slot, :length], target_states=own)

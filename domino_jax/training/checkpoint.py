@@ -1,8 +1,27 @@
-"""Orbax checkpoints of a run: draft, optimiser, data position, and what a reader needs to use the draft alone."""
+"""Orbax checkpoints of a run: draft, optimiser, data position, and what a reader needs to use the draft alone.
 
+    run/checkpoints/40/params/ optimizer/ ema/  arrays
+                       data/                    position in the shuffled rows
+                       draft/ run/              DraftRecord, RunRecord
+                       SHA256SUMS               of all of them, written before 40 gets its name
+    run/newest_checkpoint.json                  so that a checkpoint that is gone is missed
+    run/set_aside/                              checkpoints that were damaged
+
+A checkpoint is read only where each of its files still has its hash. What is damaged is named, and
+the newest one that is not takes its place; where none is left, a run refuses to begin again.
+"""
+
+import asyncio
 import dataclasses
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,50 +30,249 @@ import orbax.checkpoint as ocp
 
 from domino_jax.data.template import ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, from_tree
+from domino_jax.training.metrics import LogMark
 from domino_jax.training.step import TrainState
 
+CHECKPOINTS, NEWEST, SET_ASIDE = "checkpoints", "newest_checkpoint.json", "set_aside"
+COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
+HELDOUT = "heldout"
+Say = Callable[[str], None]
 
-class DraftRecord(NamedTuple):
-    """A draft, the built-in name or directory of its target, and the template of its rows."""
+
+@dataclass(frozen=True)
+class DraftRecord:
+    """A draft, the built-in name or directory of its target, and the template of its rows.
+
+    `target_sha256` is the target's fingerprint; None in checkpoints of older versions.
+    """
 
     config: DraftConfig
     target: str
     chat_template: ChatTemplate
+    target_sha256: str | None = None
 
 
-def open_checkpoints(run_dir: str | Path, *, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints of a run; the newest `keep` stay. A save that was cut off is never picked up."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager((Path(run_dir) / "checkpoints").resolve(), options=options)
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run goes on with besides its state.
+
+    Attributes:
+        config: the run's configuration, as plain values.
+        inputs: what was read, by name -> a few words with its hash.
+        outcomes: of the steps that no line of the log tells yet (`Window`).
+        watch: the non-finite steps in a row up to then (`StepWatch`).
+        log: where `metrics.jsonl` stood.
+        heldout_due: whether the held-out pass of this step was still to come.
+    """
+
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outcomes: Sequence[Mapping[str, Any]]
+    watch: Mapping[str, Any]
+    log: LogMark
+    heldout_due: bool
 
 
-def has_checkpoint(run_dir: str | Path) -> bool:
-    """Whether a run directory holds a finished checkpoint."""
-    if not (Path(run_dir) / "checkpoints").is_dir():
-        return False
-    with open_checkpoints(run_dir) as checkpoints:
-        return checkpoints.latest_step() is not None
+class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A directory that is hashed before it is renamed to its place."""
+
+    @classmethod
+    def from_final(cls, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any) -> Any:
+        # Without the store, which would write times into a file that is hashed already.
+        return super().from_final(final_path, **options)
+
+    async def create(self) -> Any:
+        path = await super().create()
+        if self._is_step:
+            (path / "_CHECKPOINT_METADATA").write_text("{}")
+        return path
+
+    async def finalize(self) -> None:
+        if not self._is_step:
+            await super().finalize()
+            return
+        final = Path(self.get_final())
+        await asyncio.to_thread(write_checksums, Path(self.get()))
+        await super().finalize()
+        write_whole(final.parent.parent / NEWEST, json.dumps({"step": int(final.name)}) + "\n")
+
+    @property
+    def _is_step(self) -> bool:
+        """Orbax uses the class for the items within a step too."""
+        return Path(self.get_final()).parent.name == CHECKPOINTS
 
 
-def save_checkpoint(
-    checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any, record: DraftRecord, *, wait: bool = False
-) -> None:
-    """Saves state and data position under the state's step, in the background unless `wait`."""
-    import grain.checkpoint
+def open_checkpoints(run_dir: str | Path, *, keep: int = 2, keep_best: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of a run, to write to.
 
-    items: dict[str, Any] = {
-        "params": ocp.args.StandardSave(state.params),
-        "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        "data": grain.checkpoint.CheckpointSave(rows),
-        "draft": ocp.args.JsonSave(_record_json(record)),
-    }
-    if state.ema is not None:
-        items["ema"] = ocp.args.StandardSave(state.ema)
-    checkpoints.save(int(state.step), args=ocp.args.Composite(**items))
-    if wait:
-        checkpoints.wait_until_finished()
+    Args:
+        run_dir: the run's directory; it is made where missing.
+        keep: the newest so many stay.
+        keep_best: the one with the longest held-out acceptance stays too.
+    """
+    policies = ocp.checkpoint_managers
+    kept: Any = policies.LatestN(keep)
+    if keep_best:
+        best = policies.BestN(get_metric_fn=_accept_len, n=1, keep_checkpoints_without_metrics=False)
+        kept = policies.AnyPreservationPolicy([kept, best])
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=kept,
+        best_fn=_accept_len if keep_best else None,  # without it metrics are not stored
+        create=True,
+        cleanup_tmp_directories=True,
+        temporary_path_class=_CheckedDirectory,
+    )
+    return ocp.CheckpointManager(_directory(run_dir), options=options)
+
+
+def sound_checkpoint(run_dir: str | Path, *, say: Say, set_aside: bool = False, only: int | None = None) -> int | None:
+    """The newest step whose files are all as they were saved, or None where none was ever saved.
+
+    Args:
+        run_dir: the run's directory; nothing in it needs to exist.
+        say: is told each damaged step that is passed over.
+        set_aside: move damaged steps to `set_aside/` of the run, so that their steps can be saved again.
+        only: the one step that is wanted.
+    Raises:
+        InputError: checkpoints were saved and none can be used, or not `only`.
+    """
+    directory, run_dir = _directory(run_dir), Path(run_dir)
+    recorded = _recorded_step(run_dir)
+    steps = _steps(directory)
+    if only is not None and only not in steps:
+        raise InputError(f"{directory}: no checkpoint {only}; there are {', '.join(map(str, steps)) or 'none'}")
+    if recorded is not None and only is None and (not steps or recorded > steps[0]):
+        say(f"{directory}/{recorded}: the newest checkpoint is gone")
+    for step in steps if only is None else [only]:
+        place = directory / str(step)
+        if not (place / CHECKSUMS).exists() and recorded is None and any(place.iterdir()):
+            say(f"{place}: saved by an older version, without checksums: taken unchecked")
+            return step
+        found = damage(place, unlisted=[COMMITTED])
+        if found is None:
+            return step
+        moved = ""
+        if set_aside and jax.process_index() == 0:
+            moved = f"; moved to {_put_aside(run_dir, place)}"
+        say(f"{place}: damaged, not used: {found}{moved}")
+    if steps or recorded is not None:
+        raise InputError(
+            f"{directory}: no undamaged checkpoint is left; put one back, or begin again in another run_dir"
+        )
+    return None
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains: what fails while one is written in the background is one line."""
+
+    def __init__(self, run_dir: Path, *, keep: int, keep_best: bool) -> None:
+        self._directory = _directory(run_dir)
+        with self._told(None):
+            self._manager = open_checkpoints(run_dir, keep=keep, keep_best=keep_best)
+        self._writing: int | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            self.wait()
+            self._manager.close()
+        except InputError:
+            if kind is None:
+                raise
+
+    def wait(self) -> None:
+        """Waits for the save in the background.
+
+        Raises:
+            InputError: it failed; its files are removed.
+        """
+        with self._told(self._writing):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        self._writing = None
+
+    def newest(self) -> int | None:
+        """The newest step that is saved; waits for one in the background."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def saved(self, step: int) -> bool:
+        """Whether a step is saved, or being saved."""
+        return self._manager.latest_step() == step
+
+    def save(
+        self, state: TrainState, rows: Any, draft: DraftRecord, run: RunRecord, *, heldout: dict[str, float] | None
+    ) -> None:
+        """Saves a state in the background, under its step.
+
+        Args:
+            state: of the run.
+            rows: iterator whose position is saved.
+            draft: what a reader of the draft needs.
+            run: what the run goes on with.
+            heldout: figures of the held-out pass of this step, by which the best is kept.
+        Raises:
+            InputError: this one or the one before could not be written.
+        """
+        import grain.checkpoint
+
+        self.wait()
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            "data": grain.checkpoint.CheckpointSave(rows),
+            "draft": ocp.args.JsonSave(_record_json(draft)),
+            "run": ocp.args.JsonSave(vars(run) | {"log": run.log._asdict()}),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        metrics = None if heldout is None else {HELDOUT: heldout}
+        step = int(state.step)
+        with self._told(step):
+            self._writing = step
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, step: int, state: TrainState, rows: Any) -> tuple[TrainState, Any]:
+        """A checkpoint that `sound_checkpoint` found, laid out like `state`, and the iterator where it was.
+
+        Raises:
+            InputError: it does not fit the run.
+        """
+        import grain.checkpoint  # here: a draft alone is read without it
+
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            "data": grain.checkpoint.CheckpointRestore(rows),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        restored = _restored(self._manager, step, items)
+        optimizer = restored["optimizer"]
+        ema = restored["ema"] if state.ema is not None else None
+        return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"], ema), restored["data"]
+
+    @contextmanager
+    def _told(self, step: int | None) -> Iterator[None]:
+        """Tells in one line what a failed write raises: TensorStore a ValueError, the rest an OSError."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if step is not None:
+                shutil.rmtree(self._directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
+            kept = [one for one in _steps(self._directory) if one != step]
+            whole = f"checkpoint {kept[0]} is whole" if kept else "no earlier one is there"
+            what = "checkpoints" if step is None else f"checkpoint {step}"
+            raise InputError(
+                f"{self._directory}: {what} could not be written: {_reason(error)}; {whole}; "
+                "once it can be written, the same command goes on"
+            ) from error
 
 
 def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
@@ -64,81 +282,127 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
         checkpoints.save(0, args=ocp.args.Composite(**items))
 
 
-def restore_checkpoint(
-    checkpoints: ocp.CheckpointManager, state: TrainState, rows: Any, record: DraftRecord
-) -> tuple[TrainState, Any] | None:
-    """The newest checkpoint, laid out like `state`, with the row iterator set to where it was; None if there is none.
+def read_run_record(run_dir: str | Path, step: int) -> tuple[DraftRecord, RunRecord]:
+    """The two records of a checkpoint that `sound_checkpoint` found.
 
     Raises:
-        InputError: the checkpoint holds an imported draft without optimiser state, or its draft, target or chat
-            template is not the one of `record`: the target's files have changed since.
+        InputError: it holds an imported draft, or a version without such records saved it.
     """
-    import grain.checkpoint  # here: a draft alone is read without it
-
-    step = checkpoints.latest_step()
-    if step is None:
-        return None
-    if "optimizer" not in _item_names(checkpoints, step):
+    place = _directory(run_dir) / str(step)
+    if not (place / "optimizer").is_dir():
         raise InputError(
-            f"{checkpoints.directory}: an imported draft without optimiser state cannot be continued; "
+            f"{place}: an imported draft without optimiser state cannot be continued; "
             "give its checkpoint as draft.init_from of another run_dir"
         )
-    stored = _read_record(checkpoints, step)
-    for name, then, now in zip(DraftRecord._fields, stored, record, strict=True):
-        if then != now:
-            raise InputError(f"{checkpoints.directory}/{step}: {name} was {then}, now it is {now}; use another run_dir")
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    items: dict[str, Any] = {
-        "params": ocp.args.StandardRestore(abstract.params),
-        "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
-        "data": grain.checkpoint.CheckpointRestore(rows),
-    }
-    if state.ema is not None:
-        items["ema"] = ocp.args.StandardRestore(abstract.ema)
-    restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
-    optimizer = restored["optimizer"]
-    ema = restored["ema"] if state.ema is not None else None
-    return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"], ema), restored["data"]
+    if not (place / "run").is_dir():
+        raise InputError(
+            f"{place}: the run was started by another version of this program and cannot be resumed by this one; "
+            "use another run_dir, which may begin with the old run's export (draft.init_from)"
+        )
+    tree = _json_item(place, "run")
+    return _read_record(place), RunRecord(**{**tree, "log": LogMark(**tree["log"])})
 
 
-def load_draft(run_dir: str | Path) -> tuple[DraftRecord, Any, int]:
-    """The newest draft of a run: its record, its parameters (the average, if one is kept) and its step.
+def load_draft(
+    run_dir: str | Path, *, say: Say = warnings.warn, step: int | None = None
+) -> tuple[DraftRecord, Any, int]:
+    """The newest undamaged draft of a run: its record, its parameters (the average, if one is kept) and its step.
 
+    Args:
+        run_dir: the run's directory.
+        say: is told each damaged checkpoint that is passed over.
+        step: take the draft of this step instead.
     Raises:
-        InputError: the directory holds no finished checkpoint.
+        InputError: the directory holds no such checkpoint.
     """
-    directory = Path(run_dir) / "checkpoints"
+    directory = _directory(run_dir)
+    found = sound_checkpoint(run_dir, say=say, only=step)
+    if found is None:
+        what = "no finished checkpoint yet" if directory.is_dir() else "not a run directory (no checkpoints/ in it)"
+        raise InputError(f"{run_dir}: {what}")
+    place = directory / str(found)
+    record = _read_record(place)
+    item = "ema" if (place / "ema").is_dir() else "params"
+    config = record.config
+    shapes = jax.eval_shape(lambda: nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes)
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
+        restored = _restored(checkpoints, found, {item: ocp.args.StandardRestore(shapes)})
+    return record, restored[item], found
+
+
+def _directory(run_dir: str | Path) -> Path:
+    return (Path(run_dir) / CHECKPOINTS).resolve()
+
+
+def _steps(directory: Path) -> list[int]:
+    """The steps below a directory, newest first; unfinished ones have other names."""
     if not directory.is_dir():
-        raise InputError(f"{run_dir}: not a run directory (no checkpoints/ in it)")
-    with open_checkpoints(run_dir) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise InputError(f"{directory}: no finished checkpoint yet")
-        record = _read_record(checkpoints, step)
-        config = record.config
-        item = "ema" if "ema" in _item_names(checkpoints, step) else "params"
-        shapes = jax.eval_shape(lambda: nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"])
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes)
-        restored = checkpoints.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(shapes)}))
-    return record, restored[item], step
+        return []
+    names = [path.name for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]{0,18}", path.name)]
+    return sorted(map(int, names), reverse=True)
 
 
-def _read_record(checkpoints: ocp.CheckpointManager, step: int) -> DraftRecord:
-    stored = checkpoints.restore(step, args=ocp.args.Composite(draft=ocp.args.JsonRestore()))["draft"]
-    place = f"{checkpoints.directory}/{step}/draft"
-    config = from_tree(DraftConfig, stored["config"], place=place)
-    template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=place))
-    return DraftRecord(config, stored["target"], template)
+def _recorded_step(run_dir: Path) -> int | None:
+    """The newest step that was ever saved, as far as the run knows."""
+    path = run_dir / NEWEST
+    if not path.exists():
+        return None
+    step = read_json(path).get("step")
+    if type(step) is not int:
+        raise InputError(f"{path}: step is {step!r}, expected an integer; remove the file if {CHECKPOINTS}/ is whole")
+    return step
 
 
-def _item_names(checkpoints: ocp.CheckpointManager, step: int) -> set[str]:
-    return {path.name for path in (Path(checkpoints.directory) / str(step)).iterdir() if path.is_dir()}
+def _put_aside(run_dir: Path, place: Path) -> Path:
+    to = run_dir / SET_ASIDE / place.name
+    number = 1
+    while to.exists():
+        number += 1
+        to = to.with_name(f"{place.name}.{number}")
+    to.parent.mkdir(exist_ok=True)
+    place.rename(to)
+    return to
+
+
+def _accept_len(metrics: Any) -> float:
+    return metrics[HELDOUT]["accept_len"]
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words where they stand in a library's message."""
+    full = "No space left on device"
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return full if full in words else words[:200]
+
+
+def _restored(checkpoints: ocp.CheckpointManager, step: int, items: Mapping[str, Any]) -> Any:
+    try:
+        return checkpoints.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{checkpoints.directory}/{step}: does not fit: {reason}") from error
+
+
+def _json_item(place: Path, name: str) -> dict[str, Any]:
+    return read_json(place / name / "metadata")
+
+
+def _read_record(place: Path) -> DraftRecord:
+    stored = _json_item(place, "draft")
+    try:
+        config = from_tree(DraftConfig, stored["config"], place=f"{place}/draft")
+        template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft"))
+        return DraftRecord(config, stored["target"], template, stored.get("target_sha256"))
+    except KeyError as error:
+        raise InputError(f"{place}/draft: {error} is missing") from error
 
 
 def _record_json(record: DraftRecord) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(record.config),
         "target": record.target,
+        "target_sha256": record.target_sha256,
         **record.chat_template.as_json(),
     }

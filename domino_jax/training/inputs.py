@@ -10,13 +10,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.config import DataConfig, RunConfig, make_draft_config
 from domino_jax.data.conversations import Row, load_rows
-from domino_jax.data.features import FeatureRows, check_manifest
+from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.sharding import make_mesh, partition_spec
 from domino_jax.strict import InputError
-from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
+from domino_jax.target.fingerprint import tokenizer_fingerprint
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -35,6 +35,12 @@ class InputRows(NamedTuple):
     def epoch_rows(self) -> int:
         """Rows of batches in one epoch."""
         return len(self.rows) if self.packs is None else len(self.packs)
+
+    @property
+    def fingerprint(self) -> str:
+        """How many rows and the sha256, in hex, of their ids and masks, or of a capture's manifest."""
+        digest = self.rows.fingerprint if isinstance(self.rows, FeatureRows) else rows_fingerprint(self.rows)
+        return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
         """How many they are and what share of their positions is padding, in words."""
@@ -71,7 +77,9 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
     return _with_packs(rows, data)
 
 
-def read_features(config: RunConfig, target: Path, tokenizer: Any, draft: DraftConfig) -> InputRows:
+def read_features(
+    config: RunConfig, target: Path, tokenizer: Any, draft: DraftConfig, *, target_sha256: str
+) -> InputRows:
     """Opens the captured rows of `data.features`, and packs them if the run packs.
 
     Args:
@@ -79,6 +87,7 @@ def read_features(config: RunConfig, target: Path, tokenizer: Any, draft: DraftC
         target: the Hugging Face directory of the target.
         tokenizer: the target's.
         draft: says which layers it reads.
+        target_sha256: fingerprint of the target.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers, length or masking, or
             without the states that a loss with `kl_weight` needs.
@@ -87,7 +96,7 @@ def read_features(config: RunConfig, target: Path, tokenizer: Any, draft: DraftC
     assert data.features is not None
     rows = FeatureRows(data.features)
     asked = {
-        "target": target_fingerprint(target),
+        "target": target_sha256,
         "tokenizer": tokenizer_fingerprint(target, tokenizer),
         "target_layer_ids": draft.target_layer_ids,
         "max_length": data.max_length,

@@ -1,55 +1,29 @@
 """A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import RunConfig, dump_config
+from domino_jax.config import RunConfig
 from domino_jax.data.packing import row_lengths
-from domino_jax.data.template import chat_template
-from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, read_decoder_config
-from domino_jax.training.checkpoint import (
-    DraftRecord,
-    has_checkpoint,
-    open_checkpoints,
-    restore_checkpoint,
-    save_checkpoint,
-)
-from domino_jax.training.inputs import (
-    InputRows,
-    device_batch,
-    draft_of,
-    evaluation_batches,
-    read_features,
-    read_rows,
-    run_mesh,
-    training_batches,
-)
+from domino_jax.training.checkpoint import Checkpoints, RunRecord
+from domino_jax.training.inputs import device_batch, evaluation_batches, training_batches
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.optimizer import learning_rate_schedule, updates_done
-from domino_jax.training.program import StepArguments, lowered_step, make_program, resolved
-from domino_jax.training.run_directory import claim
-from domino_jax.training.skips import Diverged, Skip, SkipWatch, divergence, overflow
+from domino_jax.training.prepare import Run, prepare
+from domino_jax.training.program import StepArguments, lowered_step
+from domino_jax.training.skips import Diverged, Skip, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
-from domino_jax.training.start import state_at_start
-from domino_jax.training.step import (
-    Batch,
-    Program,
-    TrainState,
-    all_finite,
-    batch_metrics,
-)
+from domino_jax.training.step import Batch, TrainState, all_finite, batch_metrics
 from domino_jax.training.trace import Trace
+from domino_jax.training.window import Window, spikes, total
 
 HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
 
@@ -58,198 +32,168 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state; starting it again goes on from there."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a run needs once its inputs are read; `state` is the one at step 0."""
-
-    config: RunConfig
-    directory: Path
-    rows: InputRows
-    heldout: InputRows | None
-    record: DraftRecord
-    program: Program
-    mesh: Mesh
-    target_params: Any
-    state: TrainState
-    total_steps: int
-
-
 def train(
     config: RunConfig,
     *,
     console: Console,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Trains a drafter, or goes on with a run that was cut off.
+    """Trains a drafter, or resumes a run that was cut off.
 
     Args:
         config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and checkpoints/.
         console: where progress goes.
-        stop_requested: asked after each step; once it says so, the state is saved and the run ends.
+        stop_requested: asked after each step and during held-out passes; once it says so, the state is saved and
+            the run ends.
     Returns:
         The run directory.
     Raises:
-        InputError: unusable input, or a run directory that belongs to another configuration.
+        InputError: unusable input, or a run directory that belongs to another configuration or other inputs.
         Interrupted: `stop_requested` said so, and the state is saved.
         Diverged: `train.max_bad_steps` updates in a row, or the parameters, were not finite; no checkpoint is.
     """
     run = prepare(config, console=console)
-    with jax.set_mesh(run.mesh), open_checkpoints(run.directory, keep=config.train.keep_checkpoints) as checkpoints:
-        rows = training_batches(run.rows, config)
-        state = run.state
-        restored = restore_checkpoint(checkpoints, state, rows, run.record)
-        if restored is not None:
-            state, rows = restored
-            _say(console, f"resuming at step {int(state.step)} of {run.total_steps}")
-
-        finite = jax.jit(all_finite)
-
-        def newest_checkpoint() -> int | None:
-            checkpoints.wait_until_finished()
-            return checkpoints.latest_step()
-
-        def save(state: TrainState) -> None:
-            step = int(state.step)
-            if checkpoints.latest_step() == step:
-                return
-            if not finite(state.params):
-                raise Diverged(overflow(config, step, newest_checkpoint=newest_checkpoint()))
-            _say(console, f"saving checkpoint {step}")
-            save_checkpoint(checkpoints, state, rows, run.record)
-
-        log = MetricsLog(run.directory, from_step=int(state.step), tensorboard=config.train.tensorboard)
-        with log:
-            diverged = _run_steps(run, state, rows, log=log, save=save, stop_requested=stop_requested, console=console)
+    settings = run.config.train
+    kept = Checkpoints(run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best is not None)
+    with jax.set_mesh(run.mesh), kept as checkpoints:
+        rows, state = training_batches(run.rows, run.config), run.state
+        if run.resumed is not None:
+            state, rows = checkpoints.restore(run.resumed.step, state, rows)
+            _say(console, f"resuming at step {run.resumed.step} of {run.last_step}")
+        training = _Training(run, state, rows, checkpoints, stop_requested=stop_requested, console=console)
+        with training.log:
+            diverged = training.run_steps()
         if diverged is not None:
-            raise Diverged(divergence(config, diverged, newest_checkpoint=newest_checkpoint()))
+            raise Diverged(divergence(run.config, diverged, newest_checkpoint=checkpoints.newest()))
     return run.directory
 
 
-def prepare(config: RunConfig, *, console: Console) -> Run:
-    """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
-    mesh = run_mesh(config)
-    config = resolved(config, mesh)
-    directory = Path(config.run_dir)
-    started = has_checkpoint(directory)
-    claim(directory, config, started=started)
-    say = functools.partial(_say, console)
-    path = resolve_target(config.target, progress=say)
-    tokenizer = load_tokenizer(path)
-    data = config.data
-    target_config = read_decoder_config(path, dtype=config.dtype)
-    draft_config = draft_of(config, target_config, tokenizer)
-    say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
-    if data.train is None:
-        rows = read_features(config, path, tokenizer, draft_config)
-    else:
-        rows = read_rows(data.train, tokenizer, data, say=say)
-    heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
+class _Training:
+    """The steps of a run, and what is written along the way."""
 
-    step_rows = config.data.batch_size * config.optimizer.grad_accumulation
-    total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
-    program = make_program(config, target_config, draft_config, mesh, total_steps=total_steps)
-    template = chat_template(tokenizer, data.chat_template_kwargs)
-    say(f"loading target {path}")
-    target_runs = data.features is None or data.heldout is not None
-    only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
-    target = load_sharded_target(path, program.target, mesh, only=only)
-    layers_from = init_from = None
-    if not started:  # otherwise a checkpoint is about to replace the state
-        layers_from = path if config.draft.init_layers_from_target else None
-        init_from = config.draft.init_from
-    run = Run(
-        config=config,
-        directory=directory,
-        rows=rows,
-        heldout=heldout,
-        record=DraftRecord(draft_config, config.target, template),
-        program=program,
-        mesh=mesh,
-        target_params=target.params,
-        state=state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
-        total_steps=total_steps,
-    )
-    say(dump_config(config))
-    for name, part in (("training", rows), ("held out", heldout)):
-        if part is not None:
-            say(f"{name}: {part.summary(max_length=config.data.max_length)}")
-    say(
-        f"{total_steps} steps of {step_rows} rows on {mesh.size} {mesh.devices.flat[0].platform} device(s); the draft "
-        f"reads the target's layers {list(draft_config.target_layer_ids)}",
-    )
-    return run
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        rows: Any,
+        checkpoints: Checkpoints,
+        *,
+        stop_requested: Callable[[], bool],
+        console: Console,
+    ) -> None:
+        stored = None if run.resumed is None else run.resumed.record
+        self._run, self._state, self._rows, self._checkpoints = run, state, rows, checkpoints
+        self._stop_requested, self._console = stop_requested, console
+        self._say = functools.partial(_say, console)
+        self._step = self._began_at = int(state.step)
+        self._speed = Speed(run.config, run.program, run.mesh, lengths=row_lengths(run.rows.rows))
+        self._window = Window(stored.outcomes if stored else ())
+        self._watch = StepWatch(run.rows.rows, run.config, stored.watch if stored else None)
+        self._heldout = _HeldOut(run) if run.heldout else None
+        self._heldout_due = stored is not None and stored.heldout_due
+        self._finite = jax.jit(all_finite)
+        self.log = MetricsLog(
+            run.directory,
+            at=stored.log if stored else None,
+            step=self._step,
+            tensorboard=run.config.train.tensorboard,
+            say=self._say,
+        )
 
-
-def _run_steps(
-    run: Run,
-    state: TrainState,
-    rows: Iterator[dict[str, np.ndarray]],
-    *,
-    log: MetricsLog,
-    save: Callable[[TrainState], None],
-    stop_requested: Callable[[], bool],
-    console: Console,
-) -> Skip | None:
-    """Trains to the last step; the first of too many non-finite steps in a row where it had to stop."""
-    settings, total = run.config.train, run.total_steps
-    step, say = int(state.step), functools.partial(_say, console)
-    speed = Speed(run.config, run.program, run.mesh, lengths=row_lengths(run.rows.rows))
-    coming = range(step + 1, total + 1)
-    trace = Trace(run.directory, settings.profile, coming, paused=speed.paused, say=say)
-    if step >= total:
-        say(f"already trained for {step} steps")
+    def run_steps(self) -> Skip | None:
+        """Trains to the last step; the first of too many non-finite steps in a row where it had to stop."""
+        run, settings, last_step = self._run, self._run.config.train, self._run.last_step
+        if self._heldout_due:
+            # Nothing of this start is to be saved yet: a signal may end the process.
+            self._evaluate(stop_requested=lambda: False)
+        if self._step >= last_step:
+            self._say(f"already trained for {self._step} steps")
+            return None
+        micro_batches = run.config.optimizer.grad_accumulation
+        coming = range(self._step + 1, last_step + 1)
+        trace = Trace(run.directory, settings.profile, coming, paused=self._speed.paused, say=self._say)
+        with _progress(self._console) as progress, trace:
+            task = progress.add_task("training", total=last_step, completed=self._step, figures="")
+            compiled, stop = None, False
+            while self._step < last_step and not stop:
+                taken = next(self._rows)
+                batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
+                if compiled is None:
+                    compiled = _compiled_step(run, self._state, batch, console=self._console)
+                    self._speed.begin()
+                trace.before(self._step + 1, self._state)
+                self._state, sums = compiled(self._state, run.target_params, batch)
+                self._step += 1
+                trace.after(self._step, self._state)
+                progress.update(task, completed=self._step)
+                self._speed.add(taken["row_numbers"])
+                self._window.add(self._step, taken["row_numbers"], sums)
+                last = self._step == last_step
+                if self._step % settings.log_every == 0 or last:
+                    progress.update(task, figures=self._tell())
+                    if self._watch.diverged_at is not None:
+                        return self._watch.diverged_at
+                figures = None
+                if self._heldout and (self._step % settings.eval_every == 0 or last):
+                    figures = self._evaluate(stop_requested=self._stop_requested)
+                stop = self._heldout_due or self._stop_requested()
+                if self._step % settings.checkpoint_every == 0 or last or stop:
+                    self._save(figures)
+        if self._step < last_step or self._heldout_due:
+            raise Interrupted(f"stopped at step {self._step} of {last_step}; the same command goes on from there")
         return None
-    micro_batches = run.config.optimizer.grad_accumulation
-    taken = next(rows)
-    batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
-    compiled = _compiled_step(run, state, batch, console=console)
-    heldout = _HeldOut(run) if run.heldout else None
-    skips = SkipWatch(run.rows.rows, run.config)
 
-    with _progress(console) as progress, trace:
-        task = progress.add_task("training", total=total, completed=step, figures="")
-        window: dict[str, Any] = {}
-        speed.begin()
-        while True:
-            trace.before(step + 1, state)
-            state, sums = compiled(state, run.target_params, batch)
-            step += 1
-            trace.after(step, state)
-            window = {name: window[name] + value for name, value in sums.items()} if window else sums
-            skips.add(step, taken["row_numbers"], sums)
-            speed.add(taken["row_numbers"])
-            last = step == total or stop_requested()
-            if step % settings.log_every == 0 or last:
-                sums, updates = jax.device_get((window, updates_done(state.opt_state)))
-                timing = speed.figures(sums)  # the window's steps have run: that waited for them
-                figures = _training_figures(run, sums, step=step, updates=int(updates))
-                for skip in skips.fetch():
-                    say(f"step {skip.step}: update skipped, {skip.words}")
-                    log.write(skip.step, "skipped", skip.record)
-                log.write(step, "train", figures, timing=timing)
-                words = f"{_in_words(figures)}  {speed_words(timing)}"
-                progress.update(task, completed=step, figures=words)
-                if not console.is_terminal:
-                    say(f"step {step}/{total}  {words}")
-                if skips.diverged_at is not None:
-                    return skips.diverged_at
-                window = {}
-                speed.begin()
-            if heldout and (step % settings.eval_every == 0 or step == total):
-                with speed.paused(state):
-                    figures = heldout(state)
-                log.write(step, "heldout", figures)
-                say(f"step {step}/{total}  held out: {_in_words(figures)}")
-            if step % settings.checkpoint_every == 0 or last:
-                with speed.paused(state):
-                    save(state)  # before the next rows: the saved data position is this step's
-            if last:
-                break
-            taken = next(rows)
-            batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
-    if step < total:
-        raise Interrupted(f"stopped at step {step} of {total}; the same command goes on from there")
-    return None
+    def _tell(self) -> str:
+        """Writes the line of the window and of what stands out in it; its figures in words."""
+        run, outcomes = self._run, self._window.fetch()
+        # The window's steps have run: that waited for them. Only those of this start were timed.
+        timing = self._speed.figures(total([one for one in outcomes if one.step > self._began_at]))
+        sums = total(outcomes)
+        figures = _training_figures(run, sums, step=self._step, updates=int(updates_done(self._state.opt_state)))
+        for skip in self._watch.skips(outcomes):
+            self._say(f"step {skip.step}: update skipped, {skip.words}")
+            self.log.write(skip.step, "skipped", skip.record)
+        for spike in spikes(outcomes):
+            self._say(f"step {spike.outcome.step}: {self._watch.spike_words(spike)}")
+            self.log.write(spike.outcome.step, "spike", self._watch.spike_record(spike))
+        self.log.write(self._step, "train", figures, timing=timing)
+        words = f"{_in_words(figures)}  {speed_words(timing)}"
+        if not self._console.is_terminal:
+            self._say(f"step {self._step}/{run.last_step}  {words}")
+        self._window.clear()
+        self._speed.begin()
+        return words
+
+    def _evaluate(self, *, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
+        """Measures and writes the held-out figures; None, and still due, where the run was asked to stop."""
+        assert self._heldout is not None
+        with self._speed.paused(self._state):
+            figures = self._heldout(self._state, stop_requested=stop_requested)
+        self._heldout_due = figures is None
+        if figures is not None:
+            self.log.write(self._step, "heldout", figures)
+            self._say(f"step {self._step}/{self._run.last_step}  held out: {_in_words(figures)}")
+        return figures
+
+    def _save(self, heldout: dict[str, float] | None) -> None:
+        run, step = self._run, self._step
+        if self._checkpoints.saved(step):
+            return
+        with self._speed.paused(self._state):
+            if not self._finite(self._state.params):
+                newest = self._checkpoints.newest()
+                raise Diverged(overflow(run.config, step, newest_checkpoint=newest))
+            self._say(f"saving checkpoint {step}")
+            record = RunRecord(
+                config=dataclasses.asdict(run.config),
+                inputs=run.inputs,
+                outcomes=[outcome.as_json() for outcome in self._window.fetch()],
+                watch=self._watch.as_json(),
+                log=self.log.mark(),
+                heldout_due=self._heldout_due,
+            )
+            # Before the next rows are taken: the saved position in the data is this step's.
+            self._checkpoints.save(self._state, self._rows, run.record, record, heldout=heldout)
 
 
 def _compiled_step(
@@ -274,12 +218,15 @@ class _HeldOut:
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
+    def __call__(self, state: TrainState, *, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
+        """The figures, or None where the run was asked to stop between two batches."""
         run = self._run
         assert run.heldout is not None
         key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
         total: dict[str, Any] = {}
         for index, rows in enumerate(evaluation_batches(run.heldout, run.config)):
+            if stop_requested():
+                return None
             batch = jax.tree.map(lambda x: x[0], device_batch(run.mesh, rows, micro_batches=1))
             params = state.params if state.ema is None else state.ema
             sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))

@@ -1,17 +1,24 @@
 """What a run measured: sums that add up over batches, means made from them last, and the log they are written to."""
 
+import contextlib
+import hashlib
 import json
 import math
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from domino_jax.files import parse_json, read_text, write_whole
 from domino_jax.strict import InputError
 from domino_jax.training.modules import DFlashStepMetrics, DominoStepMetrics
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+LOG_BYTES = 2**32
+Say = Callable[[str], None]
 
 
 def metric_sums(metrics: DFlashStepMetrics) -> dict[str, jax.Array]:
@@ -68,26 +75,42 @@ def metric_means(sums: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in means.items()}
 
 
+class LogMark(NamedTuple):
+    """Where a log stands: the bytes of `metrics.jsonl` and their sha256, in hex."""
+
+    bytes: int
+    sha256: str
+
+
 class MetricsLog:
     """`metrics.jsonl` and `timing.jsonl` of a run directory and, when asked for, TensorBoard files.
 
-    One record per line: `step`, `split` ("train", "heldout" or "skipped") and its figures.
+    One record per line: `step`, `split` ("train", "heldout", "skipped" or "spike") and its figures.
     `metrics.jsonl` holds what the seed determines: two runs of one configuration write the same
-    bytes. What varies between them, times and speeds, is in `timing.jsonl`. A figure that is not
-    finite is null there, and `not_finite` names it. Records past the step that a run resumes from
-    are dropped, so that each step stands there once.
+    bytes, however often they are stopped and resumed. What varies between them, times and speeds,
+    is in `timing.jsonl`. A figure that is not finite is null there, and `not_finite` names it.
     """
 
-    def __init__(self, directory: Path, *, from_step: int, tensorboard: bool) -> None:
-        self._files = {}
-        for name in (METRICS, TIMING):
-            path = directory / name
-            kept = [line for line in _records(path) if line["step"] <= from_step]
-            beside = path.with_suffix(".jsonl.new")
-            beside.write_text("".join(_json_line(line) for line in kept))
-            beside.replace(path)
-            self._files[name] = path.open("a")
+    def __init__(self, directory: Path, *, at: LogMark | None, step: int, tensorboard: bool, say: Say) -> None:
+        """Opens the files as they were when the state was saved that the run starts with.
+
+        Args:
+            directory: the run's.
+            at: where `metrics.jsonl` stood then; what follows is cut off, since it will be written
+                again. None begins a log.
+            step: of that state; later records of `timing.jsonl` are dropped.
+            tensorboard: write TensorBoard files too.
+            say: is told when a log is gone.
+        Raises:
+            InputError: `metrics.jsonl` is not what it was, or TensorBoard is not installed.
+        """
         self._board = _tensorboard(directory) if tensorboard else None
+        kept = b"" if at is None else _bytes_until(directory / METRICS, at, say=say)
+        self._hash, self._count = hashlib.sha256(kept), len(kept)
+        timing = [line for line in _parsable(directory / TIMING) if line.get("step", 0) <= step]
+        write_whole(directory / METRICS, kept.decode("utf-8"))
+        write_whole(directory / TIMING, "".join(_json_line(line) for line in timing if at is not None))
+        self._files = {name: (directory / name).open("ab") for name in (METRICS, TIMING)}
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -99,15 +122,28 @@ class MetricsLog:
             self._board.close()
 
     def write(self, step: int, split: str, figures: dict[str, Any], *, timing: dict[str, float] | None = None) -> None:
-        """Adds one record of `figures`, and one of `timing` if given; on disk when this returns."""
+        """Adds one record of `figures`, and one of `timing` if given; with the system when this returns."""
         for name, part in ((METRICS, figures), (TIMING, timing)):
             if part is None:
                 continue
-            self._files[name].write(_json_line({"step": step, "split": split, **part}))
-            self._files[name].flush()
+            line = _json_line({"step": step, "split": split, **part}).encode()
+            file = self._files[name]
+            try:
+                file.write(line)
+                file.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, file.name) from error
+            if name == METRICS:
+                self._hash.update(line)
+                self._count += len(line)
             for figure, value in part.items():
                 if self._board and isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(f"{split}/{figure}", value, step)
+
+    def mark(self) -> LogMark:
+        """Where `metrics.jsonl` stands; on disk when this returns."""
+        os.fsync(self._files[METRICS].fileno())
+        return LogMark(self._count, self._hash.hexdigest())
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -115,15 +151,45 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
     A line cut off by a crash is left out. Runs of older versions have times in them, and may hold
     NaN.
+
+    Raises:
+        InputError: the file cannot be read, or a line of it is no record.
     """
-    return _records(directory / METRICS)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
+    path = directory / METRICS
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    for number, line in enumerate(read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            record = parse_json(line, place=f"{path}:{number}")
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise InputError(f"{path}:{number}: expected a record with its step, found {line[:80]!r}")
+            records.append(record)
+    return records
+
+
+def _bytes_until(path: Path, at: LogMark, *, say: Say) -> bytes:
+    if not path.exists() and at.bytes:
+        say(f"{path} is gone: the log begins anew, without the records up to here")
+        return b""
+    kept = read_text(path, limit=LOG_BYTES).encode()[: at.bytes] if path.exists() else b""
+    if LogMark(len(kept), hashlib.sha256(kept).hexdigest()) != at:
+        raise InputError(
+            f"{path}: its first {at.bytes} bytes are not those that the checkpoint was saved with; "
+            "put them back, or remove the file to go on with a log that begins anew"
+        )
+    return kept
+
+
+def _parsable(path: Path) -> Iterator[dict[str, Any]]:
+    """The records that can be read of a file that nothing depends on."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(InputError):
+            record = parse_json(line, place=str(path))
+            if isinstance(record, dict) and line.endswith("\n"):
+                yield record
 
 
 def _json_line(record: dict[str, Any]) -> str:

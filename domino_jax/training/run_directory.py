@@ -1,50 +1,104 @@
-"""A run directory belongs to one configuration: what may change between two starts, and what may not."""
+"""A run belongs to one configuration and one set of inputs: what may change between two starts, and what may not.
+
+Both are stored in each checkpoint, under its checksums. A run that was never saved has nothing to
+lose: it may begin with anything.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from domino_jax.config import RunConfig, dump_config, load_config
+from domino_jax.config import RunConfig, dump_config
 from domino_jax.files import write_whole
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, from_tree
+from domino_jax.training.checkpoint import DraftRecord
 
-# What may differ when a run is started again: nothing that changes its numbers.
-_FREE_TO_CHANGE = (
-    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.max_bad_steps", "train.profile"),
-    *("mesh", "loss.logits_mib"),  # change no more than the order of sums
+# What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
+# and logits_mib, which change the order of sums.
+_FREE = (
+    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best"),
+    *("train.max_bad_steps", "train.profile", "train.tensorboard", "train.extend"),
+    *("mesh", "loss.logits_mib", "run_dir"),
+)
+# Where an input lies is free too: what it holds is compared by its hash.
+_PLACES = ("target", "data.train", "data.features", "data.heldout", "draft.init_from")
+_OTHER_VERSION = (
+    "the run was started by another version of this program and cannot be resumed by this one; "
+    "use another run_dir, which may begin with the old run's export (draft.init_from)"
 )
 
 
-def claim(directory: Path, config: RunConfig, *, started: bool) -> None:
-    """Creates the run directory with the resolved config, or checks one that has a checkpoint.
+def check_settings(place: Path, stored: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses settings that would train something else than the run was started with.
 
+    Args:
+        place: the checkpoint, for messages.
+        stored: `RunRecord.config` of it.
+        config: of this start.
     Raises:
-        InputError: it was started with other settings, or by another version that had others.
+        InputError: each setting that differs, or a setting that this version does not know.
     """
-    path = directory / "config.yaml"
-    if not (started and path.exists()):
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(path, dump_config(config))
-        return
     try:
-        started_as = load_config(path)
+        started_as = from_tree(RunConfig, stored, place=str(place))
     except InputError as error:
-        raise InputError(
-            f"{error}: the run was started by another version of this program and cannot be resumed by this one; "
-            "use another run_dir, which may begin with the old run's export (draft.init_from)"
-        ) from error
-    before, now = (_flat(dataclasses.asdict(one)) for one in (started_as, config))
+        raise InputError(f"{error}: {_OTHER_VERSION}") from error
+    before, now = (_comparable(dataclasses.asdict(one)) for one in (started_as, config))
+    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    if not changed:
+        return
+    words = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(changed))
+    remedy = "use another run_dir"
+    if changed <= {"train.steps", "train.epochs"}:
+        remedy = "the schedules are stretched over them: train.extend=N trains N steps further at the last rate"
+    raise InputError(f"{place}: started with other settings ({words}); {remedy}")
+
+
+def check_inputs(place: Path, stored: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+    """Refuses inputs that are not those that a run was started with.
+
+    Args:
+        place: the checkpoint, for messages.
+        stored: `RunRecord.inputs` of it.
+        inputs: those of this start that are known by now.
+    Raises:
+        InputError: each input that changed, then and now.
+    """
     changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith((*_FREE_TO_CHANGE, "run_dir", "train.tensorboard"))
+        f"{name}: was {stored.get(name, 'not there')}, is {now}"
+        for name, now in inputs.items()
+        if stored.get(name) != now
     ]
     if changed:
-        raise InputError(f"{path}: started with other settings ({'; '.join(changed)}); use another run_dir")
+        raise InputError(f"{place}: what the run reads has changed: {'; '.join(changed)}; use another run_dir")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def check_draft(place: Path, stored: DraftRecord, record: DraftRecord) -> None:
+    """Refuses a target whose config or template would make another draft of the same settings.
+
+    Raises:
+        InputError: each field of the draft that differs, or the template.
+    """
+    then, now = (dataclasses.asdict(one.config) for one in (stored, record))
+    changed = [f"draft {key} {then[key]!r} -> {now[key]!r}" for key in now if then[key] != now[key]]
+    if stored.chat_template != record.chat_template:
+        changed.append(f"chat template {stored.chat_template} -> {record.chat_template}")
+    if changed:
+        raise InputError(f"{place}: the target has changed: {'; '.join(changed)}; use another run_dir")
+
+
+def write_config(directory: Path, config: RunConfig) -> None:
+    """Creates the run directory where it is missing and writes the resolved config into it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / "config.yaml", dump_config(config))
+
+
+def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in _flat(tree).items() if not key.startswith(_FREE)}
+    return flat | {key: flat[key] is not None for key in _PLACES if key in flat}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,20 +1,17 @@
-"""Updates that were skipped: why, on which lines of the data, and when a run has to stop for it.
+"""Steps that a person should hear of: skipped updates and when a run has to stop for them, and spikes.
 
 A step leaves everything as it was where its batch has no anchor, or where its loss or its gradient
-is not finite (`training.step`). Whether it did is known on the device
-first; asking after every step would make the host wait for each. So the answers are kept beside the
-row numbers of their steps and fetched once per window of `train.log_every` steps.
+is not finite (`training.step`). Such steps, and those whose loss stands out of their window, are
+told with the lines of the data that they were made of.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
-
 from domino_jax.config import RunConfig
 from domino_jax.data.conversations import Row
+from domino_jax.training.window import Spike, StepOutcome
 
 NONFINITE, NO_ANCHOR = "nonfinite", "no_anchor"
 REASONS = {
@@ -29,29 +26,32 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True)
-class Skip:
-    """A step without an update.
+class Place:
+    """Which part of the data a step was made of.
 
     Attributes:
-        step: counted as `TrainState.step` after it.
-        reason: a key of `REASONS`.
         source: the file of conversations, or the directory of a capture.
         unit: "lines" of the file, or "rows" of a capture, which does not know them.
         numbers: which ones were in the batch, counted from 1, in the batch's order.
     """
 
-    step: int
-    reason: str
     source: str
     unit: str
     numbers: list[int]
 
-    @property
-    def place(self) -> str:
-        """Where its rows come from, for a person; long lists are cut."""
+    def __str__(self) -> str:
         shown = ", ".join(map(str, self.numbers[:MAX_SHOWN]))
         more = len(self.numbers) - MAX_SHOWN
         return f"{self.unit} {shown}{f' and {more} more' if more > 0 else ''} of {self.source}"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A step without an update; `reason` is a key of `REASONS`."""
+
+    step: int
+    reason: str
+    place: Place
 
     @property
     def words(self) -> str:
@@ -61,57 +61,63 @@ class Skip:
     @property
     def record(self) -> dict[str, Any]:
         """What `metrics.jsonl` says of it."""
-        return {"reason": self.reason, self.unit: self.numbers}
+        return {"reason": self.reason, self.place.unit: self.place.numbers}
 
 
-class SkipWatch:
-    """Tells the skipped steps of each window, and the run of non-finite ones that is too long.
+class StepWatch:
+    """Tells the skipped steps and the spikes of each window, and the non-finite ones that are too many.
 
     Attributes:
         diverged_at: the first of `max_bad_steps` non-finite steps in a row, once there were as many.
-            Batches without anchors say nothing about finiteness: they neither count nor end the
-            row. A run that is started again counts from nothing.
+            Batches without anchors say nothing about finiteness: they neither count nor end the row.
     """
 
-    def __init__(self, rows: Sequence[Row], config: RunConfig) -> None:
+    def __init__(self, rows: Sequence[Row], config: RunConfig, stored: Mapping[str, Any] | None = None) -> None:
         self.diverged_at: Skip | None = None
         self._rows, self._max_bad_steps = rows, config.train.max_bad_steps
         self._source = str(config.data.train or config.data.features)
-        self._pending: list[tuple[int, np.ndarray, tuple[jax.Array, jax.Array]]] = []
-        self._first_bad: Skip | None = None
-        self._bad_in_a_row = 0
+        self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
+        self._first_bad: list[Any] | None = stored["first_bad"] if stored else None
 
-    def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
-        """Takes note of a step: its rows, int [...] with -1 for none, and what `train_step` returned."""
-        flags = sums["updates"], sums["skipped_nonfinite"]
-        self._pending.append((step, row_numbers, flags))
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint: the non-finite steps up to now that stand in a row."""
+        return {"bad_in_a_row": self._bad_in_a_row, "first_bad": self._first_bad}
 
-    def fetch(self) -> Iterator[Skip]:
-        """The skipped steps since the last call, in order; waits for the device."""
-        pending, self._pending = self._pending, []
-        outcomes: list[Any] = jax.device_get([flags for _, _, flags in pending])
-        for (step, row_numbers, _), (updated, nonfinite) in zip(pending, outcomes, strict=True):
-            if updated:
+    def skips(self, outcomes: Sequence[StepOutcome]) -> Iterator[Skip]:
+        """The skipped steps of a window, in order; each window is asked about once."""
+        for outcome in outcomes:
+            if outcome.updated:
                 self._bad_in_a_row = 0
                 continue
-            skip = self._skip(step, NONFINITE if nonfinite else NO_ANCHOR, row_numbers)
-            if nonfinite:
-                self._count(skip)
-            yield skip
+            if outcome.nonfinite:
+                self._count(outcome)
+            reason = NONFINITE if outcome.nonfinite else NO_ANCHOR
+            yield Skip(outcome.step, reason, self._place(outcome.rows))
 
-    def _count(self, skip: Skip) -> None:
+    def spike_words(self, spike: Spike) -> str:
+        """A spike for a person: how large, and on what."""
+        loss = f"loss {spike.outcome.loss:.3f} is {spike.times:.1f} times the window's median"
+        return f"{loss}; {self._place(spike.outcome.rows)}"
+
+    def spike_record(self, spike: Spike) -> dict[str, Any]:
+        """What `metrics.jsonl` says of a spike."""
+        place = self._place(spike.outcome.rows)
+        return {"loss": spike.outcome.loss, "median": spike.median, place.unit: place.numbers}
+
+    def _count(self, outcome: StepOutcome) -> None:
         if self._bad_in_a_row == 0:
-            self._first_bad = skip
+            self._first_bad = [outcome.step, outcome.rows]
         self._bad_in_a_row += 1
         if self._bad_in_a_row == self._max_bad_steps and self.diverged_at is None:
-            self.diverged_at = self._first_bad
+            assert self._first_bad is not None
+            step, rows = self._first_bad
+            self.diverged_at = Skip(step, NONFINITE, self._place(rows))
 
-    def _skip(self, step: int, reason: str, row_numbers: np.ndarray) -> Skip:
-        numbers = [int(number) for number in row_numbers.flat if number >= 0]
-        lines = [line for line in (self._rows[number].line for number in numbers) if line is not None]
-        if len(lines) == len(numbers):
-            return Skip(step, reason, self._source, "lines", lines)
-        return Skip(step, reason, self._source, "rows", [number + 1 for number in numbers])
+    def _place(self, rows: Sequence[int]) -> Place:
+        lines = [line for line in (self._rows[number].line for number in rows) if line is not None]
+        if len(lines) == len(rows):
+            return Place(self._source, "lines", lines)
+        return Place(self._source, "rows", [number + 1 for number in rows])
 
 
 def divergence(config: RunConfig, first: Skip, *, newest_checkpoint: int | None) -> str:

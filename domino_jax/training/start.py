@@ -46,7 +46,7 @@ def state_at_start(
     fresh = jax.jit(
         lambda: nn.meta.unbox(init_variables(DraftModel(config), key))["params"], out_shardings=layout.params
     )
-    params = fresh()
+    params = fresh() if init_from is None else _placed(starting_params(init_from, config), layout.params)
     if layers_from is not None:
         apart = Target(replace(program.target.cfg, dtype="float32"))
         wanted = _copied(config, layout.params)
@@ -54,9 +54,16 @@ def state_at_start(
         # Jitted with its layout: no device holds more than its share.
         start = jax.jit(functools.partial(draft_from_target, config), out_shardings=layout.params)
         params = start(params, top)
-    if init_from is not None:
-        params = jax.device_put(starting_params(init_from, config), layout.params)
     return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
+
+
+def _placed(params: Any, layout: Any) -> Any:
+    """Arrays of the host on the devices, to each its share alone; a process fills its own devices."""
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+        params,
+        layout,
+    )
 
 
 def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from domino_jax.data import features
 from domino_jax.data.conversations import Row
 from domino_jax.data.features import (
     FeatureRows,
@@ -60,6 +61,29 @@ def write_capture(directory: Path, *, target_states: bool = True) -> list[Row]:
     write_shard(directory, 0, rows[:3])
     write_shard(directory, 1, rows[3:])
     return rows
+
+
+@pytest.mark.parametrize("field", ["features", "target_states"])
+def test_states_that_are_not_finite_are_neither_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    rows = write_capture(tmp_path)
+    states = getattr(rows[3], field).copy()
+    states[0, :2] = np.nan, -np.inf
+    shard_path(tmp_path, 1).unlink()
+    bad = rows[3]._replace(**{field: states}, line=17)
+    counted = f"{field}: 2 of {states.size} entries are not finite in bfloat16; "
+    with pytest.raises(InputError) as caught:
+        write_shard(tmp_path, 1, [bad])
+    assert str(caught.value).startswith(f"{tmp_path}: line 17 of the conversations was not captured: {counted}")
+    assert not shard_path(tmp_path, 1).exists()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(features, "require_finite", lambda *_, **__: None)
+        write_shard(tmp_path, 1, [bad])
+    assert len(list(zip(range(3), FeatureRows(tmp_path), strict=False))) == 3
+    with pytest.raises(InputError) as caught:
+        FeatureRows(tmp_path)[3]
+    assert str(caught.value).startswith(f"{tmp_path}: row 3: {counted}")
 
 
 @pytest.mark.parametrize("target_states", [True, False])

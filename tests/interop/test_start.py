@@ -8,6 +8,7 @@ from typing import Any
 
 import chex
 import jax
+import numpy as np
 import pytest
 from reference import dflash_config, draft_config, random_params
 from rich.console import Console
@@ -20,7 +21,8 @@ from domino_jax.interop.start import starting_params
 from domino_jax.model_config import DraftConfig, RopeScaling
 from domino_jax.strict import InputError
 from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.loop import prepare, train
+from domino_jax.training.loop import train
+from domino_jax.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,15 @@ def quiet() -> Console:
 
 def test_step_0_has_the_weights_of_the_checkpoint(target: Path, checkpoint: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"draft": {"init_from": str(checkpoint)}, "optimizer": {"ema_decay": 0.9}}
+    changes |= {"mesh": {"data": 1, "fsdp": 8}}
     run = prepare(load_config(run_config(tmp_path, target, **changes)), console=quiet())
     expected = load_hf_draft(checkpoint)[1]
     chex.assert_trees_all_equal(jax.device_get(run.state.params), jax.device_get(expected))
     chex.assert_trees_all_equal(jax.device_get(run.state.ema), jax.device_get(expected))
     assert int(run.state.step) == 0
+    # Split from the host's memory: no device ever holds more than its share.
+    host = jax.tree.leaves(starting_params(checkpoint, run.record.config))
+    assert {(type(leaf), leaf.dtype.name) for leaf in host} == {(np.ndarray, "float32")}
     chex.assert_trees_all_equal_shapes_and_dtypes(run.state.params, expected)
 
 

@@ -18,8 +18,9 @@ from domino_jax.target.model import Target
 from domino_jax.target.safetensors import StoredTensor
 from domino_jax.training import capture as capturing
 from domino_jax.training.capture import capture
-from domino_jax.training.loop import prepare, train
+from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
+from domino_jax.training.prepare import prepare
 
 LAYERS = (0, 2)
 WIDTH = CONFIG.hidden_size * len(LAYERS)

@@ -22,6 +22,7 @@ from rich.console import Console
 from tiny import CONFIG, run_config, write_conversations, write_target
 
 from domino_jax.config import dump_config, load_config
+from domino_jax.files import write_checksums
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
@@ -29,8 +30,9 @@ from domino_jax.target.safetensors import StoredTensor
 from domino_jax.training import loop, program
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch
-from domino_jax.training.loop import Interrupted, prepare, train
+from domino_jax.training.loop import Interrupted, train
 from domino_jax.training.metrics import read_metrics
+from domino_jax.training.prepare import prepare
 from domino_jax.training.start import draft_from_target
 
 
@@ -48,35 +50,68 @@ def final_bits(run_dir: Path, step: int) -> Any:
         assert checkpoints.latest_step() == step
         import orbax.checkpoint as ocp
 
-        items = {name: ocp.args.StandardRestore() for name in ("params", "optimizer")}
+        names = ("params", "optimizer", "ema")
+        there = [name for name in names if (run_dir / "checkpoints" / str(step) / name).is_dir()]
+        items = {name: ocp.args.StandardRestore() for name in there}
         return jax.device_get(dict(checkpoints.restore(step, args=ocp.args.Composite(**items))))
 
 
-def test_a_run_interrupted_twice_ends_with_the_same_bits(target: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    for directory in (whole, parts):
-        directory.mkdir()
-    changes: dict[str, Any] = {"optimizer": {"ema_decay": 0.9}, "train": {"log_every": 1}}
-    train(load_config(run_config(whole, target, **changes)), console=quiet())
+class Stop:
+    """Asks a run to stop, at its n-th question."""
 
-    config = load_config(run_config(parts, target, **changes))
-    for stop_at in (2, 5):
-        steps = iter(range(int(1e6)))
-        done = read_metrics(parts / "run")
-        begin = max((line["step"] for line in done), default=0)
+    def __init__(self, at: int) -> None:
+        self._left = at
 
-        def stop(begin: int = begin, steps: Any = steps, stop_at: int = stop_at) -> bool:
-            return begin + next(steps) + 1 >= stop_at
+    def __call__(self) -> bool:
+        self._left -= 1
+        return self._left < 0
 
-        with pytest.raises(Interrupted, match=f"stopped at step {stop_at} of 6"):
-            train(config, console=quiet(), stop_requested=stop)
+
+# The window of the log, checkpoints and held-out passes fall apart.
+ODD: dict[str, Any] = {
+    "optimizer": {"ema_decay": 0.9},
+    "train": {"steps": 11, "log_every": 5, "checkpoint_every": 4, "eval_every": 3, "keep_checkpoints": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `ODD` that was never stopped."""
+    directory = tmp_path_factory.mktemp("whole")
+    return train(load_config(run_config(directory, target, **ODD)), console=quiet())
+
+
+def assert_same_run(one: Path, other: Path, *, step: int) -> None:
+    chex.assert_trees_all_equal(final_bits(one, step), final_bits(other, step))
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("stops", [[2, 3], pytest.param([1] * 12, marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_ends_with_the_same_bits(
+    whole: Path, target: Path, tmp_path: Path, stops: list[int]
+) -> None:
+    """Wherever it is: in a window of the log, in the middle of a held-out pass, at the last step."""
+    config = load_config(run_config(tmp_path, target, **ODD))
+    for at in stops:
+        try:
+            train(config, console=quiet(), stop_requested=Stop(at))
+        except Interrupted as stopped:
+            assert "the same command goes on from there" in str(stopped)
     train(config, console=quiet())
-    chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
-    assert (whole / "run" / "metrics.jsonl").read_bytes() == (parts / "run" / "metrics.jsonl").read_bytes()
+    assert_same_run(whole, tmp_path / "run", step=11)
     # The average is what leaves the run.
-    exported = load_draft(parts / "run")[1]
-    raw = final_bits(parts / "run", 6)["params"]
+    exported = load_draft(tmp_path / "run")[1]
+    raw = final_bits(tmp_path / "run", 11)["params"]
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (exported, raw)), strict=True))
+
+
+def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
+    config = load_config(run_config(tmp_path, target, train={"checkpoint_every": 100}, data={"heldout": None}))
+    for step in (1, 2, 3):
+        with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):
+            train(config, console=quiet(), stop_requested=Stop(0))
+        assert load_draft(tmp_path / "run")[2] == step
+    assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -204,9 +239,15 @@ def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -
 def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
     train(load_config(path), console=quiet())
-    stored = tmp_path / "run" / "config.yaml"
-    stored.write_text(stored.read_text().replace("  options: {}\n", "  dpace_alpha: 0.5\n"))
-    with pytest.raises(InputError, match=r"config\.yaml: loss: unknown key 'dpace_alpha'.*another version.*run_dir"):
+    for step in ("4", "6"):
+        checkpoint = tmp_path / "run" / "checkpoints" / step
+        stored = checkpoint / "run" / "metadata"
+        stored.write_text(stored.read_text().replace('"options": {}', '"dpace_alpha": 0.5'))
+        write_checksums(checkpoint)
+        (checkpoint / "SHA256SUMS").write_text(
+            "".join(x for x in (checkpoint / "SHA256SUMS").open() if not x.endswith("  commit_success.txt\n"))
+        )
+    with pytest.raises(InputError, match=r"unknown key 'dpace_alpha'.*another version.*run_dir"):
         train(load_config(path), console=quiet())
 
 

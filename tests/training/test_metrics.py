@@ -1,11 +1,15 @@
-"""The log of a run: JSON that any reader takes, times apart, and files of older runs."""
+"""The log of a run: JSON that any reader takes, times apart, resumed where its checkpoint says."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from domino_jax.training.metrics import MetricsLog, read_metrics
+import pytest
+
+from domino_jax.strict import InputError
+from domino_jax.training.metrics import LogMark, MetricsLog, read_metrics
 
 
 def refuse(name: str) -> Any:
@@ -16,8 +20,12 @@ def strictly(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+def opened(directory: Path, at: LogMark | None = None, *, step: int = 0, **options: Any) -> MetricsLog:
+    return MetricsLog(directory, at=at, step=step, **{"tensorboard": False, "say": print} | options)
+
+
 def test_figures_that_are_not_finite_are_null_and_named(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, from_step=0, tensorboard=True) as log:
+    with opened(tmp_path, tensorboard=True) as log:
         log.write(2, "train", {"loss": math.nan, "grad_norm": math.inf, "accept_len": 1.5, "updates": 0.0})
     assert strictly(tmp_path / "metrics.jsonl") == [
         {"step": 2, "split": "train", "loss": None, "grad_norm": None, "accept_len": 1.5, "updates": 0.0}
@@ -25,12 +33,19 @@ def test_figures_that_are_not_finite_are_null_and_named(tmp_path: Path) -> None:
     ]
 
 
-def test_times_stand_apart_and_both_files_drop_what_is_done_again(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path, from_step=0, tensorboard=False) as log:
+def written(directory: Path) -> LogMark:
+    """A log of three steps, and where it stood after the second."""
+    with opened(directory) as log:
         for step in (1, 2, 3):
             log.write(step, "train", {"loss": 0.5}, timing={"seconds_per_step": 0.1})
+            if step == 2:
+                mark = log.mark()
         log.write(3, "heldout", {"loss": 0.25})
-    with MetricsLog(tmp_path, from_step=2, tensorboard=False) as log:
+    return mark
+
+
+def test_times_stand_apart_and_both_files_drop_what_is_done_again(tmp_path: Path) -> None:
+    with opened(tmp_path, written(tmp_path), step=2) as log:
         log.write(3, "train", {"loss": 0.125}, timing={"seconds_per_step": 0.2})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 0.5), (2, 0.5), (3, 0.125)]
     timing = strictly(tmp_path / "timing.jsonl")
@@ -41,12 +56,52 @@ def test_times_stand_apart_and_both_files_drop_what_is_done_again(tmp_path: Path
     ]
 
 
-def test_a_log_of_an_older_run_is_taken_up(tmp_path: Path) -> None:
-    """It has times among its figures, may hold NaN, has no timing.jsonl, and ends where it was cut off."""
-    old = '{"step": 1, "split": "train", "loss": NaN, "tokens_per_second": 5.0}\n{"step": 2, "spl'
-    (tmp_path / "metrics.jsonl").write_text(old)
-    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
-    with MetricsLog(tmp_path, from_step=1, tensorboard=False) as log:
-        log.write(2, "train", {"loss": 0.5}, timing={"seconds_per_step": 0.1})
-    first, second = strictly(tmp_path / "metrics.jsonl")
-    assert first["loss"] is None and first["tokens_per_second"] == 5.0 and second["loss"] == 0.5
+def test_a_mark_goes_on_counting(tmp_path: Path) -> None:
+    """After two starts it says of the file what a reader finds."""
+    mark = written(tmp_path)
+    with opened(tmp_path, mark, step=2) as log:
+        assert log.mark() == mark
+        log.write(3, "train", {"loss": 0.125})
+        again = log.mark()
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert again == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b'{"step": 1'])
+def test_a_log_that_was_changed_is_refused(tmp_path: Path, damage: bytes) -> None:
+    mark = written(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damage + path.read_bytes()[len(damage) + 1 :])
+    with pytest.raises(InputError, match=r"metrics\.jsonl: "):
+        opened(tmp_path, mark, step=2)
+
+
+def test_a_log_that_is_gone_begins_anew_and_says_so(tmp_path: Path) -> None:
+    mark, said = written(tmp_path), []
+    (tmp_path / "metrics.jsonl").unlink()
+    with opened(tmp_path, mark, step=2, say=said.append) as log:
+        log.write(3, "train", {"loss": 0.125})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3] and len(said) == 1
+
+
+def test_damaged_times_are_left_out(tmp_path: Path) -> None:
+    mark = written(tmp_path)
+    timing = tmp_path / "timing.jsonl"
+    timing.write_bytes(b"\xff\n[]\n{}\n" + timing.read_bytes() + b'{"step": ')
+    with opened(tmp_path, mark, step=2):
+        pass
+    assert [line.get("step") for line in strictly(timing)] == [None, 1, 2]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"split": "train"}', '{"step": "1"}'])
+def test_read_metrics_names_a_bad_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: "):
+        read_metrics(tmp_path)
+
+
+def test_read_metrics_takes_logs_of_older_runs(tmp_path: Path) -> None:
+    """They may hold NaN, and end where they were cut off."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": NaN}\n{"step": 2, "spl')
+    (record,) = read_metrics(tmp_path)
+    assert math.isnan(record["loss"])

@@ -19,8 +19,9 @@ from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
 from domino_jax.target.model import Target
-from domino_jax.training.loop import Interrupted, prepare, train
+from domino_jax.training.loop import Interrupted, train
 from domino_jax.training.modules import build_trainer
+from domino_jax.training.prepare import prepare
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
 LENGTHS, ROOM = (13, 8, 11), 36

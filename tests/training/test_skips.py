@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -16,11 +15,12 @@ from tiny import WORDS, run_config, write_target
 from domino_jax.config import RunConfig, load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
-from domino_jax.training.checkpoint import has_checkpoint, open_checkpoints
+from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
 from domino_jax.training.optimizer import learning_rate_schedule
-from domino_jax.training.skips import Diverged, SkipWatch, divergence
+from domino_jax.training.skips import Diverged, StepWatch, divergence
+from domino_jax.training.window import Spike, StepOutcome
 
 
 def poisoned(directory: Path, name: str, row: int) -> Path:
@@ -115,13 +115,13 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path, override: st
     path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
     with pytest.raises(Diverged, match=r"the parameters are not finite after step 1, .*no checkpoint was written yet"):
         train(load_config(path, [override]), console=quiet())
-    assert not has_checkpoint(tmp_path / "run")
+    assert sound_checkpoint(tmp_path / "run", say=print) is None
     strictly(tmp_path / "run" / "metrics.jsonl")
 
 
-def watch(**settings: Any) -> SkipWatch:
+def watch(stored: Any = None, **settings: Any) -> StepWatch:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool), line=10 + number) for number in range(40)]
-    return SkipWatch(rows, config(**settings))
+    return StepWatch(rows, config(**settings), stored)
 
 
 def config(max_bad_steps: int = 3, **data: Any) -> RunConfig:
@@ -136,11 +136,11 @@ def config(max_bad_steps: int = 3, **data: Any) -> RunConfig:
     )
 
 
-def outcome(updates: int, nonfinite: int) -> dict[str, jax.Array]:
-    return {"updates": jnp.float32(updates), "skipped_nonfinite": jnp.float32(nonfinite)}
+def outcome(step: int, updates: int, nonfinite: int, rows: Any = ()) -> StepOutcome:
+    return StepOutcome(step, list(rows), {"updates": np.float32(updates), "skipped_nonfinite": np.float32(nonfinite)})
 
 
-GOOD, BAD, EMPTY = outcome(1, 0), outcome(0, 1), outcome(0, 0)
+GOOD, BAD, EMPTY = (1, 0), (0, 1), (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -153,38 +153,41 @@ GOOD, BAD, EMPTY = outcome(1, 0), outcome(0, 1), outcome(0, 0)
     ],
 )
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_only_steps_in_a_row_count(outcomes: list[Any], diverged_at: int | None, window: int) -> None:
-    skips, told = watch(), []
-    for step, sums in enumerate(outcomes, start=1):
-        skips.add(step, np.array([[step]]), sums)
-        if step % window == 0 or step == len(outcomes):
-            told += skips.fetch()
+@pytest.mark.parametrize("restarted", [False, True])
+def test_only_steps_in_a_row_count(outcomes: list[Any], diverged_at: int | None, window: int, restarted: bool) -> None:
+    """However the steps fall into windows, and when the run is started again after each."""
+    steps, told = watch(), []
+    numbered = [outcome(step, *sums, rows=[step]) for step, sums in enumerate(outcomes, start=1)]
+    for first in range(0, len(numbered), window):
+        told += steps.skips(numbered[first : first + window])
+        if restarted and steps.diverged_at is None:
+            steps = watch(json.loads(json.dumps(steps.as_json())))
     assert [skip.step for skip in told] == [step for step, x in enumerate(outcomes, 1) if x is not GOOD]
     assert {skip.reason for skip in told} <= {"nonfinite", "no_anchor"}
-    assert (skips.diverged_at and skips.diverged_at.step) == diverged_at
+    assert (steps.diverged_at and steps.diverged_at.step) == diverged_at
 
 
 def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
-    skips = watch()
-    skips.add(1, np.array([[3, -1], [0, 5]]), BAD)
-    skips.add(2, np.arange(20), EMPTY)
-    first, second = skips.fetch()
+    first, second = watch().skips([outcome(1, *BAD, rows=[3, 0, 5]), outcome(2, *EMPTY, rows=range(20))])
     assert first.record == {"reason": "nonfinite", "lines": [13, 10, 15]}
-    assert first.place == "lines 13, 10, 15 of a.jsonl"
+    assert str(first.place) == "lines 13, 10, 15 of a.jsonl"
     assert second.words.startswith("no anchor in its batch; lines 10, 11,") and "and 4 more of a.jsonl" in second.words
 
 
 def test_captured_rows_are_named_by_their_number() -> None:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool))] * 3
-    skips = SkipWatch(rows, config(features="states"))
-    skips.add(1, np.array([2, 0]), BAD)
-    (skip,) = skips.fetch()
-    assert skip.place == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
+    (skip,) = StepWatch(rows, config(features="states")).skips([outcome(1, *BAD, rows=[2, 0])])
+    assert str(skip.place) == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
 
 
 def test_the_message_without_a_checkpoint_promises_none() -> None:
-    skips = watch(max_bad_steps=1)
-    skips.add(1, np.array([2]), BAD)
-    (skip,) = skips.fetch()
+    (skip,) = watch(max_bad_steps=1).skips([outcome(1, *BAD, rows=[2])])
     said = divergence(config(max_bad_steps=1), skip, newest_checkpoint=None)
     assert "no checkpoint was written yet" in said and "lines 12 of a.jsonl" in said
+
+
+def test_a_spike_names_its_size_and_its_lines() -> None:
+    sums = {"updates": np.float32(1), "loss_sum": np.float32(9), "loss_weight": np.float32(1)}
+    spike = Spike(StepOutcome(7, [3, 0], sums), 3.0)
+    assert watch().spike_words(spike) == "loss 9.000 is 3.0 times the window's median; lines 13, 10 of a.jsonl"
+    assert watch().spike_record(spike) == {"loss": 9.0, "median": 3.0, "lines": [13, 10]}

@@ -12,7 +12,7 @@ from tiny import run_config, write_target
 from domino_jax.config import load_config
 from domino_jax.stages import HEAD, STAGES
 from domino_jax.training.inputs import device_batch, training_batches
-from domino_jax.training.loop import prepare
+from domino_jax.training.prepare import prepare
 from domino_jax.training.step import train_step
 
 

@@ -1,0 +1,114 @@
+"""The steps since the last line of the log: what each measured, on the device until somebody asks.
+
+A line of `metrics.jsonl` speaks of a window of `train.log_every` steps. Asking the device after
+each of them would make the host wait, so the outcomes of a window stay where they are and come
+over together:
+
+    step 11  step 12  step 13 | checkpoint: fetched, and stored with the state
+    step 14  step 15          | line: fetched, added up, told, forgotten
+
+They belong to a checkpoint: a run that is resumed after step 13 writes the line of step 15 as if
+it had never stopped, to the last bit.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+SPIKE = 2.0  # times the median of the window
+SPIKE_STEPS = 5  # a median of fewer says nothing
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step was made of and what came of it.
+
+    Attributes:
+        step: counted as `TrainState.step` after it.
+        rows: numbers of the rows of its batch, in the batch's order.
+        sums: what `train_step` returned; float32 scalars.
+    """
+
+    step: int
+    rows: list[int]
+    sums: Mapping[str, Any]
+
+    @property
+    def updated(self) -> bool:
+        """Whether the step moved the draft."""
+        return bool(self.sums["updates"])
+
+    @property
+    def nonfinite(self) -> bool:
+        """Whether its loss or its gradient was not finite."""
+        return bool(self.sums["skipped_nonfinite"])
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the batch, weighted."""
+        return float(self.sums["loss_sum"] / max(self.sums["loss_weight"], np.float32(1e-6)))
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint. float32 -> float -> JSON -> float32 gives the same bits."""
+        return dataclasses.asdict(self) | {"sums": {name: float(x) for name, x in self.sums.items()}}
+
+
+class Window:
+    """Outcomes that no line tells yet."""
+
+    def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._outcomes = [
+            StepOutcome(one["step"], one["rows"], {k: np.float32(x) for k, x in one["sums"].items()}) for one in stored
+        ]
+
+    def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
+        """Takes note of a step: its rows, int [...] with -1 for none, and what `train_step` returned."""
+        rows = [int(number) for number in row_numbers.flat if number >= 0]
+        self._outcomes.append(StepOutcome(step, rows, sums))
+
+    def fetch(self) -> list[StepOutcome]:
+        """All outcomes, on the host; waits for the device."""
+        sums = jax.device_get([outcome.sums for outcome in self._outcomes])
+        pairs = zip(self._outcomes, sums, strict=True)
+        self._outcomes = [dataclasses.replace(outcome, sums=values) for outcome, values in pairs]
+        return self._outcomes
+
+    def clear(self) -> None:
+        """Forgets the outcomes: their line is written."""
+        self._outcomes = []
+
+
+def total(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
+    """The sums of some steps added up in float32, in their order."""
+    first, *others = outcomes
+    sums = dict(first.sums)
+    for outcome in others:
+        sums = {name: value + outcome.sums[name] for name, value in sums.items()}
+    return sums
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step whose loss stands out: `times` the `median` of its window."""
+
+    outcome: StepOutcome
+    median: float
+
+    @property
+    def times(self) -> float:
+        """The step's loss over the window's median."""
+        return self.outcome.loss / self.median
+
+
+def spikes(outcomes: Sequence[StepOutcome]) -> list[Spike]:
+    """The steps of a window with more than `SPIKE` times its median loss; of short windows none."""
+    updated = [outcome for outcome in outcomes if outcome.updated]
+    if len(updated) < SPIKE_STEPS:
+        return []
+    median = statistics.median(outcome.loss for outcome in updated)
+    return [Spike(outcome, median) for outcome in updated if outcome.loss > SPIKE * median]
