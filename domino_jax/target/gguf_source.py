@@ -44,12 +44,12 @@ class GgufSource:
 
     def optional(self, key: str, kind: type) -> Any:
         """The value of a key, of this type if it is there, else None."""
-        value: Any = self.metadata.get(key)
+        value = self.metadata.get(key)
         if value is not None and type(value) is not kind:
             raise InputError(f"{self.path}: metadata {key} is {shown(value)}; a model needs it as {kind.__name__}")
-        if kind is float and value is not None and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{self.path}: metadata {key} is {value}; expected a finite number")
-        if kind is str and value is not None and text_problem(value):
+        if isinstance(value, str) and text_problem(value):
             raise InputError(f"{self.path}: metadata {key} {text_problem(value)}")
         return value
 
