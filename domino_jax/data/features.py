@@ -126,12 +126,13 @@ class FeatureRows(Sequence[Row]):
                 name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
                 for name, tensor in deserialize(self._records[number])
             }
-            self._check_row(number, Row(**tensors))
-            return Row(**tensors)
+            row = Row(**tensors)
+            self._check_row(number, row)
         except InputError:
             raise
         except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
+        return row
 
     def _check_row(self, number: int, row: Row) -> None:
         """Refuses arrays that are not what the manifest says of each row."""
