@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
 from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import boxed_parameters
-from domino_jax.files import checked_file, read_json
+from domino_jax.files import CHECKSUMS, checked_file, damage, read_json, write_checksums
 from domino_jax.finite import require_finite
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
+from domino_jax.staging import whole_directory
 from domino_jax.strict import InputError, from_tree, shown
 from domino_jax.target.rope_keys import read_rope_scaling
 from domino_jax.target.safetensors import (
@@ -67,7 +66,7 @@ def save_hf_draft(
 ) -> None:
     """Writes `config.json` and safetensors (sharded with an index above 5 GB) that every reader accepts.
 
-    The directory appears whole or not at all.
+    The directory appears whole or not at all, with SHA256SUMS of its files, which `load_hf_draft` checks.
 
     Args:
         path: a directory that does not exist yet, or an empty one.
@@ -78,10 +77,9 @@ def save_hf_draft(
             `recorded_template`, other readers pass over it.
     Raises:
         InputError: the directory is in use, parameters and config disagree, or a tensor is not finite in `dtype`.
+        OSError: it could not be written; nothing is left.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: already there and not an empty directory; give a new one")
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"dtype must be bfloat16 or float32, found {dtype!r}")
     tensors = {}
@@ -90,18 +88,14 @@ def save_hf_draft(
             tensors[name] = np.asarray(values, jnp.dtype(dtype))
         place = f"{path} was not written: tensor {name}"
         require_finite(tensors[name], place=place, remedy="a draft that diverged serves nobody: take an earlier one")
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    staging.mkdir(parents=True)
-    try:
+    with whole_directory(path) as staging:
         tree = _to_json(config, dtype)
         if chat_template is not None:
             tree |= {TEMPLATE_KEY: chat_template.sha256, KWARGS: dict(chat_template.kwargs)}
         (staging / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
         _write_shards(staging, tensors)
+        write_checksums(staging)
         _check_reads_back(staging, config, tensors)
-        staging.replace(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
@@ -112,7 +106,8 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     Returns:
         `(config, params)`: a float32 compute config and a tree of float32 arrays for `DraftModel`.
     Raises:
-        InputError: missing, unknown or mis-shaped tensors, a tensor under its old and its new name, missing or
+        InputError: files that are not those of its SHA256SUMS, where it has one; missing, unknown or mis-shaped
+            tensors, a tensor under its old and its new name, missing or
             contradicting config keys, a tensor that is not finite; the message names each, what was found and what
             was expected.
     """
@@ -123,6 +118,9 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
 def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     """`load_hf_draft` with the arrays in the host's memory, for whoever splits them over devices."""
     path = Path(path)
+    found = damage(path, unlisted=None) if (path / CHECKSUMS).exists() else None
+    if found is not None:
+        raise InputError(f"{path}: damaged: {found}; export it again, or remove {CHECKSUMS} if you changed it")
     config = read_hf_config(path)
     stored = _with_current_names(open_safetensors(path), place=path)
     check_layers(stored, config.num_hidden_layers, prefix="layers.", place=path)

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from domino_jax.model_config import DecoderConfig
+from domino_jax.staging import whole_directory, write_error
 from domino_jax.strict import InputError, shown
 from domino_jax.target.gguf_source import GgufSource, open_gguf
 from domino_jax.target.load import read_decoder_config, stored_shapes
@@ -115,36 +114,32 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
         `directory`, with config.json, generation_config.json, tokenizer.json, tokenizer_config.json and
         model.safetensors in float32, so that every dequantised value is exact.
     Raises:
-        InputError: the file is not such a GGUF, or the directory exists already or cannot be made.
+        InputError: the file is not such a GGUF, or something stands in the directory already.
+        OSError: it could not be written; nothing is left.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: exists already; name a new directory")
     progress(f"reading {Path(gguf_path).name}")
     source = open_gguf(Path(gguf_path))
     config = _config(source)
     tokenizer = _tokenizer(source, config["vocab_size"])
-    staging = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
     try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be made: {error.strerror}") from error
-    try:
-        _write_json(staging / "config.json", config)
-        _write_json(staging / "generation_config.json", _generation_config(source))
-        _write_json(staging / "tokenizer_config.json", _tokenizer_config(source))
-        tokenizer.save(str(staging / "tokenizer.json"))
-        try:
-            _check_shapes(source, read_decoder_config(staging, dtype="float32"))
-        except InputError as error:
-            said = str(error).removeprefix(f"{staging / 'config.json'}: ").removeprefix(f"{source.path}: ")
-            raise InputError(f"{source.path}: {said}") from error
-        tensors = _tensors(source, config, progress)
-        progress(f"writing {directory}")
-        write_safetensors(staging / "model.safetensors", tensors)
-        _publish(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with whole_directory(directory) as staging:
+            _write_json(staging / "config.json", config)
+            _write_json(staging / "generation_config.json", _generation_config(source))
+            _write_json(staging / "tokenizer_config.json", _tokenizer_config(source))
+            _save_tokenizer(tokenizer, staging / "tokenizer.json")
+            try:
+                _check_shapes(source, read_decoder_config(staging, dtype="float32"))
+            except InputError as error:
+                said = str(error).removeprefix(f"{staging / 'config.json'}: ").removeprefix(f"{source.path}: ")
+                raise InputError(f"{source.path}: {said}") from error
+            tensors = _tensors(source, config, progress)
+            progress(f"writing {directory}")
+            write_safetensors(staging / "model.safetensors", tensors)
+    except OSError:
+        # Another process may have been faster: its result stays.
+        if not (directory / "config.json").is_file():
+            raise
     return directory
 
 
@@ -346,13 +341,11 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _publish(staging: Path, directory: Path) -> None:
-    """Renames the finished directory; when another process was faster, its result stays."""
+def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     try:
-        staging.rename(directory)
-    except OSError:
-        if not (directory / "config.json").is_file():
-            raise
+        tokenizer.save(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise write_error(error, path) from error
 
 
 def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:

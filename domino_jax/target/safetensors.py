@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from domino_jax.files import checked_file, open_regular, parse_json, read_json
 from domino_jax.finite import count_non_finite, not_finite
+from domino_jax.staging import write_error
 from domino_jax.strict import InputError, shown, text_problem
 
 CHUNK_BYTES = 2**26  # of a tensor that is read a few rows at a time
@@ -106,11 +107,16 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     Args:
         path: of a file that is not there yet.
         tensors: contiguous arrays by name.
+    Raises:
+        OSError: it could not be written.
     """
     # The library leaves a file of mode 600, which nobody else could serve.
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise write_error(error, path) from error
     path.chmod(mode)
 
 

@@ -79,8 +79,9 @@ def params_of(config: DraftConfig) -> Any:
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
-    """A float32 Domino draft on disk, for one test to spoil."""
+    """A float32 Domino draft on disk without checksums, as other trainers leave it, for one test to spoil."""
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG), dtype="float32")
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
     return tmp_path / "draft"
 
 
@@ -169,7 +170,8 @@ def test_save_and_load_in_float32_give_the_same_bits(config: DraftConfig, tmp_pa
             k: v for k, v in vars(config).items() if k not in head
         }
     chex.assert_trees_all_equal(found, params_of(config), strict=True)
-    assert sorted(path.name for path in (tmp_path / "draft").iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "draft").iterdir())
+    assert names == ["SHA256SUMS", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -433,6 +435,7 @@ def test_old_exports_load_as_before_and_are_written_as_before(config: DraftConfi
     save_hf_draft(tmp_path / "draft", config, params_of(config), dtype="float32")
     assert json.loads((tmp_path / "draft" / "config.json").read_text()) == tree
     (tmp_path / "draft" / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
     found_config, found = load_hf_draft(tmp_path / "draft")
     assert found_config == config
     chex.assert_trees_all_equal(found, params_of(config), strict=True)
@@ -452,6 +455,22 @@ def test_shards_have_an_index_and_load_back(tmp_path: Path, monkeypatch: pytest.
     chex.assert_trees_all_equal(load_hf_draft(tmp_path / "draft")[1], params_of(CONFIG), strict=True)
     theirs = Qwen3DFlashDraftModel.from_pretrained(tmp_path / "draft", dtype=torch.float32)
     np.testing.assert_array_equal(theirs.norm.weight.detach(), params_of(CONFIG)["norm"]["weight"])
+
+
+def test_load_refuses_an_export_that_is_not_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "draft"
+    save_hf_draft(path, CONFIG, params_of(CONFIG))
+    (path / "README.md").write_text("A model card came later.")
+    load_hf_draft(path)
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"draft: damaged: model.safetensors does not match its checksum"):
+        load_hf_draft(path)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"draft: damaged: model.safetensors is missing"):
+        load_hf_draft(path)
 
 
 def test_save_writes_into_an_empty_directory_and_refuses_a_used_one(tmp_path: Path) -> None:
