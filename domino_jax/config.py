@@ -189,11 +189,11 @@ class TrainConfig:
         """Refuses a run that may not begin."""
         found = self.max_bad_steps
         require(1 <= found < COUNT_LIMIT, f"max_bad_steps must be at least 1, found {found}")
-        require(self.extend >= 0, f"extend must be 0 or more, found {self.extend}")
+        require(0 <= self.extend < COUNT_LIMIT, f"extend must be 0 or more, found {self.extend}")
         best = self.keep_best
-        require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {best!r}")
+        require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {shown(best)}")
         require(
-            best is None or self.eval_every % self.checkpoint_every == 0,
+            best is None or self.checkpoint_every < 1 or self.eval_every % self.checkpoint_every == 0,
             f"keep_best needs a checkpoint at each evaluation: eval_every {self.eval_every} must be a "
             f"multiple of checkpoint_every {self.checkpoint_every}",
         )

@@ -215,12 +215,12 @@ def write_checksums(directory: Path) -> None:
     write_whole(directory / CHECKSUMS, "".join(lines))
 
 
-def damage(directory: Path, *, unlisted: Container[str] = ()) -> str | None:
+def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | None:
     """What is wrong with the files below a directory that `write_checksums` was called on.
 
     Args:
         directory: which should hold SHA256SUMS.
-        unlisted: names of files that came later, relative to the directory.
+        unlisted: names of files that came later, relative to the directory; None where any may have.
     Returns:
         A few words that name the first file in question, or None where every file is as it was.
     """
@@ -231,7 +231,8 @@ def damage(directory: Path, *, unlisted: Container[str] = ()) -> str | None:
             listed[name] = digest
     except InputError as error:
         return str(error)
-    found = {name for name in _files_below(directory) if name not in unlisted}
+    found = set(_files_below(directory))
+    found = found & listed.keys() if unlisted is None else {name for name in found if name not in unlisted}
     for name in sorted(listed.keys() ^ found):
         return f"{name} is {'missing' if name in listed else f'not listed in {CHECKSUMS}'}"
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "", ("strict", "files", "finite", "model_config", "config", "sharding", "chips", "stages")),
+    (0, "", ("strict", "files", "staging", "finite", "model_config", "config", "sharding", "chips", "stages")),
     (
         1,
         "kernels",
@@ -22,10 +22,10 @@ TABLE = (
     ),
     (1.5, "", ("layers",)),
     (2, "data", ("renderer", "rendering", "template", "conversations", "packing", "pipeline", "features")),
-    (2, "target", ("moe", "model", "safetensors", "load", "gguf", "fingerprint")),
+    (2, "target", ("moe", "model", "safetensors", "rope_keys", "load", "gguf_source", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),
-    (2.7, "decoding", ("speculate", "generate", "evaluate")),
+    (2.7, "decoding", ("speculate", "batch_log", "generate", "evaluate")),
     (
         3,
         "training",
@@ -49,7 +49,7 @@ PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
 # References and tools of the tests: running the product needs none of them.
 TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
 # Of processes that answer before jax is there, or must not hold a part of the device themselves.
-WITHOUT_JAX = {"strict", "files", "finite", "model_config", "config", "chips", "stages", "training.flops"}
+WITHOUT_JAX = {"strict", "files", "staging", "finite", "model_config", "config", "chips", "stages", "training.flops"}
 MESH_AXES = {"fsdp", "tensor"}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 70

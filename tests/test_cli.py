@@ -284,6 +284,7 @@ def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_
     refused("mask_token_id 2 is an eos, pad or bos token of the target")
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
     config = json.loads((exported / "config.json").read_text())
+    (exported / "SHA256SUMS").unlink()
     (exported / "config.json").write_text(json.dumps(config | {"num_target_layers": 5}))
     refused("the draft reads a target of 5 layers, this one has 4")
     # As other trainers write it: nothing is known of the template.

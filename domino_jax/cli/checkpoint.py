@@ -9,6 +9,7 @@ from domino_jax.cli.shared import check_fit, say, step_option, target_option, te
 from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
+from domino_jax.staging import check_new, whole_directory, write_error
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.gguf import resolve_target
@@ -78,9 +79,8 @@ def import_(
     chat_template_kwargs: Scalars | None,
 ) -> None:
     """Make the run directory RUN from the draft checkpoint in DIRECTORY, for generate, evaluate and export."""
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError(f"{run}: already there and not an empty directory; give a new one")
-    keeps(f"{run} may be incomplete: remove it, then the same command starts over")
+    check_new(run)
+    keeps(f"{run} is whole or was not made; the same command starts over")
     say(f"loading {directory}")
     config, params = load_hf_draft(directory)
     path = resolve_target(target_name, progress=say)
@@ -97,5 +97,11 @@ def import_(
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)
     say(f"saving {run}")
-    save_draft(run, params, DraftRecord(config, target_name, template, target_fingerprint(path)))
+    record = DraftRecord(config, target_name, template, target_fingerprint(path))
+    with whole_directory(run) as beside:
+        try:
+            save_draft(beside, params, record)
+        except (ValueError, RuntimeError) as error:  # TensorStore has no OSError
+            raise write_error(error, run) from error
+    keeps(f"{run} is complete")
     click.echo(run)

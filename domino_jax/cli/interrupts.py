@@ -6,7 +6,8 @@ threads of XLA (exit code -11); and while the main thread waits for a compilatio
 late. Here nothing is raised where nobody expects it:
 
     signal -> a byte in a pipe -> watcher thread: says the verb's line, sets `requested`;
-                                  after GRACE_SECONDS, or at the next signal, ends the process
+                                  before the verb has said what it keeps, after GRACE_SECONDS, or
+                                  at the next signal, ends the process
     main thread, at its next line or figure -> `safe_point` raises `Stopped`, files are tidied
 
 The process may end at any moment, and always without a teardown: files are written beside their
@@ -18,12 +19,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+
+from domino_jax.staging import remove_unfinished
 
 GRACE_SECONDS = 3.0
 EXIT_CODE = 130  # what shells report of a program that Ctrl-C ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOT_BEGUN = "nothing was begun; the same command starts"
 SAVING = "interrupted: stopping after this step, its state will be saved; once more ends at once"
 
 
@@ -36,7 +40,8 @@ class _State:
     requested: bool = False
     # The main thread ends by itself and may take its time: a step, and saving its state.
     saves: bool = False
-    kept: str = ""
+    # What the verb keeps, once it has begun; nothing is written before.
+    kept: str | None = None
 
 
 _state = _State()
@@ -49,7 +54,7 @@ def answered_signals() -> Iterator[None]:
     The body does not return to its caller after a signal: the process has ended with EXIT_CODE.
     """
     global _state
-    _state = _State(kept="nothing was begun; the same command starts")
+    _state = _State()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     watcher = threading.Thread(target=_watch, args=(reader,), daemon=True)
@@ -77,6 +82,11 @@ def keeps(line: str) -> None:
     _state.kept = line
 
 
+def kept() -> str | None:
+    """The line of `keeps`; None before the verb has begun."""
+    return _state.kept
+
+
 def safe_point() -> None:
     """Raises `Stopped` if a signal has come: a place where the work may end and files are whole."""
     if _state.requested:
@@ -98,19 +108,23 @@ def _watch(reader: int) -> None:
     while os.read(reader, 1):
         if _state.requested:
             _end()
+        # All before the line is written, which a full pipe may hold up and a closed one refuses.
+        _state.requested = True
         if not _state.saves:
-            # Started before the line is written, which a full pipe may hold up.
             timer = threading.Timer(GRACE_SECONDS, _end)
             timer.daemon = True
             timer.start()
-        line = SAVING if _state.saves else f"interrupted: {_state.kept}"
-        print(line, file=sys.stderr, flush=True)
-        _state.requested = True
+        line = SAVING if _state.saves else f"interrupted: {_state.kept or NOT_BEGUN}"
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+        if _state.kept is None:
+            _end()
     os.close(reader)
 
 
 def _end() -> None:
     """Ends the process without a teardown; verbs flush what they write as they write it."""
+    remove_unfinished()
     if sys.stderr.isatty():
         os.write(sys.stderr.fileno(), b"\x1b[?25h")  # a progress bar hides the cursor
     os._exit(EXIT_CODE)

@@ -12,12 +12,16 @@ from domino_jax import __version__
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
-from domino_jax.cli.interrupts import EXIT_CODE
+from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.train import capture, train
+from domino_jax.staging import NO_ROOM
 from domino_jax.strict import InputError, one_line, shown, text_problem
 from domino_jax.training.loop import Interrupted
 from domino_jax.training.skips import Diverged
+
+DIVERGED = 3
+NOBODY_READS = 141  # what shells report of a program that SIGPIPE ended
 
 
 class _Group(click.Group):
@@ -36,14 +40,23 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             raise click.UsageError(str(error)) from error
+        except BrokenPipeError:
+            raise  # nobody reads what is printed, see `run`
         except OSError as error:
-            raise click.UsageError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+            raise click.UsageError(_system_words(error)) from error
         except Interrupted as error:
             print(error, file=sys.stderr)
             ctx.exit(EXIT_CODE)
         except Diverged as error:
             print(error, file=sys.stderr)
-            ctx.exit(3)
+            ctx.exit(DIVERGED)
+
+
+def _system_words(error: OSError) -> str:
+    """What the system refused, and on a full disk what the verb keeps of its work."""
+    words = f"{error.filename or 'a file'}: {error.strerror or error}"
+    going_on = kept() if error.errno in NO_ROOM else None
+    return f"{words}; {going_on}" if going_on else words
 
 
 @click.group(
@@ -64,6 +77,15 @@ def cli(ctx: click.Context) -> None:
       domino evaluate RUN PROMPTS...      acceptance length, speed, and a token-by-token check
       domino generate RUN "a question"    streams one answer
       domino export RUN DIR               writes the checkpoint that serving engines read
+
+    \b
+    Exit codes:
+      0    done
+      1    plan: it does not fit
+      2    bad input, or a full disk: one line says where, what and how to go on
+      3    train: the numbers diverged; the checkpoints are finite
+      130  interrupted by Ctrl-C or SIGTERM: one line says what is kept
+      141  nobody reads what is printed any more
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -79,10 +101,14 @@ def run() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     _hear_failed_saves_once()
     try:
-        sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
+        code = cli(standalone_mode=False, prog_name="domino") or 0
+    except SystemExit:
+        # What click and rich do when a pipe is closed: `domino generate RUN "a question" | head -1`.
+        sys.exit(NOBODY_READS)
     except click.ClickException as error:  # code 2 where it is about usage
         print(f"error: {one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    sys.exit(code)
 
 
 def _hear_failed_saves_once() -> None:

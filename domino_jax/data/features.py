@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from domino_jax.data.template import kwargs_text
 from domino_jax.files import read_json, write_whole
 from domino_jax.finite import require_finite
 from domino_jax.model_config import SIZE_LIMIT
+from domino_jax.staging import write_error
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 MANIFEST = "manifest.json"
@@ -126,12 +128,13 @@ class FeatureRows(Sequence[Row]):
                 name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
                 for name, tensor in deserialize(self._records[number])
             }
-            self._check_row(number, Row(**tensors))
-            return Row(**tensors)
+            row = Row(**tensors)
+            self._check_row(number, row)
         except InputError:
             raise
         except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
+        return row
 
     def _check_row(self, number: int, row: Row) -> None:
         """Refuses arrays that are not what the manifest says of each row."""
@@ -181,20 +184,38 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
 
     Raises:
         InputError: states of a row that are not finite; no shard is there then.
+        OSError: it could not be written; likewise.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = shard_path(directory, index)
     beside = path.with_suffix(".partial")
-    writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")  # random access; floats hardly compress
     try:
-        for row in rows:
-            place = f"{directory}: line {row.line} of the conversations was not captured"
-            _require_finite(row, place=place, remedy="leave the line out, or capture in float32")
-            writer.write(save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()}))
+        with _write_errors(path):
+            # For random access; floats hardly compress.
+            writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")
+        try:
+            for row in rows:
+                place = f"{directory}: line {row.line} of the conversations was not captured"
+                _require_finite(row, place=place, remedy="leave the line out, or capture in float32")
+                record = save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()})
+                with _write_errors(path):
+                    writer.write(record)
+        finally:
+            with _write_errors(path):
+                writer.close()
+        os.replace(beside, path)
     finally:
-        writer.close()
-    os.replace(beside, path)
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """ArrayRecord says of a full disk what jax says of a failed computation: a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise write_error(error, path) from error
 
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:

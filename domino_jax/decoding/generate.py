@@ -1,7 +1,6 @@
 """Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import numpy as np
 from domino_jax.config import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import KWARGS, NO_KWARGS
+from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
-from domino_jax.files import parse_json, read_lines
-from domino_jax.strict import InputError, require
+from domino_jax.strict import InputError
 
 DTYPE = "dtype"  # of the settings of an answer: the target's compute type
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
@@ -148,7 +147,7 @@ def regenerate(
         weights: its parameters.
         tokenizer: of the target.
         prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
-        answers_path: the JSONL to write; `.partial` is added to its name until it is complete.
+        answers_path: the JSONL to write; until it is complete, a `BatchLog` of its name and `.partial`.
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
@@ -160,6 +159,7 @@ def regenerate(
         How many answers there are, and how many of them end without a stop token.
     Raises:
         InputError: unusable prompts, or a partial file of another start that does not fit.
+        OSError: the answers cannot be written; those of earlier batches are kept.
     """
     if answers_path.exists():
         raise InputError(f"{answers_path}: already there; remove it to make it again")
@@ -167,32 +167,35 @@ def regenerate(
     if bad_lines:
         raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
     partial = answers_path.with_name(answers_path.name + ".partial")
-    finished = _answered_lines(partial, settings, dict(usable), prompts_path)
     kwargs = settings.get(KWARGS, NO_KWARGS)
     prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
-    left = [prompt for prompt in prompts if prompt[0] not in finished]
-    slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
-    written = 0
-    progress(len(finished), len(prompts), written)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a", encoding="utf-8") as file:
+    asked = dict(usable)
+    with BatchLog(partial, lambda record: _answer(record, settings, asked, prompts_path)) as log:
+        finished = dict(log.finished)
+        left = [prompt for prompt in prompts if prompt[0] not in finished]
+        slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
+        written = 0
+        progress(len(finished), len(prompts), written)
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size would be another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
             own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": (seed + batch[0][0]) % SEED_LIMIT}
             answers = generate(decoder, weights, rows, **own)
+            records = []
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
-                file.write(_answer_line(turns, line, answer.stopped, settings))
+                record = {"messages": turns, "prompt_line": line, "finished": answer.stopped}
+                records.append({**record, "generator": settings})
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
-            file.flush()
+            log.add(records)
             progress(len(finished), len(prompts), written)
-    partial.replace(answers_path)
+        log.publish(answers_path)
     return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
 
 
@@ -205,36 +208,6 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
         stopped = int(ids[-1]) in decoder.stop_ids
         answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
     return answers
-
-
-def _answer_line(messages: Messages, line: int, finished: bool, settings: dict[str, Any]) -> str:
-    record = {"messages": messages, "prompt_line": line, "finished": finished, "generator": settings}
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _answered_lines(
-    partial: Path, settings: dict[str, Any], prompts: dict[int, Messages], prompts_path: Path
-) -> dict[int, bool]:
-    """Prompt lines that a partial file already answers, and whether each answer is finished.
-
-    A line that a crash cut off is removed from the file.
-    """
-    finished: dict[int, bool] = {}
-    whole = 0  # bytes
-    if not partial.exists():
-        return finished
-    for number, raw in read_lines(partial):
-        if not raw.endswith(b"\n"):
-            os.truncate(partial, whole)
-            break
-        whole += len(raw)
-        try:
-            line, stopped = _answer(parse_json(raw, place=None), settings, prompts, prompts_path)
-            require(line not in finished, f"the prompt of line {line} is answered twice")
-        except InputError as error:
-            raise InputError(f"{partial}:{number}: {error}; remove the file to start again") from error
-        finished[line] = stopped
-    return finished
 
 
 def _answer(

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from domino_jax.files import checked_file, open_regular, parse_json, read_json
 from domino_jax.finite import count_non_finite, not_finite
+from domino_jax.staging import write_error
 from domino_jax.strict import InputError, shown, text_problem
 
 CHUNK_BYTES = 2**26  # of a tensor that is read a few rows at a time
@@ -100,30 +101,22 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of a Hugging Face directory that fits the host.
-
-    Args:
-        directory: as for `open_safetensors`.
-    Returns:
-        Arrays by their names in the file, in its own type (bfloat16 as `ml_dtypes.bfloat16`).
-    Raises:
-        InputError: as `open_safetensors`.
-    """
-    return {name: tensor.read() for name, tensor in open_safetensors(directory).items()}
-
-
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes tensors as one file whose mode follows the umask, as that of any other new file.
 
     Args:
         path: of a file that is not there yet.
         tensors: contiguous arrays by name.
+    Raises:
+        OSError: it could not be written.
     """
     # The library leaves a file of mode 600, which nobody else could serve.
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise write_error(error, path) from error
     path.chmod(mode)
 
 

@@ -1,5 +1,6 @@
 """Answers for a prompt file and streamed text, on a tiny target."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -78,10 +79,18 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     with pytest.raises(KeyboardInterrupt):
         tiny.regenerate(prompts, tmp_path / "parts.jsonl", progress=stop)
     partial = tmp_path / "parts.jsonl.partial"
-    partial.write_text(partial.read_text() + '{"messages": [{"ro')  # a line cut by a crash
+    batch = partial.read_text().splitlines(keepends=True)
+    partial.write_text("".join([*batch, batch[1], batch[2][:-9]]))  # killed within the next batch
     # Those that the first start cut count as well.
     assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == replace(whole, answered=6)
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def attested(lines: bytes) -> bytes:
+    """An unfinished file of answers with these lines."""
+    begin = b'{"sha256": "%s"}\n'
+    content = begin % hashlib.sha256().hexdigest().encode() + lines
+    return content + begin % hashlib.sha256(content).hexdigest().encode()
 
 
 def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
@@ -90,7 +99,7 @@ def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tm
     with pytest.raises(InputError, match="already there"):
         tiny.regenerate(prompts, done)
     partial = tmp_path / "other.jsonl.partial"
-    partial.write_text(json.dumps({"prompt_line": 1, "generator": {"target": "another"}}) + "\n")
+    partial.write_bytes(attested(json.dumps({"prompt_line": 1, "generator": {"target": "another"}}).encode() + b"\n"))
     with pytest.raises(InputError, match="made with"):
         tiny.regenerate(prompts, tmp_path / "other.jsonl")
     prompts.write_text(prompts.read_text() + "nonsense\n")
@@ -125,17 +134,18 @@ def test_a_partial_file_of_something_else_is_refused_and_left(
     tiny: Tiny, prompts: Path, tmp_path: Path, raw: bytes, message: str
 ) -> None:
     partial = tmp_path / "a.jsonl.partial"
-    partial.write_bytes(raw)
-    with pytest.raises(InputError, match=rf"a\.jsonl\.partial:1: .*{message}"):
-        tiny.regenerate(prompts, tmp_path / "a.jsonl")
-    assert partial.read_bytes() == raw
+    for content, told in ((attested(raw), rf":2: .*{message}"), (raw, ": not unfinished answers as this version")):
+        partial.write_bytes(content)
+        with pytest.raises(InputError, match=rf"a\.jsonl\.partial{told}"):
+            tiny.regenerate(prompts, tmp_path / "a.jsonl")
+        assert partial.read_bytes() == content
 
 
 def test_an_answer_twice_in_a_partial_file_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
     tiny.regenerate(prompts, tmp_path / "a.jsonl")
-    line = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[0]
-    (tmp_path / "b.jsonl.partial").write_text(line * 2)
-    with pytest.raises(InputError, match=r"partial:2: the prompt of line \d+ is answered twice; remove"):
+    line = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)[0]
+    (tmp_path / "b.jsonl.partial").write_bytes(attested(line * 2))
+    with pytest.raises(InputError, match=r"partial:3: the prompt of line \d+ is answered twice; remove"):
         tiny.regenerate(prompts, tmp_path / "b.jsonl")
 
 
@@ -158,24 +168,13 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     first = json.loads(lines[0])
     assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
     assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
-    partial.write_text("".join(lines[:4]))
+    partial.write_bytes(attested("".join(lines[:4]).encode()))
     answers.unlink()
     for other in ({}, {"enable_thinking": 0}):
         with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
             tiny.regenerate(prompts, answers, settings={**SETTINGS, "chat_template_kwargs": other})
     assert tiny.regenerate(prompts, answers, settings=settings).answered == 6
     assert answers.read_text() == "".join(lines)
-
-
-def test_an_old_partial_file_goes_on_where_nothing_is_told(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
-    settings = {**SETTINGS, "dtype": "float32", "chat_template_kwargs": {}}
-    tiny.regenerate(prompts, tmp_path / "a.jsonl", settings=settings)
-    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    old = [json.dumps({**record, "generator": SETTINGS}) + "\n" for record in records[:4]]
-    (tmp_path / "b.jsonl.partial").write_text("".join(old))
-    with pytest.raises(InputError, match=r"made with .*'dtype': 'float32'.*, not .*'dtype': 'bfloat16'.*; remove it"):
-        tiny.regenerate(prompts, tmp_path / "b.jsonl", settings={**settings, "dtype": "bfloat16"})
-    assert tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=settings).answered == 6
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:

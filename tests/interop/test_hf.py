@@ -79,8 +79,9 @@ def params_of(config: DraftConfig) -> Any:
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
-    """A float32 Domino draft on disk, for one test to spoil."""
+    """A float32 Domino draft on disk without checksums, as other trainers leave it, for one test to spoil."""
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG), dtype="float32")
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
     return tmp_path / "draft"
 
 
@@ -169,7 +170,8 @@ def test_save_and_load_in_float32_give_the_same_bits(config: DraftConfig, tmp_pa
             k: v for k, v in vars(config).items() if k not in head
         }
     chex.assert_trees_all_equal(found, params_of(config), strict=True)
-    assert sorted(path.name for path in (tmp_path / "draft").iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "draft").iterdir())
+    assert names == ["SHA256SUMS", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -433,6 +435,7 @@ def test_old_exports_load_as_before_and_are_written_as_before(config: DraftConfi
     save_hf_draft(tmp_path / "draft", config, params_of(config), dtype="float32")
     assert json.loads((tmp_path / "draft" / "config.json").read_text()) == tree
     (tmp_path / "draft" / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
     found_config, found = load_hf_draft(tmp_path / "draft")
     assert found_config == config
     chex.assert_trees_all_equal(found, params_of(config), strict=True)
@@ -452,6 +455,22 @@ def test_shards_have_an_index_and_load_back(tmp_path: Path, monkeypatch: pytest.
     chex.assert_trees_all_equal(load_hf_draft(tmp_path / "draft")[1], params_of(CONFIG), strict=True)
     theirs = Qwen3DFlashDraftModel.from_pretrained(tmp_path / "draft", dtype=torch.float32)
     np.testing.assert_array_equal(theirs.norm.weight.detach(), params_of(CONFIG)["norm"]["weight"])
+
+
+def test_load_refuses_an_export_that_is_not_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "draft"
+    save_hf_draft(path, CONFIG, params_of(CONFIG))
+    (path / "README.md").write_text("A model card came later.")
+    load_hf_draft(path)
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(InputError, match=r"draft: damaged: model.safetensors does not match its checksum"):
+        load_hf_draft(path)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"draft: damaged: model.safetensors is missing"):
+        load_hf_draft(path)
 
 
 def test_save_writes_into_an_empty_directory_and_refuses_a_used_one(tmp_path: Path) -> None:
@@ -619,6 +638,18 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("rope_parameters",), "default", "rope_parameters is 'default'"),
         (("rope_scaling",), {"type": "linear", "factor": 2.0}, "rope_scaling"),
         (("layer_types",), ["full_attention", "sliding_attention"], "layer_types"),
+        (("layer_types",), 5, "layer_types is 5; expected a list"),
+        (("num_hidden_layers",), "2", "num_hidden_layers is '2'"),
+        (("num_hidden_layers",), None, "num_hidden_layers is missing"),
+        (("num_hidden_layers",), 2**62, "num_hidden_layers must be at most 10000"),
+        (("hidden_size",), 2**63, "hidden_size must be at most 16777216"),
+        (("num_target_layers",), 2**62, "num_target_layers must be at most"),
+        (("rms_norm_eps",), 0, "rms_norm_eps must lie between 0 and 1"),
+        (("rms_norm_eps",), -1e-6, "rms_norm_eps must lie between 0 and 1"),
+        (("rms_norm_eps",), float("nan"), "NaN is not a number of JSON"),
+        (("dflash_config", "input_embedding_scale"), float("inf"), "Infinity is not a number of JSON"),
+        (("dflash_config", "input_embedding_scale"), 1e300, "input_embedding_scale must be finite in float32"),
+        (("dflash_config", "mask_token_id"), "\0" * 10**5, "mask_token_id is '"),
     ],
 )
 def test_load_refuses_other_configs(draft: Path, keys: tuple[str, ...], value: Any, message: str) -> None:
@@ -644,6 +675,20 @@ def test_load_refuses_other_configs(draft: Path, keys: tuple[str, ...], value: A
 def test_load_accepts_what_other_writers_leave_out(draft: Path, keys: tuple[str, ...], value: Any) -> None:
     edit_config(draft, put(*keys, value=value))
     assert load_hf_draft(draft)[0] == CONFIG
+
+
+@pytest.mark.parametrize("layers", [1, 3, 9999])
+def test_load_refuses_another_depth_before_it_builds_a_model(
+    draft: Path, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(*_: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("domino_jax.interop.hf._parameter_shapes", built)
+    edit_config(draft, put("num_hidden_layers", value=layers))
+    edit_config(draft, put("layer_types", value=...))
+    with pytest.raises(InputError, match=f"tensors of 2 layers, config.json says num_hidden_layers {layers}"):
+        load_hf_draft(draft)
 
 
 def test_load_takes_a_missing_pure_prefix_as_none(draft: Path) -> None:
