@@ -66,7 +66,13 @@ def make_draft_config(
         )
     layers = recipe.target_layer_ids
     if layers is None:
-        layers = default_target_layer_ids(target.num_hidden_layers, recipe.num_hidden_layers)
+        depth, count = target.num_hidden_layers, recipe.num_hidden_layers
+        layers = default_target_layer_ids(depth, count)
+        require(
+            list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth,
+            f"draft.num_hidden_layers {count} needs {count} different layers of a target of {depth} layers; "
+            "give draft.target_layer_ids or fewer layers",
+        )
     # Depth and type are the draft's own; it always has per-head norms, never holds a head that could be tied, and is
     # dense and free of biases whatever the target is.
     own = ["num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings", "attention_bias"]

@@ -1,6 +1,9 @@
 """Fake CPU devices, no network, and the real small target that several tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +21,14 @@ if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
     os.environ["XLA_FLAGS"] = f"{quick} {flags}".strip()  # later words win
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Tests train the same tiny drafts again and again: a program that one of them compiled is read by
+# all others, those in processes of their own included. The first process makes the place.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.mkdtemp(prefix="programs-")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Torch's tensors are tiny here, and two workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

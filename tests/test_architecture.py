@@ -31,8 +31,8 @@ TABLE = (
         "training",
         (
             *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "window", "optimizer"),
-            *("step", "program", "checkpoint", "run_directory", "inputs", "start", "prepare", "capture", "skips"),
-            *("speed", "trace", "loop"),
+            *("step", "program", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
+            *("preview", "capture", "skips", "speed", "trace", "loop"),
         ),
     ),
     (4, "", ("compiled", "arithmetic", "places", "plan", "plan_table", "report")),

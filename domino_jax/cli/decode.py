@@ -67,7 +67,7 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty")
     keeps("nothing is kept of the answer; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens, step=step)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens)
     kwargs = drafter.record.chat_template.kwargs
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
@@ -132,7 +132,7 @@ def evaluate(
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, max_new_tokens=max_new_tokens, step=step)
+    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens)
     kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),

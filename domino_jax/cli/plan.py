@@ -5,10 +5,9 @@ from pathlib import Path
 
 import click
 import jax
-from rich.console import Console
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import say
+from domino_jax.cli.shared import results, say
 from domino_jax.config import RunConfig, load_config
 from domino_jax.places import Compiler, Place, compiler_for, parse_place
 from domino_jax.plan import (
@@ -22,8 +21,6 @@ from domino_jax.plan import (
 )
 from domino_jax.plan_table import plan_table
 from domino_jax.strict import InputError
-
-_WIDTH = 100  # of the table where nothing says how wide the screen is, at least
 
 
 @click.command("plan")
@@ -71,10 +68,7 @@ def plan_verb(
     plans = []
     for place, compiler in zip(asked, compilers, strict=True):
         plans.append(work(settings, models, place, compiler))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, _WIDTH))
-    console.print(plan_table(plans))
+    results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
             click.echo(f"{one.place}: the compiler refused: {one.refusal}")

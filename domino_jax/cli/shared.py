@@ -24,6 +24,7 @@ from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import DraftRecord, load_draft
 
 logs = Console(stderr=True)
+WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 # A softmax over logits divided by less would round to the largest one, or overflow.
 _TEMPERATURES = (1e-3, 1e3)
@@ -162,8 +163,8 @@ def load_run(
     dtype: str,
     chat_template_kwargs: Scalars | None = None,
     *,
+    step: int | None,
     max_new_tokens: int,
-    step: int | None = None,
 ) -> tuple[Loaded, Drafter]:
     """Reads a draft of a run and its target.
 
@@ -171,8 +172,8 @@ def load_run(
         run: the run directory.
         dtype: compute type of both.
         chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
-        max_new_tokens: of an answer.
         step: of the checkpoint; None takes the newest.
+        max_new_tokens: of an answer.
     Raises:
         InputError: draft, target and chat template do not fit each other, or the target is not the
             one that the draft was trained for.
@@ -209,6 +210,12 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
 def progress_bar() -> Progress:
     """A progress bar on stderr, silent where that is not a terminal."""
     return Progress(console=logs, disable=not logs.is_terminal)
+
+
+def results() -> Console:
+    """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDTH))
 
 
 def say(line: str) -> None:

@@ -1,21 +1,26 @@
 """Verbs that train: `capture`, `train`."""
 
+import functools
 from pathlib import Path
 
 import click
 
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import FiniteRange, logs, say
+from domino_jax.cli.shared import FiniteRange, logs, results, say
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
+from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.training.capture import capture as capture_states
 from domino_jax.training.loop import train as train_run
+from domino_jax.training.prepare import check, read_inputs
+from domino_jax.training.preview import print_preview
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def train(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--dry-run", is_flag=True, help="Check the run, print what it would be, and create nothing.")
+def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Train the drafter that the YAML file CONFIG describes; KEY=VALUE words override it.
 
     \b
@@ -25,6 +30,12 @@ def train(config: Path, overrides: tuple[str, ...]) -> None:
     with the same bits as if there had been none.
     """
     settings = load_config(config, overrides)
+    if dry_run:
+        keeps("nothing was written")
+        checked = check(settings, say=say, set_aside=False)
+        fingerprint = functools.partial(target_fingerprint, checked.target)
+        print_preview(read_inputs(checked, target_sha256=fingerprint, say=say), results())
+        return
     keeps(f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on")
     click.echo(train_run(settings, console=logs, stop_requested=stop_requested))
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from typing import Any
 
 import click
@@ -76,10 +77,22 @@ def run() -> None:
     """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
-    # Orbax logs, with tracebacks, what it raises as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _hear_failed_saves_once()
     try:
         sys.exit(cli(standalone_mode=False, prog_name="domino") or 0)
     except click.ClickException as error:  # code 2 where it is about usage
         print(f"error: {one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _hear_failed_saves_once() -> None:
+    """A save that fails raises in the main thread; its libraries log it too, and print it from their threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    told = sys.excepthook
+
+    def hook(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            told(*error)
+
+    sys.excepthook, sys.unraisablehook = hook, lambda _: None

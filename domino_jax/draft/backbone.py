@@ -189,3 +189,8 @@ def init_variables(model: DraftModel, key: jax.Array) -> dict:
             module.head(predictions, jnp.zeros_like(predictions))
 
     return nn.init(touch_all, model)(key)
+
+
+def boxed_parameters(config: DraftConfig) -> Any:
+    """Shapes and logical axes of a draft's parameters, without computing any."""
+    return jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))["params"]

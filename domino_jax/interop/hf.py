@@ -17,7 +17,7 @@ import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
 from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import boxed_parameters
 from domino_jax.files import checked_file, read_json
 from domino_jax.finite import require_finite
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
@@ -186,7 +186,7 @@ def _check_reads_back(directory: Path, config: DraftConfig, tensors: Mapping[str
 
 def _parameter_shapes(config: DraftConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path in the tree -> shape, from the model itself."""
-    shapes = nn.meta.unbox(jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0))))["params"]
+    shapes = nn.meta.unbox(boxed_parameters(config))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
 
 

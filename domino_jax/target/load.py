@@ -79,7 +79,7 @@ def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarge
     """
     directory = Path(directory)
     config = read_decoder_config(directory, dtype=dtype)
-    tensors = _open_target(directory, config)
+    tensors = open_target(directory, config)
     leaves = {}
     for path, (name, shape) in expected_tensors(config).items():
         everything = tuple((0, size) for size in shape)
@@ -112,7 +112,7 @@ def load_sharded_target(
             of numbers that are not finite, as soon as they are.
     """
     directory = Path(directory)
-    tensors = _open_target(directory, model.cfg)
+    tensors = open_target(directory, model.cfg)
     boxed = boxed_parameters(model)
     layout = flatten_dict(parameter_shardings(boxed, mesh))
     leaves = {}
@@ -250,8 +250,12 @@ def _check_layer_types(tree: Mapping[str, Any], place: Path) -> None:
         raise InputError(f"{place}: layer_types is {shown(kinds)}; expected one name for each layer")
 
 
-def _open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
-    """The tensors of exactly this model, checked by their headers; no tied head's copy."""
+def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
+    """The tensors of exactly this model, checked by their headers; no tied head's copy.
+
+    Raises:
+        InputError: a file cannot be read, or a tensor is missing, unexpected or mis-shaped.
+    """
     tensors = open_safetensors(directory)
     # Old checkpoints store rotary buffers beside the weights.
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:

@@ -1,7 +1,6 @@
 """Captures the target's states of the training rows to disk, for training without running the target again."""
 
 import functools
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,13 +28,13 @@ from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import load_sharded_target, load_tokenizer, read_decoder_config
+from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target, read_decoder_config
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import Say, device_batch, draft_of, read_rows, run_mesh
+from domino_jax.training.preflight import GIGABYTE, check_conversations, check_packages, free_bytes
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
 
-GIGABYTE = 10**9
 SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
 
 
@@ -67,14 +66,51 @@ def capture(
         InputError: no rows, a directory that holds something else, too much for the limit or the disk, or several
             processes.
     """
+    directory = Path(directory)
+    _check_directory(directory)
+    work = _read(config, dtype=dtype, target_states=target_states, say=say)
+    rows, mesh = work.rows, work.mesh
+    manifest = _planned(directory, work.manifest, shard_bytes=shard_bytes)
+    missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
+    target = _load(work.target, work.config, manifest, mesh, say=say)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_manifest(directory, manifest)
+    with jax.set_mesh(mesh):
+        states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
+        say("compiling" if missing else "every shard is there")
+        written, began = 0, time.monotonic()
+        for index in missing:
+            first = sum(manifest.shard_rows[:index])
+            part = rows[first : first + manifest.shard_rows[index]]
+            write_shard(directory, index, states(part))
+            written += len(part)
+            speed = written / (time.monotonic() - began)
+            say(f"shard {index + 1}/{len(manifest.shard_rows)} written, {speed:.1f} rows/s")
+
+
+class _Work(NamedTuple):
+    """What is to be captured: `manifest` says it, its shards not yet; `target` is the directory."""
+
+    target: Path
+    config: DecoderConfig
+    rows: Sequence[Row]
+    manifest: Manifest
+    mesh: Mesh
+
+
+def _read(config: RunConfig, *, dtype: str, target_states: bool, say: Say) -> _Work:
+    """Checks and reads what a capture needs but the weights: what is free first, the rows last."""
     if config.data.train is None:
         raise InputError("data.train is missing: capture reads conversations")
     if jax.process_count() > 1:
         raise InputError(f"capture runs in one process, found {jax.process_count()}")
-    directory = Path(directory)
+    check_packages(("grain", "array_record"))
+    check_conversations("data.train", config.data.train)
+    mesh = run_mesh(config)
     path = resolve_target(config.target, progress=say)
-    tokenizer = load_tokenizer(path)
     target_config = read_decoder_config(path, dtype=config.dtype)
+    open_target(path, target_config)
+    tokenizer = load_tokenizer(path)
     layers = draft_of(config, target_config, tokenizer).target_layer_ids
     rows = read_rows(config.data.train, tokenizer, config.data, say=say).rows
     manifest = Manifest(
@@ -92,23 +128,15 @@ def capture(
         row_lengths=tuple(len(row.input_ids) for row in rows),
         shard_rows=(),
     )
-    manifest = _planned(directory, manifest, shard_bytes=shard_bytes)
-    missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
-    mesh = run_mesh(config)
-    target = _load(path, target_config, manifest, mesh, say=say)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_manifest(directory, manifest)
-    with jax.set_mesh(mesh):
-        states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
-        say("compiling" if missing else "every shard is there")
-        written, began = 0, time.monotonic()
-        for index in missing:
-            first = sum(manifest.shard_rows[:index])
-            part = rows[first : first + manifest.shard_rows[index]]
-            write_shard(directory, index, states(part))
-            written += len(part)
-            speed = written / (time.monotonic() - began)
-            say(f"shard {index + 1}/{len(manifest.shard_rows)} written, {speed:.1f} rows/s")
+    return _Work(path, target_config, rows, manifest, mesh)
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuses a directory that holds something else than captured states."""
+    if (directory / MANIFEST).is_file():
+        return
+    if directory.exists() and (not directory.is_dir() or any(x.suffix != ".partial" for x in directory.iterdir())):
+        raise InputError(f"{directory}: not an empty directory and not one of captured states; give a new one")
 
 
 def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manifest:
@@ -118,8 +146,6 @@ def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manife
         names = [name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")]
         check_manifest(directory, found, {name: getattr(manifest, name) for name in names})
         return found
-    if directory.exists() and (not directory.is_dir() or any(x.suffix != ".partial" for x in directory.iterdir())):
-        raise InputError(f"{directory}: not an empty directory and not one of captured states; give a new one")
     sizes = [length * manifest.token_bytes for length in manifest.row_lengths]
     return Manifest(**{**vars(manifest), "shard_rows": shard_sizes(sizes, shard_bytes=shard_bytes)})
 
@@ -141,8 +167,7 @@ def _agreed(directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: 
             f"{directory}: would take {total / GIGABYTE:.3g} GB, above the limit of {limit_gb:g} GB; "
             "--yes writes it all the same, --limit-gb sets another limit"
         )
-    existing = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(directory)
     if left > free:
         raise InputError(
             f"{directory}: {left / GIGABYTE:.3g} GB to be written, {free / GIGABYTE:.3g} GB free on the disk"

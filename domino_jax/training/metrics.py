@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,8 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # told already: each line is flushed as it is written
+                file.close()
         if self._board:
             self._board.close()
 
@@ -127,12 +128,9 @@ class MetricsLog:
             if part is None:
                 continue
             line = _json_line({"step": step, "split": split, **part}).encode()
-            file = self._files[name]
-            try:
+            with _named(self._files[name]) as file:
                 file.write(line)
                 file.flush()
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, file.name) from error
             if name == METRICS:
                 self._hash.update(line)
                 self._count += len(line)
@@ -142,7 +140,8 @@ class MetricsLog:
 
     def mark(self) -> LogMark:
         """Where `metrics.jsonl` stands; on disk when this returns."""
-        os.fsync(self._files[METRICS].fileno())
+        with _named(self._files[METRICS]) as file:
+            os.fsync(file.fileno())
         return LogMark(self._count, self._hash.hexdigest())
 
 
@@ -161,11 +160,20 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1):
         if line.endswith("\n"):
-            record = parse_json(line, place=f"{path}:{number}")
+            record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise InputError(f"{path}:{number}: expected a record with its step, found {line[:80]!r}")
             records.append(record)
     return records
+
+
+@contextlib.contextmanager
+def _named(file: BinaryIO) -> Iterator[BinaryIO]:
+    """Gives an error of the system the name of its file, which it lacks for one that is open."""
+    try:
+        yield file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _bytes_until(path: Path, at: LogMark, *, say: Say) -> bytes:
@@ -187,7 +195,7 @@ def _parsable(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(InputError):
-            record = parse_json(line, place=str(path))
+            record = parse_json(line, place=str(path), nonfinite=True)
             if isinstance(record, dict) and line.endswith("\n"):
                 yield record
 

@@ -1,8 +1,14 @@
-"""A run before its first step: its inputs read and checked, its weights laid out over the devices."""
+"""A run before its first step, in the order of what it costs to be refused.
+
+check         paths, mesh, ids, room on the disk, the checkpoint to go on from    seconds
+read_inputs   rows, and whether they are those of the checkpoint                  minutes
+prepare       weights over the devices, the state, and only then the directory
+"""
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +18,22 @@ from rich.console import Console
 
 from domino_jax.config import RunConfig, dump_config
 from domino_jax.data.template import chat_template
+from domino_jax.interop.start import check_start
+from domino_jax.model_config import DecoderConfig
+from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, read_decoder_config
-from domino_jax.training.checkpoint import CHECKPOINTS, DraftRecord, RunRecord, read_run_record, sound_checkpoint
+from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target, read_decoder_config
+from domino_jax.training.checkpoint import (
+    CHECKPOINTS,
+    NEWEST,
+    DraftRecord,
+    RunRecord,
+    read_run_record,
+    sound_checkpoint,
+)
 from domino_jax.training.inputs import InputRows, Say, draft_of, read_features, read_rows, run_mesh
+from domino_jax.training.preflight import check_packages, check_place, check_room, check_sources, packages_of
 from domino_jax.training.program import make_program, resolved
 from domino_jax.training.run_directory import check_draft, check_inputs, check_settings, write_config
 from domino_jax.training.start import state_at_start
@@ -30,116 +47,190 @@ class Resumed(NamedTuple):
     record: RunRecord
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a run needs once its inputs are read.
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that is possible as far as can be told without its rows and weights.
 
-    `state` is the one at step 0, `resumed` the checkpoint that is to replace it; `total_steps` are
-    those that the schedules are stretched over, `last_step` is where the run ends.
+    `config` is resolved, `target` the directory, `resumed` the checkpoint that is to replace the state of step 0.
     """
 
     config: RunConfig
     directory: Path
-    rows: InputRows
-    heldout: InputRows | None
-    record: DraftRecord
-    program: Program
     mesh: Mesh
-    target_params: Any
-    state: TrainState
-    total_steps: int
-    last_step: int
-    inputs: dict[str, str]
+    target: Path
+    target_config: DecoderConfig
+    tokenizer: Any
+    record: DraftRecord
     resumed: Resumed | None
 
 
-def prepare(config: RunConfig, *, console: Console) -> Run:
-    """Reads target, tokenizer and rows and lays everything out on the devices; nothing is trained yet."""
+@dataclass(frozen=True, kw_only=True)
+class RunInputs(CheckedRun):
+    """A run whose rows are read.
+
+    `total_steps` are those that the schedules are stretched over, `last_step` is where the run
+    ends, `inputs` tells by name what was read.
+    """
+
+    rows: InputRows
+    heldout: InputRows | None
+    program: Program
+    total_steps: int
+    last_step: int
+    inputs: dict[str, str]
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of batches that a step takes."""
+        return self.config.data.batch_size * self.config.optimizer.grad_accumulation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunInputs):
+    """Everything a run needs; `state` is the one at step 0."""
+
+    target_params: Any
+    state: TrainState
+
+
+def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
+    """Checks whatever can be checked before rows and weights are read, what is free first.
+
+    Args:
+        config: the run.
+        say: gets one line per stage, and one per damaged checkpoint.
+        set_aside: move damaged checkpoints out of the way.
+    Raises:
+        InputError: the run cannot be, or its directory belongs to other settings; nothing was created.
+    """
+    directory = Path(config.run_dir)
+    started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
+    check_packages(packages_of(config))
+    check_sources(config, started=started)
+    check_place(directory)
     mesh = run_mesh(config)
     config = resolved(config, mesh)
-    directory = Path(config.run_dir)
-    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     path = resolve_target(config.target, progress=say)
-    with hashed_beside(path) as target_sha256:
-        tokenizer = load_tokenizer(path)
-        data = config.data
-        target_config = read_decoder_config(path, dtype=config.dtype)
-        draft_config = draft_of(config, target_config, tokenizer)
-        say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
-        if data.train is None:
-            rows = read_features(config, path, tokenizer, draft_config, target_sha256=target_sha256())
-        else:
-            rows = read_rows(data.train, tokenizer, data, say=say)
-        heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
-        template = chat_template(tokenizer, data.chat_template_kwargs)
-        record = DraftRecord(draft_config, config.target, template)
-        inputs = {"tokenizer": f"sha256 {tokenizer_fingerprint(path, tokenizer)}"}
-        inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
-        inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
-        resumed = resumable(config, record, inputs, say=say)
-
-        step_rows = config.data.batch_size * config.optimizer.grad_accumulation
-        total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
-        program = make_program(config, target_config, draft_config, mesh, total_steps=total_steps)
-        say(f"loading target {path}")
-        target_runs = data.features is None or data.heldout is not None
-        only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
-        target = load_sharded_target(path, program.target, mesh, only=only)
-        began = time.monotonic()
-        record = dataclasses.replace(record, target_sha256=target_sha256())
-        say(f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than loading")
-    inputs |= {"target": f"sha256 {record.target_sha256}"}
-    layers_from = init_from = None
-    if resumed is not None:  # a checkpoint is about to replace the state
-        check_inputs(directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
-    else:
-        layers_from = path if config.draft.init_layers_from_target else None
-        init_from = config.draft.init_from
-    run = Run(
+    target_config = read_decoder_config(path, dtype=config.dtype)
+    open_target(path, target_config)  # its headers are read and checked
+    tokenizer = load_tokenizer(path)
+    draft_config = draft_of(config, target_config, tokenizer)
+    if config.draft.init_from and not started:
+        check_start(config.draft.init_from, draft_config)
+    check_room(config, draft_config)
+    record = DraftRecord(draft_config, config.target, chat_template(tokenizer, config.data.chat_template_kwargs))
+    return CheckedRun(
         config=config,
         directory=directory,
+        mesh=mesh,
+        target=path,
+        target_config=target_config,
+        tokenizer=tokenizer,
+        record=record,
+        resumed=_resumable(config, record, say=say, set_aside=set_aside),
+    )
+
+
+def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) -> RunInputs:
+    """Reads the rows of a run.
+
+    Args:
+        run: what was checked.
+        target_sha256: returns the target's fingerprint; only asked where captured states are read.
+        say: gets one line per stage, and one per line of the data that is left out.
+    Raises:
+        InputError: no usable rows, too few of them, or not those that the run was started with.
+    """
+    config, data, tokenizer = run.config, run.config.data, run.tokenizer
+    say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
+    if data.train is None:
+        rows = read_features(config, run.target, tokenizer, run.record.config, target_sha256=target_sha256())
+    else:
+        rows = read_rows(data.train, tokenizer, data, say=say)
+    heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
+    inputs = {"tokenizer": f"sha256 {tokenizer_fingerprint(run.target, tokenizer)}"}
+    inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
+    inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
+    if run.resumed is not None:
+        check_inputs(run.directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs)
+
+    step_rows = data.batch_size * config.optimizer.grad_accumulation
+    if rows.epoch_rows < step_rows:
+        raise InputError(
+            f"{data.train or data.features}: {rows.epoch_rows} rows cannot fill a step of {step_rows} "
+            f"(data.batch_size {data.batch_size} x optimizer.grad_accumulation {config.optimizer.grad_accumulation})"
+        )
+    total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
+    program = make_program(config, run.target_config, run.record.config, run.mesh, total_steps=total_steps)
+    return RunInputs(
+        **vars(run),
         rows=rows,
         heldout=heldout,
-        record=record,
         program=program,
-        mesh=mesh,
-        target_params=target.params,
-        state=state_at_start(program, draft_config, mesh, layers_from=layers_from, init_from=init_from),
         total_steps=total_steps,
         last_step=total_steps + config.train.extend,
         inputs=inputs,
-        resumed=resumed,
     )
-    write_config(directory, config)
+
+
+def prepare(config: RunConfig, *, console: Console) -> Run:
+    """Checks and reads a run and lays everything out on the devices; nothing is trained yet.
+
+    The run directory is made last: a run that is refused leaves none.
+
+    Raises:
+        InputError: the run cannot be, or is not the one that was started.
+    """
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    checked = check(config, say=say, set_aside=True)
+    with hashed_beside(checked.target) as target_sha256:
+        run = read_inputs(checked, target_sha256=target_sha256, say=say)
+        config, resumed = run.config, run.resumed
+        say(f"loading target {run.target}")
+        target_runs = config.data.features is None or config.data.heldout is not None
+        only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
+        target = load_sharded_target(run.target, run.program.target, run.mesh, only=only)
+        began = time.monotonic()
+        record = dataclasses.replace(run.record, target_sha256=target_sha256())
+        say(f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than loading")
+    inputs = run.inputs | {"target": f"sha256 {record.target_sha256}"}
+    layers_from = init_from = None
+    if resumed is not None:  # a checkpoint is about to replace the state
+        check_inputs(run.directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
+    else:
+        layers_from = run.target if config.draft.init_layers_from_target else None
+        init_from = config.draft.init_from
+    state = state_at_start(run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from)
+    write_config(run.directory, config)
     say(dump_config(config))
-    for name, part in (("training", rows), ("held out", heldout)):
+    for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             say(f"{name}: {part.summary(max_length=config.data.max_length)}")
     say(
-        f"{run.last_step} steps of {step_rows} rows on {mesh.size} {mesh.devices.flat[0].platform} device(s); the "
-        f"draft reads the target's layers {list(draft_config.target_layer_ids)}",
+        f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} {run.mesh.devices.flat[0].platform} "
+        f"device(s); the draft reads the target's layers {list(record.config.target_layer_ids)}",
     )
-    return run
+    known = vars(run) | {"record": record, "inputs": inputs}
+    return Run(**known, target_params=target.params, state=state)
 
 
-def resumable(config: RunConfig, record: DraftRecord, inputs: dict[str, str], *, say: Say) -> Resumed | None:
+def _resumable(config: RunConfig, record: DraftRecord, *, say: Say, set_aside: bool) -> Resumed | None:
     """The checkpoint that a run goes on from, None for a run that was never saved.
 
     Args:
         config: of this start, resolved.
         record: of this start; the target's fingerprint is not looked at.
-        inputs: those that are known by now.
-        say: is told damaged checkpoints, which are set aside.
+        say: is told damaged checkpoints.
+        set_aside: move them out of the way.
     Raises:
-        InputError: settings, target or inputs are not those that the run was started with.
+        InputError: settings or target are not those that the run was started with.
     """
     directory = Path(config.run_dir)
-    step = sound_checkpoint(directory, say=say, set_aside=True)
+    step = sound_checkpoint(directory, say=say, set_aside=set_aside)
     if step is None:
         return None
     place = directory / CHECKPOINTS / str(step)
     draft, run = read_run_record(directory, step)
     check_settings(place, run.config, config)
     check_draft(place, draft, record)
-    check_inputs(place, run.inputs, inputs)
     return Resumed(step, run)

@@ -14,11 +14,12 @@ from optax.tree_utils import tree_map_params
 
 from domino_jax.chips import CHIPS
 from domino_jax.config import LossConfig, RunConfig
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import boxed_parameters
 from domino_jax.kernels.causal_attention import form_for
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.sharding import parameter_shardings, partition_spec, parts_of
-from domino_jax.target.load import TABLES, boxed_parameters
+from domino_jax.target.load import TABLES
+from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.modules import build_trainer
@@ -116,7 +117,7 @@ def _trainer_options(loss: LossConfig) -> dict[str, Any]:
 
 def draft_layout(draft: DraftConfig, mesh: Mesh) -> Any:
     """The draft's parameters as `ShapeDtypeStruct`s with their shardings."""
-    boxed = jax.eval_shape(lambda: init_variables(DraftModel(draft), jax.random.key(0)))["params"]
+    boxed = boxed_parameters(draft)
     return _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh))
 
 
@@ -141,7 +142,7 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
         mesh: of the run.
         tables_only: leave out the layers, where training reads captured states.
     """
-    boxed = boxed_parameters(model)
+    boxed = boxed_target(model)
     laid_out = _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype)
     return {name: leaf for name, leaf in laid_out.items() if name in TABLES} if tables_only else laid_out
 

@@ -122,7 +122,8 @@ def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Pat
     for directory in (whole, killed):
         directory.mkdir()
     command = [sys.executable, "-c", "from domino_jax.cli import main; main()", "train"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    # What is killed must not leave half a program for others to read.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     path = run_config(killed, target, **steps)
     process = subprocess.Popen([*command, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
     checkpoints = killed / "run" / "checkpoints"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from flax.traverse_util import flatten_dict, unflatten_dict
 from test_loop import quiet
 from test_metrics import strictly
 from tiny import WORDS, run_config, write_target
@@ -15,6 +16,7 @@ from tiny import WORDS, run_config, write_target
 from domino_jax.config import RunConfig, load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
+from domino_jax.training import prepare
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
@@ -23,14 +25,17 @@ from domino_jax.training.skips import Diverged, StepWatch, divergence
 from domino_jax.training.window import Spike, StepOutcome
 
 
-def poisoned(directory: Path, name: str, row: int) -> Path:
-    """A target with one row of one tensor that is not a number."""
-    directory.mkdir()
-    path = write_target(directory) / "model.safetensors"
-    tensors = load_file(path)
-    tensors[name][row] = np.nan
-    save_file(tensors, path)
-    return directory
+def poison(monkeypatch: pytest.MonkeyPatch, path: tuple[str, ...], index: Any) -> None:
+    """Some numbers of the loaded target become NaN; a file with such numbers is refused."""
+    load = prepare.load_sharded_target
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        target = load(*args, **options)
+        leaves = flatten_dict(target.params)
+        leaves[path] = leaves[path].at[index].set(jnp.nan)
+        return target._replace(params=unflatten_dict(leaves))
+
+    monkeypatch.setattr(prepare, "load_sharded_target", loaded)
 
 
 def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
@@ -45,10 +50,11 @@ def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
     return steps
 
 
-def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
+def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Line 8 alone has a token whose embedding is NaN: of each epoch's three batches one is skipped."""
-    target = poisoned(tmp_path / "target", "model.embed_tokens.weight", WORDS.index("<unk>"))
-    path = run_config(tmp_path, target, train={"log_every": 3, "checkpoint_every": 1})
+    (tmp_path / "target").mkdir()
+    poison(monkeypatch, ("embed_tokens",), WORDS.index("<unk>"))
+    path = run_config(tmp_path, write_target(tmp_path / "target"), train={"log_every": 3, "checkpoint_every": 1})
     rows = tmp_path / "rows.jsonl"
     lines = rows.read_text().splitlines()
     messages = [{"role": "user", "content": "unheard"}, {"role": "assistant", "content": "a b c d e f"}]
@@ -81,12 +87,14 @@ def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
         ("optimizer.learning_rate=1e30", 2),
     ],
 )
-def test_a_run_that_goes_astray_stops_with_finite_checkpoints(tmp_path: Path, override: str, first: int) -> None:
+def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, first: int
+) -> None:
+    (tmp_path / "target").mkdir()
+    target, words = write_target(tmp_path / "target"), [override]
     if override == "target":
-        target, words = poisoned(tmp_path / "target", "model.layers.0.mlp.up_proj.weight", 3), []
-    else:
-        (tmp_path / "target").mkdir()
-        target, words = write_target(tmp_path / "target"), [override]
+        poison(monkeypatch, ("layers", "layer", "mlp", "up_proj", "weight"), (0, 3))
+        words = []
     settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "max_bad_steps": 3}
     path = run_config(tmp_path, target, train=settings)
     with pytest.raises(Diverged) as raised:

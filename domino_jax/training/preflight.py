@@ -1,0 +1,119 @@
+"""What costs nothing to check is checked before a target is fetched, a row read or a directory made.
+
+A run that is going to be refused should be refused in the first second, and leave nothing behind.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from domino_jax.config import RunConfig
+from domino_jax.data.features import MANIFEST
+from domino_jax.draft.backbone import boxed_parameters
+from domino_jax.model_config import DraftConfig
+from domino_jax.strict import InputError
+
+GIGABYTE = 10**9
+# Imported where they are used, so that decoding does without; and what pip calls them.
+PACKAGES = {"grain": "grain", "array_record": "array-record", "tensorboardX": "'domino-jax[tensorboard]'"}
+
+
+def packages_of(config: RunConfig) -> list[str]:
+    """The keys of `PACKAGES` that a run imports."""
+    optional = {"array_record": config.data.features, "tensorboardX": config.train.tensorboard}
+    return ["grain", *(module for module, used in optional.items() if used)]
+
+
+def check_packages(modules: Iterable[str]) -> None:
+    """Refuses to begin where a package is missing, a key of `PACKAGES`, and names what to install."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"the package {module} is missing, which this needs: pip install {PACKAGES[module]}")
+
+
+def check_sources(config: RunConfig, *, started: bool) -> None:
+    """Refuses a run whose files are not there; what they hold is left to who reads them.
+
+    Args:
+        config: the run.
+        started: whether it has a checkpoint, and needs nothing to start from.
+    """
+    check_conversations("data.train", config.data.train)
+    check_conversations("data.heldout", config.data.heldout)
+    features, start = config.data.features, config.draft.init_from
+    if features is not None and not (Path(features) / MANIFEST).is_file():
+        found = _instead(Path(features), lacking=MANIFEST)
+        raise InputError(f"data.features: {features}: {found}; expected a directory that `domino capture` wrote")
+    if start is not None and not started and not (Path(start) / "config.json").is_file():
+        found = _instead(Path(start), lacking="config.json")
+        raise InputError(f"draft.init_from: {start}: {found}; expected the directory of a draft, as export writes it")
+
+
+def check_conversations(key: str, name: str | None) -> None:
+    """Refuses a file of conversations that is named by a key of the configuration and is not there."""
+    if name is not None and not (Path(name).is_file() and os.access(name, os.R_OK)):
+        raise InputError(f"{key}: {name}: {_instead(Path(name))}; expected a JSONL file of conversations")
+
+
+def check_place(run_dir: str | Path) -> None:
+    """Refuses a run directory that cannot be made or written."""
+    place = nearest_existing(run_dir)
+    if not place.is_dir():
+        raise InputError(f"run_dir: {run_dir}: {place} is not a directory; give another run_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"run_dir: {run_dir}: {place} may not be written by this user; give another run_dir")
+
+
+def check_room(config: RunConfig, draft: DraftConfig) -> None:
+    """Refuses a run whose checkpoints may not fit the disk; those that are there already count as room."""
+    needed = checkpoint_bytes(config, draft) * checkpoints_at_once(config)
+    held = sum(_file_sizes(Path(config.run_dir) / "checkpoints"))
+    free = free_bytes(config.run_dir) + held
+    if needed > free:
+        best = ", train.keep_best" if config.train.keep_best else ""
+        raise InputError(
+            f"run_dir: {config.run_dir}: {checkpoints_at_once(config)} checkpoints (train.keep_checkpoints "
+            f"{config.train.keep_checkpoints}{best} and one being written) take up to {needed / GIGABYTE:.3g} GB, "
+            f"{free / GIGABYTE:.3g} GB are free there; make room, lower train.keep_checkpoints or give another run_dir"
+        )
+
+
+def checkpoint_bytes(config: RunConfig, draft: DraftConfig) -> int:
+    """What one checkpoint takes at most: parameters, two moments and the average if one is kept, in float32."""
+    copies = 1 + 2 + int(config.optimizer.ema_decay is not None)
+    return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft)))
+
+
+def checkpoints_at_once(config: RunConfig) -> int:
+    """How many checkpoints a run holds at most: an old one goes when the next is written."""
+    return config.train.keep_checkpoints + int(config.train.keep_best is not None) + 1
+
+
+def free_bytes(path: str | Path) -> int:
+    """Room on the disk that holds, or would hold, a path."""
+    return shutil.disk_usage(nearest_existing(path)).free
+
+
+def nearest_existing(path: str | Path) -> Path:
+    """The path, or the first directory above it that is there."""
+    whole = Path(path).absolute()
+    return next(place for place in (whole, *whole.parents) if place.exists())
+
+
+def _instead(path: Path, *, lacking: str = "") -> str:
+    """What is wrong with a path."""
+    if not path.exists():
+        return "not there"
+    if lacking:
+        return f"no {lacking} in it" if path.is_dir() else "not a directory"
+    return "may not be read by this user" if path.is_file() else "not a file"
+
+
+def _file_sizes(directory: Path) -> Iterator[int]:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            yield path.stat().st_size

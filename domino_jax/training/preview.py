@@ -1,0 +1,168 @@
+"""What a run would be, told before it costs anything: `domino train CONFIG --dry-run`.
+
+The last part is what most mistakes show in: the first row that is trained on, as the tokenizer
+reads it, with the tokens that the loss counts marked.
+
+    user What is 2 + 2?\\n assistant ⟦4\\n⟧        in colour on a terminal
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from domino_jax.config import dump_config
+from domino_jax.data.features import FeatureRows
+from domino_jax.data.packing import row_lengths
+from domino_jax.draft.backbone import boxed_parameters
+from domino_jax.target.load import boxed_parameters as boxed_target
+from domino_jax.target.model import Target
+from domino_jax.training.inputs import InputRows, training_batches
+from domino_jax.training.preflight import GIGABYTE, checkpoint_bytes, checkpoints_at_once, free_bytes
+from domino_jax.training.prepare import RunInputs
+from domino_jax.training.program import batch_layout
+from domino_jax.training.step import Batch
+
+SAMPLED = 64  # rows of a capture whose masks are read: each lies beside megabytes of states
+LONGEST_SPAN = 1200  # characters of a row that are shown in one piece
+MARKS = "⟦⟧"
+SUPERVISED = "bold green"
+
+
+class Span(NamedTuple):
+    """Text of tokens that stand together; `supervised` where the loss counts them."""
+
+    text: str
+    supervised: bool
+
+
+def print_preview(run: RunInputs, console: Console) -> None:
+    """Prints a run's recipe, sizes, shapes and first row; creates nothing.
+
+    Args:
+        run: its inputs.
+        console: of any width; colours mark the row on a terminal, brackets elsewhere.
+    """
+    console.print(Text(dump_config(run.config)), soft_wrap=True)
+    first = next(training_batches(run.rows, run.config))
+    figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, words in itertools.chain(_models(run), _disk(run), _data(run), _steps(run), _shapes(run, first)):
+        figures.add_row(Text(name, overflow="fold"), Text(words, overflow="fold"))
+    console.print(figures)
+
+    numbers = [int(number) for number in first["row_numbers"][0] if number >= 0]
+    count = sum(row_lengths(run.rows.rows)[number] for number in numbers)
+    spans = supervised_spans(run.tokenizer, first["input_ids"][0, :count], first["loss_mask"][0, :count])
+    marked = "green" if console.is_terminal else MARKS
+    console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)}; what the loss counts: {marked}"))
+    console.print(_row(spans, coloured=console.is_terminal))
+
+
+def supervised_spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Iterator[Span]:
+    """The text of a row in spans of one kind.
+
+    Args:
+        tokenizer: of the target.
+        ids: int32 [n].
+        mask: bool [n], True where the loss counts a token.
+    """
+    text, end = "", 0
+    for supervised, group in itertools.groupby(mask.tolist()):
+        end += len(list(group))
+        # From the start each time: alone, a span would lose the space before its first word.
+        longer = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield Span(longer[len(text) :], supervised)
+        text = longer
+
+
+def escaped(text: str) -> str:
+    """The text with what a terminal would obey or not show as escapes; a line still ends after its `\\n`."""
+    shown = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+    return shown.replace("\\n", "\\n\n")
+
+
+def _row(spans: Iterable[Span], *, coloured: bool) -> Text:
+    row = Text()
+    for span in spans:
+        text, left_out = span.text, len(span.text) - LONGEST_SPAN
+        if left_out > 0:
+            half = LONGEST_SPAN // 2
+            text = f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
+        if not span.supervised:
+            row.append(escaped(text))
+        elif coloured:
+            row.append(escaped(text), style=SUPERVISED)
+        else:
+            row.append(f"{MARKS[0]}{escaped(text)}{MARKS[1]}")
+    return row
+
+
+def _where(run: RunInputs, numbers: list[int]) -> str:
+    """Where the rows of a row of a batch come from."""
+    data, rows, several = run.config.data, run.rows.rows, "s" if len(numbers) > 1 else ""
+    if data.train is None:
+        return f"row{several} {', '.join(str(number + 1) for number in numbers)} of {data.features}"
+    return f"line{several} {', '.join(str(rows[number].line) for number in numbers)} of {data.train}"
+
+
+def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
+    yield "target", f"{run.config.target}: {run.target}"
+    whole = Target(run.target_config, scan_layers=True)
+    yield "target's parameters", _counts(boxed_target(whole))
+    yield "draft's parameters", _counts(boxed_parameters(run.record.config))
+    yield "target's layers read", ", ".join(map(str, run.record.config.target_layer_ids))
+
+
+def _counts(boxed: Mapping[str, Any]) -> str:
+    """How many parameters there are, and how many in each part."""
+    parts: dict[str, int] = {}
+    for name, tree in boxed.items():
+        part = "layers" if name.startswith("layers") else "norms" if name.endswith("norm") else name
+        parts[part] = parts.get(part, 0) + sum(leaf.size for leaf in jax.tree.leaves(tree))
+    by_part = ", ".join(f"{name} {count:,}" for name, count in parts.items())
+    return f"{sum(parts.values()):,}: {by_part}"
+
+
+def _disk(run: RunInputs) -> Iterator[tuple[str, str]]:
+    one, count = checkpoint_bytes(run.config, run.record.config), checkpoints_at_once(run.config)
+    free = free_bytes(run.directory)
+    yield "a checkpoint", f"{one / GIGABYTE:.3g} GB at most, float32: parameters, moments, average if kept"
+    yield "on disk", f"{count} at once, {count * one / GIGABYTE:.3g} GB; {free / GIGABYTE:.3g} GB are free"
+
+
+def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
+    for name, part in (("training rows", run.rows), ("held-out rows", run.heldout)):
+        if part is not None:
+            tokens = sum(row_lengths(part.rows))
+            yield name, part.summary(max_length=run.config.data.max_length)
+            yield "", f"{tokens:,} tokens, {_supervised_share(part)}"
+
+
+def _supervised_share(part: InputRows) -> str:
+    captured = isinstance(part.rows, FeatureRows)
+    masks = [row.loss_mask for row in itertools.islice(part.rows, SAMPLED if captured else None)]
+    share = sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
+    return f"{share:.1%} of them supervised{f' (of the first {len(masks)} rows)' if captured else ''}"
+
+
+def _steps(run: RunInputs) -> Iterator[tuple[str, str]]:
+    epochs = run.last_step * run.step_rows / run.rows.epoch_rows
+    goes_on = "" if run.resumed is None else f"; the run goes on at step {run.resumed.step}"
+    yield "steps", f"{run.last_step:,} of {run.step_rows} rows: {epochs:.3g} epochs{goes_on}"
+    sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    yield "mesh", f"{sizes}: {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+
+
+def _shapes(run: RunInputs, first: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    documents = first["row_numbers"].shape[1]
+    layout = batch_layout(run.config, run.record.config, run.mesh, documents=documents)
+    for name in Batch._fields:
+        laid = getattr(layout, name)
+        if laid is not None:
+            own = list(laid.sharding.shard_shape(laid.shape))
+            yield f"batch: {name}", f"{first[name].dtype} {list(laid.shape)} a step, {own} a device"

@@ -1,0 +1,188 @@
+"""Processes that end at random moments: `kill -9` on training, SIGTERM and SIGINT on five verbs.
+
+start-up | inputs | compile | step step [save] step step [save] ... | end
+    ^ uniformly over the time that an undisturbed process takes
+                                    ^ aimed: as soon as an unfinished save lies on the disk
+"""
+
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from faults_place import Bits, Case, Place, all_cases, directory_bits, override, run_bits
+from faults_process import Running
+from faults_verdict import DONE, INTERRUPTED, crash, interruption
+
+KILLS_PER_RUN = 4
+AIMED = 0.3  # share of kills that wait for a save
+COMMANDS = 0.3  # share of processes that begin at the very start; the others have imported jax
+STEPS = override(train__steps=40)
+
+
+def kills(place: Place, count: int) -> Iterator[Case]:
+    """`kill -9` until `count` of them have struck; every run is started again until it ends equal."""
+    reference, seconds = _reference(place)
+    works = []
+    for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
+        part = min(KILLS_PER_RUN, count - first)
+        works.append(
+            (f"run {index + 1}", lambda index=index, part=part: _killed_run(place, index, part, reference, seconds))
+        )
+    yield from all_cases("kills", works, count)
+
+
+def _reference(place: Place) -> tuple[Bits, dict[bool, float]]:
+    """An undisturbed run, and how long one takes by either way of beginning it."""
+    filling, filled = place.filling, place.copy()
+    process = filling.begin(filled, "train", "config.yaml", STEPS)
+    while process.poll() is None and "saving checkpoint 8" not in process.log.read_text():
+        time.sleep(0.01)
+    process.send(signal.SIGTERM)
+    process.wait()
+    outcome = filling.run(filled, "train", "config.yaml", STEPS)  # what a resumed run compiles
+    assert outcome.code == DONE, outcome.log
+    seconds = {}
+    for command in (True, False):
+        directory = place.copy()
+        outcome = place.processes().run(directory, "train", "config.yaml", STEPS, command=command)
+        assert outcome.code == DONE, outcome.log
+        seconds[command] = outcome.seconds
+        bits = run_bits(directory / "run")
+    return bits, seconds
+
+
+def _killed_run(place: Place, index: int, count: int, reference: Bits, seconds: dict[bool, float]) -> list[Case]:
+    rng, directory = place.random(1, index), place.copy()
+    moments: list[str] = []
+    fault = None
+    for _ in range(count * 5):
+        command = bool(rng.random() < COMMANDS)
+        process = place.processes().begin(directory, "train", "config.yaml", STEPS, command=command)
+        moment = ""
+        if len(moments) < count:
+            moment = _kill(process, directory / "run", rng, seconds[command])
+        outcome = process.wait()
+        if outcome.code == -signal.SIGKILL:
+            moments.append(moment)
+            continue
+        fault = crash(outcome)
+        if fault is None and outcome.code != DONE:
+            fault = f"started again, it ends with code {outcome.code}: {outcome.log.strip().splitlines()[-1][:200]}"
+        if fault is not None or len(moments) == count:
+            break
+        # It ended before its kill: its bits count, and another run takes the kills that are left.
+        fault = reference.differences(run_bits(directory / "run"))
+        if fault is not None:
+            break
+        shutil.rmtree(directory / "run")
+    if fault is None:
+        fault = reference.differences(run_bits(directory / "run"))
+    if fault is None:
+        shutil.rmtree(directory)
+    else:
+        fault = f"{fault} ({directory.name})"
+    return [Case("kills", f"run {index + 1}, kill {k + 1} ({what})", fault) for k, what in enumerate(moments)]
+
+
+def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float) -> str:
+    """Kills at a moment of its own choice; what was going on then."""
+    aimed = bool(rng.random() < AIMED)
+    delay = float(rng.uniform(0, seconds))
+    if aimed:
+        wanted, extra = int(rng.integers(1, 5)), float(rng.uniform(0, 0.08))
+        seen: set[str] = set()
+        while process.poll() is None and len(seen) < wanted:
+            seen |= {path.name for path in (run / "checkpoints").glob("*tmp*")}
+            time.sleep(0.001)
+        time.sleep(extra)
+    else:
+        while process.poll() is None and time.monotonic() - process.began < delay:
+            time.sleep(0.001)
+    process.send(signal.SIGKILL)
+    lines = process.log.read_text(errors="replace").splitlines()
+    where = next((line for line in reversed(lines) if re.match("step|saving|resum|load|compil", line)), "start-up")
+    return f"{time.monotonic() - process.began:.2f} s, {where[:30]}"
+
+
+# The words of each verb, what it leaves, and whether a second start goes on from there.
+VERBS: dict[str, tuple[tuple[str, ...], str]] = {
+    "train": (("train", "config.yaml", STEPS), "run"),
+    "regenerate": (
+        ("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--batch-size", "2")
+        + ("--max-new-tokens", "60", "--temperature", "0.7"),
+        "answers.jsonl",
+    ),
+    "capture": (("capture", "config.yaml", "states"), "states"),
+    "evaluate": (("evaluate", "trained", "prompts.jsonl", "--limit", "4", "--max-new-tokens", "40"), ""),
+    "generate": (("generate", "trained", "a b c", "--max-new-tokens", "100"), ""),
+}
+
+
+def signals(place: Place, count: int) -> Iterator[Case]:
+    """One SIGTERM or SIGINT at a random moment of a verb; then the same words once more, to the end."""
+    trained = place.copy()
+    filling = place.filling
+    outcome = filling.run(trained, "train", "config.yaml")
+    assert outcome.code == DONE, outcome.log
+    (trained / "run").rename(trained / "trained")
+    undisturbed: dict[str, object] = {}
+    seconds: dict[str, float] = {}
+    for verb, (words, _) in VERBS.items():
+        filling.run(place.copy(trained), *words)
+        directory = place.copy(trained)
+        outcome = place.processes().run(directory, *words, command=True)
+        assert outcome.code == DONE, outcome.log
+        undisturbed[verb], seconds[verb] = _left(directory, verb, outcome.out), outcome.seconds
+    works = []
+    for index in range(count):
+        verb = list(VERBS)[index % len(VERBS)]
+        works.append(
+            (verb, lambda i=index, verb=verb: [_signalled(place, trained, i, verb, undisturbed[verb], seconds[verb])])
+        )
+    yield from all_cases("signals", works, count)
+
+
+def _signalled(place: Place, trained: Path, index: int, verb: str, undisturbed: object, seconds: float) -> Case:
+    rng, directory = place.random(2, index), place.copy(trained)
+    number = signal.Signals(rng.choice([signal.SIGTERM, signal.SIGINT]))
+    delay = float(rng.uniform(0.02, seconds))
+    words, _ = VERBS[verb]
+    process = place.processes().begin(directory, *words, command=True)
+    while process.poll() is None and time.monotonic() - process.began < delay:
+        time.sleep(0.002)
+    struck = process.send(number)
+    sent = time.monotonic()
+    outcome = process.wait()
+    fault = interruption(outcome, seconds=time.monotonic() - sent) if struck else crash(outcome)
+    python = not outcome.log and outcome.code in (-number, 1, INTERRUPTED)
+    if fault is not None and struck and delay < 0.3 and python:
+        fault = None  # before the first line of the package: Python's own start, nothing was begun
+    if fault is None and outcome.code == INTERRUPTED:
+        again = place.processes().run(directory, *words)
+        fault = crash(again)
+        if fault is None and again.code != DONE:
+            fault = f"the same command then ends with code {again.code}: {again.log.strip().splitlines()[-1][:200]}"
+        if fault is None and _left(directory, verb, again.out) != undisturbed:
+            fault = "the same command then leaves something else than an undisturbed one"
+            if isinstance(undisturbed, Bits):
+                fault += f": {undisturbed.differences(run_bits(directory / 'run'))}"
+    if fault is None:
+        shutil.rmtree(directory)
+    else:
+        fault = f"{fault} ({directory.name})"
+    return Case("signals", f"{number.name} {delay:.2f} s into {verb}, code {outcome.code}", fault)
+
+
+def _left(directory: Path, verb: str, out: str) -> object:
+    """What a verb leaves that does not depend on the machine's speed."""
+    name = VERBS[verb][1]
+    if verb == "train":
+        return run_bits(directory / name)
+    if verb == "evaluate":
+        report = (directory / "trained" / "evaluation.json").read_text()
+        return re.sub(r'"[a-z_]*(per_second|seconds|speedup)[a-z_]*": [^,\n]*', "", report)
+    return directory_bits(directory / name) if name else out

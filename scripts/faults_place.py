@@ -1,0 +1,191 @@
+"""Where the fault harness works: a tiny target, rows, runs of it, and what is compared of them, bit for bit.
+
+Everything lies in one directory and is named relatively in it, so that a copy of the directory is
+the same place with the same words on the command line:
+
+    target/  rows.jsonl  heldout.jsonl  prompts.jsonl  config.yaml      made once
+    run/  states/  draft/  answers.jsonl                                by the verbs
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from faults_process import Processes
+from tiny import run_config, write_conversations, write_target
+
+WORKERS = 2
+STATE_ITEMS = ("params", "optimizer", "ema")
+# The window of metrics lies across saves, and both across evaluations.
+SETTINGS: dict[str, Any] = {
+    "optimizer": {"ema_decay": 0.9},
+    "train": {"steps": 24, "log_every": 5, "eval_every": 7, "checkpoint_every": 4, "keep_checkpoints": 3},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault and what came of it: `fault` says what did not hold, None where all did."""
+
+    part: str
+    name: str
+    fault: str | None
+    outcome: str = ""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A run's newest state and log. `arrays` has dtype, shape and hash of every leaf of the state."""
+
+    step: int
+    arrays: dict[str, str] = field(repr=False)
+    metrics: bytes = field(repr=False)
+
+    def differences(self, other: "Bits") -> str | None:
+        """What differs from an undisturbed run, None where nothing does."""
+        found = []
+        if self.step != other.step:
+            found.append(f"step {other.step} instead of {self.step}")
+        names = self.arrays.keys() | other.arrays.keys()
+        arrays = sorted(name for name in names if self.arrays.get(name) != other.arrays.get(name))
+        if arrays:
+            found.append(f"{len(arrays)} of {len(names)} arrays of the state, {arrays[0]} first")
+        if self.metrics != other.metrics:
+            ours, theirs = self.metrics.splitlines(), other.metrics.splitlines()
+            same = [a == b for a, b in zip(ours, theirs, strict=False)]
+            first = same.index(False) if False in same else len(same)
+            found.append(f"metrics.jsonl from line {first + 1} on ({len(theirs)} lines, expected {len(ours)})")
+        return "; ".join(found) or None
+
+
+def run_bits(run: Path) -> Bits:
+    """Reads the newest checkpoint of a run and its log, without the package that wrote them."""
+    steps = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    step = max(steps)
+    arrays = {}
+    for item in STATE_ITEMS:
+        directory = (run / "checkpoints" / str(step) / item).resolve()
+        if directory.is_dir():
+            for path, leaf in jax.tree_util.tree_leaves_with_path(_tree(directory)):
+                array = np.asarray(leaf)
+                digest = hashlib.sha256(array.tobytes()).hexdigest()
+                arrays[item + jax.tree_util.keystr(path)] = f"{array.dtype} {array.shape} {digest}"
+    log = run / "metrics.jsonl"  # an imported draft has none
+    return Bits(step, arrays, log.read_bytes() if log.exists() else b"")
+
+
+def restored(directory: Path) -> list[np.ndarray]:
+    """The arrays of one item of a checkpoint."""
+    return jax.tree.leaves(_tree(directory))
+
+
+def _tree(directory: Path) -> Any:
+    with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the layout over devices is not asked for
+        metadata = reader.metadata(directory).item_metadata
+        if metadata is None:
+            raise ValueError(f"{directory.name} of the last checkpoint has no metadata")
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        return reader.restore(directory, restore_args=arguments)
+
+
+def directory_bits(directory: Path) -> dict[str, str]:
+    """sha256 of every file of a directory, or of one file, by relative path."""
+    files = [directory] if directory.is_file() else [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Place:
+    """A directory with a tiny target, and the processes that work on copies of it.
+
+    Attributes:
+        directory: of everything; the caller removes it.
+        base: what is copied for a case.
+        filling: processes for undisturbed work.
+    """
+
+    def __init__(self, directory: Path, *, seed: int) -> None:
+        self.directory, self.seed = directory, seed
+        self.base = directory / "base"
+        self._cache = directory / "programs"
+        self._local = threading.local()
+        # They also fill the cache of compiled programs; one at a time, never killed.
+        self.filling = Processes(cache=self._cache, fill_cache=True)
+        self._all = [self.filling]
+        self._count, self._lock = 0, threading.Lock()
+        (self.base / "target").mkdir(parents=True)
+        write_target(self.base / "target")
+        paths = {"train": "rows.jsonl", "heldout": "heldout.jsonl"}
+        run_config(self.base, Path("target"), run_dir="run", data=paths, **SETTINGS)
+        write_conversations(self.base / "prompts.jsonl", 12, seed=5, answers=False)
+
+    def processes(self) -> Processes:
+        """Those of this thread."""
+        if not hasattr(self._local, "processes"):
+            self._local.processes = Processes(cache=self._cache)
+            self._all.append(self._local.processes)
+        return self._local.processes
+
+    def copy(self, source: Path | None = None) -> Path:
+        """A copy of the base, or of another place, for one case."""
+        with self._lock:
+            self._count += 1
+            directory = self.directory / f"case-{self._count}"
+        shutil.copytree(source or self.base, directory)
+        return directory
+
+    def random(self, *numbers: int) -> np.random.Generator:
+        """The choices of one case; the same seed makes the same ones."""
+        return np.random.default_rng([self.seed, *numbers])
+
+    def close(self) -> None:
+        for processes in self._all:
+            processes.close()
+
+
+def override(**fields: Any) -> str:
+    """One KEY=VALUE word: `override(train__steps=8)`."""
+    ((name, value),) = fields.items()
+    return f"{name.replace('__', '.')}={json.dumps(value)}"
+
+
+def all_cases(part: str, works: Iterable[tuple[str, Callable[[], list[Case]]]], total: int) -> Iterator[Case]:
+    """Runs works on both workers and passes on their cases as they end.
+
+    A work that raises is the harness's own failure and counts as a case that did not hold.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    began, done = time.monotonic(), 0
+    with (
+        Progress(console=console, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        task = progress.add_task(part, total=total)
+        names = {pool.submit(work): name for name, work in works}
+        for future in as_completed(names):
+            try:
+                cases = future.result()
+            except Exception as error:
+                cases = [Case(part, names[future], f"the harness failed: {type(error).__name__}: {error}")]
+            for case in cases:
+                done += 1
+                progress.update(task, completed=done)
+                if not console.is_terminal:
+                    held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
+                    line = f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)  {case.name}: {held}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                yield case

@@ -1,0 +1,247 @@
+"""Checkpoints that can be trusted: damage is named and passed over, and never trained on in silence."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chex
+import pytest
+from test_loop import final_bits, quiet
+from tiny import run_config, write_conversations, write_target
+
+from domino_jax.config import load_config
+from domino_jax.strict import InputError
+from domino_jax.training.checkpoint import load_draft, read_run_record, sound_checkpoint
+from domino_jax.training.loop import train
+
+STEPS: dict[str, Any] = {"steps": 6, "log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep_checkpoints": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a target and a run of it that has the checkpoints 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("trained")
+    (directory / "target").mkdir()
+    path = run_config(directory, write_target(directory / "target"), train=STEPS)
+    train(load_config(path), console=quiet())
+    return directory
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of it, which a test may damage; the config still names the one of all tests."""
+    shutil.copytree(trained, tmp_path / "place")
+    yield tmp_path / "place"
+
+
+def resume(place: Path, *words: str) -> str:
+    """What a start of the run in `place` says."""
+    console = quiet()
+    train(load_config(place / "config.yaml", [f"run_dir={place / 'run'}", *words]), console=console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def flip(path: Path, place: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def data_file(step: Path, item: str) -> Path:
+    return max((step / item / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+
+
+def damaged(step: Path, how: str) -> None:
+    match how:
+        case "flip":
+            flip(data_file(step, "params"), -5)
+        case "position":
+            (data,) = (step / "data").glob("process_*.json")
+            data.write_text(data.read_text().replace('"next_index": ', '"next_index": 1'))
+        case "truncate":
+            data_file(step, "optimizer").write_bytes(b"")
+        case "item":
+            shutil.rmtree(step / "optimizer")
+        case "empty":
+            shutil.rmtree(step)
+            step.mkdir()
+        case "checksums":
+            (step / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "position", "truncate", "item", "empty", "checksums"])
+def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> None:
+    damaged(place / "run" / "checkpoints" / "6", how)
+    said: list[str] = []
+    assert sound_checkpoint(place / "run", say=said.append) == 4
+    assert len(said) == 1 and f"{place}/run/checkpoints/6: damaged, not used: " in said[0]
+    # Readers move nothing: the run may be training.
+    assert load_draft(place / "run", say=said.append)[2] == 4 and (place / "run" / "checkpoints" / "6").is_dir()
+
+
+def test_a_damaged_run_ends_with_the_same_bits(trained: Path, place: Path) -> None:
+    damaged(place / "run" / "checkpoints" / "6", "flip")
+    damaged(place / "run" / "checkpoints" / "4", "position")
+    said = resume(place)
+    assert "checkpoints/6: damaged" in said and "moved to" in said and "resuming at step 2 of 6" in said
+    assert {path.name for path in (place / "run" / "set_aside").iterdir()} == {"4", "6"}
+    chex.assert_trees_all_equal(final_bits(trained / "run", 6), final_bits(place / "run", 6))
+    for name in ("metrics.jsonl", "config.yaml"):
+        here, there = ((one / "run" / name).read_text() for one in (place, trained))
+        assert here.replace(str(place), str(trained)) == there
+
+
+@pytest.mark.parametrize("how", ["all damaged", "checkpoints/ gone", "all gone"])
+def test_a_run_without_a_good_checkpoint_never_begins_again(place: Path, how: str) -> None:
+    checkpoints = place / "run" / "checkpoints"
+    if how == "checkpoints/ gone":
+        shutil.rmtree(checkpoints)
+    for step in list(checkpoints.iterdir()) if checkpoints.is_dir() else []:
+        shutil.rmtree(step)
+        if how == "all damaged":
+            step.mkdir()
+    for attempt in (resume, lambda place: load_draft(place / "run", say=print)):
+        with pytest.raises(InputError, match="no undamaged checkpoint is left"):
+            attempt(place)
+
+
+def test_a_newest_checkpoint_that_is_gone_is_missed(trained: Path, place: Path) -> None:
+    shutil.rmtree(place / "run" / "checkpoints" / "6")
+    assert "checkpoints/6: the newest checkpoint is gone" in resume(place)
+    chex.assert_trees_all_equal(final_bits(trained / "run", 6), final_bits(place / "run", 6))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"step": "6"}', '{"step": 6'])
+def test_the_note_of_the_newest_checkpoint_is_read_strictly(place: Path, content: str) -> None:
+    (place / "run" / "newest_checkpoint.json").write_text(content)
+    with pytest.raises(InputError, match=r"newest_checkpoint\.json"):
+        sound_checkpoint(place / "run", say=print)
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_unchecked_and_told(place: Path) -> None:
+    (place / "run" / "newest_checkpoint.json").unlink()
+    (place / "run" / "checkpoints" / "6" / "SHA256SUMS").unlink()
+    said: list[str] = []
+    assert sound_checkpoint(place / "run", say=said.append) == 6 and "unchecked" in said[0]
+
+
+def test_one_step_can_be_asked_for(place: Path) -> None:
+    assert load_draft(place / "run", say=print, step=4)[2] == 4
+    with pytest.raises(InputError, match="no checkpoint 5; there are 6, 4, 2"):
+        load_draft(place / "run", say=print, step=5)
+    damaged(place / "run" / "checkpoints" / "4", "flip")
+    with pytest.raises(InputError, match="no undamaged checkpoint is left"):
+        load_draft(place / "run", say=print, step=4)
+
+
+def changed_words(place: Path) -> str:
+    rows = place / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    turns = json.loads(lines[3])
+    turns["messages"][1]["content"] = "a a a a"
+    lines[3] = json.dumps(turns)
+    rows.write_text("\n".join(lines) + "\n")
+    return f"data.train={rows}"
+
+
+def reordered(place: Path) -> str:
+    rows = place / "rows.jsonl"
+    rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
+    return f"data.train={rows}"
+
+
+def longer(place: Path) -> str:
+    rows = place / "rows.jsonl"
+    rows.write_text(rows.read_text() + write_conversations(place / "more.jsonl", 1, seed=9).read_text())
+    return f"data.train={rows}"
+
+
+def other_heldout(place: Path) -> str:
+    return f"data.heldout={write_conversations(place / 'heldout.jsonl', 5, seed=9)}"
+
+
+def other_weights(place: Path) -> str:
+    from safetensors.numpy import load_file, save_file
+
+    path = place / "target" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, path)
+    return f"target={place / 'target'}"
+
+
+def other_template(place: Path) -> str:
+    path = place / "target" / "chat_template.jinja"
+    path.write_text(path.read_text() + "{# other #}")
+    return f"target={place / 'target'}"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (changed_words, "data.train: was 24 rows, sha256"),
+        (reordered, "data.train: was 24 rows, sha256"),
+        (longer, "is 25 rows, sha256"),
+        (other_heldout, "data.heldout: was 5 rows"),
+        (other_weights, "target: was sha256"),
+        (other_template, "chat template sha256"),
+    ],
+)
+def test_what_changed_is_named(place: Path, change: Any, named: str) -> None:
+    with pytest.raises(InputError) as refused:
+        resume(place, change(place))
+    said = str(refused.value)
+    assert named in said and "use another run_dir" in said and len(said) <= 500, said
+
+
+def test_inputs_may_move(place: Path) -> None:
+    moved = shutil.move(place / "rows.jsonl", place / "moved.jsonl")
+    assert "already trained for 6 steps" in resume(place, f"data.train={moved}", f"target={place / 'target'}")
+
+
+def test_a_finished_run_is_extended(trained: Path, place: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.steps 6 -> 9\).*train\.extend=N trains N steps further"):
+        resume(place, "train.steps=9")
+    said = resume(place, "train.extend=3")
+    assert "resuming at step 6 of 9" in said
+    # Two ways to nine steps, one number.
+    whole = place / "whole"
+    train(load_config(place / "config.yaml", [f"run_dir={whole}", "train.extend=3"]), console=quiet())
+    chex.assert_trees_all_equal(final_bits(whole, 9), final_bits(place / "run", 9))
+    last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-2]
+    assert last["step"] == 9 and last["lambda_base"] == 0 and last["learning_rate"] == pytest.approx(6e-5)
+
+
+def test_the_best_checkpoint_is_kept(place: Path) -> None:
+    """Beside the newest one; here acceptance falls, since the rate is absurd."""
+    words = ("train.keep_best=heldout", "train.keep_checkpoints=1", "train.steps=12", "train.checkpoint_every=3")
+    config = load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words, "optimizer.learning_rate=0.03"])
+    train(config, console=quiet())
+    lines = [json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()]
+    heldout = {line["step"]: line["accept_len"] for line in lines if line["split"] == "heldout"}
+    best = max(heldout, key=lambda step: (heldout[step], step))
+    kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
+    assert kept == {best, 12}
+    assert load_draft(place / "best", say=print, step=best)[2] == best
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train.keep_best=rollout",), "keep_best must be null or 'heldout', found 'rollout'"),
+        (("train.keep_best=heldout", "data.heldout=null", "train.checkpoint_every=3"), "data.heldout is missing"),
+        (("train.keep_best=heldout",), "eval_every 3 must be a multiple of checkpoint_every 2"),
+        (("train.extend=-1",), "extend must be 0 or more, found -1"),
+    ],
+)
+def test_settings_of_checkpoints_are_checked(trained: Path, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(trained / "config.yaml", words)
+
+
+def test_a_run_record_says_what_the_run_reads(trained: Path) -> None:
+    draft, run = read_run_record(trained / "run", 6)
+    assert run.inputs.keys() == {"tokenizer", "data.train", "data.heldout", "target"}
+    assert draft.target_sha256 and run.inputs["target"].endswith(draft.target_sha256)

@@ -1,0 +1,192 @@
+"""A run that cannot be is refused before anything is loaded, and leaves nothing behind."""
+
+import importlib.util
+import io
+import shutil
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+from tiny import run_config, write_target
+
+from domino_jax.config import load_config
+from domino_jax.strict import InputError
+from domino_jax.training import preflight, prepare
+from domino_jax.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads weights or makes a state fails."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded before it was checked")
+
+    monkeypatch.setattr(prepare, "load_sharded_target", load)
+    monkeypatch.setattr(prepare, "state_at_start", load)
+
+
+@pytest.fixture
+def reads_nothing(loads_nothing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever encodes rows fails too."""
+
+    def read(*_: Any, **__: Any) -> None:
+        raise AssertionError("read before it was checked")
+
+    monkeypatch.setattr(prepare, "read_rows", read)
+    monkeypatch.setattr(prepare, "read_features", read)
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """What a start is refused with; everything beside it is as it was."""
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(InputError) as caught:
+        train(load_config(path, overrides), console=Console(file=io.StringIO()))
+    assert sorted(path.parent.rglob("*")) == before
+    said = str(caught.value)
+    assert "\n" not in said and len(said) <= 500
+    return said
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train={place}/no.jsonl", "data.train: {place}/no.jsonl: not there; expected a JSONL file"),
+        ("data.train={place}", "data.train: {place}: not a file; expected a JSONL file"),
+        ("data.heldout={place}/no.jsonl", "data.heldout: {place}/no.jsonl: not there; expected a JSONL file"),
+        ("draft.init_from={place}/no", "draft.init_from: {place}/no: not there; expected the directory of a draft"),
+        ("draft.init_from={place}", "draft.init_from: {place}: no config.json in it; expected the directory"),
+        ("target={place}/no", "{place}/no: no such directory, and no built-in target"),
+        ("run_dir={place}/rows.jsonl", "run_dir: {place}/rows.jsonl: {place}/rows.jsonl is not a directory"),
+        ("run_dir={place}/rows.jsonl/run", "run_dir: {place}/rows.jsonl/run: {place}/rows.jsonl is not a directory"),
+        ("mesh.fsdp=3", "mesh: mesh data=2 fsdp=3 tensor=1 needs 6 devices, found 8"),
+        ("data.batch_size=12", "data.batch_size 12 must be a multiple of its 8 devices"),
+        ("seed=-1", "seed must lie in 0..4294967295, found -1"),
+        ("seed=4294967296", "seed must lie in 0..4294967295, found 4294967296"),
+        ("draft.mask_token_id=0", "draft.mask_token_id 0 is the target's eos token"),
+        ("draft.target_layer_ids=[0,4]", "target_layer_ids [0, 4] must lie in 0..3"),
+        ("loss.loss_type=focal", "loss: loss_type must be one of"),
+    ],
+)
+@pytest.mark.usefixtures("reads_nothing")
+def test_what_is_free_to_check_is_checked_first(target: Path, tmp_path: Path, override: str, message: str) -> None:
+    found = refusal(run_config(tmp_path, target), override.format(place=tmp_path))
+    assert message.format(place=tmp_path) in found
+
+
+@pytest.mark.usefixtures("reads_nothing")
+def test_captured_states_are_looked_for_first(target: Path, tmp_path: Path) -> None:
+    found = refusal(run_config(tmp_path, target), "data.train=null", f"data.features={tmp_path}")
+    assert found.startswith(f"data.features: {tmp_path}: no manifest.json in it; expected a directory that `domino")
+
+
+@pytest.mark.usefixtures("reads_nothing")
+def test_the_targets_headers_are_read_first(target: Path, tmp_path: Path) -> None:
+    spoilt = shutil.copytree(target, tmp_path / "target")
+    file = spoilt / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"model.norm.weight"', b'"model.morn.weight"'))
+    assert "missing tensor: model.norm.weight; expected" in refusal(run_config(tmp_path, spoilt))
+
+
+@pytest.mark.usefixtures("loads_nothing")
+def test_too_few_rows_are_told_before_the_target_is_loaded(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target, optimizer={"grad_accumulation": 4})
+    assert refusal(path) == (
+        f"{tmp_path / 'rows.jsonl'}: 24 rows cannot fill a step of 32 "
+        "(data.batch_size 8 x optimizer.grad_accumulation 4)"
+    )
+
+
+@pytest.mark.usefixtures("reads_nothing")
+@pytest.mark.parametrize(("layers", "count"), [(4, 5), (4, 9), (4, 3)])
+def test_too_shallow_a_target_is_told_in_the_keys_of_the_run(
+    target: Path, tmp_path: Path, layers: int, count: int
+) -> None:
+    path = run_config(tmp_path, target, draft={"num_hidden_layers": count, "target_layer_ids": None})
+    assert refusal(path) == (
+        f"draft.num_hidden_layers {count} needs {count} different layers of a target of {layers} layers; "
+        "give draft.target_layer_ids or fewer layers"
+    )
+
+
+@pytest.mark.usefixtures("reads_nothing")
+@pytest.mark.parametrize(
+    ("module", "override", "requirement"),
+    [
+        ("grain", "seed=1", "grain"),
+        ("tensorboardX", "train.tensorboard=true", "'domino-jax[tensorboard]'"),
+        ("array_record", "data={{train: null, features: {place}, max_length: 24, batch_size: 8}}", "array-record"),
+    ],
+)
+def test_a_missing_package_is_named(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, override: str, requirement: str
+) -> None:
+    assert importlib.util.find_spec(module) is not None
+    monkeypatch.setitem(sys.modules, module, None)
+    found = refusal(run_config(tmp_path, target), override.format(place=tmp_path))
+    assert found == f"the package {module} is missing, which this needs: pip install {requirement}"
+
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how much is free on every disk."""
+    return lambda free: monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(2 * free, free, free))
+
+
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+def test_room_for_the_checkpoints_is_checked(
+    target: Path, tmp_path: Path, disk: Callable[[int], None], ema: str
+) -> None:
+    steps = {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 3}
+    path = run_config(tmp_path, target, train=steps, draft={"gru_hidden_dim": 512})
+    words = (f"optimizer.ema_decay={ema}",)
+    checked = prepare.check(load_config(path, words), say=print, set_aside=False)
+    run = prepare.read_inputs(checked, target_sha256=str, say=print)
+    state = jax.eval_shape(lambda: program_state(run))
+    held = sum(4 * leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    needed = 4 * held  # three that are kept, and the one being written
+    assert needed == preflight.checkpoint_bytes(run.config, run.record.config) * 4
+    disk(needed - 1)
+    found = refusal(path, *words)
+    assert found.startswith(
+        f"run_dir: {tmp_path / 'run'}: 4 checkpoints (train.keep_checkpoints 3 and one being written) take up to "
+        f"{needed / 1e9:.3g} GB, {(needed - 1) / 1e9:.3g} GB are free there; "
+    )
+    disk(needed)
+    directory = train(load_config(path, words), console=Console(quiet=True))
+    # What is written fits what was reckoned with, and counts as room for the run that goes on.
+    written = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
+    assert 0.8 * 2 * held < written < 2 * held + 2 * 300_000  # compressed a little, and small files beside
+    disk(needed - written)
+    train(load_config(path, words), console=Console(quiet=True))
+
+
+def program_state(run: prepare.RunInputs) -> Any:
+    from domino_jax.draft.backbone import DraftModel, init_variables
+    from domino_jax.training.step import initial_state
+
+    variables = init_variables(DraftModel(run.record.config), jax.random.key(0))
+    return initial_state(run.program, variables["params"])
+
+
+def test_a_target_that_is_not_finite_leaves_no_run(target: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    spoilt = shutil.copytree(target, tmp_path / "target")
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, spoilt / "model.safetensors")
+    assert "model.layers.1.mlp.up_proj.weight: 1 of 512 entries are not finite" in refusal(run_config(tmp_path, spoilt))

@@ -1,0 +1,141 @@
+"""A dry run tells what a run would be, to the first row, and creates nothing."""
+
+import io
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny import CONFIG, TEMPLATE, run_config, write_target
+
+from domino_jax.config import dump_config, load_config
+from domino_jax.target.fingerprint import target_fingerprint
+from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.training import prepare as preparing
+from domino_jax.training.capture import capture
+from domino_jax.training.loop import train
+from domino_jax.training.prepare import RunInputs, check, prepare, read_inputs
+from domino_jax.training.preview import escaped, print_preview, supervised_spans
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
+def inputs_of(path: Path, *overrides: str) -> RunInputs:
+    checked = check(load_config(path, overrides), say=print, set_aside=False)
+    return read_inputs(checked, target_sha256=str, say=print)
+
+
+def preview_of(run: RunInputs, *, width: int = 100, colours: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=colours, color_system="truecolor")
+    print_preview(run, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_dry_run_tells_all_and_creates_nothing(
+    domino, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_config(tmp_path, target, optimizer={"grad_accumulation": 2, "ema_decay": 0.9})
+    before = {file: file.stat().st_mtime_ns for file in (*tmp_path.rglob("*"), *target.rglob("*"))}
+    with monkeypatch.context() as weightless:
+        weightless.setattr(preparing, "load_sharded_target", None)
+        weightless.setattr(preparing, "state_at_start", None)
+        code, out, log = domino("train", path, "--dry-run", "mesh.data=4", "mesh.tensor=2")
+    assert code == 0 and "loading rows" in log and "loading target" not in log
+    assert before == {file: file.stat().st_mtime_ns for file in (*tmp_path.rglob("*"), *target.rglob("*"))}
+    assert all(len(line) <= 100 or line.startswith("  ") for line in out.splitlines())
+
+    run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), console=Console(quiet=True))
+    assert out.startswith(dump_config(run.config))
+    figures = {name: words for name, words in re.findall(r"^(\S.*?)  +(\S.*?) *$", out, re.MULTILINE)}
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in run.state.params.items()}
+    layers, norms = sizes.pop("layers_0"), sizes.pop("norm") + sizes.pop("hidden_norm")
+    parts = f"fc {sizes.pop('fc'):,}", f"head {sizes.pop('head'):,}", f"layers {layers:,}", f"norms {norms:,}"
+    draft = sum(x.size for x in jax.tree.leaves(run.state.params))
+    assert not sizes and figures["draft's parameters"].startswith(f"{draft:,}: ")
+    assert set(figures["draft's parameters"].split(": ")[1].split(", ")) == set(parts)
+    whole = sum(x.size for x in jax.tree.leaves(load_target(target).params))
+    table = CONFIG.vocab_size * CONFIG.hidden_size
+    assert figures["target's parameters"].startswith(f"{whole:,}: ")
+    assert f"embed_tokens {table:,}" in figures["target's parameters"]
+    assert f"lm_head {table:,}" in figures["target's parameters"]
+    assert figures["a checkpoint"].startswith(f"{16 * draft / 1e9:.3g} GB at most")
+    assert figures["on disk"].startswith(f"3 at once, {48 * draft / 1e9:.3g} GB; ")
+    rows = run.rows.rows
+    tokens, supervised = sum(len(row.input_ids) for row in rows), sum(row.loss_mask.sum() for row in rows)
+    assert f"24 rows ({1 - tokens / (24 * 24):.1%} of their positions are padding)" in figures["training rows"]
+    assert f"{tokens:,} tokens, {supervised / tokens:.1%} of them supervised" in out
+    assert figures["held-out rows"].startswith("5 rows (")
+    assert figures["steps"] == "6 of 16 rows: 4 epochs"
+    assert figures["mesh"] == "data 4, fsdp 1, tensor 2: 8 x cpu"
+    assert figures["batch: input_ids"] == "int32 [2, 8, 24] a step, [2, 2, 24] a device"
+    assert figures["batch: loss_mask"] == "bool [2, 8, 24] a step, [2, 2, 24] a device"
+
+
+def test_the_first_row_is_shown_with_what_the_loss_counts(target: Path, tmp_path: Path) -> None:
+    run = inputs_of(run_config(tmp_path, target))
+    plain, coloured = preview_of(run), preview_of(run, colours=True)
+    line = int(re.findall(r"first row of the first batch, line (\d+) of ", plain)[0])
+    (row,) = [row for row in run.rows.rows if row.line == line]
+    words = [run.tokenizer.decode([token]) for token in row.input_ids]
+    inside, expected = False, ""
+    for word, supervised in zip(words, row.loss_mask.tolist(), strict=True):
+        # A span begins with the space before its first word.
+        expected += ("⟧" if inside else "") * (supervised != inside) + ("⟦" if supervised and not inside else "")
+        expected += f" {word}" if expected.strip("⟦") else word
+        inside = supervised
+    expected += "⟧" if inside else ""
+    shown = plain.split("⟦⟧\n")[1]
+    assert " ".join(shown.split()) == expected and expected.count("⟦") == 1
+    assert "⟦" not in coloured and "\x1b[1;32m" in coloured.split("what the loss counts")[1]
+
+
+def test_captured_and_packed_rows_are_told(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target, data={"max_length": 48})
+    capture(
+        load_config(path),
+        tmp_path / "states",
+        dtype="float32",
+        target_states=False,
+        limit_gb=1.0,
+        confirmed=False,
+        say=print,
+    )
+    words = ("data.train=null", f"data.features={tmp_path / 'states'}", "data.packing=true")
+    checked = check(load_config(path, words), say=print, set_aside=False)
+    run = read_inputs(checked, target_sha256=lambda: target_fingerprint(target), say=print)
+    said = preview_of(run)
+    assert "packed from 24 conversations" in said and "(of the first 24 rows)" in said
+    assert re.search(r"batch: features +float32 \[1, 8, 48, 32\] a step, \[1, 1, 48, 32\] a device", said)
+    documents = max(len(pack) for pack in run.rows.packs or [])
+    assert re.search(rf"batch: seq_lens +int32 \[1, 8, {documents}\] a step", said)
+    place = rf"first row of the first batch, (row|rows \d+,) \d+ of {tmp_path / 'states'}"
+    assert re.search(place, said.replace("\n", ""))
+
+
+def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(domino, target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=Console(quiet=True))
+    code, out, _ = domino("train", path, "--dry-run", "train.extend=4")
+    assert code == 0 and "10 of 8 rows: 3.33 epochs; the run goes on at step 6" in out
+    code, out, log = domino("train", path, "--dry-run", "draft.emb_dim=4")
+    assert (code, out) == (2, "") and "draft.emb_dim 8 -> 4" in log
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    assert escaped("a\x1b[31mb\tc\u202ed\n\ne é漢") == "a\\x1b[31mb\\tc\\u202ed\\n\n\\n\ne é漢"
+
+
+def test_spans_join_to_the_whole_text(target: Path) -> None:
+    tokenizer = load_tokenizer(target)
+    assert TEMPLATE
+    ids = np.array(tokenizer.encode("<|im_start|> user a b <|im_end|> c d"))
+    mask = np.array([False, False, True, True, False, True, True])
+    spans = list(supervised_spans(tokenizer, ids, mask))
+    assert [span.supervised for span in spans] == [False, True, False, True]
+    assert "".join(span.text for span in spans) == tokenizer.decode(ids)
+    assert [span.text.split() for span in spans] == [["<|im_start|>", "user"], ["a", "b"], ["<|im_end|>"], ["c", "d"]]
