@@ -163,6 +163,7 @@ class FeatureRows(Sequence[Row]):
                     f"{self._directory}: row {number} has {name} of shape {found.shape} and type {found.dtype}, "
                     f"the manifest says {shape} and {np.dtype(dtype)}"
                 )
+        _require_finite(row, place=f"{self._directory}: row {number}", remedy="capture the rows again")
 
 
 def shard_path(directory: str | Path, index: int) -> Path:
