@@ -151,9 +151,8 @@ def regenerate(
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
-        settings: what makes the answers, a partial file of other settings is refused; its
-            `chat_template_kwargs`, if any, are what the template is told. A partial file that does
-            not say its `dtype` is of float32.
+        settings: what makes the answers, a partial file of other settings is refused (one without `dtype` is of
+            float32); its `chat_template_kwargs`, if any, are what the template is told.
         progress: called first and after each batch with prompts done, all prompts and new tokens.
     Returns:
         How many answers there are, and how many of them end without a stop token.
@@ -163,17 +162,14 @@ def regenerate(
     """
     if answers_path.exists():
         raise InputError(f"{answers_path}: already there; remove it to make it again")
-    usable, bad_lines = read_messages(prompts_path)
-    if bad_lines:
-        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
+    usable = _all_usable(prompts_path)
     partial = answers_path.with_name(answers_path.name + ".partial")
     kwargs = settings.get(KWARGS, NO_KWARGS)
-    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
+    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable.items()]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    asked = dict(usable)
-    with BatchLog(partial, lambda record: _answer(record, settings, asked, prompts_path)) as log:
+    with BatchLog(partial, lambda record: _answer(record, settings, usable, prompts_path)) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt[0] not in finished]
         slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
@@ -189,14 +185,22 @@ def regenerate(
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
-                record = {"messages": turns, "prompt_line": line, "finished": answer.stopped}
-                records.append({**record, "generator": settings})
+                record = {"prompt_line": line, "finished": answer.stopped, "generator": settings}
+                records.append({"messages": turns, **record})
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
             log.add(records)
             progress(len(finished), len(prompts), written)
         log.publish(answers_path)
     return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
+
+
+def _all_usable(prompts_path: Path) -> dict[int, Messages]:
+    """Line -> prompt of a file; one that cannot be used is an error."""
+    usable, bad_lines = read_messages(prompts_path)
+    if bad_lines:
+        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
+    return dict(usable)
 
 
 def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float) -> list[Answer]:
