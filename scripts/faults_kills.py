@@ -112,8 +112,10 @@ def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float)
 VERBS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("train", "config.yaml", STEPS), "run"),
     "regenerate": (
-        ("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--batch-size", "2")
-        + ("--max-new-tokens", "60", "--temperature", "0.7"),
+        (
+            *("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--batch-size", "2"),
+            *("--max-new-tokens", "60", "--temperature", "0.7"),
+        ),
         "answers.jsonl",
     ),
     "capture": (("capture", "config.yaml", "states"), "states"),

@@ -6,6 +6,7 @@ and an export.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Fault:
         names: what the refusal must name.
         codes: exit codes that refuse it.
         absent: a path that the refused command must not make.
+        told: instead of being refused it may be left out, with a line that says so.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Fault:
     names: str = ""
     codes: tuple[int, ...] = (BAD_INPUT,)
     absent: str = ""
+    told: str = ""
 
 
 def _lines(name: str, change: Callable[[list[str]], list[str]]) -> Callable[[Path], object]:
@@ -103,17 +106,31 @@ def _swap_ids(tree: dict[str, Any]) -> None:
     ids["a"], ids["b"] = ids["b"], ids["a"]
 
 
+def _another_word(lines: list[str]) -> list[str]:
+    record = json.loads(lines[0])
+    record["messages"][-1]["content"] += " z"
+    return [json.dumps(record) + "\n", *lines[1:]]
+
+
+def _finished_as_text(lines: list[str]) -> list[str]:
+    return [json.dumps(json.loads(lines[0]) | {"finished": "yes"}) + "\n", *lines[1:]]
+
+
+def _norm(epsilon: float) -> Callable[[Path], object]:
+    return _json("target/config.json", lambda tree: tree.update(rms_norm_eps=epsilon))
+
+
 _rows, _heldout = "rows.jsonl", "heldout.jsonl"
 _template = _text("target/chat_template.jinja", "assistant ", "user ")
 _bigger = _weights("target", _scaled)
 DRIFT = (
-    Fault("a word changed", TRAIN, _lines(_rows, lambda x: [x[0].replace("content", "content", 1).replace(" ", " z ", 3), *x[1:]]), _rows),
-    Fault("lines reversed", TRAIN, _lines(_rows, lambda x: x[::-1]), _rows),
-    Fault("half of the lines gone", TRAIN, _lines(_rows, lambda x: x[: len(x) // 2]), _rows),
-    Fault("lines added", TRAIN, _lines(_rows, lambda x: [*x, *x[:3]]), _rows),
-    Fault("held-out lines reversed", TRAIN, _lines(_heldout, lambda x: x[::-1]), _heldout),
+    Fault("a word changed", TRAIN, _lines(_rows, _another_word), "data.train"),
+    Fault("lines reversed", TRAIN, _lines(_rows, lambda lines: lines[::-1]), "data.train"),
+    Fault("half of the lines gone", TRAIN, _lines(_rows, lambda lines: lines[: len(lines) // 2]), "data.train"),
+    Fault("lines added", TRAIN, _lines(_rows, lambda lines: [*lines, *lines[:3]]), "data.train"),
+    Fault("held-out lines reversed", TRAIN, _lines(_heldout, lambda lines: lines[::-1]), "data.heldout"),
     Fault("target weights x 1.5", TRAIN, _bigger, "target"),
-    Fault("target config", TRAIN, _json("target/config.json", lambda x: x.update(rms_norm_eps=1e-3)), "target"),
+    Fault("target config", TRAIN, _norm(1e-3), "target"),
     Fault("token ids swapped", TRAIN, _json("target/tokenizer.json", _swap_ids), "tokenizer"),
     Fault("chat template", TRAIN, _template, "template"),
     Fault("the seed", (*TRAIN, "seed=7"), None, "seed"),
@@ -156,23 +173,23 @@ def _draft(key: str, value: float) -> Callable[[Path], object]:
     def change(tree: dict[str, Any]) -> None:
         (tree["dflash_config"] if key in tree["dflash_config"] else tree)[key] = value
 
-    return lambda directory: (
-        _json("draft/config.json", change)(directory),
-        (directory / "draft" / "SHA256SUMS").unlink(missing_ok=True),
-    )
+    def apply(directory: Path) -> None:
+        _json("draft/config.json", change)(directory)
+        (directory / "draft" / "SHA256SUMS").unlink(missing_ok=True)  # whole, as its writer left it
+
+    return apply
 
 
-_finished = _lines(_rows, lambda x: [json.dumps(json.loads(x[0]) | {"finished": "yes"}) + "\n", *x[1:]])
 SILENCE = (
     Fault("--temperature nan", (*GENERATE, "--temperature", "nan"), names="temperature"),
     Fault("--limit-gb nan", (*CAPTURE, "--limit-gb", "nan"), names="limit-gb", absent="other"),
-    Fault("a target's rms_norm_eps 0", FRESH, _json("target/config.json", lambda x: x.update(rms_norm_eps=0)), "rms_norm_eps", absent="fresh"),
-    Fault("a target's rms_norm_eps -1", FRESH, _json("target/config.json", lambda x: x.update(rms_norm_eps=-1.0)), "rms_norm_eps", absent="fresh"),
+    Fault("a target's rms_norm_eps 0", FRESH, _norm(0), "rms_norm_eps", absent="fresh"),
+    Fault("a target's rms_norm_eps -1", FRESH, _norm(-1.0), "rms_norm_eps", absent="fresh"),
     Fault("a draft's rms_norm_eps 0", IMPORT, _draft("rms_norm_eps", 0.0), "rms_norm_eps", absent="imported"),
-    Fault("an infinite input_embedding_scale", IMPORT, _draft("input_embedding_scale", float("inf")), absent="imported"),
-    Fault("finished is text", FRESH, _finished, absent="fresh"),
+    Fault("an infinite input_embedding_scale", IMPORT, _draft("input_embedding_scale", math.inf), absent="imported"),
+    Fault("finished is text", FRESH, _lines(_rows, _finished_as_text), told="rows.jsonl:1: "),
     Fault("a shard that is a link", OFFLINE, _link, "shard-00000", absent="offline"),
-    Fault("a YAML key twice", FRESH, _text("config.yaml", '"target"', '"seed": 1, "seed": 2, "target"'), "seed", absent="fresh"),
+    Fault("a YAML key twice", FRESH, _text("config.yaml", "{", '{"seed": 1, "seed": 2, '), "seed", absent="fresh"),
     Fault("seed -1", (*FRESH, "seed=-1"), names="seed", absent="fresh"),
     Fault("a huge --seed", (*GENERATE, "--seed", str(10**30)), names="seed"),
     Fault("--max-new-tokens 1e11", (*GENERATE[:-1], str(10**11))),
@@ -214,6 +231,8 @@ def _case(part: str, place: Place, base: Path, one: Fault) -> Case:
     outcome = place.processes().run(directory, *one.words)
     code = outcome.code if outcome.code in one.codes else one.codes[0]
     fault = refusal(outcome, names=one.names, code=code)
+    if one.told and outcome.code == DONE and one.told in outcome.log:
+        fault = crash(outcome)
     if fault is None and one.absent and (directory / one.absent).exists():
         fault = f"refused, but {one.absent} was made"
     if fault is None and code == DIVERGED and (directory / "fresh" / "checkpoints").exists():

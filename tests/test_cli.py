@@ -1,8 +1,10 @@
 """The command as a user meets it: the whole way on a tiny target, and one line with exit code 2 for bad input."""
 
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -329,6 +331,27 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path)
 def test_help_teaches(domino, verb: str) -> None:
     code, out, _ = domino(verb, "--help")
     assert code == 0 and "Usage: domino" in out and len(out.splitlines()) > 6
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_kept(
+    domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "draft"))
+
+    monkeypatch.setattr("domino_jax.cli.checkpoint.save_hf_draft", full)
+    draft = tmp_path / "draft"
+    code, out, err = domino("export", trained / "run", draft)
+    assert (code, out) == (2, "")
+    kept = f"{draft} is whole or was not made; the same command starts over"
+    assert err.splitlines()[-1] == f"error: {draft}: No space left on device; {kept}"
+
+
+def test_help_documents_each_exit_code(domino) -> None:
+    _, out, _ = domino("--help")
+    codes = (("0", "done"), ("1", "plan: "), ("2", "bad input"), ("3", "train: "), ("130", "interrupted"), ("141", ""))
+    for code, words in codes:
+        assert re.search(rf"^ +{code} +{words}", out, re.MULTILINE), code
 
 
 def test_a_run_that_went_astray_has_an_exit_code_of_its_own(domino, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -169,7 +170,8 @@ def regenerate(
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with BatchLog(partial, lambda record: _answer(record, settings, usable, prompts_path)) as log:
+    read = functools.partial(_answer, settings=settings, prompts=usable, prompts_path=prompts_path)
+    with BatchLog(partial, read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt[0] not in finished]
         slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
@@ -185,8 +187,7 @@ def regenerate(
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
-                record = {"prompt_line": line, "finished": answer.stopped, "generator": settings}
-                records.append({"messages": turns, **record})
+                records.append(_answer_record(turns, line, answer.stopped, settings))
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
             log.add(records)
@@ -212,6 +213,10 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
         stopped = int(ids[-1]) in decoder.stop_ids
         answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
     return answers
+
+
+def _answer_record(messages: Messages, line: int, finished: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": messages, "prompt_line": line, "finished": finished, "generator": settings}
 
 
 def _answer(

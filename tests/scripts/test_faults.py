@@ -1,0 +1,143 @@
+"""The fault harness judges outcomes that are broken on purpose, and a few real faults go through it."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults_command import PARTS, table
+from faults_damage import WAYS, break_something
+from faults_growth import Sample, grown
+from faults_place import Bits, Case, Place, all_cases
+from faults_process import Outcome
+from faults_verdict import crash, damage, interruption, refusal
+
+DONE = Outcome(code=0, out="run\n", log="step 6/6\n", seconds=3.0)
+REFUSED = Outcome(code=2, out="", log="loading\nerror: rows.jsonl: 2 rows, expected 3\n", seconds=3.0)
+STOPPED = Outcome(code=130, out="", log="interrupted: all is kept\n", seconds=3.0)
+
+
+def changed(outcome: Outcome, **fields: object) -> Outcome:
+    return dataclasses.replace(outcome, **fields)
+
+
+def test_verdicts_pass_what_holds() -> None:
+    assert [crash(one) for one in (DONE, REFUSED, STOPPED)] == [None] * 3
+    assert refusal(REFUSED, names="rows.jsonl") is None
+    diverged = changed(REFUSED, code=3, log="stopped: the parameters are not finite\n")
+    assert refusal(diverged, code=3) is None
+    assert interruption(STOPPED, seconds=1) is None
+    saved = "interrupted: stopping after this step\nsaving checkpoint 7\nstopped at step 7 of 9\n"
+    assert interruption(changed(STOPPED, log=saved), seconds=1) is None
+    assert interruption(DONE, seconds=1) is None
+    assert damage(DONE, differences=None, said=False) == ("harmless", None)
+    assert damage(DONE, differences=None, said=True) == ("restored", None)
+    assert damage(REFUSED, differences=None, said=False) == ("refused", None)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (changed(REFUSED, log="Traceback (most recent call last):\n" + REFUSED.log), "Traceback"),
+        (changed(REFUSED, code=-11), "exit code -11"),
+        (changed(REFUSED, code=1), "exit code 1, expected 2"),
+        (changed(REFUSED, hung=True), "hung for 3 s"),
+        (DONE, "accepted without a word"),
+        (changed(REFUSED, log=REFUSED.log * 2), "2 lines begin with"),
+        (changed(REFUSED, log=REFUSED.log + "and more\n"), "1 lines begin with"),
+        (changed(REFUSED, log="error: rows.jsonl " + "x" * 500 + "\n"), "a line of 518 characters"),
+        (changed(REFUSED, log="error: a file: 2 rows\n"), "does not name 'rows.jsonl'"),
+    ],
+)
+def test_refusal_tells_what_is_no_refusal(broken: Outcome, said: str) -> None:
+    assert said in str(refusal(broken, names="rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("broken", "seconds", "said"),
+    [
+        (STOPPED, 10.5, "ended 10.5 s after the signal"),
+        (changed(STOPPED, code=-15), 1, "exit code -15"),
+        (changed(STOPPED, code=2), 1, "exit code 2, expected 130"),
+        (changed(STOPPED, log=""), 1, "0 lines on the interruption"),
+        (changed(STOPPED, log=STOPPED.log * 2), 1, "2 lines on the interruption"),
+        (changed(STOPPED, log=STOPPED.log + "step 7\n"), 1, "the line is not the last one"),
+        (changed(STOPPED, log="Fatal Python error: x\n" + STOPPED.log), 1, "Fatal Python error"),
+    ],
+)
+def test_interruption_tells_what_is_no_clean_end(broken: Outcome, seconds: float, said: str) -> None:
+    assert said in str(interruption(broken, seconds=seconds))
+
+
+def test_damage_tells_wrong_numbers_from_everything_else() -> None:
+    kind, fault = damage(DONE, differences="3 of 9 arrays", said=True)
+    assert kind == "wrong" and "3 of 9 arrays" in str(fault)
+    assert damage(changed(REFUSED, log="Traceback"), differences=None, said=False)[0] == "crashed"
+    assert damage(changed(REFUSED, code=3), differences=None, said=False)[0] == "failed"
+    assert damage(changed(REFUSED, log=REFUSED.log * 2), differences=None, said=False)[1] is not None
+
+
+def test_bits_name_what_differs() -> None:
+    bits = Bits(8, {"params['a']": "float32 (2,) 00", "ema['a']": "float32 (2,) 11"}, b"1\n2\n")
+    assert bits.differences(bits) is None
+    other = dataclasses.replace(bits, step=7, arrays=bits.arrays | {"ema['a']": "float32 (2,) 12"}, metrics=b"1\n3\n")
+    said = str(bits.differences(other))
+    assert said.startswith("step 7 instead of 8; 1 of 2 arrays of the state, ema['a'] first; metrics.jsonl from line 2")
+    assert "1 of 2 arrays" in str(
+        bits.differences(dataclasses.replace(bits, arrays={"params['a']": "float32 (2,) 00"}))
+    )
+    assert "metrics.jsonl from line 2 on (1 lines" in str(bits.differences(dataclasses.replace(bits, metrics=b"1\n")))
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_each_way_of_breaking_breaks(way: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = bytes(range(1, 200))
+    rng = np.random.default_rng(0)
+    broken = 0
+    for _ in range(8):
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(content)
+        WAYS[way](path, rng)
+        broken += not path.is_file() or path.read_bytes() != content
+    assert broken == 8
+
+
+def test_break_something_takes_directories_too(tmp_path: Path) -> None:
+    (tmp_path / "step" / "params").mkdir(parents=True)
+    broken, how = break_something([tmp_path / "step"], np.random.default_rng(0))
+    assert how in ("removed", "emptied") and not (broken / "params").exists()
+
+
+def test_growth_is_told_and_a_short_run_is_none() -> None:
+    flat = [Sample(step, 1000, 20, 300) for step in range(0, 3000, 100)]
+    assert grown(flat, "memory") == ("1000 -> 1000 (+0.00%)", None)
+    growing = [dataclasses.replace(one, memory=1000 + one.step // 50) for one in flat]
+    assert "memory grew" in str(grown(growing, "memory")[1])
+    assert "handles grew" in str(grown([dataclasses.replace(one, handles=one.step) for one in flat], "handles")[1])
+    assert "expected at least 15" in str(grown(flat[:10], "memory")[1])
+
+
+def test_the_table_counts_what_held() -> None:
+    cases = [Case("kills", "1", None, "equal"), Case("kills", "2", "another state")]
+    assert table([("kills", cases, [cases[1]], 7.4)]).splitlines()[-1] == "| kills | 2 | 1 | 1 | 1 equal | 7 |"
+
+
+def test_a_work_that_fails_did_not_hold() -> None:
+    def fails() -> list[Case]:
+        raise KeyError("gone")
+
+    (case,) = all_cases("kills", [("run 1", fails)], 1)
+    assert case.fault == "the harness failed: KeyError: 'gone'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "count"), [("kills", 3), ("signals", 5), ("damage", 12)])
+def test_real_faults_hold(part: str, count: int, tmp_path: Path) -> None:
+    place = Place(tmp_path, seed=1)
+    try:
+        cases = list(PARTS[part][0](place, count))
+    finally:
+        place.close()
+    assert len(cases) == count and [case for case in cases if case.fault is not None] == []
