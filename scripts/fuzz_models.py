@@ -262,5 +262,6 @@ def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
     good = (names[1], as_json(trees[names[1]]))
     return [
         Parser("tokenizer files", 3, good, cases, read, lambda one: None if one.chat_template else "no template"),
-        Parser("chat templates", 4, template, template_cases, read_template, unusable),
+        # A NUL is text to a tokenizer; what is not UTF-8 raises here.
+        Parser("chat templates", 4, template, template_cases, read_template, lambda text: text.encode() and None),
     ]
