@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from domino_jax.files import DEPTH, YAML_CHARACTERS, parse_yaml, read_text
-from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.model_config import SIZE_LIMIT, SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 SEED_LIMIT = 2**32  # of grain and of jax's keys
@@ -45,6 +45,13 @@ class DraftRecipe:
     final_logit_softcapping: float | None = None
     init_layers_from_target: bool = False
     init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses sizes and ids beyond any model's; the rest depends on the target."""
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if type(number) is int:
+                    require(abs(number) <= SIZE_LIMIT, f"{name} must be at most {SIZE_LIMIT}, found {number}")
 
 
 def make_draft_config(

@@ -115,7 +115,7 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
     for name, item in value.items():
         if not isinstance(name, str):
             raise InputError(f"{place}: expected text as a name, found {shown(name)}")
-        endless = isinstance(item, float) and not math.isfinite(item)
+        endless = isinstance(item, int | float) and not abs(item) < 2**63
         if type(item) not in typing.get_args(Scalar) or endless:
             raise InputError(f"{place}: {name}: expected true, false, a number or text, found {shown(item)}")
         for text in (name, item):

@@ -9,7 +9,7 @@ from typing import Any
 
 import fuzz_mutations as mutations
 import numpy as np
-from fuzz_parsers import Case, Parser, json_cases, safetensors_file, unusable
+from fuzz_parsers import Case, Parser, as_json, json_cases, safetensors_file, unusable
 
 TEMPLATE_PARTS = (
     *("{% for m in messages %}", "{% endfor %}", "{% if m %}", "{% endif %}", "{{ m.content }}", "{{ messages }}"),
@@ -67,8 +67,12 @@ def model_parsers(directory: Path) -> list[Parser]:
         return ["import", str(place), str(directory / "imported"), "--target", str(target)]
 
     return [
-        Parser("config.json, target", 20, json_cases(*trees), read_config, _wrong_decoder, config_words),
-        Parser("config.json, draft", 20, json_cases(*drafts), read_draft, _wrong_draft, draft_words),
+        Parser(
+            "config.json, target", 20, as_json(trees[0]), json_cases(*trees), read_config, _wrong_decoder, config_words
+        ),
+        Parser(
+            "config.json, draft", 20, as_json(drafts[0]), json_cases(*drafts), read_draft, _wrong_draft, draft_words
+        ),
         *_tensor_parsers(directory),
         _gguf_parser(directory),
         *_tokenizer_parsers(directory, target),
@@ -149,9 +153,9 @@ def _tensor_parsers(directory: Path) -> list[Parser]:
 
     index = {"metadata": {"total_size": 32}, "weight_map": places}
     return [
-        Parser("safetensors", 12, cases, read, wrong),
+        Parser("safetensors", 12, safetensors_file(as_json(header), data), cases, read, wrong),
         Parser(
-            *("safetensors index", 8, json_cases(index), read_index),
+            *("safetensors index", 8, as_json(index), json_cases(index), read_index),
             lambda found: None if found.items() <= places.items() else f"tensors in other files: {found}",
         ),
     ]
@@ -177,9 +181,9 @@ def write_gguf(path: Path) -> None:
     writer.add_float32("qwen3.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_string("tokenizer.ggml.pre", "qwen2")
-    writer.add_array("tokenizer.ggml.tokens", WORDS)
+    writer.add_array("tokenizer.ggml.tokens", [*WORDS[:-1], "ab"])
     writer.add_array("tokenizer.ggml.token_type", [3, 3, 3, *[1] * (len(WORDS) - 3)])
-    writer.add_array("tokenizer.ggml.merges", ["a b"] if "ab" in WORDS else [])
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
     writer.add_string("tokenizer.chat_template", "{{ messages }}")
     names = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
@@ -213,7 +217,7 @@ def _gguf_parser(directory: Path) -> Parser:
         return ["target", str(path), str(directory / "gguf-target")]
 
     return Parser(
-        *("GGUF", 3, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
+        *("GGUF", 3, whole, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
         lambda config: None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold",
         words,
     )
@@ -255,9 +259,9 @@ def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
         tokenizer.chat_template = text
         return render(tokenizer, [Rendering(messages)], {})[0]
 
+    good = (names[1], as_json(trees[names[1]]))
     return [
-        Parser(
-            "tokenizer files", 3, cases, read, lambda one: None if type(one.chat_template) is str else "no template"
-        ),
-        Parser("chat templates", 4, template_cases, read_template, lambda text: unusable(text)),
+        Parser("tokenizer files", 3, good, cases, read, lambda one: None if one.chat_template else "no template"),
+        # A NUL is text to a tokenizer; what is not UTF-8 raises here.
+        Parser("chat templates", 4, template, template_cases, read_template, lambda text: text.encode() and None),
     ]

@@ -69,7 +69,7 @@ def odd_value(rng: random.Random) -> Any:
     if kind == 5:
         return {str(rng.choice(TEXTS[:20])): odd_value(rng) for _ in range(rng.choice((0, 1, 2)))}
     deep: Any = rng.choice((1, "x"))
-    for _ in range(rng.choice((10, 63, 64, 65, 900))):
+    for _ in range(rng.choice((10, 63, 64, 65, 300))):
         deep = [deep] if rng.random() < 0.5 else {"a": deep}
     return deep
 

@@ -29,10 +29,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Parser:
-    """`read` takes a case's content, `wrong` says why an accepted result should not have been."""
+    """`read` takes a content, `good` is one; `wrong` says why an accepted result should not have been."""
 
     name: str
     weight: int
+    good: Any
     cases: Callable[[random.Random], Case]
     read: Callable[[Any], Any]
     wrong: Oracle
@@ -52,6 +53,11 @@ def json_cases(*trees: Any) -> Callable[[random.Random], Case]:
         return Case(json.dumps(mutations.mutated_tree(rng, tree)).encode())
 
     return cases
+
+
+def as_json(tree: Any) -> bytes:
+    """A file of one tree."""
+    return json.dumps(tree).encode()
 
 
 def all_parsers(directory: Path) -> list[Parser]:
@@ -117,7 +123,7 @@ def _wrong_config(config: Any) -> str | None:
 def _config_parsers(directory: Path) -> list[Parser]:
     from tiny import run_config
 
-    from domino_jax.cli.decode import evaluate, generate
+    from domino_jax.cli.decode import evaluate
     from domino_jax.cli.shared import template_option
     from domino_jax.config import dump_config, load_config
 
@@ -173,15 +179,21 @@ def _config_parsers(directory: Path) -> list[Parser]:
         path.write_bytes(content)
         return ["train", str(path)]
 
-    assert generate is not None
     return [
-        Parser("config.yaml", 35, config_cases, read_config, _wrong_config, as_file),
+        Parser("config.yaml", 35, good.read_bytes(), config_cases, read_config, _wrong_config, as_file),
         Parser(
-            *("key=value words", 30, word_cases, lambda word: load_config(good, [word]), _wrong_config),
+            *(
+                "key=value words",
+                30,
+                "train.steps=3",
+                word_cases,
+                lambda word: load_config(good, [word]),
+                _wrong_config,
+            ),
             lambda word: ["train", str(good), word],
         ),
         Parser(
-            *("--chat-template-kwargs", 20, kwargs_cases),
+            *("--chat-template-kwargs", 20, "{a: 1, b: x}", kwargs_cases),
             lambda text: kwargs.make_context("kwargs", ["--chat-template-kwargs", text]).params["chat_template_kwargs"],
             lambda found: (
                 unusable(found) or (None if all(map(_plain, found.values())) else "a value that is not plain")
@@ -189,7 +201,7 @@ def _config_parsers(directory: Path) -> list[Parser]:
             lambda text: ["generate", str(directory / "nope"), "a", "--chat-template-kwargs", text],
         ),
         Parser(
-            *("decoding options", 10, option_cases, read_options, wrong_options),
+            *("decoding options", 10, ["--seed", "4"], option_cases, read_options, wrong_options),
             lambda words: ["evaluate", str(directory / "nope"), "prompts.jsonl", *words],
         ),
     ]
@@ -270,9 +282,17 @@ def _data_parsers(directory: Path) -> list[Parser]:
     partial_line = {"messages": answered, "prompt_line": 1, "finished": True, "generator": settings}
     record = {"step": 4, "split": "train", "loss": 1.5, "not_finite": ["grad_norm"], "grad_norm": None}
     return [
-        Parser("lines of data", 35, json_cases(line, {"messages": asked}), read_rows, _wrong_lines, rows_words),
         Parser(
-            *("capture manifest", 12, json_cases(manifest), read_capture, wrong_manifest),
+            "lines of data",
+            35,
+            as_json(line),
+            json_cases(line, {"messages": asked}),
+            read_rows,
+            _wrong_lines,
+            rows_words,
+        ),
+        Parser(
+            *("capture manifest", 12, as_json(manifest), json_cases(manifest), read_capture, wrong_manifest),
             lambda content: (
                 place.write_bytes(content)
                 and [
@@ -282,11 +302,11 @@ def _data_parsers(directory: Path) -> list[Parser]:
             ),
         ),
         Parser(
-            *("partial answers", 10, json_cases(partial_line), read_partial),
+            *("partial answers", 10, as_json(partial_line), json_cases(partial_line), read_partial),
             lambda found: None if all(n == 1 and type(x) is bool for n, x in found.items()) else "another line",
         ),
         Parser(
-            *("metrics.jsonl", 5, json_cases(record), read_log),
+            *("metrics.jsonl", 5, as_json(record), json_cases(record), read_log),
             lambda found: None if all(type(one["step"]) is int for one in found) else "a record without step",
         ),
     ]
