@@ -31,7 +31,7 @@ TABLE = (
         "training",
         (
             *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "window", "optimizer"),
-            *("step", "program", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
+            *("step", "program", "records", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
             *("preview", "capture", "skips", "speed", "trace", "loop"),
         ),
     ),

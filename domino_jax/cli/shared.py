@@ -21,7 +21,8 @@ from domino_jax.target.fingerprint import hashed_beside
 from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
-from domino_jax.training.checkpoint import DraftRecord, load_draft
+from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.records import DraftRecord
 
 logs = Console(stderr=True)
 WIDTH = 100  # characters of a table where nothing says how wide the screen is
