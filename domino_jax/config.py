@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from domino_jax.files import DEPTH, YAML_CHARACTERS, parse_yaml, read_text
-from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.model_config import SIZE_LIMIT, SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 SEED_LIMIT = 2**32  # of grain and of jax's keys
@@ -45,6 +45,13 @@ class DraftRecipe:
     final_logit_softcapping: float | None = None
     init_layers_from_target: bool = False
     init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses sizes and ids beyond any model's; the rest depends on the target."""
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if type(number) is int:
+                    require(abs(number) <= SIZE_LIMIT, f"{name} must be at most {SIZE_LIMIT}, found {number}")
 
 
 def make_draft_config(
@@ -189,11 +196,11 @@ class TrainConfig:
         """Refuses a run that may not begin."""
         found = self.max_bad_steps
         require(1 <= found < COUNT_LIMIT, f"max_bad_steps must be at least 1, found {found}")
-        require(self.extend >= 0, f"extend must be 0 or more, found {self.extend}")
+        require(0 <= self.extend < COUNT_LIMIT, f"extend must be 0 or more, found {self.extend}")
         best = self.keep_best
-        require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {best!r}")
+        require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {shown(best)}")
         require(
-            best is None or self.eval_every % self.checkpoint_every == 0,
+            best is None or self.checkpoint_every < 1 or self.eval_every % self.checkpoint_every == 0,
             f"keep_best needs a checkpoint at each evaluation: eval_every {self.eval_every} must be a "
             f"multiple of checkpoint_every {self.checkpoint_every}",
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from domino_jax.strict import FLOAT32_LARGEST, require, shown
+from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, require, shown
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
@@ -18,7 +18,11 @@ _ROPE_NEEDS = {
 _ROPE_READS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
 ROPE_TYPES = tuple(_ROPE_NEEDS)
 # Above every model that anybody published; what no file can hold is refused before it is looked for.
-SIZE_LIMITS = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31}
+SIZE_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
+}
 SIZE_LIMIT = 2**24
 _EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
@@ -54,7 +58,8 @@ class RopeScaling:
             value = getattr(self, field.name)
             require(field.name in known or value == field.default, f"rope_type {kind!r} does not read {field.name}")
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            require(not number or 0 < value < 2**31, f"{field.name} must be positive and below 2**31, found {value}")
+            require(not number or value > 0, f"{field.name} must be positive, found {value}")
+            _check_size(field.name, value)
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
         require(
@@ -100,7 +105,8 @@ class DecoderConfig:
             positive = kind is int and (name not in _EXPERT_FIELDS or self.num_experts != 0)
             require(not positive or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
             _check_size(name, getattr(self, name))
-        require(0 < self.rms_norm_eps < 1, f"rms_norm_eps must lie between 0 and 1, found {self.rms_norm_eps}")
+        eps = self.rms_norm_eps
+        require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
         if self.num_experts == 0:
             given = [name for name in _EXPERT_FIELDS if getattr(self, name)]
             require(not given, f"{', '.join(given)} without num_experts")
@@ -229,7 +235,7 @@ def _check_size(name: str, value: object) -> None:
 def _check_scale(name: str, value: float, expected: str) -> None:
     """Refuses a factor that is not positive and finite in float32."""
     require(value > 0, f"{name} must be {expected}, found {value}")
-    require(value <= FLOAT32_LARGEST, f"{name} must be finite in float32, found {value}")
+    require(FLOAT32_SMALLEST <= value <= FLOAT32_LARGEST, f"{name} must be finite in float32, found {value}")
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, {evaluator['proposals']} "
         f"proposals, temperature {evaluator['temperature']}, {evaluator['max_new_tokens']} new tokens"
     )
+    if "dtype" in evaluator:  # older reports do not say
+        title += f", {evaluator['dtype']}"
     table = Table("", *report["sets"], title=title)
     columns = list(report["sets"].values())
 

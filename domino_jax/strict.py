@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import math
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -48,16 +47,10 @@ def one_line(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message quotes it: its `repr`, the middle left out where it is long."""
-    text = _REPR.repr(value)
+    text = repr(value)
     if len(text) <= SHOWN_CHARACTERS:
         return text
     return f"{text[: SHOWN_CHARACTERS - 33]}...{text[-30:]}"
-
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel = 4
-_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = SHOWN_CHARACTERS
 
 
 def text_problem(text: str) -> str | None:
@@ -122,7 +115,7 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
     for name, item in value.items():
         if not isinstance(name, str):
             raise InputError(f"{place}: expected text as a name, found {shown(name)}")
-        endless = isinstance(item, float) and not math.isfinite(item)
+        endless = isinstance(item, int | float) and not abs(item) < 2**63
         if type(item) not in typing.get_args(Scalar) or endless:
             raise InputError(f"{place}: {name}: expected true, false, a number or text, found {shown(item)}")
         for text in (name, item):

@@ -22,7 +22,7 @@ TABLE = (
     ),
     (1.5, "", ("layers",)),
     (2, "data", ("renderer", "rendering", "template", "conversations", "packing", "pipeline", "features")),
-    (2, "target", ("moe", "model", "safetensors", "load", "gguf", "fingerprint")),
+    (2, "target", ("moe", "model", "safetensors", "rope_keys", "load", "gguf_source", "gguf", "fingerprint")),
     (2, "draft", ("blocks", "mask", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),
     (2.7, "decoding", ("speculate", "batch_log", "generate", "evaluate")),
@@ -31,7 +31,7 @@ TABLE = (
         "training",
         (
             *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "window", "optimizer"),
-            *("step", "program", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
+            *("step", "program", "records", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
             *("preview", "capture", "skips", "speed", "trace", "loop"),
         ),
     ),

@@ -8,16 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny import run_config, write_conversations, write_target
 
 from domino_jax import __version__, load_hf_draft
-from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.checkpoint import load_draft, save_draft
 from domino_jax.training.skips import Diverged
 
 
@@ -174,9 +176,84 @@ def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> No
     words = ("train", config, f"run_dir={tmp_path / 'run'}", "data.train=null", f"data.features={states}")
     code, out, log = domino(*words)
     assert (code, out) == (2, "") and "max_length is 20, asked for is 24" in log
-    shutil.rmtree(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     code, out, log = domino(*words, "data.max_length=20", "data.packing=true", "data.batch_size=8")
     assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "of their positions are padding" in log
+
+
+def test_decoding_computes_as_the_run_was_trained(domino, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (f"run_dir={run}", "dtype=bfloat16", "train.steps=1", "data.heldout=null")
+    assert domino("train", trained / "config.yaml", *words)[0] == 0
+    short, prompts = ("--max-new-tokens", 4), trained / "prompts.jsonl"
+    for place, own in ((run, "bfloat16"), (trained / "run", "float32")):
+        code, _, log = domino("generate", place, "a b c", *short)
+        assert code == 0 and f"of {place}, computed in {own}, as it was trained\n" in log
+        assert f"loading the target {trained / 'target'}, {own}\n" in log
+    for option, dtype in (((), "bfloat16"), (("--dtype", "float32"), "float32")):
+        code, out, log = domino("evaluate", run, prompts, "--limit", 1, *short, *option)
+        assert code == 0 and f"4 new tokens, {dtype}" in " ".join(out.split())
+        assert ("as it was trained" in log) == (not option)
+        assert json.loads((run / "evaluation.json").read_text())["evaluator"]["dtype"] == dtype
+
+
+@pytest.fixture
+def spoilt(trained: Path) -> Iterator[str]:
+    """The name of a tensor of the target that has a NaN for the time of one test."""
+    file, name = trained / "target" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, file)
+    yield name
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("regenerate", "{trained}/prompts.jsonl", "{new}/answers.jsonl", "--target", "{trained}/target"),
+        (
+            "regenerate",
+            "{trained}/prompts.jsonl",
+            "{new}/a.jsonl",
+            "--target",
+            "{trained}/target",
+            "--dtype",
+            "bfloat16",
+        ),
+        ("capture", "{trained}/config.yaml", "{new}/states"),
+        ("train", "{trained}/config.yaml", "run_dir={new}/run"),
+        ("train", "{trained}/config.yaml", "run_dir={new}/run", "draft.init_layers_from_target=true"),
+        ("generate", "{trained}/run", "a b"),
+        ("evaluate", "{trained}/run", "{trained}/prompts.jsonl"),
+    ],
+)
+def test_nothing_runs_on_a_target_that_is_not_finite(
+    domino, trained: Path, spoilt: str, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    code, out, log = domino(*(word.format(trained=trained, new=tmp_path) for word in words))
+    last = log.splitlines()[-1]
+    assert (code, out) == (2, "") and "Traceback" not in log
+    assert last.startswith("error: ") and f"tensor {spoilt}: 1 of 512 entries are not finite in " in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(domino, trained: Path, tmp_path: Path) -> None:
+    record, params, _ = load_draft(trained / "run")
+    params["norm"]["weight"] = params["norm"]["weight"].at[2].set(np.inf)
+    save_draft(tmp_path / "run", params, record)
+    code, out, log = domino("export", tmp_path / "run", tmp_path / "draft")
+    assert (code, out) == (2, "") and "Traceback" not in log and not (tmp_path / "draft").exists()
+    assert "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    assert domino("export", trained / "run", tmp_path / "draft")[0] == 0
+    file = tmp_path / "draft" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["norm.weight"][2] = np.inf
+    save_file(tensors, file)
+    code, out, log = domino("import", tmp_path / "draft", tmp_path / "again", "--target", trained / "target")
+    assert (code, out) == (2, "") and not (tmp_path / "again").exists()
+    assert "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
 
 
 def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
@@ -239,7 +316,11 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path)
         result = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
         return result.stderr.splitlines()
 
-    loading = [f"loading the draft of {trained / 'run'}", f"loading the target {trained / 'target'}, float32"]
+    loading = [
+        f"loading the draft of {trained / 'run'}",
+        f"step 6 of {trained / 'run'}, computed in float32, as it was trained",
+        f"loading the target {trained / 'target'}, float32",
+    ]
     *told, last = lines("generate", trained / "run", "a b", "--max-new-tokens", 4)
     assert told == [*loading, "compiling"] and "tau" in last
 

@@ -35,7 +35,8 @@ from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.model_config import DraftConfig
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
-from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft
+from domino_jax.training.checkpoint import load_draft, save_draft
+from domino_jax.training.records import DraftRecord
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
 directory, run = map(Path, sys.argv[1:])

@@ -19,8 +19,9 @@ from domino_jax.config import load_config
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.training.checkpoint import DraftRecord, save_draft
+from domino_jax.training.checkpoint import save_draft
 from domino_jax.training.inputs import draft_of
+from domino_jax.training.records import DraftRecord
 
 LINES = {
     "regenerate": "interrupted: answered batches are kept in answers.jsonl.partial; the same command goes on",

@@ -70,7 +70,8 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     assert expected <= {verb for _, verb in verbs}
 
     (tmp_path / "DIR").mkdir()
-    write_target(tmp_path / "DIR")
+    target = write_target(tmp_path / "DIR") / "config.json"
+    target.write_text(json.dumps(json.loads(target.read_text()) | {"max_position_embeddings": 4096}))
     write_conversations(tmp_path / "prompts.jsonl", 20, answers=False)
     (tmp_path / "configs").mkdir()
     config = load_config(TOP / "configs/qwen3-8b.yaml", TOY)

@@ -36,6 +36,7 @@ def test_a_mapping_keeps_names_and_types() -> None:
         ({"a": {}}, "options: a: expected true, .*, found {}"),
         ({"a": float("nan")}, "options: a: expected true, .*, found nan"),
         ({"a": float("-inf")}, "options: a: expected true, .*, found -inf"),
+        ({"a": 2**63}, "options: a: expected true, .*, found 9223372036854775808"),
         ({"a": "x\0"}, r"options: 'x\\x00' holds a NUL character"),
         ({"\ud800": 1}, r"options: '\\ud800' is not valid Unicode"),
     ],

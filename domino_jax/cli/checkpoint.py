@@ -15,7 +15,8 @@ from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
-from domino_jax.training.checkpoint import DraftRecord, load_draft, save_draft
+from domino_jax.training.checkpoint import load_draft, save_draft
+from domino_jax.training.records import DraftRecord
 
 
 @click.command()

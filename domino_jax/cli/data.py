@@ -1,6 +1,7 @@
 """Verbs that make what a drafter is trained on: `target`, `regenerate`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,6 +20,7 @@ from domino_jax.cli.shared import (
 )
 from domino_jax.data.conversations import stop_token_ids
 from domino_jax.data.template import KWARGS
+from domino_jax.decoding.generate import DTYPE
 from domino_jax.decoding.generate import regenerate as regenerate_answers
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.strict import InputError, Scalars
@@ -80,8 +82,13 @@ def regenerate(
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
-    settings = {"target": target_name, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    settings[KWARGS] = kwargs
+    settings: dict[str, Any] = {
+        "target": target_name,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    settings |= {DTYPE: dtype, KWARGS: kwargs}
     with progress_bar() as progress:
         task = progress.add_task("answering", total=None)
 

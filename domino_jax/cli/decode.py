@@ -12,12 +12,12 @@ from rich.console import Console
 
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
-    dtype_option,
     load_run,
     logs,
     new_tokens_option,
     progress_bar,
     proposals_option,
+    run_dtype_option,
     say,
     seed_option,
     step_option,
@@ -44,7 +44,7 @@ from domino_jax.target.model import Target
 @new_tokens_option
 @temperature_option
 @seed_option
-@dtype_option
+@run_dtype_option
 @template_option
 @step_option
 def generate(
@@ -56,7 +56,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    dtype: str,
+    dtype: str | None,
     chat_template_kwargs: Scalars | None,
     step: int | None,
 ) -> None:
@@ -110,7 +110,7 @@ def generate(
 @new_tokens_option
 @temperature_option
 @seed_option
-@dtype_option
+@run_dtype_option
 @template_option
 @step_option
 def evaluate(
@@ -121,7 +121,7 @@ def evaluate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    dtype: str,
+    dtype: str | None,
     chat_template_kwargs: Scalars | None,
     step: int | None,
 ) -> None:
@@ -151,6 +151,7 @@ def evaluate(
             "proposals": decoder.proposals,
             "temperature": temperature,
             "max_new_tokens": max_new_tokens,
+            "dtype": drafter.config.dtype,
             "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
         },
         "training": training_summary(run),

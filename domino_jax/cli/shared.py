@@ -21,7 +21,8 @@ from domino_jax.target.fingerprint import hashed_beside
 from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
-from domino_jax.training.checkpoint import DraftRecord, load_draft
+from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.records import DraftRecord
 
 logs = Console(stderr=True)
 WIDTH = 100  # characters of a table where nothing says how wide the screen is
@@ -72,6 +73,12 @@ dtype_option = click.option(
     default="float32",
     show_default=True,
     help="Compute type of the target.",
+)
+run_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default=None,
+    help="Compute type of target and draft; the run's own where it is not given.",
 )
 
 
@@ -160,7 +167,7 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
 
 def load_run(
     run: Path,
-    dtype: str,
+    dtype: str | None,
     chat_template_kwargs: Scalars | None = None,
     *,
     step: int | None,
@@ -170,7 +177,7 @@ def load_run(
 
     Args:
         run: the run directory.
-        dtype: compute type of both.
+        dtype: compute type of both; None takes the one that the run trains in.
         chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
         step: of the checkpoint; None takes the newest.
         max_new_tokens: of an answer.
@@ -180,9 +187,11 @@ def load_run(
     """
     say(f"loading the draft of {run}")
     record, params, step = load_draft(run, say=say, step=step)
+    compute = dtype or record.config.dtype
+    say(f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}")
     path = resolve_target(record.target, progress=say)
     with hashed_beside(path) as target_sha256:
-        loaded = load_named_target(record.target, dtype, max_new_tokens=max_new_tokens)
+        loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
         if record.target_sha256 not in (None, target_sha256()):
             raise InputError(
                 f"{path}: the target has changed since {run} was trained for it: sha256 was "
@@ -192,7 +201,7 @@ def load_run(
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
     asked.check_trained(trained, place=str(run), target=record.target)
-    config = replace(record.config, dtype=dtype)
+    config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
     return loaded, Drafter(record, config, params, step)
 

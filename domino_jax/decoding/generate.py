@@ -17,6 +17,7 @@ from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
+DTYPE = "dtype"  # of the settings of an answer: the target's compute type
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
 
@@ -151,8 +152,8 @@ def regenerate(
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
-        settings: what makes the answers, a partial file of other settings is refused; its
-            `chat_template_kwargs`, if any, are what the template is told.
+        settings: what makes the answers, a partial file of other settings is refused (one without `dtype` is of
+            float32); its `chat_template_kwargs`, if any, are what the template is told.
         progress: called first and after each batch with prompts done, all prompts and new tokens.
     Returns:
         How many answers there are, and how many of them end without a stop token.
@@ -162,16 +163,14 @@ def regenerate(
     """
     if answers_path.exists():
         raise InputError(f"{answers_path}: already there; remove it to make it again")
-    usable, bad_lines = read_messages(prompts_path)
-    if bad_lines:
-        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
+    usable = _all_usable(prompts_path)
     partial = answers_path.with_name(answers_path.name + ".partial")
     kwargs = settings.get(KWARGS, NO_KWARGS)
-    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable]
+    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable.items()]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    read = functools.partial(_answer, settings=settings, prompts=dict(usable), prompts_path=prompts_path)
+    read = functools.partial(_answer, settings=settings, prompts=usable, prompts_path=prompts_path)
     with BatchLog(partial, read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt[0] not in finished]
@@ -197,6 +196,14 @@ def regenerate(
     return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
 
 
+def _all_usable(prompts_path: Path) -> dict[int, Messages]:
+    """Line -> prompt of a file; one that cannot be used is an error."""
+    usable, bad_lines = read_messages(prompts_path)
+    if bad_lines:
+        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
+    return dict(usable)
+
+
 def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float) -> list[Answer]:
     tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
     committed, verifications = np.asarray(state.committed), np.asarray(state.verifications)
@@ -218,7 +225,8 @@ def _answer(
     """The prompt's line and whether the answer is finished; refuses one of another start."""
     if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
         raise InputError("not an answer of `domino regenerate`")
-    asked, made_with = ({KWARGS: {}, **one} for one in (settings, record["generator"]))  # older files do not say
+    unsaid = {DTYPE: "float32", KWARGS: {}}  # in older files; what was the default then
+    asked, made_with = ({**unsaid, **one} for one in (settings, record["generator"]))
     # As text: to a chat template 0 and false are two things, in Python they are equal.
     if json.dumps(made_with, sort_keys=True) != json.dumps(asked, sort_keys=True):
         raise InputError(f"made with {made_with}, not {asked}")

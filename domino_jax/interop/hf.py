@@ -16,13 +16,20 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
 from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import boxed_parameters
-from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums
+from domino_jax.files import CHECKSUMS, checked_file, damage, read_json, write_checksums
 from domino_jax.finite import require_finite
 from domino_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, DraftConfig, RopeScaling
 from domino_jax.staging import whole_directory
-from domino_jax.strict import InputError, from_tree
-from domino_jax.target.load import read_rope_scaling
-from domino_jax.target.safetensors import ANOTHER_COPY, check_tensors, read_safetensors, write_safetensors
+from domino_jax.strict import InputError, from_tree, shown
+from domino_jax.target.rope_keys import read_rope_scaling
+from domino_jax.target.safetensors import (
+    ANOTHER_COPY,
+    StoredTensor,
+    check_layers,
+    check_tensors,
+    open_safetensors,
+    write_safetensors,
+)
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
@@ -115,12 +122,15 @@ def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     if found is not None:
         raise InputError(f"{path}: damaged: {found}; export it again, or remove {CHECKSUMS} if you changed it")
     config = read_hf_config(path)
-    tensors = _with_current_names(read_safetensors(path), place=path)
-    leaves = _parameter_shapes(config)
-    check_tensors(tensors, {_tensor_name(key): shape for key, shape in leaves.items()}, place=path)
-    for name, values in tensors.items():
+    stored = _with_current_names(open_safetensors(path), place=path)
+    check_layers(stored, config.num_hidden_layers, prefix="layers.", place=path)
+    leaves = {key: (_tensor_name(key), shape) for key, shape in _parameter_shapes(config).items()}
+    check_tensors(stored, dict(leaves.values()), place=path)
+    tree = {}
+    for key, (name, _) in leaves.items():
+        values = stored[name].read()
         require_finite(values, place=f"{path}: tensor {name}", remedy=ANOTHER_COPY)
-    tree = {key: np.asarray(tensors[_tensor_name(key)], np.float32) for key in leaves}
+        tree[key] = np.asarray(values, np.float32)
     return config, flax.traverse_util.unflatten_dict(tree)
 
 
@@ -130,7 +140,7 @@ def read_hf_config(path: str | Path) -> DraftConfig:
     Raises:
         InputError: missing or contradicting keys; the message names each.
     """
-    place = Path(path) / "config.json"
+    place = checked_file(Path(path), "config.json")
     return _from_json(read_json(place), place=str(place))
 
 
@@ -146,11 +156,11 @@ def recorded_template(path: str | Path) -> ChatTemplate | None:
     if found is None:
         return None
     if not isinstance(found, str):
-        raise InputError(f"{place}: {TEMPLATE_KEY} is {found!r}, expected text")
+        raise InputError(f"{place}: {TEMPLATE_KEY} is {shown(found)}, expected text")
     return ChatTemplate(found, recorded_kwargs(tree, place=str(place)))
 
 
-def _with_current_names(tensors: Mapping[str, np.ndarray], *, place: Path) -> dict[str, np.ndarray]:
+def _with_current_names(tensors: Mapping[str, StoredTensor], *, place: Path) -> dict[str, StoredTensor]:
     """Gives the head's tensors of old checkpoints their present names.
 
     Source: SpecForge 0.2.0, which renames them on load and, unlike here, prefers the new one where both are there.
@@ -273,7 +283,7 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
         for key, only in plain.items():
             if section.get(key, only) not in (only, None):
-                raise InputError(f"{place}: {key} is {section[key]!r}; only {only!r} is supported")
+                raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
     scaling = read_rope_scaling(tree, place=place)
     rope = tree.get("rope_parameters") or {}
 
@@ -282,14 +292,14 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         if not found:
             raise InputError(f"{place}: {key} is missing")
         if any(other != found[0] for other in found):
-            raise InputError(f"{place}: {key} contradicts itself: {found}")
+            raise InputError(f"{place}: {key} contradicts itself: {shown(found)}")
         if not isinstance(found[0], kind) or (isinstance(found[0], bool) and kind is not bool):
-            raise InputError(f"{place}: {key} is {found[0]!r}, expected {kind}")
+            raise InputError(f"{place}: {key} is {shown(found[0])}, expected {kind}")
         return found[0]
 
     layer_ids = value("target_layer_ids", nested, kind=list)
     if any(type(layer) is not int for layer in layer_ids):
-        raise InputError(f"{place}: target_layer_ids is {layer_ids}, expected integers")
+        raise InputError(f"{place}: target_layer_ids is {shown(layer_ids)}, expected integers")
     projector = nested.get("projector_type")
     optional: dict[str, Any] = _windows(tree, nested, place=place)
     optional["shift_label"] = _shift_label(tree, nested, place=place)
@@ -343,7 +353,7 @@ def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: s
     found = {name: value for name, value in named.items() if value is not None}
     for name, value in found.items():
         if not isinstance(value, bool):
-            raise InputError(f"{place}: {name} is {value!r}, expected true or false")
+            raise InputError(f"{place}: {name} is {shown(value)}, expected true or false")
     if len(set(found.values())) > 1:
         said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
         raise InputError(f"{place}: {said}: names of one layout of the block, expected the same value")
@@ -357,17 +367,17 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) 
     """The fields of sliding layers; a window that no layer uses is left behind."""
     kinds = tree.get("layer_types") or []
     if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise InputError(f"{place}: layer_types is {kinds!r}; expected a list of names")
+        raise InputError(f"{place}: layer_types is {shown(kinds)}; expected a list of names")
     if SLIDING_ATTENTION not in kinds:
         if tree.get("is_causal"):
             raise InputError(f"{place}: is_causal is true; a block without windows looks both ways")
-        plain = kinds in ([], [FULL_ATTENTION] * tree.get("num_hidden_layers", 0))
+        plain = set(kinds) <= {FULL_ATTENTION} and len(kinds) in (0, tree.get("num_hidden_layers"))
         return {} if plain else {"layer_types": tuple(kinds)}
     window = tree.get("sliding_window")
     if tree.get("use_sliding_window") is not True or type(window) is not int:
         raise InputError(
             f"{place}: layer_types holds {SLIDING_ATTENTION!r}, but use_sliding_window is "
-            f"{tree.get('use_sliding_window')!r} and sliding_window {window!r}; expected true and an integer"
+            f"{shown(tree.get('use_sliding_window'))} and sliding_window {shown(window)}; expected true and an integer"
         )
     if tree.get("is_causal") is True and FULL_ATTENTION in kinds:
         raise InputError(

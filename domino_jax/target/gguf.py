@@ -7,20 +7,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from domino_jax.model_config import DecoderConfig
 from domino_jax.staging import whole_directory, write_error
-from domino_jax.strict import InputError
-from domino_jax.target.load import expected_tensors, read_decoder_config
+from domino_jax.strict import InputError, shown
+from domino_jax.target.gguf_source import GgufSource, open_gguf
+from domino_jax.target.load import read_decoder_config, stored_shapes
 from domino_jax.target.safetensors import check_tensors, write_safetensors
-
-if TYPE_CHECKING:
-    import gguf
 
 # gguf and platformdirs are imported where they are used: a directory as a target needs neither.
 Progress = Callable[[str], None]
@@ -121,7 +119,7 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
     """
     directory = Path(directory)
     progress(f"reading {Path(gguf_path).name}")
-    source = _open(Path(gguf_path))
+    source = open_gguf(Path(gguf_path))
     config = _config(source)
     tokenizer = _tokenizer(source, config["vocab_size"])
     try:
@@ -130,9 +128,12 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
             _write_json(staging / "generation_config.json", _generation_config(source))
             _write_json(staging / "tokenizer_config.json", _tokenizer_config(source))
             _save_tokenizer(tokenizer, staging / "tokenizer.json")
+            try:
+                _check_shapes(source, read_decoder_config(staging, dtype="float32"))
+            except InputError as error:
+                said = str(error).removeprefix(f"{staging / 'config.json'}: ").removeprefix(f"{source.path}: ")
+                raise InputError(f"{source.path}: {said}") from error
             tensors = _tensors(source, config, progress)
-            shapes = dict(expected_tensors(read_decoder_config(staging, dtype="float32")).values())
-            check_tensors(tensors, shapes, place=source.path)
             progress(f"writing {directory}")
             write_safetensors(staging / "model.safetensors", tensors)
     except OSError:
@@ -142,55 +143,18 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
     return directory
 
 
-@dataclass(frozen=True)
-class _Source:
-    """An open GGUF file: its place for messages, its metadata and its tensors, still quantised."""
-
-    path: Path
-    metadata: dict[str, Any]
-    tensors: "list[gguf.ReaderTensor]"
-
-    def need(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of a key that must be there and of this type."""
-        if not isinstance(self.metadata.get(key), kind):
-            raise InputError(
-                f"{self.path}: metadata {key} is {self.metadata.get(key, 'missing')!r:.80}; a model needs it"
-            )
-        return self.metadata[key]
-
-    def token(self, role: str) -> str | None:
-        """The text of the bos, eos, unknown or padding token, None when the file names none."""
-        index = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        tokens = self.need("tokenizer.ggml.tokens", list)
-        if index is not None and not 0 <= index < len(tokens):
-            raise InputError(f"{self.path}: tokenizer.ggml.{role}_token_id {index} is outside the {len(tokens)} tokens")
-        return None if index is None else tokens[index]
-
-
-def _open(path: Path) -> _Source:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise InputError(f"{path}: not a readable GGUF file: {error}") from error
-    return _Source(path, metadata, reader.tensors)
-
-
-def _config(source: _Source) -> dict[str, Any]:
+def _config(source: GgufSource) -> dict[str, Any]:
     """config.json of the model that a GGUF file describes."""
-    architecture = source.metadata.get("general.architecture")
+    architecture = source.optional("general.architecture", str)
     if architecture not in _ARCHITECTURES:
-        raise InputError(f"{source.path}: architecture {architecture!r}; supported: {', '.join(_ARCHITECTURES)}")
+        raise InputError(f"{source.path}: architecture {shown(architecture)}; supported: {', '.join(_ARCHITECTURES)}")
 
     def need(key: str) -> int:
         return source.need(f"{architecture}.{key}", int)
 
     def optional(key: str, default: Any) -> Any:
-        return source.metadata.get(f"{architecture}.{key}", default)
+        value = source.optional(f"{architecture}.{key}", type(default))
+        return default if value is None else value
 
     hidden, heads = need("embedding_length"), need("attention.head_count")
     head_dim = optional("attention.key_length", hidden // max(heads, 1))
@@ -204,16 +168,15 @@ def _config(source: _Source) -> dict[str, Any]:
         "attention.sliding_window": (0,),
     }
     for key, values in supported.items():
-        if optional(key, values[0]) not in values:
-            raise InputError(
-                f"{source.path}: {architecture}.{key} is {optional(key, None)!r}; supported: {values[0]!r}"
-            )
+        found = source.metadata.get(f"{architecture}.{key}", values[0])
+        if found not in values:
+            raise InputError(f"{source.path}: {architecture}.{key} is {shown(found)}; supported: {values[0]!r}")
     names = {tensor.name for tensor in source.tensors}
     theta = _short(optional("rope.freq_base", 10_000.0))
     return {
         "architectures": [_ARCHITECTURES[architecture]],
         "model_type": architecture,
-        "vocab_size": len(source.need("tokenizer.ggml.tokens", list)),
+        "vocab_size": len(source.entries("tokenizer.ggml.tokens", str)),
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
@@ -233,21 +196,35 @@ def _config(source: _Source) -> dict[str, Any]:
     }
 
 
-def _tensors(source: _Source, config: dict[str, Any], progress: Progress) -> dict[str, np.ndarray]:
+def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
+    """Refuses tensors that are not exactly those of the model, by the file's header alone."""
+    found = {}
+    for tensor in source.tensors:
+        name = _hugging_face_name(tensor.name)
+        if name is None:
+            kind = source.metadata["general.architecture"]
+            raise InputError(f"{source.path}: tensor {tensor.name:.80} is not part of a plain {kind} model")
+        # Dimensions lie the other way round there; nothing is allocated for a number seen as an array.
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        found[name] = np.broadcast_to(np.float32(0), shape)
+    shapes = stored_shapes(config, found=len(found), place=source.path)
+    check_tensors(found, shapes, place=source.path)
+
+
+def _tensors(source: GgufSource, config: dict[str, Any], progress: Progress) -> dict[str, np.ndarray]:
     """All weights dequantised to float32 under their Hugging Face names, [out, in]."""
     import gguf
 
     total = len(source.tensors)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for index, tensor in enumerate(source.tensors, start=1):
         if index % (total // 10 + 1) == 0 or index == total:
             progress(f"converting tensor {index}/{total}")
         name = _hugging_face_name(tensor.name)
-        if name is None:
-            raise InputError(f"{source.path}: tensor {tensor.name} is not part of a plain {config['model_type']} model")
+        assert name is not None  # see `_check_shapes`
         try:
             weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             raise InputError(f"{source.path}: tensor {tensor.name}: {error}") from error
         if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = _half_split(weight, config["head_dim"])
@@ -277,22 +254,22 @@ def _half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
+def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, with its special tokens."""
     import gguf
 
     model, pre = source.metadata.get("tokenizer.ggml.model"), source.metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise InputError(
-            f"{source.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; "
+            f"{source.path}: tokenizer {shown(model)} with pre-tokenizer {shown(pre)}; "
             f"supported: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
         )
     if source.metadata.get("tokenizer.ggml.add_eos_token"):
         raise InputError(f"{source.path}: tokenizer.ggml.add_eos_token is True; supported: False")
-    tokens, types = source.need("tokenizer.ggml.tokens", list), source.need("tokenizer.ggml.token_type", list)
+    tokens, types = source.entries("tokenizer.ggml.tokens", str), source.entries("tokenizer.ggml.token_type", int)
     if len(types) != vocab_size:
         raise InputError(f"{source.path}: {vocab_size} tokens but {len(types)} entries of tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in source.need("tokenizer.ggml.merges", list)]
+    merges = [tuple(merge.split(" ", 1)) for merge in source.entries("tokenizer.ggml.merges", str)]
     # Padding of the embedding matrix is not a word of the language.
     vocabulary = {
         token: index
@@ -314,6 +291,8 @@ def _tokenizer(source: _Source, vocab_size: int) -> Tokenizer:
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     bos = source.token("bos")
     if source.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos is not None:
+        if bos not in vocabulary:
+            raise InputError(f"{source.path}: the bos token {shown(bos)} is of the unused type")
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )
@@ -328,10 +307,10 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _tokenizer_config(source: _Source) -> dict[str, Any]:
+def _tokenizer_config(source: GgufSource) -> dict[str, Any]:
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     named = {key: token for key, role in roles.items() if (token := source.token(role)) is not None}
-    template = source.metadata.get("tokenizer.chat_template")
+    template = source.optional("tokenizer.chat_template", str)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": source.need(f"{source.metadata['general.architecture']}.context_length", int),
@@ -341,15 +320,15 @@ def _tokenizer_config(source: _Source) -> dict[str, Any]:
     }
 
 
-def _generation_config(source: _Source) -> dict[str, Any]:
+def _generation_config(source: GgufSource) -> dict[str, Any]:
     """Ids that generation starts, stops and pads with; a file may name several that end a turn."""
-    ends = [source.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    ends = [source.token_id(role) for role in ("eos", "eot", "eom")]
     return {**_token_ids(source), "eos_token_id": sorted({index for index in ends if index is not None})}
 
 
-def _token_ids(source: _Source) -> dict[str, int]:
+def _token_ids(source: GgufSource) -> dict[str, int]:
     roles = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {key: source.metadata.get(f"tokenizer.ggml.{role}_token_id") for key, role in roles.items()}
+    ids = {key: source.token_id(role) for key, role in roles.items()}
     return {key: index for key, index in ids.items() if index is not None}
 
 

@@ -101,19 +101,6 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_safetensors(directory: str | Path) -> dict[str, np.ndarray]:
-    """Reads all tensors of a Hugging Face directory that fits the host.
-
-    Args:
-        directory: as for `open_safetensors`.
-    Returns:
-        Arrays by their names in the file, in its own type (bfloat16 as `ml_dtypes.bfloat16`).
-    Raises:
-        InputError: as `open_safetensors`.
-    """
-    return {name: tensor.read() for name, tensor in open_safetensors(directory).items()}
-
-
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Writes tensors as one file whose mode follows the umask, as that of any other new file.
 

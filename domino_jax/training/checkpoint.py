@@ -12,14 +12,12 @@ the newest one that is not takes its place; where none is left, a run refuses to
 """
 
 import asyncio
-import dataclasses
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,52 +26,16 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from domino_jax.data.template import ChatTemplate, recorded_kwargs
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
-from domino_jax.model_config import DraftConfig
-from domino_jax.strict import InputError, from_tree
-from domino_jax.training.metrics import LogMark
+from domino_jax.strict import InputError
+from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
 from domino_jax.training.step import TrainState
 
 CHECKPOINTS, NEWEST, SET_ASIDE = "checkpoints", "newest_checkpoint.json", "set_aside"
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
 HELDOUT = "heldout"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class DraftRecord:
-    """A draft, the built-in name or directory of its target, and the template of its rows.
-
-    `target_sha256` is the target's fingerprint; None in checkpoints of older versions.
-    """
-
-    config: DraftConfig
-    target: str
-    chat_template: ChatTemplate
-    target_sha256: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What a run goes on with besides its state.
-
-    Attributes:
-        config: the run's configuration, as plain values.
-        inputs: what was read, by name -> a few words with its hash.
-        outcomes: of the steps that no line of the log tells yet (`Window`).
-        watch: the non-finite steps in a row up to then (`StepWatch`).
-        log: where `metrics.jsonl` stood.
-        heldout_due: whether the held-out pass of this step was still to come.
-    """
-
-    config: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    outcomes: Sequence[Mapping[str, Any]]
-    watch: Mapping[str, Any]
-    log: LogMark
-    heldout_due: bool
 
 
 class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -226,8 +188,8 @@ class Checkpoints:
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             "data": grain.checkpoint.CheckpointSave(rows),
-            "draft": ocp.args.JsonSave(_record_json(draft)),
-            "run": ocp.args.JsonSave(vars(run) | {"log": run.log._asdict()}),
+            DRAFT: ocp.args.JsonSave(draft.as_json()),
+            RUN: ocp.args.JsonSave(run.as_json()),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -278,29 +240,8 @@ class Checkpoints:
 def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
     """Starts a run directory from a draft alone, as step 0 without optimiser state."""
     with open_checkpoints(run_dir) as checkpoints:
-        items = {"params": ocp.args.StandardSave(params), "draft": ocp.args.JsonSave(_record_json(record))}
+        items = {"params": ocp.args.StandardSave(params), DRAFT: ocp.args.JsonSave(record.as_json())}
         checkpoints.save(0, args=ocp.args.Composite(**items))
-
-
-def read_run_record(run_dir: str | Path, step: int) -> tuple[DraftRecord, RunRecord]:
-    """The two records of a checkpoint that `sound_checkpoint` found.
-
-    Raises:
-        InputError: it holds an imported draft, or a version without such records saved it.
-    """
-    place = _directory(run_dir) / str(step)
-    if not (place / "optimizer").is_dir():
-        raise InputError(
-            f"{place}: an imported draft without optimiser state cannot be continued; "
-            "give its checkpoint as draft.init_from of another run_dir"
-        )
-    if not (place / "run").is_dir():
-        raise InputError(
-            f"{place}: the run was started by another version of this program and cannot be resumed by this one; "
-            "use another run_dir, which may begin with the old run's export (draft.init_from)"
-        )
-    tree = _json_item(place, "run")
-    return _read_record(place), RunRecord(**{**tree, "log": LogMark(**tree["log"])})
 
 
 def load_draft(
@@ -321,7 +262,7 @@ def load_draft(
         what = "no finished checkpoint yet" if directory.is_dir() else "not a run directory (no checkpoints/ in it)"
         raise InputError(f"{run_dir}: {what}")
     place = directory / str(found)
-    record = _read_record(place)
+    record = read_draft_record(place)
     item = "ema" if (place / "ema").is_dir() else "params"
     config = record.config
     shapes = jax.eval_shape(lambda: nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"])
@@ -383,26 +324,3 @@ def _restored(checkpoints: ocp.CheckpointManager, step: int, items: Mapping[str,
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{checkpoints.directory}/{step}: does not fit: {reason}") from error
-
-
-def _json_item(place: Path, name: str) -> dict[str, Any]:
-    return read_json(place / name / "metadata")
-
-
-def _read_record(place: Path) -> DraftRecord:
-    stored = _json_item(place, "draft")
-    try:
-        config = from_tree(DraftConfig, stored["config"], place=f"{place}/draft")
-        template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft"))
-        return DraftRecord(config, stored["target"], template, stored.get("target_sha256"))
-    except KeyError as error:
-        raise InputError(f"{place}/draft: {error} is missing") from error
-
-
-def _record_json(record: DraftRecord) -> dict[str, Any]:
-    return {
-        "config": dataclasses.asdict(record.config),
-        "target": record.target,
-        "target_sha256": record.target_sha256,
-        **record.chat_template.as_json(),
-    }

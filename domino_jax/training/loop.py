@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from domino_jax.config import RunConfig
 from domino_jax.data.packing import row_lengths
-from domino_jax.training.checkpoint import Checkpoints, RunRecord
+from domino_jax.training.checkpoint import Checkpoints
 from domino_jax.training.inputs import device_batch, evaluation_batches, training_batches
 from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
 from domino_jax.training.optimizer import learning_rate_schedule, updates_done
 from domino_jax.training.prepare import Run, prepare
 from domino_jax.training.program import StepArguments, lowered_step
+from domino_jax.training.records import RunRecord
 from domino_jax.training.skips import Diverged, Skip, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite, batch_metrics

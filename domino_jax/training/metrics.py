@@ -161,7 +161,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1):
         if line.endswith("\n"):
             record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise InputError(f"{path}:{number}: expected a record with its step, found {line[:80]!r}")
             records.append(record)
     return records

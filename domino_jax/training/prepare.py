@@ -24,17 +24,11 @@ from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target, read_decoder_config
-from domino_jax.training.checkpoint import (
-    CHECKPOINTS,
-    NEWEST,
-    DraftRecord,
-    RunRecord,
-    read_run_record,
-    sound_checkpoint,
-)
+from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
 from domino_jax.training.inputs import InputRows, Say, draft_of, read_features, read_rows, run_mesh
 from domino_jax.training.preflight import check_packages, check_place, check_room, check_sources, packages_of
 from domino_jax.training.program import make_program, resolved
+from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, read_run_record
 from domino_jax.training.run_directory import check_draft, check_inputs, check_settings, write_config
 from domino_jax.training.start import state_at_start
 from domino_jax.training.step import Program, TrainState
@@ -230,7 +224,7 @@ def _resumable(config: RunConfig, record: DraftRecord, *, say: Say, set_aside: b
     if step is None:
         return None
     place = directory / CHECKPOINTS / str(step)
-    draft, run = read_run_record(directory, step)
+    run = read_run_record(place)
     check_settings(place, run.config, config)
-    check_draft(place, draft, record)
+    check_draft(place, read_draft_record(place), record)
     return Resumed(step, run)

@@ -12,7 +12,7 @@ from typing import Any
 from domino_jax.config import RunConfig, dump_config
 from domino_jax.files import write_whole
 from domino_jax.strict import InputError, from_tree
-from domino_jax.training.checkpoint import DraftRecord
+from domino_jax.training.records import OTHER_VERSION, DraftRecord
 
 # What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
 # and logits_mib, which change the order of sums.
@@ -23,10 +23,6 @@ _FREE = (
 )
 # Where an input lies is free too: what it holds is compared by its hash.
 _PLACES = ("target", "data.train", "data.features", "data.heldout", "draft.init_from")
-_OTHER_VERSION = (
-    "the run was started by another version of this program and cannot be resumed by this one; "
-    "use another run_dir, which may begin with the old run's export (draft.init_from)"
-)
 
 
 def check_settings(place: Path, stored: Mapping[str, Any], config: RunConfig) -> None:
@@ -42,7 +38,7 @@ def check_settings(place: Path, stored: Mapping[str, Any], config: RunConfig) ->
     try:
         started_as = from_tree(RunConfig, stored, place=str(place))
     except InputError as error:
-        raise InputError(f"{error}: {_OTHER_VERSION}") from error
+        raise InputError(f"{error}: {OTHER_VERSION}") from error
     before, now = (_comparable(dataclasses.asdict(one)) for one in (started_as, config))
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     if not changed:

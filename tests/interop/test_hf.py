@@ -638,6 +638,18 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("rope_parameters",), "default", "rope_parameters is 'default'"),
         (("rope_scaling",), {"type": "linear", "factor": 2.0}, "rope_scaling"),
         (("layer_types",), ["full_attention", "sliding_attention"], "layer_types"),
+        (("layer_types",), 5, "layer_types is 5; expected a list"),
+        (("num_hidden_layers",), "2", "num_hidden_layers is '2'"),
+        (("num_hidden_layers",), None, "num_hidden_layers is missing"),
+        (("num_hidden_layers",), 2**62, "num_hidden_layers must be at most 10000"),
+        (("hidden_size",), 2**63, "hidden_size must be at most 16777216"),
+        (("num_target_layers",), 2**62, "num_target_layers must be at most"),
+        (("rms_norm_eps",), 0, "rms_norm_eps must lie between 0 and 1"),
+        (("rms_norm_eps",), -1e-6, "rms_norm_eps must lie between 0 and 1"),
+        (("rms_norm_eps",), float("nan"), "NaN is not a number of JSON"),
+        (("dflash_config", "input_embedding_scale"), float("inf"), "Infinity is not a number of JSON"),
+        (("dflash_config", "input_embedding_scale"), 1e300, "input_embedding_scale must be finite in float32"),
+        (("dflash_config", "mask_token_id"), "\0" * 10**5, "mask_token_id is '"),
     ],
 )
 def test_load_refuses_other_configs(draft: Path, keys: tuple[str, ...], value: Any, message: str) -> None:
@@ -663,6 +675,20 @@ def test_load_refuses_other_configs(draft: Path, keys: tuple[str, ...], value: A
 def test_load_accepts_what_other_writers_leave_out(draft: Path, keys: tuple[str, ...], value: Any) -> None:
     edit_config(draft, put(*keys, value=value))
     assert load_hf_draft(draft)[0] == CONFIG
+
+
+@pytest.mark.parametrize("layers", [1, 3, 9999])
+def test_load_refuses_another_depth_before_it_builds_a_model(
+    draft: Path, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(*_: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("domino_jax.interop.hf._parameter_shapes", built)
+    edit_config(draft, put("num_hidden_layers", value=layers))
+    edit_config(draft, put("layer_types", value=...))
+    with pytest.raises(InputError, match=f"tensors of 2 layers, config.json says num_hidden_layers {layers}"):
+        load_hf_draft(draft)
 
 
 def test_load_takes_a_missing_pure_prefix_as_none(draft: Path) -> None:

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -116,6 +117,17 @@ def drop(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
             {"tensors": lambda t: t | {"rope_freqs.weight": np.ones(8, np.float32)}},
             "tensor rope_freqs.weight is not",
         ),
+        ({"metadata": {"llama.block_count": 9999}}, "config.json describes"),
+        ({"metadata": {"llama.block_count": 2**31}}, "num_hidden_layers must be at most 10000"),
+        ({"metadata": {"llama.embedding_length": "32"}}, "embedding_length is '32'; a model needs it as int"),
+        ({"metadata": {"llama.attention.layer_norm_rms_epsilon": float("nan")}}, "is nan; expected a finite number"),
+        ({"metadata": {"llama.rope.freq_base": "x"}}, "rope.freq_base is 'x'; a model needs it as float"),
+        ({"metadata": {"tokenizer.ggml.eos_token_id": "2"}}, "eos_token_id is '2'; a model needs it as int"),
+        ({"metadata": {"tokenizer.ggml.tokens": [1, 2]}}, "tokens holds 1; expected str"),
+        ({"metadata": {"tokenizer.ggml.merges": [1]}}, "merges holds 1; expected str"),
+        ({"metadata": {"tokenizer.ggml.token_type": ["1"]}}, "token_type holds '1'; expected int"),
+        ({"metadata": {"tokenizer.chat_template": 3}}, "chat_template is 3; a model needs it as str"),
+        ({"tensors": lambda t: t | {"blk.0.attn_q.weight": np.ones((7, 32), np.float32)}}, "has shape [7, 32]"),
         ({"tensors": lambda t: t | {"output_norm.weight": np.ones(7, np.float32)}}, "model.norm.weight has shape [7]"),
         ({"tensors": lambda t: t | {"output_norm.weight": np.ones(32, np.int8)}}, "tensor output_norm.weight: Dequant"),
     ],
@@ -146,6 +158,32 @@ def test_convert_gguf_refuses_unreadable_files_and_taken_directories(
     with pytest.raises(NotADirectoryError, match=r"tiny.gguf/model'$"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny.gguf" / "model")
     assert leftovers(tmp_path) == ["cut.gguf", "text.gguf", "tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (struct.pack("<IQQ", 3, 2**60, 0), "1152921504606846976 entries, expected at most"),
+        (struct.pack("<IQQ", 3, 0, 2**60), "1152921504606846976 entries, expected at most"),
+        (struct.pack("<IQQQ", 3, 0, 1, 2**63), "text of 9223372036854775808 bytes, expected at most 65536"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 0, 2**60), "1152921504606846976 entries"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 0, 2**20), "it ends inside its header"),
+        (struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 9, 1), "an array of type 9"),
+        (struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77), "metadata of unknown type 77"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"a", 1, 2**62, 0, 0), "a tensor lies outside the file"),
+        (struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"a", 1, 1, 0, 2**62), "a tensor lies outside the file"),
+        (struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"a", 2**31), "a tensor of 2147483648 dimensions"),
+        (struct.pack("<IQQ", 1, 0, 0), "version 1, expected 2 or 3"),
+        (struct.pack(">IQQ", 3, 0, 0), "version 50331648, expected 2 or 3"),
+        (b"\3\0", "it ends inside its header"),
+    ],
+)
+def test_a_gguf_header_that_lies_is_refused_at_once(tmp_path: Path, head: bytes, message: str) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + head)
+    with pytest.raises(InputError, match=f"a.gguf: not a readable GGUF file: {message}"):
+        convert_gguf(path, tmp_path / "model")
+    assert leftovers(tmp_path) == ["a.gguf"]
 
 
 def test_convert_gguf_leaves_nothing_when_interrupted(

@@ -1,7 +1,9 @@
 """Reading Hugging Face directories: every accepted form gives the same arrays, everything else one clear line."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 from domino_jax.model_config import DecoderConfig, RopeScaling
 from domino_jax.sharding import make_mesh
 from domino_jax.strict import InputError
+from domino_jax.target import load
 from domino_jax.target.load import load_sharded_target, load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
+from domino_jax.target.safetensors import open_safetensors
 
 ABSENT = object()
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -190,6 +194,19 @@ def test_read_decoder_config_accepts_older_forms(
         ({"mlp_bias": True}, "mlp_bias is True; supported: False"),
         ({"use_sliding_window": True}, "use_sliding_window is True; supported: False"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
+        ({"layer_types": 5}, "layer_types is 5; expected one name for each layer"),
+        ({"layer_types": [{}]}, "layer_types holds {}; supported: 'full_attention'"),
+        ({"layer_types": ["full_attention"] * 9}, "expected one name for each layer"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: expected int, found None"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: expected int, found '2'"),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers must be at most 10000, found 100000"),
+        ({"hidden_size": 2**63}, "hidden_size must be at most 16777216"),
+        ({"vocab_size": -1}, "vocab_size must be positive, found -1"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must lie between 0 and 1, found 0.0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps must lie between 0 and 1, found -1e-06"),
+        ({"rms_norm_eps": float("nan")}, "not valid JSON: NaN is not a number of JSON"),
+        ({"rms_norm_eps": float("inf")}, "not valid JSON: Infinity is not a number of JSON"),
+        ({"rope_theta": 1e300, "rope_parameters": None}, "is not a number that float32 holds"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25; supported: 1"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
@@ -211,6 +228,56 @@ def test_read_decoder_config_refuses(llama: Path, tmp_path: Path, change: dict[s
 def test_read_decoder_config_refuses_an_unknown_dtype(llama: Path) -> None:
     with pytest.raises(InputError, match="dtype must be float32 or bfloat16, found 'float16'"):
         read_decoder_config(llama, dtype="float16")
+
+
+@pytest.mark.parametrize("layers", [1, 3, 500, 9999])
+def test_a_target_of_another_depth_is_refused_before_it_is_built(
+    llama: Path, tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walked(*_: object) -> None:
+        raise AssertionError("layers were built")
+
+    monkeypatch.setattr(load, "expected_tensors", walked)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"missing tensor|unexpected tensor|config\.json describes \d+ tensors, the"):
+        load_target(edited(llama, tmp_path, config={"num_hidden_layers": layers}))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_links_out_of_a_target_and_pipes_are_refused(smollm2: Path, tmp_path: Path, name: str) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in smollm2.iterdir():
+        if path.suffix == ".json":
+            (model / path.name).write_bytes(path.read_bytes())
+    (model / name).unlink(missing_ok=True)
+
+    def read() -> None:
+        if name == "model.safetensors":
+            open_safetensors(model)
+        read_decoder_config(model, dtype="float32")
+        load_tokenizer(model)
+
+    (model / name).symlink_to(smollm2 / "config.json")
+    with pytest.raises(InputError, match=f"{name}: a link out of its directory"):
+        read()
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(InputError, match=f"{name}: not a regular file|no {name}"):
+        read()
+
+
+def test_the_default_of_several_chat_templates_is_taken(smollm2: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    assert load_tokenizer(model).chat_template == "b"
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named[:1]}))
+    with pytest.raises(InputError, match=r"the tokenizer cannot be read: .*no default"):
+        load_tokenizer(model)
 
 
 def test_load_target_reads_shards(tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from domino_jax.target.safetensors import (
     check_tensors,
     equal_tensors,
     open_safetensors,
-    read_safetensors,
     write_safetensors,
 )
 
@@ -40,11 +39,11 @@ def test_open_safetensors_reads_a_part(tmp_path: Path, dtype: str, part: tuple[s
     np.testing.assert_array_equal(found, values[part])
 
 
-def test_read_safetensors_reads_what_was_written(tmp_path: Path) -> None:
+def test_open_safetensors_reads_what_was_written(tmp_path: Path) -> None:
     matrix = np.arange(6.0, dtype=np.float32).reshape(2, 3)
     tensors = {"a": matrix, "scalar": np.array(3, np.float16)}
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    found = read_safetensors(tmp_path)
+    found = {name: tensor.read() for name, tensor in open_safetensors(tmp_path).items()}
     assert set(found) == set(tensors)
     for name, values in tensors.items():
         assert found[name].dtype == values.dtype
@@ -105,7 +104,7 @@ def test_equal_tensors_sees_the_last_number(tmp_path: Path, chunk_bytes: int) ->
     assert not equal_tensors(tensors["a"], tensors["fewer"], chunk_bytes=chunk_bytes)
 
 
-def test_read_safetensors_never_opens_a_pickle(tmp_path: Path) -> None:
+def test_open_safetensors_never_opens_a_pickle(tmp_path: Path) -> None:
     opened = tmp_path / "opened"
 
     class Trap:
@@ -114,16 +113,16 @@ def test_read_safetensors_never_opens_a_pickle(tmp_path: Path) -> None:
 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(InputError, match=r"found the pickle pytorch_model.bin, which is never opened"):
-        read_safetensors(tmp_path)
+        open_safetensors(tmp_path)
     assert not opened.exists()
 
 
-def test_read_safetensors_names_what_it_cannot_read(tmp_path: Path) -> None:
+def test_open_safetensors_names_what_it_cannot_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected model.safetensors or model.safetensors.index.json; not there"):
-        read_safetensors(tmp_path)
+        open_safetensors(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file at all")
     with pytest.raises(InputError, match=r"model.safetensors: not a readable safetensors file"):
-        read_safetensors(tmp_path)
+        open_safetensors(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +135,58 @@ def test_read_safetensors_names_what_it_cannot_read(tmp_path: Path) -> None:
         (None, "expected weight_map, a mapping of tensors to files"),
     ],
 )
-def test_read_safetensors_checks_the_index(tmp_path: Path, places: Any, message: str) -> None:
+def test_open_safetensors_checks_the_index(tmp_path: Path, places: Any, message: str) -> None:
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(InputError) as caught:
-        read_safetensors(tmp_path)
+        open_safetensors(tmp_path)
     assert message in str(caught.value)
+
+
+FULL = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+LIES = {
+    "a tensor twice": b'{"a": %(full)s, "a": %(half)s}',
+    "an overlap": {"a": FULL, "b": FULL},
+    "a hole": {
+        "a": {**FULL, "shape": [1], "data_offsets": [0, 4]},
+        "b": {**FULL, "shape": [2], "data_offsets": [8, 16]},
+    },
+    "too few": {"a": {**FULL, "shape": [2], "data_offsets": [0, 8]}},
+    "too many": {"a": {**FULL, "shape": [400], "data_offsets": [0, 1600]}},
+    "another size": {"a": {**FULL, "shape": [3]}},
+    "a reversed range": {"a": {**FULL, "data_offsets": [16, 0]}},
+    "beyond every file": {"a": {**FULL, "shape": [2**62], "data_offsets": [0, 2**64 - 1]}},
+    "an overflow": {"a": {**FULL, "shape": [2**33, 2**33]}},
+    "a negative size": {"a": {**FULL, "shape": [-4]}},
+    "depth": b'{"__metadata__": ' + b'{"a": ' * 5000,
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("header", LIES.values(), ids=LIES.keys())
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any) -> None:
+    if isinstance(header, bytes):
+        half = json.dumps({**FULL, "shape": [2, 2]}).encode()
+        raw = header.replace(b"%(full)s", json.dumps(FULL).encode()).replace(b"%(half)s", half)
+    else:
+        raw = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(16))
+    with pytest.raises(
+        InputError, match=r"not a readable safetensors file|header: not valid JSON: the key 'a' is given"
+    ):
+        open_safetensors(tmp_path)
+    for size in (0, 2**63, 2**64 - 1):
+        path.write_bytes(struct.pack("<Q", size) + raw)
+        with pytest.raises(InputError, match="not a readable safetensors file"):
+            open_safetensors(tmp_path)
+
+
+def test_a_shard_that_leads_out_of_the_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    stored(tmp_path, a=np.ones(2, np.float32))
+    (tmp_path / "model" / "one.safetensors").symlink_to(tmp_path / "model.safetensors")
+    index = {"weight_map": {"a": "one.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"one\.safetensors: a link out of its directory"):
+        open_safetensors(tmp_path / "model")

@@ -13,8 +13,9 @@ from tiny import run_config, write_conversations, write_target
 
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
-from domino_jax.training.checkpoint import load_draft, read_run_record, sound_checkpoint
+from domino_jax.training.checkpoint import load_draft, sound_checkpoint
 from domino_jax.training.loop import train
+from domino_jax.training.records import read_draft_record, read_run_record
 
 STEPS: dict[str, Any] = {"steps": 6, "log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep_checkpoints": 3}
 
@@ -242,6 +243,7 @@ def test_settings_of_checkpoints_are_checked(trained: Path, words: tuple[str, ..
 
 
 def test_a_run_record_says_what_the_run_reads(trained: Path) -> None:
-    draft, run = read_run_record(trained / "run", 6)
+    place = trained / "run" / "checkpoints" / "6"
+    draft, run = read_draft_record(place), read_run_record(place)
     assert run.inputs.keys() == {"tokenizer", "data.train", "data.heldout", "target"}
     assert draft.target_sha256 and run.inputs["target"].endswith(draft.target_sha256)

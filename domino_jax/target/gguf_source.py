@@ -1,0 +1,165 @@
+"""A GGUF file of somebody else, opened once its header is known to describe what lies in the file.
+
+The library maps the file and believes its counts: an array of 2**60 numbers is walked to its end,
+past the end of the file. So the header is walked here first, which reads every byte of it once:
+
+    magic, version, counts | key, type, value ... | name, shape, type, offset ... | tensors
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domino_jax.files import open_regular
+from domino_jax.strict import InputError, shown, text_problem
+
+if TYPE_CHECKING:
+    import gguf
+
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by GGUFValueType
+_STRING, _ARRAY = 8, 9
+_ENTRIES = 2**22  # of one array, of the metadata or of tensors: vocabularies have 2**18
+_NAME_BYTES = 2**16
+_DIMENSIONS = 4  # of ggml
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """An open GGUF file: its place for messages, its metadata and its tensors, still quantised."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: "list[gguf.ReaderTensor]"
+
+    def need(self, key: str, kind: type) -> Any:
+        """The value of a key that must be there and of this type."""
+        value = self.optional(key, kind)
+        if value is None:
+            raise InputError(f"{self.path}: metadata {key} is 'missing'; a model needs it")
+        return value
+
+    def optional(self, key: str, kind: type) -> Any:
+        """The value of a key, of this type if it is there, else None."""
+        value = self.metadata.get(key)
+        if value is not None and type(value) is not kind:
+            raise InputError(f"{self.path}: metadata {key} is {shown(value)}; a model needs it as {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{self.path}: metadata {key} is {value}; expected a finite number")
+        if isinstance(value, str) and text_problem(value):
+            raise InputError(f"{self.path}: metadata {key} {text_problem(value)}")
+        return value
+
+    def entries(self, key: str, kind: type) -> list[Any]:
+        """A list that must be there, all of this type."""
+        found = self.need(key, list)
+        other = next((entry for entry in found if type(entry) is not kind), None)
+        if other is not None:
+            raise InputError(f"{self.path}: metadata {key} holds {shown(other)}; expected {kind.__name__}")
+        return found
+
+    def token_id(self, role: str) -> int | None:
+        """The id of the token of a role ("bos", "eos", ...), None when the file names none."""
+        key = f"tokenizer.ggml.{role}_token_id"
+        index = self.optional(key, int)
+        count = len(self.need("tokenizer.ggml.tokens", list))
+        if index is not None and not 0 <= index < count:
+            raise InputError(f"{self.path}: {key} {index} is outside the {count} tokens")
+        return index
+
+    def token(self, role: str) -> str | None:
+        """The text of the token of a role, None when the file names none."""
+        index = self.token_id(role)
+        return None if index is None else self.entries("tokenizer.ggml.tokens", str)[index]
+
+
+def open_gguf(path: Path) -> GgufSource:
+    """Opens a GGUF file and reads its metadata.
+
+    Raises:
+        InputError: not a regular file, not GGUF, or a header that describes more than the file holds.
+    """
+    import gguf
+
+    with open_regular(path) as file:
+        try:
+            _check_header(file, path.stat().st_size)
+        except ValueError as error:
+            raise InputError(f"{path}: not a readable GGUF file: {error}") from error
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise InputError(f"{path}: not a readable GGUF file: {error}") from error
+    return GgufSource(path, metadata, reader.tensors)
+
+
+def _check_header(file: BufferedReader, size: int) -> None:
+    """Raises `ValueError` where a header leads out of its file or beyond the bounds above."""
+
+    def number(kind: str) -> int:
+        width = struct.calcsize(kind)
+        data = file.read(width)
+        if len(data) < width:
+            raise ValueError("it ends inside its header")
+        return struct.unpack(f"<{kind}", data)[0]
+
+    def skip(count: int) -> None:
+        if count > size - file.tell():
+            raise ValueError("it ends inside its header")
+        file.seek(count, 1)
+
+    def text(limit: int) -> None:
+        length = number("Q")
+        if length > limit:
+            raise ValueError(f"text of {length} bytes, expected at most {limit}")
+        skip(length)
+
+    def value(kind: int) -> None:
+        if kind == _STRING:
+            text(size)
+        elif kind in _SCALAR_BYTES:
+            skip(_SCALAR_BYTES[kind])
+        elif kind == _ARRAY:
+            array(number("I"), count(number("Q")))
+        else:
+            raise ValueError(f"metadata of unknown type {kind}")
+
+    def array(kind: int, length: int) -> None:
+        if kind in _SCALAR_BYTES:
+            skip(length * _SCALAR_BYTES[kind])
+        elif kind == _STRING:
+            for _ in range(length):
+                text(size)
+        else:
+            raise ValueError(f"an array of type {kind}")
+
+    def count(found: int) -> int:
+        if found > _ENTRIES:
+            raise ValueError(f"{found} entries, expected at most {_ENTRIES}")
+        return found
+
+    if file.read(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = number("I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}, expected 2 or 3")
+    tensors, keys = count(number("Q")), count(number("Q"))
+    for _ in range(keys):
+        text(_NAME_BYTES)
+        value(number("I"))
+    for _ in range(tensors):
+        text(_NAME_BYTES)
+        dimensions = number("I")
+        if dimensions > _DIMENSIONS:
+            raise ValueError(f"a tensor of {dimensions} dimensions, expected at most {_DIMENSIONS}")
+        elements = math.prod(number("Q") for _ in range(dimensions))
+        number("I")  # its type, which the library knows
+        # No type takes less than an eighth of a byte for an element.
+        if number("Q") > size or elements > 8 * size:
+            raise ValueError("a tensor lies outside the file")

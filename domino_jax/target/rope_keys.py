@@ -1,0 +1,79 @@
+"""Rotary embeddings as config.json describes them: two schemas, of which a file may hold either or both."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from domino_jax.model_config import ROPE_TYPES
+from domino_jax.strict import InputError, shown
+
+
+def read_rope_theta(tree: Mapping[str, Any], *, place: str) -> Any:
+    """The rotary base, at the top level or inside rope_scaling or rope_parameters; 10000 where there is none.
+
+    Args:
+        tree: the file.
+        place: the file, for messages.
+    Returns:
+        What the file says, unchecked.
+    Raises:
+        InputError: two places that differ.
+    """
+    found = {"rope_theta": tree["rope_theta"]} if tree.get("rope_theta") is not None else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        inner = tree.get(key)
+        if isinstance(inner, dict) and inner.get("rope_theta") is not None:
+            found[f"{key}.rope_theta"] = inner["rope_theta"]
+    theta = next(iter(found.values()), 10_000.0)
+    if any(value != theta for value in found.values()):
+        raise InputError(f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} contradict")
+    return theta
+
+
+def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] | None:
+    """The scaling of the rotary embedding that a config.json describes, in the old schema, the new one, or both.
+
+    Args:
+        tree: the file; `rope_scaling` (with `type` or `rope_type`) and `rope_parameters` are read.
+        place: the file, for messages.
+    Returns:
+        The fields of `RopeScaling`, unchecked, or None where the frequencies are not scaled.
+    Raises:
+        InputError: an unknown type, keys without a type, or two descriptions that differ.
+    """
+    sections = (_rope_section(tree, key, place) for key in ("rope_scaling", "rope_parameters"))
+    found = [section for section in sections if section is not None]
+    if any(section != found[0] for section in found):
+        raise InputError(f"{place}: rope_scaling {shown(found[0])} and rope_parameters {shown(found[1])} contradict")
+    return found[0] if found and found[0]["rope_type"] != "default" else None
+
+
+def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, Any] | None:
+    """One of the two mappings, its type under `rope_type`; None where it names no type."""
+    inner = tree.get(key) or {}
+    if not isinstance(inner, dict):
+        raise InputError(f"{place}: {key} is {shown(inner)}; expected a mapping or null")
+    kinds = [inner[name] for name in ("rope_type", "type") if inner.get(name) is not None]
+    if any(kind != kinds[0] for kind in kinds):
+        raise InputError(f"{place}: {key}: rope_type {shown(kinds[0])} and type {shown(kinds[1])} contradict")
+    read = ("rope_theta", "rope_type", "type")
+    # A null stands for an absent key, except that transformers reads a null `truncate` as false: refused further on.
+    section = {k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")}
+    if section.get("partial_rotary_factor") == 1:
+        del section["partial_rotary_factor"]
+    kind = kinds[0] if kinds else None
+    for name, value in section.items():
+        if kind in ("default", None) or name == "partial_rotary_factor":
+            raise InputError(f"{place}: {key}.{name} is {shown(value)}; not supported with rope_type {shown(kind)}")
+    if kind not in ("default", None, *ROPE_TYPES):
+        raise InputError(f"{place}: {key}.rope_type is {shown(kind)}; supported: default, {', '.join(ROPE_TYPES)}")
+    if kind in ("llama3", "yarn"):
+        outer, own = (level.get("original_max_position_embeddings") for level in (tree, section))
+        if outer is not None and own is not None and outer != own:
+            raise InputError(
+                f"{place}: original_max_position_embeddings {shown(outer)} and {key}.original_max_position_embeddings "
+                f"{shown(own)} contradict"
+            )
+        # What transformers takes when neither is there: a scaling that starts from the full length.
+        given = next((value for value in (own, outer) if value is not None), tree.get("max_position_embeddings"))
+        section["original_max_position_embeddings"] = given
+    return None if kind is None else {"rope_type": kind, **section}

@@ -1,0 +1,107 @@
+"""What a checkpoint says besides its arrays: of the draft, for whoever reads it, and of the run, to go on with it.
+
+40/draft/metadata   DraftRecord, JSON
+40/run/metadata     RunRecord, JSON
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from domino_jax.data.template import ChatTemplate, recorded_kwargs
+from domino_jax.files import read_json
+from domino_jax.model_config import DraftConfig
+from domino_jax.strict import InputError, from_tree
+from domino_jax.training.metrics import LogMark
+
+OTHER_VERSION = (
+    "the run was started by another version of this program and cannot be resumed by this one; "
+    "use another run_dir, which may begin with the old run's export (draft.init_from)"
+)
+DRAFT, RUN = "draft", "run"  # the items of a checkpoint
+
+
+@dataclass(frozen=True)
+class DraftRecord:
+    """A draft, the built-in name or directory of its target, and the template of its rows.
+
+    `target_sha256` is the target's fingerprint; None in checkpoints of older versions.
+    """
+
+    config: DraftConfig
+    target: str
+    chat_template: ChatTemplate
+    target_sha256: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As a checkpoint stores it."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "target": self.target,
+            "target_sha256": self.target_sha256,
+            **self.chat_template.as_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run goes on with besides its state.
+
+    Attributes:
+        config: the run's configuration, as plain values.
+        inputs: what was read, by name -> a few words with its hash.
+        outcomes: of the steps that no line of the log tells yet (`Window`).
+        watch: the non-finite steps in a row up to then (`StepWatch`).
+        log: where `metrics.jsonl` stood.
+        heldout_due: whether the held-out pass of this step was still to come.
+    """
+
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outcomes: Sequence[Mapping[str, Any]]
+    watch: Mapping[str, Any]
+    log: LogMark
+    heldout_due: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """As a checkpoint stores it."""
+        return vars(self) | {"log": self.log._asdict()}
+
+
+def read_run_record(place: Path) -> RunRecord:
+    """What the run of an undamaged checkpoint, a directory, goes on with.
+
+    Raises:
+        InputError: it holds an imported draft, or a version without such records saved it.
+    """
+    if not (place / "optimizer").is_dir():
+        raise InputError(
+            f"{place}: an imported draft without optimiser state cannot be continued; "
+            "give its checkpoint as draft.init_from of another run_dir"
+        )
+    try:
+        tree = _json_item(place, RUN)
+        return RunRecord(**{**tree, "log": LogMark(**tree["log"])})
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{place}: {OTHER_VERSION}") from error
+
+
+def read_draft_record(place: Path) -> DraftRecord:
+    """What an undamaged checkpoint, a directory, says of its draft.
+
+    Raises:
+        InputError: it was written by hand, or by another version.
+    """
+    stored = _json_item(place, DRAFT)
+    try:
+        config = from_tree(DraftConfig, stored["config"], place=f"{place}/draft")
+        template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft"))
+        return DraftRecord(config, stored["target"], template, stored.get("target_sha256"))
+    except KeyError as error:
+        raise InputError(f"{place}/draft: {error} is missing") from error
+
+
+def _json_item(place: Path, name: str) -> dict[str, Any]:
+    return read_json(place / name / "metadata")

@@ -1,0 +1,63 @@
+"""A few seconds of `scripts/fuzz`: every parser, inputs that are right but for one place."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+from fuzz_parsers import Case, Parser, all_parsers
+from fuzz_run import ACCEPTED, BAD, REFUSED, outcome, quiet, run
+
+from domino_jax.strict import InputError
+
+NAMES = (
+    *("config.yaml", "key=value words", "--chat-template-kwargs", "decoding options", "lines of data"),
+    *("capture manifest", "partial answers", "metrics.jsonl", "config.json, target", "config.json, draft"),
+    *("safetensors", "safetensors index", "GGUF", "tokenizer files", "chat templates"),
+)
+
+
+@pytest.fixture(scope="module")
+def parsers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parser]:
+    return {parser.name: parser for parser in all_parsers(tmp_path_factory.mktemp("fuzz"))}
+
+
+def test_every_parser_is_fuzzed(parsers: dict[str, Parser]) -> None:
+    assert tuple(parsers) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mutated_input_is_refused_in_one_line_or_right(parsers: dict[str, Parser], name: str) -> None:
+    parser = parsers[name]
+    assert outcome(parser, Case(parser.good)) == (ACCEPTED, "")
+    said: list[str] = []
+    with quiet():
+        counts = run(parser, count=5 * parser.weight, seed=0, say=said.append)
+    assert not [counts[kind] for kind in BAD if counts[kind]], "\n".join(said)
+    assert counts[REFUSED] > 0
+
+
+def test_the_harness_sees_what_is_wrong(parsers: dict[str, Parser]) -> None:
+    def fails(content: object) -> object:
+        raise KeyError(content)
+
+    def endless(content: object) -> object:
+        while True:
+            pass
+
+    def refuses(content: object) -> object:
+        raise InputError("no")
+
+    def judged(read: object, wrong: object = lambda found: None, forbidden: str | None = None) -> str:
+        parser = Parser("x", 1, 1, lambda rng: Case(1), read, wrong)  # type: ignore[arg-type]
+        return outcome(parser, Case(1, forbidden))[0]
+
+    assert judged(fails) == "tracebacks" and judged(refuses) == REFUSED and judged(int) == ACCEPTED
+    assert judged(int, lambda found: "wrong") == judged(int, forbidden="twice") == "accepted though forbidden"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fuzz_run.SECONDS", 0.2)
+        assert judged(endless) == "slower than 10 s"
+    assert isinstance(run(parsers["key=value words"], count=3, seed=0), Counter)
