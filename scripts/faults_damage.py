@@ -29,7 +29,7 @@ from faults_verdict import DONE, damage
 REAL_COMMANDS = 20  # of the cases, spread evenly: the others have imported jax before
 STEPS = override(train__steps=16)
 FEW = override(train__steps=4)
-SAID = re.compile("damaged|aside|incomplete|cut off|not whole", re.IGNORECASE)
+SAID = re.compile("damaged|aside|is gone|incomplete|cut off", re.IGNORECASE)
 
 TRAIN = ("train", "config.yaml", STEPS)
 OFFLINE = ("train", "config.yaml", FEW, "run_dir=offline", "data.train=null", "data.features=states")

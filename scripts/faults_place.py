@@ -9,6 +9,7 @@ the same place with the same words on the command line:
 
 import hashlib
 import json
+import logging
 import shutil
 import threading
 import time
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 from faults_process import Processes
 from tiny import run_config, write_conversations, write_target
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax misses files that items never have
 WORKERS = 2
 STATE_ITEMS = ("params", "optimizer", "ema")
 # The window of metrics lies across saves, and both across evaluations.
