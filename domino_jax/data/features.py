@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from domino_jax.data.conversations import Row
 from domino_jax.data.template import kwargs_text
-from domino_jax.files import read_json, write_whole
+from domino_jax.files import checked_file, read_json, write_whole
 from domino_jax.finite import require_finite
 from domino_jax.model_config import SIZE_LIMIT
 from domino_jax.staging import write_error
@@ -91,7 +91,8 @@ class FeatureRows(Sequence[Row]):
         """Opens a directory that `domino capture` wrote.
 
         Raises:
-            InputError: no capture, an unfinished one, or a file that cannot be read.
+            InputError: no capture, an unfinished one, a file that cannot be read, or a shard that is a
+            link out of the directory.
         """
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -105,6 +106,8 @@ class FeatureRows(Sequence[Row]):
                 f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are missing "
                 f"({missing[0]}); `domino capture` with the same words goes on"
             )
+        for path in shards:
+            checked_file(self._directory, path.name)
         try:
             self._records = ArrayRecordDataSource([str(path) for path in shards])
         except RuntimeError as error:

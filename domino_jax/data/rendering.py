@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from domino_jax.strict import InputError, Scalars
 
-SECONDS = 10.0  # for one conversation
+SECONDS = 5.0  # for one conversation; a good template takes milliseconds
 MEMORY_BYTES = 2**29  # beyond what the process takes when it starts
 
 

@@ -176,8 +176,13 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(tree)
         with pytest.raises(InputError, match=message):
             FeatureRows(tmp_path)[0]
-    shard.unlink()
     (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path.parent / "elsewhere").write_bytes(whole)
+    shard.unlink()
+    shard.symlink_to(tmp_path.parent / "elsewhere")
+    with pytest.raises(InputError, match=r"shard-00000\.arrayrecord: a link out of its directory"):
+        FeatureRows(tmp_path)
+    shard.unlink()
     with pytest.raises(InputError, match="unfinished capture, 1 of 2 shards"):
         FeatureRows(tmp_path)
 

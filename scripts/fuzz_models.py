@@ -1,0 +1,263 @@
+"""The parsers of models: config.json, safetensors, GGUF, tokenizers and chat templates; see `fuzz_parsers.py`."""
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fuzz_mutations as mutations
+import numpy as np
+from fuzz_parsers import Case, Parser, json_cases, safetensors_file, unusable
+
+TEMPLATE_PARTS = (
+    *("{% for m in messages %}", "{% endfor %}", "{% if m %}", "{% endif %}", "{{ m.content }}", "{{ messages }}"),
+    *("{{ 'x' * 10 ** 9 }}", "{% for a in range(99999) %}", "{{ 9 ** 9 ** 9 }}", "{{ x.y.z }}", "{{ ''.__class__ }}"),
+    *("{% set x = x ~ x %}", "{% include 'a' %}", "{% raw %}", "{{ m | tojson }}", "{{ range(10 ** 9) }}", "{#", "}}"),
+)
+
+
+def model_parsers(directory: Path) -> list[Parser]:
+    """Those that read what a target or a draft brings along; writes the tiny target."""
+    import jax
+    from tiny import CONFIG, write_target
+
+    from domino_jax.interop.hf import _to_json, read_hf_config, recorded_template
+    from domino_jax.model_config import DraftConfig
+    from domino_jax.target.load import read_decoder_config
+
+    jax.config.update("jax_platforms", "cpu")
+    target = write_target_once(directory, write_target)
+    tree = json.loads((target / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0}
+    trees = [
+        {**tree, "layer_types": ["full_attention"] * 4, "rope_scaling": None, "attention_bias": False, "head_dim": 8},
+        {**tree, "rope_scaling": yarn, "rope_parameters": {**yarn, "rope_theta": 10_000.0}},
+        {**tree, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    ]
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    draft = DraftConfig(
+        **{**fields, "num_hidden_layers": 2, "num_target_layers": 4, "target_layer_ids": (0, 2)},
+        **{"block_size": 4, "mask_token_id": 2, "emb_dim": 8, "gru_hidden_dim": 8, "shift_label": True},
+    )
+    windows = dataclasses.replace(draft, layer_types=("sliding_attention", "full_attention"), sliding_window=8)
+    drafts = [_to_json(config, "float32") for config in (draft, windows)]
+    copy, place = directory / "decoder", directory / "draft"
+    for folder in (copy, place):
+        folder.mkdir()
+
+    def read_config(content: bytes) -> Any:
+        (copy / "config.json").write_bytes(content)
+        return read_decoder_config(copy, dtype="float32")
+
+    def read_draft(content: bytes) -> Any:
+        (place / "config.json").write_bytes(content)
+        recorded_template(place)
+        return read_hf_config(place)
+
+    def config_words(content: bytes) -> list[str]:
+        model = directory / "edited"
+        shutil.copytree(target, model, dirs_exist_ok=True)
+        (model / "config.json").write_bytes(content)
+        return ["train", str(directory / "valid" / "config.yaml"), f"target={model}"]
+
+    def draft_words(content: bytes) -> list[str]:
+        (place / "config.json").write_bytes(content)
+        return ["import", str(place), str(directory / "imported"), "--target", str(target)]
+
+    return [
+        Parser("config.json, target", 20, json_cases(*trees), read_config, _wrong_decoder, config_words),
+        Parser("config.json, draft", 20, json_cases(*drafts), read_draft, _wrong_draft, draft_words),
+        *_tensor_parsers(directory),
+        _gguf_parser(directory),
+        *_tokenizer_parsers(directory, target),
+    ]
+
+
+def write_target_once(directory: Path, write_target: Any) -> Path:
+    """The tiny target below a directory."""
+    target = directory / "target"
+    if not target.exists():
+        target.mkdir()
+        write_target(target)
+    return target
+
+
+def _wrong_decoder(config: Any) -> str | None:
+    tree = dataclasses.asdict(config)
+    if problem := unusable(tree):
+        return problem
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*names, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if type(tree[name]) is not int or not 0 < tree[name] <= 2**31:
+            return f"{name} {tree[name]}"
+    if tree["num_hidden_layers"] > 10_000 or tree["num_attention_heads"] % tree["num_key_value_heads"]:
+        return "layers or heads of no model"
+    if not 1e-38 < tree["rms_norm_eps"] < 1 or not tree["rope_theta"] > 1 or tree["head_dim"] % 2:
+        return "a norm or a rotation of no model"
+    return None
+
+
+def _wrong_draft(config: Any) -> str | None:
+    layers = list(config.target_layer_ids)
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= config.num_target_layers:
+        return f"target_layer_ids {layers}"
+    if not 0 <= config.mask_token_id < config.vocab_size or config.block_size < 2:
+        return "a mask token or block of no draft"
+    if not config.input_embedding_scale > 0 or not config.output_multiplier > 0:
+        return "a scale that is not positive"
+    return _wrong_decoder(config)
+
+
+def _tensor_parsers(directory: Path) -> list[Parser]:
+    from domino_jax.target.safetensors import open_safetensors
+
+    single, sharded = directory / "single", directory / "sharded"
+    single.mkdir()
+    sharded.mkdir()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for index, (name, dtype, shape) in enumerate((("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))):
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [32 * index, 32 * index + 32]}
+    data = bytes(range(96))
+
+    def cases(rng: random.Random) -> Case:
+        kind = rng.randrange(4)
+        if kind == 0:
+            return Case(mutations.mutated_bytes(rng, safetensors_file(json.dumps(header).encode(), data)))
+        case = json_cases(header)(rng)
+        return Case(safetensors_file(case.content, data), case.forbidden)
+
+    def read(content: bytes) -> Any:
+        (single / "model.safetensors").write_bytes(content)
+        tensors = open_safetensors(single)
+        return {name: tensor.read() for name, tensor in tensors.items()}, len(content)
+
+    def wrong(found: Any) -> str | None:
+        tensors, size = found
+        held = sum(values.nbytes for values in tensors.values())
+        return None if held < size and held in (0, 96, *range(97, size)) else "more numbers than the file holds"
+
+    places = {"a": "one.safetensors", "b": "two.safetensors"}
+    for name, file in places.items():
+        part = json.dumps({name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+        (sharded / file).write_bytes(safetensors_file(part, bytes(16)))
+
+    def read_index(content: bytes) -> Any:
+        (sharded / "model.safetensors.index.json").write_bytes(content)
+        return {name: tensor.file.name for name, tensor in open_safetensors(sharded).items()}
+
+    index = {"metadata": {"total_size": 32}, "weight_map": places}
+    return [
+        Parser("safetensors", 12, cases, read, wrong),
+        Parser(
+            *("safetensors index", 8, json_cases(index), read_index),
+            lambda found: None if found.items() <= places.items() else f"tensors in other files: {found}",
+        ),
+    ]
+
+
+def write_gguf(path: Path) -> None:
+    """A random Qwen3 of the tiny shape."""
+    import gguf
+    from tiny import CONFIG, WORDS
+
+    from domino_jax.target.gguf import _LAYER_NAMES, _TOP_NAMES
+    from domino_jax.target.load import stored_shapes
+
+    writer = gguf.GGUFWriter(path, arch="qwen3")
+    sizes = {
+        **{"context_length": CONFIG.max_position_embeddings, "embedding_length": CONFIG.hidden_size},
+        **{"feed_forward_length": CONFIG.intermediate_size, "block_count": CONFIG.num_hidden_layers},
+        **{"attention.head_count": CONFIG.num_attention_heads, "attention.head_count_kv": CONFIG.num_key_value_heads},
+        **{"attention.key_length": CONFIG.head_dim},
+    }
+    for key, size in sizes.items():
+        writer.add_uint32(f"qwen3.{key}", size)
+    writer.add_float32("qwen3.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "qwen2")
+    writer.add_array("tokenizer.ggml.tokens", WORDS)
+    writer.add_array("tokenizer.ggml.token_type", [3, 3, 3, *[1] * (len(WORDS) - 3)])
+    writer.add_array("tokenizer.ggml.merges", ["a b"] if "ab" in WORDS else [])
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
+    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+    names = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+    tops = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
+    for name, shape in stored_shapes(CONFIG, found=1000, place=path).items():
+        parts = name.split(".")
+        ours = tops.get(name) or f"blk.{parts[2]}.{names['.'.join(parts[3:-1])]}.weight"
+        writer.add_tensor(ours, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_parser(directory: Path) -> Parser:
+    from domino_jax.target.gguf import convert_gguf
+
+    path, made = directory / "model.gguf", directory / "converted"
+    write_gguf(path)
+    whole = path.read_bytes()
+
+    def read(content: bytes) -> Any:
+        path.write_bytes(content)
+        try:
+            return json.loads((convert_gguf(path, made) / "config.json").read_text())
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def words(content: bytes) -> list[str]:
+        path.write_bytes(content)
+        return ["target", str(path), str(directory / "gguf-target")]
+
+    return Parser(
+        *("GGUF", 3, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
+        lambda config: None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold",
+        words,
+    )
+
+
+def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
+    from domino_jax.data.rendering import Rendering, render
+    from domino_jax.target.load import load_tokenizer
+
+    place = directory / "tokenizer"
+    names = ("tokenizer.json", "tokenizer_config.json")
+    trees = {name: json.loads((target / name).read_text()) for name in names}
+    template = (target / "chat_template.jinja").read_text()
+    tokenizer = load_tokenizer(target)
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
+
+    def cases(rng: random.Random) -> Case:
+        name = rng.choice(names)
+        return Case((name, json_cases(trees[name])(rng).content))
+
+    def read(content: tuple[str, bytes]) -> Any:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        for name in names:
+            (place / name).write_text(json.dumps(trees[name]))
+        (place / "chat_template.jinja").write_text(template)
+        (place / content[0]).write_bytes(content[1])
+        return load_tokenizer(place)
+
+    def template_cases(rng: random.Random) -> Case:
+        parts = [template, *(rng.choice(TEMPLATE_PARTS) for _ in range(rng.randrange(1, 4)))]
+        rng.shuffle(parts)
+        text = "".join(parts)
+        if rng.random() < 0.5:
+            text = mutations.mutated_text(rng, text).decode("utf-8", "replace")
+        return Case(text)
+
+    def read_template(text: str) -> Any:
+        tokenizer.chat_template = text
+        return render(tokenizer, [Rendering(messages)], {})[0]
+
+    return [
+        Parser(
+            "tokenizer files", 3, cases, read, lambda one: None if type(one.chat_template) is str else "no template"
+        ),
+        Parser("chat templates", 4, template_cases, read_template, lambda text: unusable(text)),
+    ]
