@@ -186,5 +186,5 @@ def _left(directory: Path, verb: str, out: str) -> object:
         return run_bits(directory / name)
     if verb == "evaluate":
         report = (directory / "trained" / "evaluation.json").read_text()
-        return re.sub(r'"[a-z_]*(per_second|seconds|speedup)[a-z_]*": [^,\n]*', "", report)
+        return re.sub(r'"[a-z_]*(per_second|seconds|speed_up)[a-z_]*": [^,\n]*', "", report)
     return directory_bits(directory / name) if name else out

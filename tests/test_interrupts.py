@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def begin(place: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=place, env=environment, text=True, **pipes)
 
 
+def wait_until_answered(process: subprocess.Popen[str]) -> None:
+    """Waits for the handler of SIGTERM, which Python has none of its own for; jax is imported later."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = int(re.search(r"SigCgt:\s*([0-9a-f]+)", status.read_text())[1], 16)  # type: ignore[index]
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.005)
+
+
 # The line of stderr after which the signal is sent, and whether it comes in the middle of a compilation.
 MOMENTS = (
     ("regenerate", "compiling", ("prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4000")),
@@ -90,7 +101,7 @@ def test_ctrl_c_ends_with_one_line(place: Path, verb: str, moment: str, words: t
 
 def test_ctrl_c_while_the_program_is_imported(place: Path) -> None:
     process = begin(place, "export", "run", "draft")
-    time.sleep(0.3)
+    wait_until_answered(process)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     _, errors = process.communicate(timeout=60)
@@ -102,7 +113,7 @@ def test_ctrl_c_while_the_program_is_imported(place: Path) -> None:
 def test_both_signals_twice_quickly_while_the_program_is_imported(place: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         process = begin(place, "evaluate", "run", "prompts.jsonl")
-        time.sleep(0.3)
+        wait_until_answered(process)
         for _ in range(2):
             process.send_signal(number)
         _, errors = process.communicate(timeout=60)

@@ -42,6 +42,8 @@ class _State:
     saves: bool = False
     # What the verb keeps, once it has begun; nothing is written before.
     kept: str | None = None
+    # Nothing is written until the verb asks `stop_requested`: there is no safe point to wait for.
+    at_once: bool = True
 
 
 _state = _State()
@@ -77,9 +79,14 @@ def answered_signals() -> Iterator[None]:
             _end()
 
 
-def keeps(line: str) -> None:
-    """Sets what is said when the verb is interrupted: what is kept, and how to go on."""
-    _state.kept = line
+def keeps(line: str, *, at_once: bool = False) -> None:
+    """Sets what is said when the verb is interrupted: what is kept, and how to go on.
+
+    Args:
+        line: said after "interrupted: ".
+        at_once: the first signal ends the process without a safe point, until `stop_requested` is asked.
+    """
+    _state.kept, _state.at_once = line, at_once
 
 
 def kept() -> str | None:
@@ -117,7 +124,7 @@ def _watch(reader: int) -> None:
         line = SAVING if _state.saves else f"interrupted: {_state.kept or NOT_BEGUN}"
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-        if _state.kept is None and not _state.saves:
+        if _state.at_once and not _state.saves:
             _end()
     os.close(reader)
 

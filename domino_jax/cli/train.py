@@ -31,12 +31,12 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """
     settings = load_config(config, overrides)
     if dry_run:
-        keeps("nothing was written")
+        keeps("nothing was written", at_once=True)
         checked = check(settings, say=say, set_aside=False)
         fingerprint = functools.partial(target_fingerprint, checked.target)
         print_preview(read_inputs(checked, target_sha256=fingerprint, say=say), results())
         return
-    keeps(f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on")
+    keeps(f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on", at_once=True)
     click.echo(train_run(settings, console=logs, stop_requested=stop_requested))
 
 
