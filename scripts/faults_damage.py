@@ -13,6 +13,7 @@ Each ends in one of three ways: restored from an earlier checkpoint and said so,
 at the end are those of an undisturbed process), or refused in one line.
 """
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -29,7 +30,7 @@ from faults_verdict import DONE, damage
 REAL_COMMANDS = 20  # of the cases, spread evenly: the others have imported jax before
 STEPS = override(train__steps=16)
 FEW = override(train__steps=4)
-SAID = re.compile("damaged|aside|incomplete|cut off|not whole", re.IGNORECASE)
+SAID = re.compile("damaged|aside|is gone|incomplete|cut off", re.IGNORECASE)
 
 TRAIN = ("train", "config.yaml", STEPS)
 OFFLINE = ("train", "config.yaml", FEW, "run_dir=offline", "data.train=null", "data.features=states")
@@ -262,6 +263,8 @@ def _differences(undisturbed: Undisturbed, words: tuple[str, ...], directory: Pa
     if SAID.search(outcome.log) and left in undisturbed.earlier[words]:
         return None
     if isinstance(left, Bits) and isinstance(expected, Bits):
+        if "metrics.jsonl is gone" in outcome.log:  # a lost log is no lost state
+            left = dataclasses.replace(left, metrics=expected.metrics)
         return expected.differences(left)
     return f"{words[0]} leaves something else"
 

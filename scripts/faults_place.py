@@ -9,6 +9,7 @@ the same place with the same words on the command line:
 
 import hashlib
 import json
+import logging
 import shutil
 import threading
 import time
@@ -25,7 +26,8 @@ import orbax.checkpoint as ocp
 from faults_process import Processes
 from tiny import run_config, write_conversations, write_target
 
-WORKERS = 2
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax misses files that items never have
+_WORKERS = ThreadPoolExecutor(2)  # for all parts: each thread has its own server of processes
 STATE_ITEMS = ("params", "optimizer", "ema")
 # The window of metrics lies across saves, and both across evaluations.
 SETTINGS: dict[str, Any] = {
@@ -170,22 +172,23 @@ def all_cases(part: str, works: Iterable[tuple[str, Callable[[], list[Case]]]], 
 
     console = Console(stderr=True)
     began, done = time.monotonic(), 0
-    with (
-        Progress(console=console, disable=not console.is_terminal) as progress,
-        ThreadPoolExecutor(WORKERS) as pool,
-    ):
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(part, total=total)
-        names = {pool.submit(work): name for name, work in works}
-        for future in as_completed(names):
-            try:
-                cases = future.result()
-            except Exception as error:
-                cases = [Case(part, names[future], f"the harness failed: {type(error).__name__}: {error}")]
-            for case in cases:
-                done += 1
-                progress.update(task, completed=done)
-                if not console.is_terminal:
-                    held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
-                    line = f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)  {case.name}: {held}"
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
-                yield case
+        names = {_WORKERS.submit(work): name for name, work in works}
+        try:
+            for future in as_completed(names):
+                try:
+                    cases = future.result()
+                except Exception as error:
+                    cases = [Case(part, names[future], f"the harness failed: {type(error).__name__}: {error}")]
+                for case in cases:
+                    done += 1
+                    progress.update(task, completed=done)
+                    if not console.is_terminal:
+                        held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
+                        line = f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)  {case.name}: {held}"
+                        console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    yield case
+        finally:
+            for future in names:  # what Ctrl-C found waiting
+                future.cancel()

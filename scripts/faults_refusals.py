@@ -23,6 +23,7 @@ EVALUATE = ("evaluate", "run", "prompts.jsonl", "--limit", "1", "--max-new-token
 REGENERATE = ("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4")
 CAPTURE = ("capture", "config.yaml", "other")
 FRESH = (*TRAIN, "run_dir=fresh")
+LONG = ("train", "config.yaml", "run_dir=fresh", override(train__steps=40))  # more than train.max_bad_steps
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,8 @@ DRIFT = (
 )  # fmt: skip
 _nan, _inf = _weights("target", _one(np.nan)), _weights("target", _one(np.inf))
 NUMBERS = (
-    Fault("learning rate 1e30", (*FRESH, "optimizer.learning_rate=1e30"), codes=(DIVERGED, BAD_INPUT)),
-    Fault("weight decay 1e300", (*FRESH, "optimizer.weight_decay=1e300"), codes=(DIVERGED, BAD_INPUT)),
+    Fault("learning rate 1e30", (*LONG, "optimizer.learning_rate=1e30"), codes=(DIVERGED, BAD_INPUT)),
+    Fault("weight decay 1e300", (*LONG, "optimizer.weight_decay=1e300"), codes=(DIVERGED, BAD_INPUT)),
     Fault("train: NaN in the target", FRESH, _nan, "model."),
     Fault("train: infinity in the target", FRESH, _inf, "model."),
     Fault("regenerate: NaN in the target", REGENERATE, _nan, "model.", absent="answers.jsonl"),

@@ -64,12 +64,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def domino(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """The command in this process: words -> exit code, stdout, stderr."""
-    from domino_jax.cli import main
+    from domino_jax.cli import command
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])
         try:
-            main()
+            command()
             code = 0
         except SystemExit as stop:
             code = int(stop.code or 0)

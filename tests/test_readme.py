@@ -37,7 +37,7 @@ TOY = (
 # Reads a list of commands; writes the exit code and stderr of each. One process: one start of jax.
 RUNNER = """
 import contextlib, io, json, sys
-from domino_jax.cli import main
+from domino_jax.cli import command
 told = []
 for sys.argv in json.load(sys.stdin):
     errors = io.StringIO()
@@ -45,7 +45,7 @@ for sys.argv in json.load(sys.stdin):
     shared.logs.file = errors
     with contextlib.redirect_stdout(sys.stderr), contextlib.redirect_stderr(errors):
         try:
-            main()
+            command()
             code = 0
         except SystemExit as stop:
             code = stop.code

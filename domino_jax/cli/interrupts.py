@@ -117,7 +117,7 @@ def _watch(reader: int) -> None:
         line = SAVING if _state.saves else f"interrupted: {_state.kept or NOT_BEGUN}"
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
-        if _state.kept is None:
+        if _state.kept is None and not _state.saves:
             _end()
     os.close(reader)
 

@@ -14,7 +14,7 @@ from reference import dflash_config, draft_config, random_params
 from rich.console import Console
 from tiny import run_config, write_target
 
-from domino_jax.cli import main
+from domino_jax.cli import command
 from domino_jax.config import load_config
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.interop.start import starting_params
@@ -79,7 +79,7 @@ def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
     path = run_config(tmp_path, target, draft={"init_from": str(checkpoint), "emb_dim": 6, "target_layer_ids": [0, 1]})
     monkeypatch.setattr("sys.argv", ["domino", "train", str(path)])
     with pytest.raises(SystemExit) as stop:
-        main()
+        command()
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2
     assert last.startswith(f"error: draft.init_from: {checkpoint} is another draft than this run's: ")
