@@ -16,16 +16,19 @@ TEMPLATE_PARTS = (
     *("{{ 'x' * 10 ** 9 }}", "{% for a in range(99999) %}", "{{ 9 ** 9 ** 9 }}", "{{ x.y.z }}", "{{ ''.__class__ }}"),
     *("{% set x = x ~ x %}", "{% include 'a' %}", "{% raw %}", "{{ m | tojson }}", "{{ range(10 ** 9) }}", "{#", "}}"),
 )
+DEEPER = 5  # one of so many configs is held against its tensors too, which takes 0.1 s
 
 
 def model_parsers(directory: Path) -> list[Parser]:
     """Those that read what a target or a draft brings along; writes the tiny target."""
+    import flax.linen as nn
     import jax
     from tiny import CONFIG, write_target
 
-    from domino_jax.interop.hf import _to_json, read_hf_config, recorded_template
+    from domino_jax.draft.backbone import DraftModel, init_variables
+    from domino_jax.interop.hf import _to_json, read_hf_config, read_hf_draft, recorded_template, save_hf_draft
     from domino_jax.model_config import DraftConfig
-    from domino_jax.target.load import read_decoder_config
+    from domino_jax.target.load import open_target, read_decoder_config
 
     jax.config.update("jax_platforms", "cpu")
     target = write_target_once(directory, write_target)
@@ -44,17 +47,22 @@ def model_parsers(directory: Path) -> list[Parser]:
     windows = dataclasses.replace(draft, layer_types=("sliding_attention", "full_attention"), sliding_window=8)
     drafts = [_to_json(config, "float32") for config in (draft, windows)]
     copy, place = directory / "decoder", directory / "draft"
-    for folder in (copy, place):
-        folder.mkdir()
+    copy.mkdir()
+    shutil.copy(target / "model.safetensors", copy)
+    params = nn.meta.unbox(init_variables(DraftModel(draft), jax.random.key(0)))["params"]
+    save_hf_draft(place, draft, params)
 
     def read_config(content: bytes) -> Any:
         (copy / "config.json").write_bytes(content)
-        return read_decoder_config(copy, dtype="float32")
+        config = read_decoder_config(copy, dtype="float32")
+        if len(content) % DEEPER == 0:
+            open_target(copy, config)
+        return config
 
     def read_draft(content: bytes) -> Any:
         (place / "config.json").write_bytes(content)
         recorded_template(place)
-        return read_hf_config(place)
+        return read_hf_draft(place)[0] if len(content) % DEEPER == 0 else read_hf_config(place)
 
     def config_words(content: bytes) -> list[str]:
         model = directory / "edited"
@@ -224,6 +232,7 @@ def _gguf_parser(directory: Path) -> Parser:
 
 
 def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
+    from domino_jax.data.conversations import encode_prompt, stop_token_ids
     from domino_jax.data.rendering import Rendering, render
     from domino_jax.target.load import load_tokenizer
 
@@ -245,7 +254,10 @@ def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
             (place / name).write_text(json.dumps(trees[name]))
         (place / "chat_template.jinja").write_text(template)
         (place / content[0]).write_bytes(content[1])
-        return load_tokenizer(place)
+        odd = load_tokenizer(place)
+        stop_token_ids(odd)
+        encode_prompt(messages[:1], odd)
+        return odd
 
     def template_cases(rng: random.Random) -> Case:
         parts = [template, *(rng.choice(TEMPLATE_PARTS) for _ in range(rng.randrange(1, 4)))]

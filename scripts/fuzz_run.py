@@ -52,9 +52,9 @@ def main() -> int:
 
 
 def shares(parsers: list[Parser], count: int) -> list[int]:
-    """How many of `count` inputs each parser gets, by its weight."""
+    """How many of `count` inputs each parser gets at least, by its weight."""
     whole = sum(parser.weight for parser in parsers)
-    return [max(1, round(count * parser.weight / whole)) for parser in parsers]
+    return [-(-count * parser.weight // whole) for parser in parsers]
 
 
 def run(parser: Parser, *, count: int, seed: int, say: Any = print) -> Counter[str]:

@@ -131,7 +131,7 @@ PITFALLS = {
         ),
     },
     "resume replays the epoch or loses the order": {
-        "training/test_loop.py::test_a_run_interrupted_twice_ends_with_the_same_bits": (
+        "training/test_loop.py::test_a_run_that_is_stopped_ends_with_the_same_bits": (
             "training/checkpoint.py: `data` left out of what is restored; training/loop.py: a fresh iterator after "
             "restoring; another shuffle seed after a restart; saved after the next rows were taken"
         ),
@@ -192,6 +192,29 @@ PITFALLS = {
         "training/test_skips.py::test_a_run_that_goes_astray_stops_with_finite_checkpoints": (
             "training/skips.py: never too many"
         ),
+    },
+    "a flipped bit in a checkpoint trains on in silence": {
+        "training/test_checkpoint.py::test_damage_is_named_and_the_one_before_is_taken": (
+            "training/checkpoint.py: no file looked at"
+        ),
+        "test_files.py::test_every_flipped_bit_is_damage": "files.py: missing and new files alone looked for",
+    },
+    "a run that lost its checkpoints begins again without a word": {
+        "training/test_checkpoint.py::test_a_run_without_a_good_checkpoint_never_begins_again": (
+            "training/checkpoint.py: none left taken for none saved"
+        ),
+    },
+    "resumed with other data, weights, tokens or another template": {
+        "training/test_checkpoint.py::test_what_changed_is_named": (
+            "training/run_directory.py: inputs not compared; the template not compared"
+        ),
+        "training/test_checkpoint.py::test_a_draft_is_not_used_with_another_target": "cli/shared.py: not compared",
+    },
+    "the log of a resumed run differs from that of an undisturbed one": {
+        "training/test_loop.py::test_a_run_that_is_stopped_ends_with_the_same_bits": (
+            "training/loop.py: a new window after a start; the held-out pass that was cut off left out"
+        ),
+        "training/test_metrics.py::test_a_log_that_was_changed_is_refused": "training/metrics.py: not compared",
     },
     "an evaluator that does not say what it measured": {
         "test_cli.py::test_from_prompts_to_an_evaluated_run": (

@@ -32,6 +32,7 @@ TOY = (
     "draft.gru_hidden_dim=8",
     "data.max_length=48",
     "loss.num_anchors=4",
+    "dtype=float32",  # a CPU takes ten times as long for bfloat16
 )
 # Reads a list of commands; writes the exit code and stderr of each. One process: one start of jax.
 RUNNER = """

@@ -11,7 +11,7 @@ from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
 from domino_jax.staging import check_new, whole_directory, write_error
 from domino_jax.strict import InputError, Scalars
-from domino_jax.target.fingerprint import target_fingerprint
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
@@ -98,7 +98,8 @@ def import_(
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)
     say(f"saving {run}")
-    record = DraftRecord(config, target_name, template, target_fingerprint(path))
+    hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
+    record = DraftRecord(config, target_name, template, *hashes)
     with whole_directory(run) as beside:
         try:
             save_draft(beside, params, record)

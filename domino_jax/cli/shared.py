@@ -17,7 +17,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import parse_yaml
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, Scalars, scalars
-from domino_jax.target.fingerprint import hashed_beside
+from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import BUILT_IN, resolve_target
 from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
 from domino_jax.target.model import Target
@@ -192,15 +192,18 @@ def load_run(
     path = resolve_target(record.target, progress=say)
     with hashed_beside(path) as target_sha256:
         loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
-        if record.target_sha256 not in (None, target_sha256()):
-            raise InputError(
-                f"{path}: the target has changed since {run} was trained for it: sha256 was "
-                f"{record.target_sha256[:12]}, is {target_sha256()[:12]}; put its files back"
-            )
+        now = {"target": target_sha256(), "tokenizer": tokenizer_fingerprint(path, loaded.tokenizer)}
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
     asked.check_trained(trained, place=str(run), target=record.target)
+    then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
+    for name, known in then.items():
+        if known not in (None, now[name]):
+            raise InputError(
+                f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
+                f"{known[:12]}, is {now[name][:12]}; put its files back"
+            )
     config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
     return loaded, Drafter(record, config, params, step)

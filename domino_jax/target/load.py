@@ -218,6 +218,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        tokenizer("a", verbose=False)  # some settings are looked at when text comes
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
         raise InputError(f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not template:

@@ -112,7 +112,12 @@ def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
     if config.draft.init_from and not started:
         check_start(config.draft.init_from, draft_config)
     check_room(config, draft_config)
-    record = DraftRecord(draft_config, config.target, chat_template(tokenizer, config.data.chat_template_kwargs))
+    record = DraftRecord(
+        draft_config,
+        config.target,
+        chat_template(tokenizer, config.data.chat_template_kwargs),
+        tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
+    )
     return CheckedRun(
         config=config,
         directory=directory,
@@ -142,7 +147,7 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
     else:
         rows = read_rows(data.train, tokenizer, data, say=say)
     heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
-    inputs = {"tokenizer": f"sha256 {tokenizer_fingerprint(run.target, tokenizer)}"}
+    inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
     inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
     inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
     if run.resumed is not None:

@@ -27,13 +27,15 @@ DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 class DraftRecord:
     """A draft, the built-in name or directory of its target, and the template of its rows.
 
-    `target_sha256` is the target's fingerprint; None in checkpoints of older versions.
+    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None in checkpoints
+    of older versions.
     """
 
     config: DraftConfig
     target: str
     chat_template: ChatTemplate
     target_sha256: str | None = None
+    tokenizer_sha256: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
@@ -41,6 +43,7 @@ class DraftRecord:
             "config": dataclasses.asdict(self.config),
             "target": self.target,
             "target_sha256": self.target_sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
             **self.chat_template.as_json(),
         }
 
@@ -98,7 +101,8 @@ def read_draft_record(place: Path) -> DraftRecord:
     try:
         config = from_tree(DraftConfig, stored["config"], place=f"{place}/draft")
         template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft"))
-        return DraftRecord(config, stored["target"], template, stored.get("target_sha256"))
+        hashes = (stored.get(name) for name in ("target_sha256", "tokenizer_sha256"))
+        return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:
         raise InputError(f"{place}/draft: {error} is missing") from error
 

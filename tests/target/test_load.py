@@ -268,6 +268,15 @@ def test_links_out_of_a_target_and_pipes_are_refused(smollm2: Path, tmp_path: Pa
         read()
 
 
+def test_a_tokenizer_that_cannot_encode_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "x"}))
+    with pytest.raises(InputError, match="the tokenizer cannot be read: '>' not supported"):
+        load_tokenizer(model)
+
+
 def test_the_default_of_several_chat_templates_is_taken(smollm2: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -1,8 +1,9 @@
 """Checkpoints that can be trusted: damage is named and passed over, and never trained on in silence."""
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from tiny import run_config, write_conversations, write_target
 
 from domino_jax.config import load_config
 from domino_jax.strict import InputError
-from domino_jax.training.checkpoint import load_draft, sound_checkpoint
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
+from domino_jax.target.load import load_tokenizer
+from domino_jax.training.checkpoint import load_draft, save_draft, sound_checkpoint
 from domino_jax.training.loop import train
 from domino_jax.training.records import read_draft_record, read_run_record
 
@@ -247,3 +250,25 @@ def test_a_run_record_says_what_the_run_reads(trained: Path) -> None:
     draft, run = read_draft_record(place), read_run_record(place)
     assert run.inputs.keys() == {"tokenizer", "data.train", "data.heldout", "target"}
     assert draft.target_sha256 and run.inputs["target"].endswith(draft.target_sha256)
+
+
+def other_tokens(target: Path) -> None:
+    path = target / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    words = tree["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(("change", "named"), [(other_weights, "the target"), (other_tokens, "the tokenizer")])
+def test_a_draft_is_not_used_with_another_target(
+    place: Path, domino: Any, change: Callable[[Path], Any], named: str
+) -> None:
+    record, params, _ = load_draft(place / "run", say=print)
+    target = place / "target"
+    hashes = target_fingerprint(target), tokenizer_fingerprint(target, load_tokenizer(target))
+    assert hashes == (record.target_sha256, record.tokenizer_sha256)
+    save_draft(place / "alone", params, dataclasses.replace(record, target=str(target)))
+    change(place if change is other_weights else target)
+    code, _, errors = domino("generate", place / "alone", "a", "--max-new-tokens", 2)
+    assert code == 2 and f"{named} has changed since" in errors.splitlines()[-1], errors
