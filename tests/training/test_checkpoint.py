@@ -16,7 +16,7 @@ from domino_jax.config import load_config
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer
-from domino_jax.training.checkpoint import load_draft, save_draft, sound_checkpoint
+from domino_jax.training.checkpoint import load_draft, open_checkpoints, save_draft, sound_checkpoint
 from domino_jax.training.loop import train
 from domino_jax.training.records import read_draft_record, read_run_record
 
@@ -218,11 +218,20 @@ def test_a_finished_run_is_extended(trained: Path, place: Path) -> None:
     assert last["step"] == 9 and last["lambda_base"] == 0 and last["learning_rate"] == pytest.approx(6e-5)
 
 
-def test_the_best_checkpoint_is_kept(place: Path) -> None:
-    """Beside the newest one; here acceptance falls, since the rate is absurd."""
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    with open_checkpoints(tmp_path, keep=1, keep_best=True) as checkpoints:
+        for step, accept_len in enumerate((1.5, 3.0, None, 2.0, 2.5, None), start=1):
+            items = ocp.args.Composite(draft=ocp.args.JsonSave({"step": step}))
+            metrics = None if accept_len is None else {"heldout": {"accept_len": accept_len}}
+            checkpoints.save(step, args=items, metrics=metrics)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6"}
+
+
+def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
     words = ("train.keep_best=heldout", "train.keep_checkpoints=1", "train.steps=12", "train.checkpoint_every=3")
-    config = load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words, "optimizer.learning_rate=0.03"])
-    train(config, console=quiet())
+    train(load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), console=quiet())
     lines = [json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()]
     heldout = {line["step"]: line["accept_len"] for line in lines if line["split"] == "heldout"}
     best = max(heldout, key=lambda step: (heldout[step], step))
