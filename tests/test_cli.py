@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import run_config, write_conversations, write_target
+from tiny import run_config, seal, write_conversations, write_target
 
 from domino_jax import __version__, load_hf_draft
 from domino_jax.training.checkpoint import load_draft, save_draft
@@ -247,6 +247,7 @@ def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(domino, tra
     assert (code, out) == (2, "") and "Traceback" not in log and not (tmp_path / "draft").exists()
     assert "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
     assert domino("export", trained / "run", tmp_path / "draft")[0] == 0
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
     file = tmp_path / "draft" / "model.safetensors"
     tensors = load_file(file)
     tensors["norm.weight"][2] = np.inf
@@ -261,8 +262,9 @@ def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path)
     shutil.copytree(trained, copy)
     template = copy / "target" / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant ", "model "))
-    record = next((copy / "run" / "checkpoints").glob("*/draft/metadata"))
-    record.write_text(record.read_text().replace(str(trained / "target"), str(copy / "target")))
+    for record in (copy / "run" / "checkpoints").glob("*/draft/metadata"):
+        record.write_text(record.read_text().replace(str(trained / "target"), str(copy / "target")))
+        seal(record.parent.parent)
     code, _, log = domino("generate", copy / "run", "a b")
     assert code == 2 and "chat template" in log
 

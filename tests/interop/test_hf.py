@@ -206,6 +206,7 @@ def test_windows_are_written_as_their_readers_take_them(
 )
 def test_causality_is_read_as_vllm_reads_it(is_causal: Any, nested: Any, in_block: str, tmp_path: Path) -> None:
     save_hf_draft(tmp_path / "draft", WINDOWED, params_of(WINDOWED))
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
     edit_config(tmp_path / "draft", put("is_causal", value=is_causal))
     edit_config(tmp_path / "draft", put("dflash_config", "causal", value=nested))
     assert load_hf_draft(tmp_path / "draft")[0].sliding_in_block == in_block

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import CONFIG, run_config, write_conversations, write_target
+from tiny import CONFIG, run_config, seal, write_conversations, write_target
 
 from domino_jax.config import dump_config, load_config
-from domino_jax.files import write_checksums
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
@@ -244,10 +243,7 @@ def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -
         checkpoint = tmp_path / "run" / "checkpoints" / step
         stored = checkpoint / "run" / "metadata"
         stored.write_text(stored.read_text().replace('"options": {}', '"dpace_alpha": 0.5'))
-        write_checksums(checkpoint)
-        (checkpoint / "SHA256SUMS").write_text(
-            "".join(x for x in (checkpoint / "SHA256SUMS").open() if not x.endswith("  commit_success.txt\n"))
-        )
+        seal(checkpoint)
     with pytest.raises(InputError, match=r"unknown key 'dpace_alpha'.*another version.*run_dir"):
         train(load_config(path), console=quiet())
 
