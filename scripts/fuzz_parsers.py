@@ -4,6 +4,7 @@ The oracles are written from the documented bounds, not from the checks: what a 
 looked at by somebody who does not know how it decided.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -228,7 +229,8 @@ def _data_parsers(directory: Path) -> list[Parser]:
     from domino_jax.data.conversations import read_messages
     from domino_jax.data.features import read_manifest
     from domino_jax.data.template import KWARGS
-    from domino_jax.decoding.generate import _answered_lines
+    from domino_jax.decoding.batch_log import BatchLog, _attestation
+    from domino_jax.decoding.generate import _answer
     from domino_jax.training.metrics import METRICS, read_metrics
 
     asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -252,8 +254,11 @@ def _data_parsers(directory: Path) -> list[Parser]:
         return ["regenerate", str(rows), str(directory / "new.jsonl"), "--target", str(directory / "target")]
 
     def read_partial(content: bytes) -> Any:
-        answers.write_bytes(content + b"\n")
-        return _answered_lines(answers, settings, {1: asked}, Path("prompts.jsonl"))
+        # What is attested is what was written: whoever wrote it may have been wrong.
+        before = _attestation(hashlib.sha256()) + content + b"\n"
+        answers.write_bytes(before + _attestation(hashlib.sha256(before)))
+        with BatchLog(answers, lambda record: _answer(record, settings, {1: asked}, Path("prompts.jsonl"))) as log:
+            return log.finished
 
     def read_log(content: bytes) -> Any:
         (directory / METRICS).write_bytes(content + b"\n")

@@ -370,6 +370,7 @@ def test_a_dflash_draft_may_name_its_layout_either_way(
     nested: dict[str, bool], top: dict[str, bool], shifted: bool, tmp_path: Path
 ) -> None:
     save_hf_draft(tmp_path / "draft", PLAIN, params_of(PLAIN))
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
 
     def name_it(tree: dict[str, Any]) -> None:
         del tree["dflash_config"]["shift_label"]
