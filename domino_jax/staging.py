@@ -81,4 +81,4 @@ def _errors_name(path: Path, beside: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None and not Path(error.filename).is_relative_to(beside):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
