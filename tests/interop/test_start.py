@@ -144,17 +144,6 @@ def test_fields_that_no_tensor_depends_on_may_differ(theirs: DraftConfig, ours: 
     chex.assert_trees_all_equal(starting_params(path, ours), load_hf_draft(path)[1])
 
 
-def test_a_run_whose_target_changed_is_not_resumed(target: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "target"
-    shutil.copytree(target, copy)
-    path = run_config(tmp_path, copy)
-    train(load_config(path), console=quiet())
-    template = copy / "chat_template.jinja"
-    template.write_text("{# another #}" + template.read_text())
-    with pytest.raises(InputError, match=r"chat_template was .*, now it is .*; use another run_dir"):
-        train(load_config(path), console=quiet())
-
-
 def test_a_mask_token_that_became_special_is_refused_on_resume(target: Path, tmp_path: Path) -> None:
     copy = tmp_path / "target"
     shutil.copytree(target, copy)
