@@ -116,13 +116,13 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     training_summary(run)  # reads a log without a loss
 
 
-@pytest.mark.parametrize("override", ["optimizer.learning_rate=1e300", "optimizer.weight_decay=1e300"])
-def test_parameters_that_overflowed_are_never_saved(tmp_path: Path, override: str) -> None:
-    """Of finite gradients an absurd setting makes parameters that are not; the next save finds them."""
+def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
+    """Of finite gradients absurd settings make parameters that are not; the next save finds them."""
     (tmp_path / "target").mkdir()
     path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
     with pytest.raises(Diverged, match=r"the parameters are not finite after step 1, .*no checkpoint was written yet"):
-        train(load_config(path, [override]), console=quiet())
+        words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
+        train(load_config(path, words), console=quiet())
     assert sound_checkpoint(tmp_path / "run", say=print) is None
     strictly(tmp_path / "run" / "metrics.jsonl")
 
