@@ -121,8 +121,10 @@ def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Pat
     for directory in (whole, killed):
         directory.mkdir()
     command = [sys.executable, "-c", "from domino_jax.cli import main; main()", "train"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run([*command, str(run_config(whole, target, **steps))], env=environment, check=True)
     # What is killed must not leave half a program for others to read.
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
     path = run_config(killed, target, **steps)
     process = subprocess.Popen([*command, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
     checkpoints = killed / "run" / "checkpoints"
@@ -135,7 +137,6 @@ def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Pat
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), errors
     again = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, check=True)
     assert "resuming at step" in again.stderr
-    subprocess.run([*command, str(run_config(whole, target, **steps))], env=environment, check=True)
     chex.assert_trees_all_equal(final_bits(whole / "run", 400), final_bits(killed / "run", 400))
 
 
