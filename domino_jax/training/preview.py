@@ -59,8 +59,8 @@ def print_preview(run: RunInputs, console: Console) -> None:
     count = sum(row_lengths(run.rows.rows)[number] for number in numbers)
     spans = supervised_spans(run.tokenizer, first["input_ids"][0, :count], first["loss_mask"][0, :count])
     marked = "green" if console.is_terminal else MARKS
-    heading = f"\nfirst row of the first batch, {_where(run, numbers)}; what the loss counts: {marked}"
-    console.print(Text(heading), soft_wrap=True)  # a path stays in one piece
+    console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)}"))
+    console.print(Text(f"what the loss counts: {marked}"))
     console.print(_row(spans, coloured=console.is_terminal))
 
 
