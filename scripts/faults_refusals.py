@@ -109,7 +109,8 @@ def _swap_ids(tree: dict[str, Any]) -> None:
 
 def _another_word(lines: list[str]) -> list[str]:
     record = json.loads(lines[0])
-    record["messages"][-1]["content"] += " z"
+    # At its beginning: what lies beyond `data.max_length` no row holds.
+    record["messages"][-1]["content"] = f"z {record['messages'][-1]['content']}"
     return [json.dumps(record) + "\n", *lines[1:]]
 
 
