@@ -169,3 +169,7 @@ def through_the_command(parsers: list[Parser], folder: Path, *, count: int, seed
             )
     print(f"{done} through the command: {done - bad} with code 2 and one line, nothing made; {bad} otherwise")
     return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
