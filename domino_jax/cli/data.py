@@ -20,7 +20,6 @@ from domino_jax.cli.shared import (
 )
 from domino_jax.data.conversations import stop_token_ids
 from domino_jax.data.template import KWARGS
-from domino_jax.decoding.generate import DTYPE
 from domino_jax.decoding.generate import regenerate as regenerate_answers
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.strict import InputError, Scalars
@@ -88,7 +87,7 @@ def regenerate(
         "temperature": temperature,
         "seed": seed,
     }
-    settings |= {DTYPE: dtype, KWARGS: kwargs}
+    settings |= {"dtype": dtype, KWARGS: kwargs}
     with progress_bar() as progress:
         task = progress.add_task("answering", total=None)
 

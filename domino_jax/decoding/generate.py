@@ -17,7 +17,6 @@ from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
-DTYPE = "dtype"  # of the settings of an answer: the target's compute type
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
 
@@ -152,8 +151,8 @@ def regenerate(
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
-        settings: what makes the answers, a partial file of other settings is refused (one without `dtype` is of
-            float32); its `chat_template_kwargs`, if any, are what the template is told.
+        settings: what makes the answers, a partial file of other settings is refused; its
+            `chat_template_kwargs`, if any, are what the template is told.
         progress: called first and after each batch with prompts done, all prompts and new tokens.
     Returns:
         How many answers there are, and how many of them end without a stop token.
@@ -225,11 +224,10 @@ def _answer(
     """The prompt's line and whether the answer is finished; refuses one of another start."""
     if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
         raise InputError("not an answer of `domino regenerate`")
-    unsaid = {DTYPE: "float32", KWARGS: {}}  # in older files; what was the default then
-    asked, made_with = ({**unsaid, **one} for one in (settings, record["generator"]))
+    made_with = record["generator"]
     # As text: to a chat template 0 and false are two things, in Python they are equal.
-    if json.dumps(made_with, sort_keys=True) != json.dumps(asked, sort_keys=True):
-        raise InputError(f"made with {made_with}, not {asked}")
+    if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
+        raise InputError(f"made with {made_with}, not {settings}")
     line, finished, messages = (record.get(name) for name in ("prompt_line", "finished", "messages"))
     if type(line) is not int or type(finished) is not bool or not isinstance(messages, list) or not messages:
         raise InputError("not an answer of `domino regenerate`")
