@@ -53,6 +53,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
                  scaled embeddings or logits
       all        plain DFlash drafts with shift_label
     """
+    check_new(directory)
     keeps(f"{directory} is whole or was not made; the same command starts over")
     say(f"loading the draft of {run}")
     record, params, step = load_draft(run, say=say, step=step)

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from domino_jax.model_config import DecoderConfig
-from domino_jax.staging import whole_directory, write_error
+from domino_jax.staging import check_new, whole_directory, write_error
 from domino_jax.strict import InputError, shown
 from domino_jax.target.gguf_source import GgufSource, open_gguf
 from domino_jax.target.load import read_decoder_config, stored_shapes
@@ -118,6 +118,7 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
         OSError: it could not be written; nothing is left.
     """
     directory = Path(directory)
+    check_new(directory)
     progress(f"reading {Path(gguf_path).name}")
     source = open_gguf(Path(gguf_path))
     config = _config(source)
