@@ -107,9 +107,8 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
         `(config, params)`: a float32 compute config and a tree of float32 arrays for `DraftModel`.
     Raises:
         InputError: files that are not those of its SHA256SUMS, where it has one; missing, unknown or mis-shaped
-            tensors, a tensor under its old and its new name, missing or
-            contradicting config keys, a tensor that is not finite; the message names each, what was found and what
-            was expected.
+            tensors, a tensor under its old and its new name, missing or contradicting config keys, a tensor that is
+            not finite; the message names each, what was found and what was expected.
     """
     config, params = read_hf_draft(path)
     return config, jax.tree.map(jnp.asarray, params)

@@ -30,7 +30,8 @@ from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerpr
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target, read_decoder_config
 from domino_jax.target.model import Target
-from domino_jax.training.inputs import Say, device_batch, draft_of, read_rows, run_mesh
+from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
+from domino_jax.training.metrics import Say
 from domino_jax.training.preflight import GIGABYTE, check_conversations, check_packages, free_bytes
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch

@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,16 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import boxed_parameters
 from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
 from domino_jax.strict import InputError
+from domino_jax.training.metrics import Say
 from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
 from domino_jax.training.step import TrainState
 
 CHECKPOINTS, NEWEST, SET_ASIDE = "checkpoints", "newest_checkpoint.json", "set_aside"
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
 HELDOUT = "heldout"
-Say = Callable[[str], None]
 
 
 class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -264,8 +264,7 @@ def load_draft(
     place = directory / str(found)
     record = read_draft_record(place)
     item = "ema" if (place / "ema").is_dir() else "params"
-    config = record.config
-    shapes = jax.eval_shape(lambda: nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"])
+    shapes = nn.meta.unbox(boxed_parameters(record.config))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes)
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:

@@ -1,6 +1,6 @@
 """What a run reads: its rows, and batches of them on the devices of its mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +17,11 @@ from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.sharding import make_mesh, partition_spec
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import tokenizer_fingerprint
+from domino_jax.training.metrics import Say
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
     import grain
-
-Say = Callable[[str], None]
 
 
 class InputRows(NamedTuple):

@@ -25,7 +25,8 @@ from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target, read_decoder_config
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
-from domino_jax.training.inputs import InputRows, Say, draft_of, read_features, read_rows, run_mesh
+from domino_jax.training.inputs import InputRows, draft_of, read_features, read_rows, run_mesh
+from domino_jax.training.metrics import Say
 from domino_jax.training.preflight import check_packages, check_place, check_room, check_sources, packages_of
 from domino_jax.training.program import make_program, resolved
 from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, read_run_record

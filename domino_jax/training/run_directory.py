@@ -5,6 +5,7 @@ lose: it may begin with anything.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def check_inputs(place: Path, stored: Mapping[str, str], inputs: Mapping[str, st
         if stored.get(name) != now
     ]
     if changed:
-        raise InputError(f"{place}: what the run reads has changed: {'; '.join(changed)}; use another run_dir")
+        # Twelve digits of each hash: the line has room for all that changed.
+        words = re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1", "; ".join(changed))
+        raise InputError(f"{place}: what the run reads has changed: {words}; use another run_dir")
 
 
 def check_draft(place: Path, stored: DraftRecord, record: DraftRecord) -> None:
