@@ -89,6 +89,8 @@ def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path
         assert np.array_equal(ours, theirs)
     again = tmp_path / "again"
     assert domino("export", run, again, "--dtype", "float32")[0] == 0
+    code, _, log = domino("export", run, again)
+    assert code == 2 and "already there" in log and "loading" not in log
     assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
     assert load_hf_draft(again)[0] == before.config
 

@@ -240,6 +240,12 @@ def test_the_process_ends_in_time(body: str, signals: int, seconds: tuple[float,
     assert seconds[0] <= took <= seconds[1]
 
 
+def test_a_signal_after_the_work_changes_nothing() -> None:
+    """The interpreter's teardown takes a moment; what was done is done, exit code 0."""
+    slowly = f"import atexit; atexit.register(lambda: ({READY}, time.sleep(1)))"
+    assert run_body(f"keeps('all'); {slowly}", 1)[:2] == (0, "")
+
+
 def test_what_saves_itself_gets_its_time_but_not_twice() -> None:
     code, said, took = run_body(f"stop_requested(); {READY}; time.sleep(4)", 1)
     assert (code, said) == (130, f"{SAVING}\n") and took > 3.5

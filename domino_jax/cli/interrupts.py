@@ -69,9 +69,10 @@ def answered_signals() -> Iterator[None]:
     except Stopped:
         pass
     finally:
-        # What remains is the interpreter's teardown, where Python's own handler would break in.
+        # What remains is the interpreter's teardown, where Python's own handler would break in. The
+        # work is done: the system's would end the process by a signal that came too late to matter.
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         os.close(writer)
         watcher.join(GRACE_SECONDS)

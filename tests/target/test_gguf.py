@@ -153,8 +153,10 @@ def test_convert_gguf_refuses_unreadable_files_and_taken_directories(
         (tmp_path / f"{name}.gguf").write_bytes(content)
         with pytest.raises(InputError, match=rf"{name}.gguf: not a readable GGUF file"):
             convert_gguf(tmp_path / f"{name}.gguf", tmp_path / "model")
+    said: list[str] = []
     with pytest.raises(InputError, match=r"already there and not an empty directory"):
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, progress=said.append)
+    assert not said  # before the file is read
     with pytest.raises(NotADirectoryError, match=r"tiny.gguf/model'$"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny.gguf" / "model")
     assert leftovers(tmp_path) == ["cut.gguf", "text.gguf", "tiny.gguf"]
