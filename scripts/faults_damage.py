@@ -14,6 +14,7 @@ at the end are those of an undisturbed process), or refused in one line.
 """
 
 import dataclasses
+import hashlib
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from faults_place import Bits, Case, Place, all_cases, directory_bits, override, run_bits
 from faults_process import Outcome, Running
 from faults_verdict import DONE, damage
@@ -278,4 +280,13 @@ def _left(directory: Path, words: tuple[str, ...], outcome: Outcome) -> object:
     name = {TRAIN: "run", OFFLINE: "offline", STARTED: "started"}.get(words)
     if name is not None:
         return run_bits(directory / name)
-    return directory_bits(directory / {EXPORT: "exported", CAPTURE: "states"}.get(words, "answers.jsonl"))
+    if words == CAPTURE:
+        return _records(directory / "states")
+    return directory_bits(directory / ("exported" if words == EXPORT else "answers.jsonl"))
+
+
+def _records(states: Path) -> list[str]:
+    """The manifest and sha256 of every captured row, as it is read: nothing reads the padding of a shard."""
+    records = ArrayRecordDataSource([str(path) for path in sorted(states.glob("*.arrayrecord"))])
+    hashes = [hashlib.sha256(records[number]).hexdigest() for number in range(len(records))]
+    return [(states / "manifest.json").read_text(), *hashes]

@@ -171,6 +171,20 @@ def shard_path(directory: str | Path, index: int) -> Path:
     return Path(directory) / f"shard-{index:05d}.arrayrecord"
 
 
+def is_whole(directory: str | Path, index: int, rows: int) -> bool:
+    """Whether shard `index` is there with all of its `rows`: reads it once, which checks the hash of each record."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    path = shard_path(directory, index)
+    if not path.is_file():
+        return False
+    try:
+        records = ArrayRecordDataSource([str(path)])
+        return len(records) == rows and all(records[number] for number in range(rows))
+    except RuntimeError:
+        return False
+
+
 def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...]:
     """Rows per shard, in their order, so that each shard but the last takes `shard_bytes` or just above."""
     sizes, held, rows = [], 0, 0

@@ -15,6 +15,7 @@ from domino_jax.data.features import (
     MANIFEST,
     Manifest,
     check_manifest,
+    is_whole,
     read_manifest,
     rows_fingerprint,
     shard_path,
@@ -52,7 +53,8 @@ def capture(
 ) -> None:
     """Writes the captured states of `data.train` to a directory, or goes on where an earlier start was cut off.
 
-    Shards that are there are whole and stay as they are. Rows are not packed: a run may pack them or not.
+    Shards that are there are read once: whole ones stay as they are, damaged ones are written again.
+    Rows are not packed: a run may pack them or not.
 
     Args:
         config: the run whose rows, target and layers are captured.
@@ -73,12 +75,15 @@ def capture(
     rows, mesh = work.rows, work.mesh
     manifest = _planned(directory, work.manifest, shard_bytes=shard_bytes)
     missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
+    if not missing:
+        say("every shard is there")
+        return
     target = _load(work.target, work.config, manifest, mesh, say=say)
     directory.mkdir(parents=True, exist_ok=True)
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
         states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
-        say("compiling" if missing else "every shard is there")
+        say("compiling")
         written, began = 0, time.monotonic()
         for index in missing:
             first = sum(manifest.shard_rows[:index])
@@ -155,7 +160,13 @@ def _agreed(directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: 
     """The shards still to be written, once their size is told, within the limit or confirmed, and fits the disk."""
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
-    missing = [index for index in range(len(manifest.shard_rows)) if not shard_path(directory, index).is_file()]
+    missing = []
+    for index, rows in enumerate(manifest.shard_rows):
+        if not is_whole(directory, index, rows):
+            missing.append(index)
+            path = shard_path(directory, index)
+            if path.exists():
+                say(f"{path}: damaged, it is written again")
     first = [0, *(sum(manifest.shard_rows[: index + 1]) for index in range(len(manifest.shard_rows)))]
     left = sum(sum(manifest.row_lengths[first[index] : first[index + 1]]) for index in missing) * manifest.token_bytes
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"

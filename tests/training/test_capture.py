@@ -11,7 +11,7 @@ from test_loop import quiet
 from tiny import CONFIG, run_config, write_target
 
 from domino_jax.config import load_config
-from domino_jax.data.features import FeatureRows, shard_path, write_shard
+from domino_jax.data.features import FeatureRows, is_whole, shard_path, write_shard
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
@@ -161,7 +161,33 @@ def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Pat
         assert all(np.array_equal(a, b) for a, b in zip(ours, whole, strict=True))
     again = captured(path, directory, target_states=True)
     assert "0 GB of it still to be written" in again[0]
-    assert again[1:] == [loading, "every shard is there"]
+    assert again[1:] == ["every shard is there"]
+
+
+@pytest.mark.parametrize("damage", [slice(0), slice(99), slice(-1)])
+def test_a_damaged_shard_is_written_again(place: Path, tmp_path: Path, damage: slice) -> None:
+    directory = shutil.copytree(place / "float32", tmp_path / "states")
+    shard = shard_path(directory, 1)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[damage])
+    said = captured(place / "config.yaml", directory, target_states=True)
+    assert said[0] == f"{shard}: damaged, it is written again"
+    assert shard.read_bytes() == whole
+
+
+def test_a_shard_is_whole_where_all_its_bits_are(place: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(place / "float32", tmp_path / "states")
+    shard, rows = shard_path(directory, 0), FeatureRows(directory).manifest.shard_rows[0]
+    whole = shard.read_bytes()
+    assert is_whole(directory, 0, rows) and not is_whole(directory, 0, rows + 1)
+    expected, found = [FeatureRows(directory)[number] for number in range(rows)], []
+    for at in range(100, len(whole), 501):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        found.append(is_whole(directory, 0, rows))
+        if found[-1]:  # in the padding
+            for number, row in enumerate(expected):
+                assert all(np.array_equal(a, b) for a, b in zip(FeatureRows(directory)[number], row, strict=True))
+    assert 10 < found.count(False) < len(found)
 
 
 def test_the_size_is_told_first_and_limited(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
