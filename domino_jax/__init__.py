@@ -38,7 +38,13 @@ __all__ = [
 ]
 
 # The modules of the imports above, which only type checkers read.
-_MODULES = ("interop.hf", "training.curriculum", "training.loss", "training.modules", "training.objectives")
+_MODULES = (
+    "interop.hf",
+    "training.curriculum",
+    "training.loss",
+    "training.modules",
+    "training.objectives",
+)
 
 
 def __getattr__(name: str) -> Any:

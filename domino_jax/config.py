@@ -9,7 +9,13 @@ from typing import Any, Literal
 import yaml
 
 from domino_jax.files import DEPTH, YAML_CHARACTERS, parse_yaml, read_text
-from domino_jax.model_config import SIZE_LIMIT, SLIDING_ATTENTION, DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.model_config import (
+    SIZE_LIMIT,
+    SLIDING_ATTENTION,
+    DecoderConfig,
+    DraftConfig,
+    default_target_layer_ids,
+)
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 SEED_LIMIT = 2**32  # of grain and of jax's keys
@@ -51,7 +57,10 @@ class DraftRecipe:
         for name, value in vars(self).items():
             for number in value if isinstance(value, tuple) else (value,):
                 if type(number) is int:
-                    require(abs(number) <= SIZE_LIMIT, f"{name} must be at most {SIZE_LIMIT}, found {number}")
+                    require(
+                        abs(number) <= SIZE_LIMIT,
+                        f"{name} must be at most {SIZE_LIMIT}, found {number}",
+                    )
 
 
 def make_draft_config(
@@ -69,7 +78,8 @@ def make_draft_config(
     """
     for name, token in special_ids.items():
         require(
-            token != recipe.mask_token_id, f"draft.mask_token_id {recipe.mask_token_id} is the target's {name} token"
+            token != recipe.mask_token_id,
+            f"draft.mask_token_id {recipe.mask_token_id} is the target's {name} token",
         )
     layers = recipe.target_layer_ids
     if layers is None:
@@ -84,7 +94,11 @@ def make_draft_config(
     # dense and free of biases whatever the target is.
     own = ["num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings", "attention_bias"]
     own += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
-    fields = {f.name: getattr(target, f.name) for f in dataclasses.fields(DecoderConfig) if f.name not in own}
+    fields = {
+        f.name: getattr(target, f.name)
+        for f in dataclasses.fields(DecoderConfig)
+        if f.name not in own
+    }
     chosen = dataclasses.asdict(recipe)
     for name in ("target_layer_ids", "init_layers_from_target", "init_from"):
         del chosen[name]
@@ -94,7 +108,9 @@ def make_draft_config(
     fields["shift_label"] = domino if recipe.shift_label is None else recipe.shift_label
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
-    return DraftConfig(**fields, num_target_layers=target.num_hidden_layers, target_layer_ids=layers, dtype=dtype)
+    return DraftConfig(
+        **fields, num_target_layers=target.num_hidden_layers, target_layer_ids=layers, dtype=dtype
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +138,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuses two sources of rows, or none."""
         found = "neither" if self.train is None else f"both, {self.train!r} and {self.features!r}"
-        require((self.train is None) != (self.features is None), f"give one of train and features, found {found}")
+        require(
+            (self.train is None) != (self.features is None),
+            f"give one of train and features, found {found}",
+        )
 
 
 # Of `draft/blocks.py`.
@@ -198,15 +217,20 @@ class TrainConfig:
         require(1 <= found < COUNT_LIMIT, f"max_bad_steps must be at least 1, found {found}")
         require(0 <= self.extend < COUNT_LIMIT, f"extend must be 0 or more, found {self.extend}")
         best = self.keep_best
-        require(best in (None, "heldout"), f"keep_best must be null or 'heldout', found {shown(best)}")
         require(
-            best is None or self.checkpoint_every < 1 or self.eval_every % self.checkpoint_every == 0,
+            best in (None, "heldout"), f"keep_best must be null or 'heldout', found {shown(best)}"
+        )
+        require(
+            best is None
+            or self.checkpoint_every < 1
+            or self.eval_every % self.checkpoint_every == 0,
             f"keep_best needs a checkpoint at each evaluation: eval_every {self.eval_every} must be a "
             f"multiple of checkpoint_every {self.checkpoint_every}",
         )
         profile = self.profile
         require(
-            profile is None or (len(profile) == 2 and min(profile) >= 1 and max(profile) < COUNT_LIMIT),
+            profile is None
+            or (len(profile) == 2 and min(profile) >= 1 and max(profile) < COUNT_LIMIT),
             f"profile must be [step, steps], both at least 1, found {shown(list(profile or ()))}",
         )
 
@@ -237,7 +261,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuses values and combinations that cannot train."""
-        require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
+        require(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype must be float32 or bfloat16, found {self.dtype!r}",
+        )
         require(0 <= self.seed < SEED_LIMIT, f"seed must lie in 0..2**32-1, found {self.seed}")
         self._check_counts()
         for place, ratio in (
@@ -249,7 +276,10 @@ class RunConfig:
         ):
             require(0 <= ratio <= 1, f"{place} must lie in 0..1, found {ratio}")
         rule, gamma = self.loss.anchor_rule, self.loss.loss_decay_gamma
-        require(rule in ANCHOR_RULES, f"loss.anchor_rule must be one of {', '.join(ANCHOR_RULES)}, found {rule!r}")
+        require(
+            rule in ANCHOR_RULES,
+            f"loss.anchor_rule must be one of {', '.join(ANCHOR_RULES)}, found {rule!r}",
+        )
         require(
             gamma is None or gamma == "default" or gamma > 0,
             f"loss.loss_decay_gamma must be positive, null for none or 'default', found {gamma}",
@@ -273,10 +303,13 @@ class RunConfig:
             value = getattr(optimizer, name)
             require(0 <= value < 1, f"optimizer.{name} must lie in 0..1 and below 1, found {value}")
         require(
-            optimizer.weight_decay >= 0, f"optimizer.weight_decay must be 0 or more, found {optimizer.weight_decay}"
+            optimizer.weight_decay >= 0,
+            f"optimizer.weight_decay must be 0 or more, found {optimizer.weight_decay}",
         )
         ema = optimizer.ema_decay
-        require(ema is None or 0 < ema < 1, f"optimizer.ema_decay must lie between 0 and 1, found {ema}")
+        require(
+            ema is None or 0 < ema < 1, f"optimizer.ema_decay must lie between 0 and 1, found {ema}"
+        )
         require(
             self.data.max_length > self.draft.block_size,
             f"data.max_length {self.data.max_length} must exceed draft.block_size {self.draft.block_size}",

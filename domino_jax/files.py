@@ -25,7 +25,9 @@ import yaml
 from domino_jax.strict import InputError, shown
 
 CHECKSUMS = "SHA256SUMS"
-TEXT_BYTES = 2**26  # of a file that is parsed as a whole: settings, manifests, tokenizers' side files
+TEXT_BYTES = (
+    2**26
+)  # of a file that is parsed as a whole: settings, manifests, tokenizers' side files
 YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
 LINE_BYTES = 2**26  # of one line of a JSONL file
 DEPTH = 64  # levels of mappings and lists
@@ -102,7 +104,9 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
         try:
             return file.read(limit + 1).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+            raise InputError(
+                f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
+            ) from error
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}") from error
 
@@ -178,13 +182,17 @@ def parse_yaml(text: str, *, place: str) -> Any:
             `NUMBER_CHARACTERS`, more than `DEPTH` levels, or more than `YAML_CHARACTERS`.
     """
     if len(text) > YAML_CHARACTERS:
-        raise InputError(f"{place}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}")
+        raise InputError(
+            f"{place}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
+        )
     try:
         return yaml.load(text, Loader=_BoundedLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{place}: not valid YAML: {where}{error.problem or error.context}") from error
+        raise InputError(
+            f"{place}: not valid YAML: {where}{error.problem or error.context}"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -233,7 +241,11 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
     except InputError as error:
         return str(error)
     found = set(_files_below(directory))
-    found = found & listed.keys() if unlisted is None else {name for name in found if name not in unlisted}
+    found = (
+        found & listed.keys()
+        if unlisted is None
+        else {name for name in found if name not in unlisted}
+    )
     for name in sorted(listed.keys() ^ found):
         return f"{name} is {'missing' if name in listed else f'not listed in {CHECKSUMS}'}"
 
@@ -284,7 +296,9 @@ def _number(text: str) -> float:
 
 def _short(text: str) -> str:
     if len(text) > NUMBER_CHARACTERS:
-        raise ValueError(f"a number of {len(text)} characters, expected at most {NUMBER_CHARACTERS}")
+        raise ValueError(
+            f"a number of {len(text)} characters, expected at most {NUMBER_CHARACTERS}"
+        )
     return text
 
 
@@ -299,7 +313,11 @@ def _deeper_than(value: Any, depth: int) -> bool:
         holders = [item for item in level if isinstance(item, dict | list)]
         if not holders:
             return False
-        level = [child for item in holders for child in (item.values() if isinstance(item, dict) else item)]
+        level = [
+            child
+            for item in holders
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
     return True
 
 
@@ -313,7 +331,9 @@ class _BoundedLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise self._refusal("aliases (*name) are not read; write the value itself", event)
         if getattr(event, "tag", None) is not None:
-            raise self._refusal(f"tags ({shown(event.tag)}) are not read; write the value alone", event)
+            raise self._refusal(
+                f"tags ({shown(event.tag)}) are not read; write the value alone", event
+            )
         holder = isinstance(event, yaml.CollectionStartEvent)
         self.depth += holder
         if self.depth > DEPTH:
@@ -360,7 +380,10 @@ _BoundedLoader.yaml_implicit_resolvers = {
 _BoundedLoader.yaml_constructors = {
     f"{_TAG}{kind}": constructor
     for kind, constructor in (
-        *((kind, getattr(yaml.SafeLoader, f"construct_yaml_{kind}")) for kind in ("null", "bool", "str", "seq", "map")),
+        *(
+            (kind, getattr(yaml.SafeLoader, f"construct_yaml_{kind}"))
+            for kind in ("null", "bool", "str", "seq", "map")
+        ),
         *((kind, _BoundedLoader.construct_number) for kind in ("int", "float")),
     )
 }

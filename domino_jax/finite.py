@@ -21,7 +21,10 @@ def all_finite(values: np.ndarray) -> bool:
     width = 8 * values.dtype.itemsize
     infinity = int(np.array(np.inf, values.dtype).view(f"uint{width}"))
     # A signed integer's largest is that of the entries without a sign, an unsigned one's that of those with it.
-    positive, negative = int(values.view(f"int{width}").max()), int(values.view(f"uint{width}").max())
+    positive, negative = (
+        int(values.view(f"int{width}").max()),
+        int(values.view(f"uint{width}").max()),
+    )
     return positive < infinity and negative < infinity + 2 ** (width - 1)
 
 

@@ -37,7 +37,9 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., features]
         """Maps the last axis of `x` to `features`."""
         init = nn.initializers.normal(stddev=0.02)
-        weight = self.param("weight", logical_axes(init, *self.axes), (self.features, x.shape[-1]), jnp.float32)
+        weight = self.param(
+            "weight", logical_axes(init, *self.axes), (self.features, x.shape[-1]), jnp.float32
+        )
         product = project(x.astype(self.dtype), weight.astype(self.dtype))
         if not self.use_bias:
             return product
@@ -53,7 +55,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         """Normalises the last axis and returns the type of `x`."""
-        weight = self.param("weight", logical_axes(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
+        weight = self.param(
+            "weight", logical_axes(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32
+        )
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return scaled(x32, weight.astype(jnp.float32)).astype(x.dtype)
@@ -128,7 +132,11 @@ def _yarn_ramp(cfg: DecoderConfig, scaling: RopeScaling, original: int) -> np.nd
 
     def pair_with(turns: float) -> float:
         """The (fractional) pair that turns that often within the pretraining length."""
-        return cfg.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+        return (
+            cfg.head_dim
+            * math.log(original / (turns * 2 * math.pi))
+            / (2 * math.log(cfg.rope_theta))
+        )
 
     first = pair_with(scaling.beta_fast or YARN_BETA_FAST)
     last = pair_with(scaling.beta_slow or YARN_BETA_SLOW)
@@ -190,9 +198,15 @@ class AttentionProjections(nn.Module):
     def setup(self) -> None:
         """Creates the four projections and the two norms."""
         cfg, bias = self.cfg, self.cfg.attention_bias
-        self.q_proj = Dense(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype, bias)
-        self.k_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias)
-        self.v_proj = Dense(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias)
+        self.q_proj = Dense(
+            cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype, bias
+        )
+        self.k_proj = Dense(
+            cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
+        )
+        self.v_proj = Dense(
+            cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
+        )
         self.o_proj = Dense(cfg.hidden_size, ("embed", "heads"), cfg.dtype)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.rms_norm_eps)
@@ -201,7 +215,9 @@ class AttentionProjections(nn.Module):
     def queries(self, x: jax.Array, tables: Rotary) -> jax.Array:
         """Rotated queries, [B, T, D] -> [B, H, T, head_dim]."""
         q = self._heads(self.q_proj(x))
-        return rotate(self.q_norm(q).swapaxes(1, 2) if self.cfg.qk_norm else q.swapaxes(1, 2), tables)
+        return rotate(
+            self.q_norm(q).swapaxes(1, 2) if self.cfg.qk_norm else q.swapaxes(1, 2), tables
+        )
 
     def keys_values(self, x: jax.Array, tables: Rotary) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, T, D] -> two [B, KV, T, head_dim]."""
@@ -214,5 +230,7 @@ class AttentionProjections(nn.Module):
         batch, count, length, width = heads.shape
         return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, count * width))
 
-    def _heads(self, x: jax.Array) -> jax.Array:  # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
+    def _heads(
+        self, x: jax.Array
+    ) -> jax.Array:  # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
         return x.reshape(*x.shape[:2], -1, self.cfg.head_dim)

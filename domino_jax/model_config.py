@@ -15,7 +15,9 @@ _ROPE_NEEDS = {
     "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_max_position_embeddings",),
 }
-_ROPE_READS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+_ROPE_READS = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+}
 ROPE_TYPES = tuple(_ROPE_NEEDS)
 # Above every model that anybody published; what no file can hold is refused before it is looked for.
 SIZE_LIMITS = {
@@ -56,18 +58,25 @@ class RopeScaling:
         known = ("rope_type", "factor", *_ROPE_NEEDS[kind], *_ROPE_READS.get(kind, ()))
         for field in fields(self):
             value = getattr(self, field.name)
-            require(field.name in known or value == field.default, f"rope_type {kind!r} does not read {field.name}")
+            require(
+                field.name in known or value == field.default,
+                f"rope_type {kind!r} does not read {field.name}",
+            )
             number = isinstance(value, int | float) and not isinstance(value, bool)
             require(not number or value > 0, f"{field.name} must be positive, found {value}")
             _check_size(field.name, value)
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
         require(
-            low is None or high is None or low < high, f"low_freq_factor {low} must be below high_freq_factor {high}"
+            low is None or high is None or low < high,
+            f"low_freq_factor {low} must be below high_freq_factor {high}",
         )
         fast, slow = self.beta_fast or YARN_BETA_FAST, self.beta_slow or YARN_BETA_SLOW
         require(fast >= slow, f"beta_fast {fast} must not be below beta_slow {slow}")
-        require((self.mscale is None) == (self.mscale_all_dim is None), "mscale and mscale_all_dim go together")
+        require(
+            (self.mscale is None) == (self.mscale_all_dim is None),
+            "mscale and mscale_all_dim go together",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,10 @@ class DecoderConfig:
         """Refuses shapes that no decoder can have."""
         for name, kind in DecoderConfig.__annotations__.items():
             positive = kind is int and (name not in _EXPERT_FIELDS or self.num_experts != 0)
-            require(not positive or getattr(self, name) > 0, f"{name} must be positive, found {getattr(self, name)}")
+            require(
+                not positive or getattr(self, name) > 0,
+                f"{name} must be positive, found {getattr(self, name)}",
+            )
             _check_size(name, getattr(self, name))
         eps = self.rms_norm_eps
         require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
@@ -115,11 +127,20 @@ class DecoderConfig:
             f"num_experts_per_tok {self.num_experts_per_tok} must not exceed num_experts {self.num_experts}",
         )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        require(heads % kv_heads == 0, f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}")
-        require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, found {self.head_dim}")
+        require(
+            heads % kv_heads == 0,
+            f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim must be even for rotary embeddings, found {self.head_dim}",
+        )
         require(self.rope_theta > 1, f"rope_theta must be above 1, found {self.rope_theta}")
         _check_scale("rope_theta", self.rope_theta, "positive")
-        require(self.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, found {self.dtype!r}")
+        require(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype must be float32 or bfloat16, found {self.dtype!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +200,22 @@ class DraftConfig(DecoderConfig):
             f"projector_type must be 'domino' or null, found {self.projector_type!r}",
         )
         if self.projector_type == "domino":
-            require(self.emb_dim > 0 and self.gru_hidden_dim > 0, "emb_dim and gru_hidden_dim must be positive")
+            require(
+                self.emb_dim > 0 and self.gru_hidden_dim > 0,
+                "emb_dim and gru_hidden_dim must be positive",
+            )
             prefix, count = self.pure_draft_prefix_len, self.num_predictions
-            require(0 <= prefix < count, f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct")
+            require(
+                0 <= prefix < count,
+                f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct",
+            )
         self._check_windows()
         for name in ("input_embedding_scale", "output_multiplier"):
             _check_scale(name, getattr(self, name), "positive")
         if self.final_logit_softcapping is not None:
-            _check_scale("final_logit_softcapping", self.final_logit_softcapping, "positive or null")
+            _check_scale(
+                "final_logit_softcapping", self.final_logit_softcapping, "positive or null"
+            )
 
     def _check_windows(self) -> None:
         types = self.layer_types or ()
@@ -195,7 +224,10 @@ class DraftConfig(DecoderConfig):
             f"layer_types names {len(types)} layers, num_hidden_layers is {self.num_hidden_layers}",
         )
         unknown = sorted(set(types) - {FULL_ATTENTION, SLIDING_ATTENTION})
-        require(not unknown, f"layer_types holds {shown(unknown)}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}")
+        require(
+            not unknown,
+            f"layer_types holds {shown(unknown)}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}",
+        )
         window = self.sliding_window
         require(
             (SLIDING_ATTENTION in types) == (window is not None),
@@ -235,7 +267,10 @@ def _check_size(name: str, value: object) -> None:
 def _check_scale(name: str, value: float, expected: str) -> None:
     """Refuses a factor that is not positive and finite in float32."""
     require(value > 0, f"{name} must be {expected}, found {value}")
-    require(FLOAT32_SMALLEST <= value <= FLOAT32_LARGEST, f"{name} must be finite in float32, found {value}")
+    require(
+        FLOAT32_SMALLEST <= value <= FLOAT32_LARGEST,
+        f"{name} must be finite in float32, found {value}",
+    )
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:
@@ -250,4 +285,7 @@ def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> t
     """
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
-    return tuple(round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1)) for i in range(num_draft_layers))
+    return tuple(
+        round(1 + i * (num_target_layers - 4) / (num_draft_layers - 1))
+        for i in range(num_draft_layers)
+    )

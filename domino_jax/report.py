@@ -17,7 +17,11 @@ def training_summary(run: Path) -> dict[str, Any]:
     heldout = [record for record in records if record["split"] == "heldout"]
     summary: dict[str, Any] = {}
     if training:
-        summary |= {"first_loss": training[0]["loss"], "last_loss": training[-1]["loss"], "steps": training[-1]["step"]}
+        summary |= {
+            "first_loss": training[0]["loss"],
+            "last_loss": training[-1]["loss"],
+            "steps": training[-1]["step"],
+        }
     if heldout:
         summary["heldout"] = heldout[-1]
     return summary
@@ -42,7 +46,10 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         return lambda figures: f"{figures[key]:.{digits}f}" if key in figures else "-"
 
     row("prompts", figure("prompts", 0))
-    row("tau, head on" if any("tau_head_off" in figures for figures in columns) else "tau", figure("tau", 3))
+    row(
+        "tau, head on" if any("tau_head_off" in figures for figures in columns) else "tau",
+        figure("tau", 3),
+    )
     row("tau, head off", figure("tau_head_off", 3))
     row("tokens/s speculative", figure("tokens_per_second", 1))
     row("tokens/s plain", figure("tokens_per_second_plain", 1))

@@ -28,7 +28,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A device mesh over all devices of all processes.
 
     Args:
@@ -43,12 +45,16 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     """
     count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
-        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor}: sizes must be positive, only data may be -1")
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor}: sizes must be positive, only data may be -1"
+        )
     if data == -1:
         data = max(count // (fsdp * tensor), 1)
     needed = data * fsdp * tensor
     if needed != count:
-        raise ValueError(f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, found {count}")
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, found {count}"
+        )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
 
@@ -128,7 +134,9 @@ def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int
     return math.prod(mesh.shape[name] for name in names if name not in mesh.manual_axes)
 
 
-def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _fitted(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     def fitted(axes: str | tuple[str, ...] | None, size: int) -> tuple[str, ...] | None:
         names = (axes,) if isinstance(axes, str) else axes or ()
         left = tuple(name for name in names if name not in mesh.manual_axes)
@@ -137,7 +145,9 @@ def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMe
     return PartitionSpec(*(fitted(axes, size) for axes, size in zip(spec, shape, strict=True)))
 
 
-def split_over_batch(function: Callable[..., tuple[Any, Any]], *, by_row: tuple[bool, ...]) -> Callable[..., Any]:
+def split_over_batch(
+    function: Callable[..., tuple[Any, Any]], *, by_row: tuple[bool, ...]
+) -> Callable[..., Any]:
     """A function that the devices run on their own rows of the batch, with one sum over the batch at its end.
 
     A loop inside adds up on each device, where the compiler would otherwise sum over devices in every turn. Heads and
@@ -152,7 +162,9 @@ def split_over_batch(function: Callable[..., tuple[Any, Any]], *, by_row: tuple[
 
     def split(*arguments: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        rows = jax.tree.leaves([x for x, own in zip(arguments, by_row, strict=True) if own])[0].shape[0]
+        rows = jax.tree.leaves([x for x, own in zip(arguments, by_row, strict=True) if own])[
+            0
+        ].shape[0]
         if mesh.empty or parts_of("batch") == 1 or rows % parts_of("batch"):
             return function(*arguments)
         (names,) = partition_spec("batch")
@@ -173,7 +185,9 @@ def split_over_batch(function: Callable[..., tuple[Any, Any]], *, by_row: tuple[
     return split
 
 
-def split_over_devices(function: Callable[..., Any], *, inputs: Any, outputs: Any) -> Callable[..., Any]:
+def split_over_devices(
+    function: Callable[..., Any], *, inputs: Any, outputs: Any
+) -> Callable[..., Any]:
     """A function that each device runs on its own part of the arrays; the same function without a mesh.
 
     For work in which no part needs another: loops then end where the device's own data says, and nothing is summed
@@ -192,7 +206,10 @@ def split_over_devices(function: Callable[..., Any], *, inputs: Any, outputs: An
     def specs(axes: Any, arrays: Any, mesh: AbstractMesh) -> Any:
         flat = jax.tree.leaves(arrays)
         named = jax.tree.leaves(axes, is_leaf=lambda leaf: type(leaf) is tuple and _is_axes(leaf))
-        fitted = [_fitted(partition_spec(*names), x.shape, mesh) for names, x in zip(named, flat, strict=True)]
+        fitted = [
+            _fitted(partition_spec(*names), x.shape, mesh)
+            for names, x in zip(named, flat, strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(arrays), fitted)
 
     def split(*arrays: Any) -> Any:

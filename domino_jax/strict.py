@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Scalar = bool | int | float | str
-Scalars = Mapping[str, Scalar]  # settings whose names somebody else defines, a chat template for example
+Scalars = Mapping[
+    str, Scalar
+]  # settings whose names somebody else defines, a chat template for example
 
 LINE_CHARACTERS = 490  # of a message; with "error: " before it, a line of less than 500
 SHOWN_CHARACTERS = 100  # of a value inside a message
@@ -90,7 +92,9 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
     missing = [
         name
         for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise InputError(f"{place}: missing {', '.join(missing)}")
@@ -117,7 +121,9 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
             raise InputError(f"{place}: expected text as a name, found {shown(name)}")
         endless = isinstance(item, int | float) and not abs(item) < 2**63
         if type(item) not in typing.get_args(Scalar) or endless:
-            raise InputError(f"{place}: {name}: expected true, false, a number or text, found {shown(item)}")
+            raise InputError(
+                f"{place}: {name}: expected true, false, a number or text, found {shown(item)}"
+            )
         for text in (name, item):
             if isinstance(text, str) and text_problem(text):
                 raise InputError(f"{place}: {shown(text)} {text_problem(text)}")
@@ -129,7 +135,9 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
         if value is None:
             return None
         options = [option for option in typing.get_args(hint) if option is not types.NoneType]
-        words = [word for option in options for word in typing.get_args(option) if isinstance(word, str)]
+        words = [
+            word for option in options for word in typing.get_args(option) if isinstance(word, str)
+        ]
         if value in words:  # Literal["default"], for example
             return value
         (hint,) = [option for option in options if typing.get_origin(option) is not typing.Literal]

@@ -68,15 +68,24 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--domino", type=Path, help="run directory of a Domino draft")
-    parser.add_argument("--dflash", type=Path, help="run directory of a DFlash draft of the same target")
-    parser.add_argument("--shape", choices=SHAPES, help="random target and drafts of this shape instead of runs")
-    parser.add_argument("--tiny", action="store_true", help="with --shape: widths that a CPU runs in seconds")
+    parser.add_argument(
+        "--dflash", type=Path, help="run directory of a DFlash draft of the same target"
+    )
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="random target and drafts of this shape instead of runs"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="with --shape: widths that a CPU runs in seconds"
+    )
     parser.add_argument("--prompts", type=Path, default=Path("configs/prompts/heldout.jsonl"))
     parser.add_argument("--limit", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument(
-        "--proposals", choices=("serving", "block"), default="serving", help="tokens drafted per cycle: K - 1, or all"
+        "--proposals",
+        choices=("serving", "block"),
+        default="serving",
+        help="tokens drafted per cycle: K - 1, or all",
     )
     parser.add_argument("--no-torch", action="store_true", help="only what is written here")
     options = parser.parse_args()
@@ -90,16 +99,24 @@ def main() -> None:
     prompts, count, target = case.prompts, options.max_new_tokens, Target(case.target)
     decoders = {"plain": (make_decoder(target, stop_ids=case.stops), Weights(case.target_params))}
     for name, (config, params) in case.drafts.items():
-        decoder = make_decoder(target, DraftModel(config), proposals=options.proposals, stop_ids=case.stops)
+        decoder = make_decoder(
+            target, DraftModel(config), proposals=options.proposals, stop_ids=case.stops
+        )
         decoders[name] = (decoder, Weights(case.target_params, params))
-    ways = {name: our_way(*pair, longest=max(map(len, prompts)), count=count) for name, pair in decoders.items()}
+    ways = {
+        name: our_way(*pair, longest=max(map(len, prompts)), count=count)
+        for name, pair in decoders.items()
+    }
     if not options.no_torch:
         ways |= torch_ways(*case.torch_models(), case.stops, count=count)
     report: dict[str, Any] = {"ways": take_turns(ways, prompts, count=count)}
     report["verification"] = verification(target, case.target_params, context=case.context)
-    report["cycle"] = {name: cycle_parts(*decoders[name], context=case.context) for name in case.drafts}
+    report["cycle"] = {
+        name: cycle_parts(*decoders[name], context=case.context) for name in case.drafts
+    }
     report["batches"] = {
-        size: batch_speed(*decoders["domino"], (prompts * size)[:size], count=count) for size in options.batch_sizes
+        size: batch_speed(*decoders["domino"], (prompts * size)[:size], count=count)
+        for size in options.batch_sizes
     }
     report |= {
         "shape": options.shape,
@@ -148,7 +165,9 @@ def case_of_runs(options: argparse.Namespace) -> Case:
             save_hf_draft(draft, dflash.config, dflash.params, dtype="float32")
             whole = {"dtype": torch.float32}
             return model, {
-                "nemo": Qwen3DFlashDraftModel.from_pretrained(draft, attn_implementation="sdpa", **whole),
+                "nemo": Qwen3DFlashDraftModel.from_pretrained(
+                    draft, attn_implementation="sdpa", **whole
+                ),
                 "zlab": DFlashDraftModel.from_pretrained(draft, **whole),
             }
 
@@ -156,7 +175,10 @@ def case_of_runs(options: argparse.Namespace) -> Case:
         target=loaded.config,
         target_params=loaded.params,
         drafts={"domino": (domino.config, domino.params), "dflash": (dflash.config, dflash.params)},
-        prompts=[encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[: options.limit]],
+        prompts=[
+            encode_prompt(messages, loaded.tokenizer, kwargs)
+            for _, messages in usable[: options.limit]
+        ],
         stops=stop_token_ids(loaded.tokenizer, kwargs),
         context=CONTEXT,
         torch_models=torch_models,
@@ -170,7 +192,9 @@ def case_of_shape(options: argparse.Namespace) -> Case:
     target = target_config(options.shape, dtype=benchmark_ours.default_dtype(), tiny=options.tiny)
     configs = {"domino": draft_config(target), "dflash": draft_config(target, projector_type=None)}
     context = 32 if options.tiny else CONTEXT
-    ids = np.random.default_rng(0).integers(0, configs["dflash"].mask_token_id, (options.limit, context))
+    ids = np.random.default_rng(0).integers(
+        0, configs["dflash"].mask_token_id, (options.limit, context)
+    )
 
     def torch_models() -> TorchModels:
         import benchmark_nemo
@@ -181,7 +205,9 @@ def case_of_shape(options: argparse.Namespace) -> Case:
     return Case(
         target=target,
         target_params=benchmark_ours.target_params(target),
-        drafts={name: (config, benchmark_ours.draft_params(config)) for name, config in configs.items()},
+        drafts={
+            name: (config, benchmark_ours.draft_params(config)) for name, config in configs.items()
+        },
         prompts=list(ids.astype(np.int32)),
         stops=(),
         context=context,
@@ -200,7 +226,9 @@ def our_way(decoder: Decoder, weights: Weights, *, longest: int, count: int) -> 
     return run
 
 
-def torch_ways(model: Any, drafts: dict[str, Any], stops: tuple[int, ...], *, count: int) -> dict[str, Way]:
+def torch_ways(
+    model: Any, drafts: dict[str, Any], stops: tuple[int, ...], *, count: int
+) -> dict[str, Way]:
     """transformers and the programs with a draft; verifications are counted at the target's forward."""
     import torch
     from benchmark_nemo import crop_to_length
@@ -223,18 +251,26 @@ def torch_ways(model: Any, drafts: dict[str, Any], stops: tuple[int, ...], *, co
     for name, draft in drafts.items():
         ways[name] = way(
             lambda ids, draft=draft: draft.eval().spec_generate(
-                target=model, input_ids=ids, max_new_tokens=count, stop_token_ids=list(stops), temperature=0.0
+                target=model,
+                input_ids=ids,
+                max_new_tokens=count,
+                stop_token_ids=list(stops),
+                temperature=0.0,
             )
         )
     return ways
 
 
-def take_turns(ways: dict[str, Any], prompts: list[np.ndarray], *, count: int) -> dict[str, dict[str, float]]:
+def take_turns(
+    ways: dict[str, Any], prompts: list[np.ndarray], *, count: int
+) -> dict[str, dict[str, float]]:
     """Every way answers every prompt; the first prompt is answered once more beforehand, to compile and warm up."""
     seconds: dict[str, float] = dict.fromkeys(ways, 0.0)
     answers: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ways}
     for name, way in ways.items():
-        for prompt in {len(prompt): prompt for prompt in prompts}.values() if name in OURS else prompts[:1]:
+        for prompt in (
+            {len(prompt): prompt for prompt in prompts}.values() if name in OURS else prompts[:1]
+        ):
             way(prompt)
     for number, prompt in enumerate(prompts, start=1):
         for name, way in ways.items():
@@ -245,10 +281,13 @@ def take_turns(ways: dict[str, Any], prompts: list[np.ndarray], *, count: int) -
     figures = {}
     for name, rows in answers.items():
         tokens, checks = sum(len(tokens) for tokens, _ in rows), sum(checks for _, checks in rows)
-        same = sum(ours == plain for (ours, _), (plain, _) in zip(rows, answers["plain"], strict=True))
+        same = sum(
+            ours == plain for (ours, _), (plain, _) in zip(rows, answers["plain"], strict=True)
+        )
         figures[name] = {
             "tokens_per_second": tokens / seconds[name],
-            "tau": (tokens - len(rows)) / checks,  # the first token of an answer comes from reading the prompt
+            "tau": (tokens - len(rows))
+            / checks,  # the first token of an answer comes from reading the prompt
             "seconds_per_verification": seconds[name] / checks,
             "tokens": tokens,
             "verifications": checks,
@@ -259,10 +298,15 @@ def take_turns(ways: dict[str, Any], prompts: list[np.ndarray], *, count: int) -
 
 def verification(target: Target, params: Any, *, context: int) -> dict[int, float]:
     """Median seconds of one pass of the target over 1, 2, 4 and 8 tokens behind a context, logits included."""
-    return {size: timed(*target_pass(target, params, size=size, context=context)) for size in (1, 2, 4, 8)}
+    return {
+        size: timed(*target_pass(target, params, size=size, context=context))
+        for size in (1, 2, 4, 8)
+    }
 
 
-def target_pass(target: Target, params: Any, *, size: int, context: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def target_pass(
+    target: Target, params: Any, *, size: int, context: int
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted pass over `size` tokens at `context`, and its arguments; the cache comes back in its place."""
     cache = target.empty_cache(batch=1, slots=context + 64)
     tokens = jnp.ones((1, size), jnp.int32)
@@ -289,11 +333,19 @@ def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str
 
     draft = drafting(False)
     head = drafting(True) - draft if decoder.use_head else 0.0
-    verify = timed(*target_pass(decoder.target, weights.target, size=decoder.proposals + 1, context=context))
+    verify = timed(
+        *target_pass(decoder.target, weights.target, size=decoder.proposals + 1, context=context)
+    )
     one = jax.jit(lambda state: speculate._cycle(decoder, weights, state), donate_argnums=0)
 
     whole = timed(lambda state: (one(state), None), (state,))
-    return {"cycle": whole, "draft": draft, "head": head, "verify": verify, "rest": whole - draft - head - verify}
+    return {
+        "cycle": whole,
+        "draft": draft,
+        "head": head,
+        "verify": verify,
+        "rest": whole - draft - head - verify,
+    }
 
 
 def timed(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
@@ -307,7 +359,9 @@ def timed(run: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     return statistics.median(seconds[3:])
 
 
-def batch_speed(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], *, count: int) -> dict[str, float]:
+def batch_speed(
+    decoder: Decoder, weights: Weights, prompts: list[np.ndarray], *, count: int
+) -> dict[str, float]:
     """Tokens per second and tau of a batch whose rows accept different lengths."""
     slots = required_slots(decoder, max(map(len, prompts)), count)
     for _ in range(2):  # the first compiles
@@ -322,15 +376,22 @@ def show(report: dict[str, Any]) -> None:
     for name, way in report["ways"].items():
         equal = f"{way['answers_equal_to_plain']}/{report['prompts']} answers equal to plain"
         cycle = f"{way['seconds_per_verification'] * 1e3:.2f} ms a verification"
-        print(f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  {cycle}  {equal}")
+        print(
+            f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  {cycle}  {equal}"
+        )
     single = report["verification"][1]
     print(f"one pass of the target, context {report['context']}: ", end="")
     print(
-        ", ".join(f"{size} tokens {s * 1e3:.2f} ms ({s / single:.2f}x)" for size, s in report["verification"].items())
+        ", ".join(
+            f"{size} tokens {s * 1e3:.2f} ms ({s / single:.2f}x)"
+            for size, s in report["verification"].items()
+        )
     )
     for name, parts in report["cycle"].items():
         whole = parts["cycle"]
-        shares = ", ".join(f"{part} {s / whole:.0%}" for part, s in parts.items() if part != "cycle")
+        shares = ", ".join(
+            f"{part} {s / whole:.0%}" for part, s in parts.items() if part != "cycle"
+        )
         print(f"cycle of {name}: {whole * 1e3:.2f} ms: {shares}")
     for size, batch in report["batches"].items():
         print(f"batch {size}: {batch['tokens_per_second']:.1f} tokens/s, tau {batch['tau']:.3f}")

@@ -31,12 +31,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--directory", type=Path, default=Path("runs/growth"))
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each point, after one to warm up")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="measured steps of each point, after one to warm up"
+    )
     parser.add_argument("--chunk-blocks", type=int, default=16)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        print(json.dumps(measure(options.point, steps=options.steps, chunk_blocks=options.chunk_blocks)))
+        print(
+            json.dumps(
+                measure(options.point, steps=options.steps, chunk_blocks=options.chunk_blocks)
+            )
+        )
         return
     points = {
         name: [run_point({**BASE, name: size}, options) | {"size": size} for size in SWEEPS[name]]
@@ -46,7 +52,12 @@ def main() -> None:
         name: {field: power(rows, field) for field in ("seconds", "loss_bytes", "step_bytes")}
         for name, rows in points.items()
     }
-    report = {"base": BASE, "chunk_blocks": options.chunk_blocks, "powers": powers, "points": points}
+    report = {
+        "base": BASE,
+        "chunk_blocks": options.chunk_blocks,
+        "powers": powers,
+        "points": points,
+    }
     report |= {"hardware": hardware(), "revision": revision()}
     options.directory.mkdir(parents=True, exist_ok=True)
     (options.directory / "GROWTH.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -61,10 +72,22 @@ def main() -> None:
 
 def run_point(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, float]:
     """Measures one point in its own process, so that no memory of another one counts."""
-    words = ["--point", json.dumps(sizes), "--steps", str(options.steps), "--chunk-blocks", str(options.chunk_blocks)]
-    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+    words = [
+        "--point",
+        json.dumps(sizes),
+        "--steps",
+        str(options.steps),
+        "--chunk-blocks",
+        str(options.chunk_blocks),
+    ]
+    done = subprocess.run(
+        [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True
+    )
     figures = json.loads(done.stdout)
-    print(f"{sizes}: {figures['seconds']:.2f} s, {figures['step_bytes'] / 2**20:.0f} MiB", file=sys.stderr)
+    print(
+        f"{sizes}: {figures['seconds']:.2f} s, {figures['step_bytes'] / 2**20:.0f} MiB",
+        file=sys.stderr,
+    )
     return figures
 
 
@@ -78,7 +101,9 @@ def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str
 
     from domino_jax.draft.backbone import DraftModel, init_variables
 
-    config = dataclasses.replace(CONFIG, block_size=sizes["K"], vocab_size=sizes["V"], mask_token_id=sizes["V"] - 1)
+    config = dataclasses.replace(
+        CONFIG, block_size=sizes["K"], vocab_size=sizes["V"], mask_token_id=sizes["V"] - 1
+    )
     batch = random_batch(config, length=sizes["S"], anchors=sizes["N"])
     params = meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
     step, compiled = compiled_step(config, params, batch, chunk_blocks=chunk_blocks)
@@ -103,10 +128,16 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
     from domino_jax.kernels.vocabulary_loss import vocabulary_loss
 
     shape = (1, anchors, config.num_predictions)
-    states, low_rank = (jnp.zeros((*shape, width)) for width in (config.hidden_size, config.emb_dim))
-    head, expansion = (jnp.zeros((config.vocab_size, width)) for width in (config.hidden_size, config.emb_dim))
+    states, low_rank = (
+        jnp.zeros((*shape, width)) for width in (config.hidden_size, config.emb_dim)
+    )
+    head, expansion = (
+        jnp.zeros((config.vocab_size, width)) for width in (config.hidden_size, config.emb_dim)
+    )
 
-    def total(states: jax.Array, low_rank: jax.Array, expansion: jax.Array, head: jax.Array) -> jax.Array:
+    def total(
+        states: jax.Array, low_rank: jax.Array, expansion: jax.Array, head: jax.Array
+    ) -> jax.Array:
         ids, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
         return vocabulary_loss(
             States(states, low_rank),
@@ -117,7 +148,12 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
         ).total
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    planned = gradient.lower(states, low_rank, expansion, head).compile().memory_analysis().temp_size_in_bytes
+    planned = (
+        gradient.lower(states, low_rank, expansion, head)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
     return planned - 2 * (states.nbytes + low_rank.nbytes)
 
 
@@ -138,15 +174,23 @@ def draw(points: dict[str, Any], powers: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, axes = plt.subplots(1, len(points), figsize=(3.6 * len(points), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(points), figsize=(3.6 * len(points), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, (name, rows) in zip(axes[0], points.items(), strict=True):
         sizes = [row["size"] for row in rows]
         axis.loglog(sizes, [row["seconds"] for row in rows], "o-", color="#1f5f8b", label="step, s")
         axis.loglog(
-            sizes, [row["loss_bytes"] / 2**30 for row in rows], "s--", color="#b5651d", label="loss memory, GiB"
+            sizes,
+            [row["loss_bytes"] / 2**30 for row in rows],
+            "s--",
+            color="#b5651d",
+            label="loss memory, GiB",
         )
         axis.set_xlabel(name)
-        axis.set_title(f"{name}: time^{powers[name]['seconds']:.2f}, memory^{powers[name]['loss_bytes']:.2f}")
+        axis.set_title(
+            f"{name}: time^{powers[name]['seconds']:.2f}, memory^{powers[name]['loss_bytes']:.2f}"
+        )
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))

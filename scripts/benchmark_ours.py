@@ -142,7 +142,9 @@ def recipe_step(
             capture=config.target_layer_ids,
             depth=depth,
             scan_layers=True,
-            attention=form_for(device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False),
+            attention=form_for(
+                device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False
+            ),
         ),
         optimizer=optax.chain(
             optax.clip_by_global_norm(CLIP_NORM),

@@ -62,7 +62,9 @@ WORKLOADS = {"small": (512, 64), "wide": (512, 256), "long": (4096, 64)}  # S, N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=(*WORKLOADS, *card.WORKLOADS), default="small")
-    parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side, after two to warm up")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="measured steps of each side, after two to warm up"
+    )
     parser.add_argument(
         "--chunk-blocks",
         type=int,
@@ -72,8 +74,12 @@ def main() -> None:
     real.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
     real.add_argument("--modes", nargs="+", choices=card.MODES, default=[], help="only these")
     real.add_argument("--no-peer", action="store_true", help="this project alone")
-    real.add_argument("--nemo-compile", action="store_true", help="the recipe's `compile: {enabled: true}`")
-    real.add_argument("--tiny", action="store_true", help="widths and rows that a CPU runs in seconds")
+    real.add_argument(
+        "--nemo-compile", action="store_true", help="the recipe's `compile: {enabled: true}`"
+    )
+    real.add_argument(
+        "--tiny", action="store_true", help="widths and rows that a CPU runs in seconds"
+    )
     parser.add_argument("--worker", choices=("ours", "nemo"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
@@ -85,7 +91,9 @@ def main() -> None:
     if not on_card and any((*chosen.values(), options.no_peer, options.nemo_compile)):
         parser.error(f"{options.workload} has no settings; those of real size have")
     if on_card and not card.settings(options.workload, **chosen):
-        parser.error(f"--modes: {options.workload} has {' '.join(card.WORKLOADS[options.workload].modes)} alone")
+        parser.error(
+            f"--modes: {options.workload} has {' '.join(card.WORKLOADS[options.workload].modes)} alone"
+        )
     if on_card:
         import benchmark_card
 
@@ -105,11 +113,16 @@ def compare(options: argparse.Namespace) -> None:
         write_inputs(Path(directory), options.workload)
         words = ["--directory", directory, "--workload", options.workload]
         words += ["--chunk-blocks", str(options.chunk_blocks)]
-        sides = {name: Side(name, [__file__, "--worker", name, *words]) for name in ("ours", "nemo")}
+        sides = {
+            name: Side(name, [__file__, "--worker", name, *words]) for name in ("ours", "nemo")
+        }
         for index in range(options.rounds + 2):
             for side in sides.values():
                 side.step(measured=index >= 2)
-            print(f"round {index}: " + ", ".join(f"{s.name} {s.last:.2f} s" for s in sides.values()), file=sys.stderr)
+            print(
+                f"round {index}: " + ", ".join(f"{s.name} {s.last:.2f} s" for s in sides.values()),
+                file=sys.stderr,
+            )
         ours, nemo = (side.finish() for side in sides.values())
     medians = {side.name: statistics.median(side.seconds) for side in sides.values()}
     flops = sum(step_flops(CONFIG, *WORKLOADS[options.workload]).values())
@@ -131,10 +144,18 @@ def compare(options: argparse.Namespace) -> None:
         "hardware": hardware(),
         "revision": revision(),
     }
-    print(f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, {options.rounds} alternating rounds")
-    print(f"  here          {medians['ours']:.3f} s (median), peak {ours['peak_bytes'] / 2**30:.2f} GiB")
-    print(f"  NeMo 0.7.0    {medians['nemo']:.3f} s (median), peak {nemo['peak_bytes'] / 2**30:.2f} GiB")
-    print(f"  ratio {figures['ratio']:.2f}x, memory {figures['rss_ratio']:.2f}x of NeMo's, ", end="")
+    print(
+        f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, {options.rounds} alternating rounds"
+    )
+    print(
+        f"  here          {medians['ours']:.3f} s (median), peak {ours['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    print(
+        f"  NeMo 0.7.0    {medians['nemo']:.3f} s (median), peak {nemo['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    print(
+        f"  ratio {figures['ratio']:.2f}x, memory {figures['rss_ratio']:.2f}x of NeMo's, ", end=""
+    )
     print(f"{figures['peak_share']:.0%} of {peak / 1e9:.0f} GFLOP/s")
     print(json.dumps(figures))
 
@@ -162,7 +183,9 @@ def random_batch(config: DraftConfig, *, length: int, anchors: int) -> dict[str,
         starts = np.sort(rng.integers(0, length - config.block_size, anchors))[None]
     return {
         "input_ids": rng.integers(0, config.vocab_size - 1, (1, length)),
-        "hidden_states": rng.standard_normal((1, length, len(config.target_layer_ids) * table[1]), np.float32),
+        "hidden_states": rng.standard_normal(
+            (1, length, len(config.target_layer_ids) * table[1]), np.float32
+        ),
         "loss_mask": np.ones((1, length), np.float32),
         "lm_head": rng.standard_normal(table, np.float32) * table[1] ** -0.5,
         "embed_tokens": rng.standard_normal(table, np.float32) * 0.02,
@@ -177,7 +200,9 @@ def run_worker(options: argparse.Namespace) -> None:
 
     def make() -> Worker:
         batch = dict(np.load(options.directory / "batch.npz"))
-        one = (our_step if options.worker == "ours" else nemo_step)(options.directory / "draft", batch, options)
+        one = (our_step if options.worker == "ours" else nemo_step)(
+            options.directory / "draft", batch, options
+        )
 
         def step() -> float:
             losses[0] = one()
@@ -187,12 +212,18 @@ def run_worker(options: argparse.Namespace) -> None:
 
     def finish() -> dict[str, Any]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"peak_bytes": peak, "loss": losses[0], "matmul_flops_per_second": matmul_speed(options.worker)}
+        return {
+            "peak_bytes": peak,
+            "loss": losses[0],
+            "matmul_flops_per_second": matmul_speed(options.worker),
+        }
 
     serve(make)
 
 
-def our_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace) -> Callable[[], float]:
+def our_step(
+    draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace
+) -> Callable[[], float]:
     """Our step on the checkpoint's weights."""
     from domino_jax.interop.hf import load_hf_draft
 
@@ -213,9 +244,14 @@ def compiled_step(
     optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)
     names = ("input_ids", "hidden_states", "loss_mask", "lm_head", "embed_tokens")
     arrays = [jnp.asarray(batch.pop(name)) for name in names]  # one copy counts
-    given = {"anchor_positions": jnp.asarray(batch["anchors"]), "block_keep_mask": jnp.asarray(batch["keep"])}
+    given = {
+        "anchor_positions": jnp.asarray(batch["anchors"]),
+        "block_keep_mask": jnp.asarray(batch["keep"]),
+    }
 
-    def update(params: Any, state: Any, arrays: list[jax.Array], given: dict[str, jax.Array]) -> tuple[Any, Any, Any]:
+    def update(
+        params: Any, state: Any, arrays: list[jax.Array], given: dict[str, jax.Array]
+    ) -> tuple[Any, Any, Any]:
         def loss(params: Any) -> jax.Array:
             variables = {"params": {"draft_model": params}}
             return module.apply(variables, *arrays, lambda_base=LAMBDA_BASE, **given).loss
@@ -235,14 +271,18 @@ def compiled_step(
     return step, compiled
 
 
-def nemo_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace) -> Callable[[], float]:
+def nemo_step(
+    draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace
+) -> Callable[[], float]:
     """The same step of NeMo AutoModel, on its dense mask (its block-sparse one is for CUDA only)."""
     import torch
     from nemo_automodel.components.speculative.dflash.domino_core import DominoTrainerModule
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
     del options
-    model = Qwen3DFlashDraftModel.from_pretrained(draft, dtype=torch.float32, attn_implementation="sdpa")
+    model = Qwen3DFlashDraftModel.from_pretrained(
+        draft, dtype=torch.float32, attn_implementation="sdpa"
+    )
     lm_head = torch.nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size, bias=False)
     embed_tokens = torch.nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)
     for module, name in ((lm_head, "lm_head"), (embed_tokens, "embed_tokens")):
@@ -258,7 +298,9 @@ def nemo_step(draft: Path, batch: dict[str, np.ndarray], options: argparse.Names
     ).train()
     anchors = torch.tensor(batch["anchors"]), torch.tensor(batch["keep"])
     trainer._sample_anchor_positions = lambda *args, **kwargs: anchors
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
+    )
     inputs = [torch.tensor(batch.pop(name)) for name in ("input_ids", "hidden_states", "loss_mask")]
 
     def step() -> float:

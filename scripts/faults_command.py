@@ -38,7 +38,9 @@ def main(parts: tuple[str, ...], seed: int, keep: bool) -> None:
     for word in parts or tuple(PARTS):
         name, _, count = word.partition("=")
         if name not in PARTS or (count and not count.isdigit()):
-            raise click.UsageError(f"{word}: expected PART or PART=COUNT, with a PART of {', '.join(PARTS)}")
+            raise click.UsageError(
+                f"{word}: expected PART or PART=COUNT, with a PART of {', '.join(PARTS)}"
+            )
         asked[name] = int(count) if count else PARTS[name][1]
     directory = Path(tempfile.mkdtemp(prefix="faults-"))
     rows, bad = [], []
@@ -64,12 +66,17 @@ def main(parts: tuple[str, ...], seed: int, keep: bool) -> None:
 
 def table(rows: list[tuple[str, list[Case], list[Case], float]]) -> str:
     """The Markdown table: a row for each part, what came of its cases counted."""
-    lines = ["| part | cases | held | did not hold | outcomes | seconds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| part | cases | held | did not hold | outcomes | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, cases, wrong, seconds in rows:
         kinds = [case.outcome for case in cases if case.outcome]
         counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
         held = len(cases) - len(wrong)
-        lines.append(f"| {name} | {len(cases)} | {held} | {len(wrong)} | {counted} | {seconds:.0f} |")
+        lines.append(
+            f"| {name} | {len(cases)} | {held} | {len(wrong)} | {counted} | {seconds:.0f} |"
+        )
     return "\n".join(lines)
 
 

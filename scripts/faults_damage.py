@@ -35,13 +35,28 @@ FEW = override(train__steps=4)
 SAID = re.compile("damaged|aside|is gone|incomplete|cut off", re.IGNORECASE)
 
 TRAIN = ("train", "config.yaml", STEPS)
-OFFLINE = ("train", "config.yaml", FEW, "run_dir=offline", "data.train=null", "data.features=states")
+OFFLINE = (
+    "train",
+    "config.yaml",
+    FEW,
+    "run_dir=offline",
+    "data.train=null",
+    "data.features=states",
+)
 STARTED = ("train", "config.yaml", FEW, "run_dir=started", "draft.init_from=draft")
 EXPORT = ("export", "run", "exported", "--dtype", "float32")
 IMPORT = ("import", "draft", "imported", "--target", "target")
 GENERATE = ("generate", "run", "a b c", "--max-new-tokens", "24")
 CAPTURE = ("capture", "config.yaml", "states")
-ANSWERS = ("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--batch-size", "2")
+ANSWERS = (
+    "regenerate",
+    "prompts.jsonl",
+    "answers.jsonl",
+    "--target",
+    "target",
+    "--batch-size",
+    "2",
+)
 REGENERATE = (*ANSWERS, "--max-new-tokens", "24", "--temperature", "0.7")
 
 # The words that read each group, and how often a group is drawn.
@@ -82,7 +97,10 @@ def damaged(place: Place, count: int) -> Iterator[Case]:
         group = groups[order[index % len(groups)]]
         command = index % max(count // REAL_COMMANDS, 1) == 0
         works.append(
-            (f"{index} {group}", lambda i=index, g=group, c=command: [_case(place, undisturbed, i, g, command=c)])
+            (
+                f"{index} {group}",
+                lambda i=index, g=group, c=command: [_case(place, undisturbed, i, g, command=c)],
+            )
         )
     yield from all_cases("damage", works, count)
 
@@ -113,7 +131,9 @@ def _stopped(process: Running, line: str) -> None:
 
 def _undisturbed(place: Place) -> Undisturbed:
     filling, base = place.filling, stopped_place(place)
-    steps = sorted(int(path.name) for path in (base / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    steps = sorted(
+        int(path.name) for path in (base / "run" / "checkpoints").iterdir() if path.name.isdigit()
+    )
     left, earlier = {}, {}
     for words in {words for readers, _ in READERS.values() for words in readers}:
         directory = place.copy(base)
@@ -143,7 +163,9 @@ def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, com
         try:
             differences = _differences(undisturbed, words, directory, outcome)
         except Exception as error:  # orbax has no exception of its own for a damaged checkpoint
-            differences = f"what it leaves cannot be read: {type(error).__name__}: {str(error)[:100]}"
+            differences = (
+                f"what it leaves cannot be read: {type(error).__name__}: {str(error)[:100]}"
+            )
     said = bool(SAID.search(outcome.log))
     kind, fault = damage(outcome, differences=differences, said=said)
     if fault is None and kind == "harmless" and words == TRAIN and group in ("checkpoint", "run"):
@@ -156,7 +178,9 @@ def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, com
     return Case("damage", name, fault, kind)
 
 
-def _silence(undisturbed: Undisturbed, outcome: Outcome, directory: Path, broken: Path) -> str | None:
+def _silence(
+    undisturbed: Undisturbed, outcome: Outcome, directory: Path, broken: Path
+) -> str | None:
     """An earlier state that was taken without a word though the newest one lay there."""
     resumed = re.search(r"resuming at step (\d+)", outcome.log)
     newest = directory / "run" / "checkpoints" / str(undisturbed.newest)
@@ -172,13 +196,16 @@ def _candidates(directory: Path, group: str, rng: np.random.Generator) -> list[P
     run = directory / "run"
     if group == "checkpoint":
         steps = sorted(
-            (path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
+            (path for path in (run / "checkpoints").iterdir() if path.name.isdigit()),
+            key=lambda p: int(p.name),
         )
         step = steps[-1] if rng.random() < 0.8 else steps[int(rng.integers(len(steps)))]
         return [step, *sorted(step.rglob("*"))]
     if group == "run":
         steps = set((run / "checkpoints").iterdir())
-        return sorted(path for path in run.rglob("*") if path not in steps and not steps & set(path.parents))
+        return sorted(
+            path for path in run.rglob("*") if path not in steps and not steps & set(path.parents)
+        )
     if group == "rows":
         return [directory / "rows.jsonl", directory / "heldout.jsonl"]
     if group == "partial":
@@ -258,7 +285,9 @@ WAYS: dict[str, Callable[[Path, np.random.Generator], object]] = {
 }
 
 
-def _differences(undisturbed: Undisturbed, words: tuple[str, ...], directory: Path, outcome: Outcome) -> str | None:
+def _differences(
+    undisturbed: Undisturbed, words: tuple[str, ...], directory: Path, outcome: Outcome
+) -> str | None:
     left, expected = _left(directory, words, outcome), undisturbed.left[words]
     if left == expected:
         return None

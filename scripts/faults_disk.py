@@ -22,9 +22,15 @@ PAGE, FILLER = 4096, "filler"
 # The words of each verb and what they leave on the disk.
 WORDS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("train", "config.yaml", STEPS, "run_dir=disk/run"), "run"),
-    "regenerate": (("regenerate", "prompts.jsonl", "disk/answers.jsonl", *VERBS["regenerate"][0][3:]), "answers.jsonl"),
+    "regenerate": (
+        ("regenerate", "prompts.jsonl", "disk/answers.jsonl", *VERBS["regenerate"][0][3:]),
+        "answers.jsonl",
+    ),
     "capture": (("capture", "config.yaml", "disk/states"), "states"),
-    "evaluate": (("evaluate", "disk/trained", "prompts.jsonl", "--limit", "1", "--max-new-tokens", "8"), ""),
+    "evaluate": (
+        ("evaluate", "disk/trained", "prompts.jsonl", "--limit", "1", "--max-new-tokens", "8"),
+        "",
+    ),
     "export": (("export", "run", "disk/draft", "--dtype", "float32"), "draft"),
     "import": (("import", "draft", "disk/imported", "--target", "target"), "imported"),
 }
@@ -50,11 +56,20 @@ def full_disks(place: Place, count: int) -> Iterator[Case]:
         _unmount(directory / "disk")
     for index in range(count):
         verb = list(WORDS)[index % len(WORDS)]
-        works.append((verb, lambda i=index, v=verb: [_case(place, base, i, v, bytes_written[v], undisturbed[v])]))
+        works.append(
+            (
+                verb,
+                lambda i=index, v=verb: [
+                    _case(place, base, i, v, bytes_written[v], undisturbed[v])
+                ],
+            )
+        )
     yield from all_cases("disk", works, count)
 
 
-def _case(place: Place, base: Path, index: int, verb: str, written: tuple[int, int], undisturbed: object) -> Case:
+def _case(
+    place: Place, base: Path, index: int, verb: str, written: tuple[int, int], undisturbed: object
+) -> Case:
     rng = place.random(5, index)
     before, after = written
     # The first case of a verb has no room at all; the others have some of what it needs.
@@ -72,7 +87,9 @@ def _case(place: Place, base: Path, index: int, verb: str, written: tuple[int, i
         fault = crash(outcome) or refusal(outcome, names="disk", code=BAD_INPUT)
         fault = fault or _half_written(directory / "disk", verb, kept)
     if fault is None:
-        enlarged = subprocess.run(["mount", "-o", f"remount,size={2**27}", directory / "disk"], check=False)
+        enlarged = subprocess.run(
+            ["mount", "-o", f"remount,size={2**27}", directory / "disk"], check=False
+        )
         assert enlarged.returncode == 0
         outcome = place.processes().run(directory, *words) if kind == "refused" else outcome
         fault = crash(outcome)
@@ -97,7 +114,11 @@ def _half_written(disk: Path, verb: str, kept: dict[str, str]) -> str | None:
     changed = [name for name, digest in kept.items() if found.get(name) != digest]
     if changed:
         return f"{changed[0]} was there before and is not as it was"
-    beside = [str(path.relative_to(disk)) for path in disk.rglob("*") if path.suffix == ".new" or "tmp" in path.name]
+    beside = [
+        str(path.relative_to(disk))
+        for path in disk.rglob("*")
+        if path.suffix == ".new" or "tmp" in path.name
+    ]
     if beside:
         return f"{beside[0]} is left behind"
     name = WORDS[verb][1]
@@ -105,7 +126,11 @@ def _half_written(disk: Path, verb: str, kept: dict[str, str]) -> str | None:
         new = sorted(path.name for path in disk.iterdir() if path.name not in ("trained", FILLER))
         if new:
             return f"{new[0]} is left behind"
-    return f"{name} is there though it is not whole" if verb == "regenerate" and (disk / name).exists() else None
+    return (
+        f"{name} is there though it is not whole"
+        if verb == "regenerate" and (disk / name).exists()
+        else None
+    )
 
 
 def _with_disk(place: Place, base: Path, verb: str, size: int) -> Path:

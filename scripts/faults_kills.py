@@ -30,7 +30,10 @@ def kills(place: Place, count: int) -> Iterator[Case]:
     for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
         part = min(KILLS_PER_RUN, count - first)
         works.append(
-            (f"run {index + 1}", lambda index=index, part=part: _killed_run(place, index, part, reference, seconds))
+            (
+                f"run {index + 1}",
+                lambda index=index, part=part: _killed_run(place, index, part, reference, seconds),
+            )
         )
     yield from all_cases("kills", works, count)
 
@@ -55,7 +58,9 @@ def _reference(place: Place) -> tuple[Bits, dict[bool, float]]:
     return bits, seconds
 
 
-def _killed_run(place: Place, index: int, count: int, reference: Bits, seconds: dict[bool, float]) -> list[Case]:
+def _killed_run(
+    place: Place, index: int, count: int, reference: Bits, seconds: dict[bool, float]
+) -> list[Case]:
     rng, directory = place.random(1, index), place.copy()
     moments: list[str] = []
     fault = None
@@ -85,7 +90,10 @@ def _killed_run(place: Place, index: int, count: int, reference: Bits, seconds: 
         shutil.rmtree(directory)
     else:
         fault = f"{fault} ({directory.name})"
-    return [Case("kills", f"run {index + 1}, kill {k + 1} ({what})", fault) for k, what in enumerate(moments)]
+    return [
+        Case("kills", f"run {index + 1}, kill {k + 1} ({what})", fault)
+        for k, what in enumerate(moments)
+    ]
 
 
 def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float) -> str:
@@ -104,7 +112,10 @@ def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float)
             time.sleep(0.001)
     process.send(signal.SIGKILL)
     lines = process.log.read_text(errors="replace").splitlines()
-    where = next((line for line in reversed(lines) if re.match("step|saving|resum|load|compil", line)), "start-up")
+    where = next(
+        (line for line in reversed(lines) if re.match("step|saving|resum|load|compil", line)),
+        "start-up",
+    )
     return f"{time.monotonic() - process.began:.2f} s, {where[:30]}"
 
 
@@ -113,13 +124,24 @@ VERBS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("train", "config.yaml", STEPS), "run"),
     "regenerate": (
         (
-            *("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--batch-size", "2"),
+            *(
+                "regenerate",
+                "prompts.jsonl",
+                "answers.jsonl",
+                "--target",
+                "target",
+                "--batch-size",
+                "2",
+            ),
             *("--max-new-tokens", "60", "--temperature", "0.7"),
         ),
         "answers.jsonl",
     ),
     "capture": (("capture", "config.yaml", "states"), "states"),
-    "evaluate": (("evaluate", "trained", "prompts.jsonl", "--limit", "4", "--max-new-tokens", "40"), ""),
+    "evaluate": (
+        ("evaluate", "trained", "prompts.jsonl", "--limit", "4", "--max-new-tokens", "40"),
+        "",
+    ),
     "generate": (("generate", "trained", "a b c", "--max-new-tokens", "100"), ""),
 }
 
@@ -143,12 +165,19 @@ def signals(place: Place, count: int) -> Iterator[Case]:
     for index in range(count):
         verb = list(VERBS)[index % len(VERBS)]
         works.append(
-            (verb, lambda i=index, verb=verb: [_signalled(place, trained, i, verb, undisturbed[verb], seconds[verb])])
+            (
+                verb,
+                lambda i=index, verb=verb: [
+                    _signalled(place, trained, i, verb, undisturbed[verb], seconds[verb])
+                ],
+            )
         )
     yield from all_cases("signals", works, count)
 
 
-def _signalled(place: Place, trained: Path, index: int, verb: str, undisturbed: object, seconds: float) -> Case:
+def _signalled(
+    place: Place, trained: Path, index: int, verb: str, undisturbed: object, seconds: float
+) -> Case:
     rng, directory = place.random(2, index), place.copy(trained)
     number = signal.Signals(rng.choice([signal.SIGTERM, signal.SIGINT]))
     delay = float(rng.uniform(0.02, seconds))

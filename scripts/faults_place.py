@@ -32,7 +32,13 @@ STATE_ITEMS = ("params", "optimizer", "ema")
 # The window of metrics lies across saves, and both across evaluations.
 SETTINGS: dict[str, Any] = {
     "optimizer": {"ema_decay": 0.9},
-    "train": {"steps": 24, "log_every": 5, "eval_every": 7, "checkpoint_every": 4, "keep_checkpoints": 3},
+    "train": {
+        "steps": 24,
+        "log_every": 5,
+        "eval_every": 7,
+        "checkpoint_every": 4,
+        "keep_checkpoints": 3,
+    },
 }
 
 
@@ -67,7 +73,9 @@ class Bits:
             ours, theirs = self.metrics.splitlines(), other.metrics.splitlines()
             same = [a == b for a, b in zip(ours, theirs, strict=False)]
             first = same.index(False) if False in same else len(same)
-            found.append(f"metrics.jsonl from line {first + 1} on ({len(theirs)} lines, expected {len(ours)})")
+            found.append(
+                f"metrics.jsonl from line {first + 1} on ({len(theirs)} lines, expected {len(ours)})"
+            )
         return "; ".join(found) or None
 
 
@@ -104,8 +112,15 @@ def _tree(directory: Path) -> Any:
 
 def directory_bits(directory: Path) -> dict[str, str]:
     """sha256 of every file of a directory, or of one file, by relative path."""
-    files = [directory] if directory.is_file() else [path for path in directory.rglob("*") if path.is_file()]
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = (
+        [directory]
+        if directory.is_file()
+        else [path for path in directory.rglob("*") if path.is_file()]
+    )
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 class Place:
@@ -162,7 +177,9 @@ def override(**fields: Any) -> str:
     return f"{name.replace('__', '.')}={json.dumps(value)}"
 
 
-def all_cases(part: str, works: Iterable[tuple[str, Callable[[], list[Case]]]], total: int) -> Iterator[Case]:
+def all_cases(
+    part: str, works: Iterable[tuple[str, Callable[[], list[Case]]]], total: int
+) -> Iterator[Case]:
     """Runs works on both workers and passes on their cases as they end.
 
     A work that raises is the harness's own failure and counts as a case that did not hold.
@@ -180,7 +197,13 @@ def all_cases(part: str, works: Iterable[tuple[str, Callable[[], list[Case]]]], 
                 try:
                     cases = future.result()
                 except Exception as error:
-                    cases = [Case(part, names[future], f"the harness failed: {type(error).__name__}: {error}")]
+                    cases = [
+                        Case(
+                            part,
+                            names[future],
+                            f"the harness failed: {type(error).__name__}: {error}",
+                        )
+                    ]
                 for case in cases:
                     done += 1
                     progress.update(task, completed=done)

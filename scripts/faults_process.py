@@ -65,13 +65,17 @@ class Running:
                 hung = True
             time.sleep(0.005)
         seconds = time.monotonic() - self.began
-        out, log = (path.read_text(encoding="utf-8", errors="replace") for path in (self.out, self.log))
+        out, log = (
+            path.read_text(encoding="utf-8", errors="replace") for path in (self.out, self.log)
+        )
         assert self.code is not None
         return Outcome(self.code, out, log, seconds, hung)
 
 
 class _Command(Running):
-    def __init__(self, directory: Path, tag: str, words: tuple[str, ...], environment: dict[str, str]) -> None:
+    def __init__(
+        self, directory: Path, tag: str, words: tuple[str, ...], environment: dict[str, str]
+    ) -> None:
         super().__init__(directory, tag, words)
         with self.out.open("wb") as out, self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -92,12 +96,19 @@ class _Command(Running):
 class _Forked(Running):
     """Its server is its parent and tells the exit code in a file."""
 
-    def __init__(self, directory: Path, tag: str, words: tuple[str, ...], server: "subprocess.Popen[str]") -> None:
+    def __init__(
+        self, directory: Path, tag: str, words: tuple[str, ...], server: "subprocess.Popen[str]"
+    ) -> None:
         super().__init__(directory, tag, words)
         self._server = server
         self._ended = directory / f".{tag}.code"
         self._ended.unlink(missing_ok=True)
-        request = {"words": words, "directory": str(directory), "out": str(self.out), "log": str(self.log)}
+        request = {
+            "words": words,
+            "directory": str(directory),
+            "out": str(self.out),
+            "log": str(self.log),
+        }
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps({**request, "ended": str(self._ended)}) + "\n")
         server.stdin.flush()
@@ -152,7 +163,9 @@ def environment(cache: Path, *, fill: bool) -> dict[str, str]:
 
     A process that is killed while it writes the cache would be judged for jax's file, not its own.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
+    }
     return kept | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts"))),
         "JAX_PLATFORMS": "cpu",
@@ -190,7 +203,11 @@ def _serve() -> None:
 def _become(request: dict[str, str]) -> None:
     """Makes this process the command, until it exits as any other."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, request["out"], flags), (2, request["log"], flags)):
+    for number, path, mode in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["out"], flags),
+        (2, request["log"], flags),
+    ):
         opened = os.open(path, mode, 0o644)
         os.dup2(opened, number)
         os.close(opened)

@@ -20,10 +20,23 @@ from faults_verdict import BAD_INPUT, DIVERGED, DONE, crash, refusal
 from safetensors.numpy import load_file, save_file
 
 EVALUATE = ("evaluate", "run", "prompts.jsonl", "--limit", "1", "--max-new-tokens", "4")
-REGENERATE = ("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4")
+REGENERATE = (
+    "regenerate",
+    "prompts.jsonl",
+    "answers.jsonl",
+    "--target",
+    "target",
+    "--max-new-tokens",
+    "4",
+)
 CAPTURE = ("capture", "config.yaml", "other")
 FRESH = (*TRAIN, "run_dir=fresh")
-LONG = ("train", "config.yaml", "run_dir=fresh", override(train__steps=40))  # more than train.max_bad_steps
+LONG = (
+    "train",
+    "config.yaml",
+    "run_dir=fresh",
+    override(train__steps=40),
+)  # more than train.max_bad_steps
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,9 @@ def _json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Pa
     return apply
 
 
-def _weights(name: str, change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], object]:
+def _weights(
+    name: str, change: Callable[[dict[str, np.ndarray]], object]
+) -> Callable[[Path], object]:
     def apply(directory: Path) -> None:
         path = directory / name / "model.safetensors"
         tensors = {key: np.array(value) for key, value in load_file(path).items()}
@@ -144,16 +159,32 @@ DRIFT = (
 )  # fmt: skip
 _nan, _inf = _weights("target", _one(np.nan)), _weights("target", _one(np.inf))
 NUMBERS = (
-    Fault("learning rate 1e30", (*LONG, "optimizer.learning_rate=1e30"), codes=(DIVERGED, BAD_INPUT)),
-    Fault("weight decay 1e300", (*LONG, "optimizer.weight_decay=1e300"), codes=(DIVERGED, BAD_INPUT)),
+    Fault(
+        "learning rate 1e30", (*LONG, "optimizer.learning_rate=1e30"), codes=(DIVERGED, BAD_INPUT)
+    ),
+    Fault(
+        "weight decay 1e300", (*LONG, "optimizer.weight_decay=1e300"), codes=(DIVERGED, BAD_INPUT)
+    ),
     Fault("train: NaN in the target", FRESH, _nan, "model."),
     Fault("train: infinity in the target", FRESH, _inf, "model."),
     Fault("regenerate: NaN in the target", REGENERATE, _nan, "model.", absent="answers.jsonl"),
     Fault("capture: NaN in the target", CAPTURE, _nan, "model.", absent="other"),
     Fault("generate: NaN in the target", GENERATE, _nan),
-    Fault("import: NaN in the draft", IMPORT, _weights("draft", _one(np.nan)), "draft", absent="imported"),
+    Fault(
+        "import: NaN in the draft",
+        IMPORT,
+        _weights("draft", _one(np.nan)),
+        "draft",
+        absent="imported",
+    ),
     Fault("init_from: NaN in the draft", STARTED, _weights("draft", _one(np.nan)), "draft"),
-    Fault("import: infinity in the draft", IMPORT, _weights("draft", _one(np.inf)), "draft", absent="imported"),
+    Fault(
+        "import: infinity in the draft",
+        IMPORT,
+        _weights("draft", _one(np.inf)),
+        "draft",
+        absent="imported",
+    ),
 )
 
 
@@ -218,7 +249,9 @@ def silence(place: Place, count: int) -> Iterator[Case]:
     yield from _refused("silence", place, SILENCE[:count])
 
 
-def _refused(part: str, place: Place, faults: tuple[Fault, ...], *, free: bool = False) -> Iterator[Case]:
+def _refused(
+    part: str, place: Place, faults: tuple[Fault, ...], *, free: bool = False
+) -> Iterator[Case]:
     base = stopped_place(place)
     works = [(one.name, lambda one=one: [_case(part, place, base, one)]) for one in faults]
     if free:
@@ -255,11 +288,20 @@ def _not_finite(run: Path) -> str | None:
 def _free(part: str, place: Place, base: Path) -> Case:
     """Intervals of logs and saves may change between two starts: the state must not."""
     plain, other = place.copy(base), place.copy(base)
-    words = (override(train__log_every=2), override(train__eval_every=5), override(train__checkpoint_every=3))
+    words = (
+        override(train__log_every=2),
+        override(train__eval_every=5),
+        override(train__checkpoint_every=3),
+    )
     outcomes = [place.processes().run(plain, *TRAIN), place.processes().run(other, *TRAIN, *words)]
     fault = next((found for found in map(crash, outcomes) if found), None)
     if fault is None and [x.code for x in outcomes] != [DONE, DONE]:
         fault = f"exit codes {[x.code for x in outcomes]}, expected 0"
     if fault is None and run_bits(plain / "run").arrays != run_bits(other / "run").arrays:
         fault = "other intervals gave another state"
-    return Case(part, "log_every, eval_every, checkpoint_every changed", fault, "equal" if fault is None else "")
+    return Case(
+        part,
+        "log_every, eval_every, checkpoint_every changed",
+        fault,
+        "equal" if fault is None else "",
+    )

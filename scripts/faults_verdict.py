@@ -10,7 +10,14 @@ DONE, NO_FIT, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
 DOCUMENTED = (DONE, NO_FIT, BAD_INPUT, DIVERGED, INTERRUPTED)
 LINE_CHARACTERS = 500
 # Of Python, of its fatal errors, of XLA and Abseil, of a C++ abort.
-CRASHES = ("Traceback", "Fatal Python error", "Exception ignored", "terminate called", "Check failed", "*** SIG")
+CRASHES = (
+    "Traceback",
+    "Fatal Python error",
+    "Exception ignored",
+    "terminate called",
+    "Check failed",
+    "*** SIG",
+)
 
 
 def crash(outcome: Outcome) -> str | None:
@@ -19,7 +26,9 @@ def crash(outcome: Outcome) -> str | None:
         return f"hung for {outcome.seconds:.0f} s"
     for word in CRASHES:
         if word in outcome.log + outcome.out:
-            return f"{word!r} in its output, exit code {outcome.code}; last line: {last_line(outcome)}"
+            return (
+                f"{word!r} in its output, exit code {outcome.code}; last line: {last_line(outcome)}"
+            )
     if outcome.code not in DOCUMENTED:
         return f"exit code {outcome.code}; last line: {last_line(outcome)}"
     return None

@@ -12,9 +12,30 @@ import numpy as np
 from fuzz_parsers import Case, Parser, as_json, json_cases, safetensors_file, unusable
 
 TEMPLATE_PARTS = (
-    *("{% for m in messages %}", "{% endfor %}", "{% if m %}", "{% endif %}", "{{ m.content }}", "{{ messages }}"),
-    *("{{ 'x' * 10 ** 9 }}", "{% for a in range(99999) %}", "{{ 9 ** 9 ** 9 }}", "{{ x.y.z }}", "{{ ''.__class__ }}"),
-    *("{% set x = x ~ x %}", "{% include 'a' %}", "{% raw %}", "{{ m | tojson }}", "{{ range(10 ** 9) }}", "{#", "}}"),
+    *(
+        "{% for m in messages %}",
+        "{% endfor %}",
+        "{% if m %}",
+        "{% endif %}",
+        "{{ m.content }}",
+        "{{ messages }}",
+    ),
+    *(
+        "{{ 'x' * 10 ** 9 }}",
+        "{% for a in range(99999) %}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ x.y.z }}",
+        "{{ ''.__class__ }}",
+    ),
+    *(
+        "{% set x = x ~ x %}",
+        "{% include 'a' %}",
+        "{% raw %}",
+        "{{ m | tojson }}",
+        "{{ range(10 ** 9) }}",
+        "{#",
+        "}}",
+    ),
 )
 DEEPER = 5  # one of so many configs is held against its tensors too, which takes 0.1 s
 
@@ -26,25 +47,56 @@ def model_parsers(directory: Path) -> list[Parser]:
     from tiny import CONFIG, write_target
 
     from domino_jax.draft.backbone import DraftModel, init_variables
-    from domino_jax.interop.hf import _to_json, read_hf_config, read_hf_draft, recorded_template, save_hf_draft
+    from domino_jax.interop.hf import (
+        _to_json,
+        read_hf_config,
+        read_hf_draft,
+        recorded_template,
+        save_hf_draft,
+    )
     from domino_jax.model_config import DraftConfig
     from domino_jax.target.load import open_target, read_decoder_config
 
     jax.config.update("jax_platforms", "cpu")
     target = write_target_once(directory, write_target)
     tree = json.loads((target / "config.json").read_text())
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32.0}
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
+    }
     trees = [
-        {**tree, "layer_types": ["full_attention"] * 4, "rope_scaling": None, "attention_bias": False, "head_dim": 8},
+        {
+            **tree,
+            "layer_types": ["full_attention"] * 4,
+            "rope_scaling": None,
+            "attention_bias": False,
+            "head_dim": 8,
+        },
         {**tree, "rope_scaling": yarn, "rope_parameters": {**yarn, "rope_theta": 10_000.0}},
-        {**tree, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+        {
+            **tree,
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+        },
     ]
     fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
     draft = DraftConfig(
         **{**fields, "num_hidden_layers": 2, "num_target_layers": 4, "target_layer_ids": (0, 2)},
-        **{"block_size": 4, "mask_token_id": 2, "emb_dim": 8, "gru_hidden_dim": 8, "shift_label": True},
+        **{
+            "block_size": 4,
+            "mask_token_id": 2,
+            "emb_dim": 8,
+            "gru_hidden_dim": 8,
+            "shift_label": True,
+        },
     )
-    windows = dataclasses.replace(draft, layer_types=("sliding_attention", "full_attention"), sliding_window=8)
+    windows = dataclasses.replace(
+        draft, layer_types=("sliding_attention", "full_attention"), sliding_window=8
+    )
     drafts = [_to_json(config, "float32") for config in (draft, windows)]
     copy, place = directory / "decoder", directory / "draft"
     copy.mkdir()
@@ -76,10 +128,22 @@ def model_parsers(directory: Path) -> list[Parser]:
 
     return [
         Parser(
-            "config.json, target", 20, as_json(trees[0]), json_cases(*trees), read_config, _wrong_decoder, config_words
+            "config.json, target",
+            20,
+            as_json(trees[0]),
+            json_cases(*trees),
+            read_config,
+            _wrong_decoder,
+            config_words,
         ),
         Parser(
-            "config.json, draft", 20, as_json(drafts[0]), json_cases(*drafts), read_draft, _wrong_draft, draft_words
+            "config.json, draft",
+            20,
+            as_json(drafts[0]),
+            json_cases(*drafts),
+            read_draft,
+            _wrong_draft,
+            draft_words,
         ),
         *_tensor_parsers(directory),
         _gguf_parser(directory),
@@ -100,11 +164,20 @@ def _wrong_decoder(config: Any) -> str | None:
     tree = dataclasses.asdict(config)
     if problem := unusable(tree):
         return problem
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     for name in (*names, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         if type(tree[name]) is not int or not 0 < tree[name] <= 2**31:
             return f"{name} {tree[name]}"
-    if tree["num_hidden_layers"] > 10_000 or tree["num_attention_heads"] % tree["num_key_value_heads"]:
+    if (
+        tree["num_hidden_layers"] > 10_000
+        or tree["num_attention_heads"] % tree["num_key_value_heads"]
+    ):
         return "layers or heads of no model"
     if not 1e-38 < tree["rms_norm_eps"] < 1 or not tree["rope_theta"] > 1 or tree["head_dim"] % 2:
         return "a norm or a rotation of no model"
@@ -113,7 +186,12 @@ def _wrong_decoder(config: Any) -> str | None:
 
 def _wrong_draft(config: Any) -> str | None:
     layers = list(config.target_layer_ids)
-    if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= config.num_target_layers:
+    if (
+        not layers
+        or layers != sorted(set(layers))
+        or layers[0] < 0
+        or layers[-1] >= config.num_target_layers
+    ):
         return f"target_layer_ids {layers}"
     if not 0 <= config.mask_token_id < config.vocab_size or config.block_size < 2:
         return "a mask token or block of no draft"
@@ -129,14 +207,22 @@ def _tensor_parsers(directory: Path) -> list[Parser]:
     single.mkdir()
     sharded.mkdir()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for index, (name, dtype, shape) in enumerate((("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))):
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [32 * index, 32 * index + 32]}
+    for index, (name, dtype, shape) in enumerate(
+        (("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))
+    ):
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [32 * index, 32 * index + 32],
+        }
     data = bytes(range(96))
 
     def cases(rng: random.Random) -> Case:
         kind = rng.randrange(4)
         if kind == 0:
-            return Case(mutations.mutated_bytes(rng, safetensors_file(json.dumps(header).encode(), data)))
+            return Case(
+                mutations.mutated_bytes(rng, safetensors_file(json.dumps(header).encode(), data))
+            )
         case = json_cases(header)(rng)
         return Case(safetensors_file(case.content, data), case.forbidden)
 
@@ -148,7 +234,11 @@ def _tensor_parsers(directory: Path) -> list[Parser]:
     def wrong(found: Any) -> str | None:
         tensors, size = found
         held = sum(values.nbytes for values in tensors.values())
-        return None if held < size and held in (0, 96, *range(97, size)) else "more numbers than the file holds"
+        return (
+            None
+            if held < size and held in (0, 96, *range(97, size))
+            else "more numbers than the file holds"
+        )
 
     places = {"a": "one.safetensors", "b": "two.safetensors"}
     for name, file in places.items():
@@ -164,7 +254,9 @@ def _tensor_parsers(directory: Path) -> list[Parser]:
         Parser("safetensors", 12, safetensors_file(as_json(header), data), cases, read, wrong),
         Parser(
             *("safetensors index", 8, as_json(index), json_cases(index), read_index),
-            lambda found: None if found.items() <= places.items() else f"tensors in other files: {found}",
+            lambda found: (
+                None if found.items() <= places.items() else f"tensors in other files: {found}"
+            ),
         ),
     ]
 
@@ -179,9 +271,18 @@ def write_gguf(path: Path) -> None:
 
     writer = gguf.GGUFWriter(path, arch="qwen3")
     sizes = {
-        **{"context_length": CONFIG.max_position_embeddings, "embedding_length": CONFIG.hidden_size},
-        **{"feed_forward_length": CONFIG.intermediate_size, "block_count": CONFIG.num_hidden_layers},
-        **{"attention.head_count": CONFIG.num_attention_heads, "attention.head_count_kv": CONFIG.num_key_value_heads},
+        **{
+            "context_length": CONFIG.max_position_embeddings,
+            "embedding_length": CONFIG.hidden_size,
+        },
+        **{
+            "feed_forward_length": CONFIG.intermediate_size,
+            "block_count": CONFIG.num_hidden_layers,
+        },
+        **{
+            "attention.head_count": CONFIG.num_attention_heads,
+            "attention.head_count_kv": CONFIG.num_key_value_heads,
+        },
         **{"attention.key_length": CONFIG.head_dim},
     }
     for key, size in sizes.items():
@@ -226,7 +327,9 @@ def _gguf_parser(directory: Path) -> Parser:
 
     return Parser(
         *("GGUF", 3, whole, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
-        lambda config: None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold",
+        lambda config: (
+            None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold"
+        ),
         words,
     )
 
@@ -273,7 +376,21 @@ def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
 
     good = (names[1], as_json(trees[names[1]]))
     return [
-        Parser("tokenizer files", 3, good, cases, read, lambda one: None if one.chat_template else "no template"),
+        Parser(
+            "tokenizer files",
+            3,
+            good,
+            cases,
+            read,
+            lambda one: None if one.chat_template else "no template",
+        ),
         # A NUL is text to a tokenizer; what is not UTF-8 raises here.
-        Parser("chat templates", 4, template, template_cases, read_template, lambda text: text.encode() and None),
+        Parser(
+            "chat templates",
+            4,
+            template,
+            template_cases,
+            read_template,
+            lambda text: text.encode() and None,
+        ),
     ]

@@ -47,9 +47,44 @@ FLOATS = (
     -float("inf"),
 )
 TEXTS = (
-    *("", " ", "x", "null", "true", "1", "1e-3", "nan", ".inf", "0x_", "010", "1:30", "2001-99-99", "2001-01-01", "~"),
-    *("\0", "a\0b", "\ud800", "\x1b[31m", "a\nb", "\u202e", "../..", "/dev/zero", "/dev/stdin", "/proc/self/mem"),
-    *("x" * 1000, "x" * 300_000, "[" * 3000, "{{ 'x' * 10 ** 10 }}", "full_attention", "bfloat16", "float64"),
+    *(
+        "",
+        " ",
+        "x",
+        "null",
+        "true",
+        "1",
+        "1e-3",
+        "nan",
+        ".inf",
+        "0x_",
+        "010",
+        "1:30",
+        "2001-99-99",
+        "2001-01-01",
+        "~",
+    ),
+    *(
+        "\0",
+        "a\0b",
+        "\ud800",
+        "\x1b[31m",
+        "a\nb",
+        "\u202e",
+        "../..",
+        "/dev/zero",
+        "/dev/stdin",
+        "/proc/self/mem",
+    ),
+    *(
+        "x" * 1000,
+        "x" * 300_000,
+        "[" * 3000,
+        "{{ 'x' * 10 ** 10 }}",
+        "full_attention",
+        "bfloat16",
+        "float64",
+    ),
 )
 
 
@@ -105,7 +140,9 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
         elif action == 1 and isinstance(parent, dict):
             parent[rng.choice((f"{key}x", key[:-1], str(rng.choice(TEXTS[:20]))))] = parent.pop(key)
         elif action == 2 and isinstance(old, int | float) and not isinstance(old, bool):
-            parent[key] = rng.choice((-old, old + 1, old - 1, old * 2, old * 1000, float(old), str(old), [old]))
+            parent[key] = rng.choice(
+                (-old, old + 1, old - 1, old * 2, old * 1000, float(old), str(old), [old])
+            )
         elif action == 3 and isinstance(old, list) and old:
             parent[key] = rng.choice((old[:-1], old + old, old[::-1], old * 50, old[0]))
         else:
@@ -134,10 +171,23 @@ def mutated_bytes(rng: random.Random, raw: bytes, *, head: int | None = None) ->
             del raw[at : at + rng.randrange(1, 20)]
         elif action == 4:
             raw[at:at] = rng.choice(
-                (b"\0", b"\xff", b"\xef\xbb\xbf", b"[" * 200, b"{", b"}", b'"', b"\n", b": ", b"&a *a ")
+                (
+                    b"\0",
+                    b"\xff",
+                    b"\xef\xbb\xbf",
+                    b"[" * 200,
+                    b"{",
+                    b"}",
+                    b'"',
+                    b"\n",
+                    b": ",
+                    b"&a *a ",
+                )
             )
         elif action == 5:
-            raw[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**32, 2**60, 2**63, 2**64 - 1)))
+            raw[at : at + 8] = struct.pack(
+                "<Q", rng.choice((0, 1, 2**31, 2**32, 2**60, 2**63, 2**64 - 1))
+            )
         elif action == 6:
             raw[at : at + 4] = struct.pack("<I", rng.choice((0, 1, 9, 2**16, 2**31, 2**32 - 1)))
         else:
@@ -148,7 +198,11 @@ def mutated_bytes(rng: random.Random, raw: bytes, *, head: int | None = None) ->
 
 def doubled_key(rng: random.Random, tree: Any) -> tuple[Any, str] | None:
     """A mapping of the tree written as JSON with one key twice; None where there is no key."""
-    holders = [path for path in [(), *places(tree)] if isinstance(_at(tree, path), dict) and _at(tree, path)]
+    holders = [
+        path
+        for path in [(), *places(tree)]
+        if isinstance(_at(tree, path), dict) and _at(tree, path)
+    ]
     if not holders:
         return None
     path = rng.choice(holders)

@@ -38,7 +38,9 @@ class Parser:
     cases: Callable[[random.Random], Case]
     read: Callable[[Any], Any]
     wrong: Oracle
-    words: Callable[[Any], list[str] | None] = lambda content: None  # of the command that reads it too
+    words: Callable[[Any], list[str] | None] = lambda content: (
+        None
+    )  # of the command that reads it too
 
 
 def json_cases(*trees: Any) -> Callable[[random.Random], Case]:
@@ -110,15 +112,28 @@ def _wrong_config(config: Any) -> str | None:
         return "a seed that grain and jax do not take"
     train, data, optimizer, loss = config.train, config.data, config.optimizer, config.loss
     counts = [data.max_length, data.batch_size, train.epochs, train.log_every, train.eval_every]
-    counts += [train.checkpoint_every, train.keep_checkpoints, train.max_bad_steps, config.draft.num_hidden_layers]
-    counts += [loss.num_anchors, optimizer.grad_accumulation, config.mesh.fsdp, config.mesh.tensor, train.steps or 1]
+    counts += [
+        train.checkpoint_every,
+        train.keep_checkpoints,
+        train.max_bad_steps,
+        config.draft.num_hidden_layers,
+    ]
+    counts += [
+        loss.num_anchors,
+        optimizer.grad_accumulation,
+        config.mesh.fsdp,
+        config.mesh.tensor,
+        train.steps or 1,
+    ]
     if any(type(count) is not int or not 1 <= count < 2**31 for count in counts):
         return "a count outside 1..2**31-1"
     if not optimizer.learning_rate > 0 or not optimizer.clip_norm > 0 or not 0 <= optimizer.b1 < 1:
         return "an optimiser that cannot train"
     if data.max_length <= config.draft.block_size or not 0 <= loss.kl_weight <= 1:
         return "a loss without a block"
-    return None if (data.train is None) != (data.features is None) else "two sources of rows, or none"
+    return (
+        None if (data.train is None) != (data.features is None) else "two sources of rows, or none"
+    )
 
 
 def _config_parsers(directory: Path) -> list[Parser]:
@@ -163,25 +178,37 @@ def _config_parsers(directory: Path) -> list[Parser]:
         return Case(case.content.decode("utf-8", "surrogateescape"), case.forbidden)
 
     def option_cases(rng: random.Random) -> Case:
-        name = rng.choice(("--temperature", "--max-new-tokens", "--seed", "--proposals", "--dtype", "--limit"))
-        value = rng.choice((*mutations.NUMBERS, *mutations.FLOATS, *mutations.TEXTS, "serving", "float32"))
+        name = rng.choice(
+            ("--temperature", "--max-new-tokens", "--seed", "--proposals", "--dtype", "--limit")
+        )
+        value = rng.choice(
+            (*mutations.NUMBERS, *mutations.FLOATS, *mutations.TEXTS, "serving", "float32")
+        )
         return Case([name, str(value)])
 
     def read_options(words: list[str]) -> Any:
         return evaluate.make_context("evaluate", ["run", "prompts.jsonl", *words]).params
 
     def wrong_options(options: dict[str, Any]) -> str | None:
-        temperature, seed, count = (options[name] for name in ("temperature", "seed", "max_new_tokens"))
+        temperature, seed, count = (
+            options[name] for name in ("temperature", "seed", "max_new_tokens")
+        )
         if not (temperature == 0 or 1e-4 < temperature < 1e4):
             return "a temperature that float32 cannot divide by"
-        return None if 0 <= seed < 2**32 and 1 <= count <= 2**20 else "a seed or length beyond its bound"
+        return (
+            None
+            if 0 <= seed < 2**32 and 1 <= count <= 2**20
+            else "a seed or length beyond its bound"
+        )
 
     def as_file(content: bytes) -> list[str]:
         path.write_bytes(content)
         return ["train", str(path)]
 
     return [
-        Parser("config.yaml", 35, good.read_bytes(), config_cases, read_config, _wrong_config, as_file),
+        Parser(
+            "config.yaml", 35, good.read_bytes(), config_cases, read_config, _wrong_config, as_file
+        ),
         Parser(
             *(
                 "key=value words",
@@ -195,9 +222,12 @@ def _config_parsers(directory: Path) -> list[Parser]:
         ),
         Parser(
             *("--chat-template-kwargs", 20, "{a: 1, b: x}", kwargs_cases),
-            lambda text: kwargs.make_context("kwargs", ["--chat-template-kwargs", text]).params["chat_template_kwargs"],
+            lambda text: kwargs.make_context("kwargs", ["--chat-template-kwargs", text]).params[
+                "chat_template_kwargs"
+            ],
             lambda found: (
-                unusable(found) or (None if all(map(_plain, found.values())) else "a value that is not plain")
+                unusable(found)
+                or (None if all(map(_plain, found.values())) else "a value that is not plain")
             ),
             lambda text: ["generate", str(directory / "nope"), "a", "--chat-template-kwargs", text],
         ),
@@ -216,7 +246,10 @@ def _wrong_lines(found: Any) -> str | None:
     for _, messages in found.conversations:
         asked = False
         for message in messages:
-            if message["role"] not in ("system", "user", "assistant") or not message["content"].strip():
+            if (
+                message["role"] not in ("system", "user", "assistant")
+                or not message["content"].strip()
+            ):
                 return "a message without its role or text"
             message["content"].encode()
             asked |= message["role"] == "user"
@@ -251,13 +284,21 @@ def _data_parsers(directory: Path) -> list[Parser]:
 
     def rows_words(content: bytes) -> list[str]:
         rows.write_bytes(content.replace(b"\n", b" ") + b"\n")
-        return ["regenerate", str(rows), str(directory / "new.jsonl"), "--target", str(directory / "target")]
+        return [
+            "regenerate",
+            str(rows),
+            str(directory / "new.jsonl"),
+            "--target",
+            str(directory / "target"),
+        ]
 
     def read_partial(content: bytes) -> Any:
         # What is attested is what was written: whoever wrote it may have been wrong.
         before = _attestation(hashlib.sha256()) + content + b"\n"
         answers.write_bytes(before + _attestation(hashlib.sha256(before)))
-        with BatchLog(answers, lambda record: _answer(record, settings, {1: asked}, Path("prompts.jsonl"))) as log:
+        with BatchLog(
+            answers, lambda record: _answer(record, settings, {1: asked}, Path("prompts.jsonl"))
+        ) as log:
             return log.finished
 
     def read_log(content: bytes) -> Any:
@@ -265,9 +306,25 @@ def _data_parsers(directory: Path) -> list[Parser]:
         return read_metrics(directory)
 
     manifest = {
-        **{"target": "a" * 64, "tokenizer": "b" * 64, "rows": "c" * 64, "target_layer_ids": [0, 2], "hidden_size": 16},
-        **{"dtype": "bfloat16", "compute_dtype": "float32", "max_length": 24, "mask_reasoning_content": False},
-        **{"target_states": True, "row_lengths": [9, 24, 3], "shard_rows": [2, 1], KWARGS: {"a": 1}},
+        **{
+            "target": "a" * 64,
+            "tokenizer": "b" * 64,
+            "rows": "c" * 64,
+            "target_layer_ids": [0, 2],
+            "hidden_size": 16,
+        },
+        **{
+            "dtype": "bfloat16",
+            "compute_dtype": "float32",
+            "max_length": 24,
+            "mask_reasoning_content": False,
+        },
+        **{
+            "target_states": True,
+            "row_lengths": [9, 24, 3],
+            "shard_rows": [2, 1],
+            KWARGS: {"a": 1},
+        },
     }
     place = directory / "capture" / "manifest.json"
     place.parent.mkdir()
@@ -279,13 +336,22 @@ def _data_parsers(directory: Path) -> list[Parser]:
     def wrong_manifest(found: Any) -> str | None:
         held = sum(found.shard_rows) == len(found.row_lengths) and min(found.shard_rows) > 0
         fits = all(0 < length <= found.max_length for length in found.row_lengths)
-        typed = {found.dtype, found.compute_dtype} <= {"float32", "bfloat16"} and 0 < found.hidden_size <= 2**24
+        typed = {found.dtype, found.compute_dtype} <= {
+            "float32",
+            "bfloat16",
+        } and 0 < found.hidden_size <= 2**24
         layers = list(found.target_layer_ids)
         rising = bool(layers) and layers == sorted(set(layers)) and layers[0] >= 0
         return None if held and fits and typed and rising else "a manifest of no capture"
 
     partial_line = {"messages": answered, "prompt_line": 1, "finished": True, "generator": settings}
-    record = {"step": 4, "split": "train", "loss": 1.5, "not_finite": ["grad_norm"], "grad_norm": None}
+    record = {
+        "step": 4,
+        "split": "train",
+        "loss": 1.5,
+        "not_finite": ["grad_norm"],
+        "grad_norm": None,
+    }
     return [
         Parser(
             "lines of data",
@@ -297,7 +363,14 @@ def _data_parsers(directory: Path) -> list[Parser]:
             rows_words,
         ),
         Parser(
-            *("capture manifest", 12, as_json(manifest), json_cases(manifest), read_capture, wrong_manifest),
+            *(
+                "capture manifest",
+                12,
+                as_json(manifest),
+                json_cases(manifest),
+                read_capture,
+                wrong_manifest,
+            ),
             lambda content: (
                 place.write_bytes(content)
                 and [
@@ -308,11 +381,17 @@ def _data_parsers(directory: Path) -> list[Parser]:
         ),
         Parser(
             *("partial answers", 10, as_json(partial_line), json_cases(partial_line), read_partial),
-            lambda found: None if all(n == 1 and type(x) is bool for n, x in found.items()) else "another line",
+            lambda found: (
+                None
+                if all(n == 1 and type(x) is bool for n, x in found.items())
+                else "another line"
+            ),
         ),
         Parser(
             *("metrics.jsonl", 5, as_json(record), json_cases(record), read_log),
-            lambda found: None if all(type(one["step"]) is int for one in found) else "a record without step",
+            lambda found: (
+                None if all(type(one["step"]) is int for one in found) else "a record without step"
+            ),
         ),
     ]
 

@@ -38,7 +38,9 @@ def main() -> int:
     options.add_argument("--only", help="parsers whose name contains this")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder, quiet():
-        parsers = [one for one in all_parsers(Path(folder)) if not given.only or given.only in one.name]
+        parsers = [
+            one for one in all_parsers(Path(folder)) if not given.only or given.only in one.name
+        ]
         if given.cli:
             return through_the_command(parsers, Path(folder), count=given.cli, seed=given.seed)
         began = time.monotonic()
@@ -145,7 +147,11 @@ def through_the_command(parsers: list[Parser], folder: Path, *, count: int, seed
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             kind, _ = outcome(parser, case)
         words = parser.words(case.content)
-        if kind != REFUSED or words is None or any("\0" in word or len(word) > 100_000 for word in words):
+        if (
+            kind != REFUSED
+            or words is None
+            or any("\0" in word or len(word) > 100_000 for word in words)
+        ):
             continue
         done += 1
         before = sorted(folder.rglob("*"))
@@ -156,18 +162,30 @@ def through_the_command(parsers: list[Parser], folder: Path, *, count: int, seed
             done -= 1
             continue
         result = subprocess.run(
-            encoded, env=environment, capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=120
+            encoded,
+            env=environment,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            timeout=120,
         )
         text = result.stderr.decode("utf-8", "replace")
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         made = sorted(set(folder.rglob("*")) - set(before))
-        sound = result.returncode == 2 and len(errors) == 1 and len(errors[0]) <= 500 and errors[0].isprintable()
+        sound = (
+            result.returncode == 2
+            and len(errors) == 1
+            and len(errors[0]) <= 500
+            and errors[0].isprintable()
+        )
         if not sound or "Traceback" in text or made or result.stdout:
             bad += 1
             print(
                 f"-- {parser.name}: code {result.returncode}, made {made[:3]}\n{text[-800:]}\n   {case.content!r:.300}"
             )
-    print(f"{done} through the command: {done - bad} with code 2 and one line, nothing made; {bad} otherwise")
+    print(
+        f"{done} through the command: {done - bad} with code 2 and one line, nothing made; {bad} otherwise"
+    )
     return int(bad > 0)
 
 

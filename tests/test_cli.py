@@ -54,9 +54,13 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     code, out, log = domino("train", config, f"data.train={answers}", "data.heldout=null")
     assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
     assert f"{answers}: {share} are unfinished" in log
-    code, out, log = domino("evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6)
+    code, out, log = domino(
+        "evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6
+    )
     assert code == 0 and "tau, head off" in out
-    assert "\nprompts: compiling\n" in log and log.endswith(f"saving {tmp_path / 'run' / 'evaluation.json'}\n")
+    assert "\nprompts: compiling\n" in log and log.endswith(
+        f"saving {tmp_path / 'run' / 'evaluation.json'}\n"
+    )
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     figures = report["sets"]["prompts"]
     assert figures["prompts"] == 2 and figures["tokens_compared"] == figures["tokens_equal"]
@@ -91,16 +95,23 @@ def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path
     assert domino("export", run, again, "--dtype", "float32")[0] == 0
     code, _, log = domino("export", run, again)
     assert code == 2 and "already there" in log and "loading" not in log
-    assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == (
+        exported / "model.safetensors"
+    ).read_bytes()
     assert load_hf_draft(again)[0] == before.config
 
 
-def test_export_for_an_engine_refuses_what_it_would_misread(domino, trained: Path, tmp_path: Path) -> None:
+def test_export_for_an_engine_refuses_what_it_would_misread(
+    domino, trained: Path, tmp_path: Path
+) -> None:
     code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "vllm")
     assert (code, out) == (2, "") and not (tmp_path / "draft").exists()
     assert "not for vllm: projector_type is domino" in log and "; shift_label is true: " in log
     code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "sglang")
-    assert (code, out) == (0, f"{tmp_path / 'draft'}\n") and "sglang proposes 3 tokens per cycle (K - 1)" in log
+    assert (code, out) == (
+        0,
+        f"{tmp_path / 'draft'}\n",
+    ) and "sglang proposes 3 tokens per cycle (K - 1)" in log
     assert "proposes" not in domino("export", trained / "run", tmp_path / "other")[2]
     assert domino("export", trained / "run", tmp_path / "third", "--for", "tgi")[0] == 2
 
@@ -114,7 +125,10 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         (("train", tmp_path / "none.yaml"), "none.yaml"),
         (("train", empty), "expected a mapping"),
         (("train", misspelt), "did you mean 'steps'?"),
-        (("train", trained / "config.yaml", "loss.num_anchors=many"), "loss: num_anchors: expected int"),
+        (
+            ("train", trained / "config.yaml", "loss.num_anchors=many"),
+            "loss: num_anchors: expected int",
+        ),
         (("train",), "Missing argument"),
         (("learn",), "No such command"),
         (("evaluate", tmp_path, trained / "prompts.jsonl"), "not a run directory"),
@@ -122,43 +136,79 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         (("generate", trained / "run", " "), "prompt is empty"),
         (("generate", trained / "run", "a", "--max-new-tokens", 0), "max-new-tokens"),
         (("generate", trained / "run", "a", "--max-new-tokens", 10**11), "max-new-tokens"),
-        (("generate", trained / "run", "a", "--max-new-tokens", 129), "has 128 positions; give fewer"),
+        (
+            ("generate", trained / "run", "a", "--max-new-tokens", 129),
+            "has 128 positions; give fewer",
+        ),
         (("generate", "nope"), "nope: not a run directory"),
         (("generate", trained / "run", "a", "--temperature", "nan"), "nan is not a finite number"),
         (("generate", trained / "run", "a", "--temperature", "inf"), "inf is not a finite number"),
-        (("generate", trained / "run", "a", "--temperature", "1e-30"), "expected 0, or 0.001 to 1000, found 1e-30"),
+        (
+            ("generate", trained / "run", "a", "--temperature", "1e-30"),
+            "expected 0, or 0.001 to 1000, found 1e-30",
+        ),
         (("generate", trained / "run", "a", "--seed", -1), "--seed"),
         (("generate", trained / "run", "a", "--seed", 2**32), "--seed"),
         (("generate", trained / "run", "\udcff"), "'\\udcff' is not valid Unicode"),
-        (("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 1, a: 2}"), "the key 'a' is given twice"),
-        (("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 2001-99-99"), "not valid YAML"),
+        (
+            ("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 1, a: 2}"),
+            "the key 'a' is given twice",
+        ),
+        (
+            ("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 2001-99-99"),
+            "not valid YAML",
+        ),
         (("generate", trained / "run", "a", "--dtype", "x" * 10**5), "--dtype"),
-        (("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "nan"), "nan is not a finite number"),
-        (("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "inf"), "inf is not a finite number"),
+        (
+            ("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "nan"),
+            "nan is not a finite number",
+        ),
+        (
+            ("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "inf"),
+            "inf is not a finite number",
+        ),
         (("train", trained / "config.yaml", "seed=-1"), "seed must lie in 0..2**32-1, found -1"),
         (("train", trained / "config.yaml", "x" * 10**5), "expected key=value"),
         (("train", trained / "config.yaml", "\udcff=1"), "is not valid Unicode"),
         (("train\n",), "No such command"),
         (("export", trained / "run", trained), "not an empty directory"),
-        (("import", trained / "target", tmp_path / "new", "--target", trained / "target"), "dflash_config"),
-        (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"), "nobody"),
+        (
+            ("import", trained / "target", tmp_path / "new", "--target", trained / "target"),
+            "dflash_config",
+        ),
+        (
+            ("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"),
+            "nobody",
+        ),
         (("target", "x.gguf"), "give the directory"),
         # Nothing is assumed about whose words a drafter learns.
-        (("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl"), "'--target'. Expected a directory or a bui"),
-        (("import", trained / "target", tmp_path / "new"), "a built-in name (smollm2-135m-instruct)"),
-        (("capture", trained / "config.yaml", "data.batch_size=4"), "'data.batch_size=4', which looks like an overri"),
+        (
+            ("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl"),
+            "'--target'. Expected a directory or a bui",
+        ),
+        (
+            ("import", trained / "target", tmp_path / "new"),
+            "a built-in name (smollm2-135m-instruct)",
+        ),
+        (
+            ("capture", trained / "config.yaml", "data.batch_size=4"),
+            "'data.batch_size=4', which looks like an overri",
+        ),
         (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
     ):
         code, out, log = domino(*words)
         assert (code, out) == (2, ""), words
         lines = log.strip().splitlines()
-        assert lines[-1].startswith("error: ") and message in lines[-1] and "Traceback" not in log, words
+        assert (
+            lines[-1].startswith("error: ") and message in lines[-1] and "Traceback" not in log
+        ), words
         assert len(lines[-1]) <= 500 and lines[-1].isprintable(), words
     assert not (tmp_path / "new").exists() and not (tmp_path / "a.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [(b"\xff", "standard input: not UTF-8 text"), (b" \n", "the prompt is empty")]
+    ("given", "message"),
+    [(b"\xff", "standard input: not UTF-8 text"), (b" \n", "the prompt is empty")],
 )
 def test_a_prompt_that_cannot_be_read_is_refused(
     domino, trained: Path, monkeypatch: pytest.MonkeyPatch, given: bytes, message: str
@@ -173,9 +223,21 @@ def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> No
     code, out, log = domino("capture", config, states, "--limit-gb", 1e-6)
     assert (code, out) == (2, "") and "above the limit of 1e-06 GB; --yes" in log.splitlines()[-1]
     assert not states.exists()
-    code, out, log = domino("capture", config, states, "--limit-gb", 1e-6, "--yes", "data.max_length=20")
-    assert (code, out) == (0, f"{states}\n") and "tokens of 24 rows, 69 bytes each" in log and "shard 1/1" in log
-    words = ("train", config, f"run_dir={tmp_path / 'run'}", "data.train=null", f"data.features={states}")
+    code, out, log = domino(
+        "capture", config, states, "--limit-gb", 1e-6, "--yes", "data.max_length=20"
+    )
+    assert (
+        (code, out) == (0, f"{states}\n")
+        and "tokens of 24 rows, 69 bytes each" in log
+        and "shard 1/1" in log
+    )
+    words = (
+        "train",
+        config,
+        f"run_dir={tmp_path / 'run'}",
+        "data.train=null",
+        f"data.features={states}",
+    )
     code, out, log = domino(*words)
     assert (code, out) == (2, "") and "max_length is 20, asked for is 24" in log
     assert not (tmp_path / "run").exists()
@@ -214,7 +276,13 @@ def spoilt(trained: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("regenerate", "{trained}/prompts.jsonl", "{new}/answers.jsonl", "--target", "{trained}/target"),
+        (
+            "regenerate",
+            "{trained}/prompts.jsonl",
+            "{new}/answers.jsonl",
+            "--target",
+            "{trained}/target",
+        ),
         (
             "regenerate",
             "{trained}/prompts.jsonl",
@@ -226,7 +294,12 @@ def spoilt(trained: Path) -> Iterator[str]:
         ),
         ("capture", "{trained}/config.yaml", "{new}/states"),
         ("train", "{trained}/config.yaml", "run_dir={new}/run"),
-        ("train", "{trained}/config.yaml", "run_dir={new}/run", "draft.init_layers_from_target=true"),
+        (
+            "train",
+            "{trained}/config.yaml",
+            "run_dir={new}/run",
+            "draft.init_layers_from_target=true",
+        ),
         ("generate", "{trained}/run", "a b"),
         ("evaluate", "{trained}/run", "{trained}/prompts.jsonl"),
     ],
@@ -237,26 +310,37 @@ def test_nothing_runs_on_a_target_that_is_not_finite(
     code, out, log = domino(*(word.format(trained=trained, new=tmp_path) for word in words))
     last = log.splitlines()[-1]
     assert (code, out) == (2, "") and "Traceback" not in log
-    assert last.startswith("error: ") and f"tensor {spoilt}: 1 of 512 entries are not finite in " in last
+    assert (
+        last.startswith("error: ")
+        and f"tensor {spoilt}: 1 of 512 entries are not finite in " in last
+    )
     assert not list(tmp_path.iterdir())
 
 
-def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(domino, trained: Path, tmp_path: Path) -> None:
+def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(
+    domino, trained: Path, tmp_path: Path
+) -> None:
     record, params, _ = load_draft(trained / "run")
     params["norm"]["weight"] = params["norm"]["weight"].at[2].set(np.inf)
     save_draft(tmp_path / "run", params, record)
     code, out, log = domino("export", tmp_path / "run", tmp_path / "draft")
     assert (code, out) == (2, "") and "Traceback" not in log and not (tmp_path / "draft").exists()
-    assert "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    assert (
+        "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    )
     assert domino("export", trained / "run", tmp_path / "draft")[0] == 0
     (tmp_path / "draft" / "SHA256SUMS").unlink()
     file = tmp_path / "draft" / "model.safetensors"
     tensors = load_file(file)
     tensors["norm.weight"][2] = np.inf
     save_file(tensors, file)
-    code, out, log = domino("import", tmp_path / "draft", tmp_path / "again", "--target", trained / "target")
+    code, out, log = domino(
+        "import", tmp_path / "draft", tmp_path / "again", "--target", trained / "target"
+    )
     assert (code, out) == (2, "") and not (tmp_path / "again").exists()
-    assert "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    assert (
+        "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    )
 
 
 def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
@@ -330,7 +414,18 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "verb", ["target", "regenerate", "capture", "plan", "train", "generate", "evaluate", "export", "import"]
+    "verb",
+    [
+        "target",
+        "regenerate",
+        "capture",
+        "plan",
+        "train",
+        "generate",
+        "evaluate",
+        "export",
+        "import",
+    ],
 )
 def test_help_teaches(domino, verb: str) -> None:
     code, out, _ = domino(verb, "--help")
@@ -353,16 +448,27 @@ def test_a_full_disk_is_one_line_that_says_what_is_kept(
 
 def test_help_documents_each_exit_code(domino) -> None:
     _, out, _ = domino("--help")
-    codes = (("0", "done"), ("1", "plan: "), ("2", "bad input"), ("3", "train: "), ("130", "interrupted"), ("141", ""))
+    codes = (
+        ("0", "done"),
+        ("1", "plan: "),
+        ("2", "bad input"),
+        ("3", "train: "),
+        ("130", "interrupted"),
+        ("141", ""),
+    )
     for code, words in codes:
         assert re.search(rf"^ +{code} +{words}", out, re.MULTILINE), code
 
 
-def test_a_run_that_went_astray_has_an_exit_code_of_its_own(domino, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_went_astray_has_an_exit_code_of_its_own(
+    domino, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def astray(*_: object, **__: object) -> None:
         raise Diverged("stopped: " + "finite " * 40)
 
-    monkeypatch.setattr("domino_jax.cli.train.load_config", lambda *_: SimpleNamespace(run_dir="run"))
+    monkeypatch.setattr(
+        "domino_jax.cli.train.load_config", lambda *_: SimpleNamespace(run_dir="run")
+    )
     monkeypatch.setattr("domino_jax.cli.train.train_run", astray)
     code, out, err = domino("train", "run.yaml")
     assert code == 3 and not out

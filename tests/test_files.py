@@ -38,7 +38,9 @@ def test_read_json_names_the_file(tmp_path: Path, text: str | None, message: str
         read_json(tmp_path / "config.json")
 
 
-def test_write_whole_leaves_what_was_there_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_whole_leaves_what_was_there_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "config.yaml"
     write_whole(path, "old\n")
 
@@ -105,7 +107,9 @@ def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
         ("SHA256SUMS", b"\xff", "SHA256SUMS: not UTF-8"),
     ],
 )
-def test_damage_names_the_file(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+def test_damage_names_the_file(
+    tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
     directory = saved(tmp_path)
     if content is None:
         (directory / name).unlink()
@@ -190,16 +194,31 @@ def test_parse_json_refuses(text: str, message: str) -> None:
 
 
 def test_parse_json_reads_the_bounds() -> None:
-    assert parse_json("[" * 64 + "]" * 64, place="f") and parse_json(f"{'9' * 64}", place="f") == 10**64 - 1
+    assert (
+        parse_json("[" * 64 + "]" * 64, place="f")
+        and parse_json(f"{'9' * 64}", place="f") == 10**64 - 1
+    )
     assert parse_json("[Infinity]", place="f", nonfinite=True) == [float("inf")]
 
 
-def test_read_lines_counts_and_cuts_what_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_lines_counts_and_cuts_what_is_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "LINE_BYTES", 4)
     (tmp_path / "x").write_bytes(b"ab\n\n123456789012\nabc\nend")
-    assert list(read_lines(tmp_path / "x")) == [(1, b"ab\n"), (2, b"\n"), (3, b"12345"), (4, b"abc\n"), (5, b"end")]
+    assert list(read_lines(tmp_path / "x")) == [
+        (1, b"ab\n"),
+        (2, b"\n"),
+        (3, b"12345"),
+        (4, b"abc\n"),
+        (5, b"end"),
+    ]
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("pipe", "not a regular file"), ("none", "No such file"), ("a\0", "null")):
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("none", "No such file"),
+        ("a\0", "null"),
+    ):
         with pytest.raises(InputError, match=message):
             next(read_lines(tmp_path / name))
 
@@ -218,7 +237,9 @@ def test_a_link_may_stay_in_its_model(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(snapshot)
     for directory in (snapshot, tmp_path / "linked"):
         assert checked_file(directory, "config.json") and checked_file(directory, "other.json")
-        with pytest.raises(InputError, match=r"out\.json: a link out of its directory, to .*secret; .*copy it"):
+        with pytest.raises(
+            InputError, match=r"out\.json: a link out of its directory, to .*secret; .*copy it"
+        ):
             checked_file(directory, "out.json")
     (tmp_path / "gone").symlink_to("nowhere")
     with pytest.raises(InputError, match="No such file"):

@@ -38,4 +38,7 @@ def test_require_finite_says_where_and_how_many() -> None:
     values[0, 1], values[2] = np.nan, np.inf
     with pytest.raises(InputError) as caught:
         require_finite(values, place="draft: tensor fc.weight", remedy="take another")
-    assert str(caught.value) == "draft: tensor fc.weight: 5 of 12 entries are not finite in float32; take another"
+    assert (
+        str(caught.value)
+        == "draft: tensor fc.weight: 5 of 12 entries are not finite in float32; take another"
+    )

@@ -14,8 +14,20 @@ from fuzz_run import ACCEPTED, BAD, REFUSED, outcome, quiet, run
 from domino_jax.strict import InputError
 
 NAMES = (
-    *("config.yaml", "key=value words", "--chat-template-kwargs", "decoding options", "lines of data"),
-    *("capture manifest", "partial answers", "metrics.jsonl", "config.json, target", "config.json, draft"),
+    *(
+        "config.yaml",
+        "key=value words",
+        "--chat-template-kwargs",
+        "decoding options",
+        "lines of data",
+    ),
+    *(
+        "capture manifest",
+        "partial answers",
+        "metrics.jsonl",
+        "config.json, target",
+        "config.json, draft",
+    ),
     *("safetensors", "safetensors index", "GGUF", "tokenizer files", "chat templates"),
 )
 
@@ -30,7 +42,9 @@ def test_every_parser_is_fuzzed(parsers: dict[str, Parser]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_mutated_input_is_refused_in_one_line_or_right(parsers: dict[str, Parser], name: str) -> None:
+def test_a_mutated_input_is_refused_in_one_line_or_right(
+    parsers: dict[str, Parser], name: str
+) -> None:
     parser = parsers[name]
     assert outcome(parser, Case(parser.good)) == (ACCEPTED, "")
     said: list[str] = []
@@ -51,12 +65,18 @@ def test_the_harness_sees_what_is_wrong(parsers: dict[str, Parser]) -> None:
     def refuses(content: object) -> object:
         raise InputError("no")
 
-    def judged(read: object, wrong: object = lambda found: None, forbidden: str | None = None) -> str:
+    def judged(
+        read: object, wrong: object = lambda found: None, forbidden: str | None = None
+    ) -> str:
         parser = Parser("x", 1, 1, lambda rng: Case(1), read, wrong)  # type: ignore[arg-type]
         return outcome(parser, Case(1, forbidden))[0]
 
     assert judged(fails) == "tracebacks" and judged(refuses) == REFUSED and judged(int) == ACCEPTED
-    assert judged(int, lambda found: "wrong") == judged(int, forbidden="twice") == "accepted though forbidden"
+    assert (
+        judged(int, lambda found: "wrong")
+        == judged(int, forbidden="twice")
+        == "accepted though forbidden"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fuzz_run.SECONDS", 0.2)
         assert judged(endless) == "slower than 10 s"

@@ -41,10 +41,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_target(directory / "target")
     settings = directory / "target" / "config.json"
     # Room for answers that take longer than a test does.
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_position_embeddings": 2**15}))
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"max_position_embeddings": 2**15})
+    )
     target = load_target(directory / "target")
     tokenizer = load_tokenizer(directory / "target")
-    config = draft_of(load_config(run_config(directory, directory / "target")), target.config, tokenizer)
+    config = draft_of(
+        load_config(run_config(directory, directory / "target")), target.config, tokenizer
+    )
     params = nn.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
     record = DraftRecord(config, str(directory / "target"), chat_template(tokenizer, {}))
     save_draft(directory / "run", params, record)
@@ -73,7 +77,11 @@ def wait_until_answered(process: subprocess.Popen[str]) -> None:
 
 # The line of stderr after which the signal is sent, and whether it comes in the middle of a compilation.
 MOMENTS = (
-    ("regenerate", "compiling", ("prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4000")),
+    (
+        "regenerate",
+        "compiling",
+        ("prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4000"),
+    ),
     ("evaluate", "compiling", ("run", "prompts.jsonl", "--max-new-tokens", "2000")),
     ("evaluate", "1/30 prompts", ("run", "prompts.jsonl", "--max-new-tokens", "200")),
     ("generate", "compiling", ("run", "a b c", "--max-new-tokens", "20000")),
@@ -82,8 +90,12 @@ MOMENTS = (
 )
 
 
-@pytest.mark.parametrize(("verb", "moment", "words"), MOMENTS, ids=lambda x: x if isinstance(x, str) else "")
-def test_ctrl_c_ends_with_one_line(place: Path, verb: str, moment: str, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("verb", "moment", "words"), MOMENTS, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_ctrl_c_ends_with_one_line(
+    place: Path, verb: str, moment: str, words: tuple[str, ...]
+) -> None:
     process = begin(place, verb, *words)
     assert process.stderr is not None
     for line in process.stderr:
@@ -96,7 +108,9 @@ def test_ctrl_c_ends_with_one_line(place: Path, verb: str, moment: str, words: t
     assert process.returncode == 130, errors
     assert time.monotonic() - sent < 10
     lines = [line for line in errors.splitlines() if "interrupted" in line]
-    assert lines == [LINES[verb]] and lines[0] == errors.splitlines()[-1] and "Traceback" not in errors
+    assert (
+        lines == [LINES[verb]] and lines[0] == errors.splitlines()[-1] and "Traceback" not in errors
+    )
 
 
 def test_ctrl_c_while_the_program_is_imported(place: Path) -> None:
@@ -106,7 +120,9 @@ def test_ctrl_c_while_the_program_is_imported(place: Path) -> None:
     sent = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, f"interrupted: {NOT_BEGUN}\n")
-    assert time.monotonic() - sent < interrupts.GRACE_SECONDS  # at once: nothing can be half-written yet
+    assert (
+        time.monotonic() - sent < interrupts.GRACE_SECONDS
+    )  # at once: nothing can be half-written yet
     assert not (place / "draft").exists()
 
 
@@ -127,7 +143,9 @@ def test_a_closed_pipe_is_no_traceback(place: Path) -> None:
     for pipe in ("2>errors | true", "2>&1 >/dev/null | true"):
         (place / "errors").write_text("")
         line = f"{words} {pipe}; echo ${{PIPESTATUS[0]}}"
-        result = subprocess.run(["bash", "-c", line], cwd=place, capture_output=True, text=True, env=environment)
+        result = subprocess.run(
+            ["bash", "-c", line], cwd=place, capture_output=True, text=True, env=environment
+        )
         assert result.stdout.strip() == "141", result
         assert "Traceback" not in (place / "errors").read_text() + result.stderr
 
@@ -145,7 +163,9 @@ def test_a_signal_is_answered_though_nobody_hears_it(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writer, cwd=tmp_path, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=writer, cwd=tmp_path, env=environment
+    )
     os.close(writer)
     os.close(reader)
     assert process.stdout is not None
@@ -206,7 +226,9 @@ def run_body(body: str, signals: int) -> tuple[int, str, float]:
     )
     command = [sys.executable, "-c", code]
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=path)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=path
+    )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     began = time.monotonic()
@@ -225,7 +247,11 @@ READY = "print('ready', flush=True)"
     ("body", "signals", "seconds"),
     [
         # At the next safe point, and not only after the grace.
-        (f"keeps('all'); {READY}; [(time.sleep(0.1), safe_point()) for _ in range(300)]", 1, (0, 2.5)),
+        (
+            f"keeps('all'); {READY}; [(time.sleep(0.1), safe_point()) for _ in range(300)]",
+            1,
+            (0, 2.5),
+        ),
         # Where none comes: the main thread may be deep in a compilation.
         (f"keeps('all'); {READY}; time.sleep(30)", 1, (2.5, 20)),
         (f"keeps('all'); {READY}; time.sleep(30)", 2, (0, 2.5)),

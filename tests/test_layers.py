@@ -68,7 +68,10 @@ def test_dense_keeps_a_float32_master_and_computes_in_its_dtype() -> None:
     chex.assert_type(boxed.value, jnp.float32)
     assert layer.apply({"params": {"weight": boxed.value}}, x).dtype == jnp.bfloat16
     assert (
-        Dense(7, ("mlp", "embed")).apply({"params": {"weight": boxed.value}}, x.astype("bfloat16")).dtype == jnp.float32
+        Dense(7, ("mlp", "embed"))
+        .apply({"params": {"weight": boxed.value}}, x.astype("bfloat16"))
+        .dtype
+        == jnp.float32
     )
 
 
@@ -99,7 +102,9 @@ def test_rms_norm_of_bfloat16_takes_float32_statistics() -> None:
     assert ours.dtype == jnp.bfloat16
     exact = bits(x).astype(np.float64)
     exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_array_equal(bits(ours), bits(jnp.asarray(exact.astype(np.float32)).astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(
+        bits(ours), bits(jnp.asarray(exact.astype(np.float32)).astype(jnp.bfloat16))
+    )
 
 
 def test_swiglu_equals_torch() -> None:
@@ -109,9 +114,12 @@ def test_swiglu_equals_torch() -> None:
     params = initialised(SwiGLU(CFG), x)
     ours = SwiGLU(CFG).apply(params, x)
     gate, up, down = (
-        torch.tensor(np.asarray(params["params"][name]["weight"])) for name in ("gate_proj", "up_proj", "down_proj")
+        torch.tensor(np.asarray(params["params"][name]["weight"]))
+        for name in ("gate_proj", "up_proj", "down_proj")
     )
-    theirs = (torch.nn.functional.silu(torch.tensor(x) @ gate.T) * (torch.tensor(x) @ up.T)) @ down.T
+    theirs = (
+        torch.nn.functional.silu(torch.tensor(x) @ gate.T) * (torch.tensor(x) @ up.T)
+    ) @ down.T
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-8)
     assert SwiGLU(BF16).apply(params, x).dtype == jnp.bfloat16
 
@@ -129,13 +137,17 @@ def test_rotary_equals_transformers(theta: float, head_dim: int) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
-    tables = rotary(jnp.asarray(positions), dataclasses.replace(CFG, head_dim=head_dim, rope_theta=theta))
+    tables = rotary(
+        jnp.asarray(positions), dataclasses.replace(CFG, head_dim=head_dim, rope_theta=theta)
+    )
     np.testing.assert_allclose(tables.cos, cos.numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(tables.sin, sin.numpy(), rtol=1e-5, atol=1e-5)
 
     heads = normal(2, 3, 4, head_dim)
     theirs, _ = apply_rotary_pos_emb(torch.tensor(heads), torch.tensor(heads), cos, sin)
-    np.testing.assert_allclose(rotate(jnp.asarray(heads), tables), theirs.numpy(), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        rotate(jnp.asarray(heads), tables), theirs.numpy(), rtol=1e-5, atol=2e-5
+    )
 
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -172,7 +184,9 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize(("theta", "head_dim"), [(5e5, 64), (1e6, 128), (1e4, 16)])
-def test_scaled_rotary_frequencies_equal_transformers(name: str, theta: float, head_dim: int) -> None:
+def test_scaled_rotary_frequencies_equal_transformers(
+    name: str, theta: float, head_dim: int
+) -> None:
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -186,10 +200,14 @@ def test_scaled_rotary_frequencies_equal_transformers(name: str, theta: float, h
         rope_parameters={"rope_theta": theta, **scaling},
     )
     theirs, amplitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
-    cfg = dataclasses.replace(CFG, head_dim=head_dim, rope_theta=theta, rope_scaling=RopeScaling(**scaling))
+    cfg = dataclasses.replace(
+        CFG, head_dim=head_dim, rope_theta=theta, rope_scaling=RopeScaling(**scaling)
+    )
     ours = rotary_frequencies(cfg)
     assert ours.inverse.dtype == np.float32
-    np.testing.assert_allclose(ours.inverse, theirs.numpy(), rtol=2e-6)  # theirs is float32 throughout
+    np.testing.assert_allclose(
+        ours.inverse, theirs.numpy(), rtol=2e-6
+    )  # theirs is float32 throughout
     assert ours.amplitude == pytest.approx(amplitude, rel=1e-12)
     plain = rotary_frequencies(dataclasses.replace(cfg, rope_scaling=None))
     assert np.abs(ours.inverse / plain.inverse - 1).max() > 0.3 or name == "yarn_short"
@@ -197,7 +215,9 @@ def test_scaled_rotary_frequencies_equal_transformers(name: str, theta: float, h
     positions = np.array([[0, 1, 100, 1000]], np.int32)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
     tables = rotary(jnp.asarray(positions), cfg)
-    np.testing.assert_allclose(tables.cos, cos.numpy(), atol=5e-4)  # 1000 positions of their rounding
+    np.testing.assert_allclose(
+        tables.cos, cos.numpy(), atol=5e-4
+    )  # 1000 positions of their rounding
     np.testing.assert_allclose(tables.sin, sin.numpy(), atol=5e-4)
 
 
@@ -219,7 +239,9 @@ def test_rotate_keeps_the_type_and_computes_in_float32() -> None:
     tables = rotary(jnp.arange(3)[None] + 1000, EIGHT_WIDE)
     ours = rotate(heads, tables)
     assert ours.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(bits(ours), bits(rotate(heads.astype(jnp.float32), tables).astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(
+        bits(ours), bits(rotate(heads.astype(jnp.float32), tables).astype(jnp.bfloat16))
+    )
 
 
 def test_rotate_at_position_zero_is_the_identity() -> None:
@@ -257,10 +279,14 @@ def test_attention_projections_equal_transformers(qk_norm: bool) -> None:
     reference = Qwen3Attention(config, layer_idx=0)
     if not qk_norm:
         reference.q_norm = reference.k_norm = torch.nn.Identity()
-    weights = {f"{name}.weight": torch.tensor(np.asarray(leaf["weight"])) for name, leaf in params.items()}
+    weights = {
+        f"{name}.weight": torch.tensor(np.asarray(leaf["weight"])) for name, leaf in params.items()
+    }
     reference.load_state_dict(weights, strict=True)
     embeddings = Qwen3RotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
     bias = torch.where(torch.tensor(mask)[:, None], 0.0, float("-inf"))
     with torch.no_grad():
         theirs, _ = reference(torch.tensor(x), embeddings, bias)
-    np.testing.assert_allclose(module.apply({"params": params}, x, method=run), theirs.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        module.apply({"params": params}, x, method=run), theirs.numpy(), rtol=1e-5, atol=1e-6
+    )

@@ -161,7 +161,10 @@ def test_bad_input_is_one_line(domino, config: Path, place: str) -> None:
     code, _, log = domino("plan", config, "--on", "v9:2x2")
     assert code == 2 and log.startswith("error: --on 'v9:2x2': expected v4:AxBxC")
     code, _, log = domino("plan", config, "--on", place, "--json", "nowhere/plan.json")
-    assert (code, log) == (2, "error: --json nowhere/plan.json: no directory nowhere; make it first\n")
+    assert (code, log) == (
+        2,
+        "error: --json nowhere/plan.json: no directory nowhere; make it first\n",
+    )
     require_compiler(place)
     code, _, log = domino("plan", config, "--on", place, "mesh.data=3")
     assert code == 2 and "error: mesh: mesh data=3" in log
@@ -288,7 +291,9 @@ NODE = ("mesh.fsdp=8", "data.batch_size=16", "optimizer.grad_accumulation=1")
         ("h100:1", ("data.batch_size=1", "optimizer.grad_accumulation=1"), 34),
     ],
 )
-def test_the_published_recipe_fits(tmp_path: Path, place: str, words: tuple[str, ...], gib: int) -> None:
+def test_the_published_recipe_fits(
+    tmp_path: Path, place: str, words: tuple[str, ...], gib: int
+) -> None:
     require_compiler(place)
     tree = {"model_type": "qwen3", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6}
     tree |= {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288}

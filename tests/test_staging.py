@@ -39,7 +39,10 @@ def test_whole_directory_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
     assert not names(tmp_path)
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "mine").write_text("")
-    with pytest.raises(InputError, match="draft: already there and not an empty directory"), whole_directory(place):
+    with (
+        pytest.raises(InputError, match="draft: already there and not an empty directory"),
+        whole_directory(place),
+    ):
         raise AssertionError
     assert names(place) == ["mine"]
 

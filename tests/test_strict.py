@@ -84,7 +84,9 @@ def test_a_number_that_float32_does_not_hold_is_refused() -> None:
     class Rate:
         rate: float
 
-    assert from_tree(Rate, {"rate": 0}, place="file") == Rate(0.0) and from_tree(Rate, {"rate": "1e38"}, place="file")
+    assert from_tree(Rate, {"rate": 0}, place="file") == Rate(0.0) and from_tree(
+        Rate, {"rate": "1e38"}, place="file"
+    )
     for value in (1e39, "1e-39", -1e300):
         with pytest.raises(InputError, match=r"file: rate: .* is not a number that float32 holds"):
             from_tree(Rate, {"rate": value}, place="file")

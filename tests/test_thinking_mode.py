@@ -111,7 +111,9 @@ def test_states_captured_under_another_setting_are_refused(place: Path, tmp_path
     assert f"{told}{{}}" in refused("capture", config, states, rows)
 
 
-def test_decoding_takes_the_setting_of_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_takes_the_setting_of_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, prompts = place / "run", place / "prompts.jsonl"
     asked: list[Any] = []
 
@@ -140,7 +142,9 @@ def test_exchange_keeps_the_setting(place: Path, tmp_path: Path) -> None:
     assert load_draft(tmp_path / "imported")[0].chat_template == recorded
     domino("import", exported, tmp_path / "told", *target, *TOLD)
     line = refused("import", exported, tmp_path / "other", *target, *OTHERWISE)
-    assert line.endswith(f'{TRAINED_WITH}{{"enable_thinking": true}}; leave them out to take the draft\'s own')
+    assert line.endswith(
+        f'{TRAINED_WITH}{{"enable_thinking": true}}; leave them out to take the draft\'s own'
+    )
 
     # Written by somebody else: what is known is what is said here.
     (exported / "SHA256SUMS").unlink()
@@ -176,7 +180,10 @@ def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) ->
     [
         ("enable_thinking", "--chat-template-kwargs: expected a mapping, found 'enable_thinking'"),
         ("{a: [", "--chat-template-kwargs: not valid YAML: line 1, column 6: "),
-        ("{a: null}", "--chat-template-kwargs: a: expected true, false, a number or text, found None"),
+        (
+            "{a: null}",
+            "--chat-template-kwargs: a: expected true, false, a number or text, found None",
+        ),
         ("{messages: 1}", "the chat template does not read 'messages'; it reads enable_thinking"),
     ],
 )

@@ -28,7 +28,15 @@ SWITCHED_TEMPLATE = (
     "{% if off and m['role'] == 'assistant' %}n o {% endif %}{{ m['content'] }}<|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% if off %}n o {% endif %}{% endif %}"
 )
-WORDS = ["<|im_end|>", "<|im_start|>", "<mask>", "<unk>", "user", "assistant", *"abcdefghijklmnopqrstuvwxyz"]
+WORDS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<mask>",
+    "<unk>",
+    "user",
+    "assistant",
+    *"abcdefghijklmnopqrstuvwxyz",
+]
 MASK_TOKEN_ID = 2
 CONFIG = DecoderConfig(
     vocab_size=len(WORDS),
@@ -45,16 +53,36 @@ CONFIG = DecoderConfig(
 
 def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
     """A random Qwen3 model and a word tokenizer, in Hugging Face form."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>", "<mask>"]
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<mask>"],
     )
     fast.chat_template = template
     fast.save_pretrained(directory)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
-    config = {"model_type": "qwen3", "tie_word_embeddings": False, **{name: getattr(CONFIG, name) for name in names}}
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    names += (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+    )
+    config = {
+        "model_type": "qwen3",
+        "tie_word_embeddings": False,
+        **{name: getattr(CONFIG, name) for name in names},
+    }
     (directory / "config.json").write_text(json.dumps(config))
     variables = Target(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     params = nn.meta.unbox(variables)["params"]
@@ -76,7 +104,9 @@ def stack_layers(params: Any) -> Any:
     return {**rest, "layers": {"layer": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
 
 
-def write_conversations(path: Path, count: int, *, seed: int = 0, answers: bool = True, rounds: int = 1) -> Path:
+def write_conversations(
+    path: Path, count: int, *, seed: int = 0, answers: bool = True, rounds: int = 1
+) -> Path:
     """Random words asked and answered, `rounds` times per conversation, one conversation per line."""
     rng = np.random.default_rng(seed)
 

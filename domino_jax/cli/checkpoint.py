@@ -95,7 +95,9 @@ def import_(
     template = chat_template(tokenizer, kwargs)
     if trained_with is None:
         check_kwargs(tokenizer, kwargs)
-        say(f"{directory} does not say which chat template it was trained with; taking that of {target_name}")
+        say(
+            f"{directory} does not say which chat template it was trained with; taking that of {target_name}"
+        )
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)
     say(f"saving {run}")

@@ -39,7 +39,9 @@ def target(source: str, directory: Path | None) -> None:
     keeps("the target is whole or was not made; the same command starts over")
     if source.endswith(".gguf"):
         if directory is None:
-            raise InputError(f"{source}: give the directory to convert into: domino target {source} DIRECTORY")
+            raise InputError(
+                f"{source}: give the directory to convert into: domino target {source} DIRECTORY"
+            )
         path = convert_gguf(source, directory, progress=say)
     else:
         if directory is not None:
@@ -53,7 +55,11 @@ def target(source: str, directory: Path | None) -> None:
 @click.argument("answers", type=click.Path(path_type=Path))
 @target_option
 @click.option(
-    "--batch-size", type=click.IntRange(1, 2**16), default=32, show_default=True, help="Rows decoded together."
+    "--batch-size",
+    type=click.IntRange(1, 2**16),
+    default=32,
+    show_default=True,
+    help="Rows decoded together.",
 )
 @new_tokens_option
 @temperature_option
@@ -94,10 +100,16 @@ def regenerate(
         def show(done: int, total: int, tokens: int) -> None:
             safe_point()
             if tokens == 0 and done < total:
-                say(f"{done}/{total} prompts are answered already; compiling" if done else "compiling")
+                say(
+                    f"{done}/{total} prompts are answered already; compiling"
+                    if done
+                    else "compiling"
+                )
                 return
             speed = tokens / max(progress.tasks[task].elapsed or 0.0, 1e-9)
-            progress.update(task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s")
+            progress.update(
+                task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s"
+            )
             if not logs.is_terminal:
                 say(f"{done}/{total} prompts answered, {tokens} tokens, {speed:.0f} tokens/s")
 

@@ -67,7 +67,9 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty")
     keeps("nothing is kept of the answer; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens)
+    loaded, drafter = load_run(
+        run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
+    )
     kwargs = drafter.record.chat_template.kwargs
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
@@ -104,8 +106,12 @@ def generate(
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("prompt_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PROMPTS...")
-@click.option("--limit", type=click.IntRange(1), default=None, help="Only the first prompts of each file.")
+@click.argument(
+    "prompt_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PROMPTS..."
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=None, help="Only the first prompts of each file."
+)
 @proposals_option
 @new_tokens_option
 @temperature_option
@@ -132,7 +138,9 @@ def evaluate(
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens)
+    loaded, drafter = load_run(
+        run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
+    )
     kwargs = drafter.record.chat_template.kwargs
     decoder = make_decoder(
         Target(loaded.config),
@@ -161,11 +169,15 @@ def evaluate(
         usable, bad_lines = read_messages(path)
         for bad in bad_lines:
             say(f"{path}:{bad.line}: {bad.reason}")
-        prompts = [encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[:limit]]
+        prompts = [
+            encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[:limit]
+        ]
         for (line, _), ids in zip(usable, prompts, strict=False):
             check_length(decoder, ids, place=f"{path}:{line}")
         say(f"{path.stem}: compiling")
-        figures = _evaluate_set(path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed)
+        figures = _evaluate_set(
+            path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed
+        )
         report["sets"][path.stem] = {"file": str(path)} | figures
     say(f"saving {place}")
     write_whole(place, json.dumps(report, indent=2) + "\n")
@@ -184,11 +196,19 @@ def _standard_input() -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(
+            f"standard input: not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
 
 
 def _evaluate_set(
-    name: str, decoder: Decoder, weights: Weights, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int
+    name: str,
+    decoder: Decoder,
+    weights: Weights,
+    prompts: list[np.ndarray],
+    *,
+    max_new_tokens: int,
+    seed: int,
 ) -> dict[str, Any]:
     with progress_bar() as progress:
         task = progress.add_task(name, total=len(prompts))
@@ -199,4 +219,6 @@ def _evaluate_set(
             if not logs.is_terminal:
                 say(f"{name}: {done}/{len(prompts)} prompts")
 
-        return evaluation.evaluate(decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed, progress=show)
+        return evaluation.evaluate(
+            decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed, progress=show
+        )

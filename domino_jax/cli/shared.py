@@ -34,7 +34,9 @@ _TEMPERATURES = (1e-3, 1e3)
 class FiniteRange(click.FloatRange):
     """A range of numbers, without the "nan" and "inf" that compare as inside one."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         """The number, or click's error."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
@@ -65,7 +67,11 @@ temperature_option = click.option(
     help="0 takes the most likely token.",
 )
 seed_option = click.option(
-    "--seed", type=click.IntRange(0, SEED_LIMIT - 1), default=0, show_default=True, help="Of the sampler."
+    "--seed",
+    type=click.IntRange(0, SEED_LIMIT - 1),
+    default=0,
+    show_default=True,
+    help="Of the sampler.",
 )
 dtype_option = click.option(
     "--dtype",
@@ -159,7 +165,9 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
     path = resolve_target(name, progress=say)
     longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
     if max_new_tokens > longest:
-        raise InputError(f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer")
+        raise InputError(
+            f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer"
+        )
     say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
@@ -192,7 +200,10 @@ def load_run(
     path = resolve_target(record.target, progress=say)
     with hashed_beside(path) as target_sha256:
         loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
-        now = {"target": target_sha256(), "tokenizer": tokenizer_fingerprint(path, loaded.tokenizer)}
+        now = {
+            "target": target_sha256(),
+            "tokenizer": tokenizer_fingerprint(path, loaded.tokenizer),
+        }
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
@@ -215,8 +226,14 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
         make_decoder(target, DraftModel(config))
     except ValueError as error:
         raise InputError(str(error)) from error
-    if config.mask_token_id in (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id):
-        raise InputError(f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target")
+    if config.mask_token_id in (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+    ):
+        raise InputError(
+            f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target"
+        )
 
 
 def progress_bar() -> Progress:

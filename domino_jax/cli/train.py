@@ -19,7 +19,9 @@ from domino_jax.training.preview import print_preview
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Check the run, print what it would be, and create nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check the run, print what it would be, and create nothing."
+)
 def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Train the drafter that the YAML file CONFIG describes; KEY=VALUE words override it.
 
@@ -36,7 +38,10 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         fingerprint = functools.partial(target_fingerprint, checked.target)
         print_preview(read_inputs(checked, target_sha256=fingerprint, say=say), results())
         return
-    keeps(f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on", at_once=True)
+    keeps(
+        f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on",
+        at_once=True,
+    )
     click.echo(train_run(settings, console=logs, stop_requested=stop_requested))
 
 
@@ -51,7 +56,11 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     show_default=True,
     help="Type of the stored states.",
 )
-@click.option("--with-target-states", is_flag=True, help="Also store the target's states after its final norm.")
+@click.option(
+    "--with-target-states",
+    is_flag=True,
+    help="Also store the target's states after its final norm.",
+)
 @click.option(
     "--limit-gb",
     type=FiniteRange(0, min_open=True),

@@ -215,11 +215,15 @@ def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) ->
         raise InputError("the chat template does not show the text of an answer")
     ids, spans = _tokenize(text, tokenizer)
     after = ids[spans[:, 0] >= text.rindex(answer) + len(answer)]
-    end_of_turn = next((int(token) for token in after if int(token) in tokenizer.added_tokens_decoder), None)
+    end_of_turn = next(
+        (int(token) for token in after if int(token) in tokenizer.added_tokens_decoder), None
+    )
     if end_of_turn is not None and end_of_turn not in stops:
         stops.append(end_of_turn)
     if not stops:
-        raise InputError("the tokenizer has no eos token and its chat template no token that ends a turn")
+        raise InputError(
+            "the tokenizer has no eos token and its chat template no token that ends a turn"
+        )
     return tuple(stops)
 
 
@@ -243,8 +247,12 @@ def _encode(
         if text.startswith(prompt):
             _check_marked(index, messages, text, prompt, tokenizer, kwargs)
             begins.append(len(prompt))
-        elif index == answers[-1]:  # Qwen3 shows empty thoughts in the last answer alone: another prompt
-            raise InputError(f"the chat template renders what precedes message {index + 1} otherwise without it")
+        elif (
+            index == answers[-1]
+        ):  # Qwen3 shows empty thoughts in the last answer alone: another prompt
+            raise InputError(
+                f"the chat template renders what precedes message {index + 1} otherwise without it"
+            )
     if not begins:
         raise InputError("no assistant message")
     ids, spans = _tokenize(text, tokenizer)
@@ -275,7 +283,9 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
         spans.append((start, beyond if close < 0 else close + len(THINK_END)))
         start = answer.find(THINK_BEGIN, spans[-1][1])
     bounds = [0, *(bound for span in spans for bound in span), beyond]
-    outside = "".join(answer[begin:end] for begin, end in zip(bounds[::2], bounds[1::2], strict=True))
+    outside = "".join(
+        answer[begin:end] for begin, end in zip(bounds[::2], bounds[1::2], strict=True)
+    )
     return spans if outside.strip() else [(0, beyond)]
 
 
@@ -287,14 +297,18 @@ def _check_own_words(index: int, message: dict[str, Any], stop_texts: Iterable[s
             raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
 
 
-def _check_marked(index: int, messages: Messages, text: str, prompt: str, tokenizer: Any, kwargs: Scalars) -> None:
+def _check_marked(
+    index: int, messages: Messages, text: str, prompt: str, tokenizer: Any, kwargs: Scalars
+) -> None:
     """Refuses a role header that would count as part of the answer after it."""
     # Some templates know no generation prompt and need none.
     if text[len(prompt) :].lstrip().startswith((messages[index]["content"].strip(), THINK_BEGIN)):
         return
     (without,) = render(tokenizer, [Rendering(messages[:index])], kwargs)
     if prompt == without:
-        raise InputError("the chat template ignores add_generation_prompt, which marks where an answer begins")
+        raise InputError(
+            "the chat template ignores add_generation_prompt, which marks where an answer begins"
+        )
 
 
 def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> None:
@@ -314,7 +328,9 @@ def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The ids int32 [n] of rendered text and the characters int64 [n, 2] that each covers, end exclusive."""
     # The template has written the special tokens already; verbose off: long rows are cut later, no warning is due.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return np.array(encoded["input_ids"], np.int32), np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], np.int32), np.array(
+        encoded["offset_mapping"], np.int64
+    ).reshape(-1, 2)
 
 
 def _read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[BadLine]]:
@@ -352,7 +368,9 @@ def _usable_record(raw: bytes) -> dict[str, Any]:
             raise InputError(f"message {number} is not an object with role and content")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise InputError(f"message {number} has unknown role {shown(role)}; known: {', '.join(ROLES)}")
+            raise InputError(
+                f"message {number} has unknown role {shown(role)}; known: {', '.join(ROLES)}"
+            )
         if not isinstance(content, str) or not content.strip():
             raise InputError(f"message {number} ({role}) has no content")
         reasoning = message.get("reasoning_content")

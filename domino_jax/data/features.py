@@ -56,12 +56,19 @@ class Manifest:
         """Refuses what no capture can hold; `shard_rows` may be empty as long as nothing is planned."""
         for name in ("dtype", "compute_dtype"):
             found = getattr(self, name)
-            require(found in _BYTES, f"{name} must be one of {', '.join(_BYTES)}, found {shown(found)}")
+            require(
+                found in _BYTES, f"{name} must be one of {', '.join(_BYTES)}, found {shown(found)}"
+            )
         for name in ("hidden_size", "max_length"):
             found = getattr(self, name)
             require(1 <= found <= SIZE_LIMIT, f"{name} must lie in 1..{SIZE_LIMIT}, found {found}")
         layers = list(self.target_layer_ids)
-        rising = bool(layers) and layers[0] >= 0 and layers == sorted(set(layers)) and layers[-1] < SIZE_LIMIT
+        rising = (
+            bool(layers)
+            and layers[0] >= 0
+            and layers == sorted(set(layers))
+            and layers[-1] < SIZE_LIMIT
+        )
         require(rising, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
         lengths, limit = self.row_lengths, self.max_length
         require(bool(lengths), "row_lengths is empty")
@@ -70,7 +77,10 @@ class Manifest:
             f"row_lengths must lie in 1..{limit}, found {min(lengths)} to {max(lengths)}",
         )
         shards = self.shard_rows
-        require(not shards or min(shards) >= 1, f"shard_rows must be positive, found {shown(list(shards))}")
+        require(
+            not shards or min(shards) >= 1,
+            f"shard_rows must be positive, found {shown(list(shards))}",
+        )
 
     @property
     def token_bytes(self) -> int:
@@ -113,7 +123,9 @@ class FeatureRows(Sequence[Row]):
         except RuntimeError as error:
             raise InputError(f"{directory}: a damaged shard: {error}") from error
         if len(self._records) != len(self.lengths):
-            raise InputError(f"{directory}: {len(self._records)} records, the manifest says {len(self.lengths)}")
+            raise InputError(
+                f"{directory}: {len(self._records)} records, the manifest says {len(self.lengths)}"
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -128,7 +140,9 @@ class FeatureRows(Sequence[Row]):
             raise IndexError(number)  # ends an iteration
         try:
             tensors: dict[str, Any] = {
-                name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+                name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(
+                    tensor["shape"]
+                )
                 for name, tensor in deserialize(self._records[number])
             }
             row = Row(**tensors)
@@ -163,7 +177,9 @@ class FeatureRows(Sequence[Row]):
                     f"{self._directory}: row {number} has {name} of shape {found.shape} and type {found.dtype}, "
                     f"the manifest says {shape} and {np.dtype(dtype)}"
                 )
-        _require_finite(row, place=f"{self._directory}: row {number}", remedy="capture the rows again")
+        _require_finite(
+            row, place=f"{self._directory}: row {number}", remedy="capture the rows again"
+        )
 
 
 def shard_path(directory: str | Path, index: int) -> Path:
@@ -214,7 +230,9 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
         try:
             for row in rows:
                 place = f"{directory}: line {row.line} of the conversations was not captured"
-                _require_finite(row, place=place, remedy="leave the line out, or capture in float32")
+                _require_finite(
+                    row, place=place, remedy="leave the line out, or capture in float32"
+                )
                 record = save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()})
                 with _write_errors(path):
                     writer.write(record)

@@ -38,7 +38,9 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
     Source: NeMo AutoModel 0.7.0 for the rule of short conversations (`_sample_anchor_positions`).
     """
     check_fits(lengths, max_length=max_length)
-    by_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]  # open packs by the room they have left
+    by_room: list[list[list[int]]] = [
+        [] for _ in range(max_length + 1)
+    ]  # open packs by the room they have left
     rooms: list[int] = []  # the rooms at which there is one, ascending
     packs: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
@@ -68,10 +70,14 @@ def check_fits(lengths: Sequence[int], *, max_length: int) -> None:
 
 def padding_share(lengths: Sequence[int], packs: Sequence[Pack], *, max_length: int) -> float:
     """The part of all positions of a pass over the packs that holds no token, 0..1."""
-    return 1.0 - sum(lengths[number] for pack in packs for number in pack) / (len(packs) * max_length)
+    return 1.0 - sum(lengths[number] for pack in packs for number in pack) / (
+        len(packs) * max_length
+    )
 
 
-def document_arrays(seq_lens: Sequence[Sequence[int]], *, max_length: int, documents: int) -> dict[str, np.ndarray]:
+def document_arrays(
+    seq_lens: Sequence[Sequence[int]], *, max_length: int, documents: int
+) -> dict[str, np.ndarray]:
     """What packed rows tell the model about where documents lie (`draft.blocks.Packing`).
 
     Args:

@@ -173,12 +173,16 @@ def _batch(
         "row_numbers": np.full((len(units), documents), -1, np.int32),
     }
     seq_lens: list[list[int]] = []
-    places: list[tuple[int, int, int]] = []  # number of each row, its slot and where it begins there
+    places: list[
+        tuple[int, int, int]
+    ] = []  # number of each row, its slot and where it begins there
     for slot, pack in enumerate(units):
         batch["row_numbers"][slot, : len(pack)] = pack
         seq_lens.append([lengths[number] for number in pack])
         begins = np.cumsum([0, *seq_lens[-1]])
-        places += [(number, slot, int(begin)) for number, begin in zip(pack, begins[:-1], strict=True)]
+        places += [
+            (number, slot, int(begin)) for number, begin in zip(pack, begins[:-1], strict=True)
+        ]
 
     def put(place: tuple[int, int, int]) -> None:
         number, slot, begin = place

@@ -33,7 +33,9 @@ class Template:
     def rendered(self, messages: Any, generation_prompt: bool, kwargs: dict[str, Any]) -> str:
         """The text of a conversation, exactly as transformers renders it."""
         apply: Any = PreTrainedTokenizerBase.apply_chat_template
-        text = apply(self, messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs)
+        text = apply(
+            self, messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+        )
         if len(text) > TEXT_CHARACTERS:
             raise MemoryError
         text.encode("utf-8")  # a template can spell half a surrogate pair

@@ -81,7 +81,10 @@ class _Process:
 
     def ask(self, tokenizer: Any, jobs: list[Any]) -> dict[str, Any]:
         """The reply to one request, see `renderer.main`."""
-        template = {"text": tokenizer.get_chat_template(), "special_tokens_map": tokenizer.special_tokens_map}
+        template = {
+            "text": tokenizer.get_chat_template(),
+            "special_tokens_map": tokenizer.special_tokens_map,
+        }
         with self._lock:
             if self._running is None:
                 self._start()
@@ -100,7 +103,9 @@ class _Process:
             code = self.end()
         if line or code < 0:
             limit = f"{SECONDS:g} s" if code == -signal.SIGALRM else f"{MEMORY_BYTES // 2**20} MiB"
-            raise CostlyTemplate(f"the chat template took more than {limit} for one conversation; use another template")
+            raise CostlyTemplate(
+                f"the chat template took more than {limit} for one conversation; use another template"
+            )
         raise RuntimeError(f"the process that renders chat templates ended with code {code}")
 
     def end(self) -> int:

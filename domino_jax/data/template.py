@@ -53,7 +53,9 @@ class ChatTemplate:
             InputError: the text of the template, or else what it is told, differs.
         """
         if self.sha256 != trained.sha256:
-            raise InputError(f"{place}: the chat template of {target} is not the one the draft was trained with")
+            raise InputError(
+                f"{place}: the chat template of {target} is not the one the draft was trained with"
+            )
         if self != trained:
             raise InputError(
                 f"{place}: trained with {KWARGS} {kwargs_text(trained.kwargs)}, asked for are "

@@ -116,7 +116,9 @@ class BatchLog:
                 self._digest, batch = digest.copy(), []
                 self._digest.update(line)
             digest.update(line)
-        if self._length == 0 and (number > 1 or not nothing.startswith(b"".join(text for _, text in batch))):
+        if self._length == 0 and (
+            number > 1 or not nothing.startswith(b"".join(text for _, text in batch))
+        ):
             raise InputError(
                 f"{self._path}: not unfinished answers as this version writes them; move the file away to start again"
             )
@@ -126,7 +128,9 @@ class BatchLog:
             prompt, finished = self._read_record(parse_json(line, place=None))
             require(prompt not in self.finished, f"the prompt of line {prompt} is answered twice")
         except InputError as error:
-            raise InputError(f"{self._path}:{number}: {error}; remove the file to start again") from error
+            raise InputError(
+                f"{self._path}:{number}: {error}; remove the file to start again"
+            ) from error
         self.finished[prompt] = finished
 
 

@@ -62,13 +62,21 @@ def evaluate(
         of the target's logits.
     """
     decoders = {
-        "plain": replace(decoder, target=replace(decoder.target, capture=()), draft=None, proposals=0, use_head=False)
+        "plain": replace(
+            decoder,
+            target=replace(decoder.target, capture=()),
+            draft=None,
+            proposals=0,
+            use_head=False,
+        )
     }
     decoders["speculative"] = decoder
     if decoder.use_head:
         decoders["head_off"] = replace(decoder, use_head=False)
     slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
-    run = functools.partial(generate, weights=weights, max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+    run = functools.partial(
+        generate, weights=weights, max_new_tokens=max_new_tokens, slots=slots, seed=seed
+    )
     _compile(decoders, weights, prompts, slots)
 
     answers: dict[str, list[Answer]] = {name: [] for name in decoders}
@@ -139,11 +147,14 @@ def compare(
         compared += position + 1
         equal += position
         left_token, right_token = (
-            int(side.tokens[position]) if position < len(side.tokens) else -1 for side in (left, right)
+            int(side.tokens[position]) if position < len(side.tokens) else -1
+            for side in (left, right)
         )
         gap = None
         if -1 not in (left_token, right_token):
-            logits = next_logits(target, weights.target, np.concatenate([prompt, left.tokens[:position]]))
+            logits = next_logits(
+                target, weights.target, np.concatenate([prompt, left.tokens[:position]])
+            )
             gap = float(abs(logits[left_token] - logits[right_token]))
         differences.append(Difference(index, position, left_token, right_token, gap))
     return Comparison(compared, equal, differences)
@@ -160,7 +171,9 @@ def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(logits(params, jnp.asarray(tokens)[None]))
 
 
-def _compile(decoders: dict[str, Decoder], weights: Weights, prompts: Sequence[np.ndarray], slots: int) -> None:
+def _compile(
+    decoders: dict[str, Decoder], weights: Weights, prompts: Sequence[np.ndarray], slots: int
+) -> None:
     """Runs every program once, so that no measured time holds a compilation."""
     lengths = {required_slots(decoders["plain"], len(prompt), 0): prompt for prompt in prompts}
     for way in decoders.values():

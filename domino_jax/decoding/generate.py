@@ -14,7 +14,15 @@ from domino_jax.config import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.batch_log import BatchLog
-from domino_jax.decoding.speculate import Decoder, DecodeState, Weights, finish, required_slots, start, stream
+from domino_jax.decoding.speculate import (
+    Decoder,
+    DecodeState,
+    Weights,
+    finish,
+    required_slots,
+    start,
+    stream,
+)
 from domino_jax.strict import InputError
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
@@ -61,11 +69,19 @@ def check_length(decoder: Decoder, prompt: np.ndarray, *, place: str) -> None:
     """
     longest = decoder.target.cfg.max_position_embeddings
     if len(prompt) > longest:
-        raise InputError(f"{place}: a prompt of {len(prompt)} tokens, the target has {longest} positions")
+        raise InputError(
+            f"{place}: a prompt of {len(prompt)} tokens, the target has {longest} positions"
+        )
 
 
 def generate(
-    decoder: Decoder, weights: Weights, prompts: Sequence[np.ndarray], *, max_new_tokens: int, slots: int, seed: int = 0
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    slots: int,
+    seed: int = 0,
 ) -> list[Answer]:
     """Answers a batch of prompts.
 
@@ -165,7 +181,10 @@ def regenerate(
     usable = _all_usable(prompts_path)
     partial = answers_path.with_name(answers_path.name + ".partial")
     kwargs = settings.get(KWARGS, NO_KWARGS)
-    prompts = [(line, messages, encode_prompt(messages, tokenizer, kwargs)) for line, messages in usable.items()]
+    prompts = [
+        (line, messages, encode_prompt(messages, tokenizer, kwargs))
+        for line, messages in usable.items()
+    ]
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
     check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +199,11 @@ def regenerate(
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size would be another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
-            own = {"max_new_tokens": max_new_tokens, "slots": slots, "seed": (seed + batch[0][0]) % SEED_LIMIT}
+            own = {
+                "max_new_tokens": max_new_tokens,
+                "slots": slots,
+                "seed": (seed + batch[0][0]) % SEED_LIMIT,
+            }
             answers = generate(decoder, weights, rows, **own)
             records = []
             for (line, messages, _), answer in zip(batch, answers, strict=False):
@@ -203,7 +226,9 @@ def _all_usable(prompts_path: Path) -> dict[int, Messages]:
     return dict(usable)
 
 
-def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float) -> list[Answer]:
+def _answers(
+    decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
+) -> list[Answer]:
     tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
     committed, verifications = np.asarray(state.committed), np.asarray(state.verifications)
     answers = []
@@ -214,7 +239,9 @@ def _answers(decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray]
     return answers
 
 
-def _answer_record(messages: Messages, line: int, finished: bool, settings: dict[str, Any]) -> dict[str, Any]:
+def _answer_record(
+    messages: Messages, line: int, finished: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
     return {"messages": messages, "prompt_line": line, "finished": finished, "generator": settings}
 
 
@@ -228,8 +255,15 @@ def _answer(
     # As text: to a chat template 0 and false are two things, in Python they are equal.
     if json.dumps(made_with, sort_keys=True) != json.dumps(settings, sort_keys=True):
         raise InputError(f"made with {made_with}, not {settings}")
-    line, finished, messages = (record.get(name) for name in ("prompt_line", "finished", "messages"))
-    if type(line) is not int or type(finished) is not bool or not isinstance(messages, list) or not messages:
+    line, finished, messages = (
+        record.get(name) for name in ("prompt_line", "finished", "messages")
+    )
+    if (
+        type(line) is not int
+        or type(finished) is not bool
+        or not isinstance(messages, list)
+        or not messages
+    ):
         raise InputError("not an answer of `domino regenerate`")
     if messages[:-1] != prompts.get(line):
         raise InputError(f"answers another prompt than line {line} of {prompts_path}")

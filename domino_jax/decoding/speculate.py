@@ -103,7 +103,9 @@ def make_decoder(
             raise ValueError(f"the draft's {name} is {found}, the target's {expected}")
     layers = draft.cfg.num_target_layers
     if layers != cfg.num_hidden_layers:
-        raise ValueError(f"the draft reads a target of {layers} layers, this one has {cfg.num_hidden_layers}")
+        raise ValueError(
+            f"the draft reads a target of {layers} layers, this one has {cfg.num_hidden_layers}"
+        )
     return Decoder(
         replace(target, capture=draft.cfg.target_layer_ids),
         draft,
@@ -115,7 +117,13 @@ def make_decoder(
 
 
 def start(
-    decoder: Decoder, weights: Weights, prompts: Sequence[np.ndarray], *, max_new_tokens: int, slots: int, seed: int = 0
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    slots: int,
+    seed: int = 0,
 ) -> DecodeState:
     """Reads the prompts and commits the first token of each answer.
 
@@ -133,14 +141,24 @@ def start(
     if min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("a prompt without tokens")
     if slots < required_slots(decoder, longest, max_new_tokens):
-        raise ValueError(f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed")
+        raise ValueError(
+            f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed"
+        )
     padded = np.zeros((len(prompts), _bucketed(longest)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # Reading a prompt does not depend on how the draft will be used: one program serves the head on and off.
     reader = replace(decoder, proposals=0, use_head=False)
-    return _prefill(reader, weights, padded, lengths, lengths + max_new_tokens, jax.random.key(seed), slots=slots)
+    return _prefill(
+        reader,
+        weights,
+        padded,
+        lengths,
+        lengths + max_new_tokens,
+        jax.random.key(seed),
+        slots=slots,
+    )
 
 
 def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
@@ -153,7 +171,9 @@ def advance(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: i
     return _advance(decoder, weights, state, jnp.int32(cycles))
 
 
-def stream(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> Iterator[DecodeState]:
+def stream(
+    decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int
+) -> Iterator[DecodeState]:
     """Yields the state after every `cycles` cycles until all rows are finished; each yielded state is consumed next."""
     yield state
     while not bool(np.all(state.finished)):
@@ -187,16 +207,22 @@ def _prefill(
     draft_cache: tuple[Cache, ...] = ()
     if decoder.draft is not None:
         draft_cache = decoder.draft.empty_cache(batch=batch, slots=slots)
-        draft_cache = _remember(decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths))
+        draft_cache = _remember(
+            decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths)
+        )
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
     tokens = _write_tokens(tokens, first[:, None], lengths)
     zeros = jnp.zeros_like(lengths)
     finished = _is_stop(decoder, first) | (lengths + 1 >= limits)
-    return DecodeState(tokens, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key)
+    return DecodeState(
+        tokens, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
-def _advance(decoder: Decoder, weights: Weights, state: DecodeState, cycles: jax.Array) -> DecodeState:
+def _advance(
+    decoder: Decoder, weights: Weights, state: DecodeState, cycles: jax.Array
+) -> DecodeState:
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         return (carry[0] < cycles) & ~jnp.all(carry[1].finished)
 
@@ -215,7 +241,9 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
 
     block = jnp.concatenate([bonus, drafted], axis=1)
     positions = anchors[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
-    out = decoder.target.apply({"params": weights.target}, block, positions, cache=state.target_cache)
+    out = decoder.target.apply(
+        {"params": weights.target}, block, positions, cache=state.target_cache
+    )
     logits = vocabulary_logits(out.hidden, lm_head_weight(weights.target))
     if decoder.temperature > 0:
         target_probs = jax.nn.softmax(logits / decoder.temperature, axis=-1)
@@ -248,13 +276,20 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
 
 
 def _remember(
-    decoder: Decoder, weights: Weights, cache: tuple[Cache, ...], features: jax.Array, begin: jax.Array
+    decoder: Decoder,
+    weights: Weights,
+    cache: tuple[Cache, ...],
+    features: jax.Array,
+    begin: jax.Array,
 ) -> tuple[Cache, ...]:
     """Adds the target's states at `begin ..` of each row, [B, T, C*D], to the draft's context."""
     positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     variables = {"params": weights.draft}
     new = decoder.draft.apply(variables, features, positions, method=DraftModel.context)  # type: ignore[union-attr]
-    return tuple(kv_cache.write(old, keys, values, begin) for old, (keys, values) in zip(cache, new, strict=True))
+    return tuple(
+        kv_cache.write(old, keys, values, begin)
+        for old, (keys, values) in zip(cache, new, strict=True)
+    )
 
 
 def _draft(
@@ -262,7 +297,9 @@ def _draft(
 ) -> tuple[jax.Array, jax.Array]:
     """Proposed tokens [B, P] and, when sampling, the distributions they were drawn from, [B, P, V]."""
     if decoder.draft is None:
-        return jnp.zeros((bonus.shape[0], 0), jnp.int32), jnp.zeros((bonus.shape[0], 0, decoder.target.cfg.vocab_size))
+        return jnp.zeros((bonus.shape[0], 0), jnp.int32), jnp.zeros(
+            (bonus.shape[0], 0, decoder.target.cfg.vocab_size)
+        )
     model, cfg = decoder.draft.bind({"params": weights.draft}), decoder.draft.cfg
     embedding = weights.target["embed_tokens"]
     anchors = state.lengths - 1
@@ -349,7 +386,9 @@ def _is_stop(decoder: Decoder, tokens: jax.Array) -> jax.Array:
 
 
 def _write_tokens(tokens: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
-    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(tokens, new, begin, 0)
+    return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
+        tokens, new, begin, 0
+    )
 
 
 def _bucketed(length: int) -> int:

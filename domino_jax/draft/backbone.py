@@ -41,7 +41,9 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(self.cfg.rms_norm_eps)
         self.mlp = SwiGLU(self.cfg)
 
-    def __call__(self, x: jax.Array, context: Cache, tables: Rotary, span: ContextSpan) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, context: Cache, tables: Rotary, span: ContextSpan
+    ) -> jax.Array:
         """Runs the blocks, [B, N*K, D] -> [B, N*K, D]; `span` is the context that they see."""
         normed = self.input_layernorm(x)
         own = self.self_attn.keys_values(normed, tables)
@@ -122,7 +124,9 @@ class DraftModel(nn.Module):
         Returns:
             [B, N, K, D] after the final norm, in the compute dtype.
         """
-        return self.block_states(self.context(features, context_positions), embeddings, positions, spans)
+        return self.block_states(
+            self.context(features, context_positions), embeddings, positions, spans
+        )
 
     @jax.named_scope(CONTEXT)
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[Cache, ...]:
@@ -145,13 +149,18 @@ class DraftModel(nn.Module):
         x = embeddings.reshape(batch, blocks * size, width) * self.cfg.input_embedding_scale
         x = x.astype(self.cfg.dtype)
         run = _gradients_in_turn if self.recompute else _run
-        for layer, kind, keys_values in zip(self.layers, self.cfg.attention_types, context, strict=True):
+        for layer, kind, keys_values in zip(
+            self.layers, self.cfg.attention_types, context, strict=True
+        ):
             x = run(layer, x, keys_values, tables, spans[kind])
         return self.norm(x).reshape(batch, blocks, size, width)
 
     def empty_cache(self, *, batch: int, slots: int) -> tuple[Cache, ...]:
         """A cache of zeros for the context of each layer, in the compute dtype."""
-        return tuple(empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.cfg.num_hidden_layers))
+        return tuple(
+            empty_cache(self.cfg, batch=batch, slots=slots)
+            for _ in range(self.cfg.num_hidden_layers)
+        )
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
         """The positions that predict, [B, N, K, D] -> [B, N, M, D]: all with `shift_label`, else all but the anchor."""

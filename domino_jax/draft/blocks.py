@@ -34,7 +34,11 @@ class Blocks(NamedTuple):
 
 
 def anchor_candidates(
-    loss_mask: jax.Array, *, block_size: int, doc_remaining: jax.Array | None = None, rule: str = "nemo"
+    loss_mask: jax.Array,
+    *,
+    block_size: int,
+    doc_remaining: jax.Array | None = None,
+    rule: str = "nemo",
 ) -> jax.Array:
     """Positions a block may start at.
 
@@ -53,7 +57,10 @@ def anchor_candidates(
     supervised = loss_mask > 0.5
     length = loss_mask.shape[1]
     if rule == "nemo":
-        candidates, needed = supervised & (jnp.arange(length) <= max(length - block_size, 0)), block_size - 1
+        candidates, needed = (
+            supervised & (jnp.arange(length) <= max(length - block_size, 0)),
+            block_size - 1,
+        )
     elif rule == "specforge":
         candidates, needed = supervised & jnp.pad(supervised[:, 1:], ((0, 0), (0, 1))), 1
     else:
@@ -61,7 +68,9 @@ def anchor_candidates(
     return candidates if doc_remaining is None else candidates & (doc_remaining >= needed)
 
 
-def sample_anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> tuple[jax.Array, jax.Array]:
+def sample_anchors(
+    key: jax.Array, candidates: jax.Array, *, num_anchors: int
+) -> tuple[jax.Array, jax.Array]:
     """Draws anchors uniformly without replacement into a static number of slots.
 
     Args:
@@ -142,7 +151,9 @@ def make_blocks(
     )
 
 
-def sample_prefix_lengths(key: jax.Array, shape: tuple[int, ...], *, block_size: int, weight_base: float) -> jax.Array:
+def sample_prefix_lengths(
+    key: jax.Array, shape: tuple[int, ...], *, block_size: int, weight_base: float
+) -> jax.Array:
     """Draws how many positions of each block show their real token, int32 `shape`.
 
     A length l of `min(2, K - 1)` to K - 1 is drawn with a probability proportional to `weight_base ** l`.

@@ -32,7 +32,9 @@ class PrefixGRU(nn.Module):
         gates = 3 * self.hidden_dim
         inputs, recurrent = logical_axes(init, "gru", "embed"), logical_axes(init, "gru", "gru")
         self.weight_ih_l0 = self.param("weight_ih_l0", inputs, (gates, self.input_dim), jnp.float32)
-        self.weight_hh_l0 = self.param("weight_hh_l0", recurrent, (gates, self.hidden_dim), jnp.float32)
+        self.weight_hh_l0 = self.param(
+            "weight_hh_l0", recurrent, (gates, self.hidden_dim), jnp.float32
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., M, D] -> [..., M, G]
         """States after each input, float32, starting from zero."""
@@ -40,7 +42,9 @@ class PrefixGRU(nn.Module):
         gates = self.input_gates(rows).swapaxes(0, 1)  # all steps in one product, outside the scan
         gates = constrain(gates, None, "batch", None)
         start = jnp.zeros((rows.shape[0], self.hidden_dim), jnp.float32)
-        scan = nn.scan(PrefixGRU.next_state, variable_broadcast="params", split_rngs={"params": False})
+        scan = nn.scan(
+            PrefixGRU.next_state, variable_broadcast="params", split_rngs={"params": False}
+        )
         _, states = scan(self, start, gates)
         return states.swapaxes(0, 1).reshape(*x.shape[:-1], self.hidden_dim)
 
@@ -103,7 +107,9 @@ class DominoHead(nn.Module):
 
     def low_rank(self, hidden: jax.Array, state: jax.Array) -> jax.Array:
         """`silu(W1 [h ; g])`, [..., D] and [..., G] -> [..., R] in the compute dtype."""
-        return nn.silu(self.embed_proj_0(jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1)))
+        return nn.silu(
+            self.embed_proj_0(jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1))
+        )
 
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
         """The GRU state after one more token, [rows, G] and its embedding [rows, D] -> [rows, G]."""

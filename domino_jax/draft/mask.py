@@ -33,7 +33,9 @@ def context_span(
     first = jnp.zeros_like(end)
     if seq_lens is not None:
         lengths = jnp.asarray(seq_lens, jnp.int32)[:, None, :]
-        done = jnp.cumsum(lengths, axis=-1) <= anchors[..., None]  # documents that end before the anchor's
+        done = (
+            jnp.cumsum(lengths, axis=-1) <= anchors[..., None]
+        )  # documents that end before the anchor's
         first = jnp.sum(jnp.where(done, lengths, 0), axis=-1, keepdims=True)
     if window is not None:
         queries = anchors[..., None] + jnp.arange(block_size, dtype=jnp.int32)  # [B, N, K]
@@ -86,7 +88,9 @@ def block_mask(
     span = context_span(anchors, keep, seq_lens=seq_lens, block_size=block_size, window=window)
     places = jnp.arange(context_len)
     context = (span.first[..., None] <= places) & (places < span.end[..., None])  # [B, N, Q, S]
-    context = jnp.broadcast_to(context, (batch, count, block_size, context_len)).reshape(batch, size, context_len)
+    context = jnp.broadcast_to(context, (batch, count, block_size, context_len)).reshape(
+        batch, size, context_len
+    )
     position = jnp.arange(size)
     own = position[:, None] // block_size == position[None, :] // block_size
     if causal:

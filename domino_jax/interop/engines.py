@@ -46,7 +46,11 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, found {engine!r}")
     rules = [rule for rule in _RULES if engine in rule.engines]
-    return [f"{found}: {rule.reason}" for rule in rules if (found := rule.found(config, dtype)) is not None]
+    return [
+        f"{found}: {rule.reason}"
+        for rule in rules
+        if (found := rule.found(config, dtype)) is not None
+    ]
 
 
 def proposals_note(config: DraftConfig, engine: str) -> str:
@@ -59,21 +63,23 @@ def proposals_note(config: DraftConfig, engine: str) -> str:
     note = f"{engine} proposes {config.block_size - 1} tokens per cycle (K - 1)"
     if engine == "nemo" and config.projector_type == "domino":
         shifted = " and one position late" if config.shift_label else ""
-        return (
-            f"{note}, without the Domino head{shifted}: its trainer reads the whole draft, its spec_generate does not"
-        )
+        return f"{note}, without the Domino head{shifted}: its trainer reads the whole draft, its spec_generate does not"
     if config.shift_label:
         return f"{note}; this draft predicts {config.block_size}: --proposals serving measures what {engine} will do"
     return note
 
 
-def _when(holds: Callable[[DraftConfig], bool], found: str) -> Callable[[DraftConfig, str], str | None]:
+def _when(
+    holds: Callable[[DraftConfig], bool], found: str
+) -> Callable[[DraftConfig, str], str | None]:
     return lambda config, _: found if holds(config) else None
 
 
 def _sliding(in_block: str) -> Callable[[DraftConfig, str], str | None]:
     return _when(
-        lambda config: SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == in_block,
+        lambda config: (
+            SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == in_block
+        ),
         f"sliding_in_block is {in_block}",
     )
 
@@ -93,11 +99,17 @@ def _last_layer(config: DraftConfig, _: str) -> str | None:
 
 def _other_prefix(config: DraftConfig, _: str) -> str | None:
     prefix = config.pure_draft_prefix_len
-    return f"pure_draft_prefix_len is {prefix}" if config.projector_type == "domino" and prefix != 1 else None
+    return (
+        f"pure_draft_prefix_len is {prefix}"
+        if config.projector_type == "domino" and prefix != 1
+        else None
+    )
 
 
 def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
-    return f"dtype is {dtype}" if config.projector_type == "domino" and dtype != "bfloat16" else None
+    return (
+        f"dtype is {dtype}" if config.projector_type == "domino" and dtype != "bfloat16" else None
+    )
 
 
 _UNNORMED = "before the target's final norm, this draft was trained on it after"
@@ -110,16 +122,24 @@ _RULES = (
     ),
     _Rule(
         ("vllm", "zlab"),
-        _when(lambda config: config.shift_label and config.projector_type == "domino", "shift_label is true"),
+        _when(
+            lambda config: config.shift_label and config.projector_type == "domino",
+            "shift_label is true",
+        ),
         "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
     ),
     _Rule(
         ENGINES,
-        _when(lambda config: config.shift_label and config.projector_type is None, "shift_label is true"),
+        _when(
+            lambda config: config.shift_label and config.projector_type is None,
+            "shift_label is true",
+        ),
         "it drafts plain DFlash from the second position of a block on and does not know sample_from_anchor, "
         "block position 0 already predicts anchor + 1",
     ),
-    _Rule(("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"),
+    _Rule(
+        ("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"
+    ),
     _Rule(("sglang",), _other_dtype, "its Domino head runs in bfloat16 only"),
     _Rule(("sglang", "vllm"), _last_layer, f"it takes that layer {_UNNORMED}"),
     _Rule(
@@ -127,10 +147,20 @@ _RULES = (
         _last_layer,
         f"its trainer takes that layer {_UNNORMED}, only its spec_generate reads what this draft does",
     ),
-    _Rule(("nemo",), _sliding("causal"), "it never reads is_causal and looks both ways inside the block"),
-    _Rule(("specforge",), _sliding("bidirectional"), "it looks only back inside the block of a sliding layer"),
+    _Rule(
+        ("nemo",),
+        _sliding("causal"),
+        "it never reads is_causal and looks both ways inside the block",
+    ),
+    _Rule(
+        ("specforge",),
+        _sliding("bidirectional"),
+        "it looks only back inside the block of a sliding layer",
+    ),
     *(
-        _Rule(("sglang", "vllm", "specforge"), _transform(name), "it does not apply it to the draft")
+        _Rule(
+            ("sglang", "vllm", "specforge"), _transform(name), "it does not apply it to the draft"
+        )
         for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
     ),
 )

@@ -51,7 +51,10 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
         InputError: a parameter is missing, unknown or mis-shaped for the config.
     """
     expected = {_tensor_name(path): shape for path, shape in _parameter_shapes(config).items()}
-    found = {_tensor_name(path): np.asarray(leaf) for path, leaf in flax.traverse_util.flatten_dict(params).items()}
+    found = {
+        _tensor_name(path): np.asarray(leaf)
+        for path, leaf in flax.traverse_util.flatten_dict(params).items()
+    }
     check_tensors(found, expected, place=Path("params"))
     return {name: found[name] for name in expected}
 
@@ -87,7 +90,11 @@ def save_hf_draft(
         with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
             tensors[name] = np.asarray(values, jnp.dtype(dtype))
         place = f"{path} was not written: tensor {name}"
-        require_finite(tensors[name], place=place, remedy="a draft that diverged serves nobody: take an earlier one")
+        require_finite(
+            tensors[name],
+            place=place,
+            remedy="a draft that diverged serves nobody: take an earlier one",
+        )
     with whole_directory(path) as staging:
         tree = _to_json(config, dtype)
         if chat_template is not None:
@@ -119,7 +126,9 @@ def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     path = Path(path)
     found = damage(path, unlisted=None) if (path / CHECKSUMS).exists() else None
     if found is not None:
-        raise InputError(f"{path}: damaged: {found}; export it again, or remove {CHECKSUMS} if you changed it")
+        raise InputError(
+            f"{path}: damaged: {found}; export it again, or remove {CHECKSUMS} if you changed it"
+        )
     config = read_hf_config(path)
     stored = _with_current_names(open_safetensors(path), place=path)
     check_layers(stored, config.num_hidden_layers, prefix="layers.", place=path)
@@ -159,12 +168,17 @@ def recorded_template(path: str | Path) -> ChatTemplate | None:
     return ChatTemplate(found, recorded_kwargs(tree, place=str(place)))
 
 
-def _with_current_names(tensors: Mapping[str, StoredTensor], *, place: Path) -> dict[str, StoredTensor]:
+def _with_current_names(
+    tensors: Mapping[str, StoredTensor], *, place: Path
+) -> dict[str, StoredTensor]:
     """Gives the head's tensors of old checkpoints their present names.
 
     Source: SpecForge 0.2.0, which renames them on load and, unlike here, prefers the new one where both are there.
     """
-    names = {name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name) for name in tensors}
+    names = {
+        name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name)
+        for name in tensors
+    }
     twice = sorted(new for old, new in names.items() if new != old and new in tensors)
     if twice:
         raise InputError(
@@ -173,10 +187,14 @@ def _with_current_names(tensors: Mapping[str, StoredTensor], *, place: Path) -> 
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _check_reads_back(directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]) -> None:
+def _check_reads_back(
+    directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]
+) -> None:
     stored, params = read_hf_draft(directory)
     found = hf_tensors(stored, params)
-    equal = all(np.array_equal(found[name], np.asarray(x, np.float32)) for name, x in tensors.items())
+    equal = all(
+        np.array_equal(found[name], np.asarray(x, np.float32)) for name, x in tensors.items()
+    )
     if not equal or _to_json(stored, "float32") != _to_json(config, "float32"):
         raise RuntimeError(f"{directory}: what was written does not read back as the same draft")
 
@@ -189,7 +207,9 @@ def _parameter_shapes(config: DraftConfig) -> dict[tuple[str, ...], tuple[int, .
 
 def _tensor_name(path: tuple[str, ...]) -> str:
     """`("layers_0", "mlp", "up_proj", "weight")` -> `layers.0.mlp.up_proj.weight`; the head's parts lie at the top."""
-    parts = [re.sub(r"^(layers|embed_proj)_(\d+)$", r"\1.\2", part) for part in path if part != "head"]
+    parts = [
+        re.sub(r"^(layers|embed_proj)_(\d+)$", r"\1.\2", part) for part in path if part != "head"
+    ]
     return ".".join(parts) + (".weight" if parts[-1] == "embed_proj.2" else "")
 
 
@@ -262,8 +282,13 @@ def _rope_json(config: DraftConfig) -> dict[str, Any]:
     if config.rope_scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     plain = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
-    scaling = {key: value for key, value in vars(config.rope_scaling).items() if value != plain[key]}
-    return {"rope_parameters": {**scaling, "rope_theta": config.rope_theta}, "rope_scaling": scaling}
+    scaling = {
+        key: value for key, value in vars(config.rope_scaling).items() if value != plain[key]
+    }
+    return {
+        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        "rope_scaling": scaling,
+    }
 
 
 # Keys that change what the draft computes and that this project does not implement, with the only value it can read.
@@ -282,7 +307,9 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
         for key, only in plain.items():
             if section.get(key, only) not in (only, None):
-                raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
+                raise InputError(
+                    f"{place}: {key} is {shown(section[key])}; only {only!r} is supported"
+                )
     scaling = read_rope_scaling(tree, place=place)
     rope = tree.get("rope_parameters") or {}
 
@@ -309,7 +336,9 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         optional |= {
             "emb_dim": value("emb_dim", nested, tree, kind=int),
             "gru_hidden_dim": value("gru_hidden_dim", nested, tree, kind=int),
-            "pure_draft_prefix_len": value("pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int),
+            "pure_draft_prefix_len": value(
+                "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
+            ),
         }
     integers = (
         "vocab_size",
@@ -327,7 +356,9 @@ def _from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             **{key: value(key, tree, kind=int) for key in integers},
             rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
             rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
-            rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling") if scaling else None,
+            rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
+            if scaling
+            else None,
             block_size=value("block_size", nested, tree, kind=int),
             mask_token_id=value("mask_token_id", nested, kind=int),
             target_layer_ids=tuple(layer_ids),
@@ -355,7 +386,9 @@ def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: s
             raise InputError(f"{place}: {name} is {shown(value)}, expected true or false")
     if len(set(found.values())) > 1:
         said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
-        raise InputError(f"{place}: {said}: names of one layout of the block, expected the same value")
+        raise InputError(
+            f"{place}: {said}: names of one layout of the block, expected the same value"
+        )
     # A guess here costs nearly all acceptance, so there is no default with the head.
     if not found and nested.get("projector_type") is not None:
         raise InputError(f"{place}: shift_label is missing")

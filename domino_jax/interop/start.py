@@ -41,7 +41,9 @@ def check_start(path: str | Path, config: DraftConfig) -> None:
         if theirs.get(name) != ours.get(name)
     ]
     if different:
-        raise InputError(f"draft.init_from: {path} is another draft than this run's: {'; '.join(different)}")
+        raise InputError(
+            f"draft.init_from: {path} is another draft than this run's: {'; '.join(different)}"
+        )
 
 
 def _meaning(config: DraftConfig) -> dict[str, Any]:

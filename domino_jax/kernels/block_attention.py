@@ -93,7 +93,10 @@ def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
     """A form's forward or backward: of the one that is given, else of the platform that the program is made for."""
     if form is not None:
         return getattr(form, name)(*operands, causal=causal)
-    branches = {platform: functools.partial(getattr(form, name), causal=causal) for platform, form in FORMS.items()}
+    branches = {
+        platform: functools.partial(getattr(form, name), causal=causal)
+        for platform, form in FORMS.items()
+    }
     return jax.lax.platform_dependent(*operands, **branches)
 
 
@@ -102,7 +105,9 @@ def _attend(operands: Operands, span: ContextSpan, causal: bool, form: Form | No
     return _forward(operands, span, causal, form)[0]
 
 
-def _forward(operands: Operands, span: ContextSpan, causal: bool, form: Form | None) -> tuple[jax.Array, Saved]:
+def _forward(
+    operands: Operands, span: ContextSpan, causal: bool, form: Form | None
+) -> tuple[jax.Array, Saved]:
     run = split_over_devices(
         functools.partial(_run, "forward", form, causal=causal),
         inputs=(_OPERAND_AXES, _SPAN_AXES),
@@ -113,7 +118,9 @@ def _forward(operands: Operands, span: ContextSpan, causal: bool, form: Form | N
     return out, Saved(operands, span, out, checkpoint_name(log_sum, RESULT))
 
 
-def _backward(causal: bool, form: Form | None, saved: Saved, cotangent: jax.Array) -> tuple[Operands, None]:
+def _backward(
+    causal: bool, form: Form | None, saved: Saved, cotangent: jax.Array
+) -> tuple[Operands, None]:
     run = split_over_devices(
         functools.partial(_run, "backward", form, causal=causal),
         inputs=(_SAVED_AXES, _BY_BLOCK),
@@ -155,12 +162,17 @@ def block_attention(
 
 
 def _operands(
-    q: jax.Array, context: tuple[jax.Array, jax.Array], own: tuple[jax.Array, jax.Array], span: ContextSpan
+    q: jax.Array,
+    context: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    span: ContextSpan,
 ) -> Operands:
     batch, _, queries, width = q.shape
     kv_heads, blocks = context[0].shape[1], span.end.shape[1]
 
-    def by_block(x: jax.Array) -> jax.Array:  # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]
+    def by_block(
+        x: jax.Array,
+    ) -> jax.Array:  # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]
         x = x.reshape(batch, kv_heads, -1, blocks, queries // blocks, width).swapaxes(2, 3)
         return x.reshape(batch, kv_heads, blocks, -1, width)
 

@@ -29,7 +29,9 @@ class TileSize(NamedTuple):
         if self.mib is None:
             return self
         heads, length = operands.keys.shape[1:3]
-        return self._replace(rows=min(self.rows, self.mib * 2**20 // (4 * heads * min(self.keys, length))))
+        return self._replace(
+            rows=min(self.rows, self.mib * 2**20 // (4 * heads * min(self.keys, length)))
+        )
 
 
 TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
@@ -91,7 +93,9 @@ def _per_row(x: jax.Array, rows: int) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, 
     return x[:, None, ..., None]
 
 
-def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:  # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
+def _in_tiles(
+    x: jax.Array, size: TileSize
+) -> jax.Array:  # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
     batch, heads, blocks, rows, width = x.shape
     tile_blocks = max(min(size.rows // rows, blocks), 1)
     count = -(-blocks // tile_blocks)
@@ -101,13 +105,17 @@ def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:  # [B, KV, N, r, d] ->
     return x.reshape(batch * count, heads, tile_blocks * rows, width)
 
 
-def _from_tiles(x: jax.Array, like: jax.Array) -> jax.Array:  # and back, to the axes of `like` [B, KV, N, r, _]
+def _from_tiles(
+    x: jax.Array, like: jax.Array
+) -> jax.Array:  # and back, to the axes of `like` [B, KV, N, r, _]
     batch, heads, blocks, rows, _ = like.shape
     x = x.reshape(batch, -1, heads, *x.shape[2:]).swapaxes(1, 2)
     return x.reshape(batch, heads, -1, rows, x.shape[-1])[:, :, :blocks]
 
 
-def _walk(tile: _Tiles, add: Callable[[Any, Any], Any], start: Any, *, operands: Operands, size: TileSize) -> Any:
+def _walk(
+    tile: _Tiles, add: Callable[[Any, Any], Any], start: Any, *, operands: Operands, size: TileSize
+) -> Any:
     """Adds up over the key tiles that a tile of queries sees; over the one that is the whole context without a loop."""
     if size.keys >= operands.keys.shape[2]:
         return add(0, start)
@@ -137,10 +145,14 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
     def part(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (tile.row, 0, begin, 0), (1, heads, count, width))[0]
 
-    return _KeyTile(begin, jnp.where(seen, -LOWEST, LOWEST), part(operands.keys), part(operands.values))
+    return _KeyTile(
+        begin, jnp.where(seen, -LOWEST, LOWEST), part(operands.keys), part(operands.values)
+    )
 
 
-def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize) -> tuple[jax.Array, jax.Array]:
+def forward(
+    operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize
+) -> tuple[jax.Array, jax.Array]:
     """The online softmax, begun with the own block, which is never empty, and continued over tiles of the context.
 
     Returns:
@@ -169,7 +181,9 @@ def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSi
             return _Softmax(largest, total, kept * carry.out + out)
 
         whole = _walk(tile, add, own, operands=operands, size=size)
-        total = jnp.where(whole.total > 0, whole.total, 1.0)  # rows that fill up a tile hold nothing
+        total = jnp.where(
+            whole.total > 0, whole.total, 1.0
+        )  # rows that fill up a tile hold nothing
         return (whole.out / total).astype(dtype), whole.largest + jnp.log(total)
 
     tiles = _tiles(operands, span, size)
@@ -177,7 +191,9 @@ def forward(operands: Operands, span: ContextSpan, *, causal: bool, size: TileSi
     return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
 
 
-def backward(saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize, transposed: bool) -> Operands:
+def backward(
+    saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize, transposed: bool
+) -> Operands:
     """The gradients, with scores recomputed tile by tile.
 
     With `P = exp(score - log_sum)`, the weights of the one softmax, and `dP` their gradient, a score's gradient is
@@ -208,7 +224,9 @@ def backward(saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize
 
     axis = 3 if transposed else 2  # of the positions in the sums of keys and values
 
-    def of_tile(sums: tuple[jax.Array, jax.Array], item: tuple) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def of_tile(
+        sums: tuple[jax.Array, jax.Array], item: tuple
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         tile, log_sum, slope, cotangent = item
         factors = (tile.queries, cotangent)
         if transposed:
@@ -226,7 +244,9 @@ def backward(saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize
             queries += _product("krs,ksd->krd", slopes, key_tile.keys)
             at = [tile.row, 0, 0, 0]
             at[axis] = key_tile.begin
-            for place, (factor, tile_part) in enumerate(zip(factors, (slopes, weights.astype(dtype)), strict=True)):
+            for place, (factor, tile_part) in enumerate(
+                zip(factors, (slopes, weights.astype(dtype)), strict=True)
+            ):
                 new = _product(equation, factor, tile_part)[None]
                 old = jax.lax.dynamic_slice(sums[place], at, new.shape)
                 sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)

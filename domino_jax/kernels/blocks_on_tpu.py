@@ -60,7 +60,14 @@ def cut_of(operands: Operands, size: KernelTile) -> Cut:
     keys = min(size.keys, -(-length // LANES) * LANES)
     key_tiles = -(-length // keys)
     parts = -(-key_tiles * keys // max(size.context, keys))
-    return Cut(tile_blocks, tile_blocks * rows, keys, -(-blocks // tile_blocks), parts, -(-key_tiles // parts))
+    return Cut(
+        tile_blocks,
+        tile_blocks * rows,
+        keys,
+        -(-blocks // tile_blocks),
+        parts,
+        -(-key_tiles // parts),
+    )
 
 
 class SeenTiles(NamedTuple):
@@ -82,7 +89,9 @@ def seen_tiles(span: ContextSpan, cut: Cut) -> SeenTiles:
         x = jnp.pad(x, ((0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0)))
         return x.reshape(batch, cut.tiles, -1, 1)
 
-    first, end = (by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span)
+    first, end = (
+        by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span
+    )
     begin = jnp.arange(cut.parts * cut.part_tiles) * cut.keys
     seen = jnp.any((first < end) & (first < begin + cut.keys) & (end > begin), axis=2)
     seen = seen.reshape(batch, cut.tiles, cut.parts, cut.part_tiles).swapaxes(1, 2)
@@ -218,7 +227,9 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         weights, kept = jnp.exp(scores - new), jnp.exp(largest[...] - new)
         largest[...] = new
         total[...] = kept * total[...] + jnp.sum(weights, axis=0, keepdims=True)
-        summed[...] = kept * summed[...] + _over_first(at.values[...], weights.astype(at.values.dtype))
+        summed[...] = kept * summed[...] + _over_first(
+            at.values[...], weights.astype(at.values.dtype)
+        )
 
     @pl.when(step == cut.part_tiles - 1)
     def _done() -> None:
@@ -232,12 +243,20 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     place, part, tile, step = _place(cut), pl.program_id(2), pl.program_id(3), pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
-    def of_tile(keys: jax.Array, values: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def of_tile(
+        keys: jax.Array, values: jax.Array, seen: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What a tile of keys adds to the gradients of queries, keys and values."""
-        weights = jnp.where(seen, jnp.exp(_turned(keys, at.queries[...]) * scale - log_sum[...]), 0.0)
+        weights = jnp.where(
+            seen, jnp.exp(_turned(keys, at.queries[...]) * scale - log_sum[...]), 0.0
+        )
         slopes = weights * (_turned(values, cotangent[...]) - slope[...]) * scale
         slopes, weights = slopes.astype(keys.dtype), weights.astype(keys.dtype)
-        return _over_first(slopes, keys), _plain(slopes, at.queries[...]), _plain(weights, cotangent[...])
+        return (
+            _over_first(slopes, keys),
+            _plain(slopes, at.queries[...]),
+            _plain(weights, cotangent[...]),
+        )
 
     @pl.when((tile == 0) & (step == 0))
     def _begin() -> None:
@@ -386,7 +405,9 @@ def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
 
     def of_tile(rows: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         shape = (batch, heads, cut.parts, cut.tiles * rows, width)
-        spec = pl.BlockSpec((None, None, None, rows, width), lambda b, h, p, t, s, *_: (b, h, p, t, 0))
+        spec = pl.BlockSpec(
+            (None, None, None, rows, width), lambda b, h, p, t, s, *_: (b, h, p, t, 0)
+        )
         return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
 
     held = cut.part_tiles * cut.keys

@@ -28,7 +28,9 @@ def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
     if cache.shape[0] == 1:  # of a vmap over one row comes a scatter, which costs more
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
-    return jax.vmap(lambda row, run, at: jax.lax.dynamic_update_slice(row, run, (0, at, 0)))(cache, new, start)
+    return jax.vmap(lambda row, run, at: jax.lax.dynamic_update_slice(row, run, (0, at, 0)))(
+        cache, new, start
+    )
 
 
 def write_definition(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
@@ -81,7 +83,9 @@ def write(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) ->
     Returns:
         The cache with the run at `start .. start + T - 1` of each row, in its own type.
     """
-    return jax.lax.platform_dependent(cache, keys, values, start, cpu=_write_merged, default=write_definition)
+    return jax.lax.platform_dependent(
+        cache, keys, values, start, cpu=_write_merged, default=write_definition
+    )
 
 
 def cached_attention(

@@ -84,7 +84,12 @@ def by_query_tiles(
 
 
 def on_tpu(
-    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, *, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    documents: jax.Array | None,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
     """JAX's splash attention, which skips what lies above the diagonal."""
     batch, heads, length, width = q.shape
@@ -112,7 +117,9 @@ def on_tpu(
 def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """cuDNN's attention; bfloat16 or float16 on an NVIDIA GPU only, and no documents."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(
+        1, 2
+    )
 
 
 def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
@@ -126,7 +133,12 @@ def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
         head_dim: width of a head.
         packed: whether rows hold several documents.
     """
-    fits = platform in ("gpu", "cuda") and dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0
+    fits = (
+        platform in ("gpu", "cuda")
+        and dtype == "bfloat16"
+        and head_dim <= 128
+        and head_dim % 8 == 0
+    )
     return CUDNN if fits and not packed else PORTABLE
 
 
@@ -170,7 +182,9 @@ def causal_attention(
     return run(by_kv_head, k, v, *packed).reshape(q.shape)
 
 
-def _of_device(q: jax.Array, k: jax.Array, v: jax.Array, *documents: jax.Array, form: str) -> jax.Array:
+def _of_device(
+    q: jax.Array, k: jax.Array, v: jax.Array, *documents: jax.Array, form: str
+) -> jax.Array:
     """Attention of the rows and key heads of one device; `q` is [B, KV, H / KV * T, head_dim]."""
     batch, _, length, width = k.shape
     heads = q.reshape(batch, -1, length, width)

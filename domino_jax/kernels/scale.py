@@ -31,7 +31,9 @@ def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
     return definition(x, weight), (x, weight)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     summed = jax.lax.platform_dependent(gradient, x, cpu=_sum_as_product, default=_sum_over_rows)
     return gradient * weight, summed

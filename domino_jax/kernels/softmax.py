@@ -42,13 +42,19 @@ def in_one_pass(logits: jax.Array) -> SoftmaxSums:
     place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     place += logits.shape[-1] * jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
     sums = SoftmaxSums(logits, jnp.ones_like(logits), place)
-    start = SoftmaxSums(jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.int32(jnp.iinfo(jnp.int32).max))
+    start = SoftmaxSums(
+        jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.int32(jnp.iinfo(jnp.int32).max)
+    )
 
     def merge(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left, right = SoftmaxSums(*left), SoftmaxSums(*right)
         largest = jnp.maximum(left.largest, right.largest)
-        total = left.total * jnp.exp(left.largest - largest) + right.total * jnp.exp(right.largest - largest)
-        first = (left.largest > right.largest) | ((left.largest == right.largest) & (left.place < right.place))
+        total = left.total * jnp.exp(left.largest - largest) + right.total * jnp.exp(
+            right.largest - largest
+        )
+        first = (left.largest > right.largest) | (
+            (left.largest == right.largest) & (left.place < right.place)
+        )
         return largest, total, jnp.where(first, left.place, right.place)
 
     for axis in (logits.ndim - 1, logits.ndim - 2):

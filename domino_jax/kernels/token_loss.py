@@ -94,7 +94,9 @@ class VocabularyLoss(NamedTuple):
     base: TokenLoss
 
 
-def token_loss(logits: jax.Array, target_ids: jax.Array, target_logits: jax.Array | None = None) -> TokenLoss:
+def token_loss(
+    logits: jax.Array, target_ids: jax.Array, target_logits: jax.Array | None = None
+) -> TokenLoss:
     """The definition of one prediction's loss, from whole logits.
 
     Args:

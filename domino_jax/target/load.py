@@ -141,18 +141,30 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     tree = read_json(place)
     model_type = tree.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise InputError(f"{place}: model_type is {shown(model_type)}; supported: {', '.join(MODEL_TYPES)}")
+        raise InputError(
+            f"{place}: model_type is {shown(model_type)}; supported: {', '.join(MODEL_TYPES)}"
+        )
     # Qwen2 always has the biases and its files do not say so.
     for key, value in (_ONLY_VALUE | {"attention_bias": model_type == "qwen2"}).items():
         if tree.get(key, value) not in (value, None):
             raise InputError(f"{place}: {key} is {shown(tree[key])}; supported: {value!r}")
     _check_layer_types(tree, place)
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    values = {key: tree[key] for key in (*same, "max_position_embeddings", "rms_norm_eps") if key in tree}
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    values = {
+        key: tree[key] for key in (*same, "max_position_embeddings", "rms_norm_eps") if key in tree
+    }
     for key in ("num_attention_heads", "hidden_size", "rms_norm_eps"):
         if key not in values:
             raise InputError(f"{place}: missing {key}")
-    values["num_key_value_heads"] = _given(tree, "num_key_value_heads", values["num_attention_heads"])
+    values["num_key_value_heads"] = _given(
+        tree, "num_key_value_heads", values["num_attention_heads"]
+    )
     values["head_dim"] = _given(tree, "head_dim", None)
     if values["head_dim"] is None:
         values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], place)
@@ -161,7 +173,10 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
         "rope_scaling": read_rope_scaling(tree, place=str(place)),
     }
     values["tie_word_embeddings"] = _given(tree, "tie_word_embeddings", False)
-    values |= {"qk_norm": model_type in ("qwen3", "qwen3_moe"), "attention_bias": model_type == "qwen2"}
+    values |= {
+        "qk_norm": model_type in ("qwen3", "qwen3_moe"),
+        "attention_bias": model_type == "qwen2",
+    }
     values |= _experts(tree, place) if model_type == "qwen3_moe" else {}
     values["dtype"] = dtype
     return from_tree(DecoderConfig, values, place=str(place))
@@ -216,13 +231,19 @@ def load_tokenizer(directory: str | Path) -> Any:
             raise InputError(f"{directory}: no {name}; a target needs its fast tokenizer")
     _check_tokenizer_files(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
         tokenizer("a", verbose=False)  # some settings are looked at when text comes
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
-        raise InputError(f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from error
     if not template:
-        raise InputError(f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja")
+        raise InputError(
+            f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja"
+        )
     if not isinstance(template, str) or text_problem(template):
         raise InputError(f"{directory}: the chat template is {shown(template)}; expected text")
     tokenizer.chat_template = template  # of several, the default one
@@ -246,9 +267,13 @@ def _check_layer_types(tree: Mapping[str, Any], place: Path) -> None:
     listed = isinstance(kinds, list)
     other = [kind for kind in kinds if kind != "full_attention"] if listed else []
     if other:
-        raise InputError(f"{place}: layer_types holds {shown(other[0])}; supported: 'full_attention'")
+        raise InputError(
+            f"{place}: layer_types holds {shown(other[0])}; supported: 'full_attention'"
+        )
     if not listed or len(kinds) not in (0, tree.get("num_hidden_layers")):
-        raise InputError(f"{place}: layer_types is {shown(kinds)}; expected one name for each layer")
+        raise InputError(
+            f"{place}: layer_types is {shown(kinds)}; expected one name for each layer"
+        )
 
 
 def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
@@ -264,7 +289,9 @@ def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTenso
     table, copy = tensors.get("model.embed_tokens.weight"), None
     if config.tie_word_embeddings and table is not None:
         copy = tensors.pop("lm_head.weight", None)
-    check_tensors(tensors, stored_shapes(config, found=len(tensors), place=directory), place=directory)
+    check_tensors(
+        tensors, stored_shapes(config, found=len(tensors), place=directory), place=directory
+    )
     if table is not None and copy is not None and not equal_tensors(copy, table):
         raise InputError(
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
@@ -354,11 +381,17 @@ def _sharded(
 
 def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """The fields of a mixture of experts; transformers 5 writes `num_local_experts` for `num_experts`."""
-    counts = [tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None]
+    counts = [
+        tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None
+    ]
     if any(count != counts[0] for count in counts):
-        raise InputError(f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} contradict")
+        raise InputError(
+            f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} contradict"
+        )
     if not counts or counts[0] == 0:
-        raise InputError(f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; expected a mixture")
+        raise InputError(
+            f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; expected a mixture"
+        )
     values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
     for key in ("num_experts_per_tok", "moe_intermediate_size"):
         if key not in tree:
@@ -372,7 +405,9 @@ def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:
 
 
 def _head_dim(hidden_size: Any, heads: Any, place: Path) -> int:
-    if not (type(hidden_size) is int and type(heads) is int and heads > 0 and hidden_size % heads == 0):
+    if not (
+        type(hidden_size) is int and type(heads) is int and heads > 0 and hidden_size % heads == 0
+    ):
         raise InputError(
             f"{place}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
             f"hidden_size {shown(hidden_size)}"

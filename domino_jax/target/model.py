@@ -49,9 +49,14 @@ class DecoderLayer(nn.Module):
         """Runs one layer over whole rows or, with a cache, over a run of tokens behind what it holds."""
         attention = AttentionProjections(self.cfg, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
-        queries, (keys, values) = attention.queries(normed, tables), attention.keys_values(normed, tables)
+        queries, (keys, values) = (
+            attention.queries(normed, tables),
+            attention.keys_values(normed, tables),
+        )
         if cache is None:
-            heads = causal_attention(queries, keys, values, documents=at.documents, form=self.attention)
+            heads = causal_attention(
+                queries, keys, values, documents=at.documents, form=self.attention
+            )
         else:
             heads, cache = cached_attention(queries, keys, values, cache, at.start)
         x = x + attention.output(heads)
@@ -67,15 +72,21 @@ class _CapturingLayer(nn.Module):
     attention: str = PORTABLE
 
     @nn.compact
-    def __call__(self, carry: Any, item: tuple[jax.Array, jax.Array], tables: Rotary, at: _Place) -> tuple[Any, None]:
+    def __call__(
+        self, carry: Any, item: tuple[jax.Array, jax.Array], tables: Rotary, at: _Place
+    ) -> tuple[Any, None]:
         (x, captured, caches), (layer, slot) = carry, item
         cache = None
         if caches is not None:
-            cache = jax.tree.map(lambda held: jax.lax.dynamic_index_in_dim(held, layer, keepdims=False), caches)
+            cache = jax.tree.map(
+                lambda held: jax.lax.dynamic_index_in_dim(held, layer, keepdims=False), caches
+            )
         x, cache = DecoderLayer(self.cfg, self.attention, name="layer")(x, tables, at, cache)
         if caches is not None:
             caches = jax.tree.map(
-                lambda held, new: jax.lax.dynamic_update_index_in_dim(held, new, layer, 0), caches, cache
+                lambda held, new: jax.lax.dynamic_update_index_in_dim(held, new, layer, 0),
+                caches,
+                cache,
             )
         captured = jax.lax.dynamic_update_index_in_dim(captured, x, slot, 0)
         return (x, captured, caches), None
@@ -137,11 +148,15 @@ class Target(nn.Module):
         """
         cfg = self.cfg
         if not all(0 <= layer < self.layers_run for layer in self.capture):
-            raise ValueError(f"cannot capture layers {list(self.capture)} of a target that runs {self.layers_run}")
+            raise ValueError(
+                f"cannot capture layers {list(self.capture)} of a target that runs {self.layers_run}"
+            )
         batch, length = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-            positions = positions if documents is None else _positions_in_documents(positions, documents)
+            positions = (
+                positions if documents is None else _positions_in_documents(positions, documents)
+            )
         embedding = self.param(
             "embed_tokens",
             logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
@@ -155,7 +170,9 @@ class Target(nn.Module):
                 (cfg.vocab_size, cfg.hidden_size),
                 jnp.float32,
             )
-        x = constrain(jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None)
+        x = constrain(
+            jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None
+        )
         tables = rotary(positions, cfg)
         if cache is not None and documents is not None:
             raise ValueError("documents have no cache: packed rows are whole passes")
@@ -165,15 +182,22 @@ class Target(nn.Module):
         hidden = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
         # Of the whole target only: where it is cut, the last layer that runs is one of the middle.
         last = cfg.num_hidden_layers - 1
-        captured = [hidden if layer == last else states for layer, states in zip(self.capture, captured, strict=True)]
+        captured = [
+            hidden if layer == last else states
+            for layer, states in zip(self.capture, captured, strict=True)
+        ]
         none = jnp.zeros((batch, length, 0), x.dtype)
         features = jnp.concatenate(captured, axis=-1) if captured else none
         return TargetOutput(hidden, features, cache)
 
     def empty_cache(self, *, batch: int, slots: int) -> LayerCaches:
         """A cache of zeros of all layers, in the compute dtype and in the form that this target's passes take."""
-        layers = tuple(empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run))
-        return jax.tree.map(lambda *layer: jnp.stack(layer), *layers) if self.scan_layers else layers
+        layers = tuple(
+            empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run)
+        )
+        return (
+            jax.tree.map(lambda *layer: jnp.stack(layer), *layers) if self.scan_layers else layers
+        )
 
     def _unrolled(
         self, x: jax.Array, tables: Rotary, at: _Place, cache: tuple[Cache, ...] | None
@@ -193,7 +217,9 @@ class Target(nn.Module):
     ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
         count = len(self.capture)
         # The last slot takes the outputs nobody asked for, so that no layer's state outlives the next one.
-        slots = jnp.array([self.capture.index(i) if i in self.capture else count for i in range(self.layers_run)])
+        slots = jnp.array(
+            [self.capture.index(i) if i in self.capture else count for i in range(self.layers_run)]
+        )
         layers = nn.scan(
             _CapturingLayer,
             variable_axes={"params": 0},
@@ -203,7 +229,9 @@ class Target(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.cfg, self.attention, name="layers")
         captured = jnp.zeros((count + 1, *x.shape), x.dtype)
-        (x, captured, cache), _ = layers((x, captured, cache), (jnp.arange(slots.size), slots), tables, at)
+        (x, captured, cache), _ = layers(
+            (x, captured, cache), (jnp.arange(slots.size), slots), tables, at
+        )
         return x, list(captured[:count]), cache
 
 

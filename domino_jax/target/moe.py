@@ -12,7 +12,9 @@ from domino_jax.sharding import constrain, logical_axes
 
 # Rows [M, in] times one weight [out, in] per run of rows: weights keep the layout of the checkpoints.
 _ROWS_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    dot_dimension_numbers=(((1,), (2,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
 )
 
 
@@ -55,15 +57,26 @@ class Experts(nn.Module):
         order = jnp.argsort(chosen)
         runs = jnp.bincount(chosen, length=count).astype(jnp.int32)
         rows = jnp.take(x.astype(cfg.dtype), order // cfg.num_experts_per_tok, axis=0)  # [M*k, D]
-        gate = self._product(rows, "gate_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs)
-        up = self._product(rows, "up_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs)
+        gate = self._product(
+            rows, "gate_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs
+        )
+        up = self._product(
+            rows, "up_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs
+        )
         hidden = constrain(nn.silu(gate) * up, None, "mlp")
-        out = self._product(hidden, "down_proj", (count, narrow, wide), ("experts", "embed", "mlp"), runs)
+        out = self._product(
+            hidden, "down_proj", (count, narrow, wide), ("experts", "embed", "mlp"), runs
+        )
         out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*to.experts.shape, narrow)
         return jnp.einsum("mk,mkd->md", to.weights, out.astype(jnp.float32)).astype(x.dtype)
 
     def _product(
-        self, rows: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...], runs: jax.Array
+        self,
+        rows: jax.Array,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        runs: jax.Array,
     ) -> jax.Array:
         init = logical_axes(nn.initializers.normal(stddev=0.02), *axes)
         weight = self.param(name, init, shape, jnp.float32).astype(self.cfg.dtype)

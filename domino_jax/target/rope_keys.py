@@ -25,7 +25,9 @@ def read_rope_theta(tree: Mapping[str, Any], *, place: str) -> Any:
             found[f"{key}.rope_theta"] = inner["rope_theta"]
     theta = next(iter(found.values()), 10_000.0)
     if any(value != theta for value in found.values()):
-        raise InputError(f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} contradict")
+        raise InputError(
+            f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} contradict"
+        )
     return theta
 
 
@@ -43,7 +45,9 @@ def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] 
     sections = (_rope_section(tree, key, place) for key in ("rope_scaling", "rope_parameters"))
     found = [section for section in sections if section is not None]
     if any(section != found[0] for section in found):
-        raise InputError(f"{place}: rope_scaling {shown(found[0])} and rope_parameters {shown(found[1])} contradict")
+        raise InputError(
+            f"{place}: rope_scaling {shown(found[0])} and rope_parameters {shown(found[1])} contradict"
+        )
     return found[0] if found and found[0]["rope_type"] != "default" else None
 
 
@@ -54,18 +58,26 @@ def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, An
         raise InputError(f"{place}: {key} is {shown(inner)}; expected a mapping or null")
     kinds = [inner[name] for name in ("rope_type", "type") if inner.get(name) is not None]
     if any(kind != kinds[0] for kind in kinds):
-        raise InputError(f"{place}: {key}: rope_type {shown(kinds[0])} and type {shown(kinds[1])} contradict")
+        raise InputError(
+            f"{place}: {key}: rope_type {shown(kinds[0])} and type {shown(kinds[1])} contradict"
+        )
     read = ("rope_theta", "rope_type", "type")
     # A null stands for an absent key, except that transformers reads a null `truncate` as false: refused further on.
-    section = {k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")}
+    section = {
+        k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")
+    }
     if section.get("partial_rotary_factor") == 1:
         del section["partial_rotary_factor"]
     kind = kinds[0] if kinds else None
     for name, value in section.items():
         if kind in ("default", None) or name == "partial_rotary_factor":
-            raise InputError(f"{place}: {key}.{name} is {shown(value)}; not supported with rope_type {shown(kind)}")
+            raise InputError(
+                f"{place}: {key}.{name} is {shown(value)}; not supported with rope_type {shown(kind)}"
+            )
     if kind not in ("default", None, *ROPE_TYPES):
-        raise InputError(f"{place}: {key}.rope_type is {shown(kind)}; supported: default, {', '.join(ROPE_TYPES)}")
+        raise InputError(
+            f"{place}: {key}.rope_type is {shown(kind)}; supported: default, {', '.join(ROPE_TYPES)}"
+        )
     if kind in ("llama3", "yarn"):
         outer, own = (level.get("original_max_position_embeddings") for level in (tree, section))
         if outer is not None and own is not None and outer != own:
@@ -74,6 +86,9 @@ def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, An
                 f"{shown(own)} contradict"
             )
         # What transformers takes when neither is there: a scaling that starts from the full length.
-        given = next((value for value in (own, outer) if value is not None), tree.get("max_position_embeddings"))
+        given = next(
+            (value for value in (own, outer) if value is not None),
+            tree.get("max_position_embeddings"),
+        )
         section["original_max_position_embeddings"] = given
     return None if kind is None else {"rope_type": kind, **section}

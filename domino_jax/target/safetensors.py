@@ -157,12 +157,18 @@ def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) 
     Raises:
         InputError: with both numbers.
     """
-    found = len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
+    found = len(
+        {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
+    )
     if found != count:
-        raise InputError(f"{place}: tensors of {found} layers, config.json says num_hidden_layers {count}")
+        raise InputError(
+            f"{place}: tensors of {found} layers, config.json says num_hidden_layers {count}"
+        )
 
 
-def equal_tensors(one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = CHUNK_BYTES) -> bool:
+def equal_tensors(
+    one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = CHUNK_BYTES
+) -> bool:
     """Whether two tensors hold the same numbers, or NaN in the same places, read a few rows at a time.
 
     Args:

@@ -29,7 +29,12 @@ from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target, read_decoder_config
+from domino_jax.target.load import (
+    load_sharded_target,
+    load_tokenizer,
+    open_target,
+    read_decoder_config,
+)
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
 from domino_jax.training.metrics import Say
@@ -141,22 +146,30 @@ def _check_directory(directory: Path) -> None:
     """Refuses a directory that holds something else than captured states."""
     if (directory / MANIFEST).is_file():
         return
-    if directory.exists() and (not directory.is_dir() or any(x.suffix != ".partial" for x in directory.iterdir())):
-        raise InputError(f"{directory}: not an empty directory and not one of captured states; give a new one")
+    if directory.exists() and (
+        not directory.is_dir() or any(x.suffix != ".partial" for x in directory.iterdir())
+    ):
+        raise InputError(
+            f"{directory}: not an empty directory and not one of captured states; give a new one"
+        )
 
 
 def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manifest:
     """The manifest with its shards: those of an earlier start, which must have been asked for the same, or new ones."""
     if (directory / MANIFEST).is_file():
         found = read_manifest(directory)
-        names = [name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")]
+        names = [
+            name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")
+        ]
         check_manifest(directory, found, {name: getattr(manifest, name) for name in names})
         return found
     sizes = [length * manifest.token_bytes for length in manifest.row_lengths]
     return Manifest(**{**vars(manifest), "shard_rows": shard_sizes(sizes, shard_bytes=shard_bytes)})
 
 
-def _agreed(directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, say: Say) -> list[int]:
+def _agreed(
+    directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, say: Say
+) -> list[int]:
     """The shards still to be written, once their size is told, within the limit or confirmed, and fits the disk."""
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
@@ -167,8 +180,14 @@ def _agreed(directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: 
             path = shard_path(directory, index)
             if path.exists():
                 say(f"{path}: damaged, it is written again")
-    first = [0, *(sum(manifest.shard_rows[: index + 1]) for index in range(len(manifest.shard_rows)))]
-    left = sum(sum(manifest.row_lengths[first[index] : first[index + 1]]) for index in missing) * manifest.token_bytes
+    first = [
+        0,
+        *(sum(manifest.shard_rows[: index + 1]) for index in range(len(manifest.shard_rows))),
+    ]
+    left = (
+        sum(sum(manifest.row_lengths[first[index] : first[index + 1]]) for index in missing)
+        * manifest.token_bytes
+    )
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
     say(
         f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of {len(manifest.row_lengths)} rows, "

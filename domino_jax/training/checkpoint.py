@@ -42,7 +42,9 @@ class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A directory that is hashed before it is renamed to its place."""
 
     @classmethod
-    def from_final(cls, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any) -> Any:
+    def from_final(
+        cls, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any
+    ) -> Any:
         # Without the store, which would write times into a file that is hashed already.
         return super().from_final(final_path, **options)
 
@@ -67,7 +69,9 @@ class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
         return Path(self.get_final()).parent.name == CHECKPOINTS
 
 
-def open_checkpoints(run_dir: str | Path, *, keep: int = 2, keep_best: bool = False) -> ocp.CheckpointManager:
+def open_checkpoints(
+    run_dir: str | Path, *, keep: int = 2, keep_best: bool = False
+) -> ocp.CheckpointManager:
     """The checkpoints of a run, to write to.
 
     Args:
@@ -78,7 +82,9 @@ def open_checkpoints(run_dir: str | Path, *, keep: int = 2, keep_best: bool = Fa
     policies = ocp.checkpoint_managers
     kept: Any = policies.LatestN(keep)
     if keep_best:
-        best = policies.BestN(get_metric_fn=_accept_len, n=1, keep_checkpoints_without_metrics=False)
+        best = policies.BestN(
+            get_metric_fn=_accept_len, n=1, keep_checkpoints_without_metrics=False
+        )
         kept = policies.AnyPreservationPolicy([kept, best])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
@@ -90,7 +96,9 @@ def open_checkpoints(run_dir: str | Path, *, keep: int = 2, keep_best: bool = Fa
     return ocp.CheckpointManager(_directory(run_dir), options=options)
 
 
-def sound_checkpoint(run_dir: str | Path, *, say: Say, set_aside: bool = False, only: int | None = None) -> int | None:
+def sound_checkpoint(
+    run_dir: str | Path, *, say: Say, set_aside: bool = False, only: int | None = None
+) -> int | None:
     """The newest step whose files are all as they were saved, or None where none was ever saved.
 
     Args:
@@ -105,7 +113,9 @@ def sound_checkpoint(run_dir: str | Path, *, say: Say, set_aside: bool = False, 
     recorded = _recorded_step(run_dir)
     steps = _steps(directory)
     if only is not None and only not in steps:
-        raise InputError(f"{directory}: no checkpoint {only}; there are {', '.join(map(str, steps)) or 'none'}")
+        raise InputError(
+            f"{directory}: no checkpoint {only}; there are {', '.join(map(str, steps)) or 'none'}"
+        )
     if recorded is not None and only is None and (not steps or recorded > steps[0]):
         say(f"{directory}/{recorded}: the newest checkpoint is gone")
     for step in steps if only is None else [only]:
@@ -168,7 +178,13 @@ class Checkpoints:
         return self._manager.latest_step() == step
 
     def save(
-        self, state: TrainState, rows: Any, draft: DraftRecord, run: RunRecord, *, heldout: dict[str, float] | None
+        self,
+        state: TrainState,
+        rows: Any,
+        draft: DraftRecord,
+        run: RunRecord,
+        *,
+        heldout: dict[str, float] | None,
     ) -> None:
         """Saves a state in the background, under its step.
 
@@ -210,7 +226,9 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            "optimizer": ocp.args.StandardRestore(
+                {"step": abstract.step, "opt_state": abstract.opt_state}
+            ),
             "data": grain.checkpoint.CheckpointRestore(rows),
         }
         if state.ema is not None:
@@ -218,7 +236,9 @@ class Checkpoints:
         restored = _restored(self._manager, step, items)
         optimizer = restored["optimizer"]
         ema = restored["ema"] if state.ema is not None else None
-        return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"], ema), restored["data"]
+        return TrainState(
+            optimizer["step"], restored["params"], optimizer["opt_state"], ema
+        ), restored["data"]
 
     @contextmanager
     def _told(self, step: int | None) -> Iterator[None]:
@@ -240,7 +260,10 @@ class Checkpoints:
 def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
     """Starts a run directory from a draft alone, as step 0 without optimiser state."""
     with open_checkpoints(run_dir) as checkpoints:
-        items = {"params": ocp.args.StandardSave(params), DRAFT: ocp.args.JsonSave(record.as_json())}
+        items = {
+            "params": ocp.args.StandardSave(params),
+            DRAFT: ocp.args.JsonSave(record.as_json()),
+        }
         checkpoints.save(0, args=ocp.args.Composite(**items))
 
 
@@ -259,15 +282,23 @@ def load_draft(
     directory = _directory(run_dir)
     found = sound_checkpoint(run_dir, say=say, only=step)
     if found is None:
-        what = "no finished checkpoint yet" if directory.is_dir() else "not a run directory (no checkpoints/ in it)"
+        what = (
+            "no finished checkpoint yet"
+            if directory.is_dir()
+            else "not a run directory (no checkpoints/ in it)"
+        )
         raise InputError(f"{run_dir}: {what}")
     place = directory / str(found)
     record = read_draft_record(place)
     item = "ema" if (place / "ema").is_dir() else "params"
     shapes = nn.meta.unbox(boxed_parameters(record.config))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes)
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as checkpoints:
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes
+    )
+    with ocp.CheckpointManager(
+        directory, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as checkpoints:
         restored = _restored(checkpoints, found, {item: ocp.args.StandardRestore(shapes)})
     return record, restored[item], found
 
@@ -280,7 +311,9 @@ def _steps(directory: Path) -> list[int]:
     """The steps below a directory, newest first; unfinished ones have other names."""
     if not directory.is_dir():
         return []
-    names = [path.name for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]{0,18}", path.name)]
+    names = [
+        path.name for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]{0,18}", path.name)
+    ]
     return sorted(map(int, names), reverse=True)
 
 
@@ -291,7 +324,9 @@ def _recorded_step(run_dir: Path) -> int | None:
         return None
     step = read_json(path).get("step")
     if type(step) is not int:
-        raise InputError(f"{path}: step is {step!r}, expected an integer; remove the file if {CHECKPOINTS}/ is whole")
+        raise InputError(
+            f"{path}: step is {step!r}, expected an integer; remove the file if {CHECKPOINTS}/ is whole"
+        )
     return step
 
 

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import optax
 
 
-def get_lambda_base(global_step: int, total_steps: int, lambda_start: float = 1.0, decay_ratio: float = 0.5) -> float:
+def get_lambda_base(
+    global_step: int, total_steps: int, lambda_start: float = 1.0, decay_ratio: float = 0.5
+) -> float:
     """Weight of the base loss at a step.
 
     Args:
@@ -20,7 +22,9 @@ def get_lambda_base(global_step: int, total_steps: int, lambda_start: float = 1.
     return max(0.0, min(1.0, lambda_start * (1.0 - min(global_step / decay_steps, 1.0))))
 
 
-def lambda_base_schedule(total_steps: int, *, lambda_start: float = 1.0, decay_ratio: float = 0.5) -> optax.Schedule:
+def lambda_base_schedule(
+    total_steps: int, *, lambda_start: float = 1.0, decay_ratio: float = 0.5
+) -> optax.Schedule:
     """`get_lambda_base` as an optax schedule of `TrainState.step`, which may be traced.
 
     Returns float32 [] in 0..1.

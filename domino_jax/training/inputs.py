@@ -38,7 +38,11 @@ class InputRows(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """How many rows and the sha256, in hex, of their ids and masks, or of a capture's manifest."""
-        digest = self.rows.fingerprint if isinstance(self.rows, FeatureRows) else rows_fingerprint(self.rows)
+        digest = (
+            self.rows.fingerprint
+            if isinstance(self.rows, FeatureRows)
+            else rows_fingerprint(self.rows)
+        )
         return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
@@ -112,14 +116,18 @@ def read_features(
 
 
 def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
-    return InputRows(rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None)
+    return InputRows(
+        rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None
+    )
 
 
 def training_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """The endless shuffled batches of this process, each of all micro-batches of a step (see `row_batches`)."""
     return row_batches(
         inputs.rows,
-        batch_size=config.data.batch_size * config.optimizer.grad_accumulation // jax.process_count(),
+        batch_size=config.data.batch_size
+        * config.optimizer.grad_accumulation
+        // jax.process_count(),
         max_length=config.data.max_length,
         seed=config.seed,
         packs=inputs.packs,
@@ -130,7 +138,9 @@ def training_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIter
 def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """One pass over held-out rows (see `heldout_batches`)."""
     size = config.data.batch_size // jax.process_count()
-    return heldout_batches(inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs)
+    return heldout_batches(
+        inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs
+    )
 
 
 def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
@@ -141,7 +151,9 @@ def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int)
 
     def put(x: np.ndarray) -> jax.Array:
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (x.ndim - 1)))
-        return jax.make_array_from_process_local_data(layout, x.reshape(micro_batches, -1, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(
+            layout, x.reshape(micro_batches, -1, *x.shape[1:])
+        )
 
     return Batch(**{name: put(x) for name, x in rows.items() if name in Batch._fields})
 
@@ -159,10 +171,14 @@ def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> 
         InputError: the sizes do not fit the devices, or the batch does not divide over them.
     """
     try:
-        mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
+        mesh = make_mesh(
+            data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices
+        )
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     parts = mesh.size // config.mesh.tensor
     if config.data.batch_size % parts:
-        raise InputError(f"data.batch_size {config.data.batch_size} must be a multiple of its {parts} devices")
+        raise InputError(
+            f"data.batch_size {config.data.batch_size} must be a multiple of its {parts} devices"
+        )
     return mesh

@@ -55,13 +55,17 @@ def train(
     """
     run = prepare(config, console=console)
     settings = run.config.train
-    kept = Checkpoints(run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best is not None)
+    kept = Checkpoints(
+        run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best is not None
+    )
     with jax.set_mesh(run.mesh), kept as checkpoints:
         rows, state = training_batches(run.rows, run.config), run.state
         if run.resumed is not None:
             state, rows = checkpoints.restore(run.resumed.step, state, rows)
             _say(console, f"resuming at step {run.resumed.step} of {run.last_step}")
-        training = _Training(run, state, rows, checkpoints, stop_requested=stop_requested, console=console)
+        training = _Training(
+            run, state, rows, checkpoints, stop_requested=stop_requested, console=console
+        )
         with training.log:
             diverged = training.run_steps()
         if diverged is not None:
@@ -112,7 +116,9 @@ class _Training:
             return None
         micro_batches = run.config.optimizer.grad_accumulation
         coming = range(self._step + 1, last_step + 1)
-        trace = Trace(run.directory, settings.profile, coming, paused=self._speed.paused, say=self._say)
+        trace = Trace(
+            run.directory, settings.profile, coming, paused=self._speed.paused, say=self._say
+        )
         with _progress(self._console) as progress, trace:
             task = progress.add_task("training", total=last_step, completed=self._step, figures="")
             compiled, stop = None, False
@@ -141,7 +147,9 @@ class _Training:
                 if self._step % settings.checkpoint_every == 0 or last or stop:
                     self._save(figures)
         if self._step < last_step or self._heldout_due:
-            raise Interrupted(f"stopped at step {self._step} of {last_step}; the same command goes on from there")
+            raise Interrupted(
+                f"stopped at step {self._step} of {last_step}; the same command goes on from there"
+            )
         return None
 
     def _tell(self) -> str:
@@ -150,7 +158,9 @@ class _Training:
         # The window's steps have run: that waited for them. Only those of this start were timed.
         timing = self._speed.figures(total([one for one in outcomes if one.step > self._began_at]))
         sums = total(outcomes)
-        figures = _training_figures(run, sums, step=self._step, updates=int(updates_done(self._state.opt_state)))
+        figures = _training_figures(
+            run, sums, step=self._step, updates=int(updates_done(self._state.opt_state))
+        )
         for skip in self._watch.skips(outcomes):
             self._say(f"step {skip.step}: update skipped, {skip.words}")
             self.log.write(skip.step, "skipped", skip.record)
@@ -214,12 +224,18 @@ class _HeldOut:
     def __init__(self, run: Run) -> None:
         self._run = run
 
-        def sums(params: Any, target_params: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-            return metric_sums(batch_metrics(run.program, params, target_params, batch, key=key, lambda_base=0.0))
+        def sums(
+            params: Any, target_params: Any, batch: Batch, key: jax.Array
+        ) -> dict[str, jax.Array]:
+            return metric_sums(
+                batch_metrics(run.program, params, target_params, batch, key=key, lambda_base=0.0)
+            )
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, state: TrainState, *, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
+    def __call__(
+        self, state: TrainState, *, stop_requested: Callable[[], bool]
+    ) -> dict[str, float] | None:
         """The figures, or None where the run was asked to stop between two batches."""
         run = self._run
         assert run.heldout is not None
@@ -239,7 +255,9 @@ def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _training_figures(run: Run, sums: dict[str, Any], *, step: int, updates: int) -> dict[str, float]:
+def _training_figures(
+    run: Run, sums: dict[str, Any], *, step: int, updates: int
+) -> dict[str, float]:
     """The means of a window of steps, and what its last step and its last update were made with."""
     rate = learning_rate_schedule(run.config.optimizer, run.total_steps)
     return metric_means(sums) | {
@@ -255,5 +273,11 @@ def _in_words(figures: dict[str, float]) -> str:
 
 def _progress(console: Console) -> Progress:
     figures = TextColumn("{task.fields[figures]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        figures,
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=console, disable=not console.is_terminal)

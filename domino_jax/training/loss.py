@@ -37,7 +37,9 @@ from domino_jax.kernels.token_loss import (
 )
 
 
-def position_weights(mask: jax.Array, *, gamma: float | None, prefix_lengths: jax.Array | None = None) -> jax.Array:
+def position_weights(
+    mask: jax.Array, *, gamma: float | None, prefix_lengths: jax.Array | None = None
+) -> jax.Array:
     """Loss weights that decay along the block.
 
     Args:
@@ -110,7 +112,9 @@ class AcceptanceStats(NamedTuple):
     blocks: jax.Array
 
 
-def compute_accept_len(pred_ids: jax.Array, target_ids: jax.Array, valid_mask: jax.Array) -> jax.Array:
+def compute_accept_len(
+    pred_ids: jax.Array, target_ids: jax.Array, valid_mask: jax.Array
+) -> jax.Array:
     """Drafted tokens accepted before the first mismatch of each block.
 
     Args:
@@ -125,13 +129,17 @@ def compute_accept_len(pred_ids: jax.Array, target_ids: jax.Array, valid_mask: j
     return jnp.sum(accepted * valid_mask, axis=-1).astype(jnp.float32)
 
 
-def acceptance_stats(pred_ids: jax.Array, target_ids: jax.Array, valid_mask: jax.Array) -> AcceptanceStats:
+def acceptance_stats(
+    pred_ids: jax.Array, target_ids: jax.Array, valid_mask: jax.Array
+) -> AcceptanceStats:
     """Acceptance over blocks with at least one valid position; each counts its accepted tokens plus the bonus token.
 
     Shapes as in `compute_accept_len`; three float32 scalars.
     Source: NeMo AutoModel 0.7.0, `compute_acceptance_stats`.
     """
     used = jnp.any(valid_mask, axis=-1)
-    total = jnp.sum(jnp.where(used, compute_accept_len(pred_ids, target_ids, valid_mask) + 1.0, 0.0))
+    total = jnp.sum(
+        jnp.where(used, compute_accept_len(pred_ids, target_ids, valid_mask) + 1.0, 0.0)
+    )
     blocks = jnp.sum(used.astype(jnp.float32))
     return AcceptanceStats(total / jnp.maximum(blocks, 1.0), total, blocks)

@@ -91,7 +91,9 @@ class MetricsLog:
     is in `timing.jsonl`. A figure that is not finite is null there, and `not_finite` names it.
     """
 
-    def __init__(self, directory: Path, *, at: LogMark | None, step: int, tensorboard: bool, say: Say) -> None:
+    def __init__(
+        self, directory: Path, *, at: LogMark | None, step: int, tensorboard: bool, say: Say
+    ) -> None:
         """Opens the files as they were when the state was saved that the run starts with.
 
         Args:
@@ -109,7 +111,9 @@ class MetricsLog:
         self._hash, self._count = hashlib.sha256(kept), len(kept)
         timing = [line for line in _parsable(directory / TIMING) if line.get("step", 0) <= step]
         write_whole(directory / METRICS, kept.decode("utf-8"))
-        write_whole(directory / TIMING, "".join(_json_line(line) for line in timing if at is not None))
+        write_whole(
+            directory / TIMING, "".join(_json_line(line) for line in timing if at is not None)
+        )
         self._files = {name: (directory / name).open("ab") for name in (METRICS, TIMING)}
 
     def __enter__(self) -> "MetricsLog":
@@ -117,12 +121,21 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # told already: each line is flushed as it is written
+            with contextlib.suppress(
+                OSError
+            ):  # told already: each line is flushed as it is written
                 file.close()
         if self._board:
             self._board.close()
 
-    def write(self, step: int, split: str, figures: dict[str, Any], *, timing: dict[str, float] | None = None) -> None:
+    def write(
+        self,
+        step: int,
+        split: str,
+        figures: dict[str, Any],
+        *,
+        timing: dict[str, float] | None = None,
+    ) -> None:
         """Adds one record of `figures`, and one of `timing` if given; with the system when this returns."""
         for name, part in ((METRICS, figures), (TIMING, timing)):
             if part is None:
@@ -158,11 +171,15 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1):
+    for number, line in enumerate(
+        read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1
+    ):
         if line.endswith("\n"):
             record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
             if not isinstance(record, dict) or type(record.get("step")) is not int:
-                raise InputError(f"{path}:{number}: expected a record with its step, found {line[:80]!r}")
+                raise InputError(
+                    f"{path}:{number}: expected a record with its step, found {line[:80]!r}"
+                )
             records.append(record)
     return records
 
@@ -211,5 +228,7 @@ def _tensorboard(directory: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise InputError("train.tensorboard needs tensorboardX: pip install 'domino-jax[tensorboard]'") from error
+        raise InputError(
+            "train.tensorboard needs tensorboardX: pip install 'domino-jax[tensorboard]'"
+        ) from error
     return SummaryWriter(str(directory / "tensorboard"))

@@ -15,16 +15,30 @@ from domino_jax.config import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.blocks import Blocks, Packing, anchor_candidates, make_blocks, sample_anchors
 from domino_jax.draft.mask import layer_spans
-from domino_jax.kernels.token_loss import Labels, Objective, States, Tables, TokenLoss, VocabularyLoss
+from domino_jax.kernels.token_loss import (
+    Labels,
+    Objective,
+    States,
+    Tables,
+    TokenLoss,
+    VocabularyLoss,
+)
 from domino_jax.kernels.vocabulary_loss import vocabulary_loss
 from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import constrain
 from domino_jax.stages import HEAD, VOCABULARY_LOSS
 from domino_jax.strict import require
 from domino_jax.training.loss import acceptance_stats, dual_loss, position_weights
-from domino_jax.training.objectives import check_objective, checked_options, loss_divisor, objective_named
+from domino_jax.training.objectives import (
+    check_objective,
+    checked_options,
+    loss_divisor,
+    objective_named,
+)
 
-Anchors = tuple[jax.Array, jax.Array]  # positions int32 [B, N] and which slots hold one, bool [B, N]
+Anchors = tuple[
+    jax.Array, jax.Array
+]  # positions int32 [B, N] and which slots hold one, bool [B, N]
 
 
 class DFlashStepMetrics(flax.struct.PyTreeNode):
@@ -99,10 +113,15 @@ class DFlashTrainerModule(nn.Module):
             here, there = getattr(self, name), getattr(cfg, name)
             require(here == there, f"{name} is {here} here and {there} in the draft's config")
         rules = ", ".join(ANCHOR_RULES)
-        require(self.anchor_rule in ANCHOR_RULES, f"anchor_rule must be one of {rules}, found {self.anchor_rule!r}")
+        require(
+            self.anchor_rule in ANCHOR_RULES,
+            f"anchor_rule must be one of {rules}, found {self.anchor_rule!r}",
+        )
         require(0 <= self.kl_weight <= 1, f"kl_weight must lie in 0..1, found {self.kl_weight}")
         require(self.num_anchors >= 1, f"num_anchors must be at least 1, found {self.num_anchors}")
-        require(self.chunk_blocks >= 0, f"chunk_blocks must be 0 or more, found {self.chunk_blocks}")
+        require(
+            self.chunk_blocks >= 0, f"chunk_blocks must be 0 or more, found {self.chunk_blocks}"
+        )
         check_objective(
             self.loss_type,
             self.loss_options,
@@ -132,13 +151,17 @@ class DFlashTrainerModule(nn.Module):
         prefix_lengths = self.draw_prefix_lengths(anchors[0])
         blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
-        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths)
+        weights = position_weights(
+            blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths
+        )
         wanted = self._wanted_states(target_states, anchors)
         labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
         loss = self._dual_loss(States(hidden), Tables(lm_head), labels)
         divisor = self._divisor(weights, blocks)
         return DFlashStepMetrics(
-            loss=loss.total / (divisor + 1e-6), loss_weight=divisor, **_prediction_metrics(loss.final, blocks)
+            loss=loss.total / (divisor + 1e-6),
+            loss_weight=divisor,
+            **_prediction_metrics(loss.final, blocks),
         )
 
     def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array | None:
@@ -198,16 +221,26 @@ class DFlashTrainerModule(nn.Module):
     ) -> jax.Array:
         """The backbone's states of the blocks' predictions, [B, N, M, D]."""
         batch, length = hidden_states.shape[:2]
-        positions = packing.position_ids if packing else jnp.broadcast_to(jnp.arange(length), (batch, length))
-        spans = layer_spans(self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None)
+        positions = (
+            packing.position_ids
+            if packing
+            else jnp.broadcast_to(jnp.arange(length), (batch, length))
+        )
+        spans = layer_spans(
+            self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None
+        )
         noise = _frozen_rows(embed_tokens, blocks.noise_ids)
-        states = self.draft_model(jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans)
+        states = self.draft_model(
+            jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans
+        )
         return self.draft_model.prediction_states(states)
 
     def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
         """The target's states that predict the labels, [B, S, D] -> [B, N, M, D]; None where nothing reads them."""
         if self.kl_weight > 0 and target_states is None:
-            raise ValueError("kl_weight needs target_states, the target's states after its final norm")
+            raise ValueError(
+                "kl_weight needs target_states, the target's states after its final norm"
+            )
         reads = self.kl_weight > 0 or objective_named(self.loss_type).cost is not None
         if not reads or target_states is None:
             return None
@@ -231,7 +264,12 @@ class DFlashTrainerModule(nn.Module):
 
     @jax.named_scope(VOCABULARY_LOSS)
     def _dual_loss(
-        self, states: States, tables: Tables, labels: Labels, *, lambda_base: jax.Array | float = 0.0
+        self,
+        states: States,
+        tables: Tables,
+        labels: Labels,
+        *,
+        lambda_base: jax.Array | float = 0.0,
     ) -> VocabularyLoss:
         objective = self._objective()
         if objective.cost is None:
@@ -265,9 +303,13 @@ class DominoTrainerModule(DFlashTrainerModule):
         super().__post_init__()
         cfg = self.draft_model.cfg
         if cfg.projector_type != "domino":
-            raise ValueError(f"DominoTrainerModule needs projector_type 'domino', found {cfg.projector_type!r}")
+            raise ValueError(
+                f"DominoTrainerModule needs projector_type 'domino', found {cfg.projector_type!r}"
+            )
         if cfg.shift_label != self.shift_label:
-            raise ValueError(f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config")
+            raise ValueError(
+                f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config"
+            )
 
     def __call__(
         self,
@@ -317,7 +359,10 @@ class DominoTrainerModule(DFlashTrainerModule):
         wanted = self._wanted_states(target_states, anchors)
         labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
         loss = self._dual_loss(
-            States(hidden, low_rank), Tables(lm_head, head.expansion), labels, lambda_base=lambda_base
+            States(hidden, low_rank),
+            Tables(lm_head, head.expansion),
+            labels,
+            lambda_base=lambda_base,
         )
         divisor = self._divisor(weights, blocks)
         base_metrics = _prediction_metrics(loss.base, blocks)
@@ -362,7 +407,9 @@ def build_trainer(
     return DFlashTrainerModule(draft, **options)
 
 
-def _with_options(function: Callable[..., jax.Array] | None, options: Any) -> Callable[..., jax.Array] | None:
+def _with_options(
+    function: Callable[..., jax.Array] | None, options: Any
+) -> Callable[..., jax.Array] | None:
     """A function of an objective with its last argument given."""
     return None if function is None else lambda *arguments: function(*arguments, options)
 
@@ -377,7 +424,9 @@ def _packing(
     return Packing(position_ids, seq_lens, doc_remaining)
 
 
-def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:  # [V, D], [B, N, x] -> [B, N, x, D]
+def _frozen_rows(
+    table: jax.Array, ids: jax.Array
+) -> jax.Array:  # [V, D], [B, N, x] -> [B, N, x, D]
     # Laid out by rows of the batch here: what follows would else be split like the table, and gathered again.
     rows = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
     return constrain(rows, "batch", None, None, None)

@@ -103,7 +103,12 @@ def checked_options(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def check_objective(
-    name: str, options: Mapping[str, Any], *, normalize: str | None, gamma: float | None, domino: bool
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    normalize: str | None,
+    gamma: float | None,
+    domino: bool,
 ) -> None:
     """Refuses what cannot be trained with, for a run's config and for the trainer modules alike.
 
@@ -181,14 +186,19 @@ class PrefixOptions:
 
     def __post_init__(self) -> None:
         """Refuses what is not a weight."""
-        require(self.prefix_weight_base > 0, f"prefix_weight_base must be positive, found {self.prefix_weight_base}")
+        require(
+            self.prefix_weight_base > 0,
+            f"prefix_weight_base must be positive, found {self.prefix_weight_base}",
+        )
 
 
 def drawn_prefix_lengths(
     key: jax.Array, shape: tuple[int, ...], options: PrefixOptions, *, block_size: int
 ) -> jax.Array:
     """See `sample_prefix_lengths`."""
-    return sample_prefix_lengths(key, shape, block_size=block_size, weight_base=options.prefix_weight_base)
+    return sample_prefix_lengths(
+        key, shape, block_size=block_size, weight_base=options.prefix_weight_base
+    )
 
 
 @dataclass(frozen=True)
@@ -199,10 +209,14 @@ class DpaceOptions:
 
     def __post_init__(self) -> None:
         """Refuses what is not a share."""
-        require(0 <= self.dpace_alpha <= 1, f"dpace_alpha must lie in 0..1, found {self.dpace_alpha}")
+        require(
+            0 <= self.dpace_alpha <= 1, f"dpace_alpha must lie in 0..1, found {self.dpace_alpha}"
+        )
 
 
-def dpace_weights(token: TokenLoss, labels: Labels, options: DpaceOptions, *, form: str = "whole") -> jax.Array:
+def dpace_weights(
+    token: TokenLoss, labels: Labels, options: DpaceOptions, *, form: str = "whole"
+) -> jax.Array:
     """D-PACE: how much a position contributes to the expected length of the accepted prefix.
 
     With the draft's confidence `q = exp(-nll)` smoothed to `(1 - alpha) q + alpha` and `P_m` the product up to m,

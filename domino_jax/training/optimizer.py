@@ -33,6 +33,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            learning_rate_schedule(config, total_steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+            learning_rate_schedule(config, total_steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
         ),
     )

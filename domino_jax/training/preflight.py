@@ -19,7 +19,11 @@ from domino_jax.strict import InputError
 
 GIGABYTE = 10**9
 # Imported where they are used, so that decoding does without; and what pip calls them.
-PACKAGES = {"grain": "grain", "array_record": "array-record", "tensorboardX": "'domino-jax[tensorboard]'"}
+PACKAGES = {
+    "grain": "grain",
+    "array_record": "array-record",
+    "tensorboardX": "'domino-jax[tensorboard]'",
+}
 
 
 def packages_of(config: RunConfig) -> list[str]:
@@ -32,7 +36,9 @@ def check_packages(modules: Iterable[str]) -> None:
     """Refuses to begin where a package is missing, a key of `PACKAGES`, and names what to install."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise InputError(f"the package {module} is missing, which this needs: pip install {PACKAGES[module]}")
+            raise InputError(
+                f"the package {module} is missing, which this needs: pip install {PACKAGES[module]}"
+            )
 
 
 def check_sources(config: RunConfig, *, started: bool) -> None:
@@ -47,16 +53,22 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
     features, start = config.data.features, config.draft.init_from
     if features is not None and not (Path(features) / MANIFEST).is_file():
         found = _instead(Path(features), lacking=MANIFEST)
-        raise InputError(f"data.features: {features}: {found}; expected a directory that `domino capture` wrote")
+        raise InputError(
+            f"data.features: {features}: {found}; expected a directory that `domino capture` wrote"
+        )
     if start is not None and not started and not (Path(start) / "config.json").is_file():
         found = _instead(Path(start), lacking="config.json")
-        raise InputError(f"draft.init_from: {start}: {found}; expected the directory of a draft, as export writes it")
+        raise InputError(
+            f"draft.init_from: {start}: {found}; expected the directory of a draft, as export writes it"
+        )
 
 
 def check_conversations(key: str, name: str | None) -> None:
     """Refuses a file of conversations that is named by a key of the configuration and is not there."""
     if name is not None and not (Path(name).is_file() and os.access(name, os.R_OK)):
-        raise InputError(f"{key}: {name}: {_instead(Path(name))}; expected a JSONL file of conversations")
+        raise InputError(
+            f"{key}: {name}: {_instead(Path(name))}; expected a JSONL file of conversations"
+        )
 
 
 def check_place(run_dir: str | Path) -> None:
@@ -65,7 +77,9 @@ def check_place(run_dir: str | Path) -> None:
     if not place.is_dir():
         raise InputError(f"run_dir: {run_dir}: {place} is not a directory; give another run_dir")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"run_dir: {run_dir}: {place} may not be written by this user; give another run_dir")
+        raise InputError(
+            f"run_dir: {run_dir}: {place} may not be written by this user; give another run_dir"
+        )
 
 
 def check_room(config: RunConfig, draft: DraftConfig) -> None:

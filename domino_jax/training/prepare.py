@@ -23,14 +23,31 @@ from domino_jax.model_config import DecoderConfig
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target, read_decoder_config
+from domino_jax.target.load import (
+    TABLES,
+    load_sharded_target,
+    load_tokenizer,
+    open_target,
+    read_decoder_config,
+)
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
 from domino_jax.training.inputs import InputRows, draft_of, read_features, read_rows, run_mesh
 from domino_jax.training.metrics import Say
-from domino_jax.training.preflight import check_packages, check_place, check_room, check_sources, packages_of
+from domino_jax.training.preflight import (
+    check_packages,
+    check_place,
+    check_room,
+    check_sources,
+    packages_of,
+)
 from domino_jax.training.program import make_program, resolved
 from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, read_run_record
-from domino_jax.training.run_directory import check_draft, check_inputs, check_settings, write_config
+from domino_jax.training.run_directory import (
+    check_draft,
+    check_inputs,
+    check_settings,
+    write_config,
+)
 from domino_jax.training.start import state_at_start
 from domino_jax.training.step import Program, TrainState
 
@@ -144,7 +161,9 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
     config, data, tokenizer = run.config, run.config.data, run.tokenizer
     say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
     if data.train is None:
-        rows = read_features(config, run.target, tokenizer, run.record.config, target_sha256=target_sha256())
+        rows = read_features(
+            config, run.target, tokenizer, run.record.config, target_sha256=target_sha256()
+        )
     else:
         rows = read_rows(data.train, tokenizer, data, say=say)
     heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
@@ -152,7 +171,9 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
     inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
     inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
     if run.resumed is not None:
-        check_inputs(run.directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs)
+        check_inputs(
+            run.directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs
+        )
 
     step_rows = data.batch_size * config.optimizer.grad_accumulation
     if rows.epoch_rows < step_rows:
@@ -161,7 +182,9 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
             f"(data.batch_size {data.batch_size} x optimizer.grad_accumulation {config.optimizer.grad_accumulation})"
         )
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
-    program = make_program(config, run.target_config, run.record.config, run.mesh, total_steps=total_steps)
+    program = make_program(
+        config, run.target_config, run.record.config, run.mesh, total_steps=total_steps
+    )
     return RunInputs(
         **vars(run),
         rows=rows,
@@ -192,7 +215,9 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
         target = load_sharded_target(run.target, run.program.target, run.mesh, only=only)
         began = time.monotonic()
         record = dataclasses.replace(run.record, target_sha256=target_sha256())
-        say(f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than loading")
+        say(
+            f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than loading"
+        )
     inputs = run.inputs | {"target": f"sha256 {record.target_sha256}"}
     layers_from = init_from = None
     if resumed is not None:  # a checkpoint is about to replace the state
@@ -200,7 +225,9 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     else:
         layers_from = run.target if config.draft.init_layers_from_target else None
         init_from = config.draft.init_from
-    state = state_at_start(run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from)
+    state = state_at_start(
+        run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from
+    )
     write_config(run.directory, config)
     say(dump_config(config))
     for name, part in (("training", run.rows), ("held out", run.heldout)):
@@ -214,7 +241,9 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     return Run(**known, target_params=target.params, state=state)
 
 
-def _resumable(config: RunConfig, record: DraftRecord, *, say: Say, set_aside: bool) -> Resumed | None:
+def _resumable(
+    config: RunConfig, record: DraftRecord, *, say: Say, set_aside: bool
+) -> Resumed | None:
     """The checkpoint that a run goes on from, None for a run that was never saved.
 
     Args:

@@ -23,7 +23,12 @@ from domino_jax.draft.backbone import boxed_parameters
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import InputRows, training_batches
-from domino_jax.training.preflight import GIGABYTE, checkpoint_bytes, checkpoints_at_once, free_bytes
+from domino_jax.training.preflight import (
+    GIGABYTE,
+    checkpoint_bytes,
+    checkpoints_at_once,
+    free_bytes,
+)
 from domino_jax.training.prepare import RunInputs
 from domino_jax.training.program import batch_layout
 from domino_jax.training.step import Batch
@@ -51,13 +56,17 @@ def print_preview(run: RunInputs, console: Console) -> None:
     console.print(Text(dump_config(run.config)), soft_wrap=True)
     first = next(training_batches(run.rows, run.config))
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, words in itertools.chain(_models(run), _disk(run), _data(run), _steps(run), _shapes(run, first)):
+    for name, words in itertools.chain(
+        _models(run), _disk(run), _data(run), _steps(run), _shapes(run, first)
+    ):
         figures.add_row(Text(name, overflow="fold"), Text(words, overflow="fold"))
     console.print(figures)
 
     numbers = [int(number) for number in first["row_numbers"][0] if number >= 0]
     count = sum(row_lengths(run.rows.rows)[number] for number in numbers)
-    spans = supervised_spans(run.tokenizer, first["input_ids"][0, :count], first["loss_mask"][0, :count])
+    spans = supervised_spans(
+        run.tokenizer, first["input_ids"][0, :count], first["loss_mask"][0, :count]
+    )
     marked = "green" if console.is_terminal else MARKS
     console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)}"))
     console.print(Text(f"what the loss counts: {marked}"))
@@ -76,7 +85,9 @@ def supervised_spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Itera
     for supervised, group in itertools.groupby(mask.tolist()):
         end += len(list(group))
         # From the start each time: alone, a span would lose the space before its first word.
-        longer = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        longer = tokenizer.decode(
+            ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         yield Span(longer[len(text) :], supervised)
         text = longer
 
@@ -108,7 +119,9 @@ def _where(run: RunInputs, numbers: list[int]) -> str:
     data, rows, several = run.config.data, run.rows.rows, "s" if len(numbers) > 1 else ""
     if data.train is None:
         return f"row{several} {', '.join(str(number + 1) for number in numbers)} of {data.features}"
-    return f"line{several} {', '.join(str(rows[number].line) for number in numbers)} of {data.train}"
+    return (
+        f"line{several} {', '.join(str(rows[number].line) for number in numbers)} of {data.train}"
+    )
 
 
 def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
@@ -132,8 +145,14 @@ def _counts(boxed: Mapping[str, Any]) -> str:
 def _disk(run: RunInputs) -> Iterator[tuple[str, str]]:
     one, count = checkpoint_bytes(run.config, run.record.config), checkpoints_at_once(run.config)
     free = free_bytes(run.directory)
-    yield "a checkpoint", f"{one / GIGABYTE:.3g} GB at most, float32: parameters, moments, average if kept"
-    yield "on disk", f"{count} at once, {count * one / GIGABYTE:.3g} GB; {free / GIGABYTE:.3g} GB are free"
+    yield (
+        "a checkpoint",
+        f"{one / GIGABYTE:.3g} GB at most, float32: parameters, moments, average if kept",
+    )
+    yield (
+        "on disk",
+        f"{count} at once, {count * one / GIGABYTE:.3g} GB; {free / GIGABYTE:.3g} GB are free",
+    )
 
 
 def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
@@ -148,7 +167,9 @@ def _supervised_share(part: InputRows) -> str:
     captured = isinstance(part.rows, FeatureRows)
     masks = [row.loss_mask for row in itertools.islice(part.rows, SAMPLED if captured else None)]
     share = sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
-    return f"{share:.1%} of them supervised{f' (of the first {len(masks)} rows)' if captured else ''}"
+    return (
+        f"{share:.1%} of them supervised{f' (of the first {len(masks)} rows)' if captured else ''}"
+    )
 
 
 def _steps(run: RunInputs) -> Iterator[tuple[str, str]]:

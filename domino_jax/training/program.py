@@ -87,13 +87,17 @@ def make_program(
             packed=config.data.packing,
         ),
         optimizer=make_optimizer(config.optimizer, total_steps),
-        curriculum=lambda_base_schedule(total_steps, lambda_start=loss.lambda_start, decay_ratio=loss.decay_ratio),
+        curriculum=lambda_base_schedule(
+            total_steps, lambda_start=loss.lambda_start, decay_ratio=loss.decay_ratio
+        ),
         seed=config.seed,
         ema_decay=config.optimizer.ema_decay,
     )
 
 
-def scanned_target(config: DecoderConfig, *, capture: tuple[int, ...], depth: int, mesh: Mesh, packed: bool) -> Target:
+def scanned_target(
+    config: DecoderConfig, *, capture: tuple[int, ...], depth: int, mesh: Mesh, packed: bool
+) -> Target:
     """The target of whole rows: layers under a scan, attention in the form that suits the devices.
 
     Args:
@@ -128,7 +132,11 @@ def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState
     whole = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(functools.partial(initial_state, program), params)
     moments = tree_map_params(
-        program.optimizer, lambda _, s: s, shapes.opt_state, split, transform_non_params=lambda _: whole
+        program.optimizer,
+        lambda _, s: s,
+        shapes.opt_state,
+        split,
+        transform_non_params=lambda _: whole,
     )
     shardings = TrainState(whole, split, moments, split if program.ema_decay is not None else None)
     return _laid_out(shapes, shardings)
@@ -143,8 +151,14 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
         tables_only: leave out the layers, where training reads captured states.
     """
     boxed = boxed_target(model)
-    laid_out = _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype)
-    return {name: leaf for name, leaf in laid_out.items() if name in TABLES} if tables_only else laid_out
+    laid_out = _laid_out(
+        nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype
+    )
+    return (
+        {name: leaf for name, leaf in laid_out.items() if name in TABLES}
+        if tables_only
+        else laid_out
+    )
 
 
 def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents: int = 8) -> Batch:
@@ -170,7 +184,9 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
         batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
     if data.features is not None:
         width = draft.hidden_size
-        batch = batch._replace(features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16))
+        batch = batch._replace(
+            features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16)
+        )
         if config.loss.kl_weight > 0:
             batch = batch._replace(target_states=of((*rows, width), jnp.bfloat16))
     return batch
@@ -187,7 +203,9 @@ class StepArguments(NamedTuple):
 def traced_step(program: Program, arguments: StepArguments) -> jax.stages.Traced:
     """The step for devices of the arguments' shardings; it consumes its state."""
     layout = jax.tree.map(lambda x: x.sharding, arguments.state)
-    step = jax.jit(functools.partial(train_step, program), donate_argnums=0, out_shardings=(layout, None))
+    step = jax.jit(
+        functools.partial(train_step, program), donate_argnums=0, out_shardings=(layout, None)
+    )
     return step.trace(*arguments)
 
 
@@ -198,5 +216,7 @@ def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lower
 
 def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), shapes, shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )

@@ -100,7 +100,9 @@ def read_draft_record(place: Path) -> DraftRecord:
     stored = _json_item(place, DRAFT)
     try:
         config = from_tree(DraftConfig, stored["config"], place=f"{place}/draft")
-        template = ChatTemplate(stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft"))
+        template = ChatTemplate(
+            stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft")
+        )
         hashes = (stored.get(name) for name in ("target_sha256", "tokenizer_sha256"))
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:

@@ -18,7 +18,13 @@ from domino_jax.training.records import OTHER_VERSION, DraftRecord
 # What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
 # and logits_mib, which change the order of sums.
 _FREE = (
-    *("train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_best"),
+    *(
+        "train.log_every",
+        "train.eval_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.keep_best",
+    ),
     *("train.max_bad_steps", "train.profile", "train.tensorboard", "train.extend"),
     *("mesh", "loss.logits_mib", "run_dir"),
 )
@@ -83,7 +89,9 @@ def check_draft(place: Path, stored: DraftRecord, record: DraftRecord) -> None:
     if stored.chat_template != record.chat_template:
         changed.append(f"chat template {stored.chat_template} -> {record.chat_template}")
     if changed:
-        raise InputError(f"{place}: the target has changed: {'; '.join(changed)}; use another run_dir")
+        raise InputError(
+            f"{place}: the target has changed: {'; '.join(changed)}; use another run_dir"
+        )
 
 
 def write_config(directory: Path, config: RunConfig) -> None:
@@ -100,5 +108,9 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat

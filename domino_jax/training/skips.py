@@ -72,7 +72,9 @@ class StepWatch:
             Batches without anchors say nothing about finiteness: they neither count nor end the row.
     """
 
-    def __init__(self, rows: Sequence[Row], config: RunConfig, stored: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[Row], config: RunConfig, stored: Mapping[str, Any] | None = None
+    ) -> None:
         self.diverged_at: Skip | None = None
         self._rows, self._max_bad_steps = rows, config.train.max_bad_steps
         self._source = str(config.data.train or config.data.features)

@@ -44,9 +44,12 @@ def state_at_start(
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
     layout = jax.tree.map(lambda x: x.sharding, state_layout(program, config, mesh))
     fresh = jax.jit(
-        lambda: nn.meta.unbox(init_variables(DraftModel(config), key))["params"], out_shardings=layout.params
+        lambda: nn.meta.unbox(init_variables(DraftModel(config), key))["params"],
+        out_shardings=layout.params,
     )
-    params = fresh() if init_from is None else _placed(starting_params(init_from, config), layout.params)
+    params = (
+        fresh() if init_from is None else _placed(starting_params(init_from, config), layout.params)
+    )
     if layers_from is not None:
         apart = Target(replace(program.target.cfg, dtype="float32"))
         wanted = _copied(config, layout.params)

@@ -105,7 +105,12 @@ def train_step(
     def micro_step(index: jax.Array | int, micro: Batch) -> tuple[Any, dict[str, jax.Array]]:
         def loss(params: Any) -> tuple[jax.Array, DFlashStepMetrics]:
             metrics = batch_metrics(
-                program, params, target_params, micro, key=jax.random.fold_in(key, index), lambda_base=lambda_base
+                program,
+                params,
+                target_params,
+                micro,
+                key=jax.random.fold_in(key, index),
+                lambda_base=lambda_base,
             )
             return metrics.loss, metrics
 
@@ -188,12 +193,20 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def batch_metrics(
-    program: Program, params: Any, target_params: Any, batch: Batch, *, key: jax.Array, lambda_base: jax.Array | float
+    program: Program,
+    params: Any,
+    target_params: Any,
+    batch: Batch,
+    *,
+    key: jax.Array,
+    lambda_base: jax.Array | float,
 ) -> DFlashStepMetrics:
     """Forward of one micro-batch [B, S]: the target's states, unless captured, then the draft's loss and metrics."""
     input_ids = constrain(batch.input_ids, "batch", "length")
     if batch.features is None:
-        documents = None if batch.seq_lens is None else document_ids(batch.seq_lens, input_ids.shape[1])
+        documents = (
+            None if batch.seq_lens is None else document_ids(batch.seq_lens, input_ids.shape[1])
+        )
         with jax.named_scope(TARGET):
             out = program.target.apply(
                 {"params": target_params},
@@ -203,9 +216,13 @@ def batch_metrics(
             )
         features, target_states = out.features, out.hidden
     else:
-        features = constrain(batch.features, "batch", "length", None).astype(program.target.cfg.dtype)
+        features = constrain(batch.features, "batch", "length", None).astype(
+            program.target.cfg.dtype
+        )
         target_states = batch.target_states
-    options = {"lambda_base": lambda_base} if isinstance(program.trainer, DominoTrainerModule) else {}
+    options = (
+        {"lambda_base": lambda_base} if isinstance(program.trainer, DominoTrainerModule) else {}
+    )
     return program.trainer.apply(
         {"params": {"draft_model": params}},
         input_ids,

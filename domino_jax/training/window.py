@@ -55,7 +55,9 @@ class StepOutcome:
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint. float32 -> float -> JSON -> float32 gives the same bits."""
-        return dataclasses.asdict(self) | {"sums": {name: float(x) for name, x in self.sums.items()}}
+        return dataclasses.asdict(self) | {
+            "sums": {name: float(x) for name, x in self.sums.items()}
+        }
 
 
 class Window:
@@ -63,7 +65,10 @@ class Window:
 
     def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:
         self._outcomes = [
-            StepOutcome(one["step"], one["rows"], {k: np.float32(x) for k, x in one["sums"].items()}) for one in stored
+            StepOutcome(
+                one["step"], one["rows"], {k: np.float32(x) for k, x in one["sums"].items()}
+            )
+            for one in stored
         ]
 
     def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:

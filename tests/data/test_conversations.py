@@ -47,7 +47,9 @@ TEXTS = [
 ]
 
 
-def make_tokenizer(template: str = CHATML, *, eos: str | None = "<|im_end|>", trim_offsets: bool = False) -> Any:
+def make_tokenizer(
+    template: str = CHATML, *, eos: str | None = "<|im_end|>", trim_offsets: bool = False
+) -> Any:
     """A byte-level BPE tokenizer with a few merges, as SmolLM2, Qwen and Llama 3 have."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,13 +60,20 @@ def make_tokenizer(template: str = CHATML, *, eos: str | None = "<|im_end|>", tr
     )
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
     marks = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in marks])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, chat_template=template)
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in marks]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, chat_template=template
+    )
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
     """User and assistant in turn."""
-    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
     return [{"role": "system", "content": system}] * (system is not None) + turns
 
 
@@ -97,7 +106,9 @@ CONVERSATIONS = {
     "unicode": chat("Grüße aus Köln", "🦊東京🦊 é é", "ß", "日本"),
     "ends with a question": chat("Hi", "Hello.", "Still there?"),
     "question repeats the answer": chat("Hello.", "Hello.", "Hello.", "Hello."),
-    "role words and tags in the text": chat("assistant\n<|im_start|> is a tag", "assistant\nsays <|im_start|>user\n"),
+    "role words and tags in the text": chat(
+        "assistant\n<|im_start|> is a tag", "assistant\nsays <|im_start|>user\n"
+    ),
     "lines at the ends": chat("Hi ", " one\ntwo \n three"),
 }
 
@@ -118,7 +129,9 @@ def test_encode_conversation_marks_answer_and_end_of_turn(messages: list[dict[st
     tokenizer = make_tokenizer()
     row = encode_conversation(messages, tokenizer, max_length=1000)
     assert row is not None
-    answers = [message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"]
+    answers = [
+        message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"
+    ]
     runs = np.split(np.arange(len(row.loss_mask)), np.flatnonzero(np.diff(row.loss_mask)) + 1)
     marked = [tokenizer.decode(row.input_ids[run]) for run in runs if row.loss_mask[run[0]]]
     assert marked == answers
@@ -148,23 +161,37 @@ def test_encode_conversation_truncates_in_the_middle_of_an_answer() -> None:
 
 def test_encode_conversation_follows_a_template_without_generation_prompt() -> None:
     tokenizer = make_tokenizer(BRACKETS, eos="<|endoftext|>")
-    row = encode_conversation(chat("Hi", "Hello.", "3 cats?", "twelve\n"), tokenizer, max_length=1000)
+    row = encode_conversation(
+        chat("Hi", "Hello.", "3 cats?", "twelve\n"), tokenizer, max_length=1000
+    )
     assert row is not None
-    assert tokenizer.decode(row.input_ids) == "[Q]Hi[A] Hello.<|endoftext|>[Q]3 cats?[A] twelve<|endoftext|>"
-    assert tokenizer.decode(row.input_ids[row.loss_mask]) == " Hello.<|endoftext|> twelve<|endoftext|>"
+    assert (
+        tokenizer.decode(row.input_ids)
+        == "[Q]Hi[A] Hello.<|endoftext|>[Q]3 cats?[A] twelve<|endoftext|>"
+    )
+    assert (
+        tokenizer.decode(row.input_ids[row.loss_mask]) == " Hello.<|endoftext|> twelve<|endoftext|>"
+    )
 
 
 def test_encode_conversation_follows_a_template_that_shows_the_last_turn_otherwise() -> None:
     tokenizer = make_tokenizer(THINKING)
     row = encode_conversation(chat("Hi", "Hello.", "3 cats?", "twelve"), tokenizer, max_length=1000)
     assert row is not None
-    assert tokenizer.decode(row.input_ids[row.loss_mask]) == "Hello.<|im_end|><think>\n\n</think>\n\ntwelve<|im_end|>"
+    assert (
+        tokenizer.decode(row.input_ids[row.loss_mask])
+        == "Hello.<|im_end|><think>\n\n</think>\n\ntwelve<|im_end|>"
+    )
 
 
 def test_encode_conversation_leaves_out_a_token_across_the_start_of_an_answer() -> None:
-    template = BRACKETS.replace("[A]", "\n").replace(" {{ message['content'] | trim }}", "{{ message['content'] }}")
+    template = BRACKETS.replace("[A]", "\n").replace(
+        " {{ message['content'] | trim }}", "{{ message['content'] }}"
+    )
     tokenizer = make_tokenizer(template, eos="<|endoftext|>")
-    tokenizer.add_tokens(["\nThey"])  # one token over the end of the prompt and the beginning of the answer
+    tokenizer.add_tokens(
+        ["\nThey"]
+    )  # one token over the end of the prompt and the beginning of the answer
     row = encode_conversation(chat("Hi", "They have"), tokenizer, max_length=1000)
     assert row is not None
     assert tokenizer.decode(row.input_ids[row.loss_mask]) == " have<|endoftext|>"
@@ -174,23 +201,47 @@ def test_encode_conversation_leaves_out_a_token_across_the_start_of_an_answer() 
     ("template", "messages", "reason"),
     [
         (CHATML, chat("Hi"), "no assistant message"),
-        (CHATML, chat("Hi", "a <|im_end|> b"), "message 2 holds the end-of-turn token '<|im_end|>' as text"),
+        (
+            CHATML,
+            chat("Hi", "a <|im_end|> b"),
+            "message 2 holds the end-of-turn token '<|im_end|>' as text",
+        ),
         (CHATML, chat("Hi", "a <|endoftext|> b"), None),  # not a stop token here
-        ("{{ messages | length }}" + CHATML, chat("Hi", "Hello."), "renders what precedes message 2 otherwise"),
-        (CHATML.partition("{% if add_gen")[0], chat("Hi", "Hello."), "ignores add_generation_prompt"),
-        (CHATML.replace("<|im_end|>", ""), chat("Hi", "Hello."), "no end-of-turn token after an answer"),
+        (
+            "{{ messages | length }}" + CHATML,
+            chat("Hi", "Hello."),
+            "renders what precedes message 2 otherwise",
+        ),
+        (
+            CHATML.partition("{% if add_gen")[0],
+            chat("Hi", "Hello."),
+            "ignores add_generation_prompt",
+        ),
+        (
+            CHATML.replace("<|im_end|>", ""),
+            chat("Hi", "Hello."),
+            "no end-of-turn token after an answer",
+        ),
         (
             # Only the last answer is ended.
-            CHATML.replace("<|im_end|>\n{% endfor", "{% if loop.index == 4 %}<|im_end|>{% endif %}\n{% endfor"),
+            CHATML.replace(
+                "<|im_end|>\n{% endfor", "{% if loop.index == 4 %}<|im_end|>{% endif %}\n{% endfor"
+            ),
             chat("Hi", "Hello.", "Hi", "Hello."),
             "no end-of-turn token after an answer",
         ),
-        ("{{ raise_exception('roles must alternate') }}", chat("Hi", "Hello."), "refuses it: roles must alternate"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            chat("Hi", "Hello."),
+            "refuses it: roles must alternate",
+        ),
         ("{{ messages[0]['content'] + 1 }}", chat("Hi", "Hello."), "the chat template refuses it"),
         ("Hello", chat("Hi", "Hello."), "does not show the text of an answer"),
     ],
 )
-def test_encode_conversation_says_what_it_refuses(template: str, messages: Any, reason: str | None) -> None:
+def test_encode_conversation_says_what_it_refuses(
+    template: str, messages: Any, reason: str | None
+) -> None:
     tokenizer = make_tokenizer(template)
     if reason is None:
         assert encode_conversation(messages, tokenizer, max_length=100) is not None
@@ -219,8 +270,12 @@ def test_stop_token_ids_are_eos_and_end_of_turn() -> None:
     assert stop_token_ids(tokenizer) == (end_of_turn,)
     assert stop_token_ids(make_tokenizer(eos="<|endoftext|>")) == (end_of_text, end_of_turn)
     assert stop_token_ids(make_tokenizer(eos=None)) == (end_of_turn,)
-    bare = make_tokenizer("{% for message in messages %}{{ message['content'] }}\n{% endfor %}", eos=None)
-    with pytest.raises(InputError, match="no eos token and its chat template no token that ends a turn"):
+    bare = make_tokenizer(
+        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}", eos=None
+    )
+    with pytest.raises(
+        InputError, match="no eos token and its chat template no token that ends a turn"
+    ):
         stop_token_ids(bare)
 
 
@@ -229,7 +284,9 @@ def test_stop_token_ids_of_smollm2(smollm2: Path) -> None:
 
     tokenizer = load_tokenizer(smollm2)
     assert stop_token_ids(tokenizer) == (2,)
-    messages = chat("How many legs have 3 cats?", "They have twelve.", "And 🦊?", "Vier, grüße 東京.")
+    messages = chat(
+        "How many legs have 3 cats?", "They have twelve.", "And 🦊?", "Vier, grüße 東京."
+    )
     row = encode_conversation(messages, tokenizer, max_length=1000)
     assert row is not None
     marked = tokenizer.decode(row.input_ids[row.loss_mask])
@@ -238,7 +295,10 @@ def test_stop_token_ids_of_smollm2(smollm2: Path) -> None:
 
 def write(path: Path, *lines: Any) -> Path:
     """Lines as they are, or as JSON."""
-    raw = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
+    raw = [
+        line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()
+        for line in lines
+    ]
     path.write_bytes(b"\n".join(raw) + b"\n")
     return path
 
@@ -247,27 +307,52 @@ GOOD = {"messages": chat("Hi", "Hello."), "family": "greeting"}
 BAD_LINES = [
     (b"{", "not valid JSON"),
     (b"[" * 100_000, "more than 64 levels"),
-    (b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "the key 'content' is given twice"),
-    (b'{"messages": [{"role": "user", "content": "a"}], "n": ' + b"9" * 5000 + b"}", "a number of 5000 characters"),
-    ({"messages": chat("Hi", "Hello."), "finished": "false"}, "finished is 'false', expected true or false"),
+    (
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        "the key 'content' is given twice",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}], "n": ' + b"9" * 5000 + b"}",
+        "a number of 5000 characters",
+    ),
+    (
+        {"messages": chat("Hi", "Hello."), "finished": "false"},
+        "finished is 'false', expected true or false",
+    ),
     ({"messages": chat("Hi", "Hello."), "finished": 0}, "finished is 0, expected true or false"),
     (b'{"messages": "\xff"}', "not UTF-8"),
     ([1], "no messages"),
     ({"conversations": []}, "no messages"),
     ({"messages": []}, "no messages"),
     ({"messages": ["Hi"]}, "message 1 is not an object"),
-    ({"messages": [{"role": "human", "content": "Hi"}]}, "message 1 has unknown role 'human'; known: system, user"),
+    (
+        {"messages": [{"role": "human", "content": "Hi"}]},
+        "message 1 has unknown role 'human'; known: system, user",
+    ),
     ({"messages": [{"role": ["user"], "content": "Hi"}]}, "message 1 has unknown role"),
     ({"messages": chat("Hi", " \n")}, "message 2 (assistant) has no content"),
     ({"messages": [{"role": "user"}]}, "message 1 (user) has no content"),
     ({"messages": [{"role": "user", "content": ["Hi"]}]}, "message 1 (user) has no content"),
-    ({"messages": [{"role": "assistant", "content": "Hi"}]}, "message 1 answers, but no message of a user"),
-    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 1 (user) is not valid Unicode"),
+    (
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+        "message 1 answers, but no message of a user",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        "message 1 (user) is not valid Unicode",
+    ),
 ]
 
 
 def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", GOOD, *[line for line, _ in BAD_LINES], b"", b"  ", {"messages": chat("Bye")})
+    path = write(
+        tmp_path / "a.jsonl",
+        GOOD,
+        *[line for line, _ in BAD_LINES],
+        b"",
+        b"  ",
+        {"messages": chat("Bye")},
+    )
     found = read_messages(path)
     assert found.conversations == [(1, GOOD["messages"]), (len(BAD_LINES) + 4, chat("Bye"))]
     assert [bad.line for bad in found.bad_lines] == list(range(2, len(BAD_LINES) + 2))
@@ -275,10 +360,14 @@ def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
         assert reason in bad.reason
 
 
-def test_read_messages_refuses_a_line_beyond_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_messages_refuses_a_line_beyond_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (files, conversations):
         monkeypatch.setattr(module, "LINE_BYTES", 2000)
-    path = write(tmp_path / "a.jsonl", {"messages": chat("x" * 9000, "y")}, {**GOOD, "score": float("nan")})
+    path = write(
+        tmp_path / "a.jsonl", {"messages": chat("x" * 9000, "y")}, {**GOOD, "score": float("nan")}
+    )
     found = read_messages(path)
     assert found == ([(2, GOOD["messages"])], [BadLine(1, "more than 2000 bytes")])
 
@@ -300,7 +389,9 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no usable line; line 2: not valid JSON"):
             read(write(tmp_path / "bad.jsonl", b"", b"{"))
     with pytest.raises(InputError, match="no usable line; line 1: no assistant message"):
-        load_rows(write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")}), tokenizer, max_length=100)
+        load_rows(
+            write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")}), tokenizer, max_length=100
+        )
 
 
 def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
@@ -314,14 +405,18 @@ def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows[0].input_ids, expected.input_ids)
     np.testing.assert_array_equal(rows[0].loss_mask, expected.loss_mask)
     assert unfinished == 0 and bad_lines[0] == BadLine(1, "no assistant message")
-    assert bad_lines[1].line == 3 and bad_lines[2] == BadLine(4, "no token of an answer among the first 60")
+    assert bad_lines[1].line == 3 and bad_lines[2] == BadLine(
+        4, "no token of an answer among the first 60"
+    )
 
 
 def test_load_rows_gives_an_unfinished_answer_no_end(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     messages = chat("Hi", "Hello.", "3 cats?", "They have")
     path = write(
-        tmp_path / "a.jsonl", {"messages": messages, "finished": True}, {"messages": messages, "finished": False}
+        tmp_path / "a.jsonl",
+        {"messages": messages, "finished": True},
+        {"messages": messages, "finished": False},
     )
     (whole, cut), _, unfinished = load_rows(path, tokenizer, max_length=100)
     assert unfinished == 1
@@ -376,7 +471,9 @@ def test_an_earlier_answer_whose_prompt_is_gone_is_not_marked() -> None:
         assert row is not None
         marked = tokenizer.decode(row.input_ids[row.loss_mask])
         assert marked == "Hello.<|im_end|>twelve<|im_end|>"
-    row = encode_conversation(messages[:4], tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
+    row = encode_conversation(
+        messages[:4], tokenizer, max_length=100, chat_template_kwargs=NO_THINKING
+    )
     assert row is not None
     assert "Hello." in tokenizer.decode(row.input_ids)
     assert tokenizer.decode(row.input_ids[row.loss_mask]) == "twelve<|im_end|>"
@@ -415,5 +512,7 @@ def test_answers_of_another_setting_are_refused(
 
 def test_an_answer_that_records_nonsense_is_told_by_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {**GOOD, "generator": {"chat_template_kwargs": [1]}})
-    with pytest.raises(InputError, match=r"a.jsonl:1: generator: chat_template_kwargs: expected a map"):
+    with pytest.raises(
+        InputError, match=r"a.jsonl:1: generator: chat_template_kwargs: expected a map"
+    ):
         load_rows(path, make_tokenizer(), max_length=100)

@@ -75,7 +75,9 @@ def test_states_that_are_not_finite_are_neither_written_nor_read(
     counted = f"{field}: 2 of {states.size} entries are not finite in bfloat16; "
     with pytest.raises(InputError) as caught:
         write_shard(tmp_path, 1, [bad])
-    assert str(caught.value).startswith(f"{tmp_path}: line 17 of the conversations was not captured: {counted}")
+    assert str(caught.value).startswith(
+        f"{tmp_path}: line 17 of the conversations was not captured: {counted}"
+    )
     assert not shard_path(tmp_path, 1).exists()
     with monkeypatch.context() as unchecked:
         unchecked.setattr(features, "require_finite", lambda *_, **__: None)
@@ -104,7 +106,15 @@ def test_batches_pad_the_states(tmp_path: Path) -> None:
     rows = write_capture(tmp_path)
     packs = [(0, 1), (2, 3)]
     batch = next(
-        row_batches(FeatureRows(tmp_path), packs=packs, batch_size=2, max_length=8, seed=0, shuffle=False, read_ahead=2)
+        row_batches(
+            FeatureRows(tmp_path),
+            packs=packs,
+            batch_size=2,
+            max_length=8,
+            seed=0,
+            shuffle=False,
+            read_ahead=2,
+        )
     )
     assert batch["features"].shape == (2, 8, 6) and batch["target_states"].shape == (2, 8, 3)
     assert batch["features"].dtype == ml_dtypes.bfloat16
@@ -133,9 +143,15 @@ def test_fingerprint_of_rows_sees_ids_masks_and_bounds() -> None:
 
 
 OTHERWISE = [
-    ({"hidden_size": 4}, r"row 0 has features of shape \(5, 6\) and type bfloat16, .* \(5, 8\) and bfloat16"),
+    (
+        {"hidden_size": 4},
+        r"row 0 has features of shape \(5, 6\) and type bfloat16, .* \(5, 8\) and bfloat16",
+    ),
     ({"dtype": "float32"}, r"row 0 has features of .* bfloat16, the manifest says .* float32"),
-    ({"target_states": False}, "row 0 has features, .*, target_states, the manifest says features, input_ids, loss_m"),
+    (
+        {"target_states": False},
+        "row 0 has features, .*, target_states, the manifest says features, input_ids, loss_m",
+    ),
     ({"row_lengths": [4, 3, 7, 1]}, r"row 0 has input_ids of shape \(5,\) .* says \(4,\)"),
     ({"shard_rows": []}, "shard_rows holds 0 rows, row_lengths 4"),
     ({"shard_rows": [3, 2]}, "shard_rows holds 5 rows, row_lengths 4"),
@@ -169,7 +185,10 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     shard.write_bytes(whole)
     for tree, message in (
         (manifest.replace("rows", "row", 1), "unknown key 'row'"),
-        *((json.dumps({**json.loads(manifest), **change}), message) for change, message in OTHERWISE),
+        *(
+            (json.dumps({**json.loads(manifest), **change}), message)
+            for change, message in OTHERWISE
+        ),
         ("[]", "expected a JSON object"),
         ("{", "not valid JSON"),
     ):
@@ -187,14 +206,18 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
         FeatureRows(tmp_path)
 
 
-def test_a_capture_that_does_not_say_what_the_template_was_told_means_nothing(tmp_path: Path) -> None:
+def test_a_capture_that_does_not_say_what_the_template_was_told_means_nothing(
+    tmp_path: Path,
+) -> None:
     write_capture(tmp_path)
     tree = json.loads((tmp_path / "manifest.json").read_text())
     assert tree.pop("chat_template_kwargs") == {}
     (tmp_path / "manifest.json").write_text(json.dumps(tree))
     manifest = read_manifest(tmp_path)
     check_manifest(tmp_path, manifest, {"chat_template_kwargs": {}, "target_layer_ids": (0, 2)})
-    with pytest.raises(InputError, match=r'chat_template_kwargs is {}, asked for is {"enable_thinking": false}'):
+    with pytest.raises(
+        InputError, match=r'chat_template_kwargs is {}, asked for is {"enable_thinking": false}'
+    ):
         check_manifest(tmp_path, manifest, {"chat_template_kwargs": {"enable_thinking": False}})
 
 

@@ -67,7 +67,10 @@ def test_packed_batches_hold_every_row_whole() -> None:
             assert number in batch["row_numbers"][0]
             assert batch["input_ids"][0, begin:end].tolist() == rows[number].input_ids.tolist()
             assert batch["loss_mask"][0, begin:end].tolist() == rows[number].loss_mask.tolist()
-        assert not batch["input_ids"][0, ends[-1] :].any() and not batch["loss_mask"][0, ends[-1] :].any()
+        assert (
+            not batch["input_ids"][0, ends[-1] :].any()
+            and not batch["loss_mask"][0, ends[-1] :].any()
+        )
     assert sorted(seen) == list(range(30))
     assert widths == {(1, max(map(len, packs)))}
 
@@ -77,13 +80,17 @@ def test_packed_batches_restore_and_divide_over_processes() -> None:
     packs = pack_rows([len(row.input_ids) for row in rows], max_length=LENGTH)
 
     def batches(size: int, **options):
-        return row_batches(rows, packs=packs, batch_size=size, max_length=LENGTH, seed=3, read_ahead=2, **options)
+        return row_batches(
+            rows, packs=packs, batch_size=size, max_length=LENGTH, seed=3, read_ahead=2, **options
+        )
 
     joint = batches(4)
     parts = [batches(2, process_index=index, process_count=2) for index in (0, 1)]
     for _ in range(7):
         pair = [next(part) for part in parts]
-        assert_equal_batches([next(joint)], [{name: np.concatenate([x[name] for x in pair]) for name in pair[0]}])
+        assert_equal_batches(
+            [next(joint)], [{name: np.concatenate([x[name] for x in pair]) for name in pair[0]}]
+        )
     state = joint.get_state()
     expected = list(itertools.islice(joint, 5))
     other = batches(4)
@@ -105,7 +112,9 @@ def test_packed_held_out_rows_come_once() -> None:
 def test_a_conversation_shorter_than_the_block_gets_no_anchor_when_packed() -> None:
     block = draft_config().block_size
     arrays = document_arrays([[block - 1, block, 2 * block]], max_length=4 * block, documents=3)
-    candidates = anchor_candidates(np.ones((1, 4 * block)), block_size=block, doc_remaining=arrays["doc_remaining"])
+    candidates = anchor_candidates(
+        np.ones((1, 4 * block)), block_size=block, doc_remaining=arrays["doc_remaining"]
+    )
     bounds = (0, block - 1, 2 * block - 1, 4 * block - 1)
     counts = [int(candidates[0, a:b].sum()) for a, b in itertools.pairwise(bounds)]
     assert counts == [0, 1, block + 1]

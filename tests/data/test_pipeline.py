@@ -62,7 +62,9 @@ def test_every_epoch_holds_every_row_once_in_another_order() -> None:
 
 
 def test_batches_of_one_row() -> None:
-    assert sorted(taken(row_batches(make_rows(7), batch_size=1, max_length=LENGTH, seed=0), 7)) == list(range(7))
+    assert sorted(
+        taken(row_batches(make_rows(7), batch_size=1, max_length=LENGTH, seed=0), 7)
+    ) == list(range(7))
 
 
 def test_the_seed_decides_the_order() -> None:
@@ -96,7 +98,14 @@ def test_processes_together_see_what_one_would(process_count: int) -> None:
     rows = make_rows(24)
     joint = row_batches(rows, batch_size=2 * process_count, max_length=LENGTH, seed=1)
     parts = [
-        row_batches(rows, batch_size=2, max_length=LENGTH, seed=1, process_index=index, process_count=process_count)
+        row_batches(
+            rows,
+            batch_size=2,
+            max_length=LENGTH,
+            seed=1,
+            process_index=index,
+            process_count=process_count,
+        )
         for index in range(process_count)
     ]
     epoch: list[int] = []
@@ -133,12 +142,18 @@ def test_orbax_restores_the_place_with_the_state(tmp_path: Path) -> None:
     taken(batches, 4)
     state = {"step": jnp.int32(4)}
     with ocp.CheckpointManager(tmp_path) as checkpoints:
-        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(batches)}
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": grain.checkpoint.CheckpointSave(batches),
+        }
         checkpoints.save(4, args=ocp.args.Composite(**items))
         expected = list(itertools.islice(batches, 4))  # taken while the save may still be under way
         checkpoints.wait_until_finished()
     with ocp.CheckpointManager(tmp_path) as checkpoints:
-        items = {"state": ocp.args.StandardRestore(state), "data": grain.checkpoint.CheckpointRestore(fresh())}
+        items = {
+            "state": ocp.args.StandardRestore(state),
+            "data": grain.checkpoint.CheckpointRestore(fresh()),
+        }
         restored = checkpoints.restore(4, args=ocp.args.Composite(**items))
     assert int(restored["state"]["step"]) == 4
     assert_equal_batches(itertools.islice(restored["data"], 4), expected)
@@ -148,13 +163,19 @@ def test_row_batches_refuses() -> None:
     with pytest.raises(InputError, match="7 rows cannot fill a batch of 8"):
         row_batches(make_rows(7), batch_size=8, max_length=LENGTH, seed=0)
     with pytest.raises(InputError, match="7 rows cannot fill a batch of 8"):
-        row_batches(make_rows(7), batch_size=4, max_length=LENGTH, seed=0, process_index=1, process_count=2)
+        row_batches(
+            make_rows(7), batch_size=4, max_length=LENGTH, seed=0, process_index=1, process_count=2
+        )
     with pytest.raises(InputError, match="seed must lie in"):
         row_batches(make_rows(7), batch_size=4, max_length=LENGTH, seed=-1)
-    with pytest.raises(ValueError, match=f"a row has {LENGTH} tokens, more than max_length {LENGTH - 1}"):
+    with pytest.raises(
+        ValueError, match=f"a row has {LENGTH} tokens, more than max_length {LENGTH - 1}"
+    ):
         row_batches(make_rows(30), batch_size=4, max_length=LENGTH - 1, seed=0)
     with pytest.raises(ValueError, match="process_index 2 is not one of 2"):
-        row_batches(make_rows(30), batch_size=4, max_length=LENGTH, seed=0, process_index=2, process_count=2)
+        row_batches(
+            make_rows(30), batch_size=4, max_length=LENGTH, seed=0, process_index=2, process_count=2
+        )
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (8, 4), (9, 4), (15, 4), (3, 1)])
@@ -167,17 +188,25 @@ def test_heldout_batches_drop_nothing(count: int, batch_size: int) -> None:
     assert [int(number) for batch in batches for number in batch["row_numbers"][:, 0]] == seen
     for batch in batches:
         assert batch["input_ids"].shape == batch["loss_mask"].shape == (batch_size, LENGTH)
-    assert sum(int(batch["loss_mask"].sum()) for batch in batches) == sum(int(row.loss_mask.sum()) for row in rows)
+    assert sum(int(batch["loss_mask"].sum()) for batch in batches) == sum(
+        int(row.loss_mask.sum()) for row in rows
+    )
 
 
 @pytest.mark.parametrize("count", [1, 9, 16])
 def test_heldout_batches_of_two_processes_are_as_many(count: int) -> None:
     parts = [
-        list(heldout_batches(make_rows(count), batch_size=4, max_length=LENGTH, process_index=i, process_count=2))
+        list(
+            heldout_batches(
+                make_rows(count), batch_size=4, max_length=LENGTH, process_index=i, process_count=2
+            )
+        )
         for i in (0, 1)
     ]
     assert len(parts[0]) == len(parts[1])
-    seen = [number for pair in zip(*parts, strict=True) for batch in pair for number in numbers(batch)]
+    seen = [
+        number for pair in zip(*parts, strict=True) for batch in pair for number in numbers(batch)
+    ]
     assert [number for number in seen if number >= 0] == list(range(count))
 
 

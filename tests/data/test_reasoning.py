@@ -26,7 +26,8 @@ THOUGHTS = (
 )
 # In the manner of DeepSeek-R1: the generation prompt opens the thoughts.
 OPENED = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif").replace(
-    "{{ message['content'] }}", "{% if message['role'] == 'assistant' %}<think>\n{% endif %}{{ message['content'] }}"
+    "{{ message['content'] }}",
+    "{% if message['role'] == 'assistant' %}<think>\n{% endif %}{{ message['content'] }}",
 )
 END = "<|im_end|>"
 
@@ -70,7 +71,12 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
         [f"<think>a</think> one{END}", f"<think>b</think> two{END}"],
         [f" one{END}", f" two{END}"],
     ),
-    "never closed": ([*QUESTION, answer("one <think>They have")], CHATML, [f"one <think>They have{END}"], ["one "]),
+    "never closed": (
+        [*QUESTION, answer("one <think>They have")],
+        CHATML,
+        [f"one <think>They have{END}"],
+        ["one "],
+    ),
     "no reasoning": ([*QUESTION, answer("twelve")], CHATML, [f"twelve{END}"], [f"twelve{END}"]),
     "a key": (
         [*QUESTION, answer("twelve", "They have")],
@@ -85,7 +91,12 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
         [f"Hello.{END}", f"\n\ntwelve{END}"],
     ),
     "inline, moved by the template": (
-        [*QUESTION, answer("<think>a</think>Hello."), *AGAIN, answer("<think>\nb\n</think>\n\ntwelve")],
+        [
+            *QUESTION,
+            answer("<think>a</think>Hello."),
+            *AGAIN,
+            answer("<think>\nb\n</think>\n\ntwelve"),
+        ],
         THOUGHTS,
         [f"Hello.{END}", f"<think>\nb\n</think>\n\ntwelve{END}"],
         [f"Hello.{END}", f"\n\ntwelve{END}"],
@@ -96,15 +107,30 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
         [f"Hello.{END}", f"<think>\n\n</think>\n\ntwelve{END}"],
         [f"Hello.{END}", f"\n\ntwelve{END}"],
     ),
-    "a key that the template ignores": ([*QUESTION, answer("one", "two")], CHATML, [f"one{END}"], [f"one{END}"]),
+    "a key that the template ignores": (
+        [*QUESTION, answer("one", "two")],
+        CHATML,
+        [f"one{END}"],
+        [f"one{END}"],
+    ),
     "opened by the generation prompt": (
         [*QUESTION, answer("a\n</think>\n\none"), *AGAIN, answer("b\n</think>\n\ntwo")],
         OPENED,
         [f"a\n</think>\n\none{END}", f"b\n</think>\n\ntwo{END}"],
         [f"\n\none{END}", f"\n\ntwo{END}"],
     ),
-    "only reasoning": ([*QUESTION, answer("<think>a</think>\n")], CHATML, [f"<think>a</think>\n{END}"], []),
-    "only reasoning, never closed": ([*QUESTION, answer("<think>a")], CHATML, [f"<think>a{END}"], []),
+    "only reasoning": (
+        [*QUESTION, answer("<think>a</think>\n")],
+        CHATML,
+        [f"<think>a</think>\n{END}"],
+        [],
+    ),
+    "only reasoning, never closed": (
+        [*QUESTION, answer("<think>a")],
+        CHATML,
+        [f"<think>a{END}"],
+        [],
+    ),
     "only reasoning in one turn": (
         [*QUESTION, answer("<think>a</think>"), *AGAIN, answer("two")],
         CHATML,
@@ -114,7 +140,9 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("messages", "template", "whole", "without"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("messages", "template", "whole", "without"), CASES.values(), ids=CASES.keys()
+)
 def test_reasoning_is_masked_where_asked(
     messages: list[dict[str, Any]], template: str, whole: list[str], without: list[str]
 ) -> None:
@@ -124,10 +152,13 @@ def test_reasoning_is_masked_where_asked(
 
 def test_reasoning_of_a_template_without_generation_prompt() -> None:
     template = BRACKETS.replace(
-        "{{ message['content'] | trim }}", "<think>{{ message.reasoning_content }}</think>{{ message['content'] }}"
+        "{{ message['content'] | trim }}",
+        "<think>{{ message.reasoning_content }}</think>{{ message['content'] }}",
     )
     tokenizer = make_tokenizer(template, eos="<|endoftext|>")
-    row = encode_conversation([*QUESTION, answer("one", "two")], tokenizer, max_length=99, mask_reasoning_content=True)
+    row = encode_conversation(
+        [*QUESTION, answer("one", "two")], tokenizer, max_length=99, mask_reasoning_content=True
+    )
     assert row is not None
     assert tokenizer.decode(row.input_ids[row.loss_mask]).strip() == "one<|endoftext|>"
 
@@ -152,6 +183,8 @@ def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
         BadLine(4, "message 2 (assistant) has a reasoning_content that is not text"),
         BadLine(5, f"message 2 holds the end-of-turn token '{END}' as text"),
     ]
-    with pytest.raises(InputError, match="no usable line; line 1: no token of an answer outside its reasoning"):
+    with pytest.raises(
+        InputError, match="no usable line; line 1: no token of an answer outside its reasoning"
+    ):
         path.write_text(json.dumps(lines[0]))
         load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)

@@ -46,10 +46,17 @@ def test_render_equals_transformers(template: str) -> None:
     tokenizer = make_tokenizer(template)
     told = {"enable_thinking": False, "budget": 0.5}
     odd = [
-        {"role": "user", "content": "ü\U0001f600\n{{ 1 }}<b>", "reasoning_content": None, "n": [1.5, True, {"x": None}]}
+        {
+            "role": "user",
+            "content": "ü\U0001f600\n{{ 1 }}<b>",
+            "reasoning_content": None,
+            "n": [1.5, True, {"x": None}],
+        }
     ]
     conversations = [
-        Rendering(messages, prompt) for messages in (HI, odd, chat("a", "b", "c")) for prompt in (False, True)
+        Rendering(messages, prompt)
+        for messages in (HI, odd, chat("a", "b", "c"))
+        for prompt in (False, True)
     ]
     for found, one in zip(render(tokenizer, conversations, told), conversations, strict=True):
         assert found == tokenizer.apply_chat_template(
@@ -90,7 +97,9 @@ COSTLY = {
 def test_a_template_beyond_its_limits_is_ended(quick: None, template: str) -> None:
     assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
     began = time.monotonic()
-    with pytest.raises(CostlyTemplate, match=r"the chat template took more than (1 s|128 MiB) for one conversation"):
+    with pytest.raises(
+        CostlyTemplate, match=r"the chat template took more than (1 s|128 MiB) for one conversation"
+    ):
         render(make_tokenizer(template), [Rendering(HI)], {})
     assert time.monotonic() - began < 5
     # Another one starts, and finds out what it reads, which evaluates constants.
@@ -105,7 +114,9 @@ def test_constants_of_a_template_are_under_the_limits_too(quick: None) -> None:
 
 def test_a_costly_line_ends_the_reading_of_a_file(quick: None, tmp_path: Path) -> None:
     """Each of a million lines would take as long."""
-    tokenizer: Any = make_tokenizer(f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['nested loops']}{{% endif %}}")
+    tokenizer: Any = make_tokenizer(
+        f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['nested loops']}{{% endif %}}"
+    )
     assert stop_token_ids(tokenizer)
     path = write(tmp_path / "a.jsonl", *({"messages": chat(*"abcd")} for _ in range(1000)))
     began = time.monotonic()

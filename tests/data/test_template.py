@@ -36,7 +36,9 @@ def test_a_record_reads_back_and_an_old_one_means_nothing_told() -> None:
     assert tree == {"chat_template": "abc", "chat_template_kwargs": {"enable_thinking": False}}
     assert recorded_kwargs(tree, place="file") == ours.kwargs
     assert recorded_kwargs({"chat_template": "abc"}, place="file") == {}
-    with pytest.raises(InputError, match=r"^file: chat_template_kwargs: expected a mapping, found 1$"):
+    with pytest.raises(
+        InputError, match=r"^file: chat_template_kwargs: expected a mapping, found 1$"
+    ):
         recorded_kwargs({"chat_template_kwargs": 1}, place="file")
 
 
@@ -56,7 +58,9 @@ def test_another_template_than_the_drafts_is_told_by_its_part() -> None:
 READS = {
     "a test": "{% if enable_thinking is defined and enable_thinking is false %}x{% endif %}",
     "a default": "{% set enable_thinking = enable_thinking | default(true) %}{{ enable_thinking }}",
-    "set where it is not told": ("{% if not enable_thinking is defined %}{% set enable_thinking = true %}{% endif %}"),
+    "set where it is not told": (
+        "{% if not enable_thinking is defined %}{% set enable_thinking = true %}{% endif %}"
+    ),
     "a macro": "{% macro m() %}{{ enable_thinking }}{% endmacro %}{{ m() }}",
     "a namespace": "{% set ns = namespace(on=enable_thinking) %}{{ ns.on }}",
     "marked answers and loop controls": (
@@ -69,7 +73,9 @@ READS = {
 def test_a_name_that_the_template_reads_can_be_told(part: str) -> None:
     tokenizer = make_tokenizer(part + CHATML)
     check_kwargs(tokenizer, {"enable_thinking": False})
-    with pytest.raises(InputError, match=r"read 'enable_thnking'; did you mean 'enable_thinking'\?$"):
+    with pytest.raises(
+        InputError, match=r"read 'enable_thnking'; did you mean 'enable_thinking'\?$"
+    ):
         check_kwargs(tokenizer, {"enable_thnking": False})
     with pytest.raises(InputError, match=r"read 'tools'; it reads enable_thinking$"):
         check_kwargs(tokenizer, {"tools": 1})
@@ -88,7 +94,9 @@ def test_a_name_that_is_not_the_users_to_tell_is_refused(name: str) -> None:
 def test_a_template_that_cannot_be_read_is_told_in_one_line() -> None:
     tokenizer: Any = make_tokenizer("{% if %}")
     check_kwargs(tokenizer, NO_KWARGS)
-    with pytest.raises(InputError, match="the chat template cannot be read: Expected an expression"):
+    with pytest.raises(
+        InputError, match="the chat template cannot be read: Expected an expression"
+    ):
         check_kwargs(tokenizer, {"enable_thinking": False})
 
 

@@ -41,7 +41,9 @@ def test_batch_log_cut_anywhere_goes_on_from_the_last_whole_batch(tmp_path: Path
         path.write_bytes(content[:length])
         with opened(path) as log:
             kept = sum(length >= end for end in whole[1:])
-            assert log.finished == {one["prompt_line"]: one["finished"] for batch in BATCHES[:kept] for one in batch}
+            assert log.finished == {
+                one["prompt_line"]: one["finished"] for batch in BATCHES[:kept] for one in batch
+            }
             for batch in BATCHES[kept:]:
                 log.add(batch)
         assert path.read_bytes() == content
@@ -70,7 +72,10 @@ def test_batch_log_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.partial"
     for content in (b'{"prompt_line": 1, "finished": true}\n', b"x", b"\n"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="not unfinished answers as this version writes them"), opened(path):
+        with (
+            pytest.raises(InputError, match="not unfinished answers as this version writes them"),
+            opened(path),
+        ):
             raise AssertionError
         assert path.read_bytes() == content
 
@@ -80,11 +85,16 @@ def test_publish_leaves_the_answers_alone(tmp_path: Path) -> None:
     write(path)
     with opened(path) as log:
         log.publish(answers)
-    assert [json.loads(line) for line in answers.read_text().splitlines()] == [*BATCHES[0], *BATCHES[1]]
+    assert [json.loads(line) for line in answers.read_text().splitlines()] == [
+        *BATCHES[0],
+        *BATCHES[1],
+    ]
     assert sorted(x.name for x in tmp_path.iterdir()) == ["answers.jsonl"]
 
 
-def test_a_full_disk_keeps_the_batches_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_batches_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "answers.partial"
     whole = write(path)
     content = path.read_bytes()

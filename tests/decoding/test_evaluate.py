@@ -28,7 +28,9 @@ def weights() -> Weights:
     return Weights(jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, target), draft)
 
 
-def answer(*tokens: int, committed: int = 1, verifications: int = 1, seconds: float = 1.0) -> Answer:
+def answer(
+    *tokens: int, committed: int = 1, verifications: int = 1, seconds: float = 1.0
+) -> Answer:
     return Answer(np.array(tokens, np.int32), False, committed, verifications, seconds)
 
 
@@ -37,10 +39,17 @@ def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
     decoder = make_decoder(TARGET, DraftModel(CONFIG))
     figures = evaluate(decoder, weights, PROMPTS, max_new_tokens=10, progress=done.append)
     assert done == [1, 2, 3] and figures["prompts"] == 3
-    assert figures["tokens"] == 30 and figures["tokens_compared"] == figures["tokens_equal"] == 60  # head on and off
+    assert (
+        figures["tokens"] == 30 and figures["tokens_compared"] == figures["tokens_equal"] == 60
+    )  # head on and off
     assert figures["differences"] == [] and figures["lossless"] is True
-    assert figures["tau"] == pytest.approx(27 / figures["verifications"]) and figures["tau_head_off"] >= 1
-    assert figures["speed_up"] == pytest.approx(figures["tokens_per_second"] / figures["tokens_per_second_plain"])
+    assert (
+        figures["tau"] == pytest.approx(27 / figures["verifications"])
+        and figures["tau_head_off"] >= 1
+    )
+    assert figures["speed_up"] == pytest.approx(
+        figures["tokens_per_second"] / figures["tokens_per_second_plain"]
+    )
 
 
 def test_evaluate_has_no_head_off_without_a_head(weights: Weights) -> None:
@@ -57,7 +66,13 @@ def test_evaluate_compares_no_samples(weights: Weights) -> None:
 
 
 def test_compare_reports_the_first_difference_with_its_logit_gap(weights: Weights) -> None:
-    found = compare(weights, TARGET, PROMPTS[:2], [answer(4, 5, 6), answer(7, 8)], [answer(4, 9, 6), answer(7, 8)])
+    found = compare(
+        weights,
+        TARGET,
+        PROMPTS[:2],
+        [answer(4, 5, 6), answer(7, 8)],
+        [answer(4, 9, 6), answer(7, 8)],
+    )
     assert (found.tokens_compared, found.tokens_equal) == (4, 3)
     (difference,) = found.differences
     assert difference[:4] == (0, 1, 5, 9)
@@ -86,6 +101,8 @@ def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("domino_jax.decoding.speculate.accept_greedy", take_all)
     jax.clear_caches()
-    figures = evaluate(make_decoder(TARGET, DraftModel(CONFIG)), weights, PROMPTS, max_new_tokens=10)
+    figures = evaluate(
+        make_decoder(TARGET, DraftModel(CONFIG)), weights, PROMPTS, max_new_tokens=10
+    )
     jax.clear_caches()
     assert figures["lossless"] is False and figures["tokens_equal"] < figures["tokens_compared"]

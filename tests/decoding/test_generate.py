@@ -32,12 +32,18 @@ class Tiny:
     def answer_alone(self, messages: Any, count: int = 12, kwargs: Scalars = NO_KWARGS) -> str:
         prompt = encode_prompt(messages, self.tokenizer, kwargs)
         slots = required_slots(self.decoder, len(prompt), count)
-        (answer,) = generate(self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots)
+        (answer,) = generate(
+            self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots
+        )
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
     def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> Regenerated:
-        options = dict(max_new_tokens=12, batch_size=4, seed=0, settings=SETTINGS, progress=lambda *_: None)
-        return regenerate(self.decoder, self.weights, self.tokenizer, prompts, answers, **{**options, **changes})
+        options = dict(
+            max_new_tokens=12, batch_size=4, seed=0, settings=SETTINGS, progress=lambda *_: None
+        )
+        return regenerate(
+            self.decoder, self.weights, self.tokenizer, prompts, answers, **{**options, **changes}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,9 @@ def prompts(tmp_path: Path) -> Path:
     return write_conversations(tmp_path / "prompts.jsonl", 10, answers=False)
 
 
-def test_every_prompt_gets_the_answer_it_gets_alone(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+def test_every_prompt_gets_the_answer_it_gets_alone(
+    tiny: Tiny, prompts: Path, tmp_path: Path
+) -> None:
     result = tiny.regenerate(prompts, tmp_path / "answers.jsonl")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     cut = sum(not record["finished"] for record in records)
@@ -93,13 +101,19 @@ def attested(lines: bytes) -> bytes:
     return content + begin % hashlib.sha256(content).hexdigest().encode()
 
 
-def test_what_would_mix_or_lose_answers_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+def test_what_would_mix_or_lose_answers_is_refused(
+    tiny: Tiny, prompts: Path, tmp_path: Path
+) -> None:
     done = tmp_path / "done.jsonl"
     done.write_text("{}\n")
     with pytest.raises(InputError, match="already there"):
         tiny.regenerate(prompts, done)
     partial = tmp_path / "other.jsonl.partial"
-    partial.write_bytes(attested(json.dumps({"prompt_line": 1, "generator": {"target": "another"}}).encode() + b"\n"))
+    partial.write_bytes(
+        attested(
+            json.dumps({"prompt_line": 1, "generator": {"target": "another"}}).encode() + b"\n"
+        )
+    )
     with pytest.raises(InputError, match="made with"):
         tiny.regenerate(prompts, tmp_path / "other.jsonl")
     prompts.write_text(prompts.read_text() + "nonsense\n")
@@ -122,7 +136,10 @@ OTHER_PARTIALS = [
             ({"prompt_line": True}, "not an answer"),
             ({"finished": 1}, "not an answer"),
             ({"messages": None}, "not an answer"),
-            ({"messages": [{"role": "user", "content": "x"}] * 2}, "answers another prompt than line 1 of"),
+            (
+                {"messages": [{"role": "user", "content": "x"}] * 2},
+                "answers another prompt than line 1 of",
+            ),
             ({"messages": [1], "prompt_line": 11}, "answers another prompt than line 11 of"),
         )
     ),
@@ -134,25 +151,36 @@ def test_a_partial_file_of_something_else_is_refused_and_left(
     tiny: Tiny, prompts: Path, tmp_path: Path, raw: bytes, message: str
 ) -> None:
     partial = tmp_path / "a.jsonl.partial"
-    for content, told in ((attested(raw), rf":2: .*{message}"), (raw, ": not unfinished answers as this version")):
+    for content, told in (
+        (attested(raw), rf":2: .*{message}"),
+        (raw, ": not unfinished answers as this version"),
+    ):
         partial.write_bytes(content)
         with pytest.raises(InputError, match=rf"a\.jsonl\.partial{told}"):
             tiny.regenerate(prompts, tmp_path / "a.jsonl")
         assert partial.read_bytes() == content
 
 
-def test_an_answer_twice_in_a_partial_file_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+def test_an_answer_twice_in_a_partial_file_is_refused(
+    tiny: Tiny, prompts: Path, tmp_path: Path
+) -> None:
     tiny.regenerate(prompts, tmp_path / "a.jsonl")
     line = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)[0]
     (tmp_path / "b.jsonl.partial").write_bytes(attested(line * 2))
-    with pytest.raises(InputError, match=r"partial:3: the prompt of line \d+ is answered twice; remove"):
+    with pytest.raises(
+        InputError, match=r"partial:3: the prompt of line \d+ is answered twice; remove"
+    ):
         tiny.regenerate(prompts, tmp_path / "b.jsonl")
 
 
-def test_a_prompt_beyond_the_targets_positions_is_refused(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+def test_a_prompt_beyond_the_targets_positions_is_refused(
+    tiny: Tiny, prompts: Path, tmp_path: Path
+) -> None:
     with prompts.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "a " * 200}]}) + "\n")
-    with pytest.raises(InputError, match=r"prompts\.jsonl:11: a prompt of \d+ tokens, the target has 128 positions"):
+    with pytest.raises(
+        InputError, match=r"prompts\.jsonl:11: a prompt of \d+ tokens, the target has 128 positions"
+    ):
         tiny.regenerate(prompts, tmp_path / "new" / "a.jsonl")
     assert not (tmp_path / "new").exists()
 
@@ -178,7 +206,10 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
-    ids = [encode_prompt(messages, tiny.tokenizer) for _, messages in read_messages(prompts).conversations]
+    ids = [
+        encode_prompt(messages, tiny.tokenizer)
+        for _, messages in read_messages(prompts).conversations
+    ]
     slots = required_slots(tiny.decoder, max(map(len, ids)), 40)
     answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, slots=slots)
     for answer in answers:
@@ -188,14 +219,24 @@ def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
         assert answer.tau == pytest.approx(1.0) and answer.tokens_per_second > 0
 
 
-def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_pieces_join_to_the_whole_text(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(generation, "STREAM_CYCLES", 2)
     pieces: list[str] = []
     messages = [{"role": "user", "content": "a b c d"}]
     prompt = encode_prompt(messages, tiny.tokenizer)
     answer = stream_text(
-        tiny.decoder, tiny.weights, tiny.tokenizer, prompt, max_new_tokens=20, seed=0, write=pieces.append
+        tiny.decoder,
+        tiny.weights,
+        tiny.tokenizer,
+        prompt,
+        max_new_tokens=20,
+        seed=0,
+        write=pieces.append,
     )
     assert "".join(pieces) == tiny.answer_alone(messages, 20)
     assert len([piece for piece in pieces if piece]) > 2
-    assert "".join(pieces) == tiny.tokenizer.decode(np.asarray(answer.tokens), skip_special_tokens=True)
+    assert "".join(pieces) == tiny.tokenizer.decode(
+        np.asarray(answer.tokens), skip_special_tokens=True
+    )

@@ -95,12 +95,20 @@ def whole_pass(target_params: Any, tokens: jax.Array) -> jax.Array:
 PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3, 1], [3, 3])]
 
 
-def answers(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count: int, seed: int = 0) -> Any:
+def answers(
+    decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count: int, seed: int = 0
+) -> Any:
     slots = required_slots(decoder, max(map(len, prompts)), count)
-    return finish(decoder, weights, start(decoder, weights, prompts, max_new_tokens=count, slots=slots, seed=seed))
+    return finish(
+        decoder,
+        weights,
+        start(decoder, weights, prompts, max_new_tokens=count, slots=slots, seed=seed),
+    )
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one row", "rows of different lengths"])
+@pytest.mark.parametrize(
+    "prompts", [PROMPTS[:1], PROMPTS], ids=["one row", "rows of different lengths"]
+)
 @pytest.mark.parametrize(
     ("changes", "mode", "use_head"),
     [
@@ -112,10 +120,22 @@ def answers(decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count
         ({"projector_type": None}, "block", True),
         ({"projector_type": None}, "serving", True),
     ],
-    ids=["shift", "serving", "head off", "no shift", "dflash", "dflash shift", "dflash shift serving"],
+    ids=[
+        "shift",
+        "serving",
+        "head off",
+        "no shift",
+        "dflash",
+        "dflash shift",
+        "dflash shift serving",
+    ],
 )
 def test_greedy_output_is_the_target_s_own(
-    target_params: Any, prompts: list[np.ndarray], changes: dict[str, Any], mode: str, use_head: bool
+    target_params: Any,
+    prompts: list[np.ndarray],
+    changes: dict[str, Any],
+    mode: str,
+    use_head: bool,
 ) -> None:
     draft, weights = models(target_params, draft_config(**changes))
     decoder = make_decoder(Target(TARGET), draft, proposals=mode, use_head=use_head)
@@ -126,21 +146,31 @@ def test_greedy_output_is_the_target_s_own(
         # One token came from the prompt's pass; the rest cost at most one verification each.
         assert int(state.committed[row]) == 19
         assert 19 / (decoder.proposals + 1) <= int(state.verifications[row]) <= 19
-    assert int(jnp.sum(state.verifications)) < int(jnp.sum(state.committed)), "nothing was ever accepted"
+    assert int(jnp.sum(state.verifications)) < int(jnp.sum(state.committed)), (
+        "nothing was ever accepted"
+    )
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 DRAFTS = {
     "domino": {},
     "unshifted": {"shift_label": False, "pure_draft_prefix_len": 0},
-    "windows": {"num_hidden_layers": 3, "layer_types": (SLIDING, FULL, SLIDING), "sliding_window": 5},
+    "windows": {
+        "num_hidden_layers": 3,
+        "layer_types": (SLIDING, FULL, SLIDING),
+        "sliding_window": 5,
+    },
     "windows causal in the block": {
         "num_hidden_layers": 2,
         "layer_types": (FULL, SLIDING),
         "sliding_window": 4,
         "sliding_in_block": "causal",
     },
-    "transforms": {"input_embedding_scale": 3.0, "output_multiplier": 0.5, "final_logit_softcapping": 2.0},
+    "transforms": {
+        "input_embedding_scale": 3.0,
+        "output_multiplier": 0.5,
+        "final_logit_softcapping": 2.0,
+    },
     "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
     "dflash": {"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0},
     "dflash shifted": {"projector_type": None},
@@ -149,7 +179,9 @@ DRAFTS = {
 
 
 @pytest.mark.parametrize("changes", DRAFTS.values(), ids=DRAFTS)
-def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes: dict[str, Any]) -> None:
+def test_a_cycle_drafts_what_training_would_predict(
+    target_params: Any, changes: dict[str, Any]
+) -> None:
     """The forward that the loss trains, teacher-forced on the drafted tokens, has them as its most likely ones."""
     config = draft_config(**changes)
     model, weights = models(target_params, config)
@@ -158,7 +190,9 @@ def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes:
     state = start(decoder, weights, prompts, max_new_tokens=8, slots=required_slots(decoder, 11, 8))
     anchors = np.asarray(state.lengths) - 1
     bonus = np.take_along_axis(np.asarray(state.tokens), anchors[:, None], axis=1)
-    drafted, _ = jax.jit(_draft, static_argnums=0)(decoder, weights, state, jnp.asarray(bonus[:, 0]), jax.random.key(0))
+    drafted, _ = jax.jit(_draft, static_argnums=0)(
+        decoder, weights, state, jnp.asarray(bonus[:, 0]), jax.random.key(0)
+    )
 
     length = 12
     context = decoder.target.apply({"params": target_params}, state.tokens[:, :length]).features
@@ -177,7 +211,9 @@ def test_a_cycle_drafts_what_training_would_predict(target_params: Any, changes:
     logits = output_logits(config, vocabulary_logits(hidden, lm_head_weight(target_params)))
     if config.projector_type:
         previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
-        logits += vocabulary_logits(bound.head(hidden, embedding[previous][:, None]), bound.head.expansion)
+        logits += vocabulary_logits(
+            bound.head(hidden, embedding[previous][:, None]), bound.head.expansion
+        )
     assert np.asarray(drafted).tolist() == np.argmax(logits, axis=-1)[:, 0].tolist()
 
 
@@ -185,7 +221,10 @@ def test_a_scanned_target_decodes_the_same_tokens(target_params: Any) -> None:
     """As training does, which holds the target's layers stacked."""
     model, weights = models(target_params, draft_config())
     outputs = []
-    for scan, held in ((False, weights), (True, weights._replace(target=stack_layers(target_params)))):
+    for scan, held in (
+        (False, weights),
+        (True, weights._replace(target=stack_layers(target_params))),
+    ):
         decoder = make_decoder(Target(TARGET, scan_layers=scan), model)
         state = start(decoder, held, PROMPTS, max_new_tokens=12, slots=100)
         outputs.append(finish(decoder, held, state))
@@ -211,7 +250,10 @@ def test_a_stop_token_ends_its_row_where_it_stands(target_params: Any) -> None:
     state = answers(decoder, weights, PROMPTS, 20)
     for row, prompt in enumerate(PROMPTS):
         expected = whole[row][: whole[row].index(stop) + 1] if stop in whole[row] else whole[row]
-        assert np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])]).tolist() == expected
+        assert (
+            np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])]).tolist()
+            == expected
+        )
 
 
 def test_streaming_gives_growing_prefixes_of_the_same_output(target_params: Any) -> None:
@@ -248,7 +290,9 @@ def distributions(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def first_tokens(rule: Any, q: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Counts of the first committed token when one token is drafted from q and the rule decides."""
-    drafted = jax.random.categorical(jax.random.key(3), jnp.log(q), shape=(ROWS, 1)).astype(jnp.int32)
+    drafted = jax.random.categorical(jax.random.key(3), jnp.log(q), shape=(ROWS, 1)).astype(
+        jnp.int32
+    )
     accepted, following = rule(
         jax.random.key(4),
         drafted,
@@ -258,16 +302,23 @@ def first_tokens(rule: Any, q: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.bincount(np.where(accepted > 0, drafted[:, 0], following), minlength=5)
 
 
-def resample_from_p(key: jax.Array, drafted: jax.Array, q: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
+def resample_from_p(
+    key: jax.Array, drafted: jax.Array, q: jax.Array, p: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """A wrong rule: after a refusal it draws from p instead of the positive part of p - q."""
     accepted, _ = accept_sampled(key, drafted, q, p)
-    return accepted, jax.random.categorical(jax.random.key(5), jnp.log(p[:, 0]), axis=-1).astype(jnp.int32)
+    return accepted, jax.random.categorical(jax.random.key(5), jnp.log(p[:, 0]), axis=-1).astype(
+        jnp.int32
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_accepted_tokens_follow_the_target_s_distribution(seed: int) -> None:
     q, p = distributions(seed)
-    assert chisquare(first_tokens(accept_sampled, q, p), ROWS * p[0] / p[0].sum()).pvalue > SIGNIFICANCE
+    assert (
+        chisquare(first_tokens(accept_sampled, q, p), ROWS * p[0] / p[0].sum()).pvalue
+        > SIGNIFICANCE
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -278,12 +329,17 @@ def test_a_wrong_rule_fails_the_same_test(seed: int) -> None:
     noncentrality = ROWS * np.sum((wrong - p[0]) ** 2 / p[0])
     power = ncx2.sf(chi2.isf(SIGNIFICANCE, df=4), df=4, nc=noncentrality)
     assert power > 0.999
-    assert chisquare(first_tokens(resample_from_p, q, p), ROWS * p[0] / p[0].sum()).pvalue < SIGNIFICANCE
+    assert (
+        chisquare(first_tokens(resample_from_p, q, p), ROWS * p[0] / p[0].sum()).pvalue
+        < SIGNIFICANCE
+    )
 
 
 def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
     _, p = distributions(0)
-    drafted = jax.random.categorical(jax.random.key(0), jnp.log(p[0]), shape=(1000, 1)).astype(jnp.int32)
+    drafted = jax.random.categorical(jax.random.key(0), jnp.log(p[0]), shape=(1000, 1)).astype(
+        jnp.int32
+    )
     q = jnp.broadcast_to(jnp.asarray(p[:1], jnp.float32), (1000, 1, 5))
     target = jnp.broadcast_to(jnp.asarray(p, jnp.float32), (1000, 2, 5))
     accepted, _ = accept_sampled(jax.random.key(1), drafted, q, target)
@@ -291,7 +347,9 @@ def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
 
 
 @pytest.mark.parametrize("use_head", [True, False])
-def test_sampled_sequences_follow_the_target_s_distribution(target_params: Any, use_head: bool) -> None:
+def test_sampled_sequences_follow_the_target_s_distribution(
+    target_params: Any, use_head: bool
+) -> None:
     """Whole loop: three sampled tokens against the product of the target's own conditional probabilities."""
     rows, temperature, prompt = 8192, 1.5, np.array([1, 2], np.int32)
     draft, weights = models(target_params, draft_config())
@@ -303,11 +361,15 @@ def test_sampled_sequences_follow_the_target_s_distribution(target_params: Any, 
     triples = np.array(list(itertools.product(range(7), repeat=3)), np.int32)
     sequences = jnp.concatenate([jnp.broadcast_to(prompt, (len(triples), 2)), triples], axis=1)
     hidden = Target(TARGET).apply({"params": target_params}, sequences).hidden
-    logs = jax.nn.log_softmax(vocabulary_logits(hidden, lm_head_weight(target_params)) / temperature, axis=-1)
+    logs = jax.nn.log_softmax(
+        vocabulary_logits(hidden, lm_head_weight(target_params)) / temperature, axis=-1
+    )
     steps = jnp.take_along_axis(logs[:, 1:4], jnp.asarray(triples)[..., None], axis=-1)[..., 0]
     expected = np.asarray(jnp.exp(jnp.sum(steps, axis=1)), np.float64) * rows
     counts = np.array([np.sum(np.all(found == triple, axis=1)) for triple in triples])
-    frequent = expected >= 5  # Pearson's statistic wants five expected counts a cell: the rest is pooled
+    frequent = (
+        expected >= 5
+    )  # Pearson's statistic wants five expected counts a cell: the rest is pooled
     counts = np.append(counts[frequent], counts[~frequent].sum())
     expected = np.append(expected[frequent], expected[~frequent].sum())
     assert chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > SIGNIFICANCE
@@ -316,7 +378,9 @@ def test_sampled_sequences_follow_the_target_s_distribution(target_params: Any, 
 def test_the_same_seed_samples_the_same_tokens(target_params: Any) -> None:
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft, temperature=1.0)
-    first, again, other = (np.asarray(answers(decoder, weights, PROMPTS, 12, seed=seed).tokens) for seed in (1, 1, 2))
+    first, again, other = (
+        np.asarray(answers(decoder, weights, PROMPTS, 12, seed=seed).tokens) for seed in (1, 1, 2)
+    )
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
@@ -356,7 +420,9 @@ def test_a_stale_cache_is_never_read(target_params: Any) -> None:
     expected = np.asarray(finish(decoder, weights, state).tokens)
     found = finish(decoder, weights, spoiled)
     for row, prompt in enumerate(PROMPTS):
-        assert np.array_equal(np.asarray(found.tokens)[row, : len(prompt) + 20], expected[row, : len(prompt) + 20])
+        assert np.array_equal(
+            np.asarray(found.tokens)[row, : len(prompt) + 20], expected[row, : len(prompt) + 20]
+        )
 
 
 def replace_caches(state: Any, change: Any) -> Any:
@@ -368,5 +434,7 @@ def replace_caches(state: Any, change: Any) -> Any:
 def test_decoder_is_a_compile_time_constant(target_params: Any) -> None:
     draft, _ = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft, stop_ids=[3])
-    assert hash(decoder) == hash(make_decoder(Target(TARGET), DraftModel(draft_config()), stop_ids=[3]))
+    assert hash(decoder) == hash(
+        make_decoder(Target(TARGET), DraftModel(draft_config()), stop_ids=[3])
+    )
     assert replace(decoder, use_head=False) != decoder

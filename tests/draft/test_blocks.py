@@ -23,7 +23,9 @@ draw = jax.jit(sample_anchors, static_argnames="num_anchors")
 cut = jax.jit(make_blocks, static_argnames=("block_size", "mask_token_id", "shift_label"))
 
 
-def slow_candidates(loss_mask: np.ndarray, block_size: int, doc_remaining: np.ndarray | None) -> np.ndarray:
+def slow_candidates(
+    loss_mask: np.ndarray, block_size: int, doc_remaining: np.ndarray | None
+) -> np.ndarray:
     found = np.zeros(loss_mask.shape, bool)
     rows, length = loss_mask.shape
     for b, a in itertools.product(range(rows), range(length)):
@@ -45,9 +47,16 @@ def test_anchor_candidates_equal_the_loop(packed: bool, length: int) -> None:
 
 @pytest.mark.parametrize(
     ("length", "block_size", "expected"),
-    [(6, 4, [0, 1, 2]), (4, 4, [0]), (3, 4, [0]), (1, 4, [0])],  # a row shorter than a block may start at its top
+    [
+        (6, 4, [0, 1, 2]),
+        (4, 4, [0]),
+        (3, 4, [0]),
+        (1, 4, [0]),
+    ],  # a row shorter than a block may start at its top
 )
-def test_anchor_candidates_leave_room_for_the_block(length: int, block_size: int, expected: list[int]) -> None:
+def test_anchor_candidates_leave_room_for_the_block(
+    length: int, block_size: int, expected: list[int]
+) -> None:
     found = anchor_candidates(jnp.ones((1, length)), block_size=block_size)
     assert np.flatnonzero(found[0]).tolist() == expected
 
@@ -56,7 +65,9 @@ def test_anchor_candidates_leave_room_for_the_block(length: int, block_size: int
 def test_specforge_candidates_need_a_supervised_successor(packed: bool) -> None:
     batch = random_batch(draft_config(), packed=packed)
     remaining = batch.packing.get("doc_remaining")
-    found = anchor_candidates(batch.loss_mask, block_size=7, doc_remaining=remaining, rule="specforge")
+    found = anchor_candidates(
+        batch.loss_mask, block_size=7, doc_remaining=remaining, rule="specforge"
+    )
     mask = batch.loss_mask
     rows, length = mask.shape
     for b, a in itertools.product(range(rows), range(length)):
@@ -82,7 +93,9 @@ def test_sample_anchors_draws_every_subset_equally_often() -> None:
     anchors, keep = jax.vmap(lambda key: draw(key, candidates, num_anchors=3))(keys)
     assert np.all(keep)
     assert np.all(np.diff(anchors[:, 0]) > 0)  # ascending, and nothing drawn twice
-    subsets = {subset: 0 for subset in itertools.combinations(np.flatnonzero(candidates[0]).tolist(), 3)}
+    subsets = {
+        subset: 0 for subset in itertools.combinations(np.flatnonzero(candidates[0]).tolist(), 3)
+    }
     for drawn in np.asarray(anchors[:, 0]).tolist():
         subsets[tuple(drawn)] += 1
     expected = draws / len(subsets)
@@ -101,18 +114,24 @@ def test_sample_anchors_draws_rows_and_keys_independently() -> None:
     assert not np.array_equal(first[0], first[1])
 
 
-@pytest.mark.parametrize("num_anchors", [1, 4, 8, 13])  # fewer slots than candidates, more, as many as S, more than S
+@pytest.mark.parametrize(
+    "num_anchors", [1, 4, 8, 13]
+)  # fewer slots than candidates, more, as many as S, more than S
 def test_sample_anchors_fills_static_slots(num_anchors: int) -> None:
     candidates = np.zeros((3, 8), bool)
     candidates[0, [1, 4, 5]] = True
-    candidates[1, [0, 2, 3, 6, 7]] = True  # position 0 is an anchor here and the filler of unused slots elsewhere
+    candidates[1, [0, 2, 3, 6, 7]] = (
+        True  # position 0 is an anchor here and the filler of unused slots elsewhere
+    )
     anchors, keep = draw(jax.random.key(3), jnp.asarray(candidates), num_anchors=num_anchors)
     chex.assert_shape([anchors, keep], (3, num_anchors))
     chex.assert_type([anchors, keep], [jnp.int32, bool])
     for row in range(3):
         allowed = np.flatnonzero(candidates[row])
         used = np.asarray(anchors[row])[np.asarray(keep[row])]
-        assert keep[row].tolist() == [slot < min(num_anchors, len(allowed)) for slot in range(num_anchors)]
+        assert keep[row].tolist() == [
+            slot < min(num_anchors, len(allowed)) for slot in range(num_anchors)
+        ]
         assert set(used) <= set(allowed)
         assert np.all(np.diff(used) > 0)
         assert np.all(np.asarray(anchors[row])[~np.asarray(keep[row])] == 0)
@@ -183,7 +202,9 @@ def test_make_blocks_equals_the_loop(shift_label: bool, packed: bool, length: in
         packing=Packing(**batch.packing) if packed else None,
         **options,
     )
-    expected = slow_blocks(batch.input_ids, batch.loss_mask, anchors, keep, packing=batch.packing, **options)
+    expected = slow_blocks(
+        batch.input_ids, batch.loss_mask, anchors, keep, packing=batch.packing, **options
+    )
     assert not np.all(keep)
     for name, values in found._asdict().items():
         assert values.dtype == (jnp.float32 if name == "mask" else jnp.int32), name
@@ -204,7 +225,9 @@ def test_make_blocks_supervises_by_the_share_of_the_loss_mask() -> None:
 
 
 @pytest.mark.parametrize("shift_label", [False, True])
-def test_a_prefix_shows_its_tokens_and_supervises_only_what_it_does_not_show(shift_label: bool) -> None:
+def test_a_prefix_shows_its_tokens_and_supervises_only_what_it_does_not_show(
+    shift_label: bool,
+) -> None:
     ids, anchor, size = np.arange(20, 32)[None], 2, 5
     for length in (2, 3, 4):
         found = cut(
@@ -228,7 +251,9 @@ def test_document_ids_equal_the_loop_and_nemo() -> None:
     from nemo_automodel.components.speculative.dflash.core import _context_doc_ids
     from torch import tensor
 
-    seq_lens = np.array([[3, 0, 4, 2, 0], [12, 0, 0, 0, 0], [0, 0, 1, 1, 1]])  # holes, a full row, padding behind
+    seq_lens = np.array(
+        [[3, 0, 4, 2, 0], [12, 0, 0, 0, 0], [0, 0, 1, 1, 1]]
+    )  # holes, a full row, padding behind
     found = document_ids(jnp.asarray(seq_lens), 12)
     chex.assert_type(found, jnp.int32)
     np.testing.assert_array_equal(found, slow_document_ids(seq_lens, 12))

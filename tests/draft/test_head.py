@@ -29,7 +29,11 @@ def gru_weights() -> dict[str, np.ndarray]:
 def test_prefix_gru_equals_torch_in_values_and_gradients() -> None:
     import torch
 
-    x, weights, outer = normal(ROWS, STEPS, INPUT), gru_weights(), normal(ROWS, STEPS, HIDDEN, seed=3)
+    x, weights, outer = (
+        normal(ROWS, STEPS, INPUT),
+        gru_weights(),
+        normal(ROWS, STEPS, HIDDEN, seed=3),
+    )
     theirs = torch.nn.GRU(INPUT, HIDDEN, bias=False, batch_first=True)
     theirs.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
     x_torch = torch.tensor(x, requires_grad=True)
@@ -46,7 +50,9 @@ def test_prefix_gru_equals_torch_in_values_and_gradients() -> None:
     np.testing.assert_allclose(found, states.detach().numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(x_gradient, x_torch.grad.numpy(), rtol=1e-5, atol=1e-5)
     for name, parameter in theirs.named_parameters():
-        np.testing.assert_allclose(weight_gradient[name], parameter.grad.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            weight_gradient[name], parameter.grad.numpy(), rtol=1e-5, atol=1e-5, err_msg=name
+        )
 
 
 def test_prefix_gru_runs_over_the_last_axis_but_one_of_any_batch() -> None:
@@ -57,7 +63,9 @@ def test_prefix_gru_runs_over_the_last_axis_but_one_of_any_batch() -> None:
 
 
 def test_prefix_gru_starts_like_torch() -> None:
-    params = nn.unbox(jax.jit(PrefixGRU(INPUT, HIDDEN).init)(jax.random.key(0), normal(1, 1, INPUT)))["params"]
+    params = nn.unbox(
+        jax.jit(PrefixGRU(INPUT, HIDDEN).init)(jax.random.key(0), normal(1, 1, INPUT))
+    )["params"]
     assert {name: (x.shape, x.dtype) for name, x in params.items()} == {
         "weight_ih_l0": ((3 * HIDDEN, INPUT), jnp.float32),
         "weight_hh_l0": ((3 * HIDDEN, HIDDEN), jnp.float32),
@@ -68,10 +76,14 @@ def test_prefix_gru_starts_like_torch() -> None:
 
 def test_prefix_gru_carries_float32_when_products_are_bfloat16() -> None:
     x, weights = normal(ROWS, STEPS, INPUT), gru_weights()
-    found = PrefixGRU(INPUT, HIDDEN, "bfloat16").apply({"params": weights}, jnp.asarray(x, jnp.bfloat16))
+    found = PrefixGRU(INPUT, HIDDEN, "bfloat16").apply(
+        {"params": weights}, jnp.asarray(x, jnp.bfloat16)
+    )
     chex.assert_type(found, jnp.float32)
     assert np.any(found != found.astype(jnp.bfloat16).astype(jnp.float32))
-    np.testing.assert_allclose(found, PrefixGRU(INPUT, HIDDEN).apply({"params": weights}, x), atol=0.05)
+    np.testing.assert_allclose(
+        found, PrefixGRU(INPUT, HIDDEN).apply({"params": weights}, x), atol=0.05
+    )
 
 
 def test_prefix_gru_accumulates_bfloat16_products_in_float32() -> None:
@@ -100,32 +112,51 @@ def test_domino_head_equals_torch_and_is_zero_for_the_pure_prefix(prefix: int) -
 
     config = draft_config(pure_draft_prefix_len=prefix)
     params = random_params(config)["head"]
-    hidden, previous = normal(2, 3, 5, config.hidden_size), normal(2, 3, 5, config.hidden_size, seed=1)
+    hidden, previous = (
+        normal(2, 3, 5, config.hidden_size),
+        normal(2, 3, 5, config.hidden_size, seed=1),
+    )
     gru = torch.nn.GRU(config.hidden_size, config.gru_hidden_dim, bias=False, batch_first=True)
-    gru.load_state_dict({name: torch.tensor(np.asarray(w)) for name, w in params["prefix_gru"].items()})
+    gru.load_state_dict(
+        {name: torch.tensor(np.asarray(w)) for name, w in params["prefix_gru"].items()}
+    )
     with torch.no_grad():
         states, _ = gru(torch.tensor(previous.reshape(6, 5, -1)))
-        joined = torch.cat([torch.tensor(hidden), states.reshape(2, 3, 5, -1)], dim=-1)  # hidden first, then the GRU
-        expected = torch.nn.functional.silu(joined @ torch.tensor(np.asarray(params["embed_proj_0"]["weight"])).T)
+        joined = torch.cat(
+            [torch.tensor(hidden), states.reshape(2, 3, 5, -1)], dim=-1
+        )  # hidden first, then the GRU
+        expected = torch.nn.functional.silu(
+            joined @ torch.tensor(np.asarray(params["embed_proj_0"]["weight"])).T
+        )
     found = jax.jit(DominoHead(config).apply)({"params": params}, hidden, previous)
     chex.assert_shape(found, (2, 3, 5, config.emb_dim))
-    np.testing.assert_allclose(found[:, :, prefix:], expected[:, :, prefix:].numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found[:, :, prefix:], expected[:, :, prefix:].numpy(), rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_array_equal(found[:, :, :prefix], 0.0)
 
 
 def test_domino_head_reads_only_tokens_before_each_prediction() -> None:
     config = draft_config(pure_draft_prefix_len=0)
     apply, params = jax.jit(DominoHead(config).apply), {"params": random_params(config)["head"]}
-    hidden, previous = normal(1, 1, 5, config.hidden_size), normal(1, 1, 5, config.hidden_size, seed=1)
+    hidden, previous = (
+        normal(1, 1, 5, config.hidden_size),
+        normal(1, 1, 5, config.hidden_size, seed=1),
+    )
     changed = previous.copy()
     changed[:, :, 2] += 1.0
-    differs = np.any(np.asarray(apply(params, hidden, previous) != apply(params, hidden, changed)), axis=-1)
+    differs = np.any(
+        np.asarray(apply(params, hidden, previous) != apply(params, hidden, changed)), axis=-1
+    )
     assert differs.tolist() == [[[False, False, True, True, True]]]
 
 
 def test_domino_head_computes_in_its_dtype() -> None:
     config = draft_config(dtype="bfloat16")
     params = random_params(config)["head"]
-    hidden, previous = normal(1, 2, 5, config.hidden_size), normal(1, 2, 5, config.hidden_size, seed=1)
+    hidden, previous = (
+        normal(1, 2, 5, config.hidden_size),
+        normal(1, 2, 5, config.hidden_size, seed=1),
+    )
     halves = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, previous))
     chex.assert_type(DominoHead(config).apply({"params": params}, *halves), jnp.bfloat16)

@@ -51,7 +51,9 @@ def test_block_mask_equals_the_loop_and_nemo(packed: bool, window: int | None) -
     from nemo_automodel.components.attention.dflash_mask import create_dflash_sdpa_mask
 
     anchors, keep, seq_lens = slots_of(packed)
-    found = block_mask(anchors, keep, context_len=LENGTH, block_size=SIZE, seq_lens=seq_lens, window=window)
+    found = block_mask(
+        anchors, keep, context_len=LENGTH, block_size=SIZE, seq_lens=seq_lens, window=window
+    )
     chex.assert_type(found, bool)
     np.testing.assert_array_equal(found, slow_mask(anchors, keep, seq_lens, window=window))
     assert np.all(np.any(found, axis=-1))  # no empty softmax row
@@ -75,7 +77,10 @@ def test_block_mask_causal_in_the_block_is_specforges_sliding_layer() -> None:
     for k in range(SIZE):
         seen = np.flatnonzero(found[0, first_query + k])
         context = list(range(max(a + k - 3, 0), a))
-        assert seen.tolist() == [*context, *range(LENGTH + first_query, LENGTH + first_query + k + 1)]
+        assert seen.tolist() == [
+            *context,
+            *range(LENGTH + first_query, LENGTH + first_query + k + 1),
+        ]
 
 
 def test_layer_spans_holds_each_type_once() -> None:

@@ -13,9 +13,7 @@ from domino_jax.model_config import DraftConfig
 SLIDING = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 6}
 CAUSAL = {**SLIDING, "sliding_in_block": "causal"}
 HEADLESS = "projector_type is domino: it knows DFlash only and would draft without the head"
-SHIFTED = (
-    "shift_label is true: without its head the backbone is misaligned, block position 0 already predicts anchor + 1"
-)
+SHIFTED = "shift_label is true: without its head the backbone is misaligned, block position 0 already predicts anchor + 1"
 BOTH_WAYS = "sliding_in_block is bidirectional: it looks only back"
 ONLY_BACK = "sliding_in_block is causal: it never reads is_causal"
 ANCHOR_FIRST = "shift_label is true: it drafts plain DFlash from the second position of a block on"
@@ -44,7 +42,9 @@ CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
         {
             "vllm": [HEADLESS, SHIFTED],
             "zlab": [HEADLESS, SHIFTED],
-            "sglang": ["pure_draft_prefix_len is 0: its rollout starts to correct at the second token; expected 1"],
+            "sglang": [
+                "pure_draft_prefix_len is 0: its rollout starts to correct at the second token; expected 1"
+            ],
         },
     ),
     (
@@ -56,7 +56,11 @@ CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
     ("causal window", dflash_config(**CAUSAL), {"nemo": [ONLY_BACK]}),
     ("causal without a window", dflash_config(sliding_in_block="causal"), {}),
     *(
-        (found, dflash_config(**changes), {engine: [f"{found}: it does not apply"] for engine in PLAIN_LOGITS})
+        (
+            found,
+            dflash_config(**changes),
+            {engine: [f"{found}: it does not apply"] for engine in PLAIN_LOGITS},
+        )
         for found, changes in TRANSFORMS.items()
     ),
     (
@@ -64,21 +68,28 @@ CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
         dflash_config(**CAUSAL, input_embedding_scale=2.0, output_multiplier=0.5),
         {
             "nemo": [ONLY_BACK],
-            **{engine: ["input_embedding_scale is 2.0", "output_multiplier is 0.5"] for engine in PLAIN_LOGITS},
+            **{
+                engine: ["input_embedding_scale is 2.0", "output_multiplier is 0.5"]
+                for engine in PLAIN_LOGITS
+            },
         },
     ),
 ]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("config", "reasons"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("config", "reasons"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_refusals_name_what_was_found_and_what_the_reader_does(
     config: DraftConfig, reasons: dict[str, list[str]], engine: str
 ) -> None:
     found = engine_refusals(config, engine)
     expected = reasons.get(engine, [])
     assert len(found) == len(expected), found
-    assert all(reason.startswith(begin) for reason, begin in zip(found, expected, strict=True)), found
+    assert all(reason.startswith(begin) for reason, begin in zip(found, expected, strict=True)), (
+        found
+    )
 
 
 def test_sglang_takes_a_domino_head_in_bfloat16_only() -> None:
@@ -86,7 +97,9 @@ def test_sglang_takes_a_domino_head_in_bfloat16_only() -> None:
         "dtype is float32: its Domino head runs in bfloat16 only"
     ]
     assert not engine_refusals(draft_config(), "sglang", dtype="bfloat16")
-    assert not engine_refusals(dflash_config(), "sglang", dtype="float32")  # cast to the server's type
+    assert not engine_refusals(
+        dflash_config(), "sglang", dtype="float32"
+    )  # cast to the server's type
 
 
 def test_an_unknown_engine_is_an_error() -> None:
@@ -97,12 +110,28 @@ def test_an_unknown_engine_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("engine", "config", "note"),
     [
-        ("sglang", draft_config(), r"sglang proposes 4 tokens per cycle \(K - 1\); this draft predicts 5: --proposals"),
-        ("sglang", draft_config(shift_label=False), r"sglang proposes 4 tokens per cycle \(K - 1\)$"),
+        (
+            "sglang",
+            draft_config(),
+            r"sglang proposes 4 tokens per cycle \(K - 1\); this draft predicts 5: --proposals",
+        ),
+        (
+            "sglang",
+            draft_config(shift_label=False),
+            r"sglang proposes 4 tokens per cycle \(K - 1\)$",
+        ),
         ("zlab", dflash_config(block_size=8), r"zlab proposes 7 tokens per cycle \(K - 1\)$"),
         ("nemo", dflash_config(), r"nemo proposes 4 tokens per cycle \(K - 1\)$"),
-        ("nemo", draft_config(), "4 tokens .* without the Domino head and one position late: its trainer reads the wh"),
-        ("nemo", draft_config(shift_label=False), "4 tokens .* without the Domino head: its trainer"),
+        (
+            "nemo",
+            draft_config(),
+            "4 tokens .* without the Domino head and one position late: its trainer reads the wh",
+        ),
+        (
+            "nemo",
+            draft_config(shift_label=False),
+            "4 tokens .* without the Domino head: its trainer",
+        ),
     ],
 )
 def test_the_note_says_what_the_reader_will_propose(engine: str, config: Any, note: str) -> None:

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import dflash_config, draft_config, nemo_draft, random_anchors, random_batch, random_params
+from reference import (
+    dflash_config,
+    draft_config,
+    nemo_draft,
+    random_anchors,
+    random_batch,
+    random_params,
+)
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen3Config
 
@@ -63,7 +70,9 @@ WINDOWED = draft_config(
     output_multiplier=0.5,
     final_logit_softcapping=20.0,
 )
-PLAIN = dflash_config(emb_dim=256, gru_hidden_dim=1024)  # widths of a head that its file does not hold
+PLAIN = dflash_config(
+    emb_dim=256, gru_hidden_dim=1024
+)  # widths of a head that its file does not hold
 SHIFTED_DFLASH = dataclasses.replace(PLAIN, shift_label=True)
 KINDS = pytest.mark.parametrize(
     "config",
@@ -98,7 +107,9 @@ def test_a_draft_that_is_not_finite_is_not_written(tmp_path: Path, dtype: str) -
 def test_a_draft_that_overflows_in_the_stored_type_is_not_written(tmp_path: Path) -> None:
     params = params_of(CONFIG)
     params = params | {"fc": {"weight": params["fc"]["weight"].at[0].set(3.4e38)}}
-    with pytest.raises(InputError, match=r"fc\.weight: 96 of 3072 entries are not finite in bfloat16"):
+    with pytest.raises(
+        InputError, match=r"fc\.weight: 96 of 3072 entries are not finite in bfloat16"
+    ):
         save_hf_draft(tmp_path / "draft", CONFIG, params)
     save_hf_draft(tmp_path / "draft", CONFIG, params, dtype="float32")
 
@@ -109,7 +120,9 @@ def test_a_draft_that_is_not_finite_is_not_read(draft: Path) -> None:
     save_file(tensors, draft / "model.safetensors")
     with pytest.raises(InputError) as caught:
         load_hf_draft(draft)
-    assert str(caught.value).startswith(f"{draft}: tensor norm.weight: 2 of 32 entries are not finite in float32; ")
+    assert str(caught.value).startswith(
+        f"{draft}: tensor norm.weight: 2 of 32 entries are not finite in float32; "
+    )
 
 
 def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -144,10 +157,16 @@ def test_hf_tensors_keep_the_type_of_the_tree() -> None:
         (("norm",), None, r"params: missing tensor: norm\.weight"),
         (("layers_1", "mlp", "up_proj"), None, r"missing tensor: layers\.1\.mlp\.up_proj\.weight"),
         (("lm_head",), {"weight": np.zeros((2, 3))}, r"unexpected tensor: lm_head\.weight"),
-        (("fc", "weight"), np.zeros((96, 32)), r"fc\.weight has shape \[96, 32\], expected \[32, 96\]"),
+        (
+            ("fc", "weight"),
+            np.zeros((96, 32)),
+            r"fc\.weight has shape \[96, 32\], expected \[32, 96\]",
+        ),
     ],
 )
-def test_hf_tensors_refuse_a_tree_that_does_not_fit(path: tuple[str, ...], value: Any, message: str) -> None:
+def test_hf_tensors_refuse_a_tree_that_does_not_fit(
+    path: tuple[str, ...], value: Any, message: str
+) -> None:
     params = copy.deepcopy(params_of(CONFIG))
     inner = functools.reduce(dict.__getitem__, path[:-1], params)
     inner.pop(path[-1], None)
@@ -179,7 +198,14 @@ def test_save_and_load_in_float32_give_the_same_bits(config: DraftConfig, tmp_pa
     [
         ({"layer_types": SLIDING, "sliding_window": 6}, False),
         ({"layer_types": SLIDING, "sliding_window": 6, "sliding_in_block": "causal"}, None),
-        ({"layer_types": ("full_attention", SLIDING[0]), "sliding_window": 6, "sliding_in_block": "causal"}, None),
+        (
+            {
+                "layer_types": ("full_attention", SLIDING[0]),
+                "sliding_window": 6,
+                "sliding_in_block": "causal",
+            },
+            None,
+        ),
         ({"layer_types": ("full_attention", SLIDING[0]), "sliding_window": 6}, False),
     ],
 )
@@ -202,9 +228,16 @@ def test_windows_are_written_as_their_readers_take_them(
 
 @pytest.mark.parametrize(
     ("is_causal", "nested", "in_block"),
-    [(..., ..., "causal"), (..., False, "bidirectional"), (False, ..., "bidirectional"), (True, False, "causal")],
+    [
+        (..., ..., "causal"),
+        (..., False, "bidirectional"),
+        (False, ..., "bidirectional"),
+        (True, False, "causal"),
+    ],
 )
-def test_causality_is_read_as_vllm_reads_it(is_causal: Any, nested: Any, in_block: str, tmp_path: Path) -> None:
+def test_causality_is_read_as_vllm_reads_it(
+    is_causal: Any, nested: Any, in_block: str, tmp_path: Path
+) -> None:
     save_hf_draft(tmp_path / "draft", WINDOWED, params_of(WINDOWED))
     (tmp_path / "draft" / "SHA256SUMS").unlink()
     edit_config(tmp_path / "draft", put("is_causal", value=is_causal))
@@ -214,7 +247,9 @@ def test_causality_is_read_as_vllm_reads_it(is_causal: Any, nested: Any, in_bloc
 
 def test_a_sliding_layer_that_huggingface_would_read_as_full_is_refused(draft: Path) -> None:
     edit_config(draft, lambda tree: tree.update(layer_types=list(SLIDING), sliding_window=6))
-    with pytest.raises(InputError, match="use_sliding_window is False and sliding_window 6; expected true"):
+    with pytest.raises(
+        InputError, match="use_sliding_window is False and sliding_window 6; expected true"
+    ):
         load_hf_draft(draft)
 
 
@@ -227,7 +262,9 @@ def test_save_rounds_to_bfloat16_by_default_like_torch(tmp_path: Path) -> None:
     found = hf_tensors(CONFIG, load_hf_draft(tmp_path / "draft")[1])
     for name, exact in hf_tensors(CONFIG, params_of(CONFIG)).items():
         assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name], torch.tensor(exact).bfloat16().float().numpy(), err_msg=name)
+        np.testing.assert_array_equal(
+            found[name], torch.tensor(exact).bfloat16().float().numpy(), err_msg=name
+        )
 
 
 @KINDS
@@ -254,9 +291,15 @@ def test_nemo_reads_the_directory_and_computes_the_same_states(config: DraftConf
         expected = nemo_draft(config, params_of(config))(
             position_ids=torch.tensor(np.concatenate([context, positions.reshape(3, -1)], axis=1)),
             attention_mask=create_dflash_sdpa_mask(
-                *slots, 32, config.block_size, "cpu", torch.float32, sliding_window=config.sliding_window
+                *slots,
+                32,
+                config.block_size,
+                "cpu",
+                torch.float32,
+                sliding_window=config.sliding_window,
             ),
-            noise_embedding=torch.tensor(noise.reshape(3, -1, config.hidden_size)) * config.input_embedding_scale,
+            noise_embedding=torch.tensor(noise.reshape(3, -1, config.hidden_size))
+            * config.input_embedding_scale,
             target_hidden=torch.tensor(batch.hidden_states),
         )
     expected = expected.numpy().reshape(found.shape)
@@ -276,7 +319,11 @@ def test_nemo_takes_the_tensors_as_its_state_dict_and_its_own_export_loads_here(
     theirs = Qwen3DFlashDraftModel(settings)
     tensors = hf_tensors(config, params_of(config))
     theirs.load_state_dict({name: torch.tensor(x) for name, x in tensors.items()}, strict=True)
-    assert (theirs.block_size, theirs.mask_token_id, theirs.projector_type) == (5, 119, config.projector_type)
+    assert (theirs.block_size, theirs.mask_token_id, theirs.projector_type) == (
+        5,
+        119,
+        config.projector_type,
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     found_config, found = load_hf_draft(tmp_path / "theirs")
     assert found_config == load_hf_draft(tmp_path / "ours")[0]
@@ -290,7 +337,11 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
     nested = tree["dflash_config"]
     # SpecForge
-    assert (nested["projector_type"], nested["emb_dim"], nested["gru_hidden_dim"]) == ("domino", 12, 20)
+    assert (nested["projector_type"], nested["emb_dim"], nested["gru_hidden_dim"]) == (
+        "domino",
+        12,
+        20,
+    )
     # NeMo and tpu-inference look for the block size in different places
     assert nested["block_size"] == tree["block_size"] == 5
     # z-lab's dflash
@@ -304,12 +355,21 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
     assert tree["vocab_size"] == 120 and tree["dtype"] == "bfloat16"
     # sglang-jax reads the first, transformers 5 the second
     assert tree["rope_theta"] == tree["rope_parameters"]["rope_theta"] == 5000.0
-    assert "partial_rotary_factor" not in tree and "partial_rotary_factor" not in tree["rope_parameters"]
+    assert (
+        "partial_rotary_factor" not in tree
+        and "partial_rotary_factor" not in tree["rope_parameters"]
+    )
     # all
     assert tree["model_type"] == "qwen3" and tree["tie_word_embeddings"] is False
     assert tree["is_causal"] is False and nested["causal"] is False
     assert tree["layer_types"] == ["full_attention"] * 2
-    qwen3 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    qwen3 = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     for key in (*qwen3, "head_dim", "max_position_embeddings", "rms_norm_eps"):
         assert tree[key] == getattr(config, key), key
 
@@ -317,7 +377,9 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
 @pytest.mark.parametrize(
     "scaling",
     [
-        RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+        RopeScaling(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=32, truncate=False
+        ),
         RopeScaling(
             rope_type="llama3",
             factor=8.0,
@@ -327,15 +389,17 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
         ),
     ],
 )
-def test_rope_scaling_is_written_in_both_schemas_and_reads_back(scaling: RopeScaling, tmp_path: Path) -> None:
+def test_rope_scaling_is_written_in_both_schemas_and_reads_back(
+    scaling: RopeScaling, tmp_path: Path
+) -> None:
     config = dataclasses.replace(CONFIG, rope_scaling=scaling)
     save_hf_draft(tmp_path / "draft", config, params_of(CONFIG))
     assert load_hf_draft(tmp_path / "draft")[0].rope_scaling == scaling
     theirs = Qwen3Config.from_pretrained(tmp_path / "draft").rope_parameters
     assert theirs["rope_type"] == scaling.rope_type and theirs["rope_theta"] == 5000.0
-    assert {key: theirs.get(key) for key in vars(scaling) if getattr(scaling, key) not in (None, True)} == {
-        key: value for key, value in vars(scaling).items() if value not in (None, True)
-    }
+    assert {
+        key: theirs.get(key) for key in vars(scaling) if getattr(scaling, key) not in (None, True)
+    } == {key: value for key, value in vars(scaling).items() if value not in (None, True)}
 
 
 def test_config_json_of_a_dflash_draft_names_no_head(tmp_path: Path) -> None:
@@ -429,7 +493,9 @@ OLD_HEAD_JSON = {
 
 
 @pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["domino", "dflash"])
-def test_old_exports_load_as_before_and_are_written_as_before(config: DraftConfig, tmp_path: Path) -> None:
+def test_old_exports_load_as_before_and_are_written_as_before(
+    config: DraftConfig, tmp_path: Path
+) -> None:
     tree = copy.deepcopy(OLD_JSON)
     if config.projector_type is not None:
         tree["emb_dim"] = 12
@@ -443,7 +509,9 @@ def test_old_exports_load_as_before_and_are_written_as_before(config: DraftConfi
     chex.assert_trees_all_equal(found, params_of(config), strict=True)
 
 
-def test_shards_have_an_index_and_load_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_have_an_index_and_load_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
@@ -453,8 +521,13 @@ def test_shards_have_an_index_and_load_back(tmp_path: Path, monkeypatch: pytest.
     files = sorted(path.name for path in (tmp_path / "draft").glob("*.safetensors"))
     index = json.loads((tmp_path / "draft" / "model.safetensors.index.json").read_text())
     assert len(files) > 2 and "model.safetensors" not in files
-    assert index["weight_map"].keys() == (BACKBONE | HEAD).keys() and sorted(set(index["weight_map"].values())) == files
-    chex.assert_trees_all_equal(load_hf_draft(tmp_path / "draft")[1], params_of(CONFIG), strict=True)
+    assert (
+        index["weight_map"].keys() == (BACKBONE | HEAD).keys()
+        and sorted(set(index["weight_map"].values())) == files
+    )
+    chex.assert_trees_all_equal(
+        load_hf_draft(tmp_path / "draft")[1], params_of(CONFIG), strict=True
+    )
     theirs = Qwen3DFlashDraftModel.from_pretrained(tmp_path / "draft", dtype=torch.float32)
     np.testing.assert_array_equal(theirs.norm.weight.detach(), params_of(CONFIG)["norm"]["weight"])
 
@@ -468,7 +541,9 @@ def test_load_refuses_an_export_that_is_not_as_it_was_written(tmp_path: Path) ->
     content = bytearray(weights.read_bytes())
     content[-100] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(InputError, match=r"draft: damaged: model.safetensors does not match its checksum"):
+    with pytest.raises(
+        InputError, match=r"draft: damaged: model.safetensors does not match its checksum"
+    ):
         load_hf_draft(path)
     weights.unlink()
     with pytest.raises(InputError, match=r"draft: damaged: model.safetensors is missing"):
@@ -507,7 +582,9 @@ def test_what_is_saved_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mod
     assert (tmp_path / "draft").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-def test_a_failing_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_save_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full_disk(path: Path, tensors: dict[str, np.ndarray]) -> None:
         path.write_bytes(b"half of it")
         raise OSError("no space left on device")
@@ -540,7 +617,9 @@ def test_a_failing_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     ],
     ids=["missing", "unknown", "mis-shaped", "many"],
 )
-def test_load_refuses_other_tensors(draft: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+def test_load_refuses_other_tensors(
+    draft: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
     edit_tensors(draft, change)
     with pytest.raises(InputError, match=message):
         load_hf_draft(draft)
@@ -563,7 +642,9 @@ def test_load_accepts_the_names_of_the_first_domino_checkpoints(draft: Path) -> 
     ("change", "message"),
     [
         (
-            lambda t: t.update({"logit_head.prefix_gru.weight_hh_l0": t["prefix_gru.weight_hh_l0"]}),
+            lambda t: t.update(
+                {"logit_head.prefix_gru.weight_hh_l0": t["prefix_gru.weight_hh_l0"]}
+            ),
             r"draft: tensor prefix_gru\.weight_hh_l0 is there twice, as logit_head\.prefix_gru\.weight_hh_l0 and as",
         ),
         (
@@ -571,7 +652,9 @@ def test_load_accepts_the_names_of_the_first_domino_checkpoints(draft: Path) -> 
             r"missing tensor: embed_proj\.0\.weight",
         ),
         (
-            lambda t: t.update({"logit_head.norm.weight": t.pop("norm.weight")}),  # only the head was ever below it
+            lambda t: t.update(
+                {"logit_head.norm.weight": t.pop("norm.weight")}
+            ),  # only the head was ever below it
             r"missing tensor: norm\.weight",
         ),
     ],
@@ -603,31 +686,59 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("dflash_config", "shift_label"), ..., "shift_label is missing"),
         (("dflash_config", "shift_label"), "true", "shift_label is 'true'"),
         (("dflash_config", "shift_label"), 1, "shift_label is 1"),
-        (("dflash_config", "sample_from_anchor"), 1, "sample_from_anchor is 1, expected true or false"),
+        (
+            ("dflash_config", "sample_from_anchor"),
+            1,
+            "sample_from_anchor is 1, expected true or false",
+        ),
         (
             ("dflash_config", "sample_from_anchor"),
             False,
             r"dflash_config\.shift_label is true, dflash_config\.sample_from_anchor is false: names of one layout",
         ),
-        (("sample_from_anchor",), False, "shift_label is true, sample_from_anchor is false: names of one layout"),
+        (
+            ("sample_from_anchor",),
+            False,
+            "shift_label is true, sample_from_anchor is false: names of one layout",
+        ),
         (("block_size",), 16, r"block_size contradicts itself: \[5, 16\]"),
         (("emb_dim",), 13, r"emb_dim contradicts itself: \[12, 13\]"),
         (("rope_theta",), 1e6, r"rope_theta contradicts itself: \[1000000\.0, 5000\.0\]"),
-        (("dflash_config", "mask_token_id"), 120, "mask_token_id 120 is outside the vocabulary of 120"),
+        (
+            ("dflash_config", "mask_token_id"),
+            120,
+            "mask_token_id 120 is outside the vocabulary of 120",
+        ),
         (("dflash_config", "mask_token_id"), -1, "mask_token_id -1 is outside the vocabulary"),
         (("dflash_config", "mask_token_id"), ..., "mask_token_id is missing"),
         (("dflash_config", "mask_token_id"), True, "mask_token_id is True"),
         (("dflash_config", "gru_hidden_dim"), ..., "gru_hidden_dim is missing"),
-        (("dflash_config", "projector_type"), "eagle", "projector_type must be 'domino' or null, found 'eagle'"),
+        (
+            ("dflash_config", "projector_type"),
+            "eagle",
+            "projector_type must be 'domino' or null, found 'eagle'",
+        ),
         (("dflash_config", "target_layer_ids"), ..., "target_layer_ids is missing"),
         (("dflash_config", "target_layer_ids"), [0, 2, 6], r"target_layer_ids \[0, 2, 6\]"),
         (("dflash_config", "target_layer_ids"), [0, 2, "4"], r"target_layer_ids is \[0, 2, '4'\]"),
         (("dflash_config", "causal"), True, "causal is True; only False"),
-        (("dflash_config", "final_logit_softcapping"), -1.0, "final_logit_softcapping must be positive"),
+        (
+            ("dflash_config", "final_logit_softcapping"),
+            -1.0,
+            "final_logit_softcapping must be positive",
+        ),
         (("dflash_config", "output_multiplier"), "2", "output_multiplier is '2'"),
-        (("layer_types",), ["full_attention", "linear_attention"], r"layer_types holds \['linear_attention'\]"),
+        (
+            ("layer_types",),
+            ["full_attention", "linear_attention"],
+            r"layer_types holds \['linear_attention'\]",
+        ),
         (("layer_types",), "full_attention", "layer_types is 'full_attention'; expected a list"),
-        (("layer_types",), ["full_attention"], "layer_types names 1 layers, num_hidden_layers is 2"),
+        (
+            ("layer_types",),
+            ["full_attention"],
+            "layer_types names 1 layers, num_hidden_layers is 2",
+        ),
         (("is_causal",), True, "is_causal is true; a block without windows looks both ways"),
         (("dflash_config",), ..., "no dflash_config section; is this a DFlash or Domino draft"),
         (("hidden_size",), ..., "hidden_size is missing"),
@@ -649,12 +760,22 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (("rms_norm_eps",), 0, "rms_norm_eps must lie between 0 and 1"),
         (("rms_norm_eps",), -1e-6, "rms_norm_eps must lie between 0 and 1"),
         (("rms_norm_eps",), float("nan"), "NaN is not a number of JSON"),
-        (("dflash_config", "input_embedding_scale"), float("inf"), "Infinity is not a number of JSON"),
-        (("dflash_config", "input_embedding_scale"), 1e300, "input_embedding_scale must be finite in float32"),
+        (
+            ("dflash_config", "input_embedding_scale"),
+            float("inf"),
+            "Infinity is not a number of JSON",
+        ),
+        (
+            ("dflash_config", "input_embedding_scale"),
+            1e300,
+            "input_embedding_scale must be finite in float32",
+        ),
         (("dflash_config", "mask_token_id"), "\0" * 10**5, "mask_token_id is '"),
     ],
 )
-def test_load_refuses_other_configs(draft: Path, keys: tuple[str, ...], value: Any, message: str) -> None:
+def test_load_refuses_other_configs(
+    draft: Path, keys: tuple[str, ...], value: Any, message: str
+) -> None:
     edit_config(draft, put(*keys, value=value))
     with pytest.raises(InputError, match=rf"config\.json: .*{message}"):
         load_hf_draft(draft)
@@ -674,7 +795,9 @@ def test_load_refuses_other_configs(draft: Path, keys: tuple[str, ...], value: A
         (("dflash_config", "causal"), ...),
     ],
 )
-def test_load_accepts_what_other_writers_leave_out(draft: Path, keys: tuple[str, ...], value: Any) -> None:
+def test_load_accepts_what_other_writers_leave_out(
+    draft: Path, keys: tuple[str, ...], value: Any
+) -> None:
     edit_config(draft, put(*keys, value=value))
     assert load_hf_draft(draft)[0] == CONFIG
 
@@ -689,7 +812,9 @@ def test_load_refuses_another_depth_before_it_builds_a_model(
     monkeypatch.setattr("domino_jax.interop.hf._parameter_shapes", built)
     edit_config(draft, put("num_hidden_layers", value=layers))
     edit_config(draft, put("layer_types", value=...))
-    with pytest.raises(InputError, match=f"tensors of 2 layers, config.json says num_hidden_layers {layers}"):
+    with pytest.raises(
+        InputError, match=f"tensors of 2 layers, config.json says num_hidden_layers {layers}"
+    ):
         load_hf_draft(draft)
 
 
@@ -708,7 +833,9 @@ def test_load_takes_a_missing_pure_prefix_as_none(draft: Path) -> None:
     ],
     ids=["empty", "broken", "list", "target"],
 )
-def test_load_refuses_what_is_not_a_draft_directory(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_load_refuses_what_is_not_a_draft_directory(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):

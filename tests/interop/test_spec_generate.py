@@ -26,7 +26,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from domino_jax.config import DraftRecipe, make_draft_config
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots, start, stream
+from domino_jax.decoding.speculate import (
+    Decoder,
+    Weights,
+    make_decoder,
+    required_slots,
+    start,
+    stream,
+)
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.target.load import load_target, load_tokenizer
@@ -62,12 +69,18 @@ class Here(NamedTuple):
     def decode(self, prompt: np.ndarray, *, new_tokens: int) -> Decoded:
         """Decodes K tokens past the limit as well, one cycle at a time, to see where every cycle begins."""
         further = new_tokens + BLOCK_SIZE
-        state = start(self.decoder, self.weights, [prompt], max_new_tokens=further, slots=self.slots)
+        state = start(
+            self.decoder, self.weights, [prompt], max_new_tokens=further, slots=self.slots
+        )
         states = stream(self.decoder, self.weights, state, cycles=1)
         begins = [int(np.asarray(state.lengths)[0]) - 1 for state in states][:-1]
-        (answer,) = generate(self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, slots=self.slots)
+        (answer,) = generate(
+            self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, slots=self.slots
+        )
         # The last token of the answer begins no block: nothing is left to write.
-        assert answer.verifications == len([begin for begin in begins if begin < len(prompt) + new_tokens - 1])
+        assert answer.verifications == len(
+            [begin for begin in begins if begin < len(prompt) + new_tokens - 1]
+        )
         return Decoded(answer.tokens, begins)
 
 
@@ -98,7 +111,9 @@ class Seen(NamedTuple):
     more_in_nemo: int
 
 
-def compare(here: Here, nemo: Any, zlab: Any, target: Any, prompt: np.ndarray, *, new_tokens: int) -> Seen:
+def compare(
+    here: Here, nemo: Any, zlab: Any, target: Any, prompt: np.ndarray, *, new_tokens: int
+) -> Seen:
     """Holds all three against each other on one prompt."""
     limit = len(prompt) + new_tokens
     tokens, begins = here.decode(prompt, new_tokens=new_tokens)
@@ -113,7 +128,9 @@ def compare(here: Here, nemo: Any, zlab: Any, target: Any, prompt: np.ndarray, *
     return Seen(len(tokens), len(verified), len(in_nemo.begins) - len(verified))
 
 
-def compare_all(draft: Path, target: Path, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> Seen:
+def compare_all(
+    draft: Path, target: Path, prompts: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> Seen:
     """All prompts, and the first one again with a limit that a cycle ends on exactly."""
     config, params = load_hf_draft(draft)
     loaded = load_target(target, dtype="float32")
@@ -124,7 +141,9 @@ def compare_all(draft: Path, target: Path, prompts: list[np.ndarray], monkeypatc
     nemo = Qwen3DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
     zlab = DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
     with_absolute_crop(monkeypatch)
-    seen = [compare(here, nemo, zlab, torch_target, prompt, new_tokens=NEW_TOKENS) for prompt in prompts]
+    seen = [
+        compare(here, nemo, zlab, torch_target, prompt, new_tokens=NEW_TOKENS) for prompt in prompts
+    ]
     assert all(one.more_in_nemo in (0, 1) for one in seen)
     begins = here.decode(prompts[0], new_tokens=NEW_TOKENS).begins
     exactly = begins[len(begins) // 2] + 1 - len(prompts[0])
@@ -142,7 +161,9 @@ def with_absolute_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DynamicCache, "crop", crop)
 
 
-def trained_draft(directory: Path, target: Path, prompts: list[np.ndarray], *, steps: int, **fields: Any) -> Path:
+def trained_draft(
+    directory: Path, target: Path, prompts: list[np.ndarray], *, steps: int, **fields: Any
+) -> Path:
     """A plain DFlash draft that has learnt the target's own answers to these prompts by heart, exported in float32.
 
     Overfitted on purpose: what is compared is decoding, and a draft that is never accepted would show little of it.
@@ -158,14 +179,23 @@ def trained_draft(directory: Path, target: Path, prompts: list[np.ndarray], *, s
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids[row, : len(prompt) + NEW_TOKENS] = np.concatenate([prompt, answer.tokens])
         loss_mask[row, len(prompt) : len(prompt) + NEW_TOKENS] = 1
-    features = jax.jit(Target(loaded.config, capture=config.target_layer_ids).apply)({"params": loaded.params}, ids)
-    frozen = (features.features, loss_mask, lm_head_weight(loaded.params), loaded.params["embed_tokens"])
+    features = jax.jit(Target(loaded.config, capture=config.target_layer_ids).apply)(
+        {"params": loaded.params}, ids
+    )
+    frozen = (
+        features.features,
+        loss_mask,
+        lm_head_weight(loaded.params),
+        loaded.params["embed_tokens"],
+    )
     trainer, optimizer = build_trainer(config, num_anchors=16), optax.adam(2e-3)
 
     @jax.jit
     def step(params: Any, moments: Any, key: jax.Array, frozen: Any) -> tuple[Any, Any]:
         def loss(params: Any) -> jax.Array:
-            return trainer.apply({"params": {"draft_model": params}}, ids, *frozen, rngs={"anchors": key}).loss
+            return trainer.apply(
+                {"params": {"draft_model": params}}, ids, *frozen, rngs={"anchors": key}
+            ).loss
 
         updates, moments = optimizer.update(jax.grad(loss)(params), moments)
         return optax.apply_updates(params, updates), moments
@@ -190,7 +220,9 @@ def one_torch_thread() -> Iterator[None]:
 
 def check(seen: Seen) -> None:
     """Enough was compared, and the draft was taken often but not always."""
-    tau = (seen.tokens - 5) / seen.verifications  # the first token of each answer comes from reading the prompt
+    tau = (
+        seen.tokens - 5
+    ) / seen.verifications  # the first token of each answer comes from reading the prompt
     print(f"{seen}, tau {tau:.3f}")
     assert seen.tokens == 5 * NEW_TOKENS and 1.1 < tau < BLOCK_SIZE
 
@@ -208,7 +240,9 @@ def test_three_decoders_agree_on_a_tiny_target(
 
 
 @pytest.mark.slow
-def test_three_decoders_agree_on_smollm2(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_decoders_agree_on_smollm2(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = load_tokenizer(smollm2)
     prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer) for text in PROMPTS]
     fields = {"mask_token_id": 16, "target_layer_ids": (10, 28)}

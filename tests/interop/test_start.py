@@ -44,8 +44,13 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def test_step_0_has_the_weights_of_the_checkpoint(target: Path, checkpoint: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"draft": {"init_from": str(checkpoint)}, "optimizer": {"ema_decay": 0.9}}
+def test_step_0_has_the_weights_of_the_checkpoint(
+    target: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "draft": {"init_from": str(checkpoint)},
+        "optimizer": {"ema_decay": 0.9},
+    }
     changes |= {"mesh": {"data": 1, "fsdp": 8}}
     run = prepare(load_config(run_config(tmp_path, target, **changes)), console=quiet())
     expected = load_hf_draft(checkpoint)[1]
@@ -58,7 +63,9 @@ def test_step_0_has_the_weights_of_the_checkpoint(target: Path, checkpoint: Path
     chex.assert_trees_all_equal_shapes_and_dtypes(run.state.params, expected)
 
 
-def test_a_resumed_run_does_not_read_the_checkpoint_again(target: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_read_the_checkpoint_again(
+    target: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     path = run_config(tmp_path, target, draft={"init_from": str(copy)})
@@ -76,20 +83,35 @@ def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = run_config(tmp_path, target, draft={"init_from": str(checkpoint), "emb_dim": 6, "target_layer_ids": [0, 1]})
+    path = run_config(
+        tmp_path,
+        target,
+        draft={"init_from": str(checkpoint), "emb_dim": 6, "target_layer_ids": [0, 1]},
+    )
     monkeypatch.setattr("sys.argv", ["domino", "train", str(path)])
     with pytest.raises(SystemExit) as stop:
         command()
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2
-    assert last.startswith(f"error: draft.init_from: {checkpoint} is another draft than this run's: ")
-    assert "target_layer_ids is (0, 2), expected (0, 1)" in last and "emb_dim is 8, expected 6" in last
+    assert last.startswith(
+        f"error: draft.init_from: {checkpoint} is another draft than this run's: "
+    )
+    assert (
+        "target_layer_ids is (0, 2), expected (0, 1)" in last and "emb_dim is 8, expected 6" in last
+    )
     # Nothing was trained, so the mended configuration may use the same run_dir.
-    train(load_config(run_config(tmp_path, target, draft={"init_from": str(checkpoint)})), console=quiet())
+    train(
+        load_config(run_config(tmp_path, target, draft={"init_from": str(checkpoint)})),
+        console=quiet(),
+    )
 
 
-@pytest.mark.parametrize("override", ["draft.init_from=nowhere", "draft.init_layers_from_target=true"])
-def test_unusable_starts_are_refused(target: Path, checkpoint: Path, tmp_path: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    "override", ["draft.init_from=nowhere", "draft.init_layers_from_target=true"]
+)
+def test_unusable_starts_are_refused(
+    target: Path, checkpoint: Path, tmp_path: Path, override: str
+) -> None:
     path = run_config(tmp_path, target, draft={"init_from": str(checkpoint)})
     with pytest.raises(InputError, match=r"nowhere|are two starts"):
         prepare(load_config(path, [override]), console=quiet())
@@ -122,10 +144,15 @@ def stored(config: DraftConfig, directory: Path) -> Path:
             draft_config(**WINDOW),
             "sliding_window is 6, expected None.*sliding_in_block is 'bidirectional', expected None",
         ),
-        (dflash_config(), "projector_type is None, expected 'domino'; .*shift_label is False, expected True"),
+        (
+            dflash_config(),
+            "projector_type is None, expected 'domino'; .*shift_label is False, expected True",
+        ),
     ],
 )
-def test_every_other_field_is_named_found_and_expected(theirs: DraftConfig, message: str, tmp_path: Path) -> None:
+def test_every_other_field_is_named_found_and_expected(
+    theirs: DraftConfig, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=f"draft is another draft than this run's: .*{message}"):
         starting_params(stored(theirs, tmp_path), draft_config())
 
@@ -135,16 +162,26 @@ def test_every_other_field_is_named_found_and_expected(theirs: DraftConfig, mess
     [
         (draft_config(block_size=8), draft_config()),
         (draft_config(max_position_embeddings=512), draft_config(dtype="bfloat16")),
-        (draft_config(), draft_config(layer_types=("full_attention",) * 2, sliding_in_block="causal")),
-        (dflash_config(), dflash_config(emb_dim=256, gru_hidden_dim=1024)),  # no head: its widths say nothing
+        (
+            draft_config(),
+            draft_config(layer_types=("full_attention",) * 2, sliding_in_block="causal"),
+        ),
+        (
+            dflash_config(),
+            dflash_config(emb_dim=256, gru_hidden_dim=1024),
+        ),  # no head: its widths say nothing
     ],
 )
-def test_fields_that_no_tensor_depends_on_may_differ(theirs: DraftConfig, ours: DraftConfig, tmp_path: Path) -> None:
+def test_fields_that_no_tensor_depends_on_may_differ(
+    theirs: DraftConfig, ours: DraftConfig, tmp_path: Path
+) -> None:
     path = stored(theirs, tmp_path)
     chex.assert_trees_all_equal(starting_params(path, ours), load_hf_draft(path)[1])
 
 
-def test_a_mask_token_that_became_special_is_refused_on_resume(target: Path, tmp_path: Path) -> None:
+def test_a_mask_token_that_became_special_is_refused_on_resume(
+    target: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "target"
     shutil.copytree(target, copy)
     path = run_config(tmp_path, copy)

@@ -35,7 +35,15 @@ CASES = [
     (Qwen3DFlashDraftModel, draft_config()),
     (Qwen3DFlashDraftModel, draft_config(shift_label=False)),
 ]
-NAMES = ["zlab", "zlab-window", "zlab-causal", "nemo", "nemo-window", "nemo-domino", "nemo-domino-unshifted"]
+NAMES = [
+    "zlab",
+    "zlab-window",
+    "zlab-causal",
+    "nemo",
+    "nemo-window",
+    "nemo-domino",
+    "nemo-domino-unshifted",
+]
 ANCHOR = 11
 
 
@@ -54,14 +62,18 @@ def close(found: Any, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("reader", "config"), CASES, ids=NAMES)
-def test_one_block_has_the_same_states(reader: Any, config: DraftConfig, dtype: str, tmp_path: Path) -> None:
+def test_one_block_has_the_same_states(
+    reader: Any, config: DraftConfig, dtype: str, tmp_path: Path
+) -> None:
     save_hf_draft(tmp_path / "draft", config, random_params(config), dtype=dtype)
     theirs = read_strictly(reader, tmp_path / "draft")
     params = load_hf_draft(tmp_path / "draft")[1]
     rng = np.random.default_rng(0)
     features = rng.standard_normal((2, ANCHOR, 3 * config.hidden_size)).astype(np.float32)
     noise = rng.standard_normal((2, config.block_size, config.hidden_size)).astype(np.float32)
-    positions = np.broadcast_to(np.arange(ANCHOR + config.block_size, dtype=np.int32), (2, ANCHOR + config.block_size))
+    positions = np.broadcast_to(
+        np.arange(ANCHOR + config.block_size, dtype=np.int32), (2, ANCHOR + config.block_size)
+    )
     anchors = np.full((2, 1), ANCHOR, np.int32)
     found = jax.jit(DraftModel(config).apply)(
         {"params": params},
@@ -90,7 +102,9 @@ def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None
     rng = np.random.default_rng(0)
     shape = (3, 7, config.num_predictions, config.hidden_size)
     hidden, previous = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    found = DominoHead(config).apply({"params": params}, hidden, previous) @ params["embed_proj_2"].T
+    found = (
+        DominoHead(config).apply({"params": params}, hidden, previous) @ params["embed_proj_2"].T
+    )
     with torch.no_grad():
         states = theirs.prefix_gru(torch.tensor(previous).flatten(0, 1))[0].unflatten(0, shape[:2])
         expected = theirs.embed_proj(torch.cat([torch.tensor(hidden), states], dim=-1))
@@ -99,14 +113,18 @@ def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None
     close(found[:, :, first:], expected[:, :, first:])
 
 
-@pytest.mark.parametrize(("reader", "config"), [CASES[0], CASES[3], CASES[5]], ids=["zlab", "nemo", "nemo-domino"])
+@pytest.mark.parametrize(
+    ("reader", "config"), [CASES[0], CASES[3], CASES[5]], ids=["zlab", "nemo", "nemo-domino"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_are_read_both_ways(
     reader: Any, config: DraftConfig, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = hf.split_state_dict_into_shards_factory
     monkeypatch.setattr(
-        hf, "split_state_dict_into_shards_factory", lambda *args, **named: whole(*args, **named, max_shard_size="20KB")
+        hf,
+        "split_state_dict_into_shards_factory",
+        lambda *args, **named: whole(*args, **named, max_shard_size="20KB"),
     )
     save_hf_draft(tmp_path / "ours", config, random_params(config), dtype=dtype)
     theirs = read_strictly(reader, tmp_path / "ours").to(getattr(torch, dtype))
@@ -123,10 +141,15 @@ def test_shards_are_read_both_ways(
 def test_nemos_trainer_reads_the_last_target_layer_before_the_norm(tmp_path: Path) -> None:
     """Why `export --for nemo` refuses it; its other layers are ours."""
     directory = write_target(tmp_path / "target")
-    loaded, model = load_target(directory), AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    loaded, model = (
+        load_target(directory),
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+    )
     tokens = np.random.default_rng(0).integers(3, 32, (2, 9))
     given = torch.tensor(tokens)
-    found = HFDFlashTargetModel(model, [0, 3]).generate_batch(given, torch.ones_like(given), torch.ones_like(given))
+    found = HFDFlashTargetModel(model, [0, 3]).generate_batch(
+        given, torch.ones_like(given), torch.ones_like(given)
+    )
     ours = Target(loaded.config, capture=(0, 3)).apply({"params": loaded.params}, tokens).features
     middle, last = torch.chunk(found.hidden_states, 2, dim=-1)
     our_middle, our_last = np.split(np.asarray(ours), 2, axis=-1)

@@ -71,7 +71,8 @@ def values_and_gradients(attention: Any, inputs: Inputs) -> tuple[jax.Array, Inp
 
 
 @pytest.mark.parametrize(
-    ("packed", "window", "causal"), [(False, None, False), (True, None, False), (True, 5, False), (False, 4, True)]
+    ("packed", "window", "causal"),
+    [(False, None, False), (True, None, False), (True, 5, False), (False, 4, True)],
 )
 def test_definition_equals_dense_attention(packed: bool, window: int | None, causal: bool) -> None:
     anchors, keep, seq_lens = drawn(packed)
@@ -84,7 +85,9 @@ def test_definition_equals_dense_attention(packed: bool, window: int | None, cau
         return causal_attention.definition(q, k, v, mask=mask)
 
     inputs = random_inputs()
-    found = values_and_gradients(functools.partial(kernel.definition, span=span, causal=causal), inputs)
+    found = values_and_gradients(
+        functools.partial(kernel.definition, span=span, causal=causal), inputs
+    )
     expected = values_and_gradients(dense, inputs)
     chex.assert_shape(found[0], (ROWS, HEADS, SLOTS * SIZE, WIDTH))
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -100,16 +103,31 @@ class Case(NamedTuple):
 def random_case(seed: int, *, longest: int = 60) -> Case:
     """Windows, packed rows, unused slots, one long row beside short ones; tiles that divide nothing."""
     rng = np.random.default_rng(seed)
-    rows, kv_heads, groups = int(rng.integers(1, 4)), int(rng.integers(1, 3)), int(rng.integers(1, 9))
-    size, slots, length = int(rng.integers(2, 17)), int(rng.integers(1, 9)), int(rng.integers(1, longest))
+    rows, kv_heads, groups = (
+        int(rng.integers(1, 4)),
+        int(rng.integers(1, 3)),
+        int(rng.integers(1, 9)),
+    )
+    size, slots, length = (
+        int(rng.integers(2, 17)),
+        int(rng.integers(1, 9)),
+        int(rng.integers(1, longest)),
+    )
     reach = np.maximum(1, length * rng.choice([0.1, 0.5, 1.0], (rows, 1))).astype(int)
     anchors = np.sort(rng.integers(0, reach, (rows, slots)), axis=1).astype(np.int32)
     keep = np.arange(slots) < rng.integers(0, slots + 1, (rows, 1))
-    packed, window = rng.random() < 0.5, int(rng.integers(size, 3 * size)) if rng.random() < 0.5 else None
+    packed, window = (
+        rng.random() < 0.5,
+        int(rng.integers(size, 3 * size)) if rng.random() < 0.5 else None,
+    )
     first = int(rng.integers(1, length + 1))
     seq_lens = np.tile(np.array([first, length - first], np.int32), (rows, 1)) if packed else None
     span = context_span(
-        jnp.asarray(np.where(keep, anchors, 0)), jnp.asarray(keep), seq_lens=seq_lens, block_size=size, window=window
+        jnp.asarray(np.where(keep, anchors, 0)),
+        jnp.asarray(keep),
+        seq_lens=seq_lens,
+        block_size=size,
+        window=window,
     )
     inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, slots * size, seed=seed)
     tiles = TileSize(int(rng.integers(1, 4 * groups * size)), int(rng.integers(1, length + 9)))
@@ -118,8 +136,12 @@ def random_case(seed: int, *, longest: int = 60) -> Case:
 
 def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: float) -> None:
     options: dict[str, Any] = {"span": case.span, "causal": case.causal}
-    found, slopes = values_and_gradients(functools.partial(block_attention, **options, form=form), case.inputs)
-    expected, exact = values_and_gradients(functools.partial(kernel.definition, **options), case.inputs)
+    found, slopes = values_and_gradients(
+        functools.partial(block_attention, **options, form=form), case.inputs
+    )
+    expected, exact = values_and_gradients(
+        functools.partial(kernel.definition, **options), case.inputs
+    )
     np.testing.assert_allclose(found, expected, rtol=VALUE, atol=VALUE * np.abs(expected).max())
     for ours, theirs in zip(jax.tree.leaves(slopes), jax.tree.leaves(exact), strict=True):
         assert np.linalg.norm(ours - theirs) <= gradient * np.linalg.norm(theirs) + 1e-6
@@ -130,13 +152,18 @@ def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: flo
 def test_tiled_form_equals_the_definition(seed: int, form: str) -> None:
     case = random_case(seed)
     size = case.size._replace(keys=WHOLE_CONTEXT.keys) if form == "whole context" else case.size
-    check_against_the_definition(case, kernel.by_tiles(size, transposed=form == "cpu"), gradient=GRADIENT)
+    check_against_the_definition(
+        case, kernel.by_tiles(size, transposed=form == "cpu"), gradient=GRADIENT
+    )
 
 
 @pytest.mark.parametrize("seed", CASES)
 def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
     case = random_case(seed, longest=600)
-    interpreted: dict[str, Any] = {"size": KernelTile(rows=128, keys=128, context=256), "interpret": True}
+    interpreted: dict[str, Any] = {
+        "size": KernelTile(rows=128, keys=128, context=256),
+        "interpret": True,
+    }
     form = kernel.Form(*(functools.partial(run, **interpreted) for run in kernel.FORMS["tpu"]))
     check_against_the_definition(case, form, gradient=KERNEL_GRADIENT)
 
@@ -160,18 +187,26 @@ def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed
     position = np.arange(length)
     tile_of, poisoned = position // cut.keys, np.zeros((batch, length), bool)
     for row in range(batch):
-        of_some_query = np.any((first[row, ..., None] <= position) & (position < end[row, ..., None]), axis=(0, 1))
+        of_some_query = np.any(
+            (first[row, ..., None] <= position) & (position < end[row, ..., None]), axis=(0, 1)
+        )
         poisoned[row] = ~np.isin(tile_of, tile_of[of_some_query])
-    keys, values = (jnp.where(poisoned[:, None, :, None], jnp.nan, x) for x in (operands.keys, operands.values))
+    keys, values = (
+        jnp.where(poisoned[:, None, :, None], jnp.nan, x) for x in (operands.keys, operands.values)
+    )
     poison = operands._replace(keys=keys, values=values)
-    run = functools.partial(blocks_on_tpu.forward, causal=case.causal, size=KernelTile(128, 128), interpret=True)
+    run = functools.partial(
+        blocks_on_tpu.forward, causal=case.causal, size=KernelTile(128, 128), interpret=True
+    )
     if needed:
         assert all(np.all(np.isfinite(x)) for x in run(poison, case.span))
 
 
 def test_a_tile_of_the_whole_context_has_the_rows_that_memory_allows() -> None:
     inputs = random_inputs(queries=2 * SIZE)
-    operands = kernel._operands(*inputs, context_span(jnp.array([[3, 5], [1, 2]]), jnp.ones((2, 2), bool)))
+    operands = kernel._operands(
+        *inputs, context_span(jnp.array([[3, 5], [1, 2]]), jnp.ones((2, 2), bool))
+    )
     a_row = 4 * KV_HEADS * LENGTH  # bytes of its scores
     assert WHOLE_CONTEXT._replace(mib=1).within_memory(operands).rows == 2**20 // a_row
     assert TileSize(5, 7, mib=1).within_memory(operands) == TileSize(5, 7, mib=1)
@@ -188,7 +223,10 @@ def test_a_short_row_walks_its_own_length() -> None:
 
 
 def test_devices_attend_for_their_own_rows_and_sum_nothing() -> None:
-    rows, span = 4, context_span(jnp.array([[3, 20], [4, 9], [1, 2], [8, 23]]), jnp.ones((4, 2), bool))
+    rows, span = (
+        4,
+        context_span(jnp.array([[3, 20], [4, 9], [1, 2], [8, 23]]), jnp.ones((4, 2), bool)),
+    )
     inputs = random_inputs(rows=rows, queries=2 * SIZE)
 
     def total(inputs: Inputs, span: ContextSpan) -> jax.Array:
@@ -205,7 +243,11 @@ def test_devices_attend_for_their_own_rows_and_sum_nothing() -> None:
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
     assert "all-gather" not in text and "all-to-all" not in text
     # The sums of the scalar `total`, and no other.
-    assert len(re.findall(r"all-reduce\(", text)) == len(re.findall(r"= f32\[\]\S* all-reduce\(", text)) > 0
+    assert (
+        len(re.findall(r"all-reduce\(", text))
+        == len(re.findall(r"= f32\[\]\S* all-reduce\(", text))
+        > 0
+    )
 
 
 def test_block_attention_ignores_the_anchor_and_what_follows() -> None:
@@ -227,7 +269,9 @@ def test_block_attention_keeps_blocks_apart() -> None:
     inputs = random_inputs()
     before = attend(*inputs, span=span)
     own = tuple(x.at[:, :, SIZE : 2 * SIZE].add(1.0) for x in inputs.own)
-    changed = np.any(np.asarray(before != attend(inputs.q, inputs.context, own, span=span)), axis=(0, 1, 3))
+    changed = np.any(
+        np.asarray(before != attend(inputs.q, inputs.context, own, span=span)), axis=(0, 1, 3)
+    )
     assert np.flatnonzero(changed).tolist() == list(range(SIZE, 2 * SIZE))
 
 
@@ -241,7 +285,9 @@ def test_block_attention_of_an_unused_slot_sees_its_own_block_only() -> None:
         scores = np.asarray(inputs.q)[:, :, block] @ k[:, :, block].swapaxes(2, 3) / np.sqrt(WIDTH)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        np.testing.assert_allclose(found[:, :, block], weights @ v[:, :, block], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            found[:, :, block], weights @ v[:, :, block], rtol=1e-5, atol=1e-5
+        )
 
     def total(inputs: Inputs) -> jax.Array:
         return jnp.sum(jnp.sin(block_attention(*inputs, span=nothing)))

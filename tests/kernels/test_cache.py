@@ -41,7 +41,9 @@ def test_write_keeps_the_type_of_the_cache(form: Any) -> None:
 
 @pytest.mark.parametrize("write", [kernel.write_definition, kernel._write_merged])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cached_attention_sees_up_to_each_position_and_nothing_stale(write: Any, batch: int) -> None:
+def test_cached_attention_sees_up_to_each_position_and_nothing_stale(
+    write: Any, batch: int
+) -> None:
     length, slots, start = 2, 7, np.array([3, 0, 5][:batch], np.int32)
     q, keys, values = (
         normal(batch, 4, length, 6),
@@ -49,7 +51,9 @@ def test_cached_attention_sees_up_to_each_position_and_nothing_stale(write: Any,
         normal(batch, 2, length, 6, seed=2),
     )
     held = Cache(normal(batch, 2, slots, 6, seed=3), normal(batch, 2, slots, 6, seed=4))
-    found, cache = jax.jit(kernel.attend_definition, static_argnames="write")(q, keys, values, held, start, write=write)
+    found, cache = jax.jit(kernel.attend_definition, static_argnames="write")(
+        q, keys, values, held, start, write=write
+    )
     chosen, chosen_cache = jax.jit(kernel.cached_attention)(q, keys, values, held, start)
     chex.assert_trees_all_equal(cache, kernel.write_definition(held, keys, values, start))
     chex.assert_trees_all_equal(cache, chosen_cache)
@@ -58,5 +62,7 @@ def test_cached_attention_sees_up_to_each_position_and_nothing_stale(write: Any,
         for t in range(length):
             seen = start[b] + t + 1
             one = (np.asarray(x)[b : b + 1, :, :seen] for x in cache)
-            expected = causal_attention.definition(q[b : b + 1, :, t : t + 1], *one, mask=np.ones((1, 1, seen), bool))
+            expected = causal_attention.definition(
+                q[b : b + 1, :, t : t + 1], *one, mask=np.ones((1, 1, seen), bool)
+            )
             np.testing.assert_allclose(found[b, :, t], expected[0, :, 0], rtol=1e-5, atol=1e-6)

@@ -23,7 +23,9 @@ def slow_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray
     shared = q.shape[1] // k.shape[1]
     for b, h, t in np.ndindex(*q.shape[:3]):
         seen = np.flatnonzero(mask[b, t])
-        scores = np.array([q[b, h, t] @ k[b, h // shared, s] for s in seen], np.float64) / np.sqrt(q.shape[-1])
+        scores = np.array([q[b, h, t] @ k[b, h // shared, s] for s in seen], np.float64) / np.sqrt(
+            q.shape[-1]
+        )
         weights = np.exp(scores - scores.max())
         out[b, h, t] = (weights / weights.sum()) @ v[b, h // shared, seen]
     return out
@@ -58,7 +60,9 @@ def test_definition_of_bfloat16_has_float32_scores_and_softmax() -> None:
     ours = definition(q, k, v, mask=mask)
     assert ours.dtype == jnp.bfloat16
     # What is left is the rounding of the weights and of the sum, 2**-9 each.
-    np.testing.assert_allclose(bits(ours), slow_attention(bits(q), bits(k), bits(v), mask), rtol=2**-7, atol=2**-7)
+    np.testing.assert_allclose(
+        bits(ours), slow_attention(bits(q), bits(k), bits(v), mask), rtol=2**-7, atol=2**-7
+    )
 
 
 def test_causal_attention_sees_its_document_up_to_itself() -> None:
@@ -84,7 +88,9 @@ def test_forms_of_accelerators_equal_the_definition(seed: int, form: str) -> Non
     documents = None
     if rng.random() < 0.5:
         ends = np.sort(rng.integers(0, length + 1, (batch, 3)), axis=1)
-        documents = jnp.asarray(np.sum(np.arange(length)[:, None] >= ends[:, None], axis=-1), jnp.int32)
+        documents = jnp.asarray(
+            np.sum(np.arange(length)[:, None] >= ends[:, None], axis=-1), jnp.int32
+        )
     expected = kernel.whole(q, k, v, documents)
     if form == "tpu":
         found = kernel.on_tpu(q, k, v, documents, interpret=True)

@@ -8,10 +8,14 @@ import pytest
 from domino_jax.kernels import largest
 
 
-@pytest.mark.parametrize("form", [largest.definition, largest._by_groups, jax.jit(largest.most_likely)])
+@pytest.mark.parametrize(
+    "form", [largest.definition, largest._by_groups, jax.jit(largest.most_likely)]
+)
 @pytest.mark.parametrize("size", [1, 7, 12, 110, 49152])
 def test_most_likely_is_the_first_of_the_largest(form, size: int) -> None:
-    logits = np.random.default_rng(size).integers(0, max(size // 3, 1), (2, 3, size)).astype(np.float32)
+    logits = (
+        np.random.default_rng(size).integers(0, max(size // 3, 1), (2, 3, size)).astype(np.float32)
+    )
     found = form(jnp.asarray(logits))
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, logits.argmax(axis=-1))

@@ -24,7 +24,9 @@ from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.modules import build_trainer
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
-CONFIG = draft_config(num_hidden_layers=1, num_target_layers=4, target_layer_ids=(0, 2), dtype="bfloat16")
+CONFIG = draft_config(
+    num_hidden_layers=1, num_target_layers=4, target_layer_ids=(0, 2), dtype="bfloat16"
+)
 TARGET = Target(dataclasses.replace(CONFIG, num_hidden_layers=4), capture=CONFIG.target_layer_ids)
 # The scopes of the CPU's implementations, and in which of the two programs each is read.
 STEP_FORMS = {"cpu_largest", "cpu_expansion", "cpu_transposed", "cpu_scale"}
@@ -36,7 +38,9 @@ def shapes_of(model: nn.Module, *arguments: Any) -> Any:
 
 
 def draft_shapes() -> Any:
-    return nn.meta.unbox(jax.eval_shape(lambda: init_variables(DraftModel(CONFIG), jax.random.key(0))))["params"]
+    return nn.meta.unbox(
+        jax.eval_shape(lambda: init_variables(DraftModel(CONFIG), jax.random.key(0)))
+    )["params"]
 
 
 def traced_step() -> Any:
@@ -58,11 +62,15 @@ def traced_cycle() -> Any:
     decoder = make_decoder(TARGET, DraftModel(CONFIG))
     weights = Weights(shapes_of(TARGET, jnp.zeros((1, 4), jnp.int32)), draft_shapes())
     read = functools.partial(start, decoder, prompts=[np.arange(3)], max_new_tokens=9, slots=80)
-    return _advance.trace(decoder, weights, jax.eval_shape(read, weights), jax.ShapeDtypeStruct((), jnp.int32))
+    return _advance.trace(
+        decoder, weights, jax.eval_shape(read, weights), jax.ShapeDtypeStruct((), jnp.int32)
+    )
 
 
 @pytest.mark.parametrize(
-    ("trace", "forms"), [(traced_step, STEP_FORMS), (traced_cycle, CYCLE_FORMS)], ids=["step", "cycle"]
+    ("trace", "forms"),
+    [(traced_step, STEP_FORMS), (traced_cycle, CYCLE_FORMS)],
+    ids=["step", "cycle"],
 )
 def test_a_program_has_the_forms_of_its_own_platform(trace: Any, forms: set[str]) -> None:
     traced = trace()
@@ -71,7 +79,9 @@ def test_a_program_has_the_forms_of_its_own_platform(trace: Any, forms: set[str]
     assert barriers(text["cpu"]) > barriers(text["tpu"]) == barriers(text["cuda"])
     # A step on a TPU attends in kernels: of the target, of the blocks, and the blocks' backward.
     kernels = {platform: text[platform].count("@tpu_custom_call") for platform in text}
-    assert kernels["cpu"] == kernels["cuda"] == 0 and (kernels["tpu"] >= 3) == (trace is traced_step)
+    assert kernels["cpu"] == kernels["cuda"] == 0 and (kernels["tpu"] >= 3) == (
+        trace is traced_step
+    )
     for platform in ("tpu", "cuda"):
         assert not re.findall(r"cpu_\w+", text[platform])
         # Those that are left keep `jax.checkpoint`'s recomputation apart, on every platform.

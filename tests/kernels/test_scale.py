@@ -11,13 +11,19 @@ from domino_jax.kernels import scale
 
 @pytest.mark.parametrize("form", [scale._sum_over_rows, scale._sum_as_product])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5)])
-def test_scaled_equals_its_definition_in_values_and_gradients(form, shape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_equals_its_definition_in_values_and_gradients(
+    form, shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    x, weights, weight = (rng.standard_normal(s).astype(np.float32) for s in (shape, shape, shape[-1:]))
+    x, weights, weight = (
+        rng.standard_normal(s).astype(np.float32) for s in (shape, shape, shape[-1:])
+    )
     # Every branch is traced, and this one is taken.
     monkeypatch.setattr(scale, "_sum_as_product", form)
 
     def run(scaled):
-        return jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(scaled(x, w)) * weights), argnums=(0, 1))(x, weight)
+        return jax.value_and_grad(
+            lambda x, w: jnp.sum(jnp.sin(scaled(x, w)) * weights), argnums=(0, 1)
+        )(x, weight)
 
     chex.assert_trees_all_close(run(scale.scaled), run(scale.definition), rtol=1e-5, atol=1e-6)

@@ -16,7 +16,9 @@ def test_one_pass_equals_the_definition(seed: int) -> None:
     rng = np.random.default_rng(seed)
     shape = tuple(int(size) for size in rng.integers(1, [4, 5, 700]))
     logits = rng.standard_normal(shape) * rng.choice([0.1, 10.0, 1e4])
-    logits = np.round(logits, 1).astype(np.float32)  # so that the largest stands in several places at times
+    logits = np.round(logits, 1).astype(
+        np.float32
+    )  # so that the largest stands in several places at times
     found, expected = in_one_pass(jnp.asarray(logits)), definition(jnp.asarray(logits))
     chex.assert_trees_all_close(found, expected, rtol=1e-5)
     np.testing.assert_array_equal(found.place, expected.place)

@@ -9,7 +9,9 @@ from domino_jax.model_config import DecoderConfig
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 3, 4), (1, 1, 32), (8, 2, 16)])
 def test_draft_with_its_own_heads_equals_nemo(heads: int, kv_heads: int, head_dim: int) -> None:
-    config = draft_config(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    config = draft_config(
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim
+    )
     compare_with_nemo(config, packed=True)
 
 
@@ -25,7 +27,12 @@ def test_recipe_overrides_the_targets_heads_and_nothing_else() -> None:
         max_position_embeddings=64,
     )
     recipe = DraftRecipe(
-        mask_token_id=3, num_attention_heads=6, num_key_value_heads=3, head_dim=10, num_hidden_layers=2, block_size=4
+        mask_token_id=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        num_hidden_layers=2,
+        block_size=4,
     )
     draft = make_draft_config(recipe, target, special_ids={}, dtype="float32")
     assert (draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim) == (6, 3, 10)

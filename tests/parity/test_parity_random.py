@@ -33,7 +33,9 @@ def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "target_layer_ids": tuple(captured),
         "projector_type": "domino" if domino else None,
         "shift_label": shift_label,
-        "pure_draft_prefix_len": one_of(0, 1, 2) % (block if shift_label else block - 1) if domino else 0,
+        "pure_draft_prefix_len": one_of(0, 1, 2) % (block if shift_label else block - 1)
+        if domino
+        else 0,
         "emb_dim": one_of(5, 12),
         "gru_hidden_dim": one_of(7, 20),
         "layer_types": None if window is None else ("sliding_attention",) * layers,
@@ -59,7 +61,10 @@ def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 # A draw takes ten seconds; the rest are doubles, run by hand.
 @pytest.mark.parametrize(
     "seed",
-    [seed if seed < QUICK_DRAWS else pytest.param(seed, marks=pytest.mark.slow) for seed in range(DRAWS)],
+    [
+        seed if seed < QUICK_DRAWS else pytest.param(seed, marks=pytest.mark.slow)
+        for seed in range(DRAWS)
+    ],
 )
 def test_random_draft_equals_nemo(seed: int) -> None:
     config, comparison = draw(seed)
@@ -69,9 +74,19 @@ def test_random_draft_equals_nemo(seed: int) -> None:
 
 def test_draws_cover_the_surface() -> None:
     configs, comparisons = zip(*(draw(seed) for seed in range(DRAWS)), strict=True)
-    assert {c["block_size"] for c in configs} >= {3, 16} and {c["num_hidden_layers"] for c in configs} == {1, 2, 3, 4}
+    assert {c["block_size"] for c in configs} >= {3, 16} and {
+        c["num_hidden_layers"] for c in configs
+    } == {1, 2, 3, 4}
     assert {c["rows"] for c in comparisons} == {1, 2, 3}
-    both = {(c["sliding_window"] is None, d["packed"]) for c, d in zip(configs, comparisons, strict=True)}
+    both = {
+        (c["sliding_window"] is None, d["packed"])
+        for c, d in zip(configs, comparisons, strict=True)
+    }
     assert len(both) == 4  # windowed and not, packed and not
-    for field in ("projector_type", "shift_label", "final_logit_softcapping", "input_embedding_scale"):
+    for field in (
+        "projector_type",
+        "shift_label",
+        "final_logit_softcapping",
+        "input_embedding_scale",
+    ):
         assert len({c[field] for c in configs}) == 2

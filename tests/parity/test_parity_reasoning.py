@@ -18,7 +18,9 @@ ASK = {"role": "user", "content": "a b c"}
 
 
 def answer(content: str, reasoning: str | None = None) -> dict[str, Any]:
-    return {"role": "assistant", "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
+    return {"role": "assistant", "content": content} | (
+        {"reasoning_content": reasoning} if reasoning else {}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         [ASK, answer("d", "f g"), ASK, answer("e i", "j")],
     ],
 )
-def test_loss_mask_equals_nemos(tokenizer: Any, messages: list[dict[str, Any]], masked: bool) -> None:
+def test_loss_mask_equals_nemos(
+    tokenizer: Any, messages: list[dict[str, Any]], masked: bool
+) -> None:
     from nemo_automodel.components.datasets.llm.formatting_utils import format_chat_template
 
     eos = tokenizer.eos_token_id
@@ -57,7 +61,14 @@ def test_loss_mask_equals_nemos(tokenizer: Any, messages: list[dict[str, Any]], 
 def test_reasoning_changes_the_mask(tokenizer: Any) -> None:
     messages = [ASK, answer("d e", "f g h")]
     counts = [
-        int(encode_conversation(messages, tokenizer, max_length=99, mask_reasoning_content=masked).loss_mask.sum())
+        int(
+            encode_conversation(
+                messages, tokenizer, max_length=99, mask_reasoning_content=masked
+            ).loss_mask.sum()
+        )
         for masked in (False, True)
     ]
-    assert counts == [8, 3]  # <think> f g h </think> d e and the end of the turn; then without the first five
+    assert counts == [
+        8,
+        3,
+    ]  # <think> f g h </think> d e and the end of the turn; then without the first five

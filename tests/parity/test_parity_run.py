@@ -28,9 +28,12 @@ def test_fifty_adamw_steps_end_where_nemos_do() -> None:
     config, steps, rate, betas = draft_config(), 50, 6e-4, (0.9, 0.95)
     start = random_params(config)
     theirs = nemo_trainer(config, start, random_batch(config))
-    torch_optimizer = torch.optim.AdamW(theirs.draft_model.parameters(), lr=rate, betas=betas, weight_decay=0.0)
+    torch_optimizer = torch.optim.AdamW(
+        theirs.draft_model.parameters(), lr=rate, betas=betas, weight_decay=0.0
+    )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=betas[0], b2=betas[1], weight_decay=0.0)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate, b1=betas[0], b2=betas[1], weight_decay=0.0),
     )
     step = make_step(config, loss_decay_gamma=None, chunk_blocks=3)
 
@@ -45,12 +48,20 @@ def test_fifty_adamw_steps_end_where_nemos_do() -> None:
         batch = random_batch(config, seed=index)
         anchors = random_anchors(config, batch, slots=SLOTS, seed=index)
         lambda_base = get_lambda_base(index, steps, 1.0, 1.0)
-        expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, lambda_base=lambda_base)
+        expected, expected_gradient = nemo_step(
+            theirs, batch, anchors=anchors, lambda_base=lambda_base
+        )
         clipped += sum(np.sum(x**2) for x in expected_gradient.values()) > 1.0
         torch.nn.utils.clip_grad_norm_(theirs.draft_model.parameters(), 1.0)
         torch_optimizer.step()
-        given = {"anchor_positions": anchors[0], "block_keep_mask": anchors[1], "lambda_base": lambda_base}
-        (loss, metrics), gradient = step.run(params, batch.arrays, batch.packing | given, jax.random.key(0))
+        given = {
+            "anchor_positions": anchors[0],
+            "block_keep_mask": anchors[1],
+            "lambda_base": lambda_base,
+        }
+        (loss, metrics), gradient = step.run(
+            params, batch.arrays, batch.packing | given, jax.random.key(0)
+        )
         params, state = update(params, state, gradient)
         np.testing.assert_allclose(metrics.lambda_base, expected["lambda_base"], rtol=1e-6)
         np.testing.assert_allclose(float(loss), expected["loss"], rtol=1e-4)

@@ -25,9 +25,13 @@ EQUAL = 1e-6
 
 
 @pytest.mark.parametrize(
-    ("gamma", "packed", "chunk_blocks"), [(None, True, 0), (7.0, False, 3)], ids=["packed", "decay-chunks"]
+    ("gamma", "packed", "chunk_blocks"),
+    [(None, True, 0), (7.0, False, 3)],
+    ids=["packed", "decay-chunks"],
 )
-def test_shifted_dflash_equals_the_base_of_domino(gamma: float | None, packed: bool, chunk_blocks: int) -> None:
+def test_shifted_dflash_equals_the_base_of_domino(
+    gamma: float | None, packed: bool, chunk_blocks: int
+) -> None:
     domino = draft_config()
     plain = dataclasses.replace(domino, projector_type=None)
     params, batch = random_params(domino), random_batch(domino, packed=packed)

@@ -31,18 +31,34 @@ SLOTS = 11
     ("block_size", "gamma", "packed", "base"),
     [(7, None, False, 0.9), (5, 4.0, True, 0.9), (2, 4.0, False, 0.5), (8, 0.0, True, 1.2)],
 )
-def test_variable_prefix_equals_nemo(block_size: int, gamma: float | None, packed: bool, base: float) -> None:
+def test_variable_prefix_equals_nemo(
+    block_size: int, gamma: float | None, packed: bool, base: float
+) -> None:
     config = dflash_config(block_size=block_size)
     params, batch = random_params(config), random_batch(config, length=40, packed=packed)
     anchors = random_anchors(config, batch, slots=SLOTS)
     own = FrozenDict({"prefix_weight_base": base})
-    step = make_step(config, loss_decay_gamma=gamma, chunk_blocks=3, loss_type="variable_prefix", loss_options=own)
+    step = make_step(
+        config,
+        loss_decay_gamma=gamma,
+        chunk_blocks=3,
+        loss_type="variable_prefix",
+        loss_options=own,
+    )
     # With given anchors the module draws nothing but the prefixes, so the same key draws the same ones here.
     prefixes = step.module.apply(
-        {}, jnp.asarray(anchors[0]), rngs={"anchors": jax.random.key(0)}, method="draw_prefix_lengths"
+        {},
+        jnp.asarray(anchors[0]),
+        rngs={"anchors": jax.random.key(0)},
+        method="draw_prefix_lengths",
     )
     theirs = nemo_trainer(
-        config, params, batch, loss_decay_gamma=gamma, loss_type="variable_prefix", prefix_weight_base=base
+        config,
+        params,
+        batch,
+        loss_decay_gamma=gamma,
+        loss_type="variable_prefix",
+        prefix_weight_base=base,
     )
     theirs._sample_prefix_lengths = lambda *_: torch.tensor(np.asarray(prefixes, np.int64))
     expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors)
@@ -53,12 +69,18 @@ def test_variable_prefix_equals_nemo(block_size: int, gamma: float | None, packe
 
 @pytest.mark.parametrize(("block_size", "base"), [(2, 0.9), (3, 0.9), (6, 0.7), (6, 1.3)])
 def test_prefix_lengths_follow_the_truncated_geometric_prior(block_size: int, base: float) -> None:
-    drawn = np.asarray(sample_prefix_lengths(jax.random.key(0), (200, 500), block_size=block_size, weight_base=base))
+    drawn = np.asarray(
+        sample_prefix_lengths(
+            jax.random.key(0), (200, 500), block_size=block_size, weight_base=base
+        )
+    )
     lengths = np.arange(min(2, block_size - 1), block_size)
     expected = base**lengths / np.sum(base**lengths)
     found = np.array([np.mean(drawn == length) for length in lengths])
     assert found.sum() == pytest.approx(1.0)
-    np.testing.assert_allclose(found, expected, atol=5 * np.sqrt(0.25 / drawn.size))  # five standard deviations
+    np.testing.assert_allclose(
+        found, expected, atol=5 * np.sqrt(0.25 / drawn.size)
+    )  # five standard deviations
 
 
 def test_domino_refuses_variable_prefix_and_every_draft_an_unknown_loss() -> None:

@@ -13,7 +13,9 @@ from faults_process import Outcome
 from faults_verdict import crash, damage, interruption, refusal
 
 DONE = Outcome(code=0, out="run\n", log="step 6/6\n", seconds=3.0)
-REFUSED = Outcome(code=2, out="", log="loading\nerror: rows.jsonl: 2 rows, expected 3\n", seconds=3.0)
+REFUSED = Outcome(
+    code=2, out="", log="loading\nerror: rows.jsonl: 2 rows, expected 3\n", seconds=3.0
+)
 STOPPED = Outcome(code=130, out="", log="interrupted: all is kept\n", seconds=3.0)
 
 
@@ -65,7 +67,9 @@ def test_refusal_tells_what_is_no_refusal(broken: Outcome, said: str) -> None:
         (changed(STOPPED, log="Fatal Python error: x\n" + STOPPED.log), 1, "Fatal Python error"),
     ],
 )
-def test_interruption_tells_what_is_no_clean_end(broken: Outcome, seconds: float, said: str) -> None:
+def test_interruption_tells_what_is_no_clean_end(
+    broken: Outcome, seconds: float, said: str
+) -> None:
     assert said in str(interruption(broken, seconds=seconds))
 
 
@@ -74,19 +78,27 @@ def test_damage_tells_wrong_numbers_from_everything_else() -> None:
     assert kind == "wrong" and "3 of 9 arrays" in str(fault)
     assert damage(changed(REFUSED, log="Traceback"), differences=None, said=False)[0] == "crashed"
     assert damage(changed(REFUSED, code=3), differences=None, said=False)[0] == "failed"
-    assert damage(changed(REFUSED, log=REFUSED.log * 2), differences=None, said=False)[1] is not None
+    assert (
+        damage(changed(REFUSED, log=REFUSED.log * 2), differences=None, said=False)[1] is not None
+    )
 
 
 def test_bits_name_what_differs() -> None:
     bits = Bits(8, {"params['a']": "float32 (2,) 00", "ema['a']": "float32 (2,) 11"}, b"1\n2\n")
     assert bits.differences(bits) is None
-    other = dataclasses.replace(bits, step=7, arrays=bits.arrays | {"ema['a']": "float32 (2,) 12"}, metrics=b"1\n3\n")
+    other = dataclasses.replace(
+        bits, step=7, arrays=bits.arrays | {"ema['a']": "float32 (2,) 12"}, metrics=b"1\n3\n"
+    )
     said = str(bits.differences(other))
-    assert said.startswith("step 7 instead of 8; 1 of 2 arrays of the state, ema['a'] first; metrics.jsonl from line 2")
+    assert said.startswith(
+        "step 7 instead of 8; 1 of 2 arrays of the state, ema['a'] first; metrics.jsonl from line 2"
+    )
     assert "1 of 2 arrays" in str(
         bits.differences(dataclasses.replace(bits, arrays={"params['a']": "float32 (2,) 00"}))
     )
-    assert "metrics.jsonl from line 2 on (1 lines" in str(bits.differences(dataclasses.replace(bits, metrics=b"1\n")))
+    assert "metrics.jsonl from line 2 on (1 lines" in str(
+        bits.differences(dataclasses.replace(bits, metrics=b"1\n"))
+    )
 
 
 @pytest.mark.parametrize("way", sorted(WAYS))
@@ -115,13 +127,18 @@ def test_growth_is_told_and_a_short_run_is_none() -> None:
     assert grown(flat, "memory") == ("1000 -> 1000 (+0.00%)", None)
     growing = [dataclasses.replace(one, memory=1000 + one.step // 50) for one in flat]
     assert "memory grew" in str(grown(growing, "memory")[1])
-    assert "handles grew" in str(grown([dataclasses.replace(one, handles=one.step) for one in flat], "handles")[1])
+    assert "handles grew" in str(
+        grown([dataclasses.replace(one, handles=one.step) for one in flat], "handles")[1]
+    )
     assert "expected at least 15" in str(grown(flat[:10], "memory")[1])
 
 
 def test_the_table_counts_what_held() -> None:
     cases = [Case("kills", "1", None, "equal"), Case("kills", "2", "another state")]
-    assert table([("kills", cases, [cases[1]], 7.4)]).splitlines()[-1] == "| kills | 2 | 1 | 1 | 1 equal | 7 |"
+    assert (
+        table([("kills", cases, [cases[1]], 7.4)]).splitlines()[-1]
+        == "| kills | 2 | 1 | 1 | 1 equal | 7 |"
+    )
 
 
 def test_a_work_that_fails_did_not_hold() -> None:

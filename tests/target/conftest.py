@@ -20,13 +20,26 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+MIXTURE = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 # Classes, and what a kind has beside the settings that all share. The scaled ones were "pretrained" on 16 positions.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama_linear": (LlamaConfig, LlamaForCausalLM, {"rope": {"rope_type": "linear", "factor": 4.0}}),
-    "llama3": (LlamaConfig, LlamaForCausalLM, {"rope": LLAMA3 | {"original_max_position_embeddings": 16}}),
+    "llama_linear": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope": LLAMA3 | {"original_max_position_embeddings": 16}},
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "qwen3_yarn": (
@@ -131,7 +144,9 @@ def gguf_name(name: str) -> str:
     if name in whole:
         return f"{whole[name]}.weight"
     _, _, layer, part = name.split(".", 3)
-    part = LAYER_PARTS.get(part) or re.sub(r"(self_attn|mlp)\.(\w+?)(_proj|_norm)", _gguf_part, part)
+    part = LAYER_PARTS.get(part) or re.sub(
+        r"(self_attn|mlp)\.(\w+?)(_proj|_norm)", _gguf_part, part
+    )
     return f"blk.{layer}.{part}.weight"
 
 
@@ -187,7 +202,12 @@ def write_gguf(
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.chat_template": "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>\n{% endfor %}",
     } | (metadata or {})
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    adders = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
     for key, value in values.items():
         if value is not None:
             adders.get(type(value), writer.add_array)(key, value)
@@ -223,6 +243,8 @@ def tiny_gguf(
     """`tiny_gguf(kind, tied=...)` writes the tiny model as `tiny.gguf`; other options are those of `write_gguf`."""
 
     def write(kind: str, *, tied: bool = True, **options: Any) -> Path:
-        return write_gguf(tmp_path / "tiny.gguf", tiny(kind, tied=tied).model, vocabulary, **options)
+        return write_gguf(
+            tmp_path / "tiny.gguf", tiny(kind, tied=tied).model, vocabulary, **options
+        )
 
     return write

@@ -19,7 +19,10 @@ def test_fingerprints_follow_the_files(directory: Path) -> None:
     tokenizer = load_tokenizer(directory)
     model, words = target_fingerprint(directory), tokenizer_fingerprint(directory, tokenizer)
     (directory / "notes.txt").write_text("nothing")
-    assert (target_fingerprint(directory), tokenizer_fingerprint(directory, tokenizer)) == (model, words)
+    assert (target_fingerprint(directory), tokenizer_fingerprint(directory, tokenizer)) == (
+        model,
+        words,
+    )
     tokenizer.chat_template += " "
     assert tokenizer_fingerprint(directory, tokenizer) != words
     weights = directory / "model.safetensors"

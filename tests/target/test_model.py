@@ -24,7 +24,14 @@ from domino_jax.target.model import Target, TargetOutput, lm_head_weight
 EVERY_LAYER = (0, 1, 2, 3)
 SCALED = ("llama_linear", "llama3", "qwen3_yarn")
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", *SCALED)
-KINDS = [("llama", True), ("llama", False), ("qwen3", True), ("qwen3", False), ("qwen2", True), ("qwen2", False)]
+KINDS = [
+    ("llama", True),
+    ("llama", False),
+    ("qwen3", True),
+    ("qwen3", False),
+    ("qwen2", True),
+    ("qwen2", False),
+]
 KINDS += [(kind, False) for kind in ("qwen3_moe", "qwen3_moe_raw", *SCALED)]
 
 
@@ -62,7 +69,9 @@ def scanned(loaded: LoadedTarget, tokens: np.ndarray) -> TargetOutput:
 
 def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any) -> TargetOutput:
     positions = np.array(starts, np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
-    return jitted(Target(loaded.config, EVERY_LAYER))({"params": loaded.params}, tokens, positions, cache=cache)
+    return jitted(Target(loaded.config, EVERY_LAYER))(
+        {"params": loaded.params}, tokens, positions, cache=cache
+    )
 
 
 def assert_rows_equal(actual: TargetOutput, expected: TargetOutput, rows: list[slice]) -> None:
@@ -101,7 +110,9 @@ def test_rope_scaling_is_what_makes_the_logits_equal(tiny: Callable[..., Any], k
 
 
 def test_lm_head_weight_is_the_embedding_only_when_tied(tiny: Callable[..., Any]) -> None:
-    tied, untied = (load_target(tiny("llama", tied=flag).directory).params for flag in (True, False))
+    tied, untied = (
+        load_target(tiny("llama", tied=flag).directory).params for flag in (True, False)
+    )
     assert lm_head_weight(tied) is tied["embed_tokens"]
     assert lm_head_weight(untied) is untied["lm_head"]
     assert not np.array_equal(untied["lm_head"], untied["embed_tokens"])
@@ -111,7 +122,9 @@ def test_lm_head_weight_is_the_embedding_only_when_tied(tiny: Callable[..., Any]
 def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int, ...]) -> None:
     tokens = random_tokens(2, 12)
     unrolled = jitted(Target(loaded.config, capture))({"params": loaded.params}, tokens)
-    scanned = jitted(Target(loaded.config, capture, scan_layers=True))({"params": stack_layers(loaded.params)}, tokens)
+    scanned = jitted(Target(loaded.config, capture, scan_layers=True))(
+        {"params": stack_layers(loaded.params)}, tokens
+    )
     chex.assert_shape(scanned.features, (2, 12, len(capture) * 32))
     assert scanned.cache is None
     chex.assert_trees_all_close(scanned, unrolled, atol=1e-5)
@@ -121,7 +134,10 @@ def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int,
 def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch: int) -> None:
     tokens = random_tokens(batch, 9)
     apart = Target(loaded.config, capture=(0, 3))
-    forms = [(apart, loaded.params), (replace(apart, scan_layers=True), stack_layers(loaded.params))]
+    forms = [
+        (apart, loaded.params),
+        (replace(apart, scan_layers=True), stack_layers(loaded.params)),
+    ]
     caches = [target.empty_cache(batch=batch, slots=12) for target, _ in forms]
     for start, stop in ((0, 6), (6, 7), (5, 9)):  # the last pass rewinds
         positions = np.tile(np.arange(start, stop, dtype=np.int32), (batch, 1))
@@ -137,7 +153,9 @@ def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch:
 
 # One row is written by another code path.
 @pytest.mark.parametrize(("kind", "batch"), [("llama", 1), *((kind, 2) for kind in FAMILIES[1:])])
-def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str, batch: int) -> None:
+def test_cached_pieces_equal_the_whole_pass(
+    tiny: Callable[..., Any], kind: str, batch: int
+) -> None:
     loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
     expected = whole(loaded, tokens)
     cache, start = Target(loaded.config).empty_cache(batch=batch, slots=24), 0
@@ -150,7 +168,9 @@ def test_cached_pieces_equal_the_whole_pass(tiny: Callable[..., Any], kind: str,
 def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
     tokens = random_tokens(2, 14)
     expected = whole(loaded, tokens)
-    cache = step(loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, slots=16)).cache
+    cache = step(
+        loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, slots=16)
+    ).cache
     # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
     cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
     out = step(loaded, tokens[:, 6:9], [6, 6], cache)
@@ -162,7 +182,9 @@ def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
 def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> None:
     tokens = random_tokens(3, 16)
     expected = whole(loaded, tokens)
-    cache = step(loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, slots=20)).cache
+    cache = step(
+        loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, slots=20)
+    ).cache
     starts = [3, 11, 7]
     rows = [slice(start, start + 4) for start in starts]
     pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
@@ -211,7 +233,10 @@ def packed_rows() -> tuple[np.ndarray, np.ndarray]:
     documents = [random_tokens(1, length, seed=length)[0] for length in LENGTHS]
     numbers = [np.full(length, number, np.int32) for number, length in enumerate(LENGTHS)]
     orders = ((0, 1, 2, 3), (3, 2, 0, 1))
-    rows = [[np.concatenate([parts[i] for i in order]) for order in orders] for parts in (documents, numbers)]
+    rows = [
+        [np.concatenate([parts[i] for i in order]) for order in orders]
+        for parts in (documents, numbers)
+    ]
     return np.stack(rows[0]), np.stack(rows[1])
 
 
@@ -247,7 +272,9 @@ def test_one_document_equals_none(loaded: LoadedTarget) -> None:
 def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
     tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, slots=8)
     with pytest.raises(ValueError, match="documents have no cache"):
-        Target(loaded.config).apply({"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int))
+        Target(loaded.config).apply(
+            {"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int)
+        )
 
 
 @pytest.mark.parametrize(
@@ -258,7 +285,9 @@ def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
         ("qwen3_moe", {"data": 8}),
     ],
 )
-def test_eight_devices_equal_one(tiny: Callable[..., Any], kind: str, sizes: dict[str, int]) -> None:
+def test_eight_devices_equal_one(
+    tiny: Callable[..., Any], kind: str, sizes: dict[str, int]
+) -> None:
     loaded, tokens = load_target(tiny(kind, tied=False).directory), random_tokens(8, 12)
     expected, mesh = scanned(loaded, tokens), make_mesh(**sizes)
     target = Target(loaded.config, EVERY_LAYER, scan_layers=True)
@@ -276,10 +305,17 @@ def test_eight_devices_equal_one(tiny: Callable[..., Any], kind: str, sizes: dic
 
 def test_bfloat16_keeps_activations_small_and_logits_wide(tiny: Callable[..., Any]) -> None:
     tokens = random_tokens(2, 10)
-    narrow, wide = (load_target(tiny("qwen3", tied=True).directory, dtype=name) for name in ("bfloat16", "float32"))
+    narrow, wide = (
+        load_target(tiny("qwen3", tied=True).directory, dtype=name)
+        for name in ("bfloat16", "float32")
+    )
     out, expected = whole(narrow, tokens), whole(wide, tokens)
     logits = vocabulary_logits(out.hidden, lm_head_weight(narrow.params))
-    assert (out.hidden.dtype, out.features.dtype, logits.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert (out.hidden.dtype, out.features.dtype, logits.dtype) == (
+        jnp.bfloat16,
+        jnp.bfloat16,
+        jnp.float32,
+    )
     error = np.abs(logits - vocabulary_logits(expected.hidden, lm_head_weight(wide.params)))
     assert error.mean() < 0.1
 
@@ -322,12 +358,16 @@ def real(smollm2: Path) -> Iterator[Real]:
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torch's threads spin: on a busy machine several take eight times as long as one
+    torch.set_num_threads(
+        1
+    )  # torch's threads spin: on a busy machine several take eight times as long as one
     yield Real(load_target(smollm2), model, load_tokenizer(smollm2))
     torch.set_num_threads(threads)
 
 
-def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable[[str, object], None]) -> None:
+def test_smollm2_logits_equal_transformers(
+    real: Real, record_property: Callable[[str, object], None]
+) -> None:
     import torch
 
     loaded, worst = real.loaded, 0.0
@@ -340,11 +380,17 @@ def test_smollm2_logits_equal_transformers(real: Real, record_property: Callable
         out = run(params, np.pad(row, (0, width - len(row)))[None])
         logits = vocabulary_logits(out.hidden[0, : len(row)], lm_head_weight(loaded.params))
         with torch.no_grad():
-            expected = real.model(torch.tensor(row[None], dtype=torch.long), output_hidden_states=True)
+            expected = real.model(
+                torch.tensor(row[None], dtype=torch.long), output_hidden_states=True
+            )
         worst = max(worst, float(np.abs(logits - expected.logits[0].numpy()).max()))
-        states = torch.cat([expected.hidden_states[layer + 1] for layer in (1, 15, 28)], dim=-1)[0].numpy()
+        states = torch.cat([expected.hidden_states[layer + 1] for layer in (1, 15, 28)], dim=-1)[
+            0
+        ].numpy()
         # Some dimensions reach 25,000: the tolerance is relative to the row's largest.
-        np.testing.assert_allclose(out.features[0, : len(row)], states, rtol=1e-4, atol=1e-6 * np.abs(states).max())
+        np.testing.assert_allclose(
+            out.features[0, : len(row)], states, rtol=1e-4, atol=1e-6 * np.abs(states).max()
+        )
     record_property("largest_difference", worst)
     print(f"SmolLM2: largest logit difference {worst:.2e}")
     assert worst < 2e-3
@@ -356,21 +402,33 @@ def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
     loaded, count = real.loaded, 64
     prompts = np.array([real.tokenizer(text)["input_ids"][:48] for text in TEXTS], np.int32)
     start = prompts.shape[1]
-    real.model.generation_config.eos_token_id = None  # all 64 tokens, also past the end of an answer
+    real.model.generation_config.eos_token_id = (
+        None  # all 64 tokens, also past the end of an answer
+    )
     with torch.no_grad():
         ids = torch.tensor(prompts, dtype=torch.long)
         # Without a mask, generate would hide every <|im_end|> of the prompt: it is the padding token too.
         expected = real.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, use_cache=True
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            use_cache=True,
         )
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def next_tokens(params: Any, tokens: jax.Array, cache: Any, positions: jax.Array) -> tuple[jax.Array, Any]:
+    def next_tokens(
+        params: Any, tokens: jax.Array, cache: Any, positions: jax.Array
+    ) -> tuple[jax.Array, Any]:
         out = Target(loaded.config).apply({"params": params}, tokens, positions, cache=cache)
-        return vocabulary_logits(out.hidden[:, -1], lm_head_weight(params)).argmax(-1).astype(jnp.int32), out.cache
+        return vocabulary_logits(out.hidden[:, -1], lm_head_weight(params)).argmax(-1).astype(
+            jnp.int32
+        ), out.cache
 
     def positions(first: int, length: int) -> np.ndarray:
-        return np.broadcast_to(np.arange(first, first + length, dtype=np.int32), (len(TEXTS), length))
+        return np.broadcast_to(
+            np.arange(first, first + length, dtype=np.int32), (len(TEXTS), length)
+        )
 
     cache = Target(loaded.config).empty_cache(batch=len(TEXTS), slots=start + count)
     token, cache = next_tokens(loaded.params, prompts, cache, positions(0, start))

@@ -33,13 +33,16 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def random_params(cfg: DecoderConfig = CFG) -> Any:
-    shapes = nn.unbox(SparseMLP(cfg).init(jax.random.key(0), jnp.zeros((1, 1, cfg.hidden_size))))["params"]
+    shapes = nn.unbox(SparseMLP(cfg).init(jax.random.key(0), jnp.zeros((1, 1, cfg.hidden_size))))[
+        "params"
+    ]
     return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size), shapes)
 
 
 def slow_expert(params: Any, index: int, x: np.ndarray) -> np.ndarray:
     gate, up, down = (
-        params["experts"][name][index].astype(np.float64) for name in ("gate_proj", "up_proj", "down_proj")
+        params["experts"][name][index].astype(np.float64)
+        for name in ("gate_proj", "up_proj", "down_proj")
     )
     return down @ ((gate @ x) / (1 + np.exp(-gate @ x)) * (up @ x))
 
@@ -61,12 +64,16 @@ def test_sparse_mlp_equals_loops(count: int, normalise: bool) -> None:
     cfg = dataclasses.replace(CFG, num_experts_per_tok=count, norm_topk_prob=normalise)
     params, x = random_params(cfg), normal(2, 9, 6, seed=1)
     ours = jax.jit(SparseMLP(cfg).apply)({"params": params}, x)
-    np.testing.assert_allclose(ours, slow_mixture(params, x, count=count, normalise=normalise), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        ours, slow_mixture(params, x, count=count, normalise=normalise), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_experts_drop_no_token_when_all_want_the_same() -> None:
     params, x = random_params(), normal(7, 6, seed=1)
-    to = Routes(jnp.tile(jnp.array([[3, 1]], jnp.int32), (7, 1)), jnp.tile(jnp.array([[0.25, 2.0]]), (7, 1)))
+    to = Routes(
+        jnp.tile(jnp.array([[3, 1]], jnp.int32), (7, 1)), jnp.tile(jnp.array([[0.25, 2.0]]), (7, 1))
+    )
     ours = Experts(CFG).apply({"params": params["experts"]}, x, to)
     slow = [0.25 * slow_expert(params, 3, row) + 2 * slow_expert(params, 1, row) for row in x]
     np.testing.assert_allclose(ours, np.stack(slow), rtol=1e-5, atol=1e-5)
@@ -83,7 +90,10 @@ def test_routes_are_a_float32_softmax_over_all_experts() -> None:
 
 
 def test_sparse_mlp_of_bfloat16_keeps_float32_masters() -> None:
-    cfg, x = dataclasses.replace(CFG, dtype="bfloat16"), jnp.asarray(normal(2, 9, 6, seed=1)).astype(jnp.bfloat16)
+    cfg, x = (
+        dataclasses.replace(CFG, dtype="bfloat16"),
+        jnp.asarray(normal(2, 9, 6, seed=1)).astype(jnp.bfloat16),
+    )
     boxed = SparseMLP(cfg).init(jax.random.key(0), x)["params"]
     assert boxed["experts"]["down_proj"].names == ("experts", "embed", "mlp")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(nn.unbox(boxed))} == {"float32"}

@@ -112,13 +112,17 @@ def test_open_safetensors_never_opens_a_pickle(tmp_path: Path) -> None:
             return opened.write_text, ("",)
 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(InputError, match=r"found the pickle pytorch_model.bin, which is never opened"):
+    with pytest.raises(
+        InputError, match=r"found the pickle pytorch_model.bin, which is never opened"
+    ):
         open_safetensors(tmp_path)
     assert not opened.exists()
 
 
 def test_open_safetensors_names_what_it_cannot_read(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected model.safetensors or model.safetensors.index.json; not there"):
+    with pytest.raises(
+        InputError, match=r"expected model.safetensors or model.safetensors.index.json; not there"
+    ):
         open_safetensors(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file at all")
     with pytest.raises(InputError, match=r"model.safetensors: not a readable safetensors file"):
@@ -129,8 +133,14 @@ def test_open_safetensors_names_what_it_cannot_read(tmp_path: Path) -> None:
     ("places", "message"),
     [
         ({"a": "one.safetensors", "b": "two.safetensors"}, "two.safetensors: No such file"),
-        ({"a": "one.safetensors", "b": "one.safetensors"}, "one.safetensors: holds other tensors than"),
-        ({"a": "../one.safetensors"}, "weight_map names '../one.safetensors'; expected a file of the same directory"),
+        (
+            {"a": "one.safetensors", "b": "one.safetensors"},
+            "one.safetensors: holds other tensors than",
+        ),
+        (
+            {"a": "../one.safetensors"},
+            "weight_map names '../one.safetensors'; expected a file of the same directory",
+        ),
         ({"a": 3}, "expected weight_map, a mapping of tensors to files"),
         (None, "expected weight_map, a mapping of tensors to files"),
     ],
@@ -173,7 +183,8 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(16))
     with pytest.raises(
-        InputError, match=r"not a readable safetensors file|header: not valid JSON: the key 'a' is given"
+        InputError,
+        match=r"not a readable safetensors file|header: not valid JSON: the key 'a' is given",
     ):
         open_safetensors(tmp_path)
     for size in (0, 2**63, 2**64 - 1):

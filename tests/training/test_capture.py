@@ -29,7 +29,12 @@ WIDTH = CONFIG.hidden_size * len(LAYERS)
 def captured(path: Path, directory: Path, *overrides: str, **options: Any) -> list[str]:
     """Runs a capture into many small shards; what it said."""
     said: list[str] = []
-    given: dict[str, Any] = {"dtype": "float32", "target_states": False, "limit_gb": 1.0, "confirmed": False}
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "target_states": False,
+        "limit_gb": 1.0,
+        "confirmed": False,
+    }
     given |= {"shard_bytes": 12_000, "say": said.append}
     capture(load_config(path, overrides), directory, **{**given, **options})
     return said
@@ -63,7 +68,9 @@ def offline(directory: Path) -> tuple[str, str]:
 def test_offline_losses_equal_online_ones(place: Path) -> None:
     online = losses(place, "online")
     assert online.shape[0] == 21
-    np.testing.assert_allclose(losses(place, "float32", *offline(place / "float32")), online, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses(place, "float32", *offline(place / "float32")), online, rtol=1e-6
+    )
     half = losses(place, "bfloat16", *offline(place / "bfloat16"), "data.heldout=null")
     np.testing.assert_allclose(half[:, :3], online[:20, :3], rtol=1e-3)
 
@@ -72,21 +79,30 @@ def test_offline_losses_equal_online_ones(place: Path) -> None:
 def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
     settings = ("data.packing=true", "data.heldout=null", "train.steps=4", "data.max_length=40")
     online = losses(place, "packed-online", *settings)
-    np.testing.assert_allclose(losses(place, "packed", *settings, *offline(place / "float32")), online, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses(place, "packed", *settings, *offline(place / "float32")), online, rtol=1e-5
+    )
 
 
 def test_divergence_needs_the_captured_final_states(place: Path) -> None:
     settings = ("loss.kl_weight=0.5", "loss.loss_type=dpace", "train.steps=3", "data.heldout=null")
     online = losses(place, "kl-online", *settings)
-    np.testing.assert_allclose(losses(place, "kl", *settings, *offline(place / "float32")), online, rtol=1e-5)
+    np.testing.assert_allclose(
+        losses(place, "kl", *settings, *offline(place / "float32")), online, rtol=1e-5
+    )
     assert np.all(online[:, 0] != losses(place, "no-kl", *settings, "loss.kl_weight=0")[:, 0])
-    with pytest.raises(InputError, match=r"bfloat16: captured without the target's final states, which loss.kl_weight"):
+    with pytest.raises(
+        InputError,
+        match=r"bfloat16: captured without the target's final states, which loss.kl_weight",
+    ):
         losses(place, "kl-half", *settings, *offline(place / "bfloat16"))
 
 
 def test_capture_stores_the_states_of_the_target(place: Path) -> None:
     rows, loaded = FeatureRows(place / "float32"), load_target(place / "target")
-    online = prepare(load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), console=quiet()).rows.rows
+    online = prepare(
+        load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), console=quiet()
+    ).rows.rows
     assert len(rows) == len(online) == 24 and len(rows.manifest.shard_rows) > 3
     model = Target(loaded.config, capture=LAYERS)
     for number in (0, 9, 23):
@@ -98,11 +114,17 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
             assert found is not None and found.dtype == np.float32
             np.testing.assert_allclose(found, states[0], rtol=1e-4, atol=1e-5)
     half = FeatureRows(place / "bfloat16")[3]
-    assert half.features is not None and half.features.dtype.name == "bfloat16" and half.target_states is None
+    assert (
+        half.features is not None
+        and half.features.dtype.name == "bfloat16"
+        and half.target_states is None
+    )
     assert half.features.shape == (len(half.input_ids), WIDTH)
 
 
-def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(place: Path, tmp_path: Path) -> None:
+def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(
+    place: Path, tmp_path: Path
+) -> None:
     settings = ("draft.target_layer_ids=[0,3]", "data.heldout=null", "train.steps=3")
     captured(place / "config.yaml", tmp_path / "states", *settings)
     row, loaded = FeatureRows(tmp_path / "states")[0], load_target(place / "target")
@@ -110,7 +132,9 @@ def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(place: P
     assert row.features is not None
     np.testing.assert_allclose(row.features[:, CONFIG.hidden_size :], hidden, rtol=1e-4, atol=1e-5)
     online = losses(place, "last-online", *settings)
-    np.testing.assert_allclose(losses(place, "last", *settings, *offline(tmp_path / "states")), online, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses(place, "last", *settings, *offline(tmp_path / "states")), online, rtol=1e-6
+    )
 
 
 def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
@@ -125,14 +149,21 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
 
     monkeypatch.setattr(StoredTensor, "read", noted)
     monkeypatch.setattr(FeatureRows, "__getitem__", None)
-    overrides = (*offline(place / "float32"), "data.heldout=null", "data.packing=true", f"run_dir={place / 'y'}")
+    overrides = (
+        *offline(place / "float32"),
+        "data.heldout=null",
+        "data.packing=true",
+        f"run_dir={place / 'y'}",
+    )
     run = prepare(load_config(place / "config.yaml", overrides), console=quiet())
     assert set(run.target_params) == {"embed_tokens", "lm_head"}
     assert set(read) == {"model.embed_tokens.weight", "lm_head.weight"}
     assert run.rows.packs and run.rows.epoch_rows < 24
 
 
-def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_capture_cut_off_goes_on_with_the_same_bits(
+    place: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     wrote: list[int] = []
 
     def cut_off(directory: Path, index: int, rows: Any) -> None:
@@ -148,15 +179,21 @@ def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Pat
         with pytest.raises(KeyboardInterrupt):
             captured(path, directory, target_states=True)
     assert wrote == [0, 1, 2]
-    with pytest.raises(InputError, match=r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"):
+    with pytest.raises(
+        InputError, match=r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"
+    ):
         FeatureRows(directory)
     first = shard_path(directory, 0).stat().st_mtime_ns
-    said = captured(path, directory, target_states=True, shard_bytes=99)  # the shards are those it began with
+    said = captured(
+        path, directory, target_states=True, shard_bytes=99
+    )  # the shards are those it began with
     size, loading, compiling, shard, *_ = said
     assert loading == f"loading the target {place / 'target'}, float32" and compiling == "compiling"
     assert "still to be written" in size and shard.startswith("shard 3/")
     assert shard_path(directory, 0).stat().st_mtime_ns == first
-    assert sorted(x.name for x in directory.iterdir()) == sorted(x.name for x in (place / "float32").iterdir())
+    assert sorted(x.name for x in directory.iterdir()) == sorted(
+        x.name for x in (place / "float32").iterdir()
+    )
     for ours, whole in zip(FeatureRows(directory), FeatureRows(place / "float32"), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(ours, whole, strict=True))
     again = captured(path, directory, target_states=True)
@@ -186,16 +223,23 @@ def test_a_shard_is_whole_where_all_its_bits_are(place: Path, tmp_path: Path) ->
         found.append(is_whole(directory, 0, rows))
         if found[-1]:  # in the padding
             for number, row in enumerate(expected):
-                assert all(np.array_equal(a, b) for a, b in zip(FeatureRows(directory)[number], row, strict=True))
+                assert all(
+                    np.array_equal(a, b)
+                    for a, b in zip(FeatureRows(directory)[number], row, strict=True)
+                )
     assert 10 < found.count(False) < len(found)
 
 
-def test_the_size_is_told_first_and_limited(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_is_told_first_and_limited(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, directory = place / "config.yaml", tmp_path / "new" / "states"
     tokens = sum(FeatureRows(place / "float32").lengths)
     each = 5 + 2 * WIDTH
     said: list[str] = []
-    with pytest.raises(InputError, match=r"above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"):
+    with pytest.raises(
+        InputError, match=r"above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"
+    ):
         captured(path, directory, dtype="bfloat16", limit_gb=1e-6, say=said.append)
     total = f"{tokens * each / 1e9:.3g} GB for {tokens} tokens of 24 rows, {each} bytes each"
     assert said == [f"{directory}: {total}"] and not directory.parent.exists()
@@ -206,7 +250,10 @@ def test_the_size_is_told_first_and_limited(place: Path, tmp_path: Path, monkeyp
             captured(path, directory, limit_gb=1e-6, confirmed=True)
     assert not directory.parent.exists()
     captured(path, directory, limit_gb=1e-6, confirmed=True)
-    size = sum(shard_path(directory, i).stat().st_size for i in range(len(FeatureRows(directory).manifest.shard_rows)))
+    size = sum(
+        shard_path(directory, i).stat().st_size
+        for i in range(len(FeatureRows(directory).manifest.shard_rows))
+    )
     assert size > tokens * (5 + 4 * WIDTH)
 
 
@@ -217,10 +264,22 @@ def test_the_size_is_told_first_and_limited(place: Path, tmp_path: Path, monkeyp
         ((), {"target_states": False}, "target_states is True, asked for is False"),
         (("draft.target_layer_ids=[1]",), {}, r"target_layer_ids is \[0, 2\], asked for is \[1\]"),
         (("data.max_length=41",), {}, "max_length is 40, asked for is 41"),
-        (("data.mask_reasoning_content=true",), {}, "mask_reasoning_content is False, asked for is True"),
+        (
+            ("data.mask_reasoning_content=true",),
+            {},
+            "mask_reasoning_content is False, asked for is True",
+        ),
         (("dtype=bfloat16",), {}, "compute_dtype is 'float32', asked for is 'bfloat16'"),
-        (("data.train={place}/heldout.jsonl",), {}, r"rows is sha256 \w+, asked for is sha256 \w+$"),
-        (("data.train=null", "data.features=x"), {}, "data.train is missing: capture reads conversations"),
+        (
+            ("data.train={place}/heldout.jsonl",),
+            {},
+            r"rows is sha256 \w+, asked for is sha256 \w+$",
+        ),
+        (
+            ("data.train=null", "data.features=x"),
+            {},
+            "data.train is missing: capture reads conversations",
+        ),
     ],
 )
 def test_another_capture_is_not_gone_on_with(
@@ -228,7 +287,9 @@ def test_another_capture_is_not_gone_on_with(
 ) -> None:
     words = [word.format(place=place) for word in overrides]
     with pytest.raises(InputError, match=message):
-        captured(place / "config.yaml", place / "float32", *words, **{"target_states": True, **options})
+        captured(
+            place / "config.yaml", place / "float32", *words, **{"target_states": True, **options}
+        )
 
 
 def test_capture_leaves_other_directories_alone(place: Path, tmp_path: Path) -> None:
@@ -250,11 +311,15 @@ def test_training_refuses_states_of_something_else(place: Path, tmp_path: Path) 
     shutil.copytree(place / "target", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    refused(r"captured otherwise: target is sha256 \w+, asked for is sha256 \w+$", f"target={other}")
+    refused(
+        r"captured otherwise: target is sha256 \w+, asked for is sha256 \w+$", f"target={other}"
+    )
     shutil.copytree(place / "target", other, dirs_exist_ok=True)
     template = other / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    refused(r"captured otherwise: tokenizer is sha256 \w+, asked for is sha256 \w+$", f"target={other}")
+    refused(
+        r"captured otherwise: tokenizer is sha256 \w+, asked for is sha256 \w+$", f"target={other}"
+    )
     refused("expected a directory that `domino capture` wrote", directory=tmp_path)
 
 

@@ -16,11 +16,22 @@ from domino_jax.config import load_config
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer
-from domino_jax.training.checkpoint import load_draft, open_checkpoints, save_draft, sound_checkpoint
+from domino_jax.training.checkpoint import (
+    load_draft,
+    open_checkpoints,
+    save_draft,
+    sound_checkpoint,
+)
 from domino_jax.training.loop import train
 from domino_jax.training.records import read_draft_record, read_run_record
 
-STEPS: dict[str, Any] = {"steps": 6, "log_every": 5, "eval_every": 3, "checkpoint_every": 2, "keep_checkpoints": 3}
+STEPS: dict[str, Any] = {
+    "steps": 6,
+    "log_every": 5,
+    "eval_every": 3,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,9 @@ def flip(path: Path, place: int = 0) -> None:
 
 
 def data_file(step: Path, item: str) -> Path:
-    return max((step / item / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    return max(
+        (step / item / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size
+    )
 
 
 def damaged(step: Path, how: str) -> None:
@@ -82,14 +95,21 @@ def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> N
     assert sound_checkpoint(place / "run", say=said.append) == 4
     assert len(said) == 1 and f"{place}/run/checkpoints/6: damaged, not used: " in said[0]
     # Readers move nothing: the run may be training.
-    assert load_draft(place / "run", say=said.append)[2] == 4 and (place / "run" / "checkpoints" / "6").is_dir()
+    assert (
+        load_draft(place / "run", say=said.append)[2] == 4
+        and (place / "run" / "checkpoints" / "6").is_dir()
+    )
 
 
 def test_a_damaged_run_ends_with_the_same_bits(trained: Path, place: Path) -> None:
     damaged(place / "run" / "checkpoints" / "6", "flip")
     damaged(place / "run" / "checkpoints" / "4", "position")
     said = resume(place)
-    assert "checkpoints/6: damaged" in said and "moved to" in said and "resuming at step 2 of 6" in said
+    assert (
+        "checkpoints/6: damaged" in said
+        and "moved to" in said
+        and "resuming at step 2 of 6" in said
+    )
     assert {path.name for path in (place / "run" / "set_aside").iterdir()} == {"4", "6"}
     chex.assert_trees_all_equal(final_bits(trained / "run", 6), final_bits(place / "run", 6))
     for name in ("metrics.jsonl", "config.yaml"):
@@ -158,7 +178,9 @@ def reordered(place: Path) -> str:
 
 def longer(place: Path) -> str:
     rows = place / "rows.jsonl"
-    rows.write_text(rows.read_text() + write_conversations(place / "more.jsonl", 1, seed=9).read_text())
+    rows.write_text(
+        rows.read_text() + write_conversations(place / "more.jsonl", 1, seed=9).read_text()
+    )
     return f"data.train={rows}"
 
 
@@ -202,20 +224,30 @@ def test_what_changed_is_named(place: Path, change: Any, named: str) -> None:
 
 def test_inputs_may_move(place: Path) -> None:
     moved = shutil.move(place / "rows.jsonl", place / "moved.jsonl")
-    assert "already trained for 6 steps" in resume(place, f"data.train={moved}", f"target={place / 'target'}")
+    assert "already trained for 6 steps" in resume(
+        place, f"data.train={moved}", f"target={place / 'target'}"
+    )
 
 
 def test_a_finished_run_is_extended(trained: Path, place: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.steps 6 -> 9\).*train\.extend=N trains N steps further"):
+    with pytest.raises(
+        InputError, match=r"train\.steps 6 -> 9\).*train\.extend=N trains N steps further"
+    ):
         resume(place, "train.steps=9")
     said = resume(place, "train.extend=3")
     assert "resuming at step 6 of 9" in said
     # Two ways to nine steps, one number.
     whole = place / "whole"
-    train(load_config(place / "config.yaml", [f"run_dir={whole}", "train.extend=3"]), console=quiet())
+    train(
+        load_config(place / "config.yaml", [f"run_dir={whole}", "train.extend=3"]), console=quiet()
+    )
     chex.assert_trees_all_equal(final_bits(whole, 9), final_bits(place / "run", 9))
     last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-2]
-    assert last["step"] == 9 and last["lambda_base"] == 0 and last["learning_rate"] == pytest.approx(6e-5)
+    assert (
+        last["step"] == 9
+        and last["lambda_base"] == 0
+        and last["learning_rate"] == pytest.approx(6e-5)
+    )
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -230,9 +262,18 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
-    words = ("train.keep_best=heldout", "train.keep_checkpoints=1", "train.steps=12", "train.checkpoint_every=3")
-    train(load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), console=quiet())
-    lines = [json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()]
+    words = (
+        "train.keep_best=heldout",
+        "train.keep_checkpoints=1",
+        "train.steps=12",
+        "train.checkpoint_every=3",
+    )
+    train(
+        load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), console=quiet()
+    )
+    lines = [
+        json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()
+    ]
     heldout = {line["step"]: line["accept_len"] for line in lines if line["split"] == "heldout"}
     best = max(heldout, key=lambda step: (heldout[step], step))
     kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
@@ -244,12 +285,17 @@ def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
     ("words", "message"),
     [
         (("train.keep_best=rollout",), "keep_best must be null or 'heldout', found 'rollout'"),
-        (("train.keep_best=heldout", "data.heldout=null", "train.checkpoint_every=3"), "data.heldout is missing"),
+        (
+            ("train.keep_best=heldout", "data.heldout=null", "train.checkpoint_every=3"),
+            "data.heldout is missing",
+        ),
         (("train.keep_best=heldout",), "eval_every 3 must be a multiple of checkpoint_every 2"),
         (("train.extend=-1",), "extend must be 0 or more, found -1"),
     ],
 )
-def test_settings_of_checkpoints_are_checked(trained: Path, words: tuple[str, ...], message: str) -> None:
+def test_settings_of_checkpoints_are_checked(
+    trained: Path, words: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         load_config(trained / "config.yaml", words)
 
@@ -269,7 +315,9 @@ def other_tokens(target: Path) -> None:
     path.write_text(json.dumps(tree))
 
 
-@pytest.mark.parametrize(("change", "named"), [(other_weights, "the target"), (other_tokens, "the tokenizer")])
+@pytest.mark.parametrize(
+    ("change", "named"), [(other_weights, "the target"), (other_tokens, "the tokenizer")]
+)
 def test_a_draft_is_not_used_with_another_target(
     place: Path, domino: Any, change: Callable[[Path], Any], named: str
 ) -> None:

@@ -69,7 +69,13 @@ class Stop:
 # The window of the log, checkpoints and held-out passes fall apart.
 ODD: dict[str, Any] = {
     "optimizer": {"ema_decay": 0.9},
-    "train": {"steps": 11, "log_every": 5, "checkpoint_every": 4, "eval_every": 3, "keep_checkpoints": 9},
+    "train": {
+        "steps": 11,
+        "log_every": 5,
+        "checkpoint_every": 4,
+        "eval_every": 3,
+        "keep_checkpoints": 9,
+    },
 }
 
 
@@ -101,11 +107,16 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
     # The average is what leaves the run.
     exported = load_draft(tmp_path / "run")[1]
     raw = final_bits(tmp_path / "run", 11)["params"]
-    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (exported, raw)), strict=True))
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (exported, raw)), strict=True)
+    )
 
 
 def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
-    config = load_config(run_config(tmp_path, target, train={"checkpoint_every": 100}, data={"heldout": None}))
+    config = load_config(
+        run_config(tmp_path, target, train={"checkpoint_every": 100}, data={"heldout": None})
+    )
     for step in (1, 2, 3):
         with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):
             train(config, console=quiet(), stop_requested=Stop(0))
@@ -113,8 +124,12 @@ def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
     assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_killed_process_goes_on_with_the_same_bits(
+    target: Path, tmp_path: Path, number: int
+) -> None:
     """A real process, killed in the middle of training and started again."""
     steps = {"train": {"steps": 400, "checkpoint_every": 20, "log_every": 10, "eval_every": 400}}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -126,16 +141,22 @@ def test_a_killed_process_goes_on_with_the_same_bits(target: Path, tmp_path: Pat
     # What is killed must not leave half a program for others to read.
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
     path = run_config(killed, target, **steps)
-    process = subprocess.Popen([*command, str(path)], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
     checkpoints = killed / "run" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not (checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())):
+    while not (
+        checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    ):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), errors
-    again = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, check=True)
+    again = subprocess.run(
+        [*command, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
     assert "resuming at step" in again.stderr
     chex.assert_trees_all_equal(final_bits(whole / "run", 400), final_bits(killed / "run", 400))
 
@@ -152,7 +173,13 @@ def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> 
 
 
 def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -> None:
-    steps = {"steps": 60, "log_every": 20, "eval_every": 30, "checkpoint_every": 60, "tensorboard": True}
+    steps = {
+        "steps": 60,
+        "log_every": 20,
+        "eval_every": 30,
+        "checkpoint_every": 60,
+        "tensorboard": True,
+    }
     path = run_config(tmp_path, target, train=steps, optimizer={"learning_rate": 1e-2})
     console = quiet()
     directory = train(load_config(path), console=console)
@@ -163,14 +190,26 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     lines = read_metrics(directory)
     training = [line for line in lines if line["split"] == "train"]
     heldout = [line for line in lines if line["split"] == "heldout"]
-    assert [line["step"] for line in training] == [20, 40, 60] and [line["step"] for line in heldout] == [30, 60]
+    assert [line["step"] for line in training] == [20, 40, 60] and [
+        line["step"] for line in heldout
+    ] == [30, 60]
     assert training[-1]["loss"] < training[0]["loss"]
     assert training[-1]["lambda_base"] == pytest.approx(1 / 60)
-    names = {"loss", "final_loss", "base_loss", "accept_len", "base_accept_len", "grad_norm", "batches_without_anchor"}
+    names = {
+        "loss",
+        "final_loss",
+        "base_loss",
+        "accept_len",
+        "base_accept_len",
+        "grad_norm",
+        "batches_without_anchor",
+    }
     assert names | {"updates", "skipped_nonfinite"} <= training[0].keys()
     # Speeds stand apart, and count tokens, not padding: 20 steps of 8 are 6 epochs of 24 rows and 16 rows more.
     timing = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in timing] == [20, 40, 60] and not timing[0].keys() & training[0].keys() - {
+    assert [line["step"] for line in timing] == [20, 40, 60] and not timing[0].keys() & training[
+        0
+    ].keys() - {
         "step",
         "split",
     }
@@ -185,18 +224,25 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     assert list((directory / "tensorboard").iterdir())
     # As it was resolved: the objective's own decay and the memory of a CPU stand where none were given.
     stored, given = load_config(directory / "config.yaml"), load_config(path)
-    resolved = dataclasses.replace(given.loss, loss_decay_gamma=7.0, logits_mib=program.CPU_LOGITS_MIB)
+    resolved = dataclasses.replace(
+        given.loss, loss_decay_gamma=7.0, logits_mib=program.CPU_LOGITS_MIB
+    )
     assert stored == dataclasses.replace(given, loss=resolved)
 
 
-def test_the_step_is_compiled_once(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_is_compiled_once(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the held-out pass too, though some batches are more than twice as long as others."""
     path = run_config(tmp_path, target, data={"max_length": 64}, optimizer={"grad_accumulation": 2})
     long = write_conversations(tmp_path / "long.jsonl", 1, rounds=3).read_text()
     for rows in (tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl"):
         rows.write_text(2 * rows.read_text() + long)
     traces: list[str] = []
-    longest: dict[int, list[int]] = {1: [], 2: []}  # of each batch, by the micro-batches: held-out rows have 1
+    longest: dict[int, list[int]] = {
+        1: [],
+        2: [],
+    }  # of each batch, by the micro-batches: held-out rows have 1
 
     def count_traces(module: Any, name: str) -> None:
         traced = getattr(module, name)
@@ -262,7 +308,9 @@ def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -
         ("loss.loss_type=focal", "loss: loss_type must be one of dflash, .*found 'focal'"),
     ],
 )
-def test_unusable_settings_are_one_line(target: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_unusable_settings_are_one_line(
+    target: Path, tmp_path: Path, override: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         train(load_config(run_config(tmp_path, target), [override]), console=quiet())
 
@@ -279,7 +327,9 @@ def test_bad_lines_are_named_and_left_out(target: Path, tmp_path: Path) -> None:
 
 def test_epochs_give_the_number_of_steps(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, train={"steps": None, "epochs": 2})
-    assert prepare(load_config(path), console=quiet()).total_steps == 6  # 2 epochs of 24 rows, 8 a step
+    assert (
+        prepare(load_config(path), console=quiet()).total_steps == 6
+    )  # 2 epochs of 24 rows, 8 a step
 
 
 def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_path: Path) -> None:
@@ -289,8 +339,12 @@ def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_pat
     chex.assert_trees_all_equal_shapes_and_dtypes(params, started)
     chex.assert_trees_all_equal(started["layers_0"], jax.device_get(loaded.params["layers_3"]))
     chex.assert_trees_all_equal(started["norm"], jax.device_get(loaded.params["norm"]))
-    states = np.random.default_rng(0).standard_normal((2, 2 * CONFIG.hidden_size)).astype(np.float32)
-    np.testing.assert_array_equal(states @ started["fc"]["weight"].T, states[:, CONFIG.hidden_size :])
+    states = (
+        np.random.default_rng(0).standard_normal((2, 2 * CONFIG.hidden_size)).astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        states @ started["fc"]["weight"].T, states[:, CONFIG.hidden_size :]
+    )
     assert started["head"] is params["head"] or np.array_equal(
         started["head"]["embed_proj_2"], params["head"]["embed_proj_2"]
     )
@@ -343,7 +397,9 @@ def test_the_metrics_log_drops_what_a_resumed_run_does_again(target: Path, tmp_p
     path = run_config(tmp_path, target)
     train(load_config(path), console=quiet())
     log = tmp_path / "run" / "metrics.jsonl"
-    log.write_text(log.read_text() + json.dumps({"step": 9, "split": "train"}) + '\n{"step": 10, "spl')
+    log.write_text(
+        log.read_text() + json.dumps({"step": 9, "split": "train"}) + '\n{"step": 10, "spl'
+    )
     train(load_config(path), console=quiet())
     assert max(line["step"] for line in read_metrics(tmp_path / "run")) == 6
 

@@ -50,7 +50,9 @@ def test_compute_accept_len_equals_the_loop_and_nemo() -> None:
     found = compute_accept_len(*map(jnp.asarray, arrays))
     chex.assert_type(found, jnp.float32)
     np.testing.assert_array_equal(found, slow_accept_len(*arrays))
-    np.testing.assert_array_equal(found, core.compute_accept_len(*map(torch.tensor, arrays)).numpy())
+    np.testing.assert_array_equal(
+        found, core.compute_accept_len(*map(torch.tensor, arrays)).numpy()
+    )
     assert len(np.unique(found)) > 4
 
 
@@ -71,4 +73,8 @@ def test_acceptance_stats_equal_the_loop_and_nemo() -> None:
 
 def test_acceptance_stats_of_nothing_are_zero() -> None:
     ids = jnp.ones((2, 3, 4), jnp.int32)
-    assert [float(x) for x in acceptance_stats(ids, ids, jnp.zeros(ids.shape, bool))] == [0.0, 0.0, 0.0]
+    assert [float(x) for x in acceptance_stats(ids, ids, jnp.zeros(ids.shape, bool))] == [
+        0.0,
+        0.0,
+        0.0,
+    ]

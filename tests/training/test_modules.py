@@ -52,19 +52,31 @@ def test_domino_trainer_equals_nemo(
     theirs = nemo_trainer(config, params, batch, loss_decay_gamma=gamma)
     step = make_step(config, loss_decay_gamma=gamma, chunk_blocks=chunk_blocks)
     for lambda_base in (0.0, 0.5, 1.0):
-        expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, lambda_base=lambda_base)
-        found, gradient = our_step(step, config, params, batch, anchors=anchors, lambda_base=lambda_base)
+        expected, expected_gradient = nemo_step(
+            theirs, batch, anchors=anchors, lambda_base=lambda_base
+        )
+        found, gradient = our_step(
+            step, config, params, batch, anchors=anchors, lambda_base=lambda_base
+        )
         check_metrics(found, expected)
         check_close(gradient, expected_gradient, relative=GRADIENT)
         # The comparison says something only where predictions are partly right and the two logits differ.
-        assert 0.05 < found["accuracy"] < 0.95 and abs(found["final_loss"] - found["base_loss"]) > 0.1
+        assert (
+            0.05 < found["accuracy"] < 0.95 and abs(found["final_loss"] - found["base_loss"]) > 0.1
+        )
         assert found["accept_len"] > 1.0 and found["base_accept_len"] > 1.0
-        assert found["valid_blocks"] <= found["valid_tokens"] < anchors[1].sum() * config.num_predictions
+        assert (
+            found["valid_blocks"]
+            <= found["valid_tokens"]
+            < anchors[1].sum() * config.num_predictions
+        )
     assert step.run._cache_size() == 1
 
 
 @pytest.mark.parametrize(
-    ("gamma", "packed", "chunk_blocks"), [(None, True, 0), (7.0, False, 3)], ids=["packed", "decay-chunks"]
+    ("gamma", "packed", "chunk_blocks"),
+    [(None, True, 0), (7.0, False, 3)],
+    ids=["packed", "decay-chunks"],
 )
 def test_dflash_trainer_equals_nemo(gamma: float | None, packed: bool, chunk_blocks: int) -> None:
     config = dflash_config()
@@ -99,14 +111,18 @@ def test_trainers_draw_every_candidate_like_nemo_when_slots_abound(
     theirs = nemo_trainer(config, params, batch, num_anchors=ABOUND)
     curriculum = {"lambda_base": 0.5} if config.projector_type else {}
     expected, expected_gradient = nemo_step(theirs, batch, **curriculum)
-    found, gradient = our_step(make_step(config, num_anchors=ABOUND), config, params, batch, **curriculum)
+    found, gradient = our_step(
+        make_step(config, num_anchors=ABOUND), config, params, batch, **curriculum
+    )
     check_metrics(found, expected)
     check_close(gradient, expected_gradient, relative=GRADIENT)
     assert 1 <= found["valid_blocks"] < ABOUND * len(batch.input_ids)
 
 
 @DRAWN
-def test_a_batch_without_anchors_has_no_loss_and_no_gradient(config: DraftConfig, packed: bool, length: int) -> None:
+def test_a_batch_without_anchors_has_no_loss_and_no_gradient(
+    config: DraftConfig, packed: bool, length: int
+) -> None:
     from nemo_automodel.components.speculative.dflash.core import NoValidAnchorsError
 
     params, batch = random_params(config), random_batch(config, length=length, packed=packed)
@@ -114,7 +130,9 @@ def test_a_batch_without_anchors_has_no_loss_and_no_gradient(config: DraftConfig
     with pytest.raises(NoValidAnchorsError):  # NeMo's training loop skips such a batch
         nemo_step(nemo_trainer(config, params, batch), batch)
     curriculum = {"lambda_base": 0.5} if config.projector_type else {}
-    found, gradient = our_step(make_step(config, num_anchors=ABOUND), config, params, batch, **curriculum)
+    found, gradient = our_step(
+        make_step(config, num_anchors=ABOUND), config, params, batch, **curriculum
+    )
     assert {name: x for name, x in found.items() if x != 0.0} == curriculum  # NaN would stay
     assert not any(np.any(x) for x in gradient.values())  # and counts as any here
 
@@ -125,7 +143,9 @@ def test_anchors_follow_the_rng_key() -> None:
     module = build_trainer(config, num_anchors=4)
     run = jax.jit(lambda key: module.apply(variables, *batch.arrays, rngs={"anchors": key}))
     first, again, other = (vars(run(jax.random.key(seed))) for seed in (1, 1, 2))
-    assert {name: float(x) for name, x in first.items()} == {name: float(x) for name, x in again.items()}
+    assert {name: float(x) for name, x in first.items()} == {
+        name: float(x) for name, x in again.items()
+    }
     assert first["loss"] != other["loss"]
     assert 0 < first["valid_blocks"] <= 4 * len(batch.input_ids)
 
@@ -140,9 +160,13 @@ def test_gradients_reach_the_draft_only() -> None:
     def gradients(features: jax.Array, lm_head: jax.Array, embed_tokens: jax.Array) -> jax.Array:
         arrays = (batch.input_ids, features, batch.loss_mask, lm_head, embed_tokens)
         variables = {"params": {"draft_model": params}}
-        return module.apply(variables, *arrays, lambda_base=0.5, rngs={"anchors": jax.random.key(0)}).loss
+        return module.apply(
+            variables, *arrays, lambda_base=0.5, rngs={"anchors": jax.random.key(0)}
+        ).loss
 
-    assert not any(np.any(x) for x in gradients(batch.hidden_states, batch.lm_head, batch.embed_tokens))
+    assert not any(
+        np.any(x) for x in gradients(batch.hidden_states, batch.lm_head, batch.embed_tokens)
+    )
 
 
 def test_no_array_has_the_shape_of_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,11 +179,17 @@ def test_no_array_has_the_shape_of_the_dense_mask(monkeypatch: pytest.MonkeyPatc
         return module.apply(variables, *batch.arrays, rngs={"anchors": jax.random.key(0)}).loss
 
     printed = str(jax.make_jaxpr(jax.grad(loss))(random_params(config)))
-    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\[(\d+(?:,\d+)*)\]", printed)}
+    shapes = {
+        tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\[(\d+(?:,\d+)*)\]", printed)
+    }
     queries = 13 * config.block_size
     assert (3, 13, config.block_size) in shapes and (3, 50) in shapes  # the pattern finds shapes
     # Nothing relates blocks to blocks, or blocks to the whole context.
-    assert not [shape for shape in shapes if 50 + queries in shape or sum(n in (13, queries, 50) for n in shape) > 1]
+    assert not [
+        shape
+        for shape in shapes
+        if 50 + queries in shape or sum(n in (13, queries, 50) for n in shape) > 1
+    ]
 
 
 def test_build_trainer_takes_its_fields_from_the_config() -> None:
@@ -179,7 +209,9 @@ def test_domino_trainer_refuses_a_draft_without_projector() -> None:
 @pytest.mark.parametrize("shift_label", [False, True])
 def test_domino_trainer_refuses_another_shift_than_the_drafts(shift_label: bool) -> None:
     draft = DraftModel(draft_config(shift_label=not shift_label))
-    with pytest.raises(ValueError, match=f"shift_label is {shift_label} here and {not shift_label} in the draft"):
+    with pytest.raises(
+        ValueError, match=f"shift_label is {shift_label} here and {not shift_label} in the draft"
+    ):
         DominoTrainerModule(draft, mask_token_id=119, block_size=5, shift_label=shift_label)
 
 
@@ -189,10 +221,19 @@ def test_domino_trainer_refuses_another_shift_than_the_drafts(shift_label: bool)
         ({"block_size": 4}, "block_size is 4 here and 5 in the draft's config"),
         ({"mask_token_id": 118}, "mask_token_id is 118 here and 119 in the draft's config"),
         ({"loss_type": "focal"}, "loss_type must be one of dflash, .*found 'focal'"),
-        ({"loss_type": "dpace", "loss_options": {"dpace_alpha": 1.5}}, r"dpace_alpha must lie in 0..1, found 1.5"),
+        (
+            {"loss_type": "dpace", "loss_options": {"dpace_alpha": 1.5}},
+            r"dpace_alpha must lie in 0..1, found 1.5",
+        ),
         ({"loss_options": {"dpace_alpha": 0.5}}, "options of dflash: unknown key 'dpace_alpha'"),
-        ({"loss_type": "dpace", "loss_decay_gamma": 7.0}, "loss_decay_gamma must be null, found 7.0"),
-        ({"normalize": "mean"}, "normalize must be one of null, weights, tokens, blocks, found 'mean'"),
+        (
+            {"loss_type": "dpace", "loss_decay_gamma": 7.0},
+            "loss_decay_gamma must be null, found 7.0",
+        ),
+        (
+            {"normalize": "mean"},
+            "normalize must be one of null, weights, tokens, blocks, found 'mean'",
+        ),
         ({"kl_weight": 1.5}, r"kl_weight must lie in 0..1, found 1.5"),
         ({"anchor_rule": "any"}, "anchor_rule must be one of nemo, specforge, found 'any'"),
         ({"num_anchors": 0}, "num_anchors must be at least 1, found 0"),
@@ -201,17 +242,23 @@ def test_domino_trainer_refuses_another_shift_than_the_drafts(shift_label: bool)
     ids=str,
 )
 @pytest.mark.parametrize("kind", [DFlashTrainerModule, DominoTrainerModule])
-def test_trainers_refuse_what_a_config_refuses(kind: Any, field: dict[str, Any], message: str) -> None:
+def test_trainers_refuse_what_a_config_refuses(
+    kind: Any, field: dict[str, Any], message: str
+) -> None:
     domino = kind is DominoTrainerModule
     draft = DraftModel(draft_config() if domino else dflash_config())
-    fields = {"mask_token_id": 119, "block_size": 5} | ({"shift_label": True} if domino else {}) | field
+    fields = (
+        {"mask_token_id": 119, "block_size": 5} | ({"shift_label": True} if domino else {}) | field
+    )
     with pytest.raises(ValueError, match=message):
         kind(draft, **fields)
 
 
 def test_dflash_trainer_refuses_a_prefix_without_weight() -> None:
     with pytest.raises(ValueError, match=r"prefix_weight_base must be positive, found 0\.0"):
-        build_trainer(dflash_config(), loss_type="variable_prefix", loss_options={"prefix_weight_base": 0})
+        build_trainer(
+            dflash_config(), loss_type="variable_prefix", loss_options={"prefix_weight_base": 0}
+        )
 
 
 def test_a_fractional_mask_weighs_as_in_the_reference() -> None:
@@ -219,13 +266,20 @@ def test_a_fractional_mask_weighs_as_in_the_reference() -> None:
     config = draft_config()
     params, batch = random_params(config), random_batch(config)
     rng = np.random.default_rng(7)
-    shares = np.where(batch.loss_mask, rng.choice([0.3, 0.7, 1.0], batch.loss_mask.shape), 0.0).astype(np.float32)
+    shares = np.where(
+        batch.loss_mask, rng.choice([0.3, 0.7, 1.0], batch.loss_mask.shape), 0.0
+    ).astype(np.float32)
     batch = batch._replace(loss_mask=shares)
     anchors = random_anchors(config, batch._replace(loss_mask=shares > 0.5), slots=11)
     theirs = nemo_trainer(config, params, batch, loss_decay_gamma=4.0)
     expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, lambda_base=0.5)
     found, gradient = our_step(
-        make_step(config, loss_decay_gamma=4.0), config, params, batch, anchors=anchors, lambda_base=0.5
+        make_step(config, loss_decay_gamma=4.0),
+        config,
+        params,
+        batch,
+        anchors=anchors,
+        lambda_base=0.5,
     )
     assert found["valid_tokens"] % 1 != 0
     check_metrics(found, expected)
@@ -238,8 +292,13 @@ def test_trainers_refuse_half_of_the_packing_and_half_of_the_anchors(config: Dra
     module, variables = build_trainer(config), {"params": {"draft_model": random_params(config)}}
     key = {"anchors": jax.random.key(0)}
     for name in batch.packing:
-        for given in ({name: batch.packing[name]}, {k: v for k, v in batch.packing.items() if k != name}):
-            with pytest.raises(ValueError, match="position_ids, seq_lens and doc_remaining together"):
+        for given in (
+            {name: batch.packing[name]},
+            {k: v for k, v in batch.packing.items() if k != name},
+        ):
+            with pytest.raises(
+                ValueError, match="position_ids, seq_lens and doc_remaining together"
+            ):
                 module.apply(variables, *batch.arrays, rngs=key, **given)
     anchors, keep = random_anchors(config, batch, slots=3)
     for given in ({"anchor_positions": anchors}, {"block_keep_mask": keep}):

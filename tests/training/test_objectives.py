@@ -61,7 +61,9 @@ def slow_dpace(nll: np.ndarray, mask: np.ndarray, alpha: float, form: str) -> li
     for j in kept:
         product = {m: math.prod(confidence[i] for i in kept if i <= m) for m in kept}
         rest = sum(product[m] for m in kept if m >= j)
-        weights[j] = {"whole": rest, "confidence": product[j], "continuation": rest / product[j]}[form]
+        weights[j] = {"whole": rest, "confidence": product[j], "continuation": rest / product[j]}[
+            form
+        ]
     return weights
 
 
@@ -87,7 +89,9 @@ def test_dpace_weight_is_the_gradient_of_the_expected_prefix() -> None:
         return jnp.sum(jnp.cumprod(q, axis=-1) * mask)
 
     slope = -jax.grad(expected_length)(loss.nll)
-    np.testing.assert_allclose(dpace_weights(loss, labels, DpaceOptions(0.0)) * mask, slope, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        dpace_weights(loss, labels, DpaceOptions(0.0)) * mask, slope, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_accept_until_fail_ends_with_the_first_wrong_prediction() -> None:
@@ -107,8 +111,15 @@ def test_accept_until_fail_ends_with_the_first_wrong_prediction() -> None:
 def test_loss_divisor_counts_what_its_name_says() -> None:
     mask = drawn()[1].mask
     weights = mask * np.float32(0.5)
-    found = {name: float(loss_divisor(weights, mask, normalize=name)) for name in ("weights", "tokens", "blocks")}
-    assert found == {"weights": mask.sum() / 2, "tokens": mask.sum(), "blocks": mask.any(axis=-1).sum()}
+    found = {
+        name: float(loss_divisor(weights, mask, normalize=name))
+        for name in ("weights", "tokens", "blocks")
+    }
+    assert found == {
+        "weights": mask.sum() / 2,
+        "tokens": mask.sum(),
+        "blocks": mask.any(axis=-1).sum(),
+    }
     with pytest.raises(ValueError, match="one of weights, tokens, blocks, found 'mean'"):
         loss_divisor(weights, mask, normalize="mean")
 
@@ -130,20 +141,35 @@ def test_trainers_apply_the_objective_to_their_logits(make: Any, options: dict[s
     config = make()
     params, batch = random_params(config), random_batch(config, packed=True)
     anchors = random_anchors(config, batch, slots=11)
-    states = np.random.default_rng(8).standard_normal((*batch.input_ids.shape, config.hidden_size)).astype(np.float32)
+    states = (
+        np.random.default_rng(8)
+        .standard_normal((*batch.input_ids.shape, config.hidden_size))
+        .astype(np.float32)
+    )
     given: dict[str, Any] = {"lambda_base": 0.3} if config.projector_type else {}
     gamma = None if OBJECTIVES[options.get("loss_type", "dflash")].weighs_positions else 3.0
     step = make_step(config, loss_decay_gamma=gamma, **options)
-    found, gradient = our_step(step, config, params, batch, anchors=anchors, target_states=states, **given)
+    found, gradient = our_step(
+        step, config, params, batch, anchors=anchors, target_states=states, **given
+    )
     plain, plain_gradient = our_step(
         make_step(config, loss_decay_gamma=gamma), config, params, batch, anchors=anchors, **given
     )
-    assert found["accept_len"] == plain["accept_len"] and found["valid_tokens"] == plain["valid_tokens"]
-    divisor = {"tokens": plain["valid_tokens"], "weights": plain["loss_weight"], "blocks": plain["valid_blocks"]}
+    assert (
+        found["accept_len"] == plain["accept_len"]
+        and found["valid_tokens"] == plain["valid_tokens"]
+    )
+    divisor = {
+        "tokens": plain["valid_tokens"],
+        "weights": plain["loss_weight"],
+        "blocks": plain["valid_blocks"],
+    }
     normalize = options.get("normalize") or OBJECTIVES[options.get("loss_type", "dflash")].normalize
     np.testing.assert_allclose(found["loss_weight"], divisor[normalize], rtol=1e-6)
     if config.projector_type:
-        np.testing.assert_allclose(found["loss"], 0.7 * found["final_loss"] + 0.3 * found["base_loss"], rtol=1e-6)
+        np.testing.assert_allclose(
+            found["loss"], 0.7 * found["final_loss"] + 0.3 * found["base_loss"], rtol=1e-6
+        )
     if options == {"normalize": "tokens"}:
         ratio = plain["loss_weight"] / plain["valid_tokens"]
         np.testing.assert_allclose(found["loss"], plain["loss"] * ratio, rtol=1e-5)
@@ -152,7 +178,9 @@ def test_trainers_apply_the_objective_to_their_logits(make: Any, options: dict[s
     if options.get("loss_type") == "accept_until_fail":
         assert found["loss"] < plain["loss"]  # fewer terms over the same divisor
     assert all(np.all(np.isfinite(x)) for x in gradient.values())
-    assert any(not np.allclose(gradient[name], plain_gradient[name], rtol=1e-3) for name in gradient)
+    assert any(
+        not np.allclose(gradient[name], plain_gradient[name], rtol=1e-3) for name in gradient
+    )
 
 
 def test_kl_weight_needs_the_targets_states() -> None:
@@ -161,7 +189,9 @@ def test_kl_weight_needs_the_targets_states() -> None:
     module = build_trainer(config, kl_weight=0.5, num_anchors=4)
     with pytest.raises(ValueError, match="kl_weight needs target_states"):
         module.apply(
-            {"params": {"draft_model": random_params(config)}}, *batch.arrays, rngs={"anchors": jax.random.key(0)}
+            {"params": {"draft_model": random_params(config)}},
+            *batch.arrays,
+            rngs={"anchors": jax.random.key(0)},
         )
 
 
@@ -170,7 +200,9 @@ def test_divergence_is_taken_from_the_state_that_predicts_the_label() -> None:
     for config in (draft_config(), draft_config(shift_label=False), dflash_config()):
         batch = random_batch(config)
         anchors = random_anchors(config, batch, slots=11)
-        states = np.random.default_rng(8).standard_normal((*batch.input_ids.shape, config.hidden_size))
+        states = np.random.default_rng(8).standard_normal(
+            (*batch.input_ids.shape, config.hidden_size)
+        )
         module = build_trainer(config, kl_weight=1.0)
         wanted = module._wanted_states(jnp.asarray(states), tuple(map(jnp.asarray, anchors)))
         for b in range(3):
@@ -191,7 +223,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two objectives of a researcher's own, for one test."""
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(OBJECTIVES))
     register_objective(
-        "focal", factor=lambda token, labels, options: (1 - jnp.exp(-token.nll)) ** options.focus, options=FocalOptions
+        "focal",
+        factor=lambda token, labels, options: (1 - jnp.exp(-token.nll)) ** options.focus,
+        options=FocalOptions,
     )
     register_objective("focal-by-logits", cost=focal_by_logits, options=FocalOptions)
 
@@ -211,12 +245,21 @@ def test_a_registered_objective_trains_on_the_kernel_and_one_of_logits_on_the_de
     results = {}
     for name, focus in (("focal", 1.5), ("focal-by-logits", 1.5), ("focal", 0.0), ("dflash", None)):
         options = FrozenDict({} if focus is None else {"focus": focus})
-        step = make_step.__wrapped__(config, loss_type=name, loss_options=options, loss_decay_gamma=3.0)
+        step = make_step.__wrapped__(
+            config, loss_type=name, loss_options=options, loss_decay_gamma=3.0
+        )
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            results[name, focus] = our_step(step, config, params, batch, anchors=anchors, lambda_base=0.3)
-        assert any("runs on the definition" in str(one.message) for one in told) == (name == "focal-by-logits")
-    for left, right in ((("focal", 1.5), ("focal-by-logits", 1.5)), (("focal", 0.0), ("dflash", None))):
+            results[name, focus] = our_step(
+                step, config, params, batch, anchors=anchors, lambda_base=0.3
+            )
+        assert any("runs on the definition" in str(one.message) for one in told) == (
+            name == "focal-by-logits"
+        )
+    for left, right in (
+        (("focal", 1.5), ("focal-by-logits", 1.5)),
+        (("focal", 0.0), ("dflash", None)),
+    ):
         check_metrics(results[left][0], results[right][0])
         check_close(results[left][1], results[right][1], relative=1e-5)
     assert abs(results["focal", 1.5][0]["loss"] - results["dflash", None][0]["loss"]) > 1e-3
@@ -226,13 +269,34 @@ def test_a_registered_objective_trains_on_the_kernel_and_one_of_logits_on_the_de
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"loss_type": "focall"}, "loss: loss_type must be one of dflash, .*focal.*, found 'focall'"),
-        ({"loss_type": "focal", "options": {"focal": 1.0}}, "loss: options of focal: unknown key 'focal'; .*'focus'"),
-        ({"loss_type": "focal", "options": {"focus": "x"}}, "options of focal: focus: expected float, found 'x'"),
-        ({"loss_type": "dpace", "options": {"dpace_alpha": 1.5}}, r"dpace_alpha must lie in 0..1, found 1.5"),
-        ({"loss_type": "dpace", "loss_decay_gamma": 7.0}, "dpace brings its own weights.*must be null, found 7.0"),
-        ({"loss_type": "variable_prefix"}, r"is for plain DFlash drafts; draft\.projector_type must be null"),
-        ({"normalize": "mean"}, "normalize must be one of null, weights, tokens, blocks, found 'mean'"),
+        (
+            {"loss_type": "focall"},
+            "loss: loss_type must be one of dflash, .*focal.*, found 'focall'",
+        ),
+        (
+            {"loss_type": "focal", "options": {"focal": 1.0}},
+            "loss: options of focal: unknown key 'focal'; .*'focus'",
+        ),
+        (
+            {"loss_type": "focal", "options": {"focus": "x"}},
+            "options of focal: focus: expected float, found 'x'",
+        ),
+        (
+            {"loss_type": "dpace", "options": {"dpace_alpha": 1.5}},
+            r"dpace_alpha must lie in 0..1, found 1.5",
+        ),
+        (
+            {"loss_type": "dpace", "loss_decay_gamma": 7.0},
+            "dpace brings its own weights.*must be null, found 7.0",
+        ),
+        (
+            {"loss_type": "variable_prefix"},
+            r"is for plain DFlash drafts; draft\.projector_type must be null",
+        ),
+        (
+            {"normalize": "mean"},
+            "normalize must be one of null, weights, tokens, blocks, found 'mean'",
+        ),
     ],
     ids=str,
 )
@@ -242,10 +306,15 @@ def test_a_run_refuses_what_an_objective_refuses(fields: dict[str, Any], message
 
 
 def test_a_decay_that_is_not_given_is_the_objectives_own() -> None:
-    found = {name: resolved_loss(LossConfig(loss_type=name), domino=False).loss_decay_gamma for name in OBJECTIVES}
+    found = {
+        name: resolved_loss(LossConfig(loss_type=name), domino=False).loss_decay_gamma
+        for name in OBJECTIVES
+    }
     assert found["dflash"] == found["variable_prefix"] == 7.0 and found["dpace"] is None
     for given in (None, 3.0):
-        assert resolved_loss(LossConfig(loss_decay_gamma=given), domino=True).loss_decay_gamma == given
+        assert (
+            resolved_loss(LossConfig(loss_decay_gamma=given), domino=True).loss_decay_gamma == given
+        )
 
 
 def test_a_name_is_registered_once() -> None:

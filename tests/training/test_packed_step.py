@@ -33,7 +33,9 @@ def test_a_packed_row_equals_its_conversations_alone() -> None:
     params = random_params(CONFIG)
     shape = replace(CONFIG, num_hidden_layers=4)  # a DraftConfig is a DecoderConfig too
     target = Target(shape, capture=CONFIG.target_layer_ids, scan_layers=True)
-    frozen = nn.meta.unbox(Target(shape).init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))["params"]
+    frozen = nn.meta.unbox(Target(shape).init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))[
+        "params"
+    ]
     frozen = stack_layers(jax.tree.map(lambda x: x * (4.0 if x.ndim == 2 else 1.0), frozen))
     trainer = build_trainer(CONFIG, loss_decay_gamma=7.0)
     head = jnp.asarray(rng.standard_normal((CONFIG.vocab_size, CONFIG.hidden_size)), jnp.float32)
@@ -41,9 +43,15 @@ def test_a_packed_row_equals_its_conversations_alone() -> None:
     @jax.jit
     def summed(params: Any, batch: dict[str, Any], anchors: jax.Array, keep: jax.Array) -> Any:
         ids, mask = batch["input_ids"], batch["loss_mask"]
-        packing = {name: batch[name] for name in ("position_ids", "seq_lens", "doc_remaining") if name in batch}
+        packing = {
+            name: batch[name]
+            for name in ("position_ids", "seq_lens", "doc_remaining")
+            if name in batch
+        }
         documents = document_ids(batch["seq_lens"], ROOM) if packing else None
-        states = target.apply({"params": frozen}, ids, batch.get("position_ids"), documents=documents).features
+        states = target.apply(
+            {"params": frozen}, ids, batch.get("position_ids"), documents=documents
+        ).features
         metrics = trainer.apply(
             {"params": {"draft_model": params}},
             ids,
@@ -59,15 +67,23 @@ def test_a_packed_row_equals_its_conversations_alone() -> None:
         return metrics.loss * metrics.loss_weight, metrics.loss_weight
 
     def measured(packs: Any, anchors: Any) -> Any:
-        batch = next(heldout_batches(rows, packs=packs, batch_size=3 if packs is None else 1, max_length=ROOM))
+        batch = next(
+            heldout_batches(
+                rows, packs=packs, batch_size=3 if packs is None else 1, max_length=ROOM
+            )
+        )
         anchors = jnp.asarray(anchors, jnp.int32)
-        values = jax.value_and_grad(summed, has_aux=True)(params, batch, anchors, jnp.ones(anchors.shape, bool))
+        values = jax.value_and_grad(summed, has_aux=True)(
+            params, batch, anchors, jnp.ones(anchors.shape, bool)
+        )
         return jax.tree.map(np.asarray, values)
 
     # The last block of each starts where it just fits, so that its labels reach over the end of its conversation.
     alone = [[2, 5, n - CONFIG.block_size] for n in LENGTHS]
     begins = np.cumsum([0, *LENGTHS[:-1]])
-    together = [[int(begin) + anchor for begin, row in zip(begins, alone, strict=True) for anchor in row]]
+    together = [
+        [int(begin) + anchor for begin, row in zip(begins, alone, strict=True) for anchor in row]
+    ]
     (loss, weight), grads = measured(None, alone)
     (packed_loss, packed_weight), packed_grads = measured([(0, 1, 2)], together)
     np.testing.assert_allclose(packed_weight, weight, rtol=1e-6)
@@ -102,9 +118,14 @@ def test_a_packed_run_interrupted_ends_with_the_same_bits(target: Path, tmp_path
 def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, data=PACKED["data"], train={"steps": None, "epochs": 4})
     shares = []
-    for override, count in (("data.packing=false", "24 rows"), ("data.packing=true", "rows packed from 24")):
+    for override, count in (
+        ("data.packing=false", "24 rows"),
+        ("data.packing=true", "rows packed from 24"),
+    ):
         console = quiet()
-        run = prepare(load_config(path, [override, f"run_dir={tmp_path / override}"]), console=console)
+        run = prepare(
+            load_config(path, [override, f"run_dir={tmp_path / override}"]), console=console
+        )
         said = console.file.getvalue()  # type: ignore[attr-defined]
         line = next(line for line in said.splitlines() if line.startswith("training: "))
         assert count in line
@@ -112,4 +133,6 @@ def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Pat
         assert run.total_steps == 4 * run.rows.epoch_rows // 8
     assert run.rows.epoch_rows == 11
     tokens = sum(len(row.input_ids) for row in run.rows.rows)
-    assert shares == pytest.approx([100 * (1 - tokens / (64 * 24)), 100 * (1 - tokens / (64 * 11))], abs=0.06)
+    assert shares == pytest.approx(
+        [100 * (1 - tokens / (64 * 24)), 100 * (1 - tokens / (64 * 11))], abs=0.06
+    )

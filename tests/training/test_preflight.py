@@ -61,14 +61,32 @@ def refusal(path: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train={place}/no.jsonl", "data.train: {place}/no.jsonl: not there; expected a JSONL file"),
+        (
+            "data.train={place}/no.jsonl",
+            "data.train: {place}/no.jsonl: not there; expected a JSONL file",
+        ),
         ("data.train={place}", "data.train: {place}: not a file; expected a JSONL file"),
-        ("data.heldout={place}/no.jsonl", "data.heldout: {place}/no.jsonl: not there; expected a JSONL file"),
-        ("draft.init_from={place}/no", "draft.init_from: {place}/no: not there; expected the directory of a draft"),
-        ("draft.init_from={place}", "draft.init_from: {place}: no config.json in it; expected the directory"),
+        (
+            "data.heldout={place}/no.jsonl",
+            "data.heldout: {place}/no.jsonl: not there; expected a JSONL file",
+        ),
+        (
+            "draft.init_from={place}/no",
+            "draft.init_from: {place}/no: not there; expected the directory of a draft",
+        ),
+        (
+            "draft.init_from={place}",
+            "draft.init_from: {place}: no config.json in it; expected the directory",
+        ),
         ("target={place}/no", "{place}/no: no such directory, and no built-in target"),
-        ("run_dir={place}/rows.jsonl", "run_dir: {place}/rows.jsonl: {place}/rows.jsonl is not a directory"),
-        ("run_dir={place}/rows.jsonl/run", "run_dir: {place}/rows.jsonl/run: {place}/rows.jsonl is not a directory"),
+        (
+            "run_dir={place}/rows.jsonl",
+            "run_dir: {place}/rows.jsonl: {place}/rows.jsonl is not a directory",
+        ),
+        (
+            "run_dir={place}/rows.jsonl/run",
+            "run_dir: {place}/rows.jsonl/run: {place}/rows.jsonl is not a directory",
+        ),
         ("mesh.fsdp=3", "mesh: mesh data=2 fsdp=3 tensor=1 needs 6 devices, found 8"),
         ("data.batch_size=12", "data.batch_size 12 must be a multiple of its 8 devices"),
         ("seed=-1", "seed must lie in 0..2**32-1, found -1"),
@@ -79,7 +97,9 @@ def refusal(path: Path, *overrides: str) -> str:
     ],
 )
 @pytest.mark.usefixtures("reads_nothing")
-def test_what_is_free_to_check_is_checked_first(target: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_what_is_free_to_check_is_checked_first(
+    target: Path, tmp_path: Path, override: str, message: str
+) -> None:
     found = refusal(run_config(tmp_path, target), override.format(place=tmp_path))
     assert message.format(place=tmp_path) in found
 
@@ -87,7 +107,9 @@ def test_what_is_free_to_check_is_checked_first(target: Path, tmp_path: Path, ov
 @pytest.mark.usefixtures("reads_nothing")
 def test_captured_states_are_looked_for_first(target: Path, tmp_path: Path) -> None:
     found = refusal(run_config(tmp_path, target), "data.train=null", f"data.features={tmp_path}")
-    assert found.startswith(f"data.features: {tmp_path}: no manifest.json in it; expected a directory that `domino")
+    assert found.startswith(
+        f"data.features: {tmp_path}: no manifest.json in it; expected a directory that `domino"
+    )
 
 
 @pytest.mark.usefixtures("reads_nothing")
@@ -112,7 +134,9 @@ def test_too_few_rows_are_told_before_the_target_is_loaded(target: Path, tmp_pat
 def test_too_shallow_a_target_is_told_in_the_keys_of_the_run(
     target: Path, tmp_path: Path, layers: int, count: int
 ) -> None:
-    path = run_config(tmp_path, target, draft={"num_hidden_layers": count, "target_layer_ids": None})
+    path = run_config(
+        tmp_path, target, draft={"num_hidden_layers": count, "target_layer_ids": None}
+    )
     assert refusal(path) == (
         f"draft.num_hidden_layers {count} needs {count} different layers of a target of {layers} layers; "
         "give draft.target_layer_ids or fewer layers"
@@ -125,11 +149,20 @@ def test_too_shallow_a_target_is_told_in_the_keys_of_the_run(
     [
         ("grain", "seed=1", "grain"),
         ("tensorboardX", "train.tensorboard=true", "'domino-jax[tensorboard]'"),
-        ("array_record", "data={{train: null, features: {place}, max_length: 24, batch_size: 8}}", "array-record"),
+        (
+            "array_record",
+            "data={{train: null, features: {place}, max_length: 24, batch_size: 8}}",
+            "array-record",
+        ),
     ],
 )
 def test_a_missing_package_is_named(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, override: str, requirement: str
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    override: str,
+    requirement: str,
 ) -> None:
     assert importlib.util.find_spec(module) is not None
     monkeypatch.setitem(sys.modules, module, None)
@@ -143,7 +176,9 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how much is free on every disk."""
-    return lambda free: monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(2 * free, free, free))
+    return lambda free: monkeypatch.setattr(
+        preflight.shutil, "disk_usage", lambda _: Usage(2 * free, free, free)
+    )
 
 
 @pytest.mark.parametrize("ema", ["null", "0.9"])
@@ -168,8 +203,12 @@ def test_room_for_the_checkpoints_is_checked(
     disk(needed)
     directory = train(load_config(path, words), console=Console(quiet=True))
     # What is written fits what was reckoned with, and counts as room for the run that goes on.
-    written = sum(file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file())
-    assert 0.8 * 2 * held < written < 2 * held + 2 * 300_000  # compressed a little, and small files beside
+    written = sum(
+        file.stat().st_size for file in (directory / "checkpoints").rglob("*") if file.is_file()
+    )
+    assert (
+        0.8 * 2 * held < written < 2 * held + 2 * 300_000
+    )  # compressed a little, and small files beside
     disk(needed - written)
     train(load_config(path, words), console=Console(quiet=True))
 
@@ -189,4 +228,6 @@ def test_a_target_that_is_not_finite_leaves_no_run(target: Path, tmp_path: Path)
     tensors = load_file(spoilt / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, spoilt / "model.safetensors")
-    assert "model.layers.1.mlp.up_proj.weight: 1 of 512 entries are not finite" in refusal(run_config(tmp_path, spoilt))
+    assert "model.layers.1.mlp.up_proj.weight: 1 of 512 entries are not finite" in refusal(
+        run_config(tmp_path, spoilt)
+    )

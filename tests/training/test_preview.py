@@ -31,7 +31,9 @@ def inputs_of(path: Path, *overrides: str) -> RunInputs:
 
 
 def preview_of(run: RunInputs, *, width: int = 100, colours: bool = False) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=colours, color_system="truecolor")
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colours, color_system="truecolor"
+    )
     print_preview(run, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -46,15 +48,26 @@ def test_a_dry_run_tells_all_and_creates_nothing(
         weightless.setattr(preparing, "state_at_start", None)
         code, out, log = domino("train", path, "--dry-run", "mesh.data=4", "mesh.tensor=2")
     assert code == 0 and "loading rows" in log and "loading target" not in log
-    assert before == {file: file.stat().st_mtime_ns for file in (*tmp_path.rglob("*"), *target.rglob("*"))}
+    assert before == {
+        file: file.stat().st_mtime_ns for file in (*tmp_path.rglob("*"), *target.rglob("*"))
+    }
     assert all(len(line) <= 100 or line.startswith("  ") for line in out.splitlines())
 
     run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), console=Console(quiet=True))
     assert out.startswith(dump_config(run.config))
-    figures = {name: words for name, words in re.findall(r"^(\S.*?)  +(\S.*?) *$", out, re.MULTILINE)}
-    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in run.state.params.items()}
+    figures = {
+        name: words for name, words in re.findall(r"^(\S.*?)  +(\S.*?) *$", out, re.MULTILINE)
+    }
+    sizes = {
+        name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in run.state.params.items()
+    }
     layers, norms = sizes.pop("layers_0"), sizes.pop("norm") + sizes.pop("hidden_norm")
-    parts = f"fc {sizes.pop('fc'):,}", f"head {sizes.pop('head'):,}", f"layers {layers:,}", f"norms {norms:,}"
+    parts = (
+        f"fc {sizes.pop('fc'):,}",
+        f"head {sizes.pop('head'):,}",
+        f"layers {layers:,}",
+        f"norms {norms:,}",
+    )
     draft = sum(x.size for x in jax.tree.leaves(run.state.params))
     assert not sizes and figures["draft's parameters"].startswith(f"{draft:,}: ")
     assert set(figures["draft's parameters"].split(": ")[1].split(", ")) == set(parts)
@@ -66,8 +79,14 @@ def test_a_dry_run_tells_all_and_creates_nothing(
     assert figures["a checkpoint"].startswith(f"{16 * draft / 1e9:.3g} GB at most")
     assert figures["on disk"].startswith(f"3 at once, {48 * draft / 1e9:.3g} GB; ")
     rows = run.rows.rows
-    tokens, supervised = sum(len(row.input_ids) for row in rows), sum(row.loss_mask.sum() for row in rows)
-    assert f"24 rows ({1 - tokens / (24 * 24):.1%} of their positions are padding)" in figures["training rows"]
+    tokens, supervised = (
+        sum(len(row.input_ids) for row in rows),
+        sum(row.loss_mask.sum() for row in rows),
+    )
+    assert (
+        f"24 rows ({1 - tokens / (24 * 24):.1%} of their positions are padding)"
+        in figures["training rows"]
+    )
     assert f"{tokens:,} tokens, {supervised / tokens:.1%} of them supervised" in out
     assert figures["held-out rows"].startswith("5 rows (")
     assert figures["steps"] == "6 of 16 rows: 4 epochs"
@@ -85,7 +104,9 @@ def test_the_first_row_is_shown_with_what_the_loss_counts(target: Path, tmp_path
     inside, expected = False, ""
     for word, supervised in zip(words, row.loss_mask.tolist(), strict=True):
         # A span begins with the space before its first word.
-        expected += ("⟧" if inside else "") * (supervised != inside) + ("⟦" if supervised and not inside else "")
+        expected += ("⟧" if inside else "") * (supervised != inside) + (
+            "⟦" if supervised and not inside else ""
+        )
         expected += f" {word}" if expected.strip("⟦") else word
         inside = supervised
     expected += "⟧" if inside else ""
@@ -110,14 +131,18 @@ def test_captured_and_packed_rows_are_told(target: Path, tmp_path: Path) -> None
     run = read_inputs(checked, target_sha256=lambda: target_fingerprint(target), say=print)
     said = preview_of(run)
     assert "packed from 24 conversations" in said and "(of the first 24 rows)" in said
-    assert re.search(r"batch: features +float32 \[1, 8, 48, 32\] a step, \[1, 1, 48, 32\] a device", said)
+    assert re.search(
+        r"batch: features +float32 \[1, 8, 48, 32\] a step, \[1, 1, 48, 32\] a device", said
+    )
     documents = max(len(pack) for pack in run.rows.packs or [])
     assert re.search(rf"batch: seq_lens +int32 \[1, 8, {documents}\] a step", said)
     place = rf"first row of the first batch, (row|rows \d+,) \d+ of {tmp_path / 'states'}"
     assert re.search(place, said.replace("\n", ""))
 
 
-def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(domino, target: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(
+    domino, target: Path, tmp_path: Path
+) -> None:
     path = run_config(tmp_path, target)
     train(load_config(path), console=Console(quiet=True))
     code, out, _ = domino("train", path, "--dry-run", "train.extend=4")
@@ -138,4 +163,9 @@ def test_spans_join_to_the_whole_text(target: Path) -> None:
     spans = list(supervised_spans(tokenizer, ids, mask))
     assert [span.supervised for span in spans] == [False, True, False, True]
     assert "".join(span.text for span in spans) == tokenizer.decode(ids)
-    assert [span.text.split() for span in spans] == [["<|im_start|>", "user"], ["a", "b"], ["<|im_end|>"], ["c", "d"]]
+    assert [span.text.split() for span in spans] == [
+        ["<|im_start|>", "user"],
+        ["a", "b"],
+        ["<|im_end|>"],
+        ["c", "d"],
+    ]

@@ -55,7 +55,9 @@ def test_what_is_left_open_is_what_the_devices_take() -> None:
     assert CHIPS["NVIDIA H100 80GB HBM3"].memory == 128 * 640 * 2**20
 
 
-def test_a_loss_that_reads_the_targets_logits_has_the_whole_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_reads_the_targets_logits_has_the_whole_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     draft = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
     target, mesh = replace(draft, num_hidden_layers=6), make_mesh()
     monkeypatch.setattr(objectives, "OBJECTIVES", dict(objectives.OBJECTIVES))
@@ -69,14 +71,18 @@ def on(platform: str, kind: str) -> Any:
     """A mesh of one device that is not here."""
     device = SimpleNamespace(platform=platform, device_kind=kind)
     shape = dict.fromkeys(("data", "fsdp", "tensor"), 1)
-    return SimpleNamespace(devices=SimpleNamespace(flat=[device]), shape=shape, empty=False, manual_axes=())
+    return SimpleNamespace(
+        devices=SimpleNamespace(flat=[device]), shape=shape, empty=False, manual_axes=()
+    )
 
 
 def test_an_accelerator_recomputes_and_a_gpu_attends_by_cudnn() -> None:
     draft = draft_config(dtype="bfloat16", head_dim=16)
     h100 = on("gpu", "NVIDIA H100 80GB HBM3")
     for mesh, form, recompute in ((make_mesh(), "portable", False), (h100, "cudnn", True)):
-        program = make_program(resolved(replace(CONFIG, dtype="bfloat16"), mesh), draft, draft, mesh, total_steps=9)
+        program = make_program(
+            resolved(replace(CONFIG, dtype="bfloat16"), mesh), draft, draft, mesh, total_steps=9
+        )
         assert program.target.attention == form
         assert program.trainer.draft_model.recompute == recompute
     depth = draft.num_hidden_layers

@@ -50,14 +50,21 @@ def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
     return steps
 
 
-def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poisoned_line_is_named_skipped_and_survived(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Line 8 alone has a token whose embedding is NaN: of each epoch's three batches one is skipped."""
     (tmp_path / "target").mkdir()
     poison(monkeypatch, ("embed_tokens",), WORDS.index("<unk>"))
-    path = run_config(tmp_path, write_target(tmp_path / "target"), train={"log_every": 3, "checkpoint_every": 1})
+    path = run_config(
+        tmp_path, write_target(tmp_path / "target"), train={"log_every": 3, "checkpoint_every": 1}
+    )
     rows = tmp_path / "rows.jsonl"
     lines = rows.read_text().splitlines()
-    messages = [{"role": "user", "content": "unheard"}, {"role": "assistant", "content": "a b c d e f"}]
+    messages = [
+        {"role": "user", "content": "unheard"},
+        {"role": "assistant", "content": "a b c d e f"},
+    ]
     lines[6:7] = ["", json.dumps({"messages": messages})]  # an empty line counts, and gives no row
     rows.write_text("\n".join(lines) + "\n")
     console = quiet()
@@ -100,7 +107,10 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     with pytest.raises(Diverged) as raised:
         train(load_config(path, words), console=quiet())
     said = str(raised.value)
-    assert f"stopped: 3 updates in a row (train.max_bad_steps) were not finite, from step {first} on" in said
+    assert (
+        f"stopped: 3 updates in a row (train.max_bad_steps) were not finite, from step {first} on"
+        in said
+    )
     assert "rows.jsonl" in said and "is finite" in said and "\n" not in said
     run = tmp_path / "run"
     steps = assert_checkpoints_are_finite(run)
@@ -120,7 +130,10 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
     """Of finite gradients absurd settings make parameters that are not; the next save finds them."""
     (tmp_path / "target").mkdir()
     path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
-    with pytest.raises(Diverged, match=r"the parameters are not finite after step 1, .*no checkpoint was written yet"):
+    with pytest.raises(
+        Diverged,
+        match=r"the parameters are not finite after step 1, .*no checkpoint was written yet",
+    ):
         words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
         train(load_config(path, words), console=quiet())
     assert sound_checkpoint(tmp_path / "run", say=print) is None
@@ -145,7 +158,11 @@ def config(max_bad_steps: int = 3, **data: Any) -> RunConfig:
 
 
 def outcome(step: int, updates: int, nonfinite: int, rows: Any = ()) -> StepOutcome:
-    return StepOutcome(step, list(rows), {"updates": np.float32(updates), "skipped_nonfinite": np.float32(nonfinite)})
+    return StepOutcome(
+        step,
+        list(rows),
+        {"updates": np.float32(updates), "skipped_nonfinite": np.float32(nonfinite)},
+    )
 
 
 GOOD, BAD, EMPTY = (1, 0), (0, 1), (0, 0)
@@ -162,7 +179,9 @@ GOOD, BAD, EMPTY = (1, 0), (0, 1), (0, 0)
 )
 @pytest.mark.parametrize("window", [1, 2, 5])
 @pytest.mark.parametrize("restarted", [False, True])
-def test_only_steps_in_a_row_count(outcomes: list[Any], diverged_at: int | None, window: int, restarted: bool) -> None:
+def test_only_steps_in_a_row_count(
+    outcomes: list[Any], diverged_at: int | None, window: int, restarted: bool
+) -> None:
     """However the steps fall into windows, and when the run is started again after each."""
     steps, told = watch(), []
     numbered = [outcome(step, *sums, rows=[step]) for step, sums in enumerate(outcomes, start=1)]
@@ -170,16 +189,23 @@ def test_only_steps_in_a_row_count(outcomes: list[Any], diverged_at: int | None,
         told += steps.skips(numbered[first : first + window])
         if restarted and steps.diverged_at is None:
             steps = watch(json.loads(json.dumps(steps.as_json())))
-    assert [skip.step for skip in told] == [step for step, x in enumerate(outcomes, 1) if x is not GOOD]
+    assert [skip.step for skip in told] == [
+        step for step, x in enumerate(outcomes, 1) if x is not GOOD
+    ]
     assert {skip.reason for skip in told} <= {"nonfinite", "no_anchor"}
     assert (steps.diverged_at and steps.diverged_at.step) == diverged_at
 
 
 def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
-    first, second = watch().skips([outcome(1, *BAD, rows=[3, 0, 5]), outcome(2, *EMPTY, rows=range(20))])
+    first, second = watch().skips(
+        [outcome(1, *BAD, rows=[3, 0, 5]), outcome(2, *EMPTY, rows=range(20))]
+    )
     assert first.record == {"reason": "nonfinite", "lines": [13, 10, 15]}
     assert str(first.place) == "lines 13, 10, 15 of a.jsonl"
-    assert second.words.startswith("no anchor in its batch; lines 10, 11,") and "and 4 more of a.jsonl" in second.words
+    assert (
+        second.words.startswith("no anchor in its batch; lines 10, 11,")
+        and "and 4 more of a.jsonl" in second.words
+    )
 
 
 def test_captured_rows_are_named_by_their_number() -> None:
@@ -197,5 +223,8 @@ def test_the_message_without_a_checkpoint_promises_none() -> None:
 def test_a_spike_names_its_size_and_its_lines() -> None:
     sums = {"updates": np.float32(1), "loss_sum": np.float32(9), "loss_weight": np.float32(1)}
     spike = Spike(StepOutcome(7, [3, 0], sums), 3.0)
-    assert watch().spike_words(spike) == "loss 9.000 is 3.0 times the window's median; lines 13, 10 of a.jsonl"
+    assert (
+        watch().spike_words(spike)
+        == "loss 9.000 is 3.0 times the window's median; lines 13, 10 of a.jsonl"
+    )
     assert watch().spike_record(spike) == {"loss": 9.0, "median": 3.0, "lines": [13, 10]}

@@ -37,7 +37,9 @@ def make_program(**changes: Any) -> Program:
     fields: dict[str, Any] = {
         "trainer": build_trainer(CONFIG, num_anchors=4, loss_decay_gamma=7.0),
         "target": TARGET,
-        "optimizer": optax.sgd(1.0, momentum=0.9),  # its trace after one step is the gradient, to the bit
+        "optimizer": optax.sgd(
+            1.0, momentum=0.9
+        ),  # its trace after one step is the gradient, to the bit
         "curriculum": lambda_base_schedule(10),
     }
     return Program(**{**fields, **changes})
@@ -46,7 +48,9 @@ def make_program(**changes: Any) -> Program:
 @pytest.fixture(scope="module")
 def target_params() -> Any:
     apart = Target(TARGET.cfg, capture=TARGET.capture)
-    return stack_layers(nn.meta.unbox(apart.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))["params"])
+    return stack_layers(
+        nn.meta.unbox(apart.init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))["params"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +73,12 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(
     target_params: Any, draft_variables: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Anchors at fixed places, so that both divisions of the rows train on the same blocks.
-    def anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> tuple[jax.Array, jax.Array]:
-        rows = jnp.broadcast_to(jnp.arange(num_anchors, dtype=jnp.int32) * 4, (candidates.shape[0], num_anchors))
+    def anchors(
+        key: jax.Array, candidates: jax.Array, *, num_anchors: int
+    ) -> tuple[jax.Array, jax.Array]:
+        rows = jnp.broadcast_to(
+            jnp.arange(num_anchors, dtype=jnp.int32) * 4, (candidates.shape[0], num_anchors)
+        )
         return rows, jnp.take_along_axis(candidates, rows, axis=1)
 
     monkeypatch.setattr("domino_jax.training.modules.sample_anchors", anchors)
@@ -82,24 +90,34 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(
     chex.assert_trees_all_close(one, three, rtol=1e-5, atol=1e-7)
 
 
-def test_layers_that_recompute_have_the_same_gradient(target_params: Any, draft_variables: Any) -> None:
+def test_layers_that_recompute_have_the_same_gradient(
+    target_params: Any, draft_variables: Any
+) -> None:
     params, batch = nn.meta.unbox(draft_variables), make_batch(1, 2)
     gradients = []
     for recompute in (False, True):
         trainer = build_trainer(CONFIG, num_anchors=4, loss_decay_gamma=7.0, recompute=recompute)
         program = make_program(trainer=trainer)
-        gradients.append(first_gradient(program, initial_state(program, params), target_params, batch))
+        gradients.append(
+            first_gradient(program, initial_state(program, params), target_params, batch)
+        )
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
     assert optax.tree.norm(gradients[0]) > 0
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_equal_one(target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int) -> None:
+def test_eight_devices_equal_one(
+    target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int
+) -> None:
     program, params, batch = make_program(), nn.meta.unbox(draft_variables), make_batch(1, 8)
-    alone, sums = jax.jit(functools.partial(train_step, program))(initial_state(program, params), target_params, batch)
+    alone, sums = jax.jit(functools.partial(train_step, program))(
+        initial_state(program, params), target_params, batch
+    )
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
     with jax.set_mesh(mesh):
-        boxed = jax.eval_shape(TARGET.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+        boxed = jax.eval_shape(TARGET.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))[
+            "params"
+        ]
         spread_target = jax.device_put(target_params, parameter_shardings(boxed, mesh))
         spread = jax.device_put(params, parameter_shardings(draft_variables, mesh))
         rows = jax.device_put(batch, NamedSharding(mesh, partition_spec(None, "batch", "length")))
@@ -149,7 +167,9 @@ def assert_only_the_step_moved(before: Any, after: Any) -> None:
     chex.assert_trees_all_equal(after.replace(step=before.step), before)
 
 
-def test_a_batch_without_anchors_moves_nothing_and_is_counted(target_params: Any, draft_variables: Any) -> None:
+def test_a_batch_without_anchors_moves_nothing_and_is_counted(
+    target_params: Any, draft_variables: Any
+) -> None:
     """Neither through AdamW's moments, which a step before has filled, nor through its weight decay."""
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, warmup_ratio=0.0), 10)
     program, batch = make_program(optimizer=optimizer, ema_decay=0.5), make_batch(1, 4)
@@ -164,13 +184,21 @@ def test_a_batch_without_anchors_moves_nothing_and_is_counted(target_params: Any
     assert float(sums["updates"]) == float(sums["skipped_nonfinite"]) == 0
     assert metric_means(sums)["loss"] == 0
     again, sums = step(after, target_params, batch)  # and it goes on
-    assert float(sums["updates"]) == 1 and int(updates_done(again.opt_state)) == 2 and int(again.step) == 3
+    assert (
+        float(sums["updates"]) == 1
+        and int(updates_done(again.opt_state)) == 2
+        and int(again.step) == 3
+    )
 
 
-def test_one_micro_batch_that_is_not_finite_skips_the_step(target_params: Any, draft_variables: Any) -> None:
+def test_one_micro_batch_that_is_not_finite_skips_the_step(
+    target_params: Any, draft_variables: Any
+) -> None:
     program, batch = make_program(ema_decay=0.5), make_batch(3, 2)
     width = CONFIG.hidden_size * len(CONFIG.target_layer_ids)
-    features = np.random.default_rng(1).standard_normal((*batch.input_ids.shape, width)).astype(np.float32)
+    features = (
+        np.random.default_rng(1).standard_normal((*batch.input_ids.shape, width)).astype(np.float32)
+    )
     step = jax.jit(functools.partial(train_step, program))
     start = initial_state(program, nn.meta.unbox(draft_variables))
     state, good = step(start, target_params, batch._replace(features=jnp.asarray(features)))
@@ -185,12 +213,16 @@ def test_one_micro_batch_that_is_not_finite_skips_the_step(target_params: Any, d
     assert np.isnan(metric_means(sums)["loss"]) and np.isnan(metric_means(sums)["grad_norm"])
 
 
-def test_anchors_differ_between_steps_and_repeat_with_the_seed(target_params: Any, draft_variables: Any) -> None:
+def test_anchors_differ_between_steps_and_repeat_with_the_seed(
+    target_params: Any, draft_variables: Any
+) -> None:
     params, batch = nn.meta.unbox(draft_variables), jax.tree.map(lambda x: x[0], make_batch(1, 4))
     program = make_program()
 
     def loss(key: jax.Array) -> float:
-        return float(batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.5).loss)
+        return float(
+            batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.5).loss
+        )
 
     keys = [jax.random.fold_in(jax.random.key(0), step) for step in (0, 0, 1)]
     first, again, other = map(loss, keys)
@@ -210,20 +242,31 @@ def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_varia
     program, params = make_program(), nn.meta.unbox(draft_variables)
     rows = jax.tree.map(lambda x: x[0], make_batch(1, 5))
     # Four tokens are all that comes and is predicted: some guesses are right.
-    rows, few = rows._replace(input_ids=rows.input_ids % 4), np.arange(CONFIG.vocab_size)[:, None] < 4
+    rows, few = (
+        rows._replace(input_ids=rows.input_ids % 4),
+        np.arange(CONFIG.vocab_size)[:, None] < 4,
+    )
     target_params = {**target_params, "lm_head": target_params["lm_head"] * few}
-    params = {**params, "head": {**params["head"], "embed_proj_2": params["head"]["embed_proj_2"] * few}}
+    params = {
+        **params,
+        "head": {**params["head"], "embed_proj_2": params["head"]["embed_proj_2"] * few},
+    }
     key = jax.random.key(0)
 
     @jax.jit
     def measured(batch: Batch) -> DominoStepMetrics:
         return batch_metrics(program, params, target_params, batch, key=key, lambda_base=0.25)
 
-    parts = [measured(jax.tree.map(lambda x, part=part: x[part], rows)) for part in (slice(1), slice(1, 5))]
+    parts = [
+        measured(jax.tree.map(lambda x, part=part: x[part], rows))
+        for part in (slice(1), slice(1, 5))
+    ]
     joined = metric_means(jax.tree.map(jnp.add, *map(metric_sums, parts)))
 
     def average(mean: str, weight: str) -> float:
-        return np.average([getattr(x, mean) for x in parts], weights=[getattr(x, weight) for x in parts])
+        return np.average(
+            [getattr(x, mean) for x in parts], weights=[getattr(x, weight) for x in parts]
+        )
 
     assert parts[0].valid_blocks < parts[1].valid_blocks
     for names, weight, bound in (
@@ -241,7 +284,9 @@ def test_dflash_takes_the_same_step(target_params: Any) -> None:
     program = make_program(trainer=build_trainer(config, num_anchors=4))
     params = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
     state = initial_state(program, params)
-    _, sums = jax.jit(functools.partial(train_step, program))(state, target_params, make_batch(1, 4))
+    _, sums = jax.jit(functools.partial(train_step, program))(
+        state, target_params, make_batch(1, 4)
+    )
     assert "final_loss_sum" not in sums and metric_means(sums)["loss"] > 0
 
 
@@ -253,7 +298,9 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
 
 def test_the_optimizer_is_clipped_adamw() -> None:
     """Against a plain loop over one weight: a gradient of norm 10 counts as norm 1."""
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1), 10)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1), 10
+    )
     schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0), 10)
     weight, mean, square = np.array([3.0, -2.0]), np.zeros(2), np.zeros(2)
     params = jnp.array(weight, jnp.float32)
@@ -264,6 +311,8 @@ def test_the_optimizer_is_clipped_adamw() -> None:
         params = optax.apply_updates(params, updates)
         clipped = gradient / 10
         mean, square = 0.9 * mean + 0.1 * clipped, 0.95 * square + 0.05 * clipped**2
-        ratio = (mean / (1 - 0.9 ** (step + 1))) / (np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-8)
+        ratio = (mean / (1 - 0.9 ** (step + 1))) / (
+            np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-8
+        )
         weight = weight - float(schedule(step)) * (ratio + 0.1 * weight)
     np.testing.assert_allclose(params, weight, rtol=1e-5)

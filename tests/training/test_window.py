@@ -12,7 +12,12 @@ from domino_jax.training.window import StepOutcome, Window, spikes, total
 
 
 def sums_of(loss: float, weight: float = 1.0, *, updates: int = 1) -> dict[str, jax.Array]:
-    values = {"loss_sum": loss * weight, "loss_weight": weight, "updates": updates, "skipped_nonfinite": 1 - updates}
+    values = {
+        "loss_sum": loss * weight,
+        "loss_weight": weight,
+        "updates": updates,
+        "skipped_nonfinite": 1 - updates,
+    }
     return {name: jnp.float32(value) for name, value in values.items()}
 
 
@@ -22,7 +27,9 @@ def test_a_window_is_the_same_after_a_checkpoint() -> None:
     device: Any = None
     for step in range(1, 40):
         sums = sums_of(rng.exponential(), rng.exponential() * 1e3)
-        device = sums if device is None else {name: device[name] + value for name, value in sums.items()}
+        device = (
+            sums if device is None else {name: device[name] + value for name, value in sums.items()}
+        )
         for window in (whole, parts):
             window.add(step, np.array([[step, -1], [step + 1, -1]]), sums)
         if step % 7 == 0:
@@ -32,13 +39,18 @@ def test_a_window_is_the_same_after_a_checkpoint() -> None:
     assert [(x.step, x.rows) for x in one] == [(x.step, x.rows) for x in other]
     assert one[3].rows == [4, 5]
     for added in (total(one), total(other)):
-        assert {name: float(x) for name, x in added.items()} == {name: float(x) for name, x in device.items()}
+        assert {name: float(x) for name, x in added.items()} == {
+            name: float(x) for name, x in device.items()
+        }
     whole.clear()
     assert whole.fetch() == []
 
 
 def outcomes(losses: list[float], **options: Any) -> list[StepOutcome]:
-    return [StepOutcome(step, [step], jax.device_get(sums_of(x, 7.0, **options))) for step, x in enumerate(losses, 1)]
+    return [
+        StepOutcome(step, [step], jax.device_get(sums_of(x, 7.0, **options)))
+        for step, x in enumerate(losses, 1)
+    ]
 
 
 @pytest.mark.parametrize(
