@@ -1,6 +1,7 @@
-"""Train, check and export Domino and DFlash speculative-decoding drafters in JAX. The public names.
+"""Trains, checks and exports Domino and DFlash speculative-decoding drafters in JAX.
 
-Each is imported when it is asked for: `domino` answers Ctrl-C before jax is there.
+What a script needs has one public name here, wherever its module stands. Each is imported when it
+is asked for, not before: `domino` imports this package and must answer Ctrl-C before jax is there.
 """
 
 import importlib

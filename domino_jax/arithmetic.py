@@ -1,8 +1,9 @@
-"""What a traced step multiplies, by stage: the FLOPs that its program executes.
+"""What a step recomputes or masks out costs time too, though its useful FLOPs do not show it.
 
-Counted before a compiler rewrites the products, on all devices together. A loop counts its turns, a
-kernel its grid, a choice between platforms the planned one, any other choice its dearest branch: a
-tile that a kernel skips because of the data is counted, so this is what is executed *at most*.
+So every matrix product of a traced step is counted, by stage, before a compiler rewrites them and
+on all devices together. A loop counts its turns, a kernel its grid, a choice between platforms the
+planned one, any other choice its dearest branch: a tile that a kernel skips because of the data is
+counted, so this is what is executed *at most*.
 """
 
 import math
@@ -88,19 +89,23 @@ class _Walk:
         elif name == "while":
             turns = self._unknown_turns
         elif name == "pallas_call":
+            # Its program is that of one tile.
             turns = math.prod(params["grid_mapping"].grid)
         elif name == "shard_map":
+            # Its program is that of one device; axes that were manual outside are counted there.
             turns = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         for jaxpr in _inside(params):
             yield from self.of_jaxpr(jaxpr, _Place(at.path, at.times * turns))
 
     def _dearest(self, equation: Any, at: _Place) -> Iterator[Product]:
         branches = equation.params["branches"]
+        # `jax.lax.platform_dependent` is traced as a choice, of which a program keeps one branch.
         platforms = equation.params.get("branches_platforms")
         if platforms is not None:
             chosen = next(
                 branch
                 for branch, named in zip(branches, platforms, strict=True)
+                # The default has no names; it is the last one.
                 if named is None or set(named) & set(self._platforms)
             )
             yield from self.of_jaxpr(chosen.jaxpr, at)
@@ -119,6 +124,7 @@ def _inside(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def _is_float32(equation: Any) -> bool:
+    # A product that asks for nothing gets all bits, which the verbs set; `DEFAULT` asks for fewer.
     precision = equation.params.get("precision")
     asked = precision if isinstance(precision, tuple) else (precision,)
     fewer_bits = all(one == jax.lax.Precision.DEFAULT for one in asked)
@@ -136,7 +142,8 @@ def _flops(equation: Any) -> int | None:
         (contracted, _), _ = numbers
         left, result = equation.invars[0].aval, equation.outvars[0].aval
         return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
-    if name.startswith("dot_product_attention_fwd"):  # cuDNN's
+    # cuDNN's: two products of every query with every key. Forward alone, for the target is frozen.
+    if name.startswith("dot_product_attention_fwd"):
         queries, keys = (variable.aval.shape for variable in equation.invars[:2])
         batch, length, heads, width = queries
         return 4 * batch * length * keys[1] * heads * width

@@ -1,8 +1,7 @@
-"""What a compiled program does, read from its text: loops counted out, nothing run.
+"""A compiler's own cost analysis counts a loop's body once, and a training step lives in loops.
 
-A compiler's own cost analysis counts a loop's body once, and a step lives in loops: over the
-target's layers, over positions of the GRU, over pieces of the vocabulary loss. So the text is
-walked from its entry, with how often each computation runs:
+They go over the target's layers, positions of the GRU, pieces of the vocabulary loss. So the text
+of the compiled program is walked from its entry, with how often each computation runs:
 
     entry x 1 -> while (34 turns) -> body x 34 -> fusion -> its computation, fused: one kernel
                                      `- conditional: every branch is counted
@@ -28,7 +27,7 @@ _NOTHING = {
     *("opt-barrier", "partition-id", "replica-id", "domain"),
 }
 _KNOWN_TURNS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
-_SLICES = ("dynamic-slice", "slice", "gather")
+_SLICES = ("dynamic-slice", "slice", "gather")  # read no more of an operand than comes out
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply)=%([\w.\-]+)")
@@ -106,7 +105,7 @@ class CompiledProgram:
     computations: Mapping[str, Computation]
     entry: str
     unknown_turns: int
-    _visits: list[_Visit] = field(default_factory=list, repr=False)
+    _visits: list[_Visit] = field(default_factory=list, repr=False)  # walked once, read by all
 
     def visits(self) -> list[_Visit]:
         """Every computation that runs, once for each place that it is called from."""
@@ -153,6 +152,7 @@ class CompiledProgram:
         first = None
         if place is not None and start is not None and start.opcode == "tuple":
             first = _constant(computation, start.operands[place])
+        # A start that is not found counts as 0, which gives the most turns.
         return max(limit - (first or 0), 1)
 
 
@@ -189,6 +189,7 @@ def _operation(line: str) -> Operation | None:
     if not found:
         return None
     rest = line[found.end() :]
+    # The shape of a tuple holds spaces: it ends where its parenthesis does.
     end = _closed(rest) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
@@ -248,6 +249,7 @@ def array_bytes(shape: str, *, main_memory: bool = False) -> list[int]:
         shape: of an array or a tuple.
         main_memory: leave out what lies in a TPU's fast memory, `S(1)` and above.
     """
+    # Bits are multiplied before they become bytes: two of s4 share one.
     return [
         _bits(kind) * math.prod(int(size) for size in sizes.split(",") if size) // 8
         for kind, sizes, layout in _ARRAY.findall(shape)
@@ -257,7 +259,7 @@ def array_bytes(shape: str, *, main_memory: bool = False) -> list[int]:
 
 def _bits(kind: str) -> int:
     if kind == "pred":
-        return 8
+        return 8  # a whole byte, which its name does not say
     found = re.search(r"\d+", kind)
     return int(found[0]) if found else 0
 
@@ -269,6 +271,7 @@ def collectives(program: CompiledProgram) -> list[Collective]:
     for visit in program.visits():
         operations = visit.computation.operations
         for operation in operations.values():
+            # Where it ends: the shape of a start holds what goes in as well.
             kind = operation.opcode.removesuffix("-done")
             if kind not in COLLECTIVES:
                 continue
@@ -280,6 +283,7 @@ def collectives(program: CompiledProgram) -> list[Collective]:
                     continue
                 seen.add((kind, channel[1]))
             given = sum(sum(_operand_bytes(name, operations)) for name in origin.operands)
+            # The whole array comes out of an all-gather, but goes into a reduce-scatter.
             arrays = tuple(array_bytes(operation.shape))
             path, size = operation.path or origin.path, max(sum(arrays), given)
             found.append(Collective(kind, size, visit.times, visit.loop, path, arrays))
@@ -314,7 +318,7 @@ def _works(visit: _Visit) -> Iterator[Operation]:
         return
     for operation in visit.computation.operations.values():
         started = operation.opcode.endswith(("-start", "-update"))
-        allocated = '"AllocateBuffer"' in operation.attributes
+        allocated = '"AllocateBuffer"' in operation.attributes  # room for what others write
         if operation.opcode not in _NOTHING and not started and not allocated:
             yield operation
 
@@ -334,6 +338,7 @@ def largest_buffers(program: CompiledProgram, count: int = 8) -> list[Buffer]:
                 sizes = array_bytes(array[0], main_memory=True)
                 if sizes:
                     found.add(Buffer(sizes[0], f"{array[1]}[{array[2]}]", scope))
+    # By every field: a set gives arrays of one size in any order.
     return sorted(found, key=lambda buffer: (-buffer.bytes, buffer.shape, buffer.scope))[:count]
 
 
@@ -359,9 +364,10 @@ def _read(operation: Operation, place: int, whole: int, program: CompiledProgram
     """Bytes that an operation reads of its operand, which has `whole`."""
     opcode = operation.opcode.removesuffix("-start")
     if opcode in _SLICES and place == 0:
+        # What a started slice gives is the second array of its shape; the first is its operand.
         return min(whole, array_bytes(operation.shape)[-1 if opcode == operation.opcode else 1])
     if opcode == "dynamic-update-slice" and place == 0:
-        return 0
+        return 0  # in place: what is not overwritten is not touched
     if opcode != "fusion" or operation.called is None:
         return whole
     inside = program.computations[operation.called].operations.values()
@@ -371,6 +377,7 @@ def _read(operation: Operation, place: int, whole: int, program: CompiledProgram
 
 
 def _written(operation: Operation, origin: Operation, program: CompiledProgram) -> int:
+    # A kernel that ends in an update in place writes the update alone, whatever its shape says.
     whole = sum(array_bytes(operation.shape, main_memory=True))
     operations: Mapping[str, Operation] = {}
     root: Operation | None = origin

@@ -1,4 +1,7 @@
-"""What a run can be told: frozen dataclasses, read from YAML and `key=value` words. No jax here."""
+"""A misspelt setting would train another run than was meant, in silence: all are read strictly.
+
+What a run can be told, as frozen dataclasses, from YAML and `key=value` words. No jax here.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,10 +28,11 @@ LENGTH_LIMIT = 2**24  # of the sides of an array
 
 @dataclass(frozen=True, kw_only=True)
 class DraftRecipe:
-    """The draft to train; what is not named here (widths, rotary base) or left null is the target's.
+    """The draft to train; what has no field (widths, rotary base) or is left null is the target's.
 
-    `shift_label` null is true with the Domino head and false without. `sliding_window` makes every layer a sliding one
-    unless `layer_types` says which. `init_from` is a directory of a draft checkpoint to start from.
+    `shift_label` null is true with the Domino head and false without. `sliding_window` makes every
+    layer a sliding one unless `layer_types` says which. `init_from` is a directory of a draft
+    checkpoint to start from.
     """
 
     num_hidden_layers: int = 5
@@ -71,10 +75,10 @@ def make_draft_config(
     Args:
         recipe: what the run's configuration says.
         target: the target; widths, heads and rotary base are taken from it.
-        special_ids: name -> id of the tokens that must not double as the mask token (eos, pad, bos).
+        special_ids: name -> id of tokens that must not double as the mask token (eos, pad, bos).
         dtype: compute type of the draft.
     Raises:
-        InputError: the mask token is one of the special tokens, or the recipe does not fit the target.
+        InputError: the mask token is a special token, or the recipe does not fit the target.
     """
     for name, token in special_ids.items():
         require(
@@ -85,13 +89,14 @@ def make_draft_config(
     if layers is None:
         depth, count = target.num_hidden_layers, recipe.num_hidden_layers
         layers = default_target_layer_ids(depth, count)
+        # `DraftConfig` refuses these too, but names a setting that nobody has given.
         require(
             list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth,
-            f"draft.num_hidden_layers {count} needs {count} different layers of a target of {depth} layers; "
-            "give draft.target_layer_ids or fewer layers",
+            f"draft.num_hidden_layers {count} needs {count} different layers of a target of "
+            f"{depth} layers; give draft.target_layer_ids or fewer layers",
         )
-    # Depth and type are the draft's own; it always has per-head norms, never holds a head that could be tied, and is
-    # dense and free of biases whatever the target is.
+    # Depth and type are the draft's own; it always has per-head norms, never holds a head that
+    # could be tied, and is dense and free of biases whatever the target is.
     own = ["num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings", "attention_bias"]
     own += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
     fields = {
@@ -104,7 +109,7 @@ def make_draft_config(
         del chosen[name]
     fields |= {name: value for name, value in chosen.items() if value is not None}
     domino = recipe.projector_type is not None
-    fields["projector_type"] = recipe.projector_type
+    fields["projector_type"] = recipe.projector_type  # null is plain DFlash, nothing left open
     fields["shift_label"] = domino if recipe.shift_label is None else recipe.shift_label
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
@@ -117,13 +122,14 @@ def make_draft_config(
 class DataConfig:
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line.
 
-    `chat_template_kwargs` is what the target's chat template is told besides the messages, for example
-    `enable_thinking: false`; a name that the template does not read is refused.
-    `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their tokens stay in the rows.
-    `features` is a directory that `domino capture` wrote: training reads its rows and the target's captured states
-    instead of `train`, and does not run the target. Held-out rows are conversations either way; for them the target
-    runs at every evaluation.
-    `packing` puts several short conversations into one row; `batch_size` and epochs then count packed rows.
+    `chat_template_kwargs` is what the target's chat template is told besides the messages, for
+    example `enable_thinking: false`; a name that the template does not read is refused.
+    `mask_reasoning_content` takes `<think>...</think>` spans of answers out of the loss; their
+    tokens stay in the rows. `features` is a directory that `domino capture` wrote: training reads
+    its rows and the target's captured states instead of `train`, and does not run the target.
+    Held-out rows are conversations either way; for them the target runs at every evaluation.
+    `packing` puts several short conversations into one row; `batch_size` and epochs then count
+    packed rows.
     """
 
     train: str | None = None
@@ -131,7 +137,7 @@ class DataConfig:
     heldout: str | None = None
     max_length: int = 3072
     batch_size: int = 16
-    chat_template_kwargs: Scalars = field(default_factory=dict, hash=False)
+    chat_template_kwargs: Scalars = field(default_factory=dict, hash=False)  # no mapping has a hash
     mask_reasoning_content: bool = False
     packing: bool = False
 
@@ -144,7 +150,7 @@ class DataConfig:
         )
 
 
-# Of `draft/blocks.py`.
+# Those of `draft/blocks.py`, which imports jax.
 ANCHOR_RULES = ("nemo", "specforge")
 
 
@@ -152,18 +158,19 @@ ANCHOR_RULES = ("nemo", "specforge")
 class LossConfig:
     """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base).
 
-    `anchor_rule` is "nemo" or "specforge". `loss_type` is an objective of `training/objectives.py`, `options` are its
-    own parameters, and it says what `normalize` null means. `loss_decay_gamma` "default" is the objective's own decay
-    of the position weights (7 for dflash, none for dpace), null none.
-    `kl_weight` of each token's loss is the divergence from the target's distribution, the rest its hard label's
-    cross-entropy. `logits_mib` bounds memory: the vocabulary loss runs over as many blocks at a time as have float32
-    logits of that many MiB on a device; null takes what suits the device.
+    `anchor_rule` is "nemo" or "specforge". `loss_type` is an objective of
+    `training/objectives.py`, `options` are its own parameters, and it says what `normalize` null
+    means. `loss_decay_gamma` "default" is the objective's own decay of the position weights (7 for
+    dflash, none for dpace), null none. `kl_weight` of each token's loss is the divergence from the
+    target's distribution, the rest its hard label's cross-entropy. `logits_mib` bounds memory: the
+    vocabulary loss runs over as many blocks at a time as have float32 logits of that many MiB on a
+    device; null takes what suits the device.
     """
 
     num_anchors: int = 512
     anchor_rule: str = "nemo"
     loss_type: str = "dflash"
-    options: Scalars = field(default_factory=dict, hash=False)
+    options: Scalars = field(default_factory=dict, hash=False)  # no mapping has a hash
     loss_decay_gamma: float | Literal["default"] | None = "default"
     normalize: str | None = None
     kl_weight: float = 0.0
@@ -174,7 +181,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, linear warm-up, cosine decay; `ema_decay` keeps an average of the draft that is exported instead."""
+    """AdamW, linear warm-up, cosine decay; with `ema_decay` an average of the draft is exported."""
 
     learning_rate: float = 6e-4
     b1: float = 0.9
@@ -193,10 +200,10 @@ class TrainConfig:
 
     Of the checkpoints the newest `keep_checkpoints` stay, and with `keep_best: heldout` the one
     with the longest held-out acceptance. `extend` trains so many steps further once the run has
-    come to its end, at the learning rate and lambda_base that it ended with.
-    A step whose loss or gradient is not finite is skipped; `max_bad_steps` of them
-    in a row end the run. `profile` [step, steps] writes a trace of so many steps, from that one
-    on, into the run directory's `profile`.
+    come to its end, at the learning rate and lambda_base that it ended with. A step whose loss or
+    gradient is not finite is skipped; `max_bad_steps` of them in a row end the run. `profile`
+    [step, steps] writes a trace of so many steps, from that one on, into the run directory's
+    `profile`.
     """
 
     epochs: int = 3
@@ -222,10 +229,10 @@ class TrainConfig:
         )
         require(
             best is None
-            or self.checkpoint_every < 1
+            or self.checkpoint_every < 1  # no divisor; `RunConfig` refuses it
             or self.eval_every % self.checkpoint_every == 0,
-            f"keep_best needs a checkpoint at each evaluation: eval_every {self.eval_every} must be a "
-            f"multiple of checkpoint_every {self.checkpoint_every}",
+            "keep_best needs a checkpoint at each evaluation: eval_every "
+            f"{self.eval_every} must be a multiple of checkpoint_every {self.checkpoint_every}",
         )
         profile = self.profile
         require(
@@ -312,7 +319,8 @@ class RunConfig:
         )
         require(
             self.data.max_length > self.draft.block_size,
-            f"data.max_length {self.data.max_length} must exceed draft.block_size {self.draft.block_size}",
+            f"data.max_length {self.data.max_length} must exceed "
+            f"draft.block_size {self.draft.block_size}",
         )
 
     def _check_counts(self) -> None:
@@ -358,7 +366,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Returns:
         The checked configuration.
     Raises:
-        InputError: unreadable file, unknown key (with the nearest valid name), wrong type or contradicting values.
+        InputError: unreadable file, unknown key (with the nearest valid name), wrong type or
+            contradicting values.
     """
     tree = parse_yaml(read_text(Path(path), limit=YAML_CHARACTERS), place=str(path))
     if not isinstance(tree, dict):

@@ -25,9 +25,8 @@ import yaml
 from domino_jax.strict import InputError, shown
 
 CHECKSUMS = "SHA256SUMS"
-TEXT_BYTES = (
-    2**26
-)  # of a file that is parsed as a whole: settings, manifests, tokenizers' side files
+# Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
+TEXT_BYTES = 2**26
 YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
 LINE_BYTES = 2**26  # of one line of a JSONL file
 DEPTH = 64  # levels of mappings and lists
@@ -35,16 +34,19 @@ NUMBER_CHARACTERS = 64  # of a number as it is written
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes UTF-8 text beside its place, flushes it to disk and renames it; the mode follows the umask.
+    """Writes UTF-8 text beside its place, flushes it to disk and renames it.
+
+    The mode follows the umask.
 
     Raises:
-        OSError: it could not be written; what stood there is as it was, and nothing is left beside it.
+        OSError: it could not be written; what stood there is as it was, nothing is left beside it.
     """
     beside = path.with_name(f"{path.name}.new")
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            # Before the rename, which may reach the disk earlier than the text does.
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError:
@@ -69,11 +71,12 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def checked_file(directory: Path, name: str) -> Path:
-    """The path of a file of a model's directory, once it is known to be a regular file of that model.
+    """The path of a file of a model's directory, once it is known to be a regular file of it.
 
     A link may stay inside the directory, or inside the model's own part of Hugging Face's cache,
-    where every file is a link (`models--ORG--NAME/snapshots/REVISION/config.json` to `../../blobs`).
-    Any other would let a directory from somewhere show files of this machine as its own.
+    where every file is a link (`models--ORG--NAME/snapshots/REVISION/config.json` to
+    `../../blobs`). Any other would let a directory from somewhere show files of this machine as its
+    own.
 
     Raises:
         InputError: not there, not a regular file, or a link that leads out of the model.
@@ -85,8 +88,8 @@ def checked_file(directory: Path, name: str) -> Path:
     found = path.resolve()
     if not any(found.is_relative_to(root) for root in (home, *caches)):
         raise InputError(
-            f"{path}: a link out of its directory, to {found}; expected a file inside: copy it there, "
-            "or give the directory that it lies in"
+            f"{path}: a link out of its directory, to {found}; expected a file inside: "
+            "copy it there, or give the directory that it lies in"
         )
     return path
 
@@ -102,6 +105,7 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
         if size > limit:
             raise InputError(f"{path}: {size} bytes, expected at most {limit}")
         try:
+            # Bounded here too: the file may have grown since its size was asked.
             return file.read(limit + 1).decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
@@ -135,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        InputError: as `read_text` and `parse_json`, or it is not an object; the message names the file.
+        InputError: as `read_text` and `parse_json`, or it is not an object; it names the file.
     """
     tree = parse_json(read_text(path), place=str(path))
     if not isinstance(tree, dict):
@@ -163,7 +167,7 @@ def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False)
             parse_float=_number,
             parse_constant=float if nonfinite else _no_constant,
         )
-    except RecursionError as error:
+    except RecursionError as error:  # in json's parser, before there is a value to look at
         raise InputError(f"{where}more than {DEPTH} levels of lists and mappings") from error
     except ValueError as error:
         raise InputError(f"{where}not valid JSON: {error}") from error
@@ -173,9 +177,10 @@ def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False)
 
 
 def parse_yaml(text: str, *, place: str) -> Any:
-    """Parses YAML of somebody else, within bounds: mappings, lists, text, numbers, true, false and null.
+    """Parses YAML of somebody else, within bounds.
 
-    Numbers are decimal and dates are text, as in YAML 1.2: `010` and `1:30` are not 8 and 90.
+    Read are mappings, lists, text, numbers, true, false and null. Numbers are decimal and dates are
+    text, as in YAML 1.2: `010` and `1:30` are not 8 and 90.
 
     Raises:
         InputError: not YAML, a key that is given twice, an alias, a tag, a number of more than
@@ -229,7 +234,7 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
 
     Args:
         directory: which should hold SHA256SUMS.
-        unlisted: names of files that came later, relative to the directory; None where any may have.
+        unlisted: names of files that came later, relative to the directory; None where any may.
     Returns:
         A few words that name the first file in question, or None where every file is as it was.
     """
@@ -322,12 +327,16 @@ def _deeper_than(value: Any, depth: int) -> bool:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """The part of YAML that settings need; what it leaves out costs memory or says what nobody meant."""
+    """The part of YAML that settings need.
+
+    What it leaves out costs memory or says what nobody meant.
+    """
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        # Nine lists of nine aliases, each of the list before, stand for 9**9 values.
         if isinstance(event, yaml.AliasEvent):
             raise self._refusal("aliases (*name) are not read; write the value itself", event)
         if getattr(event, "tag", None) is not None:
@@ -348,7 +357,7 @@ class _BoundedLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise self._refusal("a list or mapping as a key", key_node)
-            if key in mapping:
+            if key in mapping:  # PyYAML would take the last of the two
                 raise self._refusal(f"the key {shown(key)} is given twice", key_node)
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
@@ -366,7 +375,8 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 _TAG = "tag:yaml.org,2002:"
-# What plain text stands for; YAML 1.1's own spellings, less octal, hexadecimal, sexagesimal and dates.
+# What plain text stands for; YAML 1.1's own spellings, less octal, hexadecimal, sexagesimal numbers
+# and dates.
 _PLAIN = {
     "null": r"~|null|Null|NULL|",
     "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",

@@ -1,10 +1,11 @@
-"""Numbers of files are checked before anything computes with them: one NaN in a weight ends as NaN everywhere.
+"""Numbers of files are checked before anything computes with them.
 
-The check reads each number twice and writes nothing, so it costs little beside reading a file.
-It looks at bits, because numpy computes with bfloat16 forty times slower than with integers:
+One NaN in a weight ends as NaN everywhere. The check reads each number twice and writes nothing, so
+it costs little beside reading a file. It looks at bits, because numpy computes with bfloat16 forty
+times slower than with integers:
 
-    bits, as an integer       0 ... largest number < infinity <= NaN     with the sign bit: the same,
-                                                                         shifted by the sign
+    bits, as an integer    0 ... largest number < infinity <= NaN    with the sign bit: the same,
+                                                                     shifted by the sign
 No jax here.
 """
 
@@ -15,12 +16,17 @@ from domino_jax.strict import InputError
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no entry of a floating point array, of any shape and of 16 or more bits, is NaN or infinite."""
+    """Whether no entry of a floating point array is NaN or infinite.
+
+    Args:
+        values: of any shape and of 16 or more bits.
+    """
     if values.size == 0:
         return True
     width = 8 * values.dtype.itemsize
     infinity = int(np.array(np.inf, values.dtype).view(f"uint{width}"))
-    # A signed integer's largest is that of the entries without a sign, an unsigned one's that of those with it.
+    # The largest signed integer is that of the entries without a sign, the largest unsigned one
+    # that of those with it.
     positive, negative = (
         int(values.view(f"int{width}").max()),
         int(values.view(f"uint{width}").max()),
@@ -35,7 +41,7 @@ def count_non_finite(values: np.ndarray) -> int:
 
 
 def require_finite(values: np.ndarray, *, place: str, remedy: str) -> None:
-    """Raises `InputError`, with how many there are, where a floating point array holds NaN or infinity.
+    """Raises `InputError` where a floating point array holds NaN or infinity, with how many.
 
     Args:
         values: of any shape.
@@ -43,6 +49,7 @@ def require_finite(values: np.ndarray, *, place: str, remedy: str) -> None:
         remedy: what to do, for the message.
     """
     if not all_finite(values):
+        # Counted only now: the slow way, which a sound array is spared.
         count, dtype = count_non_finite(values), str(values.dtype)
         raise not_finite(place, count, of=values.size, dtype=dtype, remedy=remedy)
 

@@ -1,6 +1,7 @@
-"""The parts that the target and the draft share: dense, RMSNorm, rotary embedding, SwiGLU, attention's projections.
+"""A draft has layers of its target's kind and may start as its top: the two share these parts.
 
-Weights are stored `[out, in]`, the layout of the checkpoints that this project reads and writes. Activations of
+They are dense, RMSNorm, rotary embedding, SwiGLU and attention's projections. Weights are stored
+`[out, in]`, the layout of the checkpoints that this project reads and writes. Activations of
 attention are heads first, `[B, heads, T, head_dim]`.
 """
 
@@ -19,7 +20,7 @@ from domino_jax.sharding import constrain, logical_axes
 
 
 class Dense(nn.Module):
-    """`x @ weight.T`, plus `bias` if there is one, with `weight` stored `[features, in]` in float32 masters.
+    """`x @ weight.T`, plus `bias` if there is one; float32 masters, `weight` as `[features, in]`.
 
     Attributes:
         features: width of the output.
@@ -40,6 +41,8 @@ class Dense(nn.Module):
         weight = self.param(
             "weight", logical_axes(init, *self.axes), (self.features, x.shape[-1]), jnp.float32
         )
+        # The master stays float32 and is cast at each use: bfloat16's eight bits would lose the
+        # small updates.
         product = project(x.astype(self.dtype), weight.astype(self.dtype))
         if not self.use_bias:
             return product
@@ -48,7 +51,7 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`weight * x / rms(x)` over the last axis; the mean square is taken in float32 whatever the input."""
+    """`weight * x / rms(x)` over the last axis, whose mean square is float32 whatever the input."""
 
     eps: float
 
@@ -58,6 +61,7 @@ class RMSNorm(nn.Module):
         weight = self.param(
             "weight", logical_axes(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32
         )
+        # In bfloat16 a mean over 4096 squares would stop growing long before the end.
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return scaled(x32, weight.astype(jnp.float32)).astype(x.dtype)
@@ -65,7 +69,7 @@ class RMSNorm(nn.Module):
 
 @jax.checkpoint
 def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`silu(gate) * up`; the backward pass makes its parts again, which is cheaper than keeping all of them."""
+    """`silu(gate) * up`; the backward pass recomputes its parts, cheaper than keeping them all."""
     return nn.silu(gate) * up
 
 
@@ -85,30 +89,34 @@ class SwiGLU(nn.Module):
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles (times YaRN's attention factor, if any), float32 [B, T, head_dim]."""
+    """Cosines and sines of the rotary angles, float32 [B, T, head_dim].
+
+    Both are multiplied by YaRN's attention factor, if there is one.
+    """
 
     cos: jax.Array
     sin: jax.Array
 
 
 class RotaryFrequencies(NamedTuple):
-    """`inverse`, float32 [head_dim / 2], radians per position; `amplitude` multiplies cosines and sines."""
+    """`inverse` float32 [head_dim / 2], radians a position; `amplitude` multiplies both tables."""
 
     inverse: np.ndarray
     amplitude: float
 
 
 def rotary_frequencies(cfg: DecoderConfig) -> RotaryFrequencies:
-    """The rotary frequencies of a decoder, `theta ** (-2 i / head_dim)` stretched as its `rope_scaling` says.
+    """The rotary frequencies of a decoder, `theta ** (-2 i / head_dim)` stretched by its scaling.
 
     All of it is float64 until the last rounding: nothing here is traced.
 
     Args:
         cfg: `head_dim`, `rope_theta` and `rope_scaling` are read.
     Returns:
-        `RotaryFrequencies`. The amplitude is 1 except for YaRN, where it is `attention_factor`, or follows from the
-        factor and the two mscales.
-    Source: RoFormer (arXiv:2104.09864); Llama 3.1's and YaRN's (arXiv:2309.00071) blends as transformers 5 reads them.
+        `RotaryFrequencies`. The amplitude is 1 except for YaRN, where it is `attention_factor`, or
+        follows from the factor and the two mscales.
+    Source: RoFormer (arXiv:2104.09864); Llama 3.1's and YaRN's (arXiv:2309.00071) blends as
+    transformers 5 reads them.
     """
     pair = np.arange(cfg.head_dim // 2)
     frequencies = cfg.rope_theta ** (-2 * pair / cfg.head_dim)
@@ -128,7 +136,10 @@ def rotary_frequencies(cfg: DecoderConfig) -> RotaryFrequencies:
 
 
 def _yarn_ramp(cfg: DecoderConfig, scaling: RopeScaling, original: int) -> np.ndarray:
-    """Share of each frequency that YaRN divides by the factor, from 0 (many turns) to 1 (few), [head_dim / 2]."""
+    """Share of each frequency that YaRN divides by the factor, [head_dim / 2].
+
+    From 0 (many turns within the pretraining length) to 1 (few).
+    """
 
     def pair_with(turns: float) -> float:
         """The (fractional) pair that turns that often within the pretraining length."""
@@ -144,6 +155,7 @@ def _yarn_ramp(cfg: DecoderConfig, scaling: RopeScaling, original: int) -> np.nd
         first, last = math.floor(first), math.ceil(last)
     # transformers bounds the end by head_dim - 1, though there are only half as many pairs.
     first, last = max(first, 0), min(last, cfg.head_dim - 1)
+    # A ramp without width is a step, as in transformers.
     width = last - first if last != first else 0.001
     return np.clip((np.arange(cfg.head_dim // 2) - first) / width, 0, 1)
 
@@ -167,10 +179,12 @@ def rotary(positions: jax.Array, cfg: DecoderConfig) -> Rotary:
         positions: int [B, T].
         cfg: the decoder whose heads are rotated; see `rotary_frequencies`.
     Returns:
-        `Rotary` of float32 [B, T, head_dim]; both halves of the last axis are equal (half-rotation layout).
+        `Rotary` of float32 [B, T, head_dim]; both halves of the last axis are equal (half-rotation
+        layout).
     Source: RoFormer (arXiv:2104.09864), in the half-split layout of Llama and Qwen checkpoints.
     """
     frequencies, amplitude = rotary_frequencies(cfg)
+    # bfloat16 counts to 256: beyond, neighbouring positions would have the same angles.
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies)
     angles = jnp.concatenate([angles, angles], axis=-1)
     return Rotary(jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude)
@@ -191,7 +205,7 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
 
 
 class AttentionProjections(nn.Module):
-    """The weights of grouped attention: q, k, v, o and, by family, biases of q, k, v or norms of q, k."""
+    """The weights of grouped attention: q, k, v, o; by family, biases of q, k, v, norms of q, k."""
 
     cfg: DecoderConfig
 
@@ -207,6 +221,7 @@ class AttentionProjections(nn.Module):
         self.v_proj = Dense(
             cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
         )
+        # Never a bias: Qwen2 has biases of q, k and v alone.
         self.o_proj = Dense(cfg.hidden_size, ("embed", "heads"), cfg.dtype)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(cfg.rms_norm_eps)
@@ -230,7 +245,6 @@ class AttentionProjections(nn.Module):
         batch, count, length, width = heads.shape
         return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, count * width))
 
-    def _heads(
-        self, x: jax.Array
-    ) -> jax.Array:  # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
+    # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
+    def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.cfg.head_dim)

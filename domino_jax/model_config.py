@@ -1,4 +1,8 @@
-"""The shapes of target and draft as their checkpoints describe them. No jax here."""
+"""A shape that no decoder can have should be refused before a weight is read or a program compiled.
+
+These are the shapes of target and draft as their checkpoints describe them. No jax here: commands
+that only check a file answer before it is there.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -6,7 +10,8 @@ from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, require, shown
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
-# Turns within the pretraining length above which YaRN leaves a frequency alone, and below which it stretches it fully.
+# Turns within the pretraining length above which YaRN leaves a frequency alone, and below which it
+# stretches it fully.
 YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
 
 # What each kind of scaling needs and what else it reads; any other field given is an error.
@@ -19,7 +24,8 @@ _ROPE_READS = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
 ROPE_TYPES = tuple(_ROPE_NEEDS)
-# Above every model that anybody published; what no file can hold is refused before it is looked for.
+# Above every model that anybody published; what no file can hold is refused before it is looked
+# for.
 SIZE_LIMITS = {
     "num_hidden_layers": 10_000,
     "max_position_embeddings": 2**31,
@@ -31,10 +37,11 @@ _EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched past the pretraining length, in the names of Hugging Face's config.json.
+    """How rotary frequencies are stretched past the pretraining length.
 
-    `rope_type` is "linear" (arXiv:2306.15595), "llama3" (Llama 3.1) or "yarn" (arXiv:2309.00071); a field that the
-    type does not read must keep its default. What None stands for is said where `layers.rotary_frequencies` reads it.
+    In the names of Hugging Face's config.json. `rope_type` is "linear" (arXiv:2306.15595), "llama3"
+    (Llama 3.1) or "yarn" (arXiv:2309.00071); a field that the type does not read must keep its
+    default. What None stands for is said where `layers.rotary_frequencies` reads it.
     """
 
     rope_type: str
@@ -50,7 +57,7 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses other types, missing fields, fields of another type, and numbers that stretch nothing."""
+        """Refuses unknown types, fields missing or of another type, and what stretches nothing."""
         kind = self.rope_type
         require(kind in _ROPE_NEEDS, f"rope_type is {kind!r}; supported: {', '.join(ROPE_TYPES)}")
         for name in _ROPE_NEEDS[kind]:
@@ -62,11 +69,13 @@ class RopeScaling:
                 field.name in known or value == field.default,
                 f"rope_type {kind!r} does not read {field.name}",
             )
+            # `truncate` is a bool, which is an int to Python.
             number = isinstance(value, int | float) and not isinstance(value, bool)
             require(not number or value > 0, f"{field.name} must be positive, found {value}")
             _check_size(field.name, value)
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
+        # Equal ones would divide by 0 where Llama 3.1 blends between the two.
         require(
             low is None or high is None or low < high,
             f"low_freq_factor {low} must be below high_freq_factor {high}",
@@ -83,9 +92,10 @@ class RopeScaling:
 class DecoderConfig:
     """The shape of a Llama- or Qwen-style decoder, in the names of Hugging Face's config.json.
 
-    `attention_bias` gives q, k and v (not o) a bias, as in Qwen2. With `num_experts` above 0 the feed-forward part of
-    every layer is a mixture of experts as in Qwen3 MoE, and `intermediate_size` is not read by the decoder itself.
-    `dtype` is the type of matrix products and activations; norms, softmax and logits are float32 always.
+    `attention_bias` gives q, k and v (not o) a bias, as in Qwen2. With `num_experts` above 0 the
+    feed-forward part of every layer is a mixture of experts as in Qwen3 MoE, and
+    `intermediate_size` is not read by the decoder itself. `dtype` is the type of matrix products
+    and activations; norms, softmax and logits are float32 always.
     """
 
     vocab_size: int
@@ -110,6 +120,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Refuses shapes that no decoder can have."""
+        # Not `fields(self)`: a draft's own fields may be 0, and its class checks them.
         for name, kind in DecoderConfig.__annotations__.items():
             positive = kind is int and (name not in _EXPERT_FIELDS or self.num_experts != 0)
             require(
@@ -117,6 +128,7 @@ class DecoderConfig:
                 f"{name} must be positive, found {getattr(self, name)}",
             )
             _check_size(name, getattr(self, name))
+        # Rounded to 0 in float32 it would make NaN of a zero vector.
         eps = self.rms_norm_eps
         require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
         if self.num_experts == 0:
@@ -124,7 +136,8 @@ class DecoderConfig:
             require(not given, f"{', '.join(given)} without num_experts")
         require(
             self.num_experts_per_tok <= self.num_experts,
-            f"num_experts_per_tok {self.num_experts_per_tok} must not exceed num_experts {self.num_experts}",
+            f"num_experts_per_tok {self.num_experts_per_tok} must not exceed "
+            f"num_experts {self.num_experts}",
         )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(
@@ -135,6 +148,7 @@ class DecoderConfig:
             self.head_dim % 2 == 0,
             f"head_dim must be even for rotary embeddings, found {self.head_dim}",
         )
+        # Its powers must fall, and YaRN divides by its logarithm.
         require(self.rope_theta > 1, f"rope_theta must be above 1, found {self.rope_theta}")
         _check_scale("rope_theta", self.rope_theta, "positive")
         require(
@@ -149,15 +163,16 @@ class DraftConfig(DecoderConfig):
 
     `projector_type` "domino" adds the causal head; None is plain DFlash. With `shift_label` block
     position k predicts the token `k + 1` after the anchor, else the one `k` after it, of which the
-    first is known. `num_target_layers` and `target_layer_ids` (0-based layer outputs) say which states
-    of the target the draft reads; the last layer's is taken after the target's final norm.
+    first is known. `num_target_layers` and `target_layer_ids` (0-based layer outputs) say which
+    states of the target the draft reads; the last layer's is taken after the target's final norm.
 
-    `layer_types` names each layer "full_attention" or "sliding_attention" (None: all full); a sliding layer sees the
-    context less than `sliding_window` positions before its query. Inside the block it looks both ways, or with
-    `sliding_in_block` "causal" (SpecForge's rule) only back.
+    `layer_types` names each layer "full_attention" or "sliding_attention" (None: all full); a
+    sliding layer sees the context less than `sliding_window` positions before its query. Inside the
+    block it looks both ways, or with `sliding_in_block` "causal" (SpecForge's rule) only back.
 
-    `input_embedding_scale` multiplies the embedded block; base logits are multiplied by `output_multiplier`, then
-    bounded to `final_logit_softcapping * tanh(logits / final_logit_softcapping)`.
+    `input_embedding_scale` multiplies the embedded block; base logits are multiplied by
+    `output_multiplier`, then bounded to
+    `final_logit_softcapping * tanh(logits / final_logit_softcapping)`.
     """
 
     qk_norm: bool = True
@@ -182,6 +197,7 @@ class DraftConfig(DecoderConfig):
         super().__post_init__()
         require(not self.attention_bias, "attention_bias: a draft has no biases")
         require(self.num_experts == 0, f"num_experts is {self.num_experts}: a draft is dense")
+        # An unshifted block of one holds its anchor, and has nothing to predict.
         require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
         for name in ("num_target_layers", "block_size", "emb_dim", "gru_hidden_dim"):
             _check_size(name, getattr(self, name))
@@ -231,8 +247,8 @@ class DraftConfig(DecoderConfig):
         window = self.sliding_window
         require(
             (SLIDING_ATTENTION in types) == (window is not None),
-            f"sliding_window is {window}, layer_types {shown(list(types))}: a window needs {SLIDING_ATTENTION} layers "
-            "and they need a window",
+            f"sliding_window is {window}, layer_types {shown(list(types))}: "
+            f"a window needs {SLIDING_ATTENTION} layers and they need a window",
         )
         # A smaller one would cut into the block itself, where trainers and engines disagree.
         require(
@@ -243,7 +259,8 @@ class DraftConfig(DecoderConfig):
             _check_size("sliding_window", window)
         require(
             self.sliding_in_block in ("bidirectional", "causal"),
-            f"sliding_in_block must be 'bidirectional' or 'causal', found {self.sliding_in_block!r}",
+            "sliding_in_block must be 'bidirectional' or 'causal', "
+            f"found {self.sliding_in_block!r}",
         )
 
     @property
@@ -259,6 +276,7 @@ class DraftConfig(DecoderConfig):
 
 def _check_size(name: str, value: object) -> None:
     """Refuses a number beyond any that a model has; other types pass."""
+    # A bool is an int to `isinstance`, and no size.
     limit = SIZE_LIMITS.get(name, SIZE_LIMIT)
     if type(value) is int:
         require(value <= limit, f"{name} must be at most {limit}, found {value}")
@@ -283,6 +301,8 @@ def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> t
         `(L // 2,)` for n = 1, else `round(1 + i (L - 4) / (n - 1))`.
     Source: DFlash (arXiv:2602.06036); NeMo AutoModel 0.7.0 `build_target_layer_ids`.
     """
+    # Python's `round`, which takes halves to the even number, as the reference does: another
+    # rounding would read other layers than the draft was trained on.
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
     return tuple(

@@ -1,4 +1,4 @@
-"""Machines that nobody owns here: described to a compiler, which is all that a plan needs of them.
+"""A plan must not need the machine that it is made for: a compiler is content with a description.
 
 A place is written `v5p:2x2x2`, a slice of TPUs by its topology, or `h100:8`, a number of GPUs. The
 compilers are wheels that need no device: libtpu, and XLA's CUDA plugin with NVIDIA's ptxas and
@@ -124,11 +124,13 @@ def compiler_for(place: Place) -> Compiler:
     try:
         return _tpu(place) if place.is_tpu else _gpus(place)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # Of many lines the first: a message of this program is one.
         said = str(error).strip().partition("\n")[0]
         raise InputError(f"--on {place.name}: no such topology: {said[:300]}") from error
 
 
 def _tpu(place: Place) -> Compiler:
+    # Defaults: what a user has set for a TPU of theirs stays.
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{place.chip}-{math.prod(place.sides)}")

@@ -1,4 +1,6 @@
-"""What a training step would take on machines that nobody owns here: `domino plan`.
+"""Whether a step fits is found out late, and paid for, where a machine has to be hired first.
+
+`domino plan` compiles that very step for machines that nobody owns here, and reads the program:
 
     configuration -> the step that `train` runs, traced on this CPU -> the compiler of the place
                                   |                                      |
@@ -121,6 +123,7 @@ class Plan:
         """The peak, or what a refusal says of it; None where it says nothing."""
         if self.peak_bytes is not None or self.refusal is None:
             return self.peak_bytes
+        # As compilers word it: "temporaries (20.50G)" or "Used 20.50G".
         found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGTP]?)", self.refusal)
         return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
@@ -174,6 +177,7 @@ def planned_step(config: RunConfig, models: Models, compiler: Compiler) -> Plann
         target_layout(program.target, mesh, tables_only=tables_only),
         batch_layout(config, models.draft, mesh),
     )
+    # Not `with mesh:`, under which the layers' constraints do nothing, in silence.
     with jax.set_mesh(mesh):
         traced = traced_step(program, arguments)
         return PlannedStep(program, traced, traced.lower(), dict(mesh.shape))
@@ -216,6 +220,7 @@ def plan(
 
 def _key(step: PlannedStep, place: Place, compiler: Compiler) -> str:
     """The program, its place, the compiler, and the code that reads what comes out."""
+    # So that a plan which older code made is not taken for one of this code.
     readers = [Path(module.__file__ or "").read_text() for module in (compiled, arithmetic)]
     readers.append(Path(__file__).read_text())
     told = (step.lowered.as_text(), place.name, jax.__version__, compiler.version, *readers)
@@ -232,6 +237,7 @@ def _compiled_plan(
 ) -> Plan:
     kind = compiler.devices[0].device_kind
     chip, count = CHIPS[kind], len(compiler.devices)
+    # Which piece holds the last supervised block only data knows: at most the loss runs all.
     pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)
     platform = compiler.devices[0].platform
     products = arithmetic.products(step.traced, platform=platform, unknown_turns=pieces)
@@ -289,10 +295,11 @@ def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) 
             program = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+                raise  # a fault of the program or of the compiler, not an answer
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
             return Outcome(refusal=" ".join(said[:2])[:400])
         if place.is_tpu:
+            # The step's is the longest: small modules may be dumped beside it.
             dumps = Path(scratch).rglob("*.after_optimizations.txt")
             text = max((dump.read_text() for dump in dumps), key=len)
         else:
@@ -300,7 +307,7 @@ def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) 
     memory = program.memory_analysis()
     assert memory is not None
     peak = memory.peak_memory_in_bytes
-    if not peak:
+    if not peak:  # 0: this compiler does not tell it
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return Outcome(text, peak, memory.argument_size_in_bytes)
 
@@ -329,7 +336,7 @@ def _useful_flops(config: RunConfig, models: Models, program: Program) -> dict[s
         models.draft,
         config.data.max_length,
         config.loss.num_anchors,
-        target=models.target if config.data.features is None else None,
+        target=models.target if config.data.features is None else None,  # captured before
         depth=program.target.layers_run,
         target_logits=config.loss.kl_weight > 0,
     )

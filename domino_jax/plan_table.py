@@ -1,4 +1,4 @@
-"""Plans as a table: a column for each place, a line for each figure."""
+"""Places are chosen by comparing them: a column for each place, a line for each figure."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from rich.table import Table
 from domino_jax.plan import Plan
 
 MIB, GIB, TERA = 2**20, 2**30, 1e12
-BUFFERS = 5
+BUFFERS = 5  # of the 8 that a plan holds
 
 
 def plan_table(plans: Sequence[Plan]) -> Table:
@@ -20,6 +20,7 @@ def plan_table(plans: Sequence[Plan]) -> Table:
 
     def row(name: str, cell: Callable[[Plan], str | None]) -> None:
         cells = [cell(plan) for plan in plans]
+        # What no place has is left out: launches, where all are TPUs.
         if any(cells):
             table.add_row(name, *(text or "-" for text in cells))
 
@@ -33,6 +34,7 @@ def plan_table(plans: Sequence[Plan]) -> Table:
         row(kind, _exchange_of(kind))
     row("launches, at most", lambda plan: f"{plan.launches:,}" if plan.launches else None)
     row("TFLOP useful / executed", lambda plan: _flops(*_totals(plan)))
+    # Not a set: stages stand in the order in which a step comes to them.
     for stage in {stage: None for plan in plans for stage in plan.executed_flops}:
         row(f"  {stage}", _stage_of(stage))
     row("  of it float32", lambda plan: _tera(plan.float32_flops))
@@ -53,7 +55,7 @@ def _size(size: int | None) -> str | None:
 
 
 def _memory(plan: Plan) -> str:
-    needed = _size(plan.needed_bytes)
+    needed = _size(plan.needed_bytes)  # None where a refusal tells no figure: more than there is
     words = f"{needed or 'more'} of {_size(plan.memory_bytes)}"
     return words if plan.refusal is None else f"{words}, refused by the compiler"
 

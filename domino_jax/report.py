@@ -1,4 +1,4 @@
-"""What a run directory tells a person: its training in figures, its evaluation as a table."""
+"""A run's files are for programs: here a person gets training in figures, evaluation in a table."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,10 @@ from domino_jax.training.metrics import read_metrics
 
 
 def training_summary(run: Path) -> dict[str, Any]:
-    """First and last training loss and the last held-out figures of a run's log, empty for an imported draft."""
+    """First and last training loss and the last held-out figures of a run's log.
+
+    Empty for an imported draft.
+    """
     # A window in which every step was skipped has no loss; neither has a pass that was not finite.
     records = [record for record in read_metrics(run) if record.get("loss") is not None]
     training = [record for record in records if record["split"] == "train"]
@@ -31,8 +34,9 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     """The table of an `evaluation.json`: a column per prompt set, the training figures below."""
     evaluator, training = report["evaluator"], report["training"]
     title = (
-        f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, {evaluator['proposals']} "
-        f"proposals, temperature {evaluator['temperature']}, {evaluator['max_new_tokens']} new tokens"
+        f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, "
+        f"{evaluator['proposals']} proposals, temperature {evaluator['temperature']}, "
+        f"{evaluator['max_new_tokens']} new tokens"
     )
     if "dtype" in evaluator:  # older reports do not say
         title += f", {evaluator['dtype']}"
@@ -43,6 +47,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         table.add_row(name, *(cell(figures) for figures in columns))
 
     def figure(key: str, digits: int) -> Callable[[dict[str, Any]], str]:
+        # Some may be missing: head off without a Domino head, tokens compared of sampled answers.
         return lambda figures: f"{figures[key]:.{digits}f}" if key in figures else "-"
 
     row("prompts", figure("prompts", 0))
@@ -56,9 +61,15 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     row("tokens compared", figure("tokens_compared", 0))
     row("tokens equal", figure("tokens_equal", 0))
     if "first_loss" in training:
-        table.caption = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f} in {training['steps']} steps"
+        table.caption = (
+            f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f} "
+            f"in {training['steps']} steps"
+        )
     if "heldout" in training:
         heldout = training["heldout"]
         base = f", base {heldout['base_accept_len']:.3f}" if "base_accept_len" in heldout else ""
-        table.caption = f"{table.caption}; held-out accept_len (teacher-forced) {heldout['accept_len']:.3f}{base}"
+        table.caption = (
+            f"{table.caption}; held-out accept_len (teacher-forced) "
+            f"{heldout['accept_len']:.3f}{base}"
+        )
     return table

@@ -1,4 +1,8 @@
-"""The only file that names mesh axes: what each logical axis of a parameter or activation is split over."""
+"""Layers say what an axis means; what it is split over is decided here, for all of them at once.
+
+This is the only file that names mesh axes. Elsewhere parameters and activations carry logical axes
+("embed", "vocab", ..), so that another layout is a change of one table.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# A logical axis that is missing here is an error, never a silent "replicated".
+# A logical axis that is missing here is an error: to flax it would mean "replicated", silently.
+# "batch" goes over "fsdp" too: those devices split the parameters, and each has rows of its own.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
@@ -46,8 +51,10 @@ def make_mesh(
     count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor}: sizes must be positive, only data may be -1"
+            f"mesh data={data} fsdp={fsdp} tensor={tensor}: sizes must be positive, "
+            "only data may be -1"
         )
+    # At least one, so that too many parts are refused below, with the count that they need.
     if data == -1:
         data = max(count // (fsdp * tensor), 1)
     needed = data * fsdp * tensor
@@ -55,6 +62,7 @@ def make_mesh(
         raise ValueError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {needed} devices, found {count}"
         )
+    # The default is Explicit axes, under which Linen layers fail with these rules.
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=kinds, devices=devices)
 
@@ -78,9 +86,10 @@ def logical_axes(init: Any, *axes: str) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks the compiler to lay out `x` by logical axes, one per dimension; nothing happens without a mesh.
+    """Asks the compiler to lay out `x` by logical axes, one per dimension.
 
-    An axis whose length the mesh does not divide stays whole. Inside `split_over_batch` rows are split already.
+    Nothing happens without a mesh. An axis whose length the mesh does not divide stays whole.
+    Inside `split_over_batch` rows are split already.
 
     Raises:
         KeyError: an unknown logical axis.
@@ -89,6 +98,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     spec = partition_spec(*axes)
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {x.shape}")
+    # The names are checked above, also where there is no mesh: a typo should not wait for one.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.auto_axes:
         return x
@@ -96,7 +106,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def parts_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """How many parts a mesh splits a logical axis into, 1 without a mesh or where each device has its own part.
+    """How many parts a mesh splits a logical axis into.
+
+    1 without a mesh, and where each device has its own part already.
 
     Args:
         axis: the logical axis.
@@ -131,6 +143,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
+    # A manual axis is one that a `shard_map` around this code has split: here it has no parts left.
     return math.prod(mesh.shape[name] for name in names if name not in mesh.manual_axes)
 
 
@@ -148,16 +161,17 @@ def _fitted(
 def split_over_batch(
     function: Callable[..., tuple[Any, Any]], *, by_row: tuple[bool, ...]
 ) -> Callable[..., Any]:
-    """A function that the devices run on their own rows of the batch, with one sum over the batch at its end.
+    """A function that devices run on their own rows of the batch, with one sum over it at the end.
 
-    A loop inside adds up on each device, where the compiler would otherwise sum over devices in every turn. Heads and
-    vocabulary stay the compiler's to split.
+    A loop inside adds up on each device, where the compiler would otherwise sum over devices in
+    every turn. Heads and vocabulary stay the compiler's to split.
 
     Args:
         function: returns what belongs to rows (arrays with the batch in front) and sums over rows.
         by_row: of each argument, whether its arrays have the batch in front; the others are shared.
     Returns:
-        A function of the same arguments and result; `function` itself where no mesh divides the rows.
+        A function of the same arguments and result; `function` itself where no mesh divides the
+        rows.
     """
 
     def split(*arguments: Any) -> Any:
@@ -174,6 +188,8 @@ def split_over_batch(
             of_rows, sums = function(*arguments)
             return of_rows, jax.lax.psum(sums, names)
 
+        # Unchecked: a loop that begins with zeros, the same on all devices, ends with what differs
+        # between them, which the check takes for a mistake.
         return jax.shard_map(
             run,
             in_specs=tuple(own if of_rows else shared for of_rows in by_row),
@@ -188,14 +204,15 @@ def split_over_batch(
 def split_over_devices(
     function: Callable[..., Any], *, inputs: Any, outputs: Any
 ) -> Callable[..., Any]:
-    """A function that each device runs on its own part of the arrays; the same function without a mesh.
+    """A function that each device runs on its own part of the arrays; the same without a mesh.
 
-    For work in which no part needs another: loops then end where the device's own data says, and nothing is summed
-    over devices.
+    For work in which no part needs another: loops then end where the device's own data says, and
+    nothing is summed over devices.
 
     Args:
         function: of arrays (or trees of them), traceable.
-        inputs: the logical axes of each array, one tuple of names per array, in a tuple of the arguments.
+        inputs: the logical axes of each array, one tuple of names per array, in a tuple of the
+            arguments.
         outputs: likewise of its result. An axis whose length the mesh does not divide stays whole.
     Returns:
         A function of the same arguments and result.
@@ -205,6 +222,7 @@ def split_over_devices(
 
     def specs(axes: Any, arrays: Any, mesh: AbstractMesh) -> Any:
         flat = jax.tree.leaves(arrays)
+        # Trees of arrays may be tuples too: a tuple of nothing but names is a leaf of `axes`.
         named = jax.tree.leaves(axes, is_leaf=lambda leaf: type(leaf) is tuple and _is_axes(leaf))
         fitted = [
             _fitted(partition_spec(*names), x.shape, mesh)
@@ -216,12 +234,13 @@ def split_over_devices(
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return function(*arrays)
+        # Specs of results must be known before the call, and which axes divide follows from shapes.
         results = jax.eval_shape(function, *arrays)
         run = jax.shard_map(
             function,
             in_specs=specs(inputs, arrays, mesh),
             out_specs=specs(outputs, results, mesh),
-            check_vma=False,
+            check_vma=False,  # as in `split_over_batch`
         )
         return run(*arrays)
 

@@ -16,6 +16,7 @@ VOCABULARY_LOSS = "vocabulary_loss"  # logits, base and corrected, and their los
 UPDATE = "update"  # norm of the gradient, optimiser, average
 
 STAGES = (TARGET, CONTEXT, BACKBONE, BLOCK_ATTENTION, HEAD, VOCABULARY_LOSS, UPDATE)
+# Of loops, calls and transformations: they tell a reader nothing of the part.
 _MACHINERY = {
     *("while", "body", "cond", "closed_call", "eval_jaxpr", "shard_map", "checkpoint", "pjit"),
     *("train_step", "branch_0_fun", "branch_1_fun", "remat", "custom_vjp_call", "jit"),

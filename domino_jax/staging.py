@@ -18,14 +18,14 @@ from pathlib import Path
 
 from domino_jax.strict import InputError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing goes on once there is room
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
 _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _unfinished: set[Path] = set()
 
 
 def check_new(path: Path) -> None:
-    """Raises `InputError` unless a directory may be written there: nothing is, or an empty directory."""
+    """Raises `InputError` unless a directory may be written there: nothing is, or an empty one."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already there and not an empty directory; give a new one")
 
@@ -41,6 +41,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
         OSError: something could not be written; it names `path`, and nothing is left beside it.
     """
     check_new(path)
+    # Beside its place and not among temporary files: a rename works within one file system only.
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     _unfinished.add(beside)
     try:
@@ -49,6 +50,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
             yield beside
             beside.replace(path)
     finally:
+        # Removed, then forgotten: a signal in between still finds what there is to remove.
         shutil.rmtree(beside, ignore_errors=True)
         _unfinished.discard(beside)
 
@@ -66,6 +68,7 @@ def write_error(error: Exception, path: Path) -> OSError:
         error: what it raised; the system's own words stand somewhere in its message.
         path: what was being written.
     """
+    # The libraries' own errors have no number: the system's words are all that is left of it.
     for number in _WRITE_ERRORS:
         if os.strerror(number) in str(error):
             return OSError(number, os.strerror(number), str(path))
@@ -79,6 +82,7 @@ def _errors_name(path: Path, beside: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # Of another file, such as one that the body reads: it names its place already.
         if error.filename is not None and not Path(error.filename).is_relative_to(beside):
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

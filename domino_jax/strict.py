@@ -1,4 +1,8 @@
-"""Mappings of a user's file become frozen dataclasses, strictly: every error names the place. No jax here."""
+"""Mappings of a user's file become frozen dataclasses, strictly: every error names the place.
+
+A misspelt key that is passed over, or "1e-3" that stays text, changes a run without a word. So what
+is not a field in its type is refused, in one line that says where it stands. No jax here.
+"""
 
 import dataclasses
 import difflib
@@ -10,9 +14,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Scalar = bool | int | float | str
-Scalars = Mapping[
-    str, Scalar
-]  # settings whose names somebody else defines, a chat template for example
+# Settings whose names somebody else defines, a chat template for example.
+Scalars = Mapping[str, Scalar]
 
 LINE_CHARACTERS = 490  # of a message; with "error: " before it, a line of less than 500
 SHOWN_CHARACTERS = 100  # of a value inside a message
@@ -56,7 +59,10 @@ def shown(value: Any) -> str:
 
 
 def text_problem(text: str) -> str | None:
-    """Why text can be neither a path nor words for a tokenizer: a NUL, or half a surrogate pair; None if it can."""
+    """Why text can be neither a path nor words for a tokenizer, None if it can.
+
+    It holds a NUL, or half a surrogate pair.
+    """
     if "\0" in text:
         return "holds a NUL character"
     return "is not valid Unicode" if any("\ud800" <= c <= "\udfff" for c in text) else None
@@ -73,8 +79,8 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
 
     Args:
         kind: the dataclass.
-        tree: mapping of its fields; a float may be an integer or a string such as "1e-3", which YAML
-            reads as text. A field of type `Scalars` takes a mapping, see `scalars`; where its
+        tree: mapping of its fields; a float may be an integer or a string such as "1e-3", which
+            YAML reads as text. A field of type `Scalars` takes a mapping, see `scalars`; where its
             dataclass is to be hashable, the field is declared with `hash=False`.
         place: where the mapping comes from, for messages.
     Raises:
@@ -111,14 +117,15 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
     stays text.
 
     Raises:
-        InputError: not a mapping, a name that is not text, or a value that is none of true, false, a
-            finite number and text.
+        InputError: not a mapping, a name that is not text, or a value that is none of true, false,
+            a finite number and text.
     """
     if not isinstance(value, dict):
         raise InputError(f"{place}: expected a mapping, found {shown(value)}")
     for name, item in value.items():
         if not isinstance(name, str):
             raise InputError(f"{place}: expected text as a name, found {shown(name)}")
+        # Not `abs(item) >= 2**63`, which is false of NaN.
         endless = isinstance(item, int | float) and not abs(item) < 2**63
         if type(item) not in typing.get_args(Scalar) or endless:
             raise InputError(

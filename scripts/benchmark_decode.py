@@ -1,18 +1,20 @@
-"""Decoding of one target, plain and with drafters, here and in the PyTorch programs, on the same prompts in one run.
+"""Decoding of one target, plain and with drafters, here and in PyTorch, same prompts, one run.
 
-Here: plain, speculative with a Domino draft, speculative with a plain DFlash draft. Beside them transformers'
-`generate` and, on the DFlash draft, the `spec_generate` of NeMo AutoModel 0.7.0 and of z-lab's dflash 0.1.0 (neither
-runs the Domino head). All greedy; the ways take turns prompt by prompt. Then the parts of a cycle, what verifying
-costs against a single token, and batches. The last line is JSON.
+Here: plain, speculative with a Domino draft, speculative with a plain DFlash draft. Beside them
+transformers' `generate` and, on the DFlash draft, the `spec_generate` of NeMo AutoModel 0.7.0 and
+of z-lab's dflash 0.1.0 (neither runs the Domino head). All greedy; the ways take turns prompt by
+prompt. Then the parts of a cycle, what verifying costs against a single token, and batches. The
+last line is JSON.
 
 Trained drafts of a run are measured in float32 (`--domino RUN --dflash RUN`). On an accelerator
 
     python scripts/benchmark_decode.py --shape qwen3-4b
 
-fills the README's table instead: bfloat16, prompts, target and drafts random and made on the device, alike in jax and
-torch (`benchmark_weights.py`). What such drafts guess right means nothing: compare the time of a cycle ("verification")
-and of plain decoding, the prompt's reading included. Draft weights are float32 here, as every verb reads them. It needs
-what `benchmark_step.py` says for a machine without network; z-lab's program is left out. `--tiny` tries it anywhere.
+fills the README's table instead: bfloat16, prompts, target and drafts random and made on the
+device, alike in jax and torch (`benchmark_weights.py`). What such drafts guess right means nothing:
+compare the time of a cycle ("verification") and of plain decoding, the prompt's reading included.
+Draft weights are float32 here, as every verb reads them. It needs what `benchmark_step.py` says for
+a machine without network; z-lab's program is left out. `--tiny` tries it anywhere.
 """
 
 import argparse
@@ -54,7 +56,7 @@ TorchModels = tuple[Any, dict[str, Any]]  # a target and its DFlash drafts
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is decoded: a target, its Domino and its DFlash draft, prompts, and the tokens that end an answer."""
+    """What is decoded: a target, its Domino and DFlash drafts, prompts, tokens that end answers."""
 
     target: DecoderConfig
     target_params: Any
@@ -186,7 +188,7 @@ def case_of_runs(options: argparse.Namespace) -> Case:
 
 
 def case_of_shape(options: argparse.Namespace) -> Case:
-    """A random target with random drafts, made on the device, and random prompts; nothing ends an answer early."""
+    """A random target, drafts and prompts, made on the device; nothing ends an answer early."""
     import benchmark_ours
 
     target = target_config(options.shape, dtype=benchmark_ours.default_dtype(), tiny=options.tiny)
@@ -229,7 +231,7 @@ def our_way(decoder: Decoder, weights: Weights, *, longest: int, count: int) -> 
 def torch_ways(
     model: Any, drafts: dict[str, Any], stops: tuple[int, ...], *, count: int
 ) -> dict[str, Way]:
-    """transformers and the programs with a draft; verifications are counted at the target's forward."""
+    """transformers and programs with a draft; verifications are counted at the target's forward."""
     import torch
     from benchmark_nemo import crop_to_length
 
@@ -264,7 +266,7 @@ def torch_ways(
 def take_turns(
     ways: dict[str, Any], prompts: list[np.ndarray], *, count: int
 ) -> dict[str, dict[str, float]]:
-    """Every way answers every prompt; the first prompt is answered once more beforehand, to compile and warm up."""
+    """Every way answers every prompt, the first once more before that to compile and warm up."""
     seconds: dict[str, float] = dict.fromkeys(ways, 0.0)
     answers: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ways}
     for name, way in ways.items():
@@ -297,7 +299,7 @@ def take_turns(
 
 
 def verification(target: Target, params: Any, *, context: int) -> dict[int, float]:
-    """Median seconds of one pass of the target over 1, 2, 4 and 8 tokens behind a context, logits included."""
+    """Median seconds of a target's pass over 1, 2, 4 and 8 tokens behind a context, with logits."""
     return {
         size: timed(*target_pass(target, params, size=size, context=context))
         for size in (1, 2, 4, 8)
@@ -307,7 +309,7 @@ def verification(target: Target, params: Any, *, context: int) -> dict[int, floa
 def target_pass(
     target: Target, params: Any, *, size: int, context: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A jitted pass over `size` tokens at `context`, and its arguments; the cache comes back in its place."""
+    """A jitted pass over `size` tokens at `context`, and its arguments; the cache is donated."""
     cache = target.empty_cache(batch=1, slots=context + 64)
     tokens = jnp.ones((1, size), jnp.int32)
     positions = context + jnp.arange(size, dtype=jnp.int32)[None]
@@ -320,7 +322,7 @@ def target_pass(
 
 
 def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str, float]:
-    """Median seconds of a whole cycle and of its parts alone; `rest` is acceptance, commits and both caches' writes."""
+    """Median seconds of a cycle and of its parts; `rest` is acceptance, commits, caches' writes."""
     slots = context + 256
     prompt = np.ones(context, np.int32)
     state = speculate.start(decoder, weights, [prompt], max_new_tokens=128, slots=slots)
@@ -377,7 +379,8 @@ def show(report: dict[str, Any]) -> None:
         equal = f"{way['answers_equal_to_plain']}/{report['prompts']} answers equal to plain"
         cycle = f"{way['seconds_per_verification'] * 1e3:.2f} ms a verification"
         print(
-            f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  {cycle}  {equal}"
+            f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  "
+            f"{cycle}  {equal}"
         )
     single = report["verification"][1]
     print(f"one pass of the target, context {report['context']}: ", end="")

@@ -1,9 +1,10 @@
-"""How step time and memory of a Domino draft grow with anchors N, context S, block K and vocabulary V.
+"""How step time and memory of a Domino draft grow with anchors N, context S, block K, vocabulary V.
 
-Every point is a process of its own: a compiled step as in `benchmark_step.py` (the fastest of a few), and the
-temporary memory that the compiler plans for the vocabulary loss with its gradient, in pieces of `--chunk-blocks`.
-Prints the power of each law (slope of the logarithms), writes GROWTH.json and, with matplotlib installed, GROWTH.png
-into `--directory`.
+A speed at one size does not show a term that takes over at another. Every point is a process of its
+own: a compiled step as in `benchmark_step.py` (the fastest of a few), and the temporary memory that
+the compiler plans for the vocabulary loss with its gradient, in pieces of `--chunk-blocks`. Prints
+the power of each law (slope of the logarithms), writes GROWTH.json and, with matplotlib installed,
+GROWTH.png into `--directory`.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def main() -> None:
     draw(points, powers, options.directory / "GROWTH.png")
     for name, fitted in powers.items():
         print(
-            f"step time ~ {name}^{fitted['seconds']:.2f}, loss memory ~ {name}^{fitted['loss_bytes']:.2f}, "
+            f"step time ~ {name}^{fitted['seconds']:.2f}, "
+            f"loss memory ~ {name}^{fitted['loss_bytes']:.2f}, "
             f"step memory ~ {name}^{fitted['step_bytes']:.2f}"
         )
     print(json.dumps(powers))
@@ -120,7 +122,10 @@ def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str
 
 
 def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
-    """Planned bytes of the loss and its gradient, less the states and their gradients, which grow by right."""
+    """Planned bytes of the loss and its gradient, without states and their gradients.
+
+    Those grow by right.
+    """
     import jax
     import jax.numpy as jnp
 

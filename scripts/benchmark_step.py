@@ -1,20 +1,23 @@
-"""One optimisation step of a Domino draft, here and in NeMo AutoModel 0.7.0, on the same weights, inputs and anchors.
+"""One optimisation step of a Domino draft, here and in NeMo AutoModel 0.7.0, on the same inputs.
 
-Each side runs in its own process and waits for its turn; the two alternate, so that a busy moment hits both. Prints
-medians, peak memory, the arithmetic of a step and the share of the measured float32 matrix-product peak; the last line
-is JSON. NeMo AutoModel must be installed beside the project (`pip install -e '.[test]'`, then
+Weights and anchors are the same too. Each side runs in its own process and waits for its turn; the
+two alternate, so that a busy moment hits both. Prints medians, peak memory, the arithmetic of a
+step and the share of the measured float32 matrix-product peak; the last line is JSON. NeMo
+AutoModel must be installed beside the project (`pip install -e '.[test]'`, then
 `pip install --no-deps nemo-automodel==0.7.0`).
 
-On an accelerator `qwen3-4b`, `qwen3-8b` and `specforge` measure steps of real size in bfloat16, each with few and many
-anchors, draft only and online (see `benchmark_card.py`). The GPU table of the README is filled by
+On an accelerator `qwen3-4b`, `qwen3-8b` and `specforge` measure steps of real size in bfloat16,
+each with few and many anchors, draft only and online (see `benchmark_card.py`). The GPU table of
+the README is filled by
 
     python scripts/benchmark_step.py --workload qwen3-8b --rounds 7
 
-and likewise for the other two; `--anchors` and `--modes` take a part of a workload, where a call may last some minutes
-only. A machine without network needs the checkout, jax for CUDA with flax and optax, transformers, safetensors and,
-for the peer, torch for CUDA and the wheel that `pip download --no-deps nemo-automodel==0.7.0` fetches, installed there
-with `pip install --no-deps --no-index WHEEL`; no weights, no data, no tokenizer. `--tiny` tries the same on any machine
-in seconds.
+and likewise for the other two; `--anchors` and `--modes` take a part of a workload, where a call
+may last some minutes only. A machine without network needs the checkout, jax for CUDA with flax and
+optax, transformers, safetensors and, for the peer, torch for CUDA and the wheel that
+`pip download --no-deps nemo-automodel==0.7.0` fetches, installed there with
+`pip install --no-deps --no-index WHEEL`; no weights, no data, no tokenizer. `--tiny` tries the same
+on any machine in seconds.
 """
 
 import argparse
@@ -68,7 +71,8 @@ def main() -> None:
     parser.add_argument(
         "--chunk-blocks",
         type=int,
-        help=f"blocks whose logits exist together; 0 for all ({CHUNK_BLOCKS}, on an accelerator {card.CHUNK_BLOCKS})",
+        help="blocks whose logits exist together; 0 for all "
+        f"({CHUNK_BLOCKS}, on an accelerator {card.CHUNK_BLOCKS})",
     )
     real = parser.add_argument_group("steps of real size (qwen3-4b, qwen3-8b, specforge)")
     real.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
@@ -92,7 +96,8 @@ def main() -> None:
         parser.error(f"{options.workload} has no settings; those of real size have")
     if on_card and not card.settings(options.workload, **chosen):
         parser.error(
-            f"--modes: {options.workload} has {' '.join(card.WORKLOADS[options.workload].modes)} alone"
+            f"--modes: {options.workload} has "
+            f"{' '.join(card.WORKLOADS[options.workload].modes)} alone"
         )
     if on_card:
         import benchmark_card
@@ -145,13 +150,16 @@ def compare(options: argparse.Namespace) -> None:
         "revision": revision(),
     }
     print(
-        f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, {options.rounds} alternating rounds"
+        f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, "
+        f"{options.rounds} alternating rounds"
     )
     print(
-        f"  here          {medians['ours']:.3f} s (median), peak {ours['peak_bytes'] / 2**30:.2f} GiB"
+        f"  here          {medians['ours']:.3f} s (median), "
+        f"peak {ours['peak_bytes'] / 2**30:.2f} GiB"
     )
     print(
-        f"  NeMo 0.7.0    {medians['nemo']:.3f} s (median), peak {nemo['peak_bytes'] / 2**30:.2f} GiB"
+        f"  NeMo 0.7.0    {medians['nemo']:.3f} s (median), "
+        f"peak {nemo['peak_bytes'] / 2**30:.2f} GiB"
     )
     print(
         f"  ratio {figures['ratio']:.2f}x, memory {figures['rss_ratio']:.2f}x of NeMo's, ", end=""
@@ -233,7 +241,7 @@ def our_step(
 def compiled_step(
     config: DraftConfig, params: Any, batch: dict[str, np.ndarray], *, chunk_blocks: int
 ) -> tuple[Callable[[], float], Any]:
-    """A donated step, forward, backward and AdamW, that returns the loss; and the compiled program."""
+    """A donated step (forward, backward, AdamW) that returns the loss; and the compiled program."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -274,7 +282,7 @@ def compiled_step(
 def nemo_step(
     draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace
 ) -> Callable[[], float]:
-    """The same step of NeMo AutoModel, on its dense mask (its block-sparse one is for CUDA only)."""
+    """The same step of NeMo AutoModel, on its dense mask (its block-sparse one needs CUDA)."""
     import torch
     from nemo_automodel.components.speculative.dflash.domino_core import DominoTrainerModule
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
@@ -314,7 +322,10 @@ def nemo_step(
 
 
 def matmul_speed(side: str) -> float:
-    """Float32 operations per second of a 4096 x 4096 product of JAX or torch, the best of five after one to warm up."""
+    """Float32 operations per second of a 4096 x 4096 product of JAX or torch.
+
+    The best of five after one to warm up.
+    """
     size = 4096
     x = np.ones((size, size), np.float32)
     product = jax_product(x) if side == "ours" else torch_product(x)

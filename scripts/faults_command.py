@@ -1,4 +1,7 @@
-"""Breaks real runs on purpose and tells what held: `scripts/faults [PART[=COUNT]]...`, one table at the end."""
+"""A promise about crashes and rot is worth what was tried: this breaks real runs on purpose.
+
+`scripts/faults [PART[=COUNT]]...` tells what held, in one table at the end.
+"""
 
 import shutil
 import sys

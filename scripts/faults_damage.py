@@ -1,4 +1,6 @@
-"""Damaged files: every kind that a verb reads, broken in every way that disks and people break files.
+"""Damaged files: a disk or a person that breaks one must not change a result in silence.
+
+Every kind that a verb reads is broken in every way that disks and people break files.
 
     group        broken                                   read by
     checkpoint   any file or directory of a step          train (resumed), export, generate
@@ -78,7 +80,8 @@ class Undisturbed:
     Attributes:
         place: a run that was stopped, captured states, an export, an unfinished file of answers.
         newest: the step of the run's newest checkpoint.
-        left: by the words, what they leave; for `export` and `generate` also by step, of earlier ones.
+        left: by the words, what they leave; for `export` and `generate` also by step, of earlier
+            ones.
     """
 
     place: Path
@@ -106,7 +109,7 @@ def damaged(place: Place, count: int) -> Iterator[Case]:
 
 
 def stopped_place(place: Place) -> Path:
-    """A place with a run that was stopped in its middle, captured states, an export, unfinished answers."""
+    """A place with a run that was stopped in its middle, states, an export, unfinished answers."""
     base = place.directory / "stopped"
     if base.is_dir():
         return base
@@ -315,7 +318,7 @@ def _left(directory: Path, words: tuple[str, ...], outcome: Outcome) -> object:
 
 
 def _records(states: Path) -> list[str]:
-    """The manifest and sha256 of every captured row, as it is read: nothing reads the padding of a shard."""
+    """The manifest and sha256 of every captured row, as it is read: padding of shards is not."""
     records = ArrayRecordDataSource([str(path) for path in sorted(states.glob("*.arrayrecord"))])
     hashes = [hashlib.sha256(records[number]).hexdigest() for number in range(len(records))]
     return [(states / "manifest.json").read_text(), *hashes]

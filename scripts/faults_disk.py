@@ -1,11 +1,14 @@
-"""Full disks: every verb that writes, on a small file system of its own, at several sizes.
+"""Full disks: one fills up while nobody looks, and what lies on it must still be whole.
+
+So every verb that writes is run on a small file system of its own, at several sizes.
 
 The harness mounts a tmpfs, which needs the right to do so (root, or `unshare --map-root-user
 --mount scripts/faults disk`); where it has not, the part says so and did not hold.
 
     size        4 KiB ........ a little less than what the verb writes
     outcome     one `error:` line that names a path on the disk, exit code 2, nothing half-written
-    then        the disk is enlarged, the same words go on and end with the bits of an undisturbed process
+    then        the disk is enlarged, the same words resume and end with the bits of an
+                undisturbed process
 """
 
 import shutil
@@ -94,7 +97,10 @@ def _case(
         outcome = place.processes().run(directory, *words) if kind == "refused" else outcome
         fault = crash(outcome)
         if fault is None and outcome.code != DONE:
-            fault = f"with room again it ends with code {outcome.code}: {outcome.log.strip().splitlines()[-1][:200]}"
+            fault = (
+                f"with room again it ends with code {outcome.code}: "
+                f"{outcome.log.strip().splitlines()[-1][:200]}"
+            )
         left = _left(directory, verb)
         if fault is None and left != undisturbed:
             fault = "with room again it leaves something else"

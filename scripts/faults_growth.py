@@ -1,4 +1,6 @@
-"""Whether a long run grows: memory, file handles and mappings of the training process over minutes.
+"""A long run ends at whatever grows a little with each save: memory, file handles, mappings.
+
+Those of the training process are sampled over minutes:
 
 samples   | start-up, compilation, 200 steps | first fifth | ............ | last fifth |
                                                the two are compared: medians, of handles the least
@@ -17,7 +19,7 @@ from faults_verdict import interruption
 
 FIRST_STEP = 200
 SAMPLE_SECONDS = 2.0
-# Largest growth that counts as none: memory as the issue asks; a handle or two are a save under way.
+# Largest growth that counts as none: memory as was asked for; a handle or two are a save under way.
 LIMITS = {"memory": 0.02, "handles": 0.0, "mappings": 0.01}
 WORDS = (
     *("train", "config.yaml", override(train__steps=10**7), override(train__checkpoint_every=50)),
@@ -67,7 +69,7 @@ def sample(pid: int, log: Path) -> Sample:
 
 
 def grown(samples: Sequence[Sample], what: str) -> tuple[str, str | None]:
-    """What is typical of the first and the last fifth after `FIRST_STEP`, and a fault above the limit."""
+    """The typical value of the first and last fifth after `FIRST_STEP`; a fault above the limit."""
     values = [getattr(one, what) for one in samples if one.step >= FIRST_STEP]
     fifth = len(values) // 5
     if fifth < 3:

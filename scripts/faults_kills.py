@@ -1,4 +1,6 @@
-"""Processes that end at random moments: `kill -9` on training, SIGTERM and SIGINT on five verbs.
+"""Machines are taken away at any moment: processes that end at random ones.
+
+`kill -9` on training, SIGTERM and SIGINT on five verbs:
 
 start-up | inputs | compile | step step [save] step step [save] ... | end
     ^ uniformly over the time that an undisturbed process takes
@@ -24,7 +26,7 @@ STEPS = override(train__steps=40)
 
 
 def kills(place: Place, count: int) -> Iterator[Case]:
-    """`kill -9` until `count` of them have struck; every run is started again until it ends equal."""
+    """`kill -9` until `count` have struck; every run is started again until it ends equal."""
     reference, seconds = _reference(place)
     works = []
     for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
@@ -76,7 +78,10 @@ def _killed_run(
             continue
         fault = crash(outcome)
         if fault is None and outcome.code != DONE:
-            fault = f"started again, it ends with code {outcome.code}: {outcome.log.strip().splitlines()[-1][:200]}"
+            fault = (
+                f"started again, it ends with code {outcome.code}: "
+                f"{outcome.log.strip().splitlines()[-1][:200]}"
+            )
         if fault is not None or len(moments) == count:
             break
         # It ended before its kill: its bits count, and another run takes the kills that are left.
@@ -147,7 +152,7 @@ VERBS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def signals(place: Place, count: int) -> Iterator[Case]:
-    """One SIGTERM or SIGINT at a random moment of a verb; then the same words once more, to the end."""
+    """One SIGTERM or SIGINT at a random moment of a verb; then the same words again, to the end."""
     trained = place.copy()
     filling = place.filling
     outcome = filling.run(trained, "train", "config.yaml")
@@ -196,7 +201,10 @@ def _signalled(
         again = place.processes().run(directory, *words)
         fault = crash(again)
         if fault is None and again.code != DONE:
-            fault = f"the same command then ends with code {again.code}: {again.log.strip().splitlines()[-1][:200]}"
+            fault = (
+                f"the same command then ends with code {again.code}: "
+                f"{again.log.strip().splitlines()[-1][:200]}"
+            )
         if fault is None and _left(directory, verb, again.out) != undisturbed:
             fault = "the same command then leaves something else than an undisturbed one"
             if isinstance(undisturbed, Bits):

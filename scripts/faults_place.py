@@ -1,4 +1,4 @@
-"""Where the fault harness works: a tiny target, rows, runs of it, and what is compared of them, bit for bit.
+"""Where the harness works: a tiny target, rows, runs, and what is compared of them, bit for bit.
 
 Everything lies in one directory and is named relatively in it, so that a copy of the directory is
 the same place with the same words on the command line:
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Bits:
-    """A run's newest state and log. `arrays` has dtype, shape and hash of every leaf of the state."""
+    """A run's newest state and log; `arrays` has dtype, shape and hash of the state's leaves."""
 
     step: int
     arrays: dict[str, str] = field(repr=False)
@@ -74,7 +74,8 @@ class Bits:
             same = [a == b for a, b in zip(ours, theirs, strict=False)]
             first = same.index(False) if False in same else len(same)
             found.append(
-                f"metrics.jsonl from line {first + 1} on ({len(theirs)} lines, expected {len(ours)})"
+                f"metrics.jsonl from line {first + 1} on "
+                f"({len(theirs)} lines, expected {len(ours)})"
             )
         return "; ".join(found) or None
 
@@ -209,7 +210,10 @@ def all_cases(
                     progress.update(task, completed=done)
                     if not console.is_terminal:
                         held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
-                        line = f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)  {case.name}: {held}"
+                        line = (
+                            f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)  "
+                            f"{case.name}: {held}"
+                        )
                         console.print(line, highlight=False, markup=False, soft_wrap=True)
                     yield case
         finally:

@@ -1,4 +1,4 @@
-"""The real `domino` command in processes of its own, which the fault harness may kill at any moment.
+"""The real `domino` command in processes of its own, which the harness may kill at any moment.
 
 Importing jax takes longer than most cases. So there are two ways to begin a process, and both run
 the same `main` to the interpreter's own end:
@@ -24,7 +24,7 @@ HANG_SECONDS = 240.0  # a machine with two busy cores needs up to 30 for the lon
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: exit code (negative: by that signal), what it wrote, and how long it took."""
+    """How a process ended: exit code (negative: by that signal), what it wrote, its seconds."""
 
     code: int
     out: str

@@ -1,4 +1,6 @@
-"""What must be refused in one line: drift between two starts, numbers that are not finite, silent acceptances.
+"""What must be refused in one line: drift between starts, non-finite numbers, silent acceptances.
+
+Each of them would train or serve something else than was meant, and nothing would fail.
 
 A row of a table is a fault: what is changed in a copy of a place, the words that then meet it, and
 what the refusal must name. The place holds a run that was stopped in its middle, captured states
@@ -143,9 +145,11 @@ _bigger = _weights("target", _scaled)
 DRIFT = (
     Fault("a word changed", TRAIN, _lines(_rows, _another_word), "data.train"),
     Fault("lines reversed", TRAIN, _lines(_rows, lambda lines: lines[::-1]), "data.train"),
-    Fault("half of the lines gone", TRAIN, _lines(_rows, lambda lines: lines[: len(lines) // 2]), "data.train"),
+    Fault("half of the lines gone", TRAIN, _lines(_rows, lambda lines: lines[: len(lines) // 2]),
+          "data.train"),
     Fault("lines added", TRAIN, _lines(_rows, lambda lines: [*lines, *lines[:3]]), "data.train"),
-    Fault("held-out lines reversed", TRAIN, _lines(_heldout, lambda lines: lines[::-1]), "data.heldout"),
+    Fault("held-out lines reversed", TRAIN, _lines(_heldout, lambda lines: lines[::-1]),
+          "data.heldout"),
     Fault("target weights x 1.5", TRAIN, _bigger, "target"),
     Fault("target config", TRAIN, _norm(1e-3), "target"),
     Fault("token ids swapped", TRAIN, _json("target/tokenizer.json", _swap_ids), "tokenizer"),
@@ -153,7 +157,8 @@ DRIFT = (
     Fault("the seed", (*TRAIN, "seed=7"), None, "seed"),
     Fault("generate: target weights x 1.5", GENERATE, _bigger, "target"),
     Fault("evaluate: target weights x 1.5", EVALUATE, _bigger, "target"),
-    Fault("generate: token ids swapped", GENERATE, _json("target/tokenizer.json", _swap_ids), "tokenizer"),
+    Fault("generate: token ids swapped", GENERATE, _json("target/tokenizer.json", _swap_ids),
+          "tokenizer"),
     Fault("generate: chat template", GENERATE, _template, "template"),
     Fault("offline: target weights x 1.5", OFFLINE, _bigger, "target"),
 )  # fmt: skip
@@ -218,16 +223,20 @@ SILENCE = (
     Fault("--limit-gb nan", (*CAPTURE, "--limit-gb", "nan"), names="limit-gb", absent="other"),
     Fault("a target's rms_norm_eps 0", FRESH, _norm(0), "rms_norm_eps", absent="fresh"),
     Fault("a target's rms_norm_eps -1", FRESH, _norm(-1.0), "rms_norm_eps", absent="fresh"),
-    Fault("a draft's rms_norm_eps 0", IMPORT, _draft("rms_norm_eps", 0.0), "rms_norm_eps", absent="imported"),
-    Fault("an infinite input_embedding_scale", IMPORT, _draft("input_embedding_scale", math.inf), absent="imported"),
+    Fault("a draft's rms_norm_eps 0", IMPORT, _draft("rms_norm_eps", 0.0), "rms_norm_eps",
+          absent="imported"),
+    Fault("an infinite input_embedding_scale", IMPORT, _draft("input_embedding_scale", math.inf),
+          absent="imported"),
     Fault("finished is text", FRESH, _lines(_rows, _finished_as_text), told="rows.jsonl:1: "),
     Fault("a shard that is a link", OFFLINE, _link, "shard-00000", absent="offline"),
-    Fault("a YAML key twice", FRESH, _text("config.yaml", "{", '{"seed": 1, "seed": 2, '), "seed", absent="fresh"),
+    Fault("a YAML key twice", FRESH, _text("config.yaml", "{", '{"seed": 1, "seed": 2, '), "seed",
+          absent="fresh"),
     Fault("seed -1", (*FRESH, "seed=-1"), names="seed", absent="fresh"),
     Fault("a huge --seed", (*GENERATE, "--seed", str(10**30)), names="seed"),
     Fault("--max-new-tokens 1e11", (*GENERATE[:-1], str(10**11))),
     Fault("an empty step directory", ("train", "config.yaml", STEPS, "run_dir=empty"), _empty_step),
-    Fault("export of an empty step", ("export", "empty", "exported"), _empty_step, absent="exported"),
+    Fault("export of an empty step", ("export", "empty", "exported"), _empty_step,
+          absent="exported"),
     Fault("no checkpoints/ any more", TRAIN, _without_checkpoints),
     Fault("generate: no such run", ("generate", "nope"), names="nope"),
     Fault("export into a run", ("export", "run", "target"), names="target"),
@@ -235,7 +244,7 @@ SILENCE = (
 
 
 def drift(place: Place, count: int) -> Iterator[Case]:
-    """Runs that are started again with something else; then what may change, which must change no bit."""
+    """Runs that are started again with something else; then what may change and changes no bit."""
     yield from _refused("drift", place, DRIFT[:count], free=count > len(DRIFT))
 
 

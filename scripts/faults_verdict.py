@@ -1,4 +1,4 @@
-"""What counts as holding: the verdicts of the fault harness, without a process or a file of their own.
+"""What counts as holding: the verdicts of the harness, without a process or a file of their own.
 
 Each function returns what is wrong in a few words, or None. `tests/scripts/test_faults.py` holds
 them against outcomes that are broken on purpose.
@@ -51,9 +51,15 @@ def refusal(outcome: Outcome, *, names: str = "", code: int = BAD_INPUT) -> str 
     begin = "error: " if code == BAD_INPUT else "stopped: "
     lines = [line for line in outcome.log.splitlines() if line.startswith(begin)]
     if len(lines) != 1 or outcome.log.splitlines()[-1] != lines[0]:
-        return f"{len(lines)} lines begin with {begin!r}, expected one, the last; last line: {last_line(outcome)}"
+        return (
+            f"{len(lines)} lines begin with {begin!r}, expected one, the last; "
+            f"last line: {last_line(outcome)}"
+        )
     if len(lines[0]) > LINE_CHARACTERS:
-        return f"a line of {len(lines[0])} characters, expected at most {LINE_CHARACTERS}: {lines[0][:100]}"
+        return (
+            f"a line of {len(lines[0])} characters, expected at most {LINE_CHARACTERS}: "
+            f"{lines[0][:100]}"
+        )
     if names not in lines[0]:
         return f"the line does not name {names!r}: {lines[0]}"
     return None

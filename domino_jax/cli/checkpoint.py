@@ -1,4 +1,7 @@
-"""Verbs that exchange checkpoints: `export`, `import`."""
+"""Engines and trainers read a draft each a little differently, so none passes here unchecked.
+
+`export` checks what leaves for its reader, `import` what comes in against the target it is for.
+"""
 
 from pathlib import Path
 
@@ -38,7 +41,7 @@ from domino_jax.training.records import DraftRecord
 )
 @step_option
 def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int | None) -> None:
-    """Write the drafter of RUN to DIRECTORY as config.json and safetensors, the form that serving engines read.
+    """Write the drafter of RUN to DIRECTORY as config.json and safetensors, which engines serve.
 
     \b
     What --for refuses, because the reader would draft other tokens:
@@ -53,7 +56,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
                  scaled embeddings or logits
       all        plain DFlash drafts with shift_label
     """
-    check_new(directory)
+    check_new(directory)  # before the run is read
     keeps(f"{directory} is whole or was not made; the same command starts over")
     say(f"loading the draft of {run}")
     record, params, step = load_draft(run, say=say, step=step)
@@ -80,13 +83,17 @@ def import_(
     target_name: str,
     chat_template_kwargs: Scalars | None,
 ) -> None:
-    """Make the run directory RUN from the draft checkpoint in DIRECTORY, for generate, evaluate and export."""
+    """Make the run directory RUN from the draft checkpoint in DIRECTORY.
+
+    RUN then serves generate, evaluate and export.
+    """
     check_new(run)
     keeps(f"{run} is whole or was not made; the same command starts over")
     say(f"loading {directory}")
     config, params = load_hf_draft(directory)
     path = resolve_target(target_name, progress=say)
     tokenizer = load_tokenizer(path)
+    # Sizes alone are compared: no weights are read, and the compute type does not matter.
     check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
     trained_with = recorded_template(directory)
     kwargs = chat_template_kwargs
@@ -94,9 +101,11 @@ def import_(
         kwargs = {} if trained_with is None else trained_with.kwargs
     template = chat_template(tokenizer, kwargs)
     if trained_with is None:
+        # With no record to compare it with, only this notices a misspelt setting.
         check_kwargs(tokenizer, kwargs)
         say(
-            f"{directory} does not say which chat template it was trained with; taking that of {target_name}"
+            f"{directory} does not say which chat template it was trained with; "
+            f"taking that of {target_name}"
         )
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)

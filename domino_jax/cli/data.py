@@ -1,4 +1,7 @@
-"""Verbs that make what a drafter is trained on: `target`, `regenerate`."""
+"""A drafter learns to predict one target, so it is trained on that target's own answers.
+
+The verb `target` makes a directory of the target, `regenerate` lets it answer prompts.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,9 @@ from domino_jax.target.model import Target
 def target(source: str, directory: Path | None) -> None:
     """Prepare a target and print its directory.
 
-    SOURCE is a built-in name (smollm2-135m-instruct: fetched and converted on first use), a directory in Hugging Face
-    form, or a GGUF file of a Llama or Qwen3 model, which is converted into DIRECTORY.
+    SOURCE is a built-in name (smollm2-135m-instruct: fetched and converted on first use), a
+    directory in Hugging Face form, or a GGUF file of a Llama or Qwen3 model, which is converted
+    into DIRECTORY.
     """
     keeps("the target is whole or was not made; the same command starts over")
     if source.endswith(".gguf"):
@@ -77,16 +81,18 @@ def regenerate(
     dtype: str,
     chat_template_kwargs: Scalars | None,
 ) -> None:
-    """Let the target answer PROMPTS (JSONL of {"messages": [...]}) into ANSWERS, the training data of a drafter.
+    """Let the target answer PROMPTS into ANSWERS, the training data of a drafter.
 
-    A drafter must learn the words of its own target; answers written by anyone else cost acceptance. Stopped and
-    started again it goes on where it was.
+    PROMPTS is JSONL of {"messages": [...]}. A drafter must learn the words of its own target;
+    answers written by anyone else cost acceptance. Stopped and started again it resumes where it
+    was.
     """
     keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
+    # What answers depend on besides their batch: a start with other settings would mix two sets.
     settings: dict[str, Any] = {
         "target": target_name,
         "max_new_tokens": max_new_tokens,
@@ -98,8 +104,8 @@ def regenerate(
         task = progress.add_task("answering", total=None)
 
         def show(done: int, total: int, tokens: int) -> None:
-            safe_point()
-            if tokens == 0 and done < total:
+            safe_point()  # also where no line is said, on a terminal
+            if tokens == 0 and done < total:  # called before the first batch, which compiles
                 say(
                     f"{done}/{total} prompts are answered already; compiling"
                     if done
@@ -110,7 +116,7 @@ def regenerate(
             progress.update(
                 task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s"
             )
-            if not logs.is_terminal:
+            if not logs.is_terminal:  # where the bar is silent
                 say(f"{done}/{total} prompts answered, {tokens} tokens, {speed:.0f} tokens/s")
 
         result = regenerate_answers(
@@ -130,6 +136,7 @@ def regenerate(
     if result.cut:
         say(
             f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
-            f"{max_new_tokens} tokens: a drafter sees no end in them; --max-new-tokens sets the limit"
+            f"{max_new_tokens} tokens: a drafter sees no end in them; "
+            "--max-new-tokens sets the limit"
         )
     click.echo(answers)

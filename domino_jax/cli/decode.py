@@ -1,4 +1,7 @@
-"""Verbs that decode with a drafter: `generate`, `evaluate`."""
+"""What a drafter gains shows when it drafts for its target, not in training's forced figures.
+
+The verb `generate` shows it in one answer, `evaluate` measures it and keeps it with the run.
+"""
 
 import json
 import sys
@@ -60,12 +63,16 @@ def generate(
     chat_template_kwargs: Scalars | None,
     step: int | None,
 ) -> None:
-    """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed; then tau and tokens/s."""
+    """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed.
+
+    Ends with tau and tokens/s.
+    """
     if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
         raise InputError(f"{run}: not a run directory (no checkpoints/ in it)")
     text = prompt if prompt is not None else _standard_input()
     if not text.strip():
         raise InputError("the prompt is empty")
+    # Not before: until then a signal ends the verb at once, also while it waits for a prompt.
     keeps("nothing is kept of the answer; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
@@ -84,7 +91,7 @@ def generate(
         )
 
     def write(piece: str) -> None:
-        safe_point()
+        safe_point()  # a piece of text is a place to end, as a line of `say` is
         click.echo(piece, nl=False)
 
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
@@ -133,8 +140,8 @@ def evaluate(
 ) -> None:
     """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
 
-    Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens per verification
-    (tau), tokens per second, and whether the outputs are the same token by token.
+    Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens
+    per verification (tau), tokens per second, and whether the outputs are the same token by token.
     """
     place = run / "evaluation.json"
     keeps(f"{place} was not written; the same command starts over")
@@ -150,6 +157,7 @@ def evaluate(
         stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
     )
     weights = Weights(loaded.params, drafter.params)
+    # A tau says nothing without these: another template or number of proposals gives another one.
     report: dict[str, Any] = {
         "evaluator": {
             "target": drafter.record.target,
@@ -180,6 +188,7 @@ def evaluate(
         )
         report["sets"][path.stem] = {"file": str(path)} | figures
     say(f"saving {place}")
+    # Before the table, which a closed pipe may refuse.
     write_whole(place, json.dumps(report, indent=2) + "\n")
     keeps(f"{place} is written")
     Console().print(evaluation_table(report))
@@ -190,6 +199,8 @@ def evaluate(
 
 
 def _standard_input() -> str:
+    # Bytes, since how Python would decode them depends on the locale; and one more than is taken,
+    # since a pipe does not tell its size.
     raw = sys.stdin.buffer.read(LINE_BYTES + 1)
     if len(raw) > LINE_BYTES:
         raise InputError(f"standard input: more than {LINE_BYTES} bytes")
@@ -216,7 +227,7 @@ def _evaluate_set(
         def show(done: int) -> None:
             safe_point()
             progress.update(task, completed=done)
-            if not logs.is_terminal:
+            if not logs.is_terminal:  # where the bar is silent
                 say(f"{name}: {done}/{len(prompts)} prompts")
 
         return evaluation.evaluate(

@@ -1,11 +1,11 @@
-"""What Ctrl-C (SIGINT) and SIGTERM do, in one place for every verb.
+"""Python's own answer to Ctrl-C crashed or was lost under jax, so here is one for every verb.
 
-Python's own answer is a KeyboardInterrupt between any two bytecodes of the main thread. Raised
-inside jax it was swallowed by a callback, or the process died in its teardown under running
-threads of XLA (exit code -11); and while the main thread waits for a compilation it comes minutes
-late. Here nothing is raised where nobody expects it:
+That answer is a KeyboardInterrupt between any two bytecodes of the main thread. Raised inside jax
+it was swallowed by a callback, or the process died in its teardown under running threads of XLA
+(exit code -11); and while the main thread waits for a compilation it comes minutes late. Here
+nothing is raised where nobody expects it, for Ctrl-C (SIGINT) and for SIGTERM:
 
-    signal -> a byte in a pipe -> watcher thread: says the verb's line, sets `requested`;
+    signal -> a byte in a pipe -> watcher thread: sets `requested`, says the verb's line;
                                   before the verb has said what it keeps, after GRACE_SECONDS, or
                                   at the next signal, ends the process
     main thread, at its next line or figure -> `safe_point` raises `Stopped`, files are tidied
@@ -58,9 +58,10 @@ def answered_signals() -> Iterator[None]:
     global _state
     _state = _State()
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    os.set_blocking(writer, False)  # `set_wakeup_fd` takes no other
     watcher = threading.Thread(target=_watch, args=(reader,), daemon=True)
     watcher.start()
+    # Where the pipe is full, signals are in it already.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, _nothing)
@@ -81,11 +82,12 @@ def answered_signals() -> Iterator[None]:
 
 
 def keeps(line: str, *, at_once: bool = False) -> None:
-    """Sets what is said when the verb is interrupted: what is kept, and how to go on.
+    """Sets what is said when the verb is interrupted: what is kept, and how to resume.
 
     Args:
         line: said after "interrupted: ".
-        at_once: the first signal ends the process without a safe point, until `stop_requested` is asked.
+        at_once: the first signal ends the process without a safe point, until `stop_requested` is
+            asked.
     """
     _state.kept, _state.at_once = line, at_once
 

@@ -1,4 +1,7 @@
-"""The verb `plan`: what a run would take on machines that are not here."""
+"""The verb `plan`: an accelerator is paid for by the hour, whether or not the step fits into it.
+
+So the step is compiled for machines that are not here, and what its program takes is printed.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -57,6 +60,7 @@ def plan_verb(
     """
     settings = load_config(config, overrides)
     asked = [parse_place(place) for place in places]
+    # Before minutes of compiling, not after them.
     if file is not None and not file.parent.is_dir():
         raise InputError(f"--json {file}: no directory {file.parent}; make it first")
     keeps("plans that were finished are kept; the same command goes on")
@@ -78,11 +82,13 @@ def plan_verb(
     if file is not None:
         write_json(file, [dataclasses.asdict(one) for one in plans])
         click.echo(file)
+    # After what was found is printed and written: not fitting is a result.
     if not all(one.fits for one in plans):
         ctx.exit(1)
 
 
 def _cache() -> Path:
+    # Imported where it is used: machines with an accelerator's packages alone often lack it.
     try:
         import platformdirs
     except ModuleNotFoundError as error:

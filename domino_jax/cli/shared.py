@@ -1,4 +1,7 @@
-"""What several verbs share: options, progress on stderr, and reading a target or a run."""
+"""What several verbs share: an option or a loaded run must mean the same in each of them.
+
+Options, progress on stderr, and reading a target or a run, checked against each other.
+"""
 
 import math
 from dataclasses import replace
@@ -24,7 +27,7 @@ from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.records import DraftRecord
 
-logs = Console(stderr=True)
+logs = Console(stderr=True)  # so that stdout holds results alone
 WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 # A softmax over logits divided by less would round to the largest one, or overflow.
@@ -80,6 +83,7 @@ dtype_option = click.option(
     show_default=True,
     help="Compute type of the target.",
 )
+# Without a default: a draft was trained on states of its run's type, and sees others in another.
 run_dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -123,6 +127,8 @@ step_option = click.option(
 class _TargetName(click.ParamType[str]):
     """Text; where it is missing, the message says what could stand there."""
 
+    # No target is assumed: answers of another one are worth nothing to a drafter.
+
     name = "text"
 
     def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
@@ -147,7 +153,7 @@ class Loaded(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """The newest draft of a run; `config` is the record's in the chosen compute type."""
+    """A draft of a run; `config` is the record's in the chosen compute type."""
 
     record: DraftRecord
     config: DraftConfig
@@ -163,6 +169,7 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
             that the target knows positions for.
     """
     path = resolve_target(name, progress=say)
+    # From config.json alone, before the weights: those take longest to read.
     longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
     if max_new_tokens > longest:
         raise InputError(
@@ -198,6 +205,7 @@ def load_run(
     compute = dtype or record.config.dtype
     say(f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}")
     path = resolve_target(record.target, progress=say)
+    # Hashing reads all of the weights, so it runs beside their loading.
     with hashed_beside(path) as target_sha256:
         loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
         now = {
@@ -210,6 +218,7 @@ def load_run(
     asked.check_trained(trained, place=str(run), target=record.target)
     then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
     for name, known in then.items():
+        # None: a checkpoint of an older version, which does not know it.
         if known not in (None, now[name]):
             raise InputError(
                 f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
@@ -250,4 +259,5 @@ def results() -> Console:
 def say(line: str) -> None:
     """Writes one line to stderr; a place where an interrupted verb may end."""
     safe_point()
+    # As it is: a path may hold what rich takes for markup, and a line must stay one line.
     logs.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,7 @@
-"""Verbs that train: `capture`, `train`."""
+"""Training runs long and may be stopped at any time, so each verb says first what a stop keeps.
+
+The verbs are `train` and `capture`, which stores what a training reads of its target.
+"""
 
 import functools
 from pathlib import Path
@@ -28,16 +31,19 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     \b
     domino train configs/smollm2-demo.yaml optimizer.learning_rate=1e-3 run_dir=runs/second
 
-    The run directory receives config.yaml, metrics.jsonl and checkpoints/. The same command goes on after a stop,
-    with the same bits as if there had been none.
+    The run directory receives config.yaml, metrics.jsonl and checkpoints/. The same command resumes
+    after a stop, with the same bits as if there had been none.
     """
     settings = load_config(config, overrides)
     if dry_run:
         keeps("nothing was written", at_once=True)
+        # It changes nothing: a damaged checkpoint is told and stays where it is.
         checked = check(settings, say=say, set_aside=False)
+        # Asked for only where captured states are read: it takes a pass over the target's files.
         fingerprint = functools.partial(target_fingerprint, checked.target)
         print_preview(read_inputs(checked, target_sha256=fingerprint, say=say), results())
         return
+    # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
         f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on",
         at_once=True,
@@ -78,15 +84,18 @@ def capture(
     limit_gb: float,
     yes: bool,
 ) -> None:
-    """Store the target's states of the training rows of CONFIG in DIRECTORY, to train without running the target.
+    """Store the target's states of the training rows of CONFIG in DIRECTORY.
+
+    Training then reads them and does not run the target.
 
     \b
     domino capture configs/smollm2-demo.yaml states
     domino train configs/smollm2-demo.yaml data.train=null data.features=states
 
-    Worth it where several runs share rows and layers. The size is printed first: each token takes as many values as
-    the captured layers are wide together. The same command goes on after a stop.
+    Worth it where several runs share rows and layers. The size is printed first: each token takes
+    as many values as the captured layers are wide together. The same command resumes after a stop.
     """
+    # Where DIRECTORY was forgotten, the first override stands in its place.
     if "=" in directory.name:
         raise InputError(
             f"DIRECTORY is {str(directory)!r}, which looks like an override; "

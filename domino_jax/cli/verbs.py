@@ -1,4 +1,8 @@
-"""The verbs of `domino`, thin over the package. Results go to stdout, progress and logs to stderr."""
+"""Scripts around `domino` rely on its streams and exit codes, so these are decided in one place.
+
+Results go to stdout, progress and logs to stderr. What the user can mend is one line and an exit
+code, never a traceback. The verbs themselves are thin over the package.
+"""
 
 import logging
 import sys
@@ -55,6 +59,7 @@ class _Group(click.Group):
 def _system_words(error: OSError) -> str:
     """What the system refused, and on a full disk what the verb keeps of its work."""
     words = f"{error.filename or 'a file'}: {error.strerror or error}"
+    # Only where it helps: with room again the same command resumes.
     going_on = kept() if error.errno in NO_ROOM else None
     return f"{words}; {going_on}" if going_on else words
 
@@ -67,13 +72,13 @@ def _system_words(error: OSError) -> str:
 @click.version_option(__version__, prog_name="domino", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Train speculative-decoding drafters (Domino, DFlash) in JAX, check what they gain, and export them.
+    """Train speculative-decoding drafters (Domino, DFlash) in JAX, check their gain, export them.
 
     \b
     A drafter from nothing to a served checkpoint:
       domino regenerate PROMPTS ANSWERS   the target answers your prompts: the training data
       domino plan CONFIG --on v5p:2x2x2   what a step would take there, before you pay
-      domino train CONFIG                 trains the drafter; run it again to go on after a stop
+      domino train CONFIG                 trains the drafter; run it again to resume after a stop
       domino evaluate RUN PROMPTS...      acceptance length, speed, and a token-by-token check
       domino generate RUN "a question"    streams one answer
       domino export RUN DIR               writes the checkpoint that serving engines read
@@ -82,7 +87,7 @@ def cli(ctx: click.Context) -> None:
     Exit codes:
       0    done
       1    plan: it does not fit
-      2    bad input, or a full disk: one line says where, what and how to go on
+      2    bad input, or a full disk: one line says where, what and what to do
       3    train: the numbers diverged; the checkpoints are finite
       130  interrupted by Ctrl-C or SIGTERM: one line says what is kept
       141  nobody reads what is printed any more
@@ -100,10 +105,11 @@ def run() -> None:
     # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
     jax.config.update("jax_default_matmul_precision", "highest")
     _hear_failed_saves_once()
+    # Not in click's own mode, which prints the usage before a message and ends the process itself.
     try:
         code = cli(standalone_mode=False, prog_name="domino") or 0
     except SystemExit:
-        # What click and rich do when a pipe is closed: `domino generate RUN "a question" | head -1`.
+        # What click and rich do at a closed pipe: `domino generate RUN "a question" | head -1`.
         sys.exit(NOBODY_READS)
     except click.ClickException as error:  # code 2 where it is about usage
         print(f"error: {one_line(error.format_message())}", file=sys.stderr)
@@ -112,7 +118,10 @@ def run() -> None:
 
 
 def _hear_failed_saves_once() -> None:
-    """A save that fails raises in the main thread; its libraries log it too, and print it from their threads."""
+    """A save that fails raises in the main thread; its libraries need not tell it again.
+
+    They log it too, and print it from their threads.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     told = sys.excepthook

@@ -1,4 +1,9 @@
-"""Conversations become token rows: JSONL of {"messages": [...]} and a chat template -> ids and loss mask."""
+"""Conversations become token rows: JSONL of {"messages": [...]} -> ids and loss mask.
+
+A drafter learns what its target says. A mask that covers a role header too, or misses the end of a
+turn, teaches it tokens that the target does not write there. Only the chat template knows where an
+answer begins and ends, so what it renders is compared and never imitated.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,10 +18,10 @@ from domino_jax.strict import InputError, Scalars, shown
 
 ROLES = ("system", "user", "assistant")
 
-# How reasoning models (DeepSeek-R1, Qwen3) and their chat templates fence what they think before they answer.
+# How reasoning models (DeepSeek-R1, Qwen3) and their chat templates fence what they think.
 THINK_BEGIN, THINK_END = "<think>", "</think>"
 
-# {"role": ..., "content": ...}; further keys, such as `reasoning_content`, reach the template as they are
+# {"role": ..., "content": ...}; further keys, as `reasoning_content`, reach the template unchanged
 Messages = list[dict[str, Any]]
 
 
@@ -35,9 +40,10 @@ class MessageSet(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One conversation: `input_ids` int32 [n], `loss_mask` bool [n], True where the target itself wrote the token.
+    """One conversation in tokens.
 
-    A row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were
+    `input_ids` is int32 [n], `loss_mask` bool [n], True where the target itself wrote the token. A
+    row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were
     captured too, `target_states` [n, D], both float32 or bfloat16. `line` is where the conversation
     stands in its file, counted from 1; None for rows that were not read from one.
     """
@@ -56,7 +62,7 @@ class Row(NamedTuple):
 
 
 class RowSet(NamedTuple):
-    """The rows of a file in its order, the lines left out, and how many rows are of unfinished answers."""
+    """The rows of a file in its order, the lines left out, and how many rows are unfinished."""
 
     rows: list[Row]
     bad_lines: list[BadLine]
@@ -87,8 +93,8 @@ def load_rows(
 ) -> RowSet:
     """Reads conversations and encodes them.
 
-    A line with `"finished": false` (as `regenerate` writes it for an answer cut at its limit) ends without an
-    end-of-turn token: the target did not stop there.
+    A line with `"finished": false` (as `regenerate` writes it for an answer cut at its limit) ends
+    without an end-of-turn token: the target did not stop there.
 
     Args:
         path: JSONL, see `read_messages`.
@@ -99,9 +105,9 @@ def load_rows(
     Returns:
         The rows, and per other line its number and what is wrong with it.
     Raises:
-        InputError: the file cannot be read, no line of it gives a row, an answer of `regenerate` was
-            given under other kwargs, or the template does not read one of them, has no end of turn,
-            or breaks its limits (see `rendering`).
+        InputError: the file cannot be read, no line of it gives a row, an answer of `regenerate`
+            was given under other kwargs, or the template does not read one of them, has no end of
+            turn, or breaks its limits (see `rendering`).
     """
     records, bad_lines = _read_records(path)
     stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
@@ -120,7 +126,7 @@ def load_rows(
                 finished=finished,
                 mask_reasoning_content=mask_reasoning_content,
             )
-        except CostlyTemplate:
+        except CostlyTemplate:  # each further line would take as long
             raise
         except InputError as error:
             bad_lines.append(BadLine(line, str(error)))
@@ -130,7 +136,7 @@ def load_rows(
         else:
             rows.append(row._replace(line=line))
             unfinished += not finished
-    bad_lines.sort()
+    bad_lines.sort()  # those that were not read stand before those that were not encoded
     if not rows:
         raise _nothing_usable(path, bad_lines)
     return RowSet(rows, bad_lines, unfinished)
@@ -146,25 +152,25 @@ def encode_conversation(
 ) -> Row | None:
     """Renders a conversation with the chat template and marks what the assistant wrote.
 
-    Marked are the tokens of each answer and the token that ends its turn; neither the role header before it nor a
-    newline that the template puts after it. A token that lies across the start of an answer is not marked: the target
-    cannot generate it after the prompt. Nor is an earlier answer whose prompt the template renders
-    otherwise once more follows: the target never saw this text before it.
+    The tokens of each answer and the one that ends its turn are marked; neither the role header
+    before it nor a newline after it. A token that lies across the start of an answer is not marked:
+    the target cannot generate it after the prompt. Nor is an earlier answer whose prompt the
+    template renders otherwise once more follows: the target never saw this text before it.
 
     Args:
         messages: the conversation, with one answer at least.
         tokenizer: a transformers fast tokenizer with a chat template.
         max_length: the row keeps its first `max_length` tokens.
         chat_template_kwargs: what the template is told besides the messages.
-        mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags included, whether they stand
-            in `content` or the template renders them from `reasoning_content`. Their tokens stay in the row. A span
-            that is never closed reaches to the end of the turn. An answer that is nothing but reasoning has no
-            marked token, not even its end of turn.
+        mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags included,
+            whether they stand in `content` or are rendered from `reasoning_content`. Their tokens
+            stay in the row. A span that is never closed reaches to the end of the turn. An answer
+            that is nothing but reasoning has no marked token, not even its end of turn.
     Returns:
         The row, or None if no marked token is left after the cut.
     Raises:
-        InputError: there is no answer, or the template does not show where the last one begins or where
-            one ends.
+        InputError: there is no answer, or the template does not show where the last one begins or
+            where one ends.
     """
     return _encode(
         messages,
@@ -178,9 +184,7 @@ def encode_conversation(
 
 
 def encode_prompt(
-    messages: Messages,
-    tokenizer: Any,
-    chat_template_kwargs: Scalars = NO_KWARGS,
+    messages: Messages, tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS
 ) -> np.ndarray:
     """The ids that the target continues with its answer.
 
@@ -200,14 +204,15 @@ def encode_prompt(
 
 
 def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's eos, then the template's end of turn where that is another token.
+    """The ids that end an answer: the tokenizer's eos, then the template's end of turn if another.
 
     Raises:
-        InputError: the tokenizer has neither, or its chat template does not read one of the kwargs or
-            refuses a plain exchange.
+        InputError: the tokenizer has neither, or its chat template does not read one of the kwargs
+            or refuses a plain exchange.
     """
     check_kwargs(tokenizer, chat_template_kwargs)
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # A tokenizer does not name the end of a turn: it is the first added token after an answer.
     answer = "Certainly, here it is"
     exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     (text,) = render(tokenizer, [Rendering(exchange)], chat_template_kwargs)
@@ -247,9 +252,8 @@ def _encode(
         if text.startswith(prompt):
             _check_marked(index, messages, text, prompt, tokenizer, kwargs)
             begins.append(len(prompt))
-        elif (
-            index == answers[-1]
-        ):  # Qwen3 shows empty thoughts in the last answer alone: another prompt
+        elif index == answers[-1]:
+            # An earlier one may be: Qwen3 shows empty thoughts before the last answer alone.
             raise InputError(
                 f"the chat template renders what precedes message {index + 1} otherwise without it"
             )
@@ -264,17 +268,18 @@ def _encode(
             raise InputError("the chat template puts no end-of-turn token after an answer")
         mask[inside[0] : stops[0] + 1] = True
         if mask_reasoning_content:
-            # A generation prompt may end with the opening tag, so that the answer begins inside its reasoning.
+            # A generation prompt may end with the opening tag: the answer begins in its reasoning.
             opened = text[:begin].rstrip().endswith(THINK_BEGIN)
             for start, end in _reasoning_spans(text[begin : spans[stops[0], 0]], opened=opened):
                 mask &= (spans[:, 1] <= begin + start) | (spans[:, 0] >= begin + end)
+    # The loop ended with the last answer, the one that may be unfinished.
     length = max_length if finished else min(max_length, int(stops[0]))
     row = Row(ids[:length], mask[:length])
     return row if row.loss_mask.any() else None
 
 
 def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
-    """Characters of an answer, end exclusive, that are reasoning; the last one may reach over its end of turn."""
+    """Characters of an answer that are reasoning, end exclusive; the last may reach beyond it."""
     beyond = len(answer) + 1  # the end of the turn as well
     spans = []
     start = 0 if opened else answer.find(THINK_BEGIN)
@@ -325,8 +330,8 @@ def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> N
 
 
 def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The ids int32 [n] of rendered text and the characters int64 [n, 2] that each covers, end exclusive."""
-    # The template has written the special tokens already; verbose off: long rows are cut later, no warning is due.
+    """The ids int32 [n] of rendered text and the characters int64 [n, 2] of each, end exclusive."""
+    # The template wrote the special tokens; verbose would warn of long rows, which are cut later.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return np.array(encoded["input_ids"], np.int32), np.array(
         encoded["offset_mapping"], np.int64

@@ -1,4 +1,13 @@
-"""Captured states of the target on disk: ArrayRecord shards of rows, and a manifest that says what they are."""
+"""Captured states of the target on disk: ArrayRecord shards of rows, and a manifest.
+
+Runs over the same rows would repeat the target's forward, which is most of a step. Written once,
+its states are read row by row as training needs them; the manifest says what they are, so that
+states of another target, template or layer are refused and not trained on:
+
+    manifest.json             written first; says how many rows each shard will hold
+    shard-00000.arrayrecord   rows 0 .. shard_rows[0] - 1, one record each: a safetensors of arrays
+    shard-00001.arrayrecord   the next shard_rows[1]; renamed to its name once it is whole
+"""
 
 import dataclasses
 import hashlib
@@ -32,10 +41,11 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 class Manifest:
     """What a directory of captured states holds.
 
-    `target`, `tokenizer` and `rows` are sha256 sums (see `target.fingerprint` and `rows_fingerprint`), `hidden_size`
-    is D, `dtype` the stored type, `compute_dtype` the one the target ran in, `target_states` whether its states after
-    the final norm are there too. `chat_template_kwargs` is what the template was told for the rows,
-    nothing in captures that do not say. `row_lengths` are tokens per row, `shard_rows` rows per shard.
+    `target`, `tokenizer` and `rows` are sha256 sums (see `target.fingerprint` and
+    `rows_fingerprint`), `hidden_size` is D, `dtype` the stored type, `compute_dtype` the one the
+    target ran in, `target_states` whether its states after the final norm are there too.
+    `chat_template_kwargs` is what the template was told for the rows, nothing in captures that do
+    not say. `row_lengths` are tokens per row, `shard_rows` rows per shard.
     """
 
     target: str
@@ -53,7 +63,7 @@ class Manifest:
     chat_template_kwargs: Scalars = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses what no capture can hold; `shard_rows` may be empty as long as nothing is planned."""
+        """Refuses what no capture can hold; `shard_rows` may be empty until it is planned."""
         for name in ("dtype", "compute_dtype"):
             found = getattr(self, name)
             require(
@@ -101,8 +111,8 @@ class FeatureRows(Sequence[Row]):
         """Opens a directory that `domino capture` wrote.
 
         Raises:
-            InputError: no capture, an unfinished one, a file that cannot be read, or a shard that is a
-            link out of the directory.
+            InputError: no capture, an unfinished one, a file that cannot be read, or a shard that
+                is a link out of the directory.
         """
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -113,9 +123,10 @@ class FeatureRows(Sequence[Row]):
         missing = [path.name for path in shards if not path.is_file()]
         if missing:
             raise InputError(
-                f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are missing "
-                f"({missing[0]}); `domino capture` with the same words goes on"
+                f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are "
+                f"missing ({missing[0]}); `domino capture` with the same words goes on"
             )
+        # A link to another file of this machine would be read like a shard.
         for path in shards:
             checked_file(self._directory, path.name)
         try:
@@ -135,7 +146,8 @@ class FeatureRows(Sequence[Row]):
         """sha256, in hex, of the manifest: of what was captured, and how."""
         return hashlib.sha256(_manifest_text(self.manifest).encode()).hexdigest()
 
-    def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # one row at a time, never a slice
+    # One row at a time, never a slice.
+    def __getitem__(self, number: int) -> Row:  # type: ignore[override]
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
         try:
@@ -147,7 +159,7 @@ class FeatureRows(Sequence[Row]):
             }
             row = Row(**tensors)
             self._check_row(number, row)
-        except InputError:
+        except InputError:  # a ValueError as well, which says already what is wrong
             raise
         except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
@@ -174,8 +186,8 @@ class FeatureRows(Sequence[Row]):
             found = arrays[name]
             if found.shape != shape or found.dtype != dtype:
                 raise InputError(
-                    f"{self._directory}: row {number} has {name} of shape {found.shape} and type {found.dtype}, "
-                    f"the manifest says {shape} and {np.dtype(dtype)}"
+                    f"{self._directory}: row {number} has {name} of shape {found.shape} and type "
+                    f"{found.dtype}, the manifest says {shape} and {np.dtype(dtype)}"
                 )
         _require_finite(
             row, place=f"{self._directory}: row {number}", remedy="capture the rows again"
@@ -188,7 +200,10 @@ def shard_path(directory: str | Path, index: int) -> Path:
 
 
 def is_whole(directory: str | Path, index: int, rows: int) -> bool:
-    """Whether shard `index` is there with all of its `rows`: reads it once, which checks the hash of each record."""
+    """Whether shard `index` is there with all of its `rows`.
+
+    It is read once, which checks the hash of each record.
+    """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     path = shard_path(directory, index)
@@ -202,7 +217,7 @@ def is_whole(directory: str | Path, index: int, rows: int) -> bool:
 
 
 def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...]:
-    """Rows per shard, in their order, so that each shard but the last takes `shard_bytes` or just above."""
+    """Rows per shard, in their order; each but the last takes `shard_bytes` or just above."""
     sizes, held, rows = [], 0, 0
     for size in row_bytes:
         held, rows = held + size, rows + 1
@@ -237,7 +252,7 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
                 with _write_errors(path):
                     writer.write(record)
         finally:
-            with _write_errors(path):
+            with _write_errors(path):  # closing writes as well
                 writer.close()
         os.replace(beside, path)
     finally:
@@ -272,6 +287,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     if not path.is_file():
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
     manifest = from_tree(Manifest, read_json(path), place=str(path))
+    # Here and not in `Manifest`, which may have no shards as long as they are not planned.
     held, rows = sum(manifest.shard_rows), len(manifest.row_lengths)
     if held != rows:
         raise InputError(f"{path}: shard_rows holds {held} rows, row_lengths {rows}")
@@ -302,6 +318,7 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
     """sha256, in hex, over the ids and masks of rows in their order."""
     digest = hashlib.sha256()
     for row in rows:
+        # The length as well: without it, rows that are cut elsewhere would hash alike.
         digest.update(len(row.input_ids).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(row.input_ids, np.int32).tobytes())
         digest.update(np.ascontiguousarray(row.loss_mask, np.bool_).tobytes())

@@ -1,4 +1,12 @@
-"""Several conversations in one row of a batch: which ones share it, and where each lies."""
+"""Packs: which rows share one sequence of a batch, and where each lies in it.
+
+A row is one conversation. Short ones, each alone in its sequence, leave most of a batch to padding.
+Packed, they share one, in which target and draft see one document at a time (S = 8):
+
+    token          a0 a1 a2 b0 b1 b2 b3  .     seq_lens 3, 4, filled up with 0
+    position_ids    0  1  2  0  1  2  3  0     restart with each document, and with the padding
+    doc_remaining   2  1  0  3  2  1  0  0     tokens that follow in the same document
+"""
 
 import bisect
 import itertools
@@ -7,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-Pack = tuple[int, ...]  # numbers of the rows that share one row of a batch, in order
+Pack = tuple[int, ...]  # numbers of the rows that share one sequence of a batch, in order
 
 
 def row_lengths(rows: Sequence[Any]) -> Sequence[int]:
@@ -22,27 +30,29 @@ def single_packs(count: int) -> list[Pack]:
 
 
 def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
-    """Puts rows together so that little is left over: best-fit decreasing, one binary search per row.
+    """Puts rows together so that little is left over: best-fit decreasing.
 
-    Nothing is cut. The longest rows are placed first, each where it leaves the least room, or else in a new pack. A
-    conversation shorter than a draft block gets no anchor when packed, because no block fits into it; alone in its
-    row, a block may reach over its end.
+    Nothing is cut. The longest rows are placed first, each where it leaves the least room, or else
+    in a new pack; that takes one binary search per row. A row shorter than a draft block gets no
+    anchor when packed, because no block fits into it; in a sequence of its own, a block may reach
+    over its end.
 
     Args:
         lengths: tokens of each row, 1 or more.
         max_length: S, room of a pack.
     Returns:
-        The packs in order of their first row, the rows of each in order. The same lengths give the same packs.
+        The packs in order of their first row, the rows of each in order. The same lengths give the
+        same packs.
     Raises:
         ValueError: a row is longer than `max_length`.
     Source: NeMo AutoModel 0.7.0 for the rule of short conversations (`_sample_anchor_positions`).
     """
     check_fits(lengths, max_length=max_length)
-    by_room: list[list[list[int]]] = [
-        [] for _ in range(max_length + 1)
-    ]  # open packs by the room they have left
+    # Open packs by the room they have left.
+    by_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]
     rooms: list[int] = []  # the rooms at which there is one, ascending
     packs: list[list[int]] = []
+    # Rows of one length by number: every process and every start must find the same packs.
     for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         place = bisect.bisect_left(rooms, lengths[number])
         if place == len(rooms):
@@ -78,16 +88,17 @@ def padding_share(lengths: Sequence[int], packs: Sequence[Pack], *, max_length: 
 def document_arrays(
     seq_lens: Sequence[Sequence[int]], *, max_length: int, documents: int
 ) -> dict[str, np.ndarray]:
-    """What packed rows tell the model about where documents lie (`draft.blocks.Packing`).
+    """What packs tell the model about where documents lie (`draft.blocks.Packing`).
 
     Args:
-        seq_lens: per row the lengths of its documents in order.
+        seq_lens: per sequence the lengths of its documents in order.
         max_length: S.
-        documents: the largest number of documents in a row of the whole data, so that every batch has one shape.
+        documents: the largest number of documents in a sequence of the whole data, so that every
+            batch has one shape.
     Returns:
-        `position_ids` int32 [B, S], counted from the start of each document, and again from the start of the padding,
-        `seq_lens` int32 [B, documents], filled up with 0, and `doc_remaining` int32 [B, S], how many tokens follow in
-        the same document, 0 on padding.
+        `position_ids` int32 [B, S], counted from the start of each document, and again from the
+        start of the padding, `seq_lens` int32 [B, documents], filled up with 0, and `doc_remaining`
+        int32 [B, S], how many tokens follow in the same document, 0 on padding.
     """
     rows = len(seq_lens)
     arrays = {
@@ -101,5 +112,6 @@ def document_arrays(
         for begin, end in itertools.pairwise(bounds):
             arrays["position_ids"][row, begin:end] = np.arange(end - begin)
             arrays["doc_remaining"][row, begin:end] = np.arange(end - begin)[::-1]
+        # Padding counts as one more document, see `draft.blocks.document_ids`.
         arrays["position_ids"][row, bounds[-1] :] = np.arange(max_length - bounds[-1])
     return arrays

@@ -1,4 +1,12 @@
-"""Token rows become batches of one shape: grain iterators that shuffle, shard by process and can be checkpointed."""
+"""Token rows become batches of one shape.
+
+A shape that depends on the data recompiles the step, and a run that resumes must see the batches
+that it would have seen. So every batch is padded to S, and grain, whose iterators can be saved with
+the state, shuffles the rows and shares the batches out to the processes:
+
+    rows or packs, in another order each epoch | the next epoch ...
+    batch 0   batch 1   batch 2   batch 3   batch 4 ...     process 0 of 2 takes 0, 2, 4 ...
+"""
 
 import functools
 from collections.abc import Sequence
@@ -33,30 +41,34 @@ def row_batches(
 ) -> "grain.DatasetIterator":
     """Training batches of one process.
 
-    The epochs follow each other without a gap, so that every batch is full and every row comes once per epoch. Batch
-    k of process p is batch `k * process_count + p` of that stream: together the processes see the same rows in the
-    same order as one process with their joint batch size.
+    The epochs follow each other without a gap, so that every batch is full and every row comes once
+    per epoch. Batch k of process p is batch `k * process_count + p` of that stream: together the
+    processes see the same rows in the same order as one process with their joint batch size.
 
     Args:
         rows: all rows, the same in every process, each at most `max_length` long.
-        batch_size: rows per batch and process.
+        batch_size: sequences per batch and process.
         max_length: S.
         seed: of the order, which differs from epoch to epoch.
-        packs: which rows share one row of a batch; these are then what is shuffled, counted and shared out.
+        packs: which rows share one sequence of a batch; these are then what is shuffled, counted
+            and shared out.
         shuffle: False keeps the order of `rows` or `packs`.
-        repeat: False ends after the batch that completes the first epoch; it is filled up from the second.
-        read_ahead: batches to prepare while the last one is used, for rows that are read from disk; several threads
-            read and copy the rows of each.
+        repeat: False ends after the batch that completes the first epoch; it is filled up from the
+            second.
+        read_ahead: batches to prepare while the last one is used, for rows that are read from disk;
+            several threads read and copy the rows of each.
         process_index: which process this is; JAX's own by default.
         process_count: of how many.
     Returns:
-        Iterator with `get_state` and `set_state` (and `grain.checkpoint` for Orbax) over dicts of `input_ids` int32
-        [batch_size, S], padded with 0 on the right, and `loss_mask` bool [batch_size, S], False on
-        padding; with `packs` also the arrays of `document_arrays`; what else the rows hold
-        (`features`, `target_states`), padded with 0; and `row_numbers` int32 [batch_size,
-        documents], which of `rows` lie in each row of the batch, filled up with -1.
+        Iterator with `get_state` and `set_state` (and `grain.checkpoint` for Orbax) over dicts of
+        `input_ids` int32 [batch_size, S], padded with 0 on the right, and `loss_mask` bool
+        [batch_size, S], False on padding; with `packs` also the arrays of `document_arrays`; what
+        else the rows hold (`features`, `target_states`), padded with 0; and `row_numbers` int32
+        [batch_size, documents], which of `rows` lie in each sequence of the batch, filled up
+        with -1.
     Raises:
-        InputError: fewer rows or packs than all processes take per batch, or a seed outside 0..2**32-1.
+        InputError: fewer rows or packs than all processes take per batch, or a seed outside
+            0..2**32-1.
         ValueError: a row is longer than `max_length`.
     """
     import grain
@@ -72,7 +84,9 @@ def row_batches(
     if shuffle:
         data = data.shuffle(seed=seed)
     make = _batch_maker(rows, packs, max_length=max_length, from_disk=read_ahead > 0)
-    # As good as endless; grain computes lengths in float64, where sys.maxsize in batches of 1 overflows.
+    # Repeated before they are batched: a batch may reach into the next epoch, and none is short.
+    # As good as endless; grain computes lengths in float64, where sys.maxsize in batches of 1
+    # overflows.
     batches = data.repeat(2**50 // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
         batches = batches[: _steps(units, batch_size * count) * count]
@@ -88,17 +102,20 @@ def heldout_batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> "grain.DatasetIterator":
-    """One pass over held-out rows in their order; the last batches are filled up with empty rows.
+    """One pass over held-out rows in their order.
+
+    The last batches are filled up with empty sequences.
 
     Args:
         rows: all rows, the same in every process, each at most `max_length` long.
-        batch_size: rows per batch and process.
+        batch_size: sequences per batch and process.
         max_length: S.
-        packs: which rows share one row of a batch.
+        packs: which rows share one sequence of a batch.
         process_index: which process this is; JAX's own by default.
         process_count: of how many. Every process gets the same number of batches.
     Returns:
-        Iterator over batches as `row_batches` gives them; the mask of an empty row is False throughout.
+        Iterator over batches as `row_batches` gives them; the mask of an empty sequence is False
+        throughout.
     Raises:
         InputError: there are no rows.
         ValueError: a row is longer than `max_length`.
@@ -137,6 +154,7 @@ def _batch_maker(
         rows=rows,
         lengths=lengths,
         max_length=max_length,
+        # Of all packs, not of those of a batch: every batch has one shape.
         documents=1 if packs is None else max(len(pack) for pack in packs),
         packed=packs is not None,
         threads=ThreadPoolExecutor(READING_THREADS) if from_disk else None,
@@ -173,9 +191,8 @@ def _batch(
         "row_numbers": np.full((len(units), documents), -1, np.int32),
     }
     seq_lens: list[list[int]] = []
-    places: list[
-        tuple[int, int, int]
-    ] = []  # number of each row, its slot and where it begins there
+    # The number of each row, its slot and where it begins there.
+    places: list[tuple[int, int, int]] = []
     for slot, pack in enumerate(units):
         batch["row_numbers"][slot, : len(pack)] = pack
         seq_lens.append([lengths[number] for number in pack])
@@ -191,9 +208,10 @@ def _batch(
                 batch[name] = np.zeros((len(units), max_length, *values.shape[1:]), values.dtype)
             batch[name][slot, begin : begin + len(values)] = values
 
-    for place in places[:1]:  # which says what arrays there are
+    # One row first: it makes the arrays, which several threads would make at once.
+    for place in places[:1]:
         put(place)
-    # The states of one row are a hundred megabytes.
+    # The states of one row are a hundred megabytes. `list` runs all and raises what one raised.
     list((map if threads is None else threads.map)(put, places[1:]))
     if packed:
         batch |= document_arrays(seq_lens, max_length=max_length, documents=documents)

@@ -75,7 +75,10 @@ def main(seconds: float, memory_bytes: int) -> None:
 
 
 def _limit_memory(further_bytes: int) -> None:
-    """Bounds the process to what it takes already and a little more; systems without /proc know no such bound."""
+    """Bounds the process to what it takes already and a little more.
+
+    Systems without /proc know no such bound.
+    """
     with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + further_bytes, held + further_bytes))

@@ -29,7 +29,7 @@ MEMORY_BYTES = 2**29  # beyond what the process takes when it starts
 
 
 class CostlyTemplate(InputError):
-    """A chat template took more time or memory than any good one; the next conversation would too."""
+    """A chat template took more time or memory than any good one; it would each time."""
 
 
 class Rendering(NamedTuple):
@@ -85,6 +85,7 @@ class _Process:
             "text": tokenizer.get_chat_template(),
             "special_tokens_map": tokenizer.special_tokens_map,
         }
+        # One exchange at a time: a reply does not say which request it answers.
         with self._lock:
             if self._running is None:
                 self._start()
@@ -101,10 +102,12 @@ class _Process:
                 if "costly" not in reply:
                     return reply
             code = self.end()
+        # What is left of a line says that it was costly; below 0 is the signal that ended it.
         if line or code < 0:
             limit = f"{SECONDS:g} s" if code == -signal.SIGALRM else f"{MEMORY_BYTES // 2**20} MiB"
             raise CostlyTemplate(
-                f"the chat template took more than {limit} for one conversation; use another template"
+                f"the chat template took more than {limit} for one conversation; "
+                "use another template"
             )
         raise RuntimeError(f"the process that renders chat templates ended with code {code}")
 
@@ -126,7 +129,8 @@ class _Process:
 
     def _start(self) -> None:
         script = Path(__file__).with_name("renderer.py")
-        # A session of its own: Ctrl-C is for the process that asks. It ends when the pipe does.
+        # A session of its own: Ctrl-C is for the process that asks. It ends when the pipe does. -P:
+        # the modules beside the script must not be found by their bare names, such as `template`.
         self._running = subprocess.Popen(
             [sys.executable, "-P", str(script), str(SECONDS), str(MEMORY_BYTES)],
             stdin=subprocess.PIPE,

@@ -29,6 +29,7 @@ class ChatTemplate:
     sha256: str
     kwargs: Scalars
 
+    # By what the settings are as text, see `kwargs_text`: the fields compare 0 and false as equal.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChatTemplate) and self._identity() == other._identity()
 
@@ -52,6 +53,7 @@ class ChatTemplate:
         Raises:
             InputError: the text of the template, or else what it is told, differs.
         """
+        # The text first: settings mean nothing beside another template.
         if self.sha256 != trained.sha256:
             raise InputError(
                 f"{place}: the chat template of {target} is not the one the draft was trained with"
@@ -69,7 +71,9 @@ def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
 
 
 def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
-    """What a file records under `chat_template_kwargs`; a file written before there were any has none.
+    """What a file records under `chat_template_kwargs`.
+
+    A file that was written before there were any has none.
 
     Raises:
         InputError: something else than a mapping of plain values.
@@ -78,12 +82,15 @@ def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
 
 
 def kwargs_text(kwargs: Scalars) -> str:
-    """Equal for equal settings: not for 0 and false, which are equal in Python and not in a template."""
+    """Settings as JSON: equal for equal ones, and as the command line takes them."""
+    # 0 and false are equal in Python, and two things to a template.
     return json.dumps(dict(kwargs), sort_keys=True, ensure_ascii=False)
 
 
 def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
-    """Refuses names that a tokenizer's chat template never reads: a misspelt switch would do nothing.
+    """Refuses names that a tokenizer's chat template never reads.
+
+    A misspelt switch would do nothing.
 
     Raises:
         InputError: each such name, with the nearest one that is read, or all of them.
@@ -103,5 +110,6 @@ def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
 def _settings(tokenizer: Any) -> set[str]:
     """The names that a template looks up and that nobody but the user fills."""
     read = names_read(tokenizer)
+    # transformers fills these, the special tokens and what its own arguments are called.
     filled = {"messages", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
     return read - filled - set(inspect.signature(tokenizer.apply_chat_template).parameters)

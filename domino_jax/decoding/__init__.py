@@ -1,1 +1,4 @@
-"""Decoding: the speculative loop, generation of text and answers, evaluation of a drafter."""
+"""Decoding shows what a drafter is worth: the tokens that its target need not write one by one.
+
+Here are the speculative loop, generation of text and of answers, and the evaluation of a drafter.
+"""

@@ -1,8 +1,8 @@
-"""Answers that are not all there yet: batches of lines, each attested, so that a second start loses and changes none.
+"""Unfinished answers in batches, each attested, so that a second start loses and changes none.
 
-With a temperature the answer to a prompt depends on its batch. So what a start goes on from must end
-where a batch ended, though a process may be killed between any two bytes and a disk may be full at
-any of them; and a damaged answer must not become training data. A line after each batch says so:
+With a temperature the answer to a prompt depends on its batch, so a second start must resume where
+a batch ended. But a process may be killed between any two bytes, and a disk may be full at any of
+them; and a damaged answer must not become training data. So a line after each batch attests it:
 
     {"sha256": of nothing}
     {"messages": ..., "prompt_line": 3, "finished": true, "generator": {...}}
@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from domino_jax.files import parse_json, read_lines
 from domino_jax.strict import InputError, require
 
+# No answer begins so (its first key is "messages"): this alone tells the two kinds of lines apart.
 _ATTESTS = b'{"sha256": '
 
 
@@ -29,7 +30,8 @@ class BatchLog:
     """An unfinished file of answers.
 
     Attributes:
-        finished: of the batches that earlier starts wrote, by prompt line, whether each answer ended by itself.
+        finished: of the batches that earlier starts wrote, by prompt line, whether each answer
+            ended by itself.
     """
 
     def __init__(self, path: Path, read: Callable[[Any], tuple[int, bool]]) -> None:
@@ -37,8 +39,8 @@ class BatchLog:
 
         Args:
             path: the file; what is not attested is cut off its end.
-            read: a record's prompt line and whether its answer ended by itself; raises `InputError` for
-                one of another start.
+            read: gives a record's prompt line and whether its answer ended by itself; raises
+                `InputError` for a record of another start.
         Raises:
             InputError: `read` refused a record, or the file is not what was written.
             OSError: it cannot be opened or written.
@@ -48,10 +50,12 @@ class BatchLog:
         self._digest, self._length = hashlib.sha256(), 0
         if path.exists():
             self._read()
+        # Unbuffered: what a full disk refused is dropped, not tried again when the file is closed.
+        # Appending: every write goes to the file's end, also after a batch was cut off it.
         self._file: BinaryIO = path.open("ab", buffering=0)
         self._file.truncate(self._length)
         if self._length == 0:
-            self.add([])
+            self.add([])  # so that a file without a batch shows whose it is
 
     def __enter__(self) -> "BatchLog":
         return self
@@ -67,6 +71,7 @@ class BatchLog:
         """
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         batch = "".join(lines).encode()
+        # A copy: after a failed write the log's own digest still is that of the lines on disk.
         digest = self._digest.copy()
         digest.update(batch)
         left = batch = batch + _attestation(digest)
@@ -91,7 +96,7 @@ class BatchLog:
             with self._path.open("rb") as file, beside.open("wb") as whole:
                 whole.writelines(line for line in file if not line.startswith(_ATTESTS))
                 whole.flush()
-                os.fsync(whole.fileno())
+                os.fsync(whole.fileno())  # before the rename, which may reach the disk first
             beside.replace(path)
         except OSError as error:
             beside.unlink(missing_ok=True)
@@ -104,23 +109,28 @@ class BatchLog:
         nothing = _attestation(digest)
         for number, line in read_lines(self._path):
             batch.append((number, line))
+            # Cut off before its line end, an attestation attests nothing: its batch is dropped.
             if line.startswith(_ATTESTS) and line.endswith(b"\n"):
                 if line != _attestation(digest):
                     raise InputError(
-                        f"{self._path}:{number}: damaged: it does not attest the lines before it; put a copy of the "
-                        "file back, or remove it to start again"
+                        f"{self._path}:{number}: damaged: it does not attest the lines before it; "
+                        "put a copy of the file back, or remove it to start again"
                     )
+                # Only now: before it is attested, a line may be damaged in any way.
                 for one in batch[:-1]:
                     self._take(*one)
                 self._length += sum(len(text) for _, text in batch)
                 self._digest, batch = digest.copy(), []
                 self._digest.update(line)
             digest.update(line)
+        # Part of the first line is a start that was killed while it wrote it; anything else without
+        # an attestation is a file of somebody else, which opening it would cut to nothing.
         if self._length == 0 and (
             number > 1 or not nothing.startswith(b"".join(text for _, text in batch))
         ):
             raise InputError(
-                f"{self._path}: not unfinished answers as this version writes them; move the file away to start again"
+                f"{self._path}: not unfinished answers as this version writes them; "
+                "move the file away to start again"
             )
 
     def _take(self, number: int, line: bytes) -> None:

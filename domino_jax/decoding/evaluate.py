@@ -1,4 +1,12 @@
-"""What a drafter gains on a prompt set: tau with the head on and off, speed, and whether the text stays the same."""
+"""A long acceptance length says nothing where the output has changed: both are measured together.
+
+Nor does a speed beside one of another day. So what a drafter gains on a set of prompts is measured
+in one run, each prompt decoded each way in turn, and greedy outputs are compared:
+
+    prompt -> plain, the target alone -> tokens and seconds -.
+           -> speculative             -> tokens and seconds --> tau, speed-up, first differences
+           -> its head off, if Domino -> tokens and seconds -'
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,13 +22,15 @@ from domino_jax.decoding.speculate import Decoder, Weights, required_slots
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import Target, lm_head_weight
 
-TIE = 1e-3  # two logits closer than this may change places between one-token and block-wise float32 arithmetic
+# Two logits closer than this may change places between one-token and block-wise float32 arithmetic.
+TIE = 1e-3
 
 
 class Difference(NamedTuple):
-    """The first place where two greedy outputs differ, and how far apart the target's logits of both tokens are.
+    """The first place where two greedy outputs differ, and how far apart the target's logits are.
 
-    A token is -1, and the gap None, where that output had already ended.
+    `logit_gap` is between both tokens; a token is -1, and the gap None, where that output had
+    already ended.
     """
 
     prompt: int
@@ -31,7 +41,7 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Greedy outputs held against each other, token by token up to the first difference of each prompt."""
+    """Greedy outputs, compared token by token up to the first difference of each prompt."""
 
     tokens_compared: int
     tokens_equal: int
@@ -47,7 +57,9 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Decodes each prompt plainly, with the whole draft and, for Domino, with its head off; batch 1, one run.
+    """Decodes each prompt plainly, with the whole draft and, for Domino, with its head off.
+
+    One prompt at a time (batch 1), all ways in one run.
 
     Args:
         decoder: target and draft.
@@ -57,10 +69,11 @@ def evaluate(
         seed: of the sampler; unused at temperature 0.
         progress: called with the number of prompts done.
     Returns:
-        Plain numbers: `prompts`, `tau` (and `tau_head_off`), tokens per second of each way, `speed_up`, and at
-        temperature 0 `tokens_compared`, `tokens_equal`, `differences` and `lossless`: whether every difference is a tie
-        of the target's logits.
+        Plain numbers: `prompts`, `tau` (and `tau_head_off`), tokens per second of each way,
+        `speed_up`, and at temperature 0 `tokens_compared`, `tokens_equal`, `differences` and
+        `lossless`: whether every difference is a tie of the target's logits.
     """
+    # Plain decoding captures nothing: it must not pay for states that only a draft reads.
     decoders = {
         "plain": replace(
             decoder,
@@ -73,6 +86,7 @@ def evaluate(
     decoders["speculative"] = decoder
     if decoder.use_head:
         decoders["head_off"] = replace(decoder, use_head=False)
+    # One number for all prompts and ways: any other would be another program to compile.
     slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
     run = functools.partial(
         generate, weights=weights, max_new_tokens=max_new_tokens, slots=slots, seed=seed
@@ -81,6 +95,7 @@ def evaluate(
 
     answers: dict[str, list[Answer]] = {name: [] for name in decoders}
     for index, prompt in enumerate(prompts):
+        # The ways take turns: where a machine slows down, it slows all of them.
         for name, way in decoders.items():
             answers[name] += run(way, prompts=[prompt])
         progress(index + 1)
@@ -109,6 +124,7 @@ def evaluate(
             "tokens_compared": sum(comparison.tokens_compared for comparison in found),
             "tokens_equal": sum(comparison.tokens_equal for comparison in found),
             "differences": [difference._asdict() for difference in differences],
+            # An output that ended early is no tie: its missing token has no logit to compare.
             "lossless": all(gap is not None and gap < TIE for *_, gap in differences),
         }
     return figures
@@ -121,9 +137,10 @@ def compare(
     plain: Sequence[Answer],
     speculative: Sequence[Answer],
 ) -> Comparison:
-    """Holds speculative greedy answers against plain ones.
+    """Compares speculative greedy answers with plain ones.
 
-    After a first difference the two texts are answers to different prefixes, so a prompt is compared up to there.
+    After a first difference the two texts are answers to different prefixes, so a prompt is
+    compared up to there.
 
     Args:
         weights: parameters of the target.
@@ -132,7 +149,8 @@ def compare(
         plain: answers of the target alone.
         speculative: answers with a draft.
     Returns:
-        `Comparison`; `logit_gap` is the absolute difference of the target's two logits after the common prefix.
+        `Comparison`; `logit_gap` is the absolute difference of the target's two logits after the
+        common prefix.
     """
     compared = equal = 0
     differences = []
@@ -143,6 +161,7 @@ def compare(
             compared += shorter
             equal += shorter
             continue
+        # Equal as far as both go: the first difference is where one of them has ended.
         position = int(unequal[0]) if len(unequal) else shorter
         compared += position + 1
         equal += position
@@ -161,8 +180,9 @@ def compare(
 
 
 def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """The target's logits after a sequence, int32 [n] -> float32 [V], by one pass over all of it."""
+    """The target's logits after a sequence, int32 [n] -> float32 [V], by one pass over it."""
 
+    # Compiled for each length, and without a cache: it is called for differences, which are rare.
     @jax.jit
     def logits(params: Any, tokens: jax.Array) -> jax.Array:
         out = Target(target.cfg).apply({"params": params}, tokens)
@@ -175,9 +195,11 @@ def _compile(
     decoders: dict[str, Decoder], weights: Weights, prompts: Sequence[np.ndarray], slots: int
 ) -> None:
     """Runs every program once, so that no measured time holds a compilation."""
+    # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
     lengths = {required_slots(decoders["plain"], len(prompt), 0): prompt for prompt in prompts}
     for way in decoders.values():
         for prompt in lengths.values():
+            # Two tokens: the pass over the prompt gives the first, so the loop is run for another.
             generate(way, weights, [prompt], max_new_tokens=2, slots=slots)
 
 

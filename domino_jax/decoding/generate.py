@@ -1,4 +1,12 @@
-"""Text from a target, with or without a drafter: one streamed answer, or the answers of a whole prompt file."""
+"""A drafter learns the words of its own target, so the target answers whole files of prompts first.
+
+That may take hours, which a stop must not lose, and the answers must be those of one whole start.
+One answer alone is streamed, with or without a drafter. A file is answered in this order:
+
+    prompts.jsonl -> sorted by length -> batches -> answers.jsonl.partial -> answers.jsonl
+                     (then by line)     one after    a `BatchLog`, grows     once the last
+                                        the other    batch by batch          batch is there
+"""
 
 import functools
 import json
@@ -29,7 +37,10 @@ STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
 
 class Answer(NamedTuple):
-    """One finished row: `tokens` int32 [n] without the prompt, whether a stop token ended it, and what it took."""
+    """One finished row: `tokens` int32 [n] without the prompt, how it ended, and what it took.
+
+    `stopped`: a stop token ended it, and not the limit.
+    """
 
     tokens: np.ndarray
     stopped: bool
@@ -50,7 +61,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Regenerated:
-    """What a file of answers holds: `total` of them, `answered` by this start, `cut` at the limit."""
+    """What a file of answers holds: `total`, `answered` by this start, and `cut` at the limit."""
 
     total: int
     answered: int
@@ -130,11 +141,13 @@ def stream_text(
     first = start(decoder, weights, [prompt], max_new_tokens=max_new_tokens, slots=slots, seed=seed)
     for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
         ids = np.asarray(state.tokens[0, len(prompt) : int(state.lengths[0])])
+        # All of it each time: the text of a token depends on those before it.
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest of its bytes
             write(text[len(shown) :])
             shown = text
     (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
+    # What was held back above: an answer may end within a character.
     write(tokenizer.decode(answer.tokens, skip_special_tokens=True)[len(shown) :])
     return answer
 
@@ -152,10 +165,11 @@ def regenerate(
     settings: dict[str, Any],
     progress: Callable[[int, int, int], None],
 ) -> Regenerated:
-    """Writes the target's own answers to the prompts of a file; a second start goes on after the last whole batch.
+    """Writes the target's own answers to the prompts of a file.
 
-    Each line of the result is the prompt's line with the answer appended to its messages, `prompt_line`, `finished`
-    (False where the answer was cut at the limit) and `generator`, the settings. Lines come in the order of their
+    A second start resumes after the last whole batch. Each line of the result is the prompt's line
+    with the answer appended to its messages, `prompt_line`, `finished` (False where the answer was
+    cut at the limit) and `generator`, the settings. Lines come in the order of the prompts'
     lengths, so that the rows of a batch end together.
 
     Args:
@@ -163,7 +177,8 @@ def regenerate(
         weights: its parameters.
         tokenizer: of the target.
         prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
-        answers_path: the JSONL to write; until it is complete, a `BatchLog` of its name and `.partial`.
+        answers_path: the JSONL to write; until it is complete, a `BatchLog` of its name and
+            `.partial`.
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
@@ -176,6 +191,7 @@ def regenerate(
         InputError: unusable prompts, or a partial file of another start that does not fit.
         OSError: the answers cannot be written; those of earlier batches are kept.
     """
+    # In the order of what it costs to be refused; nothing is made before all prompts are usable.
     if answers_path.exists():
         raise InputError(f"{answers_path}: already there; remove it to make it again")
     usable = _all_usable(prompts_path)
@@ -185,33 +201,39 @@ def regenerate(
         (line, messages, encode_prompt(messages, tokenizer, kwargs))
         for line, messages in usable.items()
     ]
+    # Ties in the order of lines: another start must put the same prompts together into batches.
     prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
+    # The last is the longest: where it fits, all do.
     check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     read = functools.partial(_answer, settings=settings, prompts=usable, prompts_path=prompts_path)
     with BatchLog(partial, read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt[0] not in finished]
+        # Of all prompts, not of those that are left: another start must run the same program.
         slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
         written = 0
         progress(len(finished), len(prompts), written)
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
-            # Short of rows, the last batch repeats one: another batch size would be another compilation.
+            # Short of rows, the last batch repeats one: another batch size is another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
             own = {
                 "max_new_tokens": max_new_tokens,
                 "slots": slots,
+                # By the line of a prompt, not by a count: batches that are left keep their seeds.
                 "seed": (seed + batch[0][0]) % SEED_LIMIT,
             }
             answers = generate(decoder, weights, rows, **own)
             records = []
+            # Not strict: the answers to repeated prompts stand behind the batch and are dropped.
             for (line, messages, _), answer in zip(batch, answers, strict=False):
                 text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
                 turns = [*messages, {"role": "assistant", "content": text}]
                 records.append(_answer_record(turns, line, answer.stopped, settings))
                 written += len(answer.tokens)
                 finished[line] = answer.stopped
+            # On disk first: the caller's `progress` may end the work.
             log.add(records)
             progress(len(finished), len(prompts), written)
         log.publish(answers_path)
@@ -258,6 +280,7 @@ def _answer(
     line, finished, messages = (
         record.get(name) for name in ("prompt_line", "finished", "messages")
     )
+    # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.
     if (
         type(line) is not int
         or type(finished) is not bool

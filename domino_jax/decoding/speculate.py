@@ -1,6 +1,12 @@
-"""Speculative decoding in one compiled loop: draft a block, verify it in one pass of the target, keep what fits.
+"""Speculative decoding: a pass costs the reading of its weights, so one pass verifies a block.
 
-The plain target is the same loop with nothing to propose.
+Plain decoding is the same compiled loop without proposals. A cycle of P = 3 from `lengths` = n:
+
+    position           n-2  n-1  n    n+1  n+2
+    committed, drafted t    b    d1   d2   d3    b `bonus`, unread; d from the states before it
+    one target pass         b    d1   d2   d3    writes both caches from n-1 on
+    its next tokens         d1   x    .    .     one after each token that it reads
+    committed          t    b    d1   x          d1 accepted, x is the next b; d2, d3 are stale
 """
 
 import functools
@@ -34,7 +40,7 @@ class Decoder:
         draft: the draft model, None for plain decoding.
         proposals: drafted tokens per verification, 0 for plain decoding.
         use_head: whether the Domino head corrects the backbone's logits.
-        temperature: 0 takes the most likely token, otherwise tokens follow softmax(logits / temperature).
+        temperature: 0 takes the likeliest token, else tokens follow softmax(logits / temperature).
         stop_ids: token ids that end a row.
     """
 
@@ -47,33 +53,31 @@ class Decoder:
 
 
 class Weights(NamedTuple):
-    """Parameters of the target, in the form it takes, and of the draft (None for plain decoding)."""
+    """Parameters of the target, as it takes them, and of the draft (None for plain decoding)."""
 
     target: Any
     draft: Any = None
 
 
 class DecodeState(NamedTuple):
-    """Rows in the middle of decoding.
+    """Rows in the middle of decoding; `committed` and `verifications` give tau.
 
-    `tokens` int32 [B, L] starts with the prompt; `lengths` int32 [B] counts committed tokens, the last of which the
-    target has not read yet; `limits` int32 [B] end each row; `committed` and `verifications` int32 [B] give tau.
-    Caches hold every earlier position; what lies at or after the last committed token is stale and never seen.
+    Caches hold what lies before the last committed token; the rest is stale and never seen.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    limits: jax.Array
-    finished: jax.Array
-    committed: jax.Array
-    verifications: jax.Array
+    tokens: jax.Array  # int32 [B, L], from the prompt on
+    lengths: jax.Array  # int32 [B], committed tokens; the target has not read the last one yet
+    limits: jax.Array  # int32 [B], the length that ends a row
+    finished: jax.Array  # bool [B]
+    committed: jax.Array  # int32 [B]
+    verifications: jax.Array  # int32 [B]
     target_cache: LayerCaches
     draft_cache: tuple[Cache, ...]
     key: jax.Array
 
 
 def number_of_proposals(config: DraftConfig, mode: str) -> int:
-    """Tokens a draft proposes per cycle: `mode` "block" all its predictions, "serving" K - 1 as serving engines do."""
+    """Proposals of a cycle: "block" all predictions, "serving" K - 1 as serving engines do."""
     if mode not in ("block", "serving"):
         raise ValueError(f"proposals must be 'block' or 'serving', found {mode!r}")
     return config.num_predictions if mode == "block" else config.block_size - 1
@@ -88,7 +92,7 @@ def make_decoder(
     temperature: float = 0.0,
     stop_ids: Sequence[int] = (),
 ) -> Decoder:
-    """A `Decoder` for a target alone or with a draft; the target's captured layers follow from the draft.
+    """A `Decoder` for a target alone, or with a draft that says which layers the target captures.
 
     Raises:
         ValueError: draft and target differ in width, vocabulary or depth.
@@ -132,7 +136,7 @@ def start(
         weights: its parameters.
         prompts: token ids of each row, at least one each.
         max_new_tokens: tokens of each answer at most.
-        slots: positions of the caches, at least `required_slots`; a run that keeps it constant compiles once.
+        slots: cache positions, at least `required_slots`; a run that keeps them compiles once.
         seed: of the sampler.
     Raises:
         ValueError: too few slots or an empty prompt.
@@ -140,7 +144,7 @@ def start(
     longest = max(len(prompt) for prompt in prompts)
     if min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("a prompt without tokens")
-    if slots < required_slots(decoder, longest, max_new_tokens):
+    if slots < required_slots(decoder, longest, max_new_tokens):  # XLA would clamp, in silence
         raise ValueError(
             f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed"
         )
@@ -148,8 +152,7 @@ def start(
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    # Reading a prompt does not depend on how the draft will be used: one program serves the head on and off.
-    reader = replace(decoder, proposals=0, use_head=False)
+    reader = replace(decoder, proposals=0, use_head=False)  # however the draft is used: one program
     return _prefill(
         reader,
         weights,
@@ -162,19 +165,19 @@ def start(
 
 
 def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
-    """Cache positions that prompts up to `prompt_length` need; a last block may reach past the limit."""
+    """Cache positions for prompts up to `prompt_length`; a last block may reach past the limit."""
     return max(_bucketed(prompt_length), prompt_length + max_new_tokens) + decoder.proposals + 1
 
 
 def advance(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> DecodeState:
     """Runs up to `cycles` cycles, fewer when all rows finish; the state given is consumed."""
-    return _advance(decoder, weights, state, jnp.int32(cycles))
+    return _advance(decoder, weights, state, jnp.int32(cycles))  # traced: one program for any
 
 
 def stream(
     decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int
 ) -> Iterator[DecodeState]:
-    """Yields the state after every `cycles` cycles until all rows are finished; each yielded state is consumed next."""
+    """Yields the state after every `cycles` cycles until all rows end; each is consumed next."""
     yield state
     while not bool(np.all(state.finished)):
         state = advance(decoder, weights, state, cycles=cycles)
@@ -201,6 +204,7 @@ def _prefill(
     cache = decoder.target.empty_cache(batch=batch, slots=slots)
     out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)
     last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    # Of the last position alone: nothing reads the logits of all, [B, T, V].
     logits = vocabulary_logits(last, lm_head_weight(weights.target))
     key, draw = jax.random.split(key)
     first = _pick(decoder, draw, logits)
@@ -212,7 +216,7 @@ def _prefill(
         )
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
     tokens = _write_tokens(tokens, first[:, None], lengths)
-    zeros = jnp.zeros_like(lengths)
+    zeros = jnp.zeros_like(lengths)  # the first token costs no verification: tau leaves it out
     finished = _is_stop(decoder, first) | (lengths + 1 >= limits)
     return DecodeState(
         tokens, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key
@@ -238,7 +242,7 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
     key, draft_key, accept_key = jax.random.split(state.key, 3)
     bonus = jnp.take_along_axis(state.tokens, anchors[:, None], axis=1)
     drafted, draft_probs = _draft(decoder, weights, state, bonus[:, 0], draft_key)
-
+    # The bonus token goes first: its logits choose the token that d1 is verified against.
     block = jnp.concatenate([bonus, drafted], axis=1)
     positions = anchors[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
     out = decoder.target.apply(
@@ -250,15 +254,14 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
         accepted, following = accept_sampled(accept_key, drafted, draft_probs, target_probs)
     else:
         accepted, following = accept_greedy(drafted, most_likely(logits))
-
-    # The block's accepted tokens, then the target's own; what follows is overwritten by the next cycle.
+    # The accepted tokens, then the target's own; the next cycle overwrites what follows.
     index = jnp.arange(block.shape[1])
     new = jnp.where(index < accepted[:, None], jnp.roll(block, -1, axis=1), following[:, None])
     stops = _is_stop(decoder, new) & (index <= accepted[:, None])
     until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), accepted) + 1
     count = jnp.where(state.finished, 0, jnp.minimum(until_stop, state.limits - state.lengths))
     lengths = state.lengths + count
-    active = (~state.finished).astype(jnp.int32)
+    active = (~state.finished).astype(jnp.int32)  # shapes are static: finished rows run along
     draft_cache = state.draft_cache
     if decoder.draft is not None:
         draft_cache = _remember(decoder, weights, draft_cache, out.features, anchors)
@@ -285,7 +288,9 @@ def _remember(
     """Adds the target's states at `begin ..` of each row, [B, T, C*D], to the draft's context."""
     positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     variables = {"params": weights.draft}
-    new = decoder.draft.apply(variables, features, positions, method=DraftModel.context)  # type: ignore[union-attr]
+    new = decoder.draft.apply(  # type: ignore[union-attr]
+        variables, features, positions, method=DraftModel.context
+    )
     return tuple(
         kv_cache.write(old, keys, values, begin)
         for old, (keys, values) in zip(cache, new, strict=True)
@@ -295,7 +300,7 @@ def _remember(
 def _draft(
     decoder: Decoder, weights: Weights, state: DecodeState, bonus: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Proposed tokens [B, P] and, when sampling, the distributions they were drawn from, [B, P, V]."""
+    """Proposed tokens [B, P] and, when sampling, the distributions they come from, [B, P, V]."""
     if decoder.draft is None:
         return jnp.zeros((bonus.shape[0], 0), jnp.int32), jnp.zeros(
             (bonus.shape[0], 0, decoder.target.cfg.vocab_size)
@@ -314,7 +319,7 @@ def _draft(
     )
     hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
     base = output_logits(cfg, vocabulary_logits(hidden, lm_head_weight(weights.target)))
-
+    # As in training: the GRU reads every token, from the anchor on, corrected or not.
     tokens, probs = [], []
     previous, gru = bonus, jnp.zeros((bonus.shape[0], cfg.gru_hidden_dim), jnp.float32)
     for index in range(decoder.proposals):
@@ -328,7 +333,7 @@ def _draft(
         tokens.append(previous)
         if decoder.temperature > 0:
             probs.append(jax.nn.softmax(logits / decoder.temperature, axis=-1))
-    return jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1) if probs else base
+    return jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1) if probs else base  # greedy: unread
 
 
 def accept_greedy(drafted: jax.Array, choices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -347,24 +352,24 @@ def accept_greedy(drafted: jax.Array, choices: jax.Array) -> tuple[jax.Array, ja
 def accept_sampled(
     key: jax.Array, drafted: jax.Array, draft_probs: jax.Array, target_probs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Speculative sampling: the accepted tokens and the next one follow the target's distribution exactly.
+    """Speculative sampling: accepted tokens and the next follow the target's distribution exactly.
 
     Args:
         key: a PRNG key.
         drafted: int32 [B, P], drawn from `draft_probs`.
         draft_probs: float32 [B, P, V].
-        target_probs: float32 [B, P + 1, V], the target's distribution after each prefix of the draft.
+        target_probs: float32 [B, P + 1, V], the target's after each prefix of the draft.
     Returns:
-        Accepted tokens int32 [B] and the token after them, int32 [B]: token i is kept with probability min(1, p / q);
-        the first one refused is drawn again from the positive part of p - q.
+        Accepted tokens int32 [B] and the token after them, int32 [B]: token i is kept with
+        probability min(1, p / q); the first refused is redrawn from the positive part of p - q.
     Source: Leviathan et al. (arXiv:2211.17192), algorithm 1.
     """
     accept_key, next_key = jax.random.split(key)
     p = jnp.take_along_axis(target_probs[:, :-1], drafted[..., None], axis=-1)[..., 0]
     q = jnp.take_along_axis(draft_probs, drafted[..., None], axis=-1)[..., 0]
-    kept = jax.random.uniform(accept_key, drafted.shape) * q < p
+    kept = jax.random.uniform(accept_key, drafted.shape) * q < p  # no division: q may be 0
     accepted = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
-    # After the whole draft nothing was refused: q counts as zero there and the draw is from p itself.
+    # After the whole draft nothing was refused: q is zero there, and the draw is from p itself.
     refused = jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0)))
     rest = jnp.maximum(target_probs - refused, 0.0)
     rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,12 @@
-"""The draft model: the DFlash backbone and, when its config asks for one, the Domino head."""
+"""Drafting token by token costs a pass a token; this model fills every block in one pass.
+
+It is the DFlash backbone and, when its config asks for one, the Domino head. The context's keys and
+values are made apart from the blocks, so that decoding can keep them between its cycles:
+
+    features [B, S, C*D] -> fc -> hidden_norm -> [B, S, D] -> each layer's keys and values
+                                                                  | seen up to each anchor
+    blocks [B, N, K, D] -> [B, N*K, D] -> layer 1 -> ... -> layer n -> norm -> [B, N, K, D]
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +25,8 @@ from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.sharding import constrain
 from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
-# What a layer that recomputes keeps for its backward pass.
+# What a layer that recomputes keeps for its backward pass: products, which are dear to repeat, and
+# what attention gives, which is a loop or a kernel and so no product to the first policy.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(RESULT)
 )
@@ -54,7 +63,7 @@ class DraftLayer(nn.Module):
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
     def context_keys_values(self, context: jax.Array, tables: Rotary) -> Cache:
-        """Keys and values of context states, [B, S, D] -> two [B, KV, S, head_dim]; the context is not normed here."""
+        """Keys and values of the context, [B, S, D] -> two [B, KV, S, head_dim]; no norm here."""
         return Cache(*self.self_attn.keys_values(context, tables))
 
 
@@ -68,33 +77,38 @@ def _run_forward(layer: DraftLayer, *arguments: Any) -> tuple[jax.Array, Any]:
 
 def _run_backward(pull: Any, cotangent: jax.Array) -> Any:
     gradients = pull(cotangent)
+    # The spans are integers: their gradients are of float0, which no operation takes.
     of_floats = [x for x in jax.tree.leaves(gradients) if x.dtype != jax.dtypes.float0]
     ordered = iter(jax.lax.optimization_barrier(of_floats))
     return jax.tree.map(lambda x: x if x.dtype == jax.dtypes.float0 else next(ordered), gradients)
 
 
-# A layer whose gradients are there before those of the layer below are begun. A compiler that sees memory to spare
-# leaves the products for the weights to the end, and keeps all that they read until then.
+# A layer whose gradients are there before those of the layer below are begun. A compiler that sees
+# memory to spare leaves the products for the weights to the end, and keeps all that they read until
+# then. The barrier of `_run_backward` forbids it: no gradient leaves before all of them are there.
 _gradients_in_turn = nn.custom_vjp(_run, forward_fn=_run_forward, backward_fn=_run_backward)
 
 
 class DraftModel(nn.Module):
     """A small non-causal stack that reads the target's states and fills whole blocks in one pass.
 
-    Embedding and output head are the target's, so they are arguments of the callers, never parameters here.
+    Embedding and output head are the target's, so they are arguments of the callers, never
+    parameters here.
 
     Attributes:
         cfg: the draft.
-        recompute: whether the backward pass makes again what is no product (norms, rotations, gates, weights in the
-            compute type) instead of keeping it, and gives the gradients of one layer after those of the other.
-    Source: DFlash (arXiv:2602.06036) and Domino (arXiv:2605.29707); parameter names are those of the checkpoints.
+        recompute: whether the backward pass recomputes what is no product (norms, rotations,
+            gates, weights in the compute type) instead of keeping it, and gives the gradients of
+            one layer after those of the other.
+    Source: DFlash (arXiv:2602.06036) and Domino (arXiv:2605.29707); parameter names are those of
+    the checkpoints.
     """
 
     cfg: DraftConfig
     recompute: bool = False
 
     def setup(self) -> None:
-        """Creates the projection of the target's states, the layers, the final norm and the head."""
+        """Creates the projection of target states, the layers, the final norm and the head."""
         cfg = self.cfg
         self.fc = Dense(cfg.hidden_size, ("embed", "features"), cfg.dtype)
         self.hidden_norm = RMSNorm(cfg.rms_norm_eps)
@@ -130,7 +144,15 @@ class DraftModel(nn.Module):
 
     @jax.named_scope(CONTEXT)
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[Cache, ...]:
-        """Each layer's keys and values of the context, from features [B, S, C*D] at positions [B, S]."""
+        """Each layer's keys and values of the context.
+
+        Args:
+            features: [B, S, C*D], states of the captured target layers.
+            positions: int32 [B, S].
+        Returns:
+            One `Cache` of [B, KV, S, head_dim] per layer.
+        """
+        # Normed once for all layers: their own input norms are for the blocks alone.
         states = self.hidden_norm(self.fc(features))
         tables = rotary(positions, self.cfg)
         return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
@@ -143,8 +165,9 @@ class DraftModel(nn.Module):
         positions: jax.Array,
         spans: Mapping[str, ContextSpan],
     ) -> jax.Array:
-        """Like the whole call, from the context's keys and values, which decoding keeps between cycles."""
+        """Like the whole call, from the keys and values that decoding keeps between cycles."""
         batch, blocks, size, width = embeddings.shape
+        # All blocks are one sequence here: only attention needs to know where a block ends.
         tables = rotary(positions.reshape(batch, blocks * size), self.cfg)
         x = embeddings.reshape(batch, blocks * size, width) * self.cfg.input_embedding_scale
         x = x.astype(self.cfg.dtype)
@@ -163,23 +186,30 @@ class DraftModel(nn.Module):
         )
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
-        """The positions that predict, [B, N, K, D] -> [B, N, M, D]: all with `shift_label`, else all but the anchor."""
+        """The positions that predict, [B, N, K, D] -> [B, N, M, D].
+
+        All of them with `shift_label`, else all but the anchor's own.
+        """
         return hidden if self.cfg.shift_label else hidden[:, :, 1:]
 
 
 def output_logits(cfg: DraftConfig, logits: jax.Array) -> jax.Array:
-    """What the target's head makes of its product, elementwise: scaled and softly bounded, where the config says so.
+    """What the target's head makes of its product, elementwise.
 
+    Scaled and softly bounded, where the config says so.
     Source: NeMo AutoModel 0.7.0, `Qwen3DFlashDraftModel.compute_logits`.
     """
     cap = cfg.final_logit_softcapping
+    # Scaled before it is bounded, as in the reference: the cap holds for the result.
     if cfg.output_multiplier != 1.0:
         logits = logits * cfg.output_multiplier
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def init_variables(model: DraftModel, key: jax.Array) -> dict:
-    """Boxed variables of a draft, with the logical axes of each parameter (see `sharding.parameter_shardings`).
+    """Boxed variables of a draft, with the logical axes of each parameter.
+
+    `sharding.parameter_shardings` reads the boxes.
 
     Args:
         model: the draft.
@@ -187,6 +217,8 @@ def init_variables(model: DraftModel, key: jax.Array) -> dict:
     """
     cfg = model.cfg
 
+    # Linen makes the parameters of what is called, so the head is called too. Their shapes follow
+    # from the config alone: one position of context and one block are enough.
     def touch_all(module: DraftModel) -> None:
         states = jnp.zeros((1, 1, len(cfg.target_layer_ids) * cfg.hidden_size), cfg.dtype)
         block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)

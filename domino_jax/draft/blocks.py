@@ -1,4 +1,16 @@
-"""Training blocks: which anchors are drawn, what each block holds and what its positions must predict."""
+"""Training blocks: one pass over a row must stand for many moments of decoding it.
+
+At each of them one token is known, the anchor, and those after it are to be drafted. So anchors are
+drawn over the row, and a block is cut at each, here K = 4 tokens from place `a` (`_` is the mask
+token, `-` nothing):
+
+    block position k                 0      1      2      3
+    noise_ids                        a      _      _      _     rotary positions a .. a + 3
+    target_ids with shift_label    a + 1  a + 2  a + 3  a + 4   M = K, prediction m = k
+    previous_ids                     a    a + 1  a + 2  a + 3   the token just before each target
+    target_ids without               -    a + 1  a + 2  a + 3   M = K - 1, prediction m = k - 1
+    previous_ids                     -      a    a + 1  a + 2
+"""
 
 from typing import NamedTuple
 
@@ -9,8 +21,9 @@ import jax.numpy as jnp
 class Packing(NamedTuple):
     """Where documents lie in packed rows.
 
-    `position_ids` int32 [B, S] restarts at each document, `seq_lens` int32 [B, documents] are lengths (0 is padding),
-    `doc_remaining` int32 [B, S] counts the real tokens that follow in the same document.
+    `position_ids` int32 [B, S] restarts at each document, `seq_lens` int32 [B, documents] are
+    lengths (0 is padding), `doc_remaining` int32 [B, S] counts the real tokens that follow in the
+    same document.
     """
 
     position_ids: jax.Array
@@ -21,9 +34,10 @@ class Packing(NamedTuple):
 class Blocks(NamedTuple):
     """The drawn blocks of a batch.
 
-    `noise_ids` int32 [B, N, K] is the anchor's token followed by mask tokens, `positions` int32 [B, N, K] its rotary
-    positions. Prediction m of a block is the token at `anchor + 1 + m`: `target_ids` int32 [B, N, M], supervised by
-    `mask` float32 [B, N, M], its share of the loss; `previous_ids` int32 [B, N, M] is the token just before it.
+    `noise_ids` int32 [B, N, K] is the anchor's token followed by mask tokens, `positions` int32
+    [B, N, K] its rotary positions. Prediction m of a block is the token at `anchor + 1 + m`:
+    `target_ids` int32 [B, N, M], supervised by `mask` float32 [B, N, M], its share of the loss;
+    `previous_ids` int32 [B, N, M] is the token just before it.
     """
 
     noise_ids: jax.Array
@@ -45,18 +59,22 @@ def anchor_candidates(
     Args:
         loss_mask: [B, S], above 0.5 where the token is supervised.
         block_size: K.
-        doc_remaining: int [B, S] for packed rows; the block ("specforge": its first label) must lie in its document.
-        rule: "nemo": the token is supervised and the block ends inside the row. "specforge": the token and the next
-            one are supervised; labels past the row's end count as unsupervised.
+        doc_remaining: int [B, S] for packed rows; the block ("specforge": its first label) must lie
+            in its document.
+        rule: "nemo": the token is supervised and the block ends inside the row. "specforge": the
+            token and the next one are supervised; labels past the row's end count as unsupervised.
     Returns:
         bool [B, S].
     Raises:
         ValueError: another rule.
-    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule._sample_anchor_positions`; SpecForge 0.2.0, its namesake.
+    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule._sample_anchor_positions`; SpecForge 0.2.0,
+    its namesake.
     """
+    # Above one half, as in the reference; a smaller share weighs in the loss and starts no block.
     supervised = loss_mask > 0.5
     length = loss_mask.shape[1]
     if rule == "nemo":
+        # A row shorter than a block keeps position 0, as in the reference: its labels end early.
         candidates, needed = (
             supervised & (jnp.arange(length) <= max(length - block_size, 0)),
             block_size - 1,
@@ -78,14 +96,18 @@ def sample_anchors(
         candidates: bool [B, S].
         num_anchors: N; more than the candidates leaves slots unused.
     Returns:
-        `anchors` int32 [B, N], ascending over the used slots and 0 in the unused ones, which come last;
-        `keep` bool [B, N], False for an unused slot.
+        `anchors` int32 [B, N], ascending over the used slots and 0 in the unused ones, which come
+        last; `keep` bool [B, N], False for an unused slot.
     """
     batch, length = candidates.shape
     drawn = min(num_anchors, length)
+    # How many candidates there are is data, and no shape may depend on it: all positions are drawn,
+    # and 2 is above every draw from [0, 1), so that candidates come first.
     ranks = jnp.where(candidates, jax.random.uniform(key, (batch, length)), 2.0)
     order = jnp.argsort(ranks, axis=1)[:, :drawn]
     keep = jnp.take_along_axis(candidates, order, axis=1)
+    # Sorted, so that neighbouring blocks see much the same context, which the kernels' tiles live
+    # on. `length` is past every anchor: unused slots go last and are known by it.
     anchors = jnp.sort(jnp.where(keep, order, length), axis=1)
     anchors = jnp.pad(anchors, ((0, 0), (0, num_anchors - drawn)), constant_values=length)
     keep = anchors < length
@@ -106,8 +128,9 @@ def make_blocks(
 ) -> Blocks:
     """Cuts the blocks that start at the anchors.
 
-    The first position of an unshifted block holds its anchor, which is known, so it predicts nothing and is left out
-    of the M predictions; either way prediction m is the token `1 + m` after the anchor.
+    The first position of an unshifted block holds its anchor, which is known, so it predicts
+    nothing and is left out of the M predictions; either way prediction m is the token `1 + m` after
+    the anchor.
 
     Args:
         input_ids: int [B, S].
@@ -116,13 +139,15 @@ def make_blocks(
         keep: bool [B, N], False for an unused slot.
         block_size: K.
         mask_token_id: the id that stands for a token to be drafted.
-        shift_label: whether block position k predicts `anchor + 1 + k` (M = K) or `anchor + k` (M = K - 1).
+        shift_label: whether block position k predicts `anchor + 1 + k` (M = K) or `anchor + k`
+            (M = K - 1).
         packing: documents of packed rows; labels stop at the end of the anchor's document.
-        prefix_lengths: int32 [B, N], how many positions of each block show their real token and are not supervised;
-            None shows the anchor alone.
+        prefix_lengths: int32 [B, N], how many positions of each block show their real token and are
+            not supervised; None shows the anchor alone.
     Returns:
         `Blocks`.
-    Source: NeMo AutoModel 0.7.0, `_create_noise_embed`, `_create_vp_noise_embed` and `_build_block_targets`.
+    Source: NeMo AutoModel 0.7.0, `_create_noise_embed`, `_create_vp_noise_embed` and
+    `_build_block_targets`.
     """
     length = input_ids.shape[1]
     offsets = jnp.arange(block_size, dtype=jnp.int32)
@@ -140,6 +165,7 @@ def make_blocks(
         inside &= 1 + predictions <= _gather(packing.doc_remaining, anchors)[..., None]
     if prefix_lengths is not None:
         inside &= 1 + predictions >= prefix_lengths[..., None]
+    # Past the end of the row any token will do: the mask is 0 there.
     clamped = jnp.minimum(label_index, length - 1)
     supervised = _gather(loss_mask, clamped).astype(jnp.float32)
     return Blocks(
@@ -156,7 +182,8 @@ def sample_prefix_lengths(
 ) -> jax.Array:
     """Draws how many positions of each block show their real token, int32 `shape`.
 
-    A length l of `min(2, K - 1)` to K - 1 is drawn with a probability proportional to `weight_base ** l`.
+    A length l of `min(2, K - 1)` to K - 1 is drawn with a probability proportional to
+    `weight_base ** l`.
 
     Args:
         key: a PRNG key.
@@ -170,7 +197,14 @@ def sample_prefix_lengths(
 
 
 def document_ids(seq_lens: jax.Array, length: int) -> jax.Array:
-    """The document each position of a packed row belongs to, int32 [B, length], from lengths [B, documents]."""
+    """The document each position of a packed row belongs to, int32 [B, length].
+
+    Args:
+        seq_lens: int [B, documents], 0 for padding.
+        length: S of the row.
+    """
+    # The first document that ends after a position is its own, so never an empty one. What stands
+    # after the last of them gets a number that no document has.
     ends = jnp.cumsum(seq_lens, axis=1)
     return jnp.sum(ends[:, None, :] <= jnp.arange(length)[None, :, None], axis=-1).astype(jnp.int32)
 

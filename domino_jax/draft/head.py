@@ -1,4 +1,14 @@
-"""The Domino head: a GRU over a block's previous tokens and a low-rank correction of the logits."""
+"""A backbone that fills a block at once cannot know what it drafts earlier in it; this head does.
+
+The Domino head is a GRU over a block's previous tokens and a low-rank correction of the logits. It
+is small, since at inference it runs once a token where the backbone runs once a block:
+
+    prediction m             0        1        2      of token a + 1 + m, a the anchor's place
+    previous token           a      a + 1    a + 2    the row's own in training, drafted in decoding
+    GRU               0 ->  g_0  ->  g_1  ->  g_2     after reading the previous token's embedding
+    low rank                r_0      r_1      r_2     silu(W1 [h_m ; g_m]), h_m of the backbone
+    correction            W2 r_0   W2 r_1   W2 r_2    added to the base logits by the caller
+"""
 
 import flax.linen as nn
 import jax
@@ -13,7 +23,8 @@ from domino_jax.sharding import constrain, logical_axes
 class PrefixGRU(nn.Module):
     """A bias-free GRU with PyTorch's equations and gate order (r, z, n).
 
-    `r = s(Wir x + Whr h)`, `z = s(Wiz x + Whz h)`, `n = tanh(Win x + r * (Whn h))`, `h' = (1 - z) * n + z * h`.
+    `r = s(Wir x + Whr h)`, `z = s(Wiz x + Whz h)`, `n = tanh(Win x + r * (Whn h))`,
+    `h' = (1 - z) * n + z * h`.
     Products run in `dtype`; gates and state are float32.
     Source: `torch.nn.GRU(bias=False)`; flax's own GRU cell always has biases.
     """
@@ -39,7 +50,8 @@ class PrefixGRU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., M, D] -> [..., M, G]
         """States after each input, float32, starting from zero."""
         rows = constrain(x.reshape(-1, *x.shape[-2:]), "batch", None, None)
-        gates = self.input_gates(rows).swapaxes(0, 1)  # all steps in one product, outside the scan
+        # The inputs are known: all steps in one product, outside the scan.
+        gates = self.input_gates(rows).swapaxes(0, 1)
         gates = constrain(gates, None, "batch", None)
         start = jnp.zeros((rows.shape[0], self.hidden_dim), jnp.float32)
         scan = nn.scan(
@@ -54,7 +66,11 @@ class PrefixGRU(nn.Module):
         return project(x.astype(self.dtype), weight, dtype=jnp.float32)
 
     def next_state(self, state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One step, [rows, G] and [rows, 3 G] -> the next state twice (carry and output of a scan)."""
+        """One step, [rows, G] and [rows, 3 G] -> the next state twice.
+
+        A scan takes it as its carry and as its output.
+        """
+        # Rounded for the product alone: in a bfloat16 carry the errors of all steps would add up.
         weight = self.weight_hh_l0.astype(self.dtype)
         recurrent = project(state.astype(self.dtype), weight, dtype=jnp.float32)
         state = _gated(gates, recurrent, state)
@@ -63,7 +79,7 @@ class PrefixGRU(nn.Module):
 
 @jax.checkpoint
 def _gated(gates: jax.Array, recurrent: jax.Array, state: jax.Array) -> jax.Array:
-    """The next state; the backward pass makes the gates again, which is cheaper than keeping all of them."""
+    """The next state; the backward pass recomputes the gates, cheaper than keeping all of them."""
     reset_in, update_in, new_in = jnp.split(gates, 3, axis=-1)
     reset_state, update_state, new_state = jnp.split(recurrent, 3, axis=-1)
     reset = nn.sigmoid(reset_in + reset_state)
@@ -73,7 +89,7 @@ def _gated(gates: jax.Array, recurrent: jax.Array, state: jax.Array) -> jax.Arra
 
 
 class DominoHead(nn.Module):
-    """`W2 silu(W1 [h ; g])`: `h` the backbone's hidden state, `g` the GRU's state after the previous tokens.
+    """`W2 silu(W1 [h ; g])`: `h` of the backbone, `g` the GRU's state after the previous tokens.
 
     The last product, [V, R], is left to the caller, who fuses it with the loss (`expansion`).
     """
@@ -85,6 +101,8 @@ class DominoHead(nn.Module):
         cfg = self.cfg
         self.prefix_gru = PrefixGRU(cfg.hidden_size, cfg.gru_hidden_dim, cfg.dtype)
         self.embed_proj_0 = Dense(cfg.emb_dim, ("low_rank", "features"), cfg.dtype)
+        # A plain array, since its product is the caller's. Its name is that of checkpoints, which
+        # number W1, its activation and W2 as 0, 1 and 2.
         self.expansion = self.param(
             "embed_proj_2",
             logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "low_rank"),
@@ -99,8 +117,10 @@ class DominoHead(nn.Module):
             hidden: [..., M, D], backbone states of the predictions.
             previous: [..., M, D], embeddings of the tokens just before them.
         Returns:
-            [..., M, R]; zero for the first `pure_draft_prefix_len` predictions, so that their correction is exactly 0.
+            [..., M, R]; zero for the first `pure_draft_prefix_len` predictions, so that their
+            correction is exactly 0.
         """
+        # Not cut before the GRU: later predictions need its state after the uncorrected ones.
         low_rank = self.low_rank(hidden, self.prefix_gru(previous))
         corrected = jnp.arange(hidden.shape[-2]) >= self.cfg.pure_draft_prefix_len
         return jnp.where(corrected[:, None], low_rank, 0)
@@ -112,5 +132,5 @@ class DominoHead(nn.Module):
         )
 
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
-        """The GRU state after one more token, [rows, G] and its embedding [rows, D] -> [rows, G]."""
+        """The GRU state after one more token, [rows, G] and embedding [rows, D] -> [rows, G]."""
         return self.prefix_gru.next_state(state, self.prefix_gru.input_gates(previous))[0]

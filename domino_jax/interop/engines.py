@@ -1,4 +1,9 @@
-"""What other programs would misread in a draft: the reasons not to export it for them. Checks only, nothing is read."""
+"""What other programs would misread in a draft: the reasons not to export it for them.
+
+An engine drops what it does not know of a draft without a word (a head, a window, a scaled logit),
+and the draft is accepted less than it was trained to be. So each reason is a rule here, which looks
+at the config of a draft alone: no weight is read.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,8 +24,9 @@ class _Rule(NamedTuple):
 def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16") -> list[str]:
     """The reasons why an engine would draft other tokens than this draft was trained to.
 
-    Vocabulary and depth are those of the target, integers and booleans are such, and both `emb_dim`s and `block_size`s
-    are equal in every export; only what a `DraftConfig` can hold and an engine cannot is asked here.
+    Vocabulary and depth are those of the target, integers and booleans are such, and both
+    `emb_dim`s and `block_size`s are equal in every export; only what a `DraftConfig` can hold and
+    an engine cannot is asked here.
 
     The target's last layer is read after the final norm here, in z-lab's dflash, in NeMo's
     `spec_generate` and with SpecForge's Hugging Face backend: all take `hidden_states[id + 1]`.
@@ -36,12 +42,13 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
         engine: one of `ENGINES`.
         dtype: type of the exported tensors.
     Returns:
-        One reason per line, what was found and what the engine does; empty where it reads the draft as it is meant.
+        One reason per line, what was found and what the engine does; empty where it reads the draft
+        as it is meant.
     Raises:
         ValueError: another engine.
     Source: SGLang of 2026-08 (#34524, #36899, #32204), vLLM of 2026-08 (`qwen3_dflash.py`, #46788),
-        NeMo AutoModel 0.7.0 (`HFDFlashTargetModel`), SpecForge 0.2.0 (`DFlashCapturePolicy`), z-lab's
-        dflash 0.1.0.
+        NeMo AutoModel 0.7.0 (`HFDFlashTargetModel`), SpecForge 0.2.0 (`DFlashCapturePolicy`),
+        z-lab's dflash 0.1.0.
     """
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, found {engine!r}")
@@ -54,18 +61,25 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
 
 
 def proposals_note(config: DraftConfig, engine: str) -> str:
-    """How many tokens the engine will propose per cycle, and what else of the draft it leaves unused.
+    """How many tokens the engine will propose per cycle, and what of the draft it leaves unused.
 
     Args:
         config: the draft.
         engine: one of `ENGINES`; all of them verify one block, whose first token is already known.
     """
     note = f"{engine} proposes {config.block_size - 1} tokens per cycle (K - 1)"
+    # A note and no refusal: what trains a draft further loses nothing of it.
     if engine == "nemo" and config.projector_type == "domino":
         shifted = " and one position late" if config.shift_label else ""
-        return f"{note}, without the Domino head{shifted}: its trainer reads the whole draft, its spec_generate does not"
+        return (
+            f"{note}, without the Domino head{shifted}: its trainer reads the whole draft, "
+            "its spec_generate does not"
+        )
     if config.shift_label:
-        return f"{note}; this draft predicts {config.block_size}: --proposals serving measures what {engine} will do"
+        return (
+            f"{note}; this draft predicts {config.block_size}: "
+            f"--proposals serving measures what {engine} will do"
+        )
     return note
 
 
@@ -87,6 +101,7 @@ def _sliding(in_block: str) -> Callable[[DraftConfig, str], str | None]:
 def _transform(name: str) -> Callable[[DraftConfig, str], str | None]:
     def found(config: DraftConfig, _: str) -> str | None:
         value = getattr(config, name)
+        # 1 and None scale and cap nothing.
         return None if value in (1.0, None) else f"{name} is {value}"
 
     return found
@@ -114,6 +129,7 @@ def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
 
 _UNNORMED = "before the target's final norm, this draft was trained on it after"
 
+# As the versions do that `engine_refusals` names: a later one may read what is refused here.
 _RULES = (
     _Rule(
         ("vllm", "zlab"),
@@ -128,14 +144,15 @@ _RULES = (
         ),
         "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
     ),
+    # Those that do know sample_from_anchor, speculators and sglang-jax, are none of `ENGINES`.
     _Rule(
         ENGINES,
         _when(
             lambda config: config.shift_label and config.projector_type is None,
             "shift_label is true",
         ),
-        "it drafts plain DFlash from the second position of a block on and does not know sample_from_anchor, "
-        "block position 0 already predicts anchor + 1",
+        "it drafts plain DFlash from the second position of a block on and does not know "
+        "sample_from_anchor, block position 0 already predicts anchor + 1",
     ),
     _Rule(
         ("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"
@@ -145,7 +162,8 @@ _RULES = (
     _Rule(
         ("nemo",),
         _last_layer,
-        f"its trainer takes that layer {_UNNORMED}, only its spec_generate reads what this draft does",
+        f"its trainer takes that layer {_UNNORMED}, "
+        "only its spec_generate reads what this draft does",
     ),
     _Rule(
         ("nemo",),

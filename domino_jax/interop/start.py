@@ -1,4 +1,8 @@
-"""A draft checkpoint as the start of a run: the same draft, field by field, or a refusal."""
+"""A draft checkpoint as the start of a run: the same draft, field by field, or a refusal.
+
+Tensors of one draft fit into another whose positions mean other tokens or whose layers see other
+keys. Training would begin from weights that mean something else, and nothing would fail.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -8,8 +12,8 @@ from domino_jax.interop.hf import read_hf_config, read_hf_draft
 from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 from domino_jax.strict import InputError
 
-# No tensor and no meaning of one depends on these: the compute type, a length that no angle is made from, and the
-# block's length, which only says how many of the same mask tokens are filled.
+# No tensor and no meaning of one depends on these: the compute type, a length that no angle is made
+# from, and the block's length, which only says how many of the same mask tokens are filled.
 _FREE = ("dtype", "max_position_embeddings", "block_size")
 _HEAD = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
 
@@ -17,8 +21,8 @@ _HEAD = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
 def starting_params(path: str | Path, config: DraftConfig) -> Any:
     """The weights of a draft checkpoint for a run that trains the same draft further.
 
-    Block size, compute type and `max_position_embeddings` may differ; nothing else may, so a DFlash checkpoint does
-    not start a Domino draft: with `shift_label` its positions mean other tokens.
+    Block size, compute type and `max_position_embeddings` may differ; nothing else may, so a DFlash
+    checkpoint does not start a Domino draft: with `shift_label` its positions mean other tokens.
 
     Args:
         path: a directory as `load_hf_draft` reads it.
@@ -26,14 +30,15 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
     Returns:
         A tree of float32 arrays for `DraftModel(config)`, in the host's memory.
     Raises:
-        InputError: an unusable checkpoint, or every field in which it is another draft, found and expected.
+        InputError: an unusable checkpoint, or every field in which it is another draft, found and
+            expected.
     """
     check_start(path, config)
     return read_hf_draft(path)[1]
 
 
 def check_start(path: str | Path, config: DraftConfig) -> None:
-    """Refuses, as `starting_params` does, a checkpoint of another draft; its weights stay unread."""
+    """Refuses a checkpoint of another draft, as `starting_params` does; no weight is read."""
     ours, theirs = _meaning(config), _meaning(read_hf_config(path))
     different = [
         f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
@@ -49,6 +54,7 @@ def check_start(path: str | Path, config: DraftConfig) -> None:
 def _meaning(config: DraftConfig) -> dict[str, Any]:
     """The fields that tensors depend on, without those that say nothing in this draft."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    # The types as they are meant: a draft that names none has full attention in each layer.
     fields["layer_types"] = config.attention_types
     unused = list(_FREE)
     unused += [] if config.projector_type == "domino" else _HEAD

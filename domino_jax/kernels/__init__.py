@@ -1,13 +1,17 @@
-"""The operations that cost the time and the memory, each in a file of its own, each in three parts.
+"""The operations that cost the time and the memory, which no one form makes fast on every machine.
 
-First the *definition*: plain jnp, short enough to be read as the mathematics, differentiated by JAX. Then the
-*implementations*, written for a platform or for all, each held to the definition in values and gradients by
-`tests/kernels`. Last the *choice*, made where a program is lowered (`jax.lax.platform_dependent`) and not where it is
-traced: a program for a TPU may be traced on a laptop. A form that cannot be traced everywhere is never a branch there.
+Each has a file of its own, in three parts. First the *definition*: plain jnp, short enough to be
+read as the mathematics, differentiated by JAX. Then the *implementations*, written for a platform
+or for all, each held to the definition in values and gradients by `tests/kernels`. Last the
+*choice*, made where a program is lowered (`jax.lax.platform_dependent`) and not where it is traced:
+a program for a TPU may be traced on a laptop. A form that cannot be traced everywhere is never a
+branch there.
 
-What was measured on a CPU belongs to a CPU's implementation and never to a program for a TPU or a GPU;
-`tests/kernels/test_lowering.py` lowers a training step and a decoding cycle for each and looks.
+What was measured on a CPU belongs to a CPU's implementation and never to a program for a TPU or a
+GPU. Such a form runs in a name scope `cpu_...`: `tests/kernels/test_lowering.py` lowers a training
+step and a decoding cycle for each platform and looks for it.
 
-Axis letters: B batch, S context length, T tokens of a pass, N blocks, K block size, M predictions of a block,
-D hidden width, V vocabulary, R low-rank width, H query heads, KV key-value heads, G query heads per key-value head.
+Axis letters: B batch, S context length, T tokens of a pass, N blocks, K block size, M predictions
+of a block, D hidden width, V vocabulary, R low-rank width, H query heads, KV key-value heads, G
+query heads per key-value head.
 """

@@ -1,15 +1,17 @@
-"""Attention of draft blocks over the context before their anchor and over themselves.
+"""Attention of draft blocks over the context and themselves, without a mask or scores of all pairs.
 
     keys                  context 0 1 2 3 4 5 6 7 8 ...   own block
     a block at anchor 5   sees    x x x x x . . . . ...   x x x x
-    a block at anchor 7   sees    x x x x x x x . . ...   x x x x     each its own K tokens, never another's
+    a block at anchor 7   sees    x x x x x x x . . ...   x x x x     its own K tokens, no other's
 
-Every query of a block sees one span of the context, `first <= j < end`, so no mask [N*K, S + N*K] is ever needed.
-The definition stands first, then what serves it: tiles of plain products on a CPU and on a GPU (`blocks_by_tiles`), a
-kernel on a TPU (`blocks_on_tpu`). Which one a program holds is decided where it is lowered.
+Every query of a block sees one span of the context, `first <= j < end`, so no mask [N*K, S + N*K]
+is ever needed. The definition stands first, then what serves it: tiles of plain products on a CPU
+and on a GPU (`blocks_by_tiles`), a kernel on a TPU (`blocks_on_tpu`). Which one a program holds is
+decided where it is lowered.
 
-A merge of two softmaxes by their log-sum-exps is where gradients get lost, so the derivative stands around the whole
-operation: the forward pass keeps the merged output and the one log-sum-exp, which the backward of each part reads.
+A merge of two softmaxes by their log-sum-exps is where gradients get lost, so the derivative stands
+around the whole operation: the forward pass keeps the merged output and the one log-sum-exp, which
+the backward of each part reads.
 """
 
 import functools
@@ -42,6 +44,7 @@ def definition(
     q = q.reshape(batch, kv_heads, heads // kv_heads, blocks, size, width)
     own_keys, own_values = (x.reshape(batch, kv_heads, blocks, size, width) for x in own)
 
+    # Float32 scores whatever the operands: they are exponentiated, and their rounding with them.
     far = jnp.einsum("bkgnqd,bksd->bkgnqs", q, context[0], preferred_element_type=jnp.float32)
     near = jnp.einsum("bkgnqd,bkncd->bkgnqc", q, own_keys, preferred_element_type=jnp.float32)
     places = jnp.arange(length)
@@ -57,7 +60,8 @@ def definition(
 
 RESULT = "block_attention"  # the name of what it gives, for policies of `jax.checkpoint`
 
-# Every device attends for its own rows and key heads.
+# Every device attends for its own rows and key heads, which need nothing of another's. The context
+# stays whole: a query may see all of it.
 _BY_BLOCK: Any = ("batch", "kv_heads", None, None, None)
 _BY_POSITION: Any = ("batch", "kv_heads", "length", None)
 _OPERAND_AXES = Operands(_BY_BLOCK, _BY_POSITION, _BY_POSITION, _BY_BLOCK, _BY_BLOCK)
@@ -66,8 +70,10 @@ _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 
 class Form(NamedTuple):
-    """One way to compute it: `forward(operands, span, causal=)` gives the output and its log-sum-exp float32, both in
-    the axes of the queries; `backward(saved, cotangent, causal=)` gives the gradients of the operands.
+    """One way to compute it.
+
+    `forward(operands, span, causal=)` gives the output and its log-sum-exp float32, both in the
+    axes of the queries; `backward(saved, cotangent, causal=)` gives the gradients of the operands.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]
@@ -90,9 +96,11 @@ FORMS = {
 
 
 def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
-    """A form's forward or backward: of the one that is given, else of the platform that the program is made for."""
+    """A form's forward or backward: the given one's, else that of the program's own platform."""
     if form is not None:
         return getattr(form, name)(*operands, causal=causal)
+    # Every branch is traced and one of them lowered. `jax.default_backend()` would name the machine
+    # that traces, which a plan for a TPU does on a CPU.
     branches = {
         platform: functools.partial(getattr(form, name), causal=causal)
         for platform, form in FORMS.items()
@@ -114,6 +122,7 @@ def _forward(
         outputs=(_BY_BLOCK, _BY_BLOCK),
     )
     out, log_sum = run(operands, span)
+    # Both are named: were the log-sum-exp not kept, a layer that recomputes would attend again.
     out = checkpoint_name(out, RESULT)
     return out, Saved(operands, span, out, checkpoint_name(log_sum, RESULT))
 
@@ -126,7 +135,7 @@ def _backward(
         inputs=(_SAVED_AXES, _BY_BLOCK),
         outputs=_OPERAND_AXES,
     )
-    return run(saved, cotangent), None
+    return run(saved, cotangent), None  # a span is integers, without a gradient
 
 
 _attend.defvjp(_forward, _backward)
@@ -141,7 +150,7 @@ def block_attention(
     causal: bool = False,
     form: Form | None = None,
 ) -> jax.Array:
-    """One joint softmax over the context and the query's own block: scores of width S + K, not S + N*K.
+    """One joint softmax over the context and the query's own block: scores of S + K, not S + N*K.
 
     Args:
         q: [B, H, N*K, head_dim].
@@ -170,9 +179,9 @@ def _operands(
     batch, _, queries, width = q.shape
     kv_heads, blocks = context[0].shape[1], span.end.shape[1]
 
-    def by_block(
-        x: jax.Array,
-    ) -> jax.Array:  # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]
+    # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]: the heads of a group beside their
+    # block, since they see the same keys.
+    def by_block(x: jax.Array) -> jax.Array:
         x = x.reshape(batch, kv_heads, -1, blocks, queries // blocks, width).swapaxes(2, 3)
         return x.reshape(batch, kv_heads, blocks, -1, width)
 

@@ -1,11 +1,12 @@
-"""Block attention in tiles of plain products, which every platform can run.
+"""Scores of all blocks over a whole context are gigabytes a layer; here they live a tile at a time.
 
-Anchors are sorted: a tile of neighbouring blocks ends its walk over the context at its largest anchor, and scores live
-for one tile at a time, forward and backward.
+Tiles of plain products run on every platform, forward and backward. Anchors are sorted: a tile of
+neighbouring blocks ends its walk over the context at its largest anchor.
 
-    key tiles    0   1   2   3   4          a walk ends where the tile's own queries say: a loop whose length the device
-    blocks 0-7   x   x   .   .   .          only knows when it runs. Where that is dear (a GPU waits for the answer), a
-    blocks 8-15  x   x   x   x   .          tile of keys is the whole context and nothing is walked.
+    key tiles    0   1   2   3   4     a walk ends where the tile's own queries say: a loop whose
+    blocks 0-7   x   x   .   .   .     length the device only knows when it runs. Where that is dear
+    blocks 8-15  x   x   x   x   .     (a GPU waits for the answer), a tile of keys is the whole
+                                       context and nothing is walked.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 
 
 class TileSize(NamedTuple):
-    """Rows of queries and columns of keys of one tile of scores, at most; `mib` of float32 scores of all heads."""
+    """The rows of queries and columns of keys that one tile of scores has at most.
+
+    `mib` bounds its float32 scores of all key-value heads; a group's heads are rows of their own.
+    """
 
     rows: int
     keys: int
@@ -35,13 +39,17 @@ class TileSize(NamedTuple):
 
 
 TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
-# For a GPU: the fewer launches the better, as far as memory goes; the backward pass holds twice as many scores.
+# For a GPU: the fewer launches the better, as far as memory goes; the backward pass holds twice as
+# many scores. With Qwen3-8B's heads, S 3072, N 512 and K 16 that is 3 tiles and 5.
 WHOLE_CONTEXT = TileSize(rows=2**30, keys=2**30, mib=1026)
 WHOLE_CONTEXT_BACKWARD = WHOLE_CONTEXT._replace(mib=618)
 
 
 class _Softmax(NamedTuple):
-    """A softmax under way: largest score and sum of exponentials [..., 1], weighted values [..., head_dim]."""
+    """A softmax under way.
+
+    Largest score and sum of exponentials [..., 1], weighted values [..., head_dim].
+    """
 
     largest: jax.Array
     total: jax.Array
@@ -58,13 +66,17 @@ def _own_scores(operands: Operands, causal: bool) -> jax.Array:  # [B, KV, N, G*
     if not causal:
         return scores
     rows, size = scores.shape[-2:]
+    # The rows of a block go through its positions once for each head of the group.
     seen = jnp.tile(jnp.tri(size, dtype=bool), (rows // size, 1))
     return jnp.where(seen, scores, LOWEST)
 
 
 class _Tiles(NamedTuple):
-    """The queries in tiles, [B * tiles, KV, rows, head_dim], the span of each row [B * tiles, 1, rows, 1], the row of
-    the batch that each tile belongs to, and the key tiles that some query of it sees, `begin` to `stop`.
+    """The queries in tiles, [B * tiles, KV, rows, head_dim], and where each tile walks.
+
+    `first` and `end` [B * tiles, 1, rows, 1] are the span of each query, `row` [B * tiles] is the
+    sequence of the batch that a tile belongs to, and `begin` to `stop` are the key tiles that some
+    query of it sees.
     """
 
     queries: jax.Array
@@ -81,7 +93,8 @@ def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
     first, end = (_in_tiles(_per_row(x, rows), size) for x in span)
     row = jnp.arange(queries.shape[0]) // (queries.shape[0] // operands.queries.shape[0])
     keys = min(size.keys, operands.keys.shape[2])
-    # Of this tile alone: a long row must not make the short ones of its batch walk its length.
+    # Of this tile alone: a long sequence must not make the short ones of its batch walk its length.
+    # One that sees nothing begins after its stop, so that its loop has no turn.
     seen = end > first
     begin = jnp.min(jnp.where(seen, first, jnp.iinfo(jnp.int32).max), axis=(1, 2, 3)) // keys
     stop = -(-jnp.max(jnp.where(seen, end, 0), axis=(1, 2, 3)) // keys)
@@ -93,9 +106,8 @@ def _per_row(x: jax.Array, rows: int) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, 
     return x[:, None, ..., None]
 
 
-def _in_tiles(
-    x: jax.Array, size: TileSize
-) -> jax.Array:  # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
+# [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
+def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:
     batch, heads, blocks, rows, width = x.shape
     tile_blocks = max(min(size.rows // rows, blocks), 1)
     count = -(-blocks // tile_blocks)
@@ -105,9 +117,8 @@ def _in_tiles(
     return x.reshape(batch * count, heads, tile_blocks * rows, width)
 
 
-def _from_tiles(
-    x: jax.Array, like: jax.Array
-) -> jax.Array:  # and back, to the axes of `like` [B, KV, N, r, _]
+# And back, to the axes of `like` [B, KV, N, r, _].
+def _from_tiles(x: jax.Array, like: jax.Array) -> jax.Array:
     batch, heads, blocks, rows, _ = like.shape
     x = x.reshape(batch, -1, heads, *x.shape[2:]).swapaxes(1, 2)
     return x.reshape(batch, heads, -1, rows, x.shape[-1])[:, :, :blocks]
@@ -116,17 +127,21 @@ def _from_tiles(
 def _walk(
     tile: _Tiles, add: Callable[[Any, Any], Any], start: Any, *, operands: Operands, size: TileSize
 ) -> Any:
-    """Adds up over the key tiles that a tile of queries sees; over the one that is the whole context without a loop."""
+    """Adds up over the key tiles that a tile of queries sees.
+
+    Over the one that is the whole context without a loop.
+    """
     if size.keys >= operands.keys.shape[2]:
         return add(0, start)
     return jax.lax.fori_loop(tile.begin, tile.stop, add, start)
 
 
 class _KeyTile(NamedTuple):
-    """A tile of keys and values [KV, size, head_dim], where it begins, and the bound of each score [1, rows, size].
+    """A tile of keys and values [KV, size, head_dim], where it begins, and the bound of each score.
 
-    A score that its query does not see is bounded by the lowest number, any other by the highest. (A choice between
-    scores and a constant would have XLA write out that constant for a whole tile of all heads.)
+    `bound` is [1, rows, size]. A score that its query does not see is bounded by the lowest number,
+    any other by the highest. (A choice between scores and a constant would have XLA write out that
+    constant for a whole tile of all heads.)
     """
 
     begin: jax.Array
@@ -138,7 +153,9 @@ class _KeyTile(NamedTuple):
 def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize) -> _KeyTile:
     _, heads, length, width = operands.keys.shape
     count = min(size.keys, length)
-    begin = jnp.minimum(index * count, length - count)  # the last one overlaps the one before
+    # A slice cannot reach past the end, so the last tile overlaps the one before. The keys that
+    # both hold are counted there: `seen` asks for columns of this tile alone.
+    begin = jnp.minimum(index * count, length - count)
     columns = begin + jnp.arange(count, dtype=jnp.int32)
     seen = (jnp.maximum(tile.first, index * count) <= columns) & (columns < tile.end)
 
@@ -153,7 +170,9 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
 def forward(
     operands: Operands, span: ContextSpan, *, causal: bool, size: TileSize
 ) -> tuple[jax.Array, jax.Array]:
-    """The online softmax, begun with the own block, which is never empty, and continued over tiles of the context.
+    """The online softmax over the own block and then over tiles of the context.
+
+    It begins with the own block, which is never empty.
 
     Returns:
         The output [B, KV, N, G*K, head_dim] and the log-sum-exp of its scores, float32 [..., 1].
@@ -181,9 +200,8 @@ def forward(
             return _Softmax(largest, total, kept * carry.out + out)
 
         whole = _walk(tile, add, own, operands=operands, size=size)
-        total = jnp.where(
-            whole.total > 0, whole.total, 1.0
-        )  # rows that fill up a tile hold nothing
+        # Rows that fill up a tile hold nothing, and are cut off below.
+        total = jnp.where(whole.total > 0, whole.total, 1.0)
         return (whole.out / total).astype(dtype), whole.largest + jnp.log(total)
 
     tiles = _tiles(operands, span, size)
@@ -196,16 +214,18 @@ def backward(
 ) -> Operands:
     """The gradients, with scores recomputed tile by tile.
 
-    With `P = exp(score - log_sum)`, the weights of the one softmax, and `dP` their gradient, a score's gradient is
-    `P * (dP - sum(cotangent * out))`, of the context and of the own block alike.
+    With `P = exp(score - log_sum)`, the weights of the one softmax, and `dP` their gradient, a
+    score's gradient is `P * (dP - sum(cotangent * out))`, of the context and of the own block
+    alike.
 
     Args:
         saved: of the forward pass.
         cotangent: of the output, [B, KV, N, G*K, head_dim].
         causal: as in `block_attention`.
         size: of the tiles.
-        transposed: whether the sums over queries are made of factors turned round beforehand and kept turned round
-            ([KV, head_dim, S]), for a CPU, where XLA is slow at products that sum over first axes.
+        transposed: whether the sums over queries are made of factors transposed beforehand and kept
+            transposed ([KV, head_dim, S]), for a CPU, where XLA is slow at products that sum over
+            first axes.
     Returns:
         Gradients in the types of the operands.
     """
@@ -257,6 +277,7 @@ def backward(
         return (keys, values), queries
 
     shape = operands.keys.swapaxes(2, 3).shape if transposed else operands.keys.shape
+    # Float32: every tile of queries adds to them, which bfloat16 sums would round each time.
     zeros = jnp.zeros(shape, jnp.float32)
     parts = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
     sums, queries = jax.lax.scan(of_tile, (zeros, zeros), (_tiles(operands, span, size), *parts))

@@ -1,12 +1,17 @@
-"""Block attention on a TPU: one Pallas kernel a direction, which reads only the key tiles that its queries see.
+"""Block attention on a TPU, where plain products would read and multiply keys that no query sees.
 
-    queries   [KV, N*G*K, head_dim]   in tiles of whole blocks; anchors are sorted, so a tile's blocks see much the same
-    own keys  [KV, N*K, head_dim]     one tile beside each tile of queries, masked to the query's own block
-    context   [KV, S, head_dim]       in tiles; the list of those that a tile of queries sees is made on the device and
-                                      prefetched, so that a tile that nobody sees is neither read nor multiplied
+One Pallas kernel a direction reads only the key tiles that its queries see:
 
-Scores are kept turned round, [keys, rows]: what belongs to a query (its span, largest score, sum, slope) is then a row
-of lanes, which a TPU broadcasts over the keys for nothing.
+    queries   [KV, N*G*K, head_dim]   in tiles of whole blocks; anchors are sorted, so a tile's
+                                      blocks see much the same
+    own keys  [KV, N*K, head_dim]     one tile beside each tile of queries, masked to the query's
+                                      own block
+    context   [KV, S, head_dim]       in tiles; the list of those that a tile of queries sees is
+                                      made on the device and prefetched, so that a tile that nobody
+                                      sees is neither read nor multiplied
+
+Scores are kept transposed, [keys, rows]: what belongs to a query (its span, largest score, sum,
+slope) then lies along lanes, which a TPU broadcasts over the keys for nothing.
 """
 
 import functools
@@ -21,11 +26,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 
-LANES = 128  # of a vector register: rows of queries and keys come in multiples of it
+LANES = 128  # of a vector register: queries and keys of a tile come in multiples of it
 
 
 class KernelTile(NamedTuple):
-    """Rows of queries and columns of keys of one tile of scores, and the context whose gradient stays in memory.
+    """Queries and keys of one tile of scores, and the context whose gradient stays in memory.
 
     `rows` is a wish: a tile holds whole blocks and a multiple of `LANES` rows.
     """
@@ -39,8 +44,10 @@ TILE = KernelTile()
 
 
 class Cut(NamedTuple):
-    """How one call is cut: `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries,
-    and the context in `parts` of `part_tiles` tiles each.
+    """How one call is cut.
+
+    `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries, and
+    the context in `parts` of `part_tiles` tiles each.
     """
 
     blocks: int
@@ -59,6 +66,7 @@ def cut_of(operands: Operands, size: KernelTile) -> Cut:
     tile_blocks = unit * max(min(size.rows // (unit * rows), -(-blocks // unit)), 1)
     keys = min(size.keys, -(-length // LANES) * LANES)
     key_tiles = -(-length // keys)
+    # A part is what the backward pass holds the gradient of; it cannot be less than a tile.
     parts = -(-key_tiles * keys // max(size.context, keys))
     return Cut(
         tile_blocks,
@@ -71,10 +79,11 @@ def cut_of(operands: Operands, size: KernelTile) -> Cut:
 
 
 class SeenTiles(NamedTuple):
-    """The key tiles that some query of a tile sees, by row of the batch, part of the context and tile of queries.
+    """The key tiles that some query of a tile sees.
 
-    `order` int32 [B * parts * tiles * part_tiles], the seen ones first; `counts` int32 [B * parts * tiles]. Flat, as a
-    scalar memory wants them.
+    By sequence of the batch, part of the context and tile of queries: `order` int32
+    [B * parts * tiles * part_tiles], the seen ones first; `counts` int32 [B * parts * tiles]. Flat,
+    as a scalar memory wants them.
     """
 
     order: jax.Array
@@ -93,16 +102,19 @@ def seen_tiles(span: ContextSpan, cut: Cut) -> SeenTiles:
         by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span
     )
     begin = jnp.arange(cut.parts * cut.part_tiles) * cut.keys
+    # A span may be empty inside a tile: a block at its document's first token needs none of it.
     seen = jnp.any((first < end) & (first < begin + cut.keys) & (end > begin), axis=2)
     seen = seen.reshape(batch, cut.tiles, cut.parts, cut.part_tiles).swapaxes(1, 2)
+    # A list, since windows leave holes between a begin and a stop; a stable sort keeps its order.
     order = jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32)
     return SeenTiles(order.reshape(-1), jnp.sum(seen, axis=-1, dtype=jnp.int32).reshape(-1))
 
 
 class _Inputs(NamedTuple):
-    """What both kernels read, cut and filled up; a query's figures are rows of lanes, [.., 1, rows].
+    """What both kernels read, cut and filled up; figures of queries lie along lanes, [.., 1, rows].
 
-    `own_seen` int32 [blocks * K, rows] says which keys of the tile of own keys a query sees, of every tile the same.
+    `own_seen` int32 [blocks * K, rows] says which keys of the tile of own keys a query sees, of
+    every tile the same.
     """
 
     queries: Any
@@ -132,6 +144,7 @@ def _inputs(operands: Operands, span: ContextSpan, cut: Cut, *, causal: bool) ->
         x = jnp.tile(x, (1, 1, rows // x.shape[2]))
         return jnp.pad(x, ((0, 0), (0, more_blocks), (0, 0))).reshape(batch, 1, -1)
 
+    # A block's rows go through its positions once for each head of the group.
     key, row = np.arange(cut.blocks * size)[:, None], np.arange(cut.rows)
     own_seen = key // size == row // rows
     if causal:
@@ -148,7 +161,8 @@ def _inputs(operands: Operands, span: ContextSpan, cut: Cut, *, causal: bool) ->
     )
 
 
-# The grid of both kernels: row of the batch, key head, part of the context, tile of queries, step of its list.
+# The grid of both kernels: sequence of the batch, key head, part of the context, tile of queries,
+# step of its list. The last runs fastest, so that sums over steps stay in memory.
 def _place(cut: Cut) -> jax.Array:
     """Where the lists of this tile of queries stand in `SeenTiles.counts`."""
     return (pl.program_id(0) * cut.parts + pl.program_id(2)) * cut.tiles + pl.program_id(3)
@@ -192,7 +206,8 @@ def _over_first(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, 
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
-    # The command asks for whole float32 products; a kernel cannot ask that of bfloat16 operands.
+    # The command sets the precision of all products to "highest", for float32. Mosaic refuses that
+    # of bfloat16 operands ("Bad lhs type"), so those say what they want.
     whole = left.dtype == right.dtype == jnp.float32
     precision = None if whole else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(left, right, (axes, ((), ())), precision, jnp.float32)
@@ -209,8 +224,9 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     place, step = _place(cut), pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
+    # Never empty: the online softmax begins with it.
     @pl.when(step == 0)
-    def _own_block() -> None:  # never empty: the online softmax begins with it
+    def _own_block() -> None:
         scores = _turned(at.own_keys[...], at.queries[...]) * scale
         scores = jnp.where(at.own_seen[...] != 0, scores, LOWEST)
         largest[...] = jnp.max(scores, axis=0, keepdims=True)
@@ -221,6 +237,7 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     @pl.when(step < counts[place])
     def _context() -> None:
         scores = _turned(at.keys[...], at.queries[...]) * scale
+        # An index within the part is one of the whole context: the forward pass has one part.
         tile = order[place * cut.part_tiles + step]
         scores = jnp.where(_seen(at, tile * cut.keys, scores.shape), scores, LOWEST)
         new = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
@@ -247,6 +264,8 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         keys: jax.Array, values: jax.Array, seen: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What a tile of keys adds to the gradients of queries, keys and values."""
+        # Chosen after the exponential, which may overflow where a query does not see the key.
+        # Queries that fill up a tile have a cotangent of 0, and so add nothing.
         weights = jnp.where(
             seen, jnp.exp(_turned(keys, at.queries[...]) * scale - log_sum[...]), 0.0
         )
@@ -258,6 +277,8 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
             _plain(weights, cotangent[...]),
         )
 
+    # The block of these two is the same for all tiles and steps of a part: it stays in memory, and
+    # is written out when the part ends.
     @pl.when((tile == 0) & (step == 0))
     def _begin() -> None:
         gradients.keys[...] = jnp.zeros_like(gradients.keys)
@@ -283,7 +304,7 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
 
 
 def _call(kernel: Any, cut: Cut, operands: Operands, **arguments: Any) -> Any:
-    """A `pallas_call` over the grid of both kernels, which takes `SeenTiles` and then the arrays."""
+    """A `pallas_call` over the grid of both kernels: takes `SeenTiles`, then the arrays."""
     batch, heads = operands.queries.shape[:2]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -292,6 +313,7 @@ def _call(kernel: Any, cut: Cut, operands: Operands, **arguments: Any) -> Any:
         out_specs=arguments.pop("out_specs"),
         scratch_shapes=arguments.pop("scratch_shapes", ()),
     )
+    # Steps add up the sums of queries, tiles those of a part's keys: both go one after the other.
     semantics: Any = ("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary")
     return pl.pallas_call(
         functools.partial(kernel, cut=cut),
@@ -310,7 +332,9 @@ def forward(
     size: KernelTile = TILE,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The online softmax over the own block and the context; arguments and result as `blocks_by_tiles.forward`.
+    """The online softmax over the own block and the context.
+
+    Arguments and result are those of `blocks_by_tiles.forward`.
 
     Args:
         operands: of the call.
@@ -320,6 +344,7 @@ def forward(
         interpret: run the kernel without a TPU, for tests.
     """
     batch, heads, blocks, rows, width = operands.queries.shape
+    # One part, whatever the context: nothing of it is held here, and each softmax runs over it all.
     cut = cut_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
     inputs = _inputs(operands, span, cut, causal=causal)
     specs, queries = _in_specs(cut, inputs), cut.tiles * cut.rows
@@ -383,6 +408,7 @@ def backward(
     figures = cotangent.reshape(batch, heads, -1, width), lanes(saved.log_sum[..., 0]), lanes(slope)
     found = Operands(*run(*seen_tiles(span, cut), *inputs, *figures))
 
+    # Each part of the context has written what it adds to a query's and an own key's gradient.
     def by_block(x: jax.Array, rows: int) -> jax.Array:
         x = x[:, :, 0] if cut.parts == 1 else jnp.sum(x, axis=2)
         return x.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
@@ -398,7 +424,9 @@ def backward(
 
 
 def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
-    """Block and shape of each gradient: sums over the context, which stay in memory, and what each part adds to the
+    """Block and shape of each gradient.
+
+    Sums of the context's keys and values, which stay in memory, and what each part adds to the
     rest.
     """
     batch, heads, _, _, width = operands.queries.shape

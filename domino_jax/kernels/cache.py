@@ -1,7 +1,9 @@
-"""The cache of keys and values: written and read by one operation, so that its layout is its own affair.
+"""Without a cache of keys and values each step of decoding would run every earlier token again.
 
-    slots of a row    0 1 2 3 4 5 6 7      a pass over T = 2 tokens from position 4 writes 4 and 5
-    holding           p p p p n n s s      and reads up to 4, then 5: s, what an earlier pass left, is never seen
+One operation both writes and reads it, so that its layout is its own affair.
+
+    slots of a row    0 1 2 3 4 5 6 7     a pass over T = 2 tokens from position 4 writes 4 and 5,
+    holding           p p p p n n s s     and its queries see 0..4 and 0..5: past, new, never stale
 
 Rewinding is implicit: a slot at or after a pass's first position is overwritten or masked.
 """
@@ -18,7 +20,7 @@ from domino_jax.model_config import DecoderConfig
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, both [B, KV, S, head_dim]; slot j holds position j of its row."""
+    """Keys and values of one layer, both [B, KV, S, head_dim]; slot j holds position j of a row."""
 
     keys: jax.Array
     values: jax.Array
@@ -26,7 +28,8 @@ class Cache(NamedTuple):
 
 def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     new = new.astype(cache.dtype)
-    if cache.shape[0] == 1:  # of a vmap over one row comes a scatter, which costs more
+    # A vmap of the update becomes a scatter, which costs more than the slice that one row needs.
+    if cache.shape[0] == 1:
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
     return jax.vmap(lambda row, run, at: jax.lax.dynamic_update_slice(row, run, (0, at, 0)))(
         cache, new, start
@@ -48,6 +51,7 @@ def attend_definition(
     write: Callable[..., Cache] = write_definition,
 ) -> tuple[jax.Array, Cache]:
     """See `cached_attention`; `write` puts the run into the cache."""
+    # Written first: the run sees itself in the cache, as it sees everything before it.
     cache = write(cache, keys, values, start)
     positions = start[:, None] + jnp.arange(q.shape[2])
     mask = jnp.arange(cache.keys.shape[2]) <= positions[:, :, None]
@@ -57,11 +61,12 @@ def attend_definition(
 def _write_merged(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
     """For a CPU: batch and heads are one axis while a run of several tokens is written.
 
-    XLA merges them for the product that reads the cache. In four dimensions it would make the whole cache again for
-    that product, in three it writes in place. A single token's product is read as it is.
+    XLA merges them for the product that reads the cache. In four dimensions it would copy the whole
+    cache for that product, in three it writes in place. A single token's product is read as it is.
     """
 
     def written(cache: jax.Array, new: jax.Array) -> jax.Array:
+        # Rows of a batch begin at slots of their own, which no single slice can write.
         if cache.shape[0] > 1 or new.shape[2] == 1:
             return _written(cache, new, start)
         merged = cache.reshape(-1, *cache.shape[2:])
@@ -115,5 +120,6 @@ def cached_attention(
 
 def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> Cache:
     """One layer's cache of zeros, [batch, KV, slots, head_dim] twice in the compute dtype."""
+    # Zeros, and not whatever is there: a masked slot has the weight 0, but 0 times NaN is NaN.
     shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
     return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))

@@ -1,11 +1,13 @@
-"""Attention of the target: each token sees itself and what stands before it, in a row or behind a cache.
+"""Attention of the target, whose scores [T, S] of all heads would be gigabytes a layer in training.
 
-    keys of the cache      0 1 2 3 4 5 . .      S slots, those after the row's last position are stale
-    queries at 4, 5              4 sees 0..4, 5 sees 0..5
+Each token sees itself and what stands before it, in a row or behind a cache:
 
-Scores [T, S] of all heads are gigabytes a layer at the lengths that drafters are trained on, so on an accelerator they
-never exist: JAX's splash attention on a TPU, cuDNN's on a GPU that has it, the definition over tiles of queries on the
-rest. The target is frozen: none of them needs a gradient.
+    keys of the cache      0 1 2 3 4 5 . .     S slots; those after a row's last position are stale
+    queries at 4, 5        4 sees 0..4, 5 sees 0..5
+
+On an accelerator the scores never exist: JAX's splash attention on a TPU, cuDNN's on a GPU that has
+it, the definition over tiles of queries on the rest. The target is frozen: none of them needs a
+gradient.
 """
 
 import contextlib
@@ -31,13 +33,13 @@ def definition(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> 
         q: [B, H, T, head_dim].
         k: [B, KV, S, head_dim], KV divides H.
         v: [B, KV, S, head_dim].
-        mask: bool [B or 1, T, S], True where the query may look; each row needs one True.
+        mask: bool [B or 1, T, S], True where the query may look; each query needs one True.
     Returns:
         [B, H, T, head_dim] in the type of `q`; scores and softmax are float32.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
-    # Group and length merge into the rows of one plain product per key-value head.
+    # Group and length merge into one axis, so that each key-value head has one plain product.
     rows = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
     scores = jnp.einsum("bkrd,bksd->bkrs", rows, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1) * width**-0.5
@@ -48,9 +50,9 @@ def definition(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> 
 
 
 def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) -> jax.Array:
-    """What the tokens at places `queries` [T] of their rows see of `length` keys, bool [B or 1, T, S].
+    """What the tokens at places `queries` [T] of a row see of its `length` keys.
 
-    By place in the row: the positions of packed documents start again and again.
+    bool [B or 1, T, S]. By place in the row: the positions of packed documents restart.
     """
     mask = (queries[:, None] >= jnp.arange(length))[None]
     if documents is None:
@@ -59,7 +61,7 @@ def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) ->
 
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
-    """The definition with all scores at once: what a CPU does best, at the lengths that it can train."""
+    """The definition with all scores at once, best on a CPU at the lengths that it can train."""
     return definition(q, k, v, mask=causal_mask(jnp.arange(q.shape[2]), q.shape[2], documents))
 
 
@@ -78,6 +80,7 @@ def by_query_tiles(
         queries, at = item
         return definition(queries, k, v, mask=causal_mask(at, length, documents))
 
+    # Queries that fill up the last tile take the place of the last token, so that they see a key.
     places = jnp.minimum(jnp.arange(count * tile), length - 1).reshape(count, tile)
     out = jnp.moveaxis(jax.lax.map(one, (tiles, places)), 0, 2)
     return out.reshape(batch, heads, count * tile, width)[:, :, :length]
@@ -96,18 +99,22 @@ def on_tpu(
     kv_heads = k.shape[1]
     groups = heads // kv_heads
     tile = min(TILE, -(-length // LANES) * LANES)
-    more = -length % tile  # keys that fill up stand after all queries that are kept
+    # Keys that fill up stand after all queries that are kept, which do not see them. The kernel
+    # does not scale its scores, so the queries are scaled.
+    more = -length % tile
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * width**-0.5, k, v))
     mask = splash_masks.MultiHeadMask([splash_masks.CausalMask((length + more,) * 2)] * groups)
     sizes = splash.BlockSizes(block_q=tile, block_kv=tile)
     attend: Any = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
     segments = None
     if documents is not None:
+        # No document has this number, so what fills up sees and is seen by itself alone.
         documents = jnp.pad(documents, ((0, 0), (0, more)), constant_values=-1)
         segments = splash.SegmentIds(documents, documents)
     by_head = jax.vmap(attend, in_axes=(0, 0, 0, None))
     by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
-    # The command asks for whole float32 products; a kernel cannot ask that of bfloat16 operands.
+    # The command sets the precision of all products to "highest", for float32. Mosaic refuses that
+    # of bfloat16 operands ("Bad lhs type").
     whole = q.dtype == jnp.float32
     with contextlib.nullcontext() if whole else jax.default_matmul_precision("default"):
         out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
@@ -116,6 +123,7 @@ def on_tpu(
 
 def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """cuDNN's attention; bfloat16 or float16 on an NVIDIA GPU only, and no documents."""
+    # Positions before heads, as that function takes them.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(
         1, 2
@@ -125,7 +133,8 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
     """The form of `causal_attention` for a mesh's devices.
 
-    cuDNN cannot be traced for other platforms, so it is never a branch of a program: it is named here, once.
+    cuDNN cannot be traced for other platforms, so it is never a branch of a program: it is named
+    here, once.
 
     Args:
         platform: of the devices, as jax names it.
@@ -133,6 +142,7 @@ def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
         head_dim: width of a head.
         packed: whether rows hold several documents.
     """
+    # Widths that JAX lets cuDNN take on every GPU; those up to 256 need a Hopper or a later one.
     fits = (
         platform in ("gpu", "cuda")
         and dtype == "bfloat16"
@@ -160,7 +170,8 @@ def causal_attention(
         q: [B, H, T, head_dim].
         k: [B, KV, T, head_dim], KV divides H.
         v: [B, KV, T, head_dim].
-        documents: int32 [B, T], the document of each token of packed rows, which see nothing of other documents.
+        documents: int32 [B, T], the document of each token of packed rows, which see nothing of
+            other documents.
         form: of `form_for`.
     Returns:
         [B, H, T, head_dim] in the type of `q`.
@@ -173,6 +184,7 @@ def causal_attention(
         raise ValueError("cudnn attends over whole rows: packed rows need the portable form")
     # Heads that share keys stay on the device that has the keys.
     by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
+    # Axes are named array by array, so documents that are not there are left out, not None.
     packed = () if documents is None else (documents,)
     run = split_over_devices(
         functools.partial(_of_device, form=form),

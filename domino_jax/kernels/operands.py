@@ -1,4 +1,12 @@
-"""What the forms of block attention share: their operands, what a query sees, what the backward pass reads."""
+"""Forms of block attention can replace each other only if they take and save the same arrays.
+
+These are the operands, what a query sees of the context, and what the backward pass reads. Queries
+that look at the same keys lie together: of one key-value head and block, group by group.
+
+    queries [..., G*K, head_dim]     g0 k0, g0 k1, .., g1 k0, g1 k1, ..    for one head and block n
+    own keys [..., K, head_dim]      k0, k1, ..                            of the same block
+    context [..., S, head_dim]       j0, j1, j2, ..                        of all blocks of a row
+"""
 
 from typing import NamedTuple
 
@@ -11,7 +19,8 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 class ContextSpan(NamedTuple):
     """The context positions j that a query of a block sees, `first <= j < end`.
 
-    Both int32 [B, N, Q]; Q is 1 where all queries of a block see the same, and K for `first` with a window.
+    Both int32 [B, N, Q]; Q is 1 where all queries of a block see the same, and K for `first` with a
+    window.
     """
 
     first: jax.Array
@@ -21,8 +30,8 @@ class ContextSpan(NamedTuple):
 class Operands(NamedTuple):
     """What looks at the same keys lies together, so that every product is a plain one.
 
-    `queries` [B, KV, N, G*K, head_dim]; `keys` and `values` [B, KV, S, head_dim] of the context, `own_keys` and
-    `own_values` [B, KV, N, K, head_dim] of the blocks.
+    `queries` [B, KV, N, G*K, head_dim]; `keys` and `values` [B, KV, S, head_dim] of the context,
+    `own_keys` and `own_values` [B, KV, N, K, head_dim] of the blocks.
     """
 
     queries: jax.Array
@@ -33,7 +42,10 @@ class Operands(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass reads: operands and span, and the merged output with its one log-sum-exp."""
+    """What the backward pass reads: operands, span, merged output and its one log-sum-exp.
+
+    `out` [B, KV, N, G*K, head_dim], `log_sum` float32 [B, KV, N, G*K, 1].
+    """
 
     operands: Operands
     span: ContextSpan

@@ -1,7 +1,11 @@
-"""Products with weights stored [out, in], and the case in which reading the weight is all that they cost.
+"""Verifying a drafted block should cost one reading of each weight; the layout decides if it does.
 
-Training multiplies thousands of rows by each weight, which every compiler does well. Verifying a drafted block
-multiplies K of them: its price is the reading of the weight once, if the product is laid out for that.
+Weights are stored [out, in]. Training multiplies thousands of rows by each, which every compiler
+does well. Verifying multiplies K of them: reading the weight is its price, if the product is laid
+out for that.
+
+    many rows               x [rows, in] . W^T [in, out]      = [rows, out]
+    few rows, on a CPU      W [out, in]  . x^T [in, 2^n]      = [out, 2^n], transposed and cut
 """
 
 import functools
@@ -23,10 +27,11 @@ def _as_columns(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax
     """For a CPU: the weight as the left factor, which XLA streams faster than as the right one."""
     with jax.named_scope("cpu_few_rows"):
         rows = math.prod(x.shape[:-1])
-        padding = (1 << (rows - 1).bit_length()) - rows  # its kernels are for 2, 4, 8 or 16 columns
+        # Its kernels are for 2, 4, 8 or 16 columns.
+        padding = (1 << (rows - 1).bit_length()) - rows
         columns = jnp.pad(x.reshape(rows, -1), ((0, padding), (0, 0)))
         product = jnp.einsum("oi,ri->or", weight, columns, preferred_element_type=dtype)
-        # Without the barrier XLA would turn the product round again.
+        # Without the barrier XLA would transpose the product again.
         product = jax.lax.optimization_barrier(product).T[:rows]
         return product.reshape(*x.shape[:-1], -1)
 
@@ -52,7 +57,8 @@ def _product_forward(
 def _product_backward(
     dtype: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # In the type of the operands: a float32 cotangent would make float32 products, at a fraction of the speed.
+    # In the type of the operands: a float32 cotangent would make float32 products, at a fraction of
+    # the speed.
     _, pull = jax.vjp(definition, *saved)
     return pull(cotangent.astype(saved[0].dtype))
 
@@ -70,6 +76,7 @@ def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) 
     Returns:
         [..., out]. Gradients are products in the type of `x`.
     """
+    # A result of another type has a cotangent of that type, which only `_product` casts back.
     if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS or dtype not in (None, x.dtype):
         return _product(x, weight, dtype)
     return definition(x, weight, dtype)

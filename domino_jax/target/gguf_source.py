@@ -1,7 +1,7 @@
 """A GGUF file of somebody else, opened once its header is known to describe what lies in the file.
 
 The library maps the file and believes its counts: an array of 2**60 numbers is walked to its end,
-past the end of the file. So the header is walked here first, which reads every byte of it once:
+past the end of the file. So the header is walked here first, part by part:
 
     magic, version, counts | key, type, value ... | name, shape, type, offset ... | tensors
 """
@@ -20,6 +20,7 @@ from domino_jax.strict import InputError, shown, text_problem
 if TYPE_CHECKING:
     import gguf
 
+# By GGUFValueType, in numbers: the library that names them is imported only to open a file.
 _SCALAR_BYTES = {
     0: 1,
     1: 1,
@@ -32,7 +33,7 @@ _SCALAR_BYTES = {
     10: 8,
     11: 8,
     12: 8,
-}  # by GGUFValueType
+}
 _STRING, _ARRAY = 8, 9
 _ENTRIES = 2**22  # of one array, of the metadata or of tensors: vocabularies have 2**18
 _NAME_BYTES = 2**16
@@ -57,9 +58,11 @@ class GgufSource:
     def optional(self, key: str, kind: type) -> Any:
         """The value of a key, of this type if it is there, else None."""
         value = self.metadata.get(key)
+        # Not `isinstance`: true is an int in Python, and no number of layers.
         if value is not None and type(value) is not kind:
             raise InputError(
-                f"{self.path}: metadata {key} is {shown(value)}; a model needs it as {kind.__name__}"
+                f"{self.path}: metadata {key} is {shown(value)}; "
+                f"a model needs it as {kind.__name__}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{self.path}: metadata {key} is {value}; expected a finite number")
@@ -96,7 +99,8 @@ def open_gguf(path: Path) -> GgufSource:
     """Opens a GGUF file and reads its metadata.
 
     Raises:
-        InputError: not a regular file, not GGUF, or a header that describes more than the file holds.
+        InputError: not a regular file, not GGUF, or a header that describes more than the file
+            holds.
     """
     import gguf
 
@@ -116,7 +120,11 @@ def open_gguf(path: Path) -> GgufSource:
 
 
 def _check_header(file: BufferedReader, size: int) -> None:
-    """Raises `ValueError` where a header leads out of its file or beyond the bounds above."""
+    """Raises `ValueError` where a header leads out of its file or beyond the bounds above.
+
+    `number`, `skip`, `text`, `value` and `array` each read one part of the header and stand behind
+    it then.
+    """
 
     def number(kind: str) -> int:
         width = struct.calcsize(kind)
@@ -126,6 +134,7 @@ def _check_header(file: BufferedReader, size: int) -> None:
         return struct.unpack(f"<{kind}", data)[0]
 
     def skip(count: int) -> None:
+        # Asked first: to seek beyond the end of a file is no error.
         if count > size - file.tell():
             raise ValueError("it ends inside its header")
         file.seek(count, 1)
@@ -152,7 +161,7 @@ def _check_header(file: BufferedReader, size: int) -> None:
         elif kind == _STRING:
             for _ in range(length):
                 text(size)
-        else:
+        else:  # arrays of arrays too, which the format has and these models do not need
             raise ValueError(f"an array of type {kind}")
 
     def count(found: int) -> int:
@@ -176,6 +185,7 @@ def _check_header(file: BufferedReader, size: int) -> None:
             raise ValueError(f"a tensor of {dimensions} dimensions, expected at most {_DIMENSIONS}")
         elements = math.prod(number("Q") for _ in range(dimensions))
         number("I")  # its type, which the library knows
+        # The library multiplies dimensions in 64 bits, where a product may wrap to a small number.
         # No type takes less than an eighth of a byte for an element.
         if number("Q") > size or elements > 8 * size:
             raise ValueError("a tensor lies outside the file")

@@ -40,14 +40,15 @@ from domino_jax.target.safetensors import (
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of the vocabulary
 
-# Keys that would change the arithmetic, with the only value that `Target` computes; an absent key means that value.
+# Keys that would change the arithmetic, with the only value that `Target` computes; an absent key
+# means that value.
 _ONLY_VALUE: dict[str, Any] = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "use_sliding_window": False,
     "partial_rotary_factor": 1,
     "quantization_config": None,
-    # A mixture of experts has them in every layer: the layers are alike, which one scan over them needs.
+    # A mixture of experts has them in every layer: one scan over the layers needs them alike.
     "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }
@@ -131,9 +132,9 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
         directory: the Hugging Face directory.
         dtype: type of the computation, "float32" or "bfloat16".
     Returns:
-        `DecoderConfig`. An absent `head_dim` is hidden_size // num_attention_heads, absent key-value heads are as many
-        as the heads, an absent rotary base is 10000, an absent `norm_topk_prob` is false: what Hugging Face reads in
-        such files.
+        `DecoderConfig`. An absent `head_dim` is hidden_size // num_attention_heads, absent
+        key-value heads are as many as the heads, an absent rotary base is 10000, an absent
+        `norm_topk_prob` is false: what Hugging Face reads in such files.
     Raises:
         InputError: the file, the key, what was found and what is supported.
     """
@@ -183,9 +184,10 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
 
 
 def expected_tensors(config: DecoderConfig) -> dict[ParameterPath, tuple[str, tuple[int, ...]]]:
-    """For each path in the parameters of `Target`: the Hugging Face name and the shape of its tensor.
+    """The Hugging Face name and the shape of each parameter of `Target`, by its path.
 
-    A `*` in the name stands for one stored tensor per entry of the first axis: the experts of a layer.
+    A `*` in a name stands for one stored tensor per entry of the first axis: the experts of a
+    layer.
     """
     return _named_parameters(boxed_parameters(Target(config)))
 
@@ -203,6 +205,7 @@ def stored_shapes(config: DecoderConfig, *, found: int, place: Path) -> dict[str
     # One trace serves all layers of a scanned model; their names are the same.
     stacked = _named_parameters(boxed_parameters(Target(config, scan_layers=True)))
     count = sum(math.prod(shape[: name.count("*")]) for name, shape in stacked.values())
+    # With room to spare: what is missing or unexpected is told by name, see `check_tensors`.
     if count > 2 * found + 1000:
         raise InputError(f"{place}: config.json describes {count} tensors, the files hold {found}")
     return {
@@ -222,7 +225,8 @@ def load_tokenizer(directory: str | Path) -> Any:
     Raises:
         InputError: a file or the chat template is missing, or the files cannot be read.
     """
-    # Here and not at the top: where torch is installed, transformers imports it, which takes seconds.
+    # Here and not at the top: where torch is installed, transformers imports it, which takes
+    # seconds.
     from transformers import AutoTokenizer
 
     directory = Path(directory)
@@ -251,7 +255,8 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def _check_tokenizer_files(directory: Path) -> None:
-    """Refuses links out of a model, pipes and files beyond any size among what transformers may read."""
+    """Refuses links out of a model, pipes and huge files among what transformers may read."""
+    # By their suffixes, not by a list of names: which files transformers opens is up to it.
     for folder in (directory, directory / "additional_chat_templates"):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.suffix in _TOKENIZER_SUFFIXES and not path.is_dir():
@@ -292,6 +297,7 @@ def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTenso
     check_tensors(
         tensors, stored_shapes(config, found=len(tensors), place=directory), place=directory
     )
+    # Last: it reads numbers, where the checks before it read headers.
     if table is not None and copy is not None and not equal_tensors(copy, table):
         raise InputError(
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
@@ -349,7 +355,10 @@ def _read_part(
     *,
     dtype: str,
 ) -> np.ndarray:
-    """A part of a parameter in `dtype`, from the tensors that hold it, one at a time; finite or refused."""
+    """A part of a parameter in `dtype`, from the tensors that hold it; finite or refused.
+
+    One stored tensor is read at a time: of a stacked parameter, the host holds no second copy.
+    """
     stacked = pattern.count("*")
     part = np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
     inside = tuple(slice(*bound) for bound in bounds[stacked:])
@@ -367,6 +376,7 @@ def _sharded(
     layout: NamedSharding,
 ) -> jax.Array:
     """An array read part by part; devices that hold the same part share a read."""
+    # By bounds: the slices of an index have no hash in Python 3.11.
     parts: dict[Bounds, np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -380,17 +390,22 @@ def _sharded(
 
 
 def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """The fields of a mixture of experts; transformers 5 writes `num_local_experts` for `num_experts`."""
+    """The fields of a mixture of experts.
+
+    transformers 5 writes `num_local_experts` for `num_experts`.
+    """
     counts = [
         tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None
     ]
     if any(count != counts[0] for count in counts):
         raise InputError(
-            f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} contradict"
+            f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} "
+            "contradict"
         )
     if not counts or counts[0] == 0:
         raise InputError(
-            f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; expected a mixture"
+            f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; "
+            "expected a mixture"
         )
     values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
     for key in ("num_experts_per_tok", "moe_intermediate_size"):

@@ -1,4 +1,13 @@
-"""The frozen target: a Llama- or Qwen-style decoder that gives hidden states of chosen layers and a KV cache."""
+"""The frozen target: a Llama- or Qwen-style decoder.
+
+A draft reads the target's states after a few of its layers, in the same compiled program that
+trains the draft or verifies its tokens. So the target is a Linen module here, whose one pass serves
+both: over whole rows in training, over a run of tokens behind a cache in decoding.
+
+    tokens [B, T] -> embedding -> layer 0 -> layer 1 -> ... -> layer L-1 -> norm -> hidden [B, T, D]
+    features [B, T, C*D]          the outputs of the C captured layers, joined; that of layer L-1
+                                  after the norm
+"""
 
 from typing import Any, NamedTuple
 
@@ -13,15 +22,17 @@ from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
 from domino_jax.target.moe import SparseMLP
 
-# One `Cache` per layer, or one whose arrays have the layers in front, [L, B, KV, S, head_dim], for a scanned target.
+# One `Cache` per layer, or, for a scanned target, one whose arrays have the layers in front:
+# [L, B, KV, S, head_dim].
 LayerCaches = tuple[Cache, ...] | Cache
 
 
 class TargetOutput(NamedTuple):
     """What one pass of the target returns.
 
-    `hidden` [B, T, D] is after the final norm, `features` [B, T, C*D] joins the outputs of the captured layers, the
-    last layer's being `hidden` (as in Hugging Face's `hidden_states`), `cache` is the updated one, or None.
+    `hidden` [B, T, D] is after the final norm, `features` [B, T, C*D] joins the outputs of the
+    captured layers, the last layer's being `hidden` (as in Hugging Face's `hidden_states`), `cache`
+    is the updated one, or None.
     """
 
     hidden: jax.Array
@@ -30,7 +41,11 @@ class TargetOutput(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a pass's tokens lie: `start` int32 [B] behind a cache, `documents` int32 [B, T] of packed rows."""
+    """Where a pass's tokens lie.
+
+    `start` int32 [B] is the first position of each row, which a cache needs; `documents` int32
+    [B, T] is the document of each token of packed rows.
+    """
 
     start: jax.Array
     documents: jax.Array | None = None
@@ -46,7 +61,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, tables: Rotary, at: "_Place", cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:  # [B, T, D] -> [B, T, D]
-        """Runs one layer over whole rows or, with a cache, over a run of tokens behind what it holds."""
+        """Runs one layer over whole rows or, with a cache, over a run of tokens behind it."""
         attention = AttentionProjections(self.cfg, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         queries, (keys, values) = (
@@ -66,7 +81,7 @@ class DecoderLayer(nn.Module):
 
 
 class _CapturingLayer(nn.Module):
-    """One step of the scan over layers: the layer, and its output and its cache put in their places."""
+    """One step of the scan over layers, which puts the layer's output and cache in their places."""
 
     cfg: DecoderConfig
     attention: str = PORTABLE
@@ -88,6 +103,7 @@ class _CapturingLayer(nn.Module):
                 caches,
                 cache,
             )
+        # In the carry: an output of the scan would hold the states of all layers.
         captured = jax.lax.dynamic_update_index_in_dim(captured, x, slot, 0)
         return (x, captured, caches), None
 
@@ -103,7 +119,8 @@ class Target(nn.Module):
 
     Attributes:
         cfg: shape of the decoder.
-        capture: layers whose outputs are returned, 0-based (`capture=(1,)` is Hugging Face's `hidden_states[2]`).
+        capture: layers whose outputs are returned, 0-based (`capture=(1,)` is Hugging Face's
+            `hidden_states[2]`).
         depth: how many layers run, the first ones, None for all of `cfg`; fewer give captured
             states only.
         scan_layers: run the layers under `nn.scan`.
@@ -134,13 +151,13 @@ class Target(nn.Module):
 
         Args:
             tokens: int32 [B, T].
-            positions: int32 [B, T], consecutive in each row (in each document of a packed row), from 0 when not
-                given. With a cache they are also the slots the new keys and values are written to. Rewinding is
-                implicit: a slot at or after a row's first position is overwritten or masked, so the caller just passes
-                smaller positions.
+            positions: int32 [B, T], consecutive in each row (in each document of a packed row),
+                from 0 when not given. With a cache they are also the slots the new keys and values
+                are written to. Rewinding is implicit: a slot at or after a row's first position is
+                overwritten or masked, so the caller just passes smaller positions.
             cache: of `Target.empty_cache`, or of an earlier pass.
-            documents: int32 [B, T], the document of each token of packed rows; a document's tokens are consecutive
-                and see nothing of other documents. No cache then.
+            documents: int32 [B, T], the document of each token of packed rows; a document's tokens
+                are consecutive and see nothing of other documents. No cache then.
         Returns:
             `TargetOutput` in the compute dtype.
         Raises:
@@ -149,7 +166,8 @@ class Target(nn.Module):
         cfg = self.cfg
         if not all(0 <= layer < self.layers_run for layer in self.capture):
             raise ValueError(
-                f"cannot capture layers {list(self.capture)} of a target that runs {self.layers_run}"
+                f"cannot capture layers {list(self.capture)} of a target that runs "
+                f"{self.layers_run}"
             )
         batch, length = tokens.shape
         if positions is None:
@@ -164,6 +182,7 @@ class Target(nn.Module):
             jnp.float32,
         )
         if not cfg.tie_word_embeddings:
+            # Only declared: logits are for the caller, who rarely wants those of every position.
             self.param(
                 "lm_head",
                 logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
@@ -191,7 +210,7 @@ class Target(nn.Module):
         return TargetOutput(hidden, features, cache)
 
     def empty_cache(self, *, batch: int, slots: int) -> LayerCaches:
-        """A cache of zeros of all layers, in the compute dtype and in the form that this target's passes take."""
+        """A cache of zeros of all layers, in the compute dtype and the form that passes take."""
         layers = tuple(
             empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run)
         )
@@ -216,7 +235,8 @@ class Target(nn.Module):
         self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None
     ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
         count = len(self.capture)
-        # The last slot takes the outputs nobody asked for, so that no layer's state outlives the next one.
+        # The last slot takes the outputs nobody asked for, so that no layer's state outlives the
+        # next one.
         slots = jnp.array(
             [self.capture.index(i) if i in self.capture else count for i in range(self.layers_run)]
         )
@@ -236,7 +256,13 @@ class Target(nn.Module):
 
 
 def _positions_in_documents(places: jax.Array, documents: jax.Array) -> jax.Array:
-    """Distance of each token from the first one of its document, int32 [B, T], from its place in the row."""
+    """Distance of each token from the first one of its document, int32 [B, T].
+
+    Args:
+        places: int32 [B, T], of each token in its row, from 0.
+        documents: int32 [B, T], the document of each token.
+    """
+    # The roll brings the end of a row before its first token, which begins a document in any case.
     begins = documents != jnp.roll(documents, 1, axis=1)
     first = jax.lax.cummax(jnp.where(begins.at[:, 0].set(True), places, 0), axis=1)
     return places - first

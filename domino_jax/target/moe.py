@@ -1,4 +1,13 @@
-"""The sparse feed-forward layer of Qwen3 MoE: each token goes to its best few experts, and no token is dropped."""
+"""The sparse feed-forward layer of Qwen3 MoE, in which no token is dropped.
+
+Experts of a fixed capacity drop tokens where many want the same one: the target would not be the
+model that was published any more. So rows, one copy of a token for each of its k experts, are
+sorted by expert, and a ragged product takes as many as each has:
+
+    tokens [M, D]     t0 -> experts 2, 0      t1 -> experts 0, 1      t2 -> experts 2, 1
+    rows [M*k, D]     t0 t1 | t1 t2 | t0 t2   of the experts 0 | 1 | 2, `runs` = 2, 2, 2
+    back in order     t0 t0   t1 t1   t2 t2   summed by weight -> [M, D]
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +19,8 @@ from domino_jax.layers import Dense
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain, logical_axes
 
-# Rows [M, in] times one weight [out, in] per run of rows: weights keep the layout of the checkpoints.
+# Rows [M*k, in] times one weight [out, in] per run of rows: weights keep the layout of the
+# checkpoints, which `ragged_dot` would want as [in, out].
 _ROWS_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((1,), (2,)), ((), ())),
     lhs_ragged_dimensions=[0],
@@ -19,7 +29,7 @@ _ROWS_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
 
 
 class Routes(NamedTuple):
-    """Where each token goes: `experts` int32 [M, k], and the share of each in the sum, `weights` float32 [M, k]."""
+    """Where each token goes: `experts` int32 [M, k], their shares `weights` float32 [M, k]."""
 
     experts: jax.Array
     weights: jax.Array
@@ -36,6 +46,7 @@ def routes(logits: jax.Array, *, count: int, normalise: bool) -> Routes:
         `Routes`, most probable first; the probabilities are a float32 softmax over all experts.
     Source: Qwen3 (arXiv:2505.09388), as transformers computes it.
     """
+    # In float32, as transformers has it: rounded to bfloat16, close shares tie and choose others.
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), count)
     if normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -43,19 +54,24 @@ def routes(logits: jax.Array, *, count: int, normalise: bool) -> Routes:
 
 
 class Experts(nn.Module):
-    """The SwiGLU experts of one layer, stacked: `gate_proj` and `up_proj` [E, F, D], `down_proj` [E, D, F]."""
+    """The SwiGLU experts of one layer, stacked.
+
+    `gate_proj` and `up_proj` are [E, F, D], `down_proj` is [E, D, F].
+    """
 
     cfg: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, to: Routes) -> jax.Array:  # [M, D] -> [M, D]
-        """Sends each token through its experts and adds up what they return, in float32, by their weights."""
+        """Sends each token through its experts and sums what they return by weight, in float32."""
         cfg = self.cfg
         count, wide, narrow = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
-        # Sorted by expert, the rows of one expert are a run: one product per run, whatever its length.
+        # Sorted by expert, the rows of one expert are a run: one product per run, whatever its
+        # length.
         chosen = to.experts.reshape(-1)
         order = jnp.argsort(chosen)
         runs = jnp.bincount(chosen, length=count).astype(jnp.int32)
+        # `order` counts pairs of a token and an expert, k for each token.
         rows = jnp.take(x.astype(cfg.dtype), order // cfg.num_experts_per_tok, axis=0)  # [M*k, D]
         gate = self._product(
             rows, "gate_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs
@@ -67,6 +83,7 @@ class Experts(nn.Module):
         out = self._product(
             hidden, "down_proj", (count, narrow, wide), ("experts", "embed", "mlp"), runs
         )
+        # The inverse of a permutation is its argsort.
         out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*to.experts.shape, narrow)
         return jnp.einsum("mk,mkd->md", to.weights, out.astype(jnp.float32)).astype(x.dtype)
 

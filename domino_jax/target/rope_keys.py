@@ -1,4 +1,12 @@
-"""Rotary embeddings as config.json describes them: two schemas, of which a file may hold either or both."""
+"""Rotary embeddings as config.json describes them, in either of two schemas or in both.
+
+A base or a scaling that is read from the wrong key gives other angles, and nothing fails: a target
+of other hidden states, a draft that is hardly accepted. So every key that says something is read or
+refused, and two that say different things are refused too:
+
+    old   rope_theta, rope_scaling {type or rope_type, factor, ...}
+    new   rope_parameters {rope_type, rope_theta, factor, ...}
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +16,14 @@ from domino_jax.strict import InputError, shown
 
 
 def read_rope_theta(tree: Mapping[str, Any], *, place: str) -> Any:
-    """The rotary base, at the top level or inside rope_scaling or rope_parameters; 10000 where there is none.
+    """The rotary base that a config.json describes.
 
     Args:
         tree: the file.
         place: the file, for messages.
     Returns:
-        What the file says, unchecked.
+        What the file says, unchecked, at the top level or inside rope_scaling or rope_parameters;
+        10000 where it says nothing.
     Raises:
         InputError: two places that differ.
     """
@@ -26,13 +35,14 @@ def read_rope_theta(tree: Mapping[str, Any], *, place: str) -> Any:
     theta = next(iter(found.values()), 10_000.0)
     if any(value != theta for value in found.values()):
         raise InputError(
-            f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} contradict"
+            f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} "
+            "contradict"
         )
     return theta
 
 
 def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] | None:
-    """The scaling of the rotary embedding that a config.json describes, in the old schema, the new one, or both.
+    """The scaling of the rotary embedding that a config.json describes, in either schema or both.
 
     Args:
         tree: the file; `rope_scaling` (with `type` or `rope_type`) and `rope_parameters` are read.
@@ -46,7 +56,8 @@ def read_rope_scaling(tree: Mapping[str, Any], *, place: str) -> dict[str, Any] 
     found = [section for section in sections if section is not None]
     if any(section != found[0] for section in found):
         raise InputError(
-            f"{place}: rope_scaling {shown(found[0])} and rope_parameters {shown(found[1])} contradict"
+            f"{place}: rope_scaling {shown(found[0])} and rope_parameters {shown(found[1])} "
+            "contradict"
         )
     return found[0] if found and found[0]["rope_type"] != "default" else None
 
@@ -62,28 +73,32 @@ def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, An
             f"{place}: {key}: rope_type {shown(kinds[0])} and type {shown(kinds[1])} contradict"
         )
     read = ("rope_theta", "rope_type", "type")
-    # A null stands for an absent key, except that transformers reads a null `truncate` as false: refused further on.
+    # A null stands for an absent key, except that transformers reads a null `truncate` as false: it
+    # stays here and is refused further on.
     section = {
         k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")
     }
+    # Some writers say it where nothing is partial: 1 rotates whole heads, as is done here.
     if section.get("partial_rotary_factor") == 1:
         del section["partial_rotary_factor"]
     kind = kinds[0] if kinds else None
     for name, value in section.items():
         if kind in ("default", None) or name == "partial_rotary_factor":
             raise InputError(
-                f"{place}: {key}.{name} is {shown(value)}; not supported with rope_type {shown(kind)}"
+                f"{place}: {key}.{name} is {shown(value)}; not supported with "
+                f"rope_type {shown(kind)}"
             )
     if kind not in ("default", None, *ROPE_TYPES):
         raise InputError(
-            f"{place}: {key}.rope_type is {shown(kind)}; supported: default, {', '.join(ROPE_TYPES)}"
+            f"{place}: {key}.rope_type is {shown(kind)}; "
+            f"supported: default, {', '.join(ROPE_TYPES)}"
         )
     if kind in ("llama3", "yarn"):
         outer, own = (level.get("original_max_position_embeddings") for level in (tree, section))
         if outer is not None and own is not None and outer != own:
             raise InputError(
-                f"{place}: original_max_position_embeddings {shown(outer)} and {key}.original_max_position_embeddings "
-                f"{shown(own)} contradict"
+                f"{place}: original_max_position_embeddings {shown(outer)} and "
+                f"{key}.original_max_position_embeddings {shown(own)} contradict"
             )
         # What transformers takes when neither is there: a scaling that starts from the full length.
         given = next(

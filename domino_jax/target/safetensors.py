@@ -79,6 +79,7 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
     """
     directory = Path(directory)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    # One file is taken before an index, as by transformers.
     if single.exists():
         return _open_file(checked_file(directory, single.name))
     if not index.exists():
@@ -93,6 +94,7 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
             expected = "expected a file of the same directory"
             raise InputError(f"{index}: weight_map names {shown(shard)}; {expected}")
         held = _open_file(checked_file(directory, shard))
+        # Both ways: a tensor that the index leaves out would be dropped unseen.
         differing = set(held) ^ {name for name, file in places.items() if file == shard}
         if differing:
             place, said = directory / shard, f"than {index.name} says"
@@ -147,7 +149,9 @@ def check_tensors(
 
 
 def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) -> None:
-    """Refuses tensors of another depth, before anything is built for as many layers as a file claims.
+    """Refuses tensors of another depth than config.json has.
+
+    Called before anything is built for as many layers as a file claims.
 
     Args:
         names: of the tensors that were found.
@@ -169,10 +173,10 @@ def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) 
 def equal_tensors(
     one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = CHUNK_BYTES
 ) -> bool:
-    """Whether two tensors hold the same numbers, or NaN in the same places, read a few rows at a time.
+    """Whether two tensors hold the same numbers, or NaN in the same places.
 
     Args:
-        one: of any shape with rows.
+        one: of any shape with rows; read a few rows at a time.
         other: likewise.
         chunk_bytes: of either that the host holds, at least a row.
     """
@@ -191,6 +195,8 @@ def not_finite_tensor(tensor: StoredTensor, *, dtype: str) -> InputError:
     """
     count = 0
     for rows in _chunks(tensor.shape, CHUNK_BYTES):
+        # Counted after the cast, where numbers too large for `dtype` are infinite; numpy would
+        # warn of what the error says.
         with np.errstate(over="ignore", invalid="ignore"):
             count += count_non_finite(tensor.read(rows).astype(dtype))
     size = math.prod(tensor.shape)
@@ -198,6 +204,7 @@ def not_finite_tensor(tensor: StoredTensor, *, dtype: str) -> InputError:
 
 
 def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
+    # As float32, the widest type that is read; a row of no numbers would divide by zero.
     row_bytes = 4 * max(math.prod(shape[1:]), 1)
     step = max(chunk_bytes // row_bytes, 1)
     for start in range(0, shape[0], step):
@@ -216,23 +223,25 @@ def _instead(directory: Path) -> str:
 def _open_file(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     try:
+        # The views stay readable after the `with`: each keeps the mapping of the file.
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  (not a mapping)
                 values = file.get_slice(name)
                 _check_type(path, name, values.get_dtype())
                 tensors[name] = StoredTensor(path, name, tuple(values.get_shape()), values)
-    except InputError:
+    except InputError:  # a ValueError, which `_UNREADABLE` has too
         raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+    # After the library, which has refused a header without an end.
     _check_header(path)
     return tensors
 
 
 def _check_header(path: Path) -> None:
-    """Refuses what the library leaves open: a tensor that is described twice, where the last one counts.
+    """Refuses a header that describes a tensor twice, where the library takes the last one.
 
     Sizes, offsets and overlaps are the library's: every byte belongs to one tensor of its shape.
     """

@@ -1,4 +1,13 @@
-"""Captures the target's states of the training rows to disk, for training without running the target again."""
+"""Captures the target's states of the training rows, for runs that do not run the target.
+
+The target's forward is most of a step, and every run over the same rows repeats it. So it can be
+run once, and its states stored in the order of the rows:
+
+    DIR/manifest.json             what is captured and the rows of each shard, there first
+    DIR/shard-00000.arrayrecord   row 0, row 1, ...: ids and mask [n], features [n, C*D] and, if
+                                  asked for, target_states [n, D]
+    DIR/shard-00001.partial       a shard that is being written; renamed once it is whole
+"""
 
 import functools
 import time
@@ -56,35 +65,38 @@ def capture(
     say: Say,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the captured states of `data.train` to a directory, or goes on where an earlier start was cut off.
+    """Writes the captured states of `data.train` to a directory, or resumes an earlier start.
 
-    Shards that are there are read once: whole ones stay as they are, damaged ones are written again.
-    Rows are not packed: a run may pack them or not.
+    Shards that are there are read once: whole ones stay as they are, damaged ones are written
+    again. Rows are not packed: a run may pack them or not.
 
     Args:
         config: the run whose rows, target and layers are captured.
         directory: for `data.features` of runs; made where missing.
         dtype: stored type, "float32" or "bfloat16".
-        target_states: store the target's states after its final norm as well, which needs all of its layers.
+        target_states: store the target's states after its final norm as well, which needs all of
+            its layers.
         limit_gb: more than this many gigabytes are written only when confirmed.
         confirmed: the size has been agreed to.
         say: gets one line about the size before anything is written, and one per shard.
         shard_bytes: size of a shard.
     Raises:
-        InputError: no rows, a directory that holds something else, too much for the limit or the disk, or several
-            processes.
+        InputError: no rows, a directory that holds something else, too much for the limit or the
+            disk, or several processes.
     """
     directory = Path(directory)
     _check_directory(directory)
     work = _read(config, dtype=dtype, target_states=target_states, say=say)
     rows, mesh = work.rows, work.mesh
     manifest = _planned(directory, work.manifest, shard_bytes=shard_bytes)
+    # Before the target is loaded: a size that is refused should cost seconds.
     missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
     if not missing:
         say("every shard is there")
         return
     target = _load(work.target, work.config, manifest, mesh, say=say)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
+    # Before its shards: without a manifest nobody could tell what they are, or resume them.
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
         states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
@@ -120,7 +132,7 @@ def _read(config: RunConfig, *, dtype: str, target_states: bool, say: Say) -> _W
     mesh = run_mesh(config)
     path = resolve_target(config.target, progress=say)
     target_config = read_decoder_config(path, dtype=config.dtype)
-    open_target(path, target_config)
+    open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
     layers = draft_of(config, target_config, tokenizer).target_layer_ids
     rows = read_rows(config.data.train, tokenizer, config.data, say=say).rows
@@ -155,9 +167,13 @@ def _check_directory(directory: Path) -> None:
 
 
 def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manifest:
-    """The manifest with its shards: those of an earlier start, which must have been asked for the same, or new ones."""
+    """The manifest with its shards: new ones, or those of an earlier start.
+
+    An earlier start must have been asked for the same.
+    """
     if (directory / MANIFEST).is_file():
         found = read_manifest(directory)
+        # `rows` attests the lengths too, and shards stay cut as they were when they were begun.
         names = [
             name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")
         ]
@@ -170,7 +186,10 @@ def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manife
 def _agreed(
     directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, say: Say
 ) -> list[int]:
-    """The shards still to be written, once their size is told, within the limit or confirmed, and fits the disk."""
+    """The shards still to be written, once their size is told.
+
+    The size must lie within the limit or be confirmed, and fit the disk.
+    """
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
     missing = []
@@ -178,7 +197,7 @@ def _agreed(
         if not is_whole(directory, index, rows):
             missing.append(index)
             path = shard_path(directory, index)
-            if path.exists():
+            if path.exists():  # shards are renamed when they are whole, so this one broke later
                 say(f"{path}: damaged, it is written again")
     first = [
         0,
@@ -190,18 +209,20 @@ def _agreed(
     )
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
     say(
-        f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of {len(manifest.row_lengths)} rows, "
-        f"{manifest.token_bytes} bytes each{done}"
+        f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of "
+        f"{len(manifest.row_lengths)} rows, {manifest.token_bytes} bytes each{done}"
     )
+    # The limit is on all that will lie there, the disk has to hold only what is missing.
     if total > limit_gb * GIGABYTE and not confirmed:
         raise InputError(
-            f"{directory}: would take {total / GIGABYTE:.3g} GB, above the limit of {limit_gb:g} GB; "
-            "--yes writes it all the same, --limit-gb sets another limit"
+            f"{directory}: would take {total / GIGABYTE:.3g} GB, above the limit of "
+            f"{limit_gb:g} GB; --yes writes it all the same, --limit-gb sets another limit"
         )
     free = free_bytes(directory)
     if left > free:
         raise InputError(
-            f"{directory}: {left / GIGABYTE:.3g} GB to be written, {free / GIGABYTE:.3g} GB free on the disk"
+            f"{directory}: {left / GIGABYTE:.3g} GB to be written, {free / GIGABYTE:.3g} GB free "
+            "on the disk"
         )
     return missing
 
@@ -223,6 +244,7 @@ def _load(
 ) -> _Captured:
     say(f"loading the target {path}, {config.dtype}")
     layers = manifest.target_layer_ids
+    # Nothing reads the layers behind the last captured one, but for the final norm's states.
     depth = config.num_hidden_layers if manifest.target_states else max(layers) + 1
     model = scanned_target(config, capture=layers, depth=depth, mesh=mesh, packed=False)
     return _Captured(model, load_sharded_target(path, model, mesh).params)
@@ -246,6 +268,7 @@ class _CapturedStates:
         def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
             tokens = constrain(batch.input_ids[0], "batch", "length")
             output = target.model.apply({"params": params}, tokens)
+            # Cast here and not on the host: as bfloat16 half the bytes leave the device.
             final = output.hidden.astype(manifest.dtype) if manifest.target_states else None
             return output.features.astype(manifest.dtype), final
 
@@ -256,6 +279,7 @@ class _CapturedStates:
         for index, batch in enumerate(batches):
             features, final = jax.device_get(self._states(self._params, self._put(batch)))
             first = index * self._batch_size
+            # By the rows and not by the batch, whose last slots may be filled up with empty rows.
             for slot, row in enumerate(rows[first : first + self._batch_size]):
                 length = len(row.input_ids)
                 own = None if final is None else final[slot, :length]

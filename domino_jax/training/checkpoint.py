@@ -1,14 +1,16 @@
-"""Orbax checkpoints of a run: draft, optimiser, data position, and what a reader needs to use the draft alone.
+"""Orbax checkpoints of a run that may be killed at any moment, and whose files may rot.
 
-    run/checkpoints/40/params/ optimizer/ ema/  arrays
+A damaged checkpoint would train on in silence. So one is read only where each of its files still
+has its hash; what is damaged is named, and the newest one that is not takes its place. Where none
+is left, a run refuses to begin again.
+
+    run/checkpoints/40/params/ optimizer/ ema/  arrays; the draft alone is read from one of them
                        data/                    position in the shuffled rows
                        draft/ run/              DraftRecord, RunRecord
+                       metrics/                 held-out figures, where the best is kept
                        SHA256SUMS               of all of them, written before 40 gets its name
     run/newest_checkpoint.json                  so that a checkpoint that is gone is missed
     run/set_aside/                              checkpoints that were damaged
-
-A checkpoint is read only where each of its files still has its hash. What is damaged is named, and
-the newest one that is not takes its place; where none is left, a run refuses to begin again.
 """
 
 import asyncio
@@ -51,6 +53,7 @@ class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
     async def create(self) -> Any:
         path = await super().create()
         if self._is_step:
+            # Readers of Orbax warn of a step that lacks the file.
             (path / "_CHECKPOINT_METADATA").write_text("{}")
         return path
 
@@ -59,8 +62,11 @@ class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         final = Path(self.get_final())
+        # Before the rename, so that a step under its own name always has its hashes; in a thread,
+        # because this is Orbax's event loop.
         await asyncio.to_thread(write_checksums, Path(self.get()))
         await super().finalize()
+        # Behind the rename: killed between the two, a run would miss a checkpoint that never was.
         write_whole(final.parent.parent / NEWEST, json.dumps({"step": int(final.name)}) + "\n")
 
     @property
@@ -82,6 +88,7 @@ def open_checkpoints(
     policies = ocp.checkpoint_managers
     kept: Any = policies.LatestN(keep)
     if keep_best:
+        # Steps between two held-out passes have no figures: they stay while they are new.
         best = policies.BestN(
             get_metric_fn=_accept_len, n=1, keep_checkpoints_without_metrics=False
         )
@@ -90,7 +97,7 @@ def open_checkpoints(
         preservation_policy=kept,
         best_fn=_accept_len if keep_best else None,  # without it metrics are not stored
         create=True,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=True,  # of saves that were killed
         temporary_path_class=_CheckedDirectory,
     )
     return ocp.CheckpointManager(_directory(run_dir), options=options)
@@ -104,7 +111,8 @@ def sound_checkpoint(
     Args:
         run_dir: the run's directory; nothing in it needs to exist.
         say: is told each damaged step that is passed over.
-        set_aside: move damaged steps to `set_aside/` of the run, so that their steps can be saved again.
+        set_aside: move damaged steps to `set_aside/` of the run, so that their steps can be saved
+            again.
         only: the one step that is wanted.
     Raises:
         InputError: checkpoints were saved and none can be used, or not `only`.
@@ -120,6 +128,7 @@ def sound_checkpoint(
         say(f"{directory}/{recorded}: the newest checkpoint is gone")
     for step in steps if only is None else [only]:
         place = directory / str(step)
+        # Older versions wrote neither hashes nor the note: beside a note, no hashes are damage.
         if not (place / CHECKSUMS).exists() and recorded is None and any(place.iterdir()):
             say(f"{place}: saved by an older version, without checksums: taken unchecked")
             return step
@@ -132,13 +141,14 @@ def sound_checkpoint(
         say(f"{place}: damaged, not used: {found}{moved}")
     if steps or recorded is not None:
         raise InputError(
-            f"{directory}: no undamaged checkpoint is left; put one back, or begin again in another run_dir"
+            f"{directory}: no undamaged checkpoint is left; put one back, or begin again in "
+            "another run_dir"
         )
     return None
 
 
 class Checkpoints:
-    """The checkpoints of a run that trains: what fails while one is written in the background is one line."""
+    """The checkpoints of a run that trains; what fails while one is written is one line."""
 
     def __init__(self, run_dir: Path, *, keep: int, keep_best: bool) -> None:
         self._directory = _directory(run_dir)
@@ -154,7 +164,7 @@ class Checkpoints:
             self.wait()
             self._manager.close()
         except InputError:
-            if kind is None:
+            if kind is None:  # an error that is on its way is the cause, and not to be hidden
                 raise
 
     def wait(self) -> None:
@@ -192,14 +202,15 @@ class Checkpoints:
             state: of the run.
             rows: iterator whose position is saved.
             draft: what a reader of the draft needs.
-            run: what the run goes on with.
+            run: what the run is resumed with.
             heldout: figures of the held-out pass of this step, by which the best is kept.
         Raises:
             InputError: this one or the one before could not be written.
         """
         import grain.checkpoint
 
-        self.wait()
+        self.wait()  # for the save before, whose failure nobody has been told yet
+        # Draft and optimiser are two items: who reads a draft alone reads a third of the bytes.
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -216,13 +227,16 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, state: TrainState, rows: Any) -> tuple[TrainState, Any]:
-        """A checkpoint that `sound_checkpoint` found, laid out like `state`, and the iterator where it was.
+        """A checkpoint that `sound_checkpoint` found, laid out like `state`.
+
+        The iterator comes with it, where it was.
 
         Raises:
             InputError: it does not fit the run.
         """
         import grain.checkpoint  # here: a draft alone is read without it
 
+        # With the shardings of this start: another mesh may have saved it.
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(abstract.params),
@@ -242,11 +256,12 @@ class Checkpoints:
 
     @contextmanager
     def _told(self, step: int | None) -> Iterator[None]:
-        """Tells in one line what a failed write raises: TensorStore a ValueError, the rest an OSError."""
+        """Tells a failed write in one line: TensorStore's ValueError, the others' OSError."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             if step is not None:
+                # What is half written takes the room that the next try needs.
                 shutil.rmtree(self._directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
             kept = [one for one in _steps(self._directory) if one != step]
             whole = f"checkpoint {kept[0]} is whole" if kept else "no earlier one is there"
@@ -270,7 +285,9 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
 def load_draft(
     run_dir: str | Path, *, say: Say = warnings.warn, step: int | None = None
 ) -> tuple[DraftRecord, Any, int]:
-    """The newest undamaged draft of a run: its record, its parameters (the average, if one is kept) and its step.
+    """The newest undamaged draft of a run: its record, its parameters and its step.
+
+    The parameters are the average where one is kept.
 
     Args:
         run_dir: the run's directory.
@@ -292,10 +309,12 @@ def load_draft(
     record = read_draft_record(place)
     item = "ema" if (place / "ema").is_dir() else "params"
     shapes = nn.meta.unbox(boxed_parameters(record.config))
+    # On one device, whatever mesh trained it: who reads a draft decodes or exports.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes
     )
+    # Read only: the run may be training, and a reader changes nothing of it.
     with ocp.CheckpointManager(
         directory, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as checkpoints:
@@ -323,9 +342,10 @@ def _recorded_step(run_dir: Path) -> int | None:
     if not path.exists():
         return None
     step = read_json(path).get("step")
-    if type(step) is not int:
+    if type(step) is not int:  # to `isinstance` true is an integer
         raise InputError(
-            f"{path}: step is {step!r}, expected an integer; remove the file if {CHECKPOINTS}/ is whole"
+            f"{path}: step is {step!r}, expected an integer; remove the file if {CHECKPOINTS}/ is "
+            "whole"
         )
     return step
 
@@ -333,6 +353,7 @@ def _recorded_step(run_dir: Path) -> int | None:
 def _put_aside(run_dir: Path, place: Path) -> Path:
     to = run_dir / SET_ASIDE / place.name
     number = 1
+    # A step that was set aside is trained and saved again, and may be damaged again.
     while to.exists():
         number += 1
         to = to.with_name(f"{place.name}.{number}")

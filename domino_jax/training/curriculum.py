@@ -1,4 +1,11 @@
-"""The base-anchor curriculum: how much of the loss is the backbone's alone, falling to nothing."""
+"""The base-anchor curriculum: how much of the loss is the backbone's alone, falling to nothing.
+
+A head that learns fast leaves the backbone no reason to learn, so at first the backbone's own
+logits are trained as well.
+
+    step      0               ..           decay_steps   ..   total_steps
+    weight    lambda_start    linear to    0             ..   0
+"""
 
 import jax.numpy as jnp
 import optax
@@ -18,6 +25,7 @@ def get_lambda_base(
         A float in 0..1.
     Source: NeMo AutoModel 0.7.0, `get_lambda_base`; Domino (arXiv:2605.29707).
     """
+    # At least 1, or a ratio of 0 would divide by zero. The weight is then 0 from step 1 on.
     decay_steps = max(1, int(total_steps * decay_ratio))
     return max(0.0, min(1.0, lambda_start * (1.0 - min(global_step / decay_steps, 1.0))))
 
@@ -29,5 +37,7 @@ def lambda_base_schedule(
 
     Returns float32 [] in 0..1.
     """
+    # Of the traced counter: as a number of Python's the weight would be a constant of the program,
+    # and every step would compile another one.
     linear = optax.linear_schedule(lambda_start, 0.0, max(1, int(total_steps * decay_ratio)))
     return lambda step: jnp.clip(jnp.asarray(linear(step), jnp.float32), 0.0, 1.0)

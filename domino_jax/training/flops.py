@@ -1,14 +1,15 @@
 """The useful FLOPs of a training step: what its result needs, whatever a program computes for it.
 
-One count for the figures of a run, for plans and for the benchmarks. A multiplication and its
-addition are two FLOPs; only matrix products count. Useful means:
+A count of what runs would call a program better for recomputing and padding more. This one can be
+compared: it is the same for the figures of a run, for plans and for the benchmarks. A
+multiplication and its addition are two FLOPs; only matrix products count. Useful means:
 
 - a product with a trained weight counts three times (forward, and the gradients of both sides),
   less where one side is frozen: the embeddings, the target's states and the target's head have no
   gradient, and the target itself runs forward only;
 - attention counts the keys that may be seen: those before the anchor, half of a row on average (up
   to the window in a sliding layer), those of the block, and for the target those before the token;
-- nothing counts twice: no recomputation, no padding, no unused slot; the vocabulary's rows once per
+- nothing counts twice: no recomputation, no padding, no unused slot; the vocabulary once per
   prediction, and the target's logits once per token, though many blocks may ask for them.
 
 The update is left out: it has no products. No jax here: a benchmark's parent must not start it.
@@ -42,17 +43,21 @@ def step_flops(
     """
     width, vocabulary = draft.hidden_size, draft.vocab_size
     predictions = anchors * draft.num_predictions
+    # Twice, not three times: the target's states are frozen and want no gradient.
     fc = 2 * length * len(draft.target_layer_ids) * width * width
+    # Keys and values alone: the queries come from the tokens of blocks.
     context_keys = 3 * draft.num_hidden_layers * length * width * 2 * _kv_width(draft)
     block_tokens = anchors * draft.block_size
     products = {
         CONTEXT: fc + context_keys,
         BACKBONE: 3 * draft.num_hidden_layers * block_tokens * _layer_weights(draft),
         BLOCK_ATTENTION: 3 * block_tokens * _block_attention(draft, length),
+        # Through the frozen head, and back to the states: it has no gradient of its own.
         VOCABULARY_LOSS: 2 * predictions * vocabulary * width,
     }
     if draft.projector_type is not None:
         gru, rank = draft.gru_hidden_dim, draft.emb_dim
+        # Three gates. The inputs are frozen embeddings, so two products; the state is passed back.
         recurrence = 3 * gru * (2 * width + 3 * gru)
         products[HEAD] = predictions * (recurrence + 3 * rank * (width + gru))
         products[VOCABULARY_LOSS] += 3 * predictions * vocabulary * rank
@@ -60,10 +65,12 @@ def step_flops(
         products[VOCABULARY_LOSS] += min(length, predictions) * vocabulary * width
     if target is not None:
         if depth is None:
+            # Layers behind the last captured one serve the target's distribution alone.
             last_read = max(draft.target_layer_ids) + 1
             depth = target.num_hidden_layers if target_logits else last_read
         seen = 2 * _heads_width(target) * _mean_seen(length, None)
         products[TARGET] = depth * length * (_layer_weights(target) + seen)
+    # Counted up to here: multiplications, each with its addition.
     return {stage: 2.0 * count for stage, count in products.items()}
 
 
@@ -82,6 +89,7 @@ def _layer_weights(config: DecoderConfig) -> int:
     if config.num_experts == 0:
         return attention + 3 * width * config.intermediate_size
     chosen = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok
+    # A router scores all experts, though few are chosen.
     return attention + width * config.num_experts + chosen
 
 
@@ -91,6 +99,7 @@ def _block_attention(draft: DraftConfig, length: float) -> float:
     total = 0.0
     for kind in draft.attention_types:
         sliding = kind == SLIDING_ATTENTION
+        # Causal in its block: position k sees k + 1 tokens, half the block on average.
         own = (draft.block_size + 1) / 2 if sliding and causal else draft.block_size
         context = _mean_seen(length, draft.sliding_window if sliding else None)
         total += 2 * _heads_width(draft) * (context + own)
@@ -101,4 +110,5 @@ def _mean_seen(length: float, window: int | None) -> float:
     """Tokens before a place of the row, at most `window` of them, on average over its places."""
     if window is None or window >= length:
         return length / 2
+    # The first `window` places see half of it on average; they are a share window / length of all.
     return window - window * window / (2 * length)

@@ -1,4 +1,11 @@
-"""What a run reads: its rows, and batches of them on the devices of its mesh."""
+"""What a run reads: its rows, and batches of them on the devices of its mesh.
+
+Training, captures, plans and dry runs must speak of the same batches, so all of them ask here. A
+batch row is one row, or with packing several that share its S positions:
+
+    file or capture -> rows [n] -> packs -> batch rows [A * B, S] of a process
+                                         -> `Batch` [A, B, S] over the mesh, B split, A scanned
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,23 +28,24 @@ from domino_jax.training.metrics import Say
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
-    import grain
+    import grain  # at run time where rows are read: a machine that only steps may lack it
 
 
 class InputRows(NamedTuple):
-    """The rows of a run, and which of them share one row of a batch (None without packing)."""
+    """The rows of a run, and which of them share a batch row (None without packing)."""
 
     rows: Sequence[Row]
     packs: list[Pack] | None
 
     @property
     def epoch_rows(self) -> int:
-        """Rows of batches in one epoch."""
+        """Batch rows in one epoch."""
         return len(self.rows) if self.packs is None else len(self.packs)
 
     @property
     def fingerprint(self) -> str:
-        """How many rows and the sha256, in hex, of their ids and masks, or of a capture's manifest."""
+        """How many rows, and the sha256 in hex of their ids and masks or of their manifest."""
+        # A capture's manifest has the hash of its rows, which lie beside gigabytes of states.
         digest = (
             self.rows.fingerprint
             if isinstance(self.rows, FeatureRows)
@@ -46,7 +54,7 @@ class InputRows(NamedTuple):
         return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
-        """How many they are and what share of their positions is padding, in words."""
+        """How many batch rows there are and what share of their positions is padding, formatted."""
         packs = single_packs(len(self.rows)) if self.packs is None else self.packs
         share = padding_share(row_lengths(self.rows), packs, max_length=max_length)
         packed = "" if self.packs is None else f" packed from {len(self.rows)} conversations"
@@ -56,7 +64,8 @@ class InputRows(NamedTuple):
 def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> InputRows:
     """Reads and encodes conversations and packs the rows if the run packs.
 
-    Tells which lines were left out, and how many answers were cut at the limit of whoever wrote them.
+    Tells which lines were left out, and how many answers were cut at the limit of whoever wrote
+    them.
 
     Raises:
         InputError: the file cannot be read or gives no row.
@@ -68,14 +77,15 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
         chat_template_kwargs=data.chat_template_kwargs,
         mask_reasoning_content=data.mask_reasoning_content,
     )
+    # Some of them show what is wrong; in a file of another format every line is bad.
     for bad in bad_lines[:5]:
         say(f"{path}:{bad.line}: {bad.reason}")
     if bad_lines:
         say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
     if unfinished:
         say(
-            f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are unfinished, "
-            "cut at their token limit: no end of turn is learned from them"
+            f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are "
+            "unfinished, cut at their token limit: no end of turn is learned from them"
         )
     return _with_packs(rows, data)
 
@@ -92,12 +102,13 @@ def read_features(
         draft: says which layers it reads.
         target_sha256: fingerprint of the target.
     Raises:
-        InputError: no finished capture, or one of another target, tokenizer, template, layers, length or masking, or
-            without the states that a loss with `kl_weight` needs.
+        InputError: no finished capture, or one of another target, tokenizer, template, layers,
+            length or masking, or without the states that a loss with `kl_weight` needs.
     """
     data = config.data
     assert data.features is not None
     rows = FeatureRows(data.features)
+    # Not asked: the stored type, since a step casts the states to the type that it computes in.
     asked = {
         "target": target_sha256,
         "tokenizer": tokenizer_fingerprint(target, tokenizer),
@@ -122,21 +133,27 @@ def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
 
 
 def training_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
-    """The endless shuffled batches of this process, each of all micro-batches of a step (see `row_batches`)."""
+    """The endless shuffled batches of this process (see `row_batches`).
+
+    Each holds all micro-batches of a step.
+    """
     return row_batches(
         inputs.rows,
+        # One batch a step: a position that is saved never lies between two micro-batches.
         batch_size=config.data.batch_size
         * config.optimizer.grad_accumulation
         // jax.process_count(),
         max_length=config.data.max_length,
         seed=config.seed,
         packs=inputs.packs,
+        # Captured states lie on disk, so the next batches are read while this one trains.
         read_ahead=2 if isinstance(inputs.rows, FeatureRows) else 0,
     )
 
 
 def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
     """One pass over held-out rows (see `heldout_batches`)."""
+    # As many as a micro-batch of a step: what fits there fits here.
     size = config.data.batch_size // jax.process_count()
     return heldout_batches(
         inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs
@@ -144,12 +161,13 @@ def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIt
 
 
 def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
-    """Puts the rows of this process on the devices: arrays [A * B, ...] -> `Batch` of [A, B, ...].
+    """Puts the batch rows of this process on the devices: [A * B, ...] -> `Batch` of [A, B, ...].
 
-    The result holds the rows of all processes. What says where rows come from stays on the host.
+    The result holds those of all processes. What says where rows come from stays on the host.
     """
 
     def put(x: np.ndarray) -> jax.Array:
+        # Not split over A: a step scans it, and every device takes part in each micro-batch.
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (x.ndim - 1)))
         return jax.make_array_from_process_local_data(
             layout, x.reshape(micro_batches, -1, *x.shape[1:])
@@ -176,6 +194,7 @@ def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> 
         )
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
+    # Devices that split a model's tensors work on the same batch rows.
     parts = mesh.size // config.mesh.tensor
     if config.data.batch_size % parts:
         raise InputError(

@@ -1,4 +1,14 @@
-"""A training run from its configuration to its last checkpoint, resumed where an earlier start left off."""
+"""A training run from its configuration to its last checkpoint, resumed where a start was cut off.
+
+Machines are taken away while they train, and the run must end with the same bits all the same. So
+a step is noted, told, measured and saved in one order, and a resumed run begins behind all of it:
+
+    each step           rows -> batch -> compiled step -> its outcome into the window
+    log_every, last     the window's line: skipped steps, spikes, means; the window is empty again
+    eval_every, last    the held-out pass
+    checkpoint_every,   state, position in the rows, window, end of the log; whether a held-out
+    last, a stop        pass is still due
+"""
 
 import dataclasses
 import functools
@@ -30,7 +40,7 @@ HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; starting it again goes on from there."""
+    """The run was asked to stop and has saved its state; started again, it resumes there."""
 
 
 def train(
@@ -42,22 +52,26 @@ def train(
     """Trains a drafter, or resumes a run that was cut off.
 
     Args:
-        config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and checkpoints/.
+        config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and
+            checkpoints/.
         console: where progress goes.
-        stop_requested: asked after each step and during held-out passes; once it says so, the state is saved and
-            the run ends.
+        stop_requested: asked after each step and during held-out passes; once it says so, the
+            state is saved and the run ends.
     Returns:
         The run directory.
     Raises:
-        InputError: unusable input, or a run directory that belongs to another configuration or other inputs.
+        InputError: unusable input, or a run directory that belongs to another configuration or
+            other inputs.
         Interrupted: `stop_requested` said so, and the state is saved.
-        Diverged: `train.max_bad_steps` updates in a row, or the parameters, were not finite; no checkpoint is.
+        Diverged: `train.max_bad_steps` consecutive updates, or the parameters, were not finite;
+            every checkpoint is.
     """
     run = prepare(config, console=console)
     settings = run.config.train
     kept = Checkpoints(
         run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best is not None
     )
+    # Everything is traced under the mesh: without one, layouts are asked for in vain.
     with jax.set_mesh(run.mesh), kept as checkpoints:
         rows, state = training_batches(run.rows, run.config), run.state
         if run.resumed is not None:
@@ -69,6 +83,7 @@ def train(
         with training.log:
             diverged = training.run_steps()
         if diverged is not None:
+            # Behind the log: its lines are written, and the save in the background is waited for.
             raise Diverged(divergence(run.config, diverged, newest_checkpoint=checkpoints.newest()))
     return run.directory
 
@@ -106,7 +121,10 @@ class _Training:
         )
 
     def run_steps(self) -> Skip | None:
-        """Trains to the last step; the first of too many non-finite steps in a row where it had to stop."""
+        """Trains to the last step.
+
+        Returns the first of too many consecutive non-finite steps where the run had to stop.
+        """
         run, settings, last_step = self._run, self._run.config.train, self._run.last_step
         if self._heldout_due:
             # Nothing of this start is to be saved yet: a signal may end the process.
@@ -125,16 +143,19 @@ class _Training:
             while self._step < last_step and not stop:
                 taken = next(self._rows)
                 batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
-                if compiled is None:
+                if compiled is None:  # the first batch has all shapes, those of packing too
                     compiled = _compiled_step(run, self._state, batch, console=self._console)
-                    self._speed.begin()
+                    self._speed.begin()  # compiling is no training time
                 trace.before(self._step + 1, self._state)
                 self._state, sums = compiled(self._state, run.target_params, batch)
+                # The step has only begun. Up to the line of the log nothing asks for its result, so
+                # the next batch is made while the device works.
                 self._step += 1
                 trace.after(self._step, self._state)
                 progress.update(task, completed=self._step)
                 self._speed.add(taken["row_numbers"])
                 self._window.add(self._step, taken["row_numbers"], sums)
+                # Line, held-out pass, checkpoint: what is told before a save is never told again.
                 last = self._step == last_step
                 if self._step % settings.log_every == 0 or last:
                     progress.update(task, figures=self._tell())
@@ -143,6 +164,7 @@ class _Training:
                 figures = None
                 if self._heldout and (self._step % settings.eval_every == 0 or last):
                     figures = self._evaluate(stop_requested=self._stop_requested)
+                # A held-out pass that was cut short is a stop too, made up for by the next start.
                 stop = self._heldout_due or self._stop_requested()
                 if self._step % settings.checkpoint_every == 0 or last or stop:
                     self._save(figures)
@@ -153,7 +175,7 @@ class _Training:
         return None
 
     def _tell(self) -> str:
-        """Writes the line of the window and of what stands out in it; its figures in words."""
+        """Writes the window's line and what stands out in it; returns its figures, formatted."""
         run, outcomes = self._run, self._window.fetch()
         # The window's steps have run: that waited for them. Only those of this start were timed.
         timing = self._speed.figures(total([one for one in outcomes if one.step > self._began_at]))
@@ -169,14 +191,17 @@ class _Training:
             self.log.write(spike.outcome.step, "spike", self._watch.spike_record(spike))
         self.log.write(self._step, "train", figures, timing=timing)
         words = f"{_in_words(figures)}  {speed_words(timing)}"
-        if not self._console.is_terminal:
+        if not self._console.is_terminal:  # there the progress bar shows them
             self._say(f"step {self._step}/{run.last_step}  {words}")
         self._window.clear()
         self._speed.begin()
         return words
 
     def _evaluate(self, *, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
-        """Measures and writes the held-out figures; None, and still due, where the run was asked to stop."""
+        """Measures and writes the held-out figures.
+
+        Returns None where the run was asked to stop: the pass is still due.
+        """
         assert self._heldout is not None
         with self._speed.paused(self._state):
             figures = self._heldout(self._state, stop_requested=stop_requested)
@@ -191,6 +216,8 @@ class _Training:
         if self._checkpoints.saved(step):
             return
         with self._speed.paused(self._state):
+            # A step looks at loss and gradient alone. Finite ones overflow parameters under absurd
+            # settings only, so one look before each save is enough.
             if not self._finite(self._state.params):
                 newest = self._checkpoints.newest()
                 raise Diverged(overflow(run.config, step, newest_checkpoint=newest))
@@ -211,7 +238,7 @@ def _compiled_step(
     run: Run, state: TrainState, batch: Batch, *, console: Console
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The program of a step, which consumes its state."""
-    # Compiled ahead: another shape later in the run would be an error, not a silent second compilation.
+    # Compiled ahead: another shape later in the run is an error, not a silent second compilation.
     began = time.monotonic()
     compiled = lowered_step(run.program, StepArguments(state, run.target_params, batch)).compile()
     _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
@@ -227,6 +254,7 @@ class _HeldOut:
         def sums(
             params: Any, target_params: Any, batch: Batch, key: jax.Array
         ) -> dict[str, jax.Array]:
+            # Without the base loss, whatever the curriculum: only corrected logits are decoded.
             return metric_sums(
                 batch_metrics(run.program, params, target_params, batch, key=key, lambda_base=0.0)
             )
@@ -245,6 +273,7 @@ class _HeldOut:
             if stop_requested():
                 return None
             batch = jax.tree.map(lambda x: x[0], device_batch(run.mesh, rows, micro_batches=1))
+            # The average where there is one: it is what is exported.
             params = state.params if state.ema is None else state.ema
             sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))
             total = {name: total[name] + value for name, value in sums.items()} if total else sums
@@ -259,6 +288,7 @@ def _training_figures(
     run: Run, sums: dict[str, Any], *, step: int, updates: int
 ) -> dict[str, float]:
     """The means of a window of steps, and what its last step and its last update were made with."""
+    # Both counters have advanced since: a step and an update read them before they count.
     rate = learning_rate_schedule(run.config.optimizer, run.total_steps)
     return metric_means(sums) | {
         "lambda_base": float(run.program.curriculum(step - 1)),

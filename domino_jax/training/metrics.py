@@ -1,4 +1,12 @@
-"""What a run measured: sums that add up over batches, means made from them last, and the log they are written to."""
+"""What a run measured: sums that add up over batches, means made from them last, and their log.
+
+Means of means are biased by short batches, so sums travel and the division comes last. A resumed
+run does some steps again, and its log must still be that of a run that never stopped. So the log is
+taken back to where it stood when the state was saved:
+
+    metrics.jsonl    lines of steps up to the checkpoint | lines of steps that are done again
+                     bytes and sha256 in the checkpoint  | cut off when the run is resumed
+"""
 
 import contextlib
 import hashlib
@@ -17,12 +25,15 @@ from domino_jax.strict import InputError
 from domino_jax.training.modules import DFlashStepMetrics, DominoStepMetrics
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-LOG_BYTES = 2**32
+LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read whole do not
 Say = Callable[[str], None]
 
 
 def metric_sums(metrics: DFlashStepMetrics) -> dict[str, jax.Array]:
-    """What adds up over micro-batches, hosts and windows; float32 scalars. Losses are multiplied by their weight."""
+    """What adds up over micro-batches, hosts and windows; float32 scalars.
+
+    Losses are multiplied by their weight.
+    """
     weight = metrics.loss_weight
     sums = {
         "loss_sum": metrics.loss * weight,
@@ -47,9 +58,9 @@ def metric_sums(metrics: DFlashStepMetrics) -> dict[str, jax.Array]:
 def metric_means(sums: dict[str, Any]) -> dict[str, float]:
     """Means from added-up `metric_sums`: token-weighted losses, block-weighted acceptance lengths.
 
-    With the counts of `train_step` among the sums, also the mean `grad_norm` of the updates. Without
-    anchors the means are 0; where all else was skipped as not finite they are NaN, as is the norm
-    where there was no update.
+    With the counts of `train_step` among the sums, also the mean `grad_norm` of the updates.
+    Without anchors the means are 0; where all else was skipped as not finite they are NaN, as is
+    the norm where there was no update.
     """
     weight = max(float(sums["loss_weight"]), 1e-6)
     tokens, blocks = max(float(sums["valid_tokens"]), 1.0), max(float(sums["valid_blocks"]), 1.0)
@@ -65,10 +76,11 @@ def metric_means(sums: dict[str, Any]) -> dict[str, float]:
             "base_accuracy": sums["base_correct_tokens"] / tokens,
             "base_accept_len": sums["base_accept_len_sum"] / blocks,
         }
+    # All was skipped: 0 would read like a perfect loss.
     if sums.get("skipped_nonfinite") and not sums["valid_blocks"]:
         means = dict.fromkeys(means, math.nan)
     counts = ["valid_tokens", "valid_blocks", "batches_without_anchor"]
-    if "updates" in sums:
+    if "updates" in sums:  # a held-out pass has none
         means["grad_norm"] = sums["grad_norm"] / sums["updates"] if sums["updates"] else math.nan
         counts += ["updates", "skipped_nonfinite"]
     means |= {name: sums[name] for name in counts}
@@ -109,7 +121,9 @@ class MetricsLog:
         self._board = _tensorboard(directory) if tensorboard else None
         kept = b"" if at is None else _bytes_until(directory / METRICS, at, say=say)
         self._hash, self._count = hashlib.sha256(kept), len(kept)
+        # Nothing depends on times, so they carry no mark: a step number is enough to drop them.
         timing = [line for line in _parsable(directory / TIMING) if line.get("step", 0) <= step]
+        # Written whole first and then appended to: a start that is killed here cuts no line in two.
         write_whole(directory / METRICS, kept.decode("utf-8"))
         write_whole(
             directory / TIMING, "".join(_json_line(line) for line in timing if at is not None)
@@ -121,9 +135,8 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with contextlib.suppress(
-                OSError
-            ):  # told already: each line is flushed as it is written
+            # Told already: each line is flushed as it is written.
+            with contextlib.suppress(OSError):
                 file.close()
         if self._board:
             self._board.close()
@@ -136,15 +149,19 @@ class MetricsLog:
         *,
         timing: dict[str, float] | None = None,
     ) -> None:
-        """Adds one record of `figures`, and one of `timing` if given; with the system when this returns."""
+        """Adds one record of `figures`, and one of `timing` if given.
+
+        The system has them when this returns.
+        """
         for name, part in ((METRICS, figures), (TIMING, timing)):
             if part is None:
                 continue
             line = _json_line({"step": step, "split": split, **part}).encode()
             with _named(self._files[name]) as file:
                 file.write(line)
-                file.flush()
+                file.flush()  # outlives a kill of the process; of the machine, from `mark` on
             if name == METRICS:
+                # Along the way: a save need not read a log that may be long.
                 self._hash.update(line)
                 self._count += len(line)
             for figure, value in part.items():
@@ -176,6 +193,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     ):
         if line.endswith("\n"):
             record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
+            # Its type and not `isinstance`, to which true is an integer.
             if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise InputError(
                     f"{path}:{number}: expected a record with its step, found {line[:80]!r}"

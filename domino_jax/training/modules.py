@@ -1,4 +1,13 @@
-"""The trainer modules: a draft, its blocks and its loss behind one call, with the reference's metrics."""
+"""The trainer modules: a draft, its blocks, its loss and the reference's metrics behind one call.
+
+Mask, labels, weights and metrics must all speak of the same anchors and the same shift. One that is
+off by a token trains without an error and drafts badly, so they are made in one place:
+
+    block position k       0         1        2        ..   K - 1
+    token that is read     ids[a]    MASK     MASK     ..   MASK
+    predicted, shifted     a + 1     a + 2    a + 3    ..   a + K        M = K predictions
+    predicted, unshifted   -         a + 1    a + 2    ..   a + K - 1    M = K - 1
+"""
 
 import functools
 import warnings
@@ -36,16 +45,16 @@ from domino_jax.training.objectives import (
     objective_named,
 )
 
-Anchors = tuple[
-    jax.Array, jax.Array
-]  # positions int32 [B, N] and which slots hold one, bool [B, N]
+# Positions int32 [B, N], and which slots hold one, bool [B, N].
+Anchors = tuple[jax.Array, jax.Array]
 
 
 class DFlashStepMetrics(flax.struct.PyTreeNode):
-    """What one pass measured; all float32 scalars. Sums and counts add up over batches, means do not.
+    """What one pass measured; all float32 scalars.
 
-    `loss_weight` is the denominator of the loss, `valid_tokens` and `valid_blocks` count what was supervised,
-    `accept_len` includes the target's bonus token.
+    Sums and counts add up over batches, means do not. `loss_weight` is the denominator of the loss,
+    `valid_tokens` and `valid_blocks` count what was supervised, `accept_len` includes the target's
+    bonus token.
     Source: NeMo AutoModel 0.7.0, `DFlashStepMetrics`.
     """
 
@@ -60,7 +69,7 @@ class DFlashStepMetrics(flax.struct.PyTreeNode):
 
 
 class DominoStepMetrics(DFlashStepMetrics):
-    """`DFlashStepMetrics` of the corrected logits, with the same figures of the base logits beside them.
+    """`DFlashStepMetrics` of the corrected logits, with the base logits' figures beside them.
 
     `loss = (1 - lambda_base) * final_loss + lambda_base * base_loss`.
     Source: NeMo AutoModel 0.7.0, `DominoStepMetrics`.
@@ -90,7 +99,8 @@ class DFlashTrainerModule(nn.Module):
         kl_weight: share of the divergence from the target's distribution in each token's loss.
         anchor_rule: "nemo" or "specforge" (see `anchor_candidates`).
         chunk_blocks: memory bound of the vocabulary loss (see `vocabulary_loss`).
-    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule`; the target's head and embedding are arguments of the call.
+    Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule`; the target's head and embedding are
+        arguments of the call.
     """
 
     draft_model: DraftModel
@@ -99,7 +109,7 @@ class DFlashTrainerModule(nn.Module):
     num_anchors: int = 512
     loss_decay_gamma: float | None = None
     loss_type: str = "dflash"
-    loss_options: Mapping[str, Any] = FrozenDict()
+    loss_options: Mapping[str, Any] = FrozenDict()  # no dataclass takes a plain dict as default
     normalize: str | None = None
     kl_weight: float = 0.0
     anchor_rule: str = "nemo"
@@ -109,6 +119,7 @@ class DFlashTrainerModule(nn.Module):
         """Refuses what a run's config refuses, and fields that contradict the draft's config."""
         super().__post_init__()
         cfg = self.draft_model.cfg
+        # Fields of the reference's modules, which the draft's config knows too.
         for name in ("block_size", "mask_token_id"):
             here, there = getattr(self, name), getattr(cfg, name)
             require(here == there, f"{name} is {here} here and {there} in the draft's config")
@@ -145,7 +156,10 @@ class DFlashTrainerModule(nn.Module):
         block_keep_mask: jax.Array | None = None,
         target_states: jax.Array | None = None,
     ) -> DFlashStepMetrics:
-        """Loss and metrics of a batch; arguments as in `DominoTrainerModule.__call__`, without `lambda_base`."""
+        """Loss and metrics of a batch.
+
+        Arguments as in `DominoTrainerModule.__call__`, without `lambda_base`.
+        """
         packing = _packing(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
         prefix_lengths = self.draw_prefix_lengths(anchors[0])
@@ -158,6 +172,7 @@ class DFlashTrainerModule(nn.Module):
         labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
         loss = self._dual_loss(States(hidden), Tables(lm_head), labels)
         divisor = self._divisor(weights, blocks)
+        # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
         return DFlashStepMetrics(
             loss=loss.total / (divisor + 1e-6),
             loss_weight=divisor,
@@ -165,11 +180,15 @@ class DFlashTrainerModule(nn.Module):
         )
 
     def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array | None:
-        """Prefixes for blocks at the anchors, int32 [B, N] both; None where the objective shows the anchor alone."""
+        """Prefixes for blocks at the anchors, int32 [B, N] both.
+
+        None where the objective shows the anchor alone.
+        """
         draw = objective_named(self.loss_type).prefix_lengths
         if draw is None:
             return None
         options = checked_options(self.loss_type, self.loss_options)
+        # The stream's next key: `_anchors` has used the one before, where it drew.
         return draw(self.make_rng("anchors"), anchors.shape, options, block_size=self.block_size)
 
     def _anchors(
@@ -230,13 +249,17 @@ class DFlashTrainerModule(nn.Module):
             self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None
         )
         noise = _frozen_rows(embed_tokens, blocks.noise_ids)
+        # The target is frozen, whoever ran it: no caller has to remember to cut its gradient off.
         states = self.draft_model(
             jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans
         )
         return self.draft_model.prediction_states(states)
 
     def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
-        """The target's states that predict the labels, [B, S, D] -> [B, N, M, D]; None where nothing reads them."""
+        """The target's states that predict the labels, [B, S, D] -> [B, N, M, D].
+
+        None where nothing reads them.
+        """
         if self.kl_weight > 0 and target_states is None:
             raise ValueError(
                 "kl_weight needs target_states, the target's states after its final norm"
@@ -244,7 +267,9 @@ class DFlashTrainerModule(nn.Module):
         reads = self.kl_weight > 0 or objective_named(self.loss_type).cost is not None
         if not reads or target_states is None:
             return None
+        # The state at a position predicts the next token, so that of label a + 1 + m lies at a + m.
         index = anchors[0][..., None] + jnp.arange(self.draft_model.cfg.num_predictions)
+        # A block may reach over the end of its row; its labels there are masked.
         index = jnp.minimum(index, target_states.shape[1] - 1)
         return jax.vmap(lambda row, at: row[at])(target_states, index)
 
@@ -253,6 +278,7 @@ class DFlashTrainerModule(nn.Module):
         return loss_divisor(weights, blocks.mask, normalize=normalize)
 
     def _objective(self) -> Objective:
+        # Options are bound here: the kernel calls an objective with arrays and knows no names.
         row, cfg = objective_named(self.loss_type), self.draft_model.cfg
         options = checked_options(self.loss_type, self.loss_options)
         return Objective(
@@ -282,7 +308,8 @@ class DFlashTrainerModule(nn.Module):
                 chunk_blocks=self.chunk_blocks,
             )
         warnings.warn(
-            f"loss_type {self.loss_type} reads whole logits: it runs on the definition, which holds all of them",
+            f"loss_type {self.loss_type} reads whole logits: it runs on the definition, which "
+            "holds all of them",
             stacklevel=2,
         )
         return dual_loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
@@ -292,7 +319,8 @@ class DominoTrainerModule(DFlashTrainerModule):
     """A draft with the Domino head: one loss over corrected and base logits.
 
     Attributes:
-        shift_label: block position k predicts `anchor + 1 + k` instead of `anchor + k`; as in the draft's config.
+        shift_label: block position k predicts `anchor + 1 + k` instead of `anchor + k`; as in the
+            draft's config.
     Source: NeMo AutoModel 0.7.0, `DominoTrainerModule`.
     """
 
@@ -308,7 +336,8 @@ class DominoTrainerModule(DFlashTrainerModule):
             )
         if cfg.shift_label != self.shift_label:
             raise ValueError(
-                f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's config"
+                f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's "
+                "config"
             )
 
     def __call__(
@@ -331,21 +360,23 @@ class DominoTrainerModule(DFlashTrainerModule):
 
         Args:
             input_ids: int32 [B, S].
-            hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows into them.
+            hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows
+                into them.
             loss_mask: [B, S], True (or above 0.5) on supervised tokens.
             lm_head: [V, D], the target's head, frozen.
             embed_tokens: [V, D], the target's embedding, frozen.
             lambda_base: weight of the base loss, 0..1, may be traced.
-            position_ids: int32 [B, S], packed rows only, as are the next two, which come all three or not at all.
+            position_ids: int32 [B, S], packed rows only, as are the next two: all three or none.
             seq_lens: int32 [B, documents].
             doc_remaining: int32 [B, S].
             anchor_positions: int32 [B, N]; drawn with the rng stream "anchors" when not given.
-            block_keep_mask: bool [B, N], False for an unused slot; given together with `anchor_positions`.
-            target_states: [B, S, D], the target's states after its final norm; read with `kl_weight` only.
+            block_keep_mask: bool [B, N], False for an unused slot; given with `anchor_positions`.
+            target_states: [B, S, D], the target's states after its final norm; read with
+                `kl_weight`, or where the objective reads the target's logits.
         Returns:
-            `DominoStepMetrics`. A batch without any anchor has loss 0, no gradient and `valid_blocks` 0.
+            `DominoStepMetrics`. Without any anchor its loss, gradient and `valid_blocks` are 0.
         Raises:
-            ValueError: half of the packing or of the anchors is given, or `kl_weight` without `target_states`.
+            ValueError: half of the packing or the anchors, or `kl_weight` without `target_states`.
         """
         packing = _packing(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
@@ -353,8 +384,9 @@ class DominoTrainerModule(DFlashTrainerModule):
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
         head = self.draft_model.head
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
-        lambda_base = jnp.asarray(lambda_base, jnp.float32)
+        lambda_base = jnp.asarray(lambda_base, jnp.float32)  # it is returned among the metrics
         with jax.named_scope(HEAD):
+            # Teacher-forced: the head reads the real tokens before, at inference the drafted ones.
             low_rank = head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids))
         wanted = self._wanted_states(target_states, anchors)
         labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
@@ -388,9 +420,10 @@ def build_trainer(
     recompute: bool = False,
     **options: Any,
 ) -> DFlashTrainerModule:
-    """The trainer module of a draft config: `DominoTrainerModule`, or `DFlashTrainerModule` without projector.
+    """The trainer module of a draft config.
 
-    Its variables are `{"params": {"draft_model": params}}`, with `params` as `load_hf_draft` returns them.
+    `DominoTrainerModule`, or `DFlashTrainerModule` without projector. Its variables are
+    `{"params": {"draft_model": params}}`, with `params` as `load_hf_draft` returns them.
 
     Args:
         config: the draft.
@@ -400,6 +433,7 @@ def build_trainer(
         options: further fields of the module.
     """
     draft = DraftModel(config, recompute)
+    # Read from the config and not asked for: the module refuses a contradiction.
     options.update(mask_token_id=config.mask_token_id, block_size=config.block_size)
     options.update(num_anchors=num_anchors, loss_decay_gamma=loss_decay_gamma)
     if config.projector_type == "domino":
@@ -424,16 +458,17 @@ def _packing(
     return Packing(position_ids, seq_lens, doc_remaining)
 
 
-def _frozen_rows(
-    table: jax.Array, ids: jax.Array
-) -> jax.Array:  # [V, D], [B, N, x] -> [B, N, x, D]
-    # Laid out by rows of the batch here: what follows would else be split like the table, and gathered again.
+# [V, D], [B, N, x] -> [B, N, x, D]
+def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    # Split by rows of the batch here: what follows would else be split like the table, and gathered
+    # again.
     rows = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
     return constrain(rows, "batch", None, None, None)
 
 
 def _prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:
-    # A fractional mask counts as its share among the tokens, as right from one half, and as there in a block.
+    # As the reference treats a fractional mask: among the tokens it counts by its share, as right
+    # above one half, and in a block as a token that is there.
     valid = jnp.sum(blocks.mask)
     right = (token_loss.prediction == blocks.target_ids) & (blocks.mask > 0.5)
     correct = jnp.sum(right.astype(jnp.float32))

@@ -1,7 +1,9 @@
-"""The named objectives: what a prediction costs besides its position weight, and what a batch's sum is divided by.
+"""The named objectives: what a prediction costs besides its position weight, and the divisor.
 
-A row owns everything that is its own: its factor, its options with their defaults and bounds, its divisor, its default
-decay, and how many real tokens a block shows. A new one is a frozen dataclass of options, a function, and a call:
+To try a new one should not mean to edit config, trainer and kernel. So an entry owns everything
+that is its own: its factor, its options with their defaults and bounds, its divisor, its default
+decay, and how many real tokens a block shows. A new one is a frozen dataclass of options, a
+function, and a call:
 
     @dataclass(frozen=True)
     class FocalOptions:
@@ -12,7 +14,8 @@ decay, and how many real tokens a block shows. A new one is a frozen dataclass o
 
     register_objective("focal", factor=focal, options=FocalOptions)
 
-`loss.loss_type: focal` with `loss.options: {focus: 1.0}` then trains with it, with its gradient, at the kernel's speed.
+`loss.loss_type: focal` with `loss.options: {focus: 1.0}` then trains with it, with its gradient, at
+the kernel's speed.
 """
 
 import dataclasses
@@ -37,7 +40,7 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class NamedObjective:
-    """One row of the table, as `register_objective` describes it."""
+    """One entry of the table, as `register_objective` describes it."""
 
     options: type
     factor: Callable[[TokenLoss, Labels, Any], jax.Array] | None
@@ -66,17 +69,22 @@ def register_objective(
 
     Args:
         name: of the objective.
-        factor: `(token_loss, labels, options)` -> float32 [B, n, M] over whole blocks, which multiplies the loss of
-            each prediction. Differentiated with it: stop the gradient where it is a weight and not a loss. None is 1.
-        cost: `(logits, labels, target_logits, options)` -> float32 [B, N, M], in the place of the cross-entropy.
-            It reads whole logits [B, N, M, V], so it runs on the definition, in the memory that those take.
-            `target_logits` are the target's own, or None where its states are not given.
-        prefix_lengths: `(key, shape, options, block_size=K)` -> int32 `shape`, how many positions of each block show
-            their real token and are not supervised; None shows the anchor alone. Plain DFlash only.
-        options: a frozen dataclass of the objective's parameters, with defaults; it refuses bad ones by `InputError`.
+        factor: `(token_loss, labels, options)` -> float32 [B, n, M] over whole blocks, which
+            multiplies the loss of each prediction. Differentiated with it: stop the gradient where
+            it is a weight and not a loss. None is 1.
+        cost: `(logits, labels, target_logits, options)` -> float32 [B, N, M], in the place of the
+            cross-entropy. It reads whole logits [B, N, M, V], so it runs on the definition, in the
+            memory that those take. `target_logits` are the target's own, or None where its states
+            are not given.
+        prefix_lengths: `(key, shape, options, block_size=K)` -> int32 `shape`, how many positions
+            of each block show their real token and are not supervised; None shows the anchor
+            alone. Plain DFlash only.
+        options: a frozen dataclass of the objective's parameters, with defaults; it refuses bad
+            ones by `InputError`.
         normalize: default divisor (`loss_divisor`).
         loss_decay_gamma: default decay of the position weights, None for none.
-        weighs_positions: whether the factor itself says what a position weighs; a decay is then refused.
+        weighs_positions: whether the factor itself says what a position weighs; a decay is then
+            refused.
     Raises:
         ValueError: the name is taken.
     """
@@ -88,7 +96,7 @@ def register_objective(
 
 
 def objective_named(name: str) -> NamedObjective:
-    """The row of a name, or `InputError` with the names that exist."""
+    """The entry of a name, or `InputError` with the names that exist."""
     require(name in OBJECTIVES, f"loss_type must be one of {', '.join(OBJECTIVES)}, found {name!r}")
     return OBJECTIVES[name]
 
@@ -122,14 +130,16 @@ def check_objective(
         InputError: what was found and what was expected.
     """
     row = objective_named(name)
-    checked_options(name, options)
+    checked_options(name, options)  # for its refusals
     require(
         normalize in (None, *DIVISORS),
         f"normalize must be one of null, {', '.join(DIVISORS)}, found {normalize!r}",
     )
+    # A decay on top would weigh positions twice.
     require(
         not row.weighs_positions or gamma is None or gamma <= 0,
-        f"loss_type {name} brings its own weights of positions; loss_decay_gamma must be null, found {gamma}",
+        f"loss_type {name} brings its own weights of positions; loss_decay_gamma must be null, "
+        f"found {gamma}",
     )
     require(
         row.prefix_lengths is None or not domino,
@@ -149,10 +159,13 @@ def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
             gamma = objective_named(name).loss_decay_gamma
         check_objective(name, loss.options, normalize=loss.normalize, gamma=gamma, domino=domino)
     except InputError as error:
+        # The place is named here: trainer modules check the same and have no section `loss`.
         raise InputError(f"loss: {error}") from error
     return dataclasses.replace(loss, loss_decay_gamma=gamma)
 
 
+# None of them asks what was predicted. So micro-batches, devices and the two losses share one, and
+# an objective cannot shrink its loss by growing it.
 DIVISORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "weights": lambda weights, mask: jnp.sum(weights),
     "tokens": lambda weights, mask: jnp.sum(mask),
@@ -166,8 +179,8 @@ def loss_divisor(weights: jax.Array, mask: jax.Array, *, normalize: str) -> jax.
     Args:
         weights: float32 [B, N, M], position weights before any factor.
         mask: float32 [B, N, M], the share in which predictions are supervised.
-        normalize: "weights" sums the position weights, "tokens" the mask, "blocks" counts the blocks that have a
-            supervised prediction.
+        normalize: "weights" sums the position weights, "tokens" the mask, "blocks" counts the
+            blocks that have a supervised prediction.
     Returns:
         float32 scalar.
     Raises:
@@ -180,12 +193,16 @@ def loss_divisor(weights: jax.Array, mask: jax.Array, *, normalize: str) -> jax.
 
 @dataclass(frozen=True)
 class PrefixOptions:
-    """`prefix_weight_base`: a prefix of l tokens is as likely as its l-th power; below 1 favours short ones."""
+    """`prefix_weight_base`: how likely prefixes are.
+
+    One of l tokens is drawn in proportion to the base's l-th power; below 1 favours short ones.
+    """
 
     prefix_weight_base: float = 0.9
 
     def __post_init__(self) -> None:
         """Refuses what is not a weight."""
+        # Lengths are drawn by its logarithm.
         require(
             self.prefix_weight_base > 0,
             f"prefix_weight_base must be positive, found {self.prefix_weight_base}",
@@ -219,43 +236,54 @@ def dpace_weights(
 ) -> jax.Array:
     """D-PACE: how much a position contributes to the expected length of the accepted prefix.
 
-    With the draft's confidence `q = exp(-nll)` smoothed to `(1 - alpha) q + alpha` and `P_m` the product up to m,
-    position j weighs `sum over m >= j of P_m`. A weight: no gradient flows through it.
+    With the draft's confidence `q = exp(-nll)` smoothed to `(1 - alpha) q + alpha` and `P_m` the
+    product up to m, position j weighs `sum over m >= j of P_m`. A weight: no gradient flows through
+    it.
+
+        position      0                  1            2
+        P             q_0                q_0 q_1      q_0 q_1 q_2
+        weight        P_0 + P_1 + P_2    P_1 + P_2    P_2
 
     Args:
         token: of the logits that are weighted, [B, N, M].
         labels: unsupervised positions neither scale the product nor add to the sum.
         options: alpha.
-        form: "whole", or one of its two factors: "confidence" (`P_j`), "continuation" (`sum / P_j`).
+        form: "whole", or one of its two factors: "confidence" (`P_j`), "continuation"
+            (`sum / P_j`).
     Returns:
         float32 [B, N, M].
     Source: D-PACE (arXiv:2605.18810), equations 7 and 8; SpecForge 0.2.0 has the same three forms.
     """
     alpha, mask = options.dpace_alpha, labels.mask > 0
+    # Left to flow, the gradient would lower the loss by making the draft less sure of itself.
     confidence = jnp.exp(-jax.lax.stop_gradient(token.nll))
     smooth = jnp.where(mask, (1.0 - alpha) * confidence + alpha, 1.0)
     prefix = jnp.cumprod(smooth, axis=-1)
     if form == "confidence":
         return prefix
     rest = jnp.flip(jnp.cumsum(jnp.flip(prefix * mask, axis=-1), axis=-1), axis=-1)
+    # Without smoothing a product may underflow to 0, and all that is added up from there with it.
     return rest if form == "whole" else rest / jnp.maximum(prefix, jnp.finfo(jnp.float32).tiny)
 
 
 def accept_until_fail(token: TokenLoss, labels: Labels, options: NoOptions) -> jax.Array:
-    """1 up to and with the first wrong prediction of a block, 0 after it: what verification would never reach.
+    """1 up to and with the first wrong prediction of a block, 0 after it.
 
-    Shapes as in `dpace_weights`.
+    Verification would never reach what stands behind. Shapes as in `dpace_weights`.
     """
     del options
     right = (token.prediction == labels.target_ids) | (labels.mask == 0)
     reached = jnp.cumprod(right.astype(jnp.float32), axis=-1)
+    # Moved by one: the first wrong prediction is reached, and is the one to be mended.
     return jnp.pad(reached[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
 
 
+# By the public call: what these can do, an objective from outside can do too.
 register_objective("dflash")
 register_objective("variable_prefix", prefix_lengths=drawn_prefix_lengths, options=PrefixOptions)
 register_objective("accept_until_fail", factor=accept_until_fail)
-# D-PACE's weights are the objective: dividing by their sum would cancel them, so its blocks are averaged.
+# D-PACE's weights are the objective: dividing by their sum would cancel them, so its blocks are
+# averaged.
 for _name, _form in (
     ("dpace", "whole"),
     ("dpace-cumulative-confidence-only", "confidence"),

@@ -1,4 +1,11 @@
-"""AdamW with warm-up, cosine decay and a bound on the gradient's norm."""
+"""What a gradient does to the draft, made from the configuration alone.
+
+A run, its resumed start and a plan for other machines must take the same update, so it is built in
+one place: AdamW with warm-up, cosine decay and a bound on the gradient's norm.
+
+    updates    0    ..       end of warm-up   ..       total_steps             ..
+    rate       0    linear   peak             cosine   final_ratio x peak      the same
+"""
 
 from typing import Any
 
@@ -9,7 +16,7 @@ from domino_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to `final_ratio` of the peak, over the optimiser's updates.
+    """The learning rate by updates: linear from 0, then a cosine to `final_ratio` of the peak.
 
     A step whose update is skipped does not count, as in the reference, whose scheduler steps with
     its optimiser: after skipped steps the schedule lags behind `TrainState.step`.
@@ -18,18 +25,23 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=round(total_steps * config.warmup_ratio),
-        decay_steps=total_steps,
+        decay_steps=total_steps,  # optax counts the warm-up among them
         end_value=config.learning_rate * config.final_ratio,
     )
 
 
 def updates_done(opt_state: Any) -> jax.Array:
     """int32 [], the updates that a state of `make_optimizer` has seen: its schedule's argument."""
+    # Adam's moments and the schedule count apart. Both count every update, so the first serves.
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """The update of one step: clip by global norm, then AdamW on the schedule; state and masters are float32."""
+    """The update of one step: clip by global norm, then AdamW on the schedule.
+
+    State and master weights are float32.
+    """
+    # Clipped before the moments see it: an outlier would stay in them for many steps.
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(

@@ -1,6 +1,7 @@
-"""What costs nothing to check is checked before a target is fetched, a row read or a directory made.
+"""A run that will be refused should be refused in the first second, and leave nothing behind.
 
-A run that is going to be refused should be refused in the first second, and leave nothing behind.
+So what costs nothing to check is checked here, before a target is fetched, a row read or a
+directory made.
 """
 
 import importlib.util
@@ -33,8 +34,9 @@ def packages_of(config: RunConfig) -> list[str]:
 
 
 def check_packages(modules: Iterable[str]) -> None:
-    """Refuses to begin where a package is missing, a key of `PACKAGES`, and names what to install."""
+    """Refuses to begin without a package, a key of `PACKAGES`, and names what to install."""
     for module in modules:
+        # Looked for, not imported: a check is to cost nothing.
         if importlib.util.find_spec(module) is None:
             raise InputError(
                 f"the package {module} is missing, which this needs: pip install {PACKAGES[module]}"
@@ -50,6 +52,7 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
     """
     check_conversations("data.train", config.data.train)
     check_conversations("data.heldout", config.data.heldout)
+    # A run that has a checkpoint never reads its start again, so that may be gone.
     features, start = config.data.features, config.draft.init_from
     if features is not None and not (Path(features) / MANIFEST).is_file():
         found = _instead(Path(features), lacking=MANIFEST)
@@ -59,12 +62,13 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
     if start is not None and not started and not (Path(start) / "config.json").is_file():
         found = _instead(Path(start), lacking="config.json")
         raise InputError(
-            f"draft.init_from: {start}: {found}; expected the directory of a draft, as export writes it"
+            f"draft.init_from: {start}: {found}; expected the directory of a draft, as export "
+            "writes it"
         )
 
 
 def check_conversations(key: str, name: str | None) -> None:
-    """Refuses a file of conversations that is named by a key of the configuration and is not there."""
+    """Refuses a file of conversations that is not there; a key of the configuration names it."""
     if name is not None and not (Path(name).is_file() and os.access(name, os.R_OK)):
         raise InputError(
             f"{key}: {name}: {_instead(Path(name))}; expected a JSONL file of conversations"
@@ -83,27 +87,37 @@ def check_place(run_dir: str | Path) -> None:
 
 
 def check_room(config: RunConfig, draft: DraftConfig) -> None:
-    """Refuses a run whose checkpoints may not fit the disk; those that are there already count as room."""
+    """Refuses a run whose checkpoints may not fit the disk.
+
+    Those that are there already count as room.
+    """
+    # All that lie there at once: a disk that is full stops a run at a save, long after it could
+    # have been told.
     needed = checkpoint_bytes(config, draft) * checkpoints_at_once(config)
     held = sum(_file_sizes(Path(config.run_dir) / "checkpoints"))
     free = free_bytes(config.run_dir) + held
     if needed > free:
         best = ", train.keep_best" if config.train.keep_best else ""
         raise InputError(
-            f"run_dir: {config.run_dir}: {checkpoints_at_once(config)} checkpoints (train.keep_checkpoints "
-            f"{config.train.keep_checkpoints}{best} and one being written) take up to {needed / GIGABYTE:.3g} GB, "
-            f"{free / GIGABYTE:.3g} GB are free there; make room, lower train.keep_checkpoints or give another run_dir"
+            f"run_dir: {config.run_dir}: {checkpoints_at_once(config)} checkpoints "
+            f"(train.keep_checkpoints {config.train.keep_checkpoints}{best} and one being written) "
+            f"take up to {needed / GIGABYTE:.3g} GB, {free / GIGABYTE:.3g} GB are free there; make "
+            "room, lower train.keep_checkpoints or give another run_dir"
         )
 
 
 def checkpoint_bytes(config: RunConfig, draft: DraftConfig) -> int:
-    """What one checkpoint takes at most: parameters, two moments and the average if one is kept, in float32."""
+    """What one checkpoint takes at most, all in float32.
+
+    Parameters, two moments, and the average if one is kept.
+    """
     copies = 1 + 2 + int(config.optimizer.ema_decay is not None)
     return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft)))
 
 
 def checkpoints_at_once(config: RunConfig) -> int:
     """How many checkpoints a run holds at most: an old one goes when the next is written."""
+    # One more: the oldest goes only once the new one is whole.
     return config.train.keep_checkpoints + int(config.train.keep_best is not None) + 1
 
 

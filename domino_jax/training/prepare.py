@@ -1,8 +1,11 @@
 """A run before its first step, in the order of what it costs to be refused.
 
-check         paths, mesh, ids, room on the disk, the checkpoint to go on from    seconds
-read_inputs   rows, and whether they are those of the checkpoint                  minutes
-prepare       weights over the devices, the state, and only then the directory
+A mistake in a path should not be told only after the weights are loaded, and a refused run should
+leave nothing behind.
+
+    check         paths, mesh, ids, room on the disk, the checkpoint to resume from    seconds
+    read_inputs   rows, and whether they are those of the checkpoint                   minutes
+    prepare       weights over the devices, the state, and only then the directory
 """
 
 import dataclasses
@@ -63,7 +66,8 @@ class Resumed(NamedTuple):
 class CheckedRun:
     """A run that is possible as far as can be told without its rows and weights.
 
-    `config` is resolved, `target` the directory, `resumed` the checkpoint that is to replace the state of step 0.
+    `config` is resolved, `target` the directory, `resumed` the checkpoint that is to replace the
+    state of step 0.
     """
 
     config: RunConfig
@@ -93,7 +97,7 @@ class RunInputs(CheckedRun):
 
     @property
     def step_rows(self) -> int:
-        """Rows of batches that a step takes."""
+        """Batch rows that a step takes."""
         return self.config.data.batch_size * self.config.optimizer.grad_accumulation
 
 
@@ -113,15 +117,17 @@ def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
         say: gets one line per stage, and one per damaged checkpoint.
         set_aside: move damaged checkpoints out of the way.
     Raises:
-        InputError: the run cannot be, or its directory belongs to other settings; nothing was created.
+        InputError: the run cannot be, or its directory belongs to other settings; nothing was
+            created.
     """
     directory = Path(config.run_dir)
+    # Either says that the run was saved. What is gone is told later, and no reason to begin anew.
     started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
     check_packages(packages_of(config))
     check_sources(config, started=started)
     check_place(directory)
     mesh = run_mesh(config)
-    config = resolved(config, mesh)
+    config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices
     path = resolve_target(config.target, progress=say)
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are read and checked
@@ -144,6 +150,7 @@ def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
         target_config=target_config,
         tokenizer=tokenizer,
         record=record,
+        # The last check: it reads every byte of a checkpoint.
         resumed=_resumable(config, record, say=say, set_aside=set_aside),
     )
 
@@ -171,6 +178,7 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
     inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
     inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
     if run.resumed is not None:
+        # Without the target, whose hash may not be there yet: `prepare` compares it.
         check_inputs(
             run.directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs
         )
@@ -178,8 +186,9 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
     step_rows = data.batch_size * config.optimizer.grad_accumulation
     if rows.epoch_rows < step_rows:
         raise InputError(
-            f"{data.train or data.features}: {rows.epoch_rows} rows cannot fill a step of {step_rows} "
-            f"(data.batch_size {data.batch_size} x optimizer.grad_accumulation {config.optimizer.grad_accumulation})"
+            f"{data.train or data.features}: {rows.epoch_rows} rows cannot fill a step of "
+            f"{step_rows} (data.batch_size {data.batch_size} x optimizer.grad_accumulation "
+            f"{config.optimizer.grad_accumulation})"
         )
     total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
     program = make_program(
@@ -191,6 +200,7 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
         heldout=heldout,
         program=program,
         total_steps=total_steps,
+        # The schedules are not stretched over the extension: it trains on at their last values.
         last_step=total_steps + config.train.extend,
         inputs=inputs,
     )
@@ -206,17 +216,20 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     """
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     checked = check(config, say=say, set_aside=True)
+    # Hashed in a thread meanwhile: the weights are gigabytes, which loading reads as well.
     with hashed_beside(checked.target) as target_sha256:
         run = read_inputs(checked, target_sha256=target_sha256, say=say)
         config, resumed = run.config, run.resumed
         say(f"loading target {run.target}")
         target_runs = config.data.features is None or config.data.heldout is not None
+        # Captured states stand for the layers; head and embedding are read either way.
         only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
         target = load_sharded_target(run.target, run.program.target, run.mesh, only=only)
         began = time.monotonic()
         record = dataclasses.replace(run.record, target_sha256=target_sha256())
         say(
-            f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than loading"
+            f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than "
+            "loading"
         )
     inputs = run.inputs | {"target": f"sha256 {record.target_sha256}"}
     layers_from = init_from = None
@@ -228,14 +241,16 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     state = state_at_start(
         run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from
     )
+    # The first thing that is written: nothing is left that could refuse the run.
     write_config(run.directory, config)
     say(dump_config(config))
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             say(f"{name}: {part.summary(max_length=config.data.max_length)}")
     say(
-        f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} {run.mesh.devices.flat[0].platform} "
-        f"device(s); the draft reads the target's layers {list(record.config.target_layer_ids)}",
+        f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} "
+        f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
+        f"{list(record.config.target_layer_ids)}",
     )
     known = vars(run) | {"record": record, "inputs": inputs}
     return Run(**known, target_params=target.params, state=state)
@@ -244,7 +259,7 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
 def _resumable(
     config: RunConfig, record: DraftRecord, *, say: Say, set_aside: bool
 ) -> Resumed | None:
-    """The checkpoint that a run goes on from, None for a run that was never saved.
+    """The checkpoint that a run is resumed from, None for a run that was never saved.
 
     Args:
         config: of this start, resolved.

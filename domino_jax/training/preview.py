@@ -53,7 +53,9 @@ def print_preview(run: RunInputs, console: Console) -> None:
         run: its inputs.
         console: of any width; colours mark the row on a terminal, brackets elsewhere.
     """
+    # As `Text`, here and below: rich would take [brackets] in a plain string for markup.
     console.print(Text(dump_config(run.config)), soft_wrap=True)
+    # The run's own first batch, shuffled and packed as training will see it.
     first = next(training_batches(run.rows, run.config))
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, words in itertools.chain(
@@ -93,7 +95,10 @@ def supervised_spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Itera
 
 
 def escaped(text: str) -> str:
-    """The text with what a terminal would obey or not show as escapes; a line still ends after its `\\n`."""
+    """The text with what a terminal would obey or not show as escapes.
+
+    A line still ends after its `\\n`.
+    """
     shown = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
     return shown.replace("\\n", "\\n\n")
 
@@ -102,7 +107,7 @@ def _row(spans: Iterable[Span], *, coloured: bool) -> Text:
     row = Text()
     for span in spans:
         text, left_out = span.text, len(span.text) - LONGEST_SPAN
-        if left_out > 0:
+        if left_out > 0:  # its ends stay: they are where the mask begins and stops
             half = LONGEST_SPAN // 2
             text = f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
         if not span.supervised:
@@ -115,7 +120,7 @@ def _row(spans: Iterable[Span], *, coloured: bool) -> Text:
 
 
 def _where(run: RunInputs, numbers: list[int]) -> str:
-    """Where the rows of a row of a batch come from."""
+    """Where the rows of a batch row come from."""
     data, rows, several = run.config.data, run.rows.rows, "s" if len(numbers) > 1 else ""
     if data.train is None:
         return f"row{several} {', '.join(str(number + 1) for number in numbers)} of {data.features}"
@@ -126,6 +131,7 @@ def _where(run: RunInputs, numbers: list[int]) -> str:
 
 def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
     yield "target", f"{run.config.target}: {run.target}"
+    # Scanned: one trace of a layer counts for all of them.
     whole = Target(run.target_config, scan_layers=True)
     yield "target's parameters", _counts(boxed_target(whole))
     yield "draft's parameters", _counts(boxed_parameters(run.record.config))
@@ -165,6 +171,7 @@ def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
 
 def _supervised_share(part: InputRows) -> str:
     captured = isinstance(part.rows, FeatureRows)
+    # Rows of conversations are in memory: all of them count.
     masks = [row.loss_mask for row in itertools.islice(part.rows, SAMPLED if captured else None)]
     share = sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
     return (

@@ -1,4 +1,12 @@
-"""What a run compiles, built from its configuration alone: the same for devices that are here and for planned ones."""
+"""What a run compiles, built from its configuration alone.
+
+A plan for machines that nobody owns here is worth nothing unless it is of the very program that a
+run would compile there. So shapes and layouts are known before there are arrays:
+
+    state     parameters, moments, average    split as each parameter is; counts replicated
+    target    parameters, compute type        split likewise; tables alone for captured states
+    batch     [A, B, ...]                     B over the devices, A scanned by the step
+"""
 
 import functools
 from dataclasses import replace
@@ -33,7 +41,9 @@ MIB = 2**20
 
 
 def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """The run with what it left open in its loss: the objective's own settings, and the memory that suits its devices.
+    """The run with what it left open in its loss.
+
+    These are the objective's own settings, and the memory that suits the devices.
 
     Raises:
         InputError: a loss that cannot be (see `resolved_loss`).
@@ -47,12 +57,17 @@ def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
 
 
 def chunk_blocks(config: RunConfig, draft: DraftConfig, mesh: Mesh) -> int:
-    """Blocks whose float32 logits take `loss.logits_mib` on a device at most, in pieces of about the same size."""
+    """Blocks whose float32 logits take `loss.logits_mib` on a device at most.
+
+    Pieces are of about the same size.
+    """
     mib = config.loss.logits_mib
     assert mib is not None, "a run is resolved before its program is made"
     rows = config.data.batch_size // parts_of("batch", mesh)
     vocabulary = -(-draft.vocab_size // parts_of("vocab", mesh))
     block = rows * draft.num_predictions * vocabulary * 4
+    # One block at least, however large. As few pieces as there may be, then evened out: the last
+    # one would else be mostly padding.
     pieces = -(-config.loss.num_anchors // max(int(mib * MIB // block), 1))
     return -(-config.loss.num_anchors // pieces)
 
@@ -70,7 +85,7 @@ def make_program(
         total_steps: which the schedules are stretched over.
     """
     loss, device = config.loss, mesh.devices.flat[0]
-    # The target's own distribution needs its last layer.
+    # The target's own distribution needs its last layer; without it the captured ones are enough.
     whole = loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
     return Program(
         trainer=build_trainer(
@@ -107,13 +122,15 @@ def scanned_target(
         mesh: of the run.
         packed: whether rows hold several documents.
     """
+    # Of the mesh and not of this process, which may plan for other devices.
     platform = mesh.devices.flat[0].platform
     form = form_for(platform, dtype=config.dtype, head_dim=config.head_dim, packed=packed)
     return Target(config, capture=capture, depth=depth, scan_layers=True, attention=form)
 
 
 def _trainer_options(loss: LossConfig) -> dict[str, Any]:
-    """The settings of a loss that are fields of the trainer module; the rest is the curriculum's, or memory's."""
+    """The settings of a loss that are fields of the trainer module."""
+    # The curriculum's, the one that has another name there, and what `chunk_blocks` is made from.
     other = ("lambda_start", "decay_ratio", "options", "logits_mib")
     fields = {name: value for name, value in vars(loss).items() if name not in other}
     return fields | {"loss_options": FrozenDict(loss.options)}
@@ -126,11 +143,15 @@ def draft_layout(draft: DraftConfig, mesh: Mesh) -> Any:
 
 
 def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState:
-    """The state of a run likewise: moments and average are split as the parameters are, counts are whole."""
+    """The state of a run likewise.
+
+    Moments and average are split as the parameters are, counts are replicated.
+    """
     params = draft_layout(draft, mesh)
     split = jax.tree.map(lambda x: x.sharding, params)
     whole = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(functools.partial(initial_state, program), params)
+    # Only optax knows which leaves of its state are like parameters.
     moments = tree_map_params(
         program.optimizer,
         lambda _, s: s,
@@ -184,6 +205,7 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
         batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
     if data.features is not None:
         width = draft.hidden_size
+        # As captures store them unless told otherwise.
         batch = batch._replace(
             features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16)
         )
@@ -202,6 +224,8 @@ class StepArguments(NamedTuple):
 
 def traced_step(program: Program, arguments: StepArguments) -> jax.stages.Traced:
     """The step for devices of the arguments' shardings; it consumes its state."""
+    # Donated, or old and new state would both be held; in the layout that it came in, because the
+    # compiled step takes no other when it is called again.
     layout = jax.tree.map(lambda x: x.sharding, arguments.state)
     step = jax.jit(
         functools.partial(train_step, program), donate_argnums=0, out_shardings=(layout, None)

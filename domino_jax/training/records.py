@@ -1,7 +1,10 @@
-"""What a checkpoint says besides its arrays: of the draft, for whoever reads it, and of the run, to go on with it.
+"""What a checkpoint says besides its arrays: of the draft for its readers, of the run to resume it.
 
-40/draft/metadata   DraftRecord, JSON
-40/run/metadata     RunRecord, JSON
+Arrays alone do not say which draft they are, for which target and template, nor what a run had read
+and told when it was saved. So two records lie beside them, in step 40 for example:
+
+    40/draft/metadata   DraftRecord, JSON
+    40/run/metadata     RunRecord, JSON
 """
 
 import dataclasses
@@ -27,8 +30,8 @@ DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 class DraftRecord:
     """A draft, the built-in name or directory of its target, and the template of its rows.
 
-    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None in checkpoints
-    of older versions.
+    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None in
+    checkpoints of older versions.
     """
 
     config: DraftConfig
@@ -50,13 +53,13 @@ class DraftRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a run goes on with besides its state.
+    """What a run is resumed with besides its state.
 
     Attributes:
         config: the run's configuration, as plain values.
         inputs: what was read, by name -> a few words with its hash.
         outcomes: of the steps that no line of the log tells yet (`Window`).
-        watch: the non-finite steps in a row up to then (`StepWatch`).
+        watch: the consecutive non-finite steps up to then (`StepWatch`).
         log: where `metrics.jsonl` stood.
         heldout_due: whether the held-out pass of this step was still to come.
     """
@@ -70,15 +73,17 @@ class RunRecord:
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
+        # By name: JSON would make a list of a NamedTuple.
         return vars(self) | {"log": self.log._asdict()}
 
 
 def read_run_record(place: Path) -> RunRecord:
-    """What the run of an undamaged checkpoint, a directory, goes on with.
+    """What the run of an undamaged checkpoint, a directory, is resumed with.
 
     Raises:
         InputError: it holds an imported draft, or a version without such records saved it.
     """
+    # First: an imported draft has no record either, and is not of another version.
     if not (place / "optimizer").is_dir():
         raise InputError(
             f"{place}: an imported draft without optimiser state cannot be continued; "
@@ -110,4 +115,5 @@ def read_draft_record(place: Path) -> DraftRecord:
 
 
 def _json_item(place: Path, name: str) -> dict[str, Any]:
+    # Where Orbax puts it. As a file it is read within bounds, and without opening any array.
     return read_json(place / name / "metadata")

@@ -1,7 +1,13 @@
-"""A run belongs to one configuration and one set of inputs: what may change between two starts, and what may not.
+"""A run belongs to one configuration and one set of inputs: what may change between two starts.
 
-Both are stored in each checkpoint, under its checksums. A run that was never saved has nothing to
-lose: it may begin with anything.
+A run that is resumed with another learning rate or other rows trains on without an error, and is
+neither the one run nor the other. So settings and hashes of inputs are stored in each checkpoint,
+under its checksums, and compared. A run that was never saved has nothing to lose: it may begin with
+anything.
+
+    run/checkpoints/40/run/      settings and inputs of the start that saved it, compared
+    run/checkpoints/40/draft/    the draft and its template, compared
+    run/config.yaml              the settings of the last start, written once it is accepted
 """
 
 import dataclasses
@@ -53,7 +59,10 @@ def check_settings(place: Path, stored: Mapping[str, Any], config: RunConfig) ->
     words = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(changed))
     remedy = "use another run_dir"
     if changed <= {"train.steps", "train.epochs"}:
-        remedy = "the schedules are stretched over them: train.extend=N trains N steps further at the last rate"
+        remedy = (
+            "the schedules are stretched over them: train.extend=N trains N steps further at the "
+            "last rate"
+        )
     raise InputError(f"{place}: started with other settings ({words}); {remedy}")
 
 
@@ -101,6 +110,8 @@ def write_config(directory: Path, config: RunConfig) -> None:
 
 
 def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
+    # By prefix: a section's name frees all of its keys. Of a place only whether it is given counts:
+    # captured states instead of conversations, or no held-out rows, are another run.
     flat = {key: value for key, value in _flat(tree).items() if not key.startswith(_FREE)}
     return flat | {key: flat[key] is not None for key in _PLACES if key in flat}
 

@@ -1,8 +1,13 @@
-"""Steps that a person should hear of: skipped updates and when a run has to stop for them, and spikes.
+"""Steps that a person should hear of: skipped updates, spikes, and when a run has to stop.
 
-A step leaves everything as it was where its batch has no anchor, or where its loss or its gradient
-is not finite (`training.step`). Such steps, and those whose loss stands out of their window, are
-told with the lines of the data that they were made of.
+A run that skips in silence wastes its data, and nobody learns which line of it was bad. A step
+leaves everything as it was where its batch has no anchor, or where its loss or its gradient is not
+finite (`training.step`). Such steps, and those whose loss stands out of their window, are told with
+the lines of the data that they were made of.
+
+    a step was               updated              not finite    without anchors
+    is told                  only as a spike      as skipped    as skipped
+    consecutive bad steps    0 again              one more      as many as before
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +27,10 @@ MAX_SHOWN = 16  # lines of one step in a message; metrics.jsonl has all of them
 
 
 class Diverged(Exception):
-    """Too many updates in a row, or the parameters, were not finite; the run stopped, its checkpoints are finite."""
+    """Too many consecutive updates, or the parameters, were not finite.
+
+    The run stopped; its checkpoints are finite.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,12 @@ class Skip:
 
 
 class StepWatch:
-    """Tells the skipped steps and the spikes of each window, and the non-finite ones that are too many.
+    """Tells the skipped steps and the spikes of each window, and when non-finite ones are too many.
 
     Attributes:
-        diverged_at: the first of `max_bad_steps` non-finite steps in a row, once there were as many.
-            Batches without anchors say nothing about finiteness: they neither count nor end the row.
+        diverged_at: the first of `max_bad_steps` consecutive non-finite steps, once there were as
+            many. Batches without anchors say nothing about finiteness: they neither count nor end
+            the count.
     """
 
     def __init__(
@@ -78,11 +87,12 @@ class StepWatch:
         self.diverged_at: Skip | None = None
         self._rows, self._max_bad_steps = rows, config.train.max_bad_steps
         self._source = str(config.data.train or config.data.features)
+        # Counted on from the checkpoint: a run that is restarted at each bad step would never stop.
         self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
         self._first_bad: list[Any] | None = stored["first_bad"] if stored else None
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint: the non-finite steps up to now that stand in a row."""
+        """For a checkpoint: the consecutive non-finite steps up to now."""
         return {"bad_in_a_row": self._bad_in_a_row, "first_bad": self._first_bad}
 
     def skips(self, outcomes: Sequence[StepOutcome]) -> Iterator[Skip]:
@@ -108,6 +118,7 @@ class StepWatch:
 
     def _count(self, outcome: StepOutcome) -> None:
         if self._bad_in_a_row == 0:
+            # Numbers and no `Place`: a checkpoint holds them as JSON.
             self._first_bad = [outcome.step, outcome.rows]
         self._bad_in_a_row += 1
         if self._bad_in_a_row == self._max_bad_steps and self.diverged_at is None:
@@ -116,6 +127,7 @@ class StepWatch:
             self.diverged_at = Skip(step, NONFINITE, self._place(rows))
 
     def _place(self, rows: Sequence[int]) -> Place:
+        # All lines or none: one message never counts two things.
         lines = [line for line in (self._rows[number].line for number in rows) if line is not None]
         if len(lines) == len(rows):
             return Place(self._source, "lines", lines)
@@ -123,7 +135,7 @@ class StepWatch:
 
 
 def divergence(config: RunConfig, first: Skip, *, newest_checkpoint: int | None) -> str:
-    """One line on a run that had to stop: since when, on which rows, what is left, how to go on."""
+    """One line on a run that had to stop: since when, on which rows, what is left, what to do."""
     return (
         f"stopped: {config.train.max_bad_steps} updates in a row (train.max_bad_steps) were not "
         f"finite, from step {first.step} on ({first.place}); {_way_on(config, newest_checkpoint)}"

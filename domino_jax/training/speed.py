@@ -1,7 +1,11 @@
 """How fast a run trains: what a window of steps put through a second, and what the chips could do.
 
-Rows differ in length and in how many anchors they have, so speeds count what was really there:
-tokens without padding, predictions that were supervised, blocks that were trained on.
+Rows differ in length and in how many anchors they have, and a speed that counts padding can be
+raised by padding. So what was really there is counted: tokens without padding, predictions that
+were supervised, blocks that were trained on.
+
+    begin | step step step | paused: a save | step step | figures, begin | ...
+          | counted        | not counted    | counted   |
 """
 
 import time
@@ -55,6 +59,7 @@ class Speed:
 
     def add(self, row_numbers: np.ndarray) -> None:
         """Counts one step; its rows are int [...], -1 for none."""
+        # From the rows' numbers: the lengths are known on the host, and no device is asked.
         there = row_numbers[row_numbers >= 0]
         self._steps += 1
         self._tokens += int(self._lengths[there].sum()) * jax.process_count()
@@ -63,6 +68,7 @@ class Speed:
     @contextmanager
     def paused(self, state: Any) -> Iterator[None]:
         """Time that does not count; the steps that lead to `state` are waited for first, and do."""
+        # Else the steps that are in flight would end within the pause, and count as nothing.
         jax.block_until_ready(state)
         stopped = time.monotonic()
         yield
@@ -89,6 +95,7 @@ class Speed:
         }
         chip = CHIPS.get(self._mesh.devices.flat[0].device_kind)
         if chip is not None:
+            # Over the whole mesh: tokens and blocks are those of all processes.
             flops = self._useful_flops(float(sums["valid_blocks"]))
             figures["mfu"] = flops / seconds / (self._mesh.size * chip.flops)
         peak = peak_memory_bytes(self._mesh.local_devices)
@@ -97,7 +104,7 @@ class Speed:
         return figures
 
     def _useful_flops(self, blocks: float) -> float:
-        # Per conversation, not per row of a batch: packed ones do not see each other.
+        # Per conversation, not per batch row: packed ones do not see each other.
         program, count = self._program, self._conversations
         parts = step_flops(
             program.trainer.draft_model.cfg,
@@ -114,7 +121,7 @@ def peak_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
     """The most memory that one of the devices has held; None where the platform is silent."""
     peaks = []
     for device in devices:
-        statistics = device.memory_stats() or {}
+        statistics = device.memory_stats() or {}  # None on a CPU
         if "peak_bytes_in_use" in statistics:
             peaks.append(statistics["peak_bytes_in_use"])
     return max(peaks, default=None)

@@ -1,4 +1,12 @@
-"""The state that a run starts with: a fresh draft, its target's top or an earlier draft, laid out over the mesh."""
+"""The state that a run starts with: a fresh draft, its target's top or an earlier draft.
+
+A draft with its moments need not fit one device, so whichever start it is, each device makes or
+receives its own part alone:
+
+    fresh           made by one program, in its layout
+    init_from       read by the host, split from there
+    target's top    the copied layers read into their parts, put together in the draft's layout
+"""
 
 import functools
 from collections.abc import Callable
@@ -41,6 +49,7 @@ def state_at_start(
     Raises:
         InputError: one of the two cannot be read, or does not fit.
     """
+    # The last number of int32: steps fold their own into the same seed, and none comes that far.
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
     layout = jax.tree.map(lambda x: x.sharding, state_layout(program, config, mesh))
     fresh = jax.jit(
@@ -51,6 +60,7 @@ def state_at_start(
         fresh() if init_from is None else _placed(starting_params(init_from, config), layout.params)
     )
     if layers_from is not None:
+        # Apart, because a draft names each of its layers; in float32, because they become masters.
         apart = Target(replace(program.target.cfg, dtype="float32"))
         wanted = _copied(config, layout.params)
         top = load_sharded_target(layers_from, apart, mesh, only=wanted).params
@@ -61,7 +71,7 @@ def state_at_start(
 
 
 def _placed(params: Any, layout: Any) -> Any:
-    """Arrays of the host on the devices, to each its share alone; a process fills its own devices."""
+    """Arrays of the host on the devices, to each its share; a process fills its own devices."""
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
         params,
@@ -72,13 +82,17 @@ def _placed(params: Any, layout: Any) -> Any:
 def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:
     """A draft that starts as the top of its target.
 
-    Its layers and final norm are the target's last ones, and its context is the last captured state as the first of
-    those layers would read it; the other captured states start without weight.
+    Its layers and final norm are the target's last ones, and its context is the last captured state
+    as the first of those layers would read it; the other captured states start without weight:
+
+        features [B, S, C*D]    first captured   ..   last captured
+        fc [D, C*D]             0                ..   identity
 
     Args:
         config: the draft.
-        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the head) stays, and so
-            does the feed-forward part below experts. What the draft lacks (biases) is left out.
+        params: fresh parameters, float32; what the target lacks (q and k norms of a Llama, the
+            head) stays, and so does the feed-forward part below experts. What the draft lacks
+            (biases) is left out.
         target_params: the target's, layers apart; what a draft does not copy may be absent.
     Returns:
         A tree like `params`.
@@ -87,6 +101,7 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
     copied = {"norm": target_params["norm"]}
     for index in range(config.num_hidden_layers):
         name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
+        # By the draft's own names: what only one of the two has is neither lost nor added.
         fresh, known = flatten_dict(params[name]), flatten_dict(layer)
         copied[name] = unflatten_dict({path: known.get(path, leaf) for path, leaf in fresh.items()})
     copied["hidden_norm"] = target_params[f"layers_{first}"]["input_layernorm"]

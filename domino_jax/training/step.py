@@ -1,4 +1,13 @@
-"""One optimisation step as one program: target forward, anchors, draft forward, both losses, update."""
+"""One optimisation step as one program: target forward, anchors, draft forward, losses, update.
+
+In one program the target's states stay on the devices and die as soon as they are read, and the
+host has nothing to wait for: not even for the verdict whether the update is taken.
+
+    for each of A micro-batches [B, S]
+        target -> features [B, S, C*D] -> anchors, blocks [B, N, K] -> draft -> loss -> gradient
+        gradient x loss weight, metric sums    added up
+    over the sum of weights -> norm -> new state, or the old one number by number
+"""
 
 import functools
 from dataclasses import dataclass
@@ -34,10 +43,11 @@ class TrainState(flax.struct.PyTreeNode):
 class Batch(NamedTuple):
     """Token rows of one step, A micro-batches of B rows.
 
-    `input_ids` int32 [A, B, S] and `loss_mask` bool [A, B, S] are always there. Packed rows have `position_ids` int32
-    [A, B, S], `seq_lens` int32 [A, B, documents] and `doc_remaining` int32 [A, B, S] (see `draft.blocks.Packing`).
-    Rows of captured states have `features` [A, B, S, C*D], which the target is not run for then, and, if they were
-    captured too, `target_states` [A, B, S, D], the target's states after its final norm.
+    `input_ids` int32 [A, B, S] and `loss_mask` bool [A, B, S] are always there. Packed rows have
+    `position_ids` int32 [A, B, S], `seq_lens` int32 [A, B, documents] and `doc_remaining` int32
+    [A, B, S] (see `draft.blocks.Packing`). Rows of captured states have `features` [A, B, S, C*D],
+    which the target is not run for then, and, if they were captured too, `target_states`
+    [A, B, S, D], the target's states after its final norm.
     """
 
     input_ids: jax.Array
@@ -55,8 +65,8 @@ class Program:
 
     Attributes:
         trainer: the draft with its loss.
-        target: the frozen target, `scan_layers`, capturing the draft's layers; whole where the loss has a `kl_weight`,
-            else as deep as they need.
+        target: the frozen target, `scan_layers`, capturing the draft's layers; whole where the loss
+            reads the target's logits, else as deep as they need.
         optimizer: an optax transformation.
         curriculum: lambda_base as a function of `TrainState.step`.
         seed: of the anchors.
@@ -73,6 +83,7 @@ class Program:
 
 def initial_state(program: Program, params: Any) -> TrainState:
     """A state at step 0 from the draft's parameters."""
+    # A copy: a step that consumes its state cannot be given one buffer twice.
     ema = None if program.ema_decay is None else jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, program.optimizer.init(params), ema)
 
@@ -82,7 +93,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the draft.
 
-    Micro-batches are weighted by their loss weight, so that A of them give the gradient of one large batch.
+    Micro-batches are weighted by their loss weight, so that A of them give the gradient of one
+    large batch.
 
     The update is skipped, one decision for all micro-batches, where nothing in them is supervised
     (no anchors: AdamW fed with zeros would still move), or where the loss or the gradient's norm is
@@ -100,6 +112,7 @@ def train_step(
         step that is not finite adds 0 to all but the counts, so that it does not spoil a window.
     """
     lambda_base = program.curriculum(state.step)
+    # From seed and step alone: a resumed run draws the same anchors, and no key has to be saved.
     key = jax.random.fold_in(jax.random.key(program.seed), state.step)
 
     def micro_step(index: jax.Array | int, micro: Batch) -> tuple[Any, dict[str, jax.Array]]:
@@ -122,17 +135,20 @@ def train_step(
         grads, sums = micro_step(0, jax.tree.map(lambda x: x[0], batch))
         weight = sums["loss_weight"] + 1e-6
     else:
+        # Traced for its shapes alone; nothing is computed twice.
         first = jax.eval_shape(lambda: micro_step(0, jax.tree.map(lambda x: x[0], batch)))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             grads, sums = micro_step(*indexed)
+            # The loss is divided by its own weight; times it, shares of one large batch add up.
             grads = jax.tree.map(lambda g: g * (sums["loss_weight"] + 1e-6), grads)
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
         weight = jnp.float32(1)  # weighed one by one
     state, outcome = _update(program, state, grads, sums, weight=weight)
+    # Counts stand even for a step that is not finite: it was a batch, and it was skipped.
     counts = {name: sums[name] for name in ("batches", "batches_without_anchor")}
     counts |= {"updates": outcome.updated.astype(jnp.float32)}
     counts |= {"skipped_nonfinite": (~outcome.finite).astype(jnp.float32)}
@@ -181,8 +197,11 @@ def _update(
     # A norm is finite only where every part of the gradient is.
     grad_norm = optax.tree.norm(mean(grads))
     finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
+    # Without blocks the gradient is 0, of which AdamW's moments and decay make an update all the
+    # same.
     updated = finite & (sums["valid_blocks"] > 0)
-    # A choice of each number, not a branch around all: a GPU's compiler may copy the state into a branch and out of it.
+    # A choice of each number, not a branch around all: a GPU's compiler may copy the state into a
+    # branch and out of it.
     after = jax.tree.map(functools.partial(jnp.where, updated), update(), state)
     return after.replace(step=state.step + 1), _Outcome(finite, updated, grad_norm)
 
@@ -201,7 +220,10 @@ def batch_metrics(
     key: jax.Array,
     lambda_base: jax.Array | float,
 ) -> DFlashStepMetrics:
-    """Forward of one micro-batch [B, S]: the target's states, unless captured, then the draft's loss and metrics."""
+    """Forward of one micro-batch [B, S]: loss and metrics of the draft.
+
+    The target's states come first, unless they were captured.
+    """
     input_ids = constrain(batch.input_ids, "batch", "length")
     if batch.features is None:
         documents = (
@@ -216,10 +238,12 @@ def batch_metrics(
             )
         features, target_states = out.features, out.hidden
     else:
+        # Captures may be stored in another type than the one that the run computes in.
         features = constrain(batch.features, "batch", "length", None).astype(
             program.target.cfg.dtype
         )
         target_states = batch.target_states
+    # Without a head there is no second loss to weigh.
     options = (
         {"lambda_base": lambda_base} if isinstance(program.trainer, DominoTrainerModule) else {}
     )

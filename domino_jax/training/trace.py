@@ -1,4 +1,10 @@
-"""A trace of some steps of a run, for TensorBoard's profiler: what the devices did, and when."""
+"""A trace of some steps of a run, for TensorBoard's profiler: what the devices did, and when.
+
+Seconds per step do not say where they go. A trace does, if it begins and ends between two steps,
+which the host only starts: so the devices are waited for, and that time is not training's.
+
+    step 9 | wait, start | step 10  step 11  step 12 | wait, stop | step 13      profile: [10, 3]
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -40,6 +46,7 @@ class Trace:
             return
         first, count = profile
         last = first + count - 1
+        # An earlier start may have run some of them, and this one may end before the rest.
         self._first, self._last = max(first, coming.start), min(last, coming.stop - 1)
         if self._first > self._last:
             say(
@@ -51,11 +58,12 @@ class Trace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._running:
+        if self._running:  # a profiler that is left running refuses the next start
             self._stop()
 
     def before(self, step: int, state: Any) -> None:
         """Starts the trace if `step` is the first of it; `state` is the one that it begins from."""
+        # The second comparison for a range of which nothing is left.
         if step == self._first <= self._last:
             with self._paused(state):
                 jax.profiler.start_trace(self._directory)
@@ -71,7 +79,7 @@ class Trace:
                 self._stop()
 
     def _stop(self) -> None:
-        self._running = False
+        self._running = False  # before the call: should it fail, leaving does not repeat it
         jax.profiler.stop_trace()
         self._say(
             f"steps {self._first} to {self._reached} are traced in {self._directory}; to see them: "

@@ -72,12 +72,16 @@ class Window:
         ]
 
     def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
-        """Takes note of a step: its rows, int [...] with -1 for none, and what `train_step` returned."""
+        """Takes note of a step: its rows, int [...] with -1 for none, and its sums.
+
+        `sums` is what `train_step` returned, and stays on the device.
+        """
         rows = [int(number) for number in row_numbers.flat if number >= 0]
         self._outcomes.append(StepOutcome(step, rows, sums))
 
     def fetch(self) -> list[StepOutcome]:
         """All outcomes, on the host; waits for the device."""
+        # All in one transfer, and kept: a checkpoint and then a line ask for the same outcomes.
         sums = jax.device_get([outcome.sums for outcome in self._outcomes])
         pairs = zip(self._outcomes, sums, strict=True)
         self._outcomes = [dataclasses.replace(outcome, sums=values) for outcome, values in pairs]
@@ -112,6 +116,7 @@ class Spike:
 
 def spikes(outcomes: Sequence[StepOutcome]) -> list[Spike]:
     """The steps of a window with more than `SPIKE` times its median loss; of short windows none."""
+    # The sums of skipped steps are 0 and would pull the median down.
     updated = [outcome for outcome in outcomes if outcome.updated]
     if len(updated) < SPIKE_STEPS:
         return []
