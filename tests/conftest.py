@@ -44,7 +44,10 @@ with suppress(ModuleNotFoundError):
 
 @pytest.fixture(autouse=True, scope="module")
 def drop_compiled_programs() -> Iterator[None]:
-    """Compiled programs hold memory maps, and a process may have 65,530 of them on Linux: too few for a whole run."""
+    """Drops them after each module: a whole run would hold too many memory maps.
+
+    A compiled program holds memory maps, and a process on Linux may have 65,530 of them.
+    """
     yield
     import jax
 

@@ -1,4 +1,4 @@
-"""NeMo AutoModel's draft and trainers beside ours: the same weights, the same anchors, random batches.
+"""NeMo AutoModel's draft and trainers beside ours: equal weights and anchors, random batches.
 
 Torch and NeMo are imported where they are used: tests without them take random inputs from here.
 """
@@ -68,7 +68,7 @@ def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
 
 
 class Batch(NamedTuple):
-    """What a trainer module is called with; `packing` holds the three arrays of packed rows, or nothing."""
+    """What a trainer module is called with; `packing` has three arrays for packed rows, or none."""
 
     input_ids: np.ndarray
     hidden_states: np.ndarray
@@ -92,9 +92,10 @@ def random_batch(
     seed: int = 0,
     frozen_seed: int = 1,
 ) -> Batch:
-    """A batch whose first four tokens are frequent and have large head rows, so that some predictions come true.
+    """A batch in which some predictions come true.
 
-    `frozen_seed` draws the target's head and embedding, `seed` the rest.
+    Its first four tokens are frequent and have large rows in the head. `frozen_seed` draws the
+    target's head and embedding, `seed` the rest.
     """
     frozen, rng = np.random.default_rng(frozen_seed), np.random.default_rng(seed)
     table = (config.vocab_size, config.hidden_size)
@@ -143,7 +144,10 @@ def _document_positions(seq_lens: np.ndarray, length: int) -> dict[str, np.ndarr
 def random_anchors(
     config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ascending anchors int32 [B, slots] and which slots hold one; odd rows keep a third of their candidates only."""
+    """Ascending anchors int32 [B, slots] and which slots hold one.
+
+    Odd rows keep a third of their candidates only.
+    """
     rng, size = np.random.default_rng(seed), config.block_size
     rows, length = batch.loss_mask.shape
     anchors, keep = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
@@ -164,7 +168,7 @@ def random_anchors(
 
 
 def nemo_draft(config: DraftConfig, params: Any) -> Any:
-    """NeMo's draft with our weights, by way of an exported directory; every weight comes from the file."""
+    """NeMo's draft with our weights, by way of an export; every weight comes from the file."""
     import torch
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
@@ -221,7 +225,7 @@ def nemo_step(
     anchors: tuple[np.ndarray, np.ndarray] | None = None,
     lambda_base: float | None = None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Metrics and gradients of NeMo's trainer by their names, at given anchors or at those it draws.
+    """Metrics and gradients of NeMo's trainer by name, at given anchors or at those it draws.
 
     `lambda_base` is for the Domino trainer only. The gradients stay in the parameters too.
     """
@@ -302,7 +306,10 @@ def check_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
 
 
 def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: float) -> None:
-    """Each array of `found` lies within `relative` of the norm of its namesake in `expected`; names are the same."""
+    """Each array of `found` lies near its namesake in `expected`; the names are the same.
+
+    Its distance is at most `relative` times the norm of the expected array.
+    """
     assert set(found) == set(expected)
     norms = {name: float(np.linalg.norm(expected[name])) for name in expected}
     errors = {
@@ -328,7 +335,7 @@ def compare_with_nemo(
     lambda_base: float = 0.5,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Holds metrics and gradients of our trainer against NeMo's at the same anchors; returns our metrics."""
+    """Compares our metrics and gradients with NeMo's at the same anchors; returns our metrics."""
     params, batch = (
         random_params(config, seed=seed),
         random_batch(config, rows=rows, length=length, packed=packed, seed=seed),

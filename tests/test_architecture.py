@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: who may import whom, and how long, named and documented things are."""
+"""The rules a reader relies on: who may import whom; how long, named and documented things are."""
 
 import ast
 from collections.abc import Iterator
@@ -89,7 +89,8 @@ TABLE = (
     (5, "cli", ("interrupts", "shared", "data", "train", "plan", "decode", "checkpoint", "verbs")),
     (6, "", ("__main__",)),
 )
-# The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the last file of its row.
+# The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the
+# last file of its row.
 RANK_OF_TOP = 3.5
 PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
     f"{folder}.{name}".strip("."): (rank, f"{rank}/{folder}", order)
@@ -116,14 +117,18 @@ MAX_FUNCTION_LINES = 70
 
 
 def module_name(path: Path) -> str:
-    """`domino_jax/draft/mask.py` -> `draft.mask`; a folder's `__init__.py` is the folder, the package's is ""."""
+    """`domino_jax/draft/mask.py` -> `draft.mask`; a folder's `__init__.py` is the folder.
+
+    The package's own `__init__.py` is "".
+    """
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
 def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of everything the source imports, at any depth, `from` names included."""
-    # Any file under a folder lies beside the folder's own `__init__`, so a folder counts itself for relative imports.
+    """Line and absolute dotted name of every import, at any depth, `from` names included."""
+    # Any file under a folder lies beside the folder's own `__init__`, so a folder counts itself for
+    # relative imports.
     folders = {folder for _, folder, _ in TABLE}
     package = ["domino_jax", *module.split(".")] if module else ["domino_jax"]
     if module not in folders:
@@ -138,7 +143,10 @@ def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
 
 
 def place_of(name: str) -> tuple[float, str, int] | None:
-    """Where the table puts `domino_jax.draft.mask.block_mask`: the longest known prefix; None for other packages."""
+    """Where the table puts `domino_jax.draft.mask.block_mask`: its longest known prefix.
+
+    None for a name of another package.
+    """
     parts = name.split(".")
     if parts[0] != "domino_jax":
         return None
@@ -178,7 +186,8 @@ def too_long(source: str, module: str) -> list[str]:
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
                 found.append(
-                    f"{module}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+                    f"{module}:{node.lineno}: {node.name} has {length} lines, "
+                    f"at most {MAX_FUNCTION_LINES}"
                 )
     return found
 
@@ -281,7 +290,8 @@ def test_wrong_imports_refuses(module: str, source: str) -> None:
         ("layers", "from domino_jax import config, sharding"),
         (
             "draft.head",
-            "from domino_jax.draft.mask import block_mask\nfrom . import blocks\nfrom ..layers import Dense",
+            "from domino_jax.draft.mask import block_mask\n"
+            "from . import blocks\nfrom ..layers import Dense",
         ),
         ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
         (

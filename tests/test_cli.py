@@ -1,4 +1,7 @@
-"""The command as a user meets it: the whole way on a tiny target, and one line with exit code 2 for bad input."""
+"""The command as a user meets it: the whole way on a tiny target, and how bad input ends.
+
+Bad input is one line and exit code 2.
+"""
 
 import errno
 import io

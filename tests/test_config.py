@@ -182,7 +182,8 @@ def test_load_config_reads_every_spelling_of_a_float(
         ),
         (
             "data.chat_template_kwargs.enable_thinking=[no]",
-            "data: chat_template_kwargs: enable_thinking: expected true, false, a number or text, found [False]",
+            "data: chat_template_kwargs: enable_thinking: expected true, false, a number or text, "
+            "found [False]",
         ),
         ("train.steps", "override 'train.steps': expected key=value, for example train.steps=100"),
         ("=3", "override '=3': expected key=value"),

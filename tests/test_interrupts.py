@@ -25,7 +25,9 @@ from domino_jax.training.inputs import draft_of
 from domino_jax.training.records import DraftRecord
 
 LINES = {
-    "regenerate": "interrupted: answered batches are kept in answers.jsonl.partial; the same command goes on",
+    "regenerate": (
+        "interrupted: answered batches are kept in answers.jsonl.partial; the same command goes on"
+    ),
     "evaluate": "interrupted: run/evaluation.json was not written; the same command starts over",
     "generate": "interrupted: nothing is kept of the answer; the same command starts over",
     "capture": "interrupted: shards that were written to states stay; the same command goes on",
@@ -66,16 +68,20 @@ def begin(place: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def wait_until_answered(process: subprocess.Popen[str]) -> None:
-    """Waits for the handler of SIGTERM, which Python has none of its own for; jax is imported later."""
+    """Waits for a handler of SIGTERM: Python has none of its own, and jax is imported later."""
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        caught = int(re.search(r"SigCgt:\s*([0-9a-f]+)", status.read_text())[1], 16)  # type: ignore[index]
+        caught = int(
+            re.search(r"SigCgt:\s*([0-9a-f]+)", status.read_text())[1],  # type: ignore[index]
+            16,
+        )
         if caught >> (signal.SIGTERM - 1) & 1:
             return
         time.sleep(0.005)
 
 
-# The line of stderr after which the signal is sent, and whether it comes in the middle of a compilation.
+# A verb, the line of stderr after which the signal is sent, and the arguments of the verb. After
+# "compiling" the signal comes in the middle of a compilation.
 MOMENTS = (
     (
         "regenerate",

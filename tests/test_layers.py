@@ -228,7 +228,7 @@ def test_rotary_is_as_exact_as_float32_up_to_100k_positions() -> None:
     chex.assert_type(tuple(tables), jnp.float32)
     frequencies = 1e6 ** -(np.arange(0, 128, 2) / 128)
     angles = np.concatenate([positions[..., None] * frequencies] * 2, axis=-1)
-    # One rounding of the frequency and one of the product; bfloat16 anywhere would be 2**16 times worse.
+    # One rounding of the frequency, one of the product; bfloat16 anywhere is 2**16 times worse.
     bound = 2 * positions[..., None] * 2.0**-24 + 1e-6
     assert (np.abs(tables.cos - np.cos(angles)) <= bound).all()
     assert (np.abs(tables.sin - np.sin(angles)) <= bound).all()

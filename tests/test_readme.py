@@ -118,7 +118,11 @@ def test_a_configuration_runs_on_one_device_as_it_stands(path: Path) -> None:
     assert config.mesh.data in (-1, 1) and config.mesh.fsdp == config.mesh.tensor == 1
     if "qwen3" in path.stem:
         assert config.data.heldout is None
-        words = re.search(r"domino train \S+ (mesh\.fsdp=8 .*)", path.read_text()).group(1).split()  # type: ignore[union-attr]
+        words = (
+            re.search(r"domino train \S+ (mesh\.fsdp=8 .*)", path.read_text())
+            .group(1)  # type: ignore[union-attr]
+            .split()
+        )
         node = load_config(path, words)
         assert node.mesh.fsdp == 8 and node.data.batch_size % 8 == 0
         for published in (config, node):

@@ -48,7 +48,8 @@ def test_whole_directory_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
 
 
 def test_remove_unfinished_is_for_a_process_that_ends(tmp_path: Path) -> None:
-    # What a body has written is gone; the body, which a real process would not end, cannot publish it.
+    # What a body has written is gone; the body, which a real process would not end, cannot
+    # publish it.
     with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "draft") as beside:
         (beside / "file").write_text("half")
         remove_unfinished()

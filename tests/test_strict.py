@@ -1,4 +1,4 @@
-"""Mappings of plain values: what a field of type `Scalars` takes, and what it refuses in one line."""
+"""Mappings of plain values: what a field of type `Scalars` takes, and refuses in one line."""
 
 from dataclasses import dataclass, field
 from typing import Any

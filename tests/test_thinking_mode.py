@@ -1,4 +1,4 @@
-"""One setting of the chat template from the answers to the evaluation, and what refuses another one."""
+"""One setting of the chat template from the answers to the evaluation; another is refused."""
 
 import json
 import shutil

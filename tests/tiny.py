@@ -1,4 +1,4 @@
-"""A tiny target on disk and conversations for it, so that whole runs take seconds and need no network."""
+"""A tiny target on disk and conversations for it: whole runs take seconds and need no network."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,8 @@ TEMPLATE = (
 SWITCHED_TEMPLATE = (
     "{% set off = enable_thinking is defined and enable_thinking is false %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }} "
-    "{% if off and m['role'] == 'assistant' %}n o {% endif %}{{ m['content'] }}<|im_end|> {% endfor %}"
+    "{% if off and m['role'] == 'assistant' %}n o {% endif %}"
+    "{{ m['content'] }}<|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% if off %}n o {% endif %}{% endif %}"
 )
 WORDS = [
@@ -107,7 +108,7 @@ def stack_layers(params: Any) -> Any:
 def write_conversations(
     path: Path, count: int, *, seed: int = 0, answers: bool = True, rounds: int = 1
 ) -> Path:
-    """Random words asked and answered, `rounds` times per conversation, one conversation per line."""
+    """Random words asked and answered, `rounds` times per conversation, a conversation per line."""
     rng = np.random.default_rng(seed)
 
     def words() -> str:
@@ -135,7 +136,7 @@ def seal(step: Path) -> None:
 
 
 def run_config(directory: Path, target: Path, **sections: Any) -> Path:
-    """A YAML of a short run in `directory`, its training and held-out rows beside it; sections override fields."""
+    """A YAML of a short run, its training and held-out rows beside it; sections override fields."""
     rows = write_conversations(directory / "rows.jsonl", 24)
     heldout = write_conversations(directory / "heldout.jsonl", 5, seed=1)
     tree: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Conversations -> rows: where answers begin and end, what is refused, and how a bad line is told."""
+"""Conversations -> rows: where answers begin and end, what is refused, how a bad line is told."""
 
 import json
 from pathlib import Path
@@ -31,13 +31,15 @@ CHATML = (
 # No generation prompt, no headers: an answer follows its question at once and ends with eos.
 BRACKETS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[Q]{{ message['content'] }}[A]"
-    "{% elif message['role'] == 'assistant' %} {{ message['content'] | trim }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] | trim }}<|endoftext|>"
+    "{% endif %}{% endfor %}"
 )
 # As Qwen3: only the last answer shows its (empty) thoughts.
 THINKING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXTS = [
     "How many legs have 3 cats?",
@@ -78,7 +80,7 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 
 
 def slow_row(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """ChatML token by token: every piece of a turn encoded by itself, its owner known because we wrote it."""
+    """ChatML token by token: each piece of a turn is encoded by itself, so its owner is known."""
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You help."}, *messages]
     ids: list[int] = []
@@ -505,7 +507,8 @@ def test_answers_of_another_setting_are_refused(
     with pytest.raises(InputError) as caught:
         load_rows(path, tokenizer, max_length=100, chat_template_kwargs=kwargs)
     assert str(caught.value) == (
-        f"{path}:2: answered with chat_template_kwargs {answered}, the run has {json.dumps(kwargs)}; "
+        f"{path}:2: answered with chat_template_kwargs {answered}, "
+        f"the run has {json.dumps(kwargs)}; "
         "give the run data.chat_template_kwargs of its answers, or make the answers again"
     )
 

@@ -1,4 +1,4 @@
-"""Packing: every row once, nothing cut, little left over, and where documents lie as the references spell it out."""
+"""Packing: every row once, nothing cut, little left over; documents lie as the references say."""
 
 import itertools
 

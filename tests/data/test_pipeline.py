@@ -1,4 +1,4 @@
-"""Rows -> batches: nothing lost, nothing twice, the same again after a restore, and a fair share per process."""
+"""Rows -> batches: none lost or repeated, the same after a restore, a fair share per process."""
 
 import itertools
 from pathlib import Path

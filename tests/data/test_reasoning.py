@@ -11,16 +11,19 @@ from test_conversations import BRACKETS, CHATML, chat, make_tokenizer
 from domino_jax.data.conversations import BadLine, encode_conversation, load_rows
 from domino_jax.strict import InputError
 
-# In the manner of Qwen3: thoughts come from `reasoning_content` or out of the content, and only answers after the last
-# question show theirs, the very last one even when it has none.
+# In the manner of Qwen3: thoughts come from `reasoning_content` or out of the content, and only
+# answers after the last question show theirs, the very last one even when it has none.
 THOUGHTS = (
     "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
-    "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] != 'assistant' %}{{ m['content'] }}{% else %}{% set thought = m.get('reasoning_content') or '' %}"
+    "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] != 'assistant' %}{{ m['content'] }}{% else %}"
+    "{% set thought = m.get('reasoning_content') or '' %}"
     "{% set said = m['content'] %}{% if not thought and '</think>' in said %}"
     "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{% if loop.index0 > ns.asked and (loop.last or thought) %}<think>\n{{ thought.strip('\n') }}\n</think>\n\n"
+    "{% if loop.index0 > ns.asked and (loop.last or thought) %}"
+    "<think>\n{{ thought.strip('\n') }}\n</think>\n\n"
     "{% endif %}{{ said }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -51,7 +54,7 @@ def marked(messages: list[dict[str, Any]], template: str, *, masked: bool) -> li
 
 
 QUESTION, AGAIN = chat("Hi"), chat("3 cats?")
-# Per case: the conversation, its template, what is marked, and what is marked without the reasoning.
+# Per case: the conversation, its template, what is marked, and what is without the reasoning.
 CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
     "inline": (
         [*QUESTION, answer("<think>\nThey have\n</think>\n\ntwelve")],

@@ -26,7 +26,8 @@ def test_a_template_is_its_text_and_what_it_is_told() -> None:
     for other in (0, 0.0):
         assert ours != ChatTemplate(ours.sha256, {**told, "enable_thinking": other})
     assert f"{ours}" == (
-        f'sha256 {ours.sha256[:12]} with chat_template_kwargs {{"budget": 3, "enable_thinking": false}}'
+        f"sha256 {ours.sha256[:12]} with chat_template_kwargs "
+        f'{{"budget": 3, "enable_thinking": false}}'
     )
 
 
@@ -50,7 +51,8 @@ def test_another_template_than_the_drafts_is_told_by_its_part() -> None:
 
     assert told(ChatTemplate("b", {"x": 1})).startswith("run: the chat template of tiny is not the")
     assert told(ChatTemplate("a", {})) == (
-        'run: trained with chat_template_kwargs {"x": 1}, asked for are {}; leave them out to take the draft\'s own'
+        'run: trained with chat_template_kwargs {"x": 1}, asked for are {}; '
+        "leave them out to take the draft's own"
     )
     ChatTemplate("a", {"x": 1}).check_trained(ChatTemplate("a", {"x": 1}), place="", target="")
 
@@ -64,7 +66,8 @@ READS = {
     "a macro": "{% macro m() %}{{ enable_thinking }}{% endmacro %}{{ m() }}",
     "a namespace": "{% set ns = namespace(on=enable_thinking) %}{{ ns.on }}",
     "marked answers and loop controls": (
-        "{%- generation %}{{ enable_thinking }}{% endgeneration -%}{% for m in messages %}{% break %}{% endfor %}"
+        "{%- generation %}{{ enable_thinking }}{% endgeneration -%}"
+        "{% for m in messages %}{% break %}{% endfor %}"
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The evaluation's figures follow from the answers, and a difference between outputs is never hidden."""
+"""The evaluation's figures follow from the answers; no difference between outputs is hidden."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The speculative loop: greedy output is the target's own, sampled output has the target's distribution."""
+"""The speculative loop: greedy output is the target's own, sampled output has its distribution."""
 
 import itertools
 from dataclasses import replace
@@ -182,7 +182,7 @@ DRAFTS = {
 def test_a_cycle_drafts_what_training_would_predict(
     target_params: Any, changes: dict[str, Any]
 ) -> None:
-    """The forward that the loss trains, teacher-forced on the drafted tokens, has them as its most likely ones."""
+    """The forward that the loss trains, teacher-forced on the drafted tokens, ranks them first."""
     config = draft_config(**changes)
     model, weights = models(target_params, config)
     decoder = make_decoder(Target(TARGET), model)
@@ -277,7 +277,8 @@ def test_accept_greedy_keeps_the_longest_matching_prefix() -> None:
     assert accepted.tolist() == [3, 1, 0] and following.tolist() == [4, 2, 1]
 
 
-# Sampling. The statistic is Pearson's; `power` is the chance to notice the stated fault at the 0.1 % level.
+# Sampling. The statistic is Pearson's; `power` is the chance to notice the stated fault at the
+# 0.1 % level.
 SIGNIFICANCE = 1e-3
 ROWS = 200_000
 
@@ -350,7 +351,7 @@ def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
 def test_sampled_sequences_follow_the_target_s_distribution(
     target_params: Any, use_head: bool
 ) -> None:
-    """Whole loop: three sampled tokens against the product of the target's own conditional probabilities."""
+    """Whole loop: three sampled tokens against the product of the target's own conditionals."""
     rows, temperature, prompt = 8192, 1.5, np.array([1, 2], np.int32)
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft, use_head=use_head, temperature=temperature)
@@ -406,7 +407,7 @@ def test_start_refuses_what_does_not_fit(target_params: Any) -> None:
 
 
 def test_a_stale_cache_is_never_read(target_params: Any) -> None:
-    """Rewinding only moves a length: garbage at and after the last committed position changes nothing."""
+    """Rewinding only moves a length: garbage from the last committed position on has no effect."""
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft)
     slots = required_slots(decoder, 7, 20)

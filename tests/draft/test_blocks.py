@@ -1,4 +1,4 @@
-"""Anchors, blocks, labels and weights against loops that spell the rules out one position at a time."""
+"""Anchors, blocks, labels and weights against loops that apply the rules position by position."""
 
 import itertools
 from typing import Any
@@ -152,7 +152,7 @@ def slow_blocks(
     shift_label: bool,
     packing: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """All K positions of every block as the training rules say; `predicting` cuts out those that are supervised."""
+    """All blocks by the training rules; previous ids, labels and mask of predicting positions."""
     rows, length = ids.shape
     shape = (rows, anchors.shape[1], block_size)
     names = ("noise_ids", "positions", "previous_ids", "target_ids", "mask")
@@ -190,7 +190,7 @@ def test_make_blocks_equals_the_loop(shift_label: bool, packed: bool, length: in
     else:
         batch = random_batch(draft_config(), length=length, packed=packed)
         anchors, keep = random_anchors(draft_config(), batch, slots=12)
-        # Blocks that reach over the end, which sampling would not draw, must still be cut off there.
+        # Blocks that reach over the end, which sampling would not draw, must still be cut there.
         anchors[:, 0], anchors[:, 1], keep[:, :2] = length - 1, length - 3, True
     options = {"block_size": 5, "shift_label": shift_label}
     found = cut(

@@ -1,4 +1,4 @@
-"""Who may look where: the dense mask and the spans of context against a loop over queries and keys."""
+"""Who may look where: the dense mask and the context spans against a loop over queries and keys."""
 
 import itertools
 

@@ -13,11 +13,17 @@ from domino_jax.model_config import DraftConfig
 SLIDING = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 6}
 CAUSAL = {**SLIDING, "sliding_in_block": "causal"}
 HEADLESS = "projector_type is domino: it knows DFlash only and would draft without the head"
-SHIFTED = "shift_label is true: without its head the backbone is misaligned, block position 0 already predicts anchor + 1"
+SHIFTED = (
+    "shift_label is true: without its head the backbone is misaligned, "
+    "block position 0 already predicts anchor + 1"
+)
 BOTH_WAYS = "sliding_in_block is bidirectional: it looks only back"
 ONLY_BACK = "sliding_in_block is causal: it never reads is_causal"
 ANCHOR_FIRST = "shift_label is true: it drafts plain DFlash from the second position of a block on"
-UNNORMED = "target_layer_ids ends with the last layer, 5: it takes that layer before the target's final norm"
+UNNORMED = (
+    "target_layer_ids ends with the last layer, 5: "
+    "it takes that layer before the target's final norm"
+)
 UNNORMED_IN_TRAINING = UNNORMED.replace("it takes", "its trainer takes")
 PLAIN_LOGITS = ("sglang", "vllm", "specforge")
 TRANSFORMS = {
@@ -43,7 +49,8 @@ CASES: list[tuple[str, DraftConfig, dict[str, list[str]]]] = [
             "vllm": [HEADLESS, SHIFTED],
             "zlab": [HEADLESS, SHIFTED],
             "sglang": [
-                "pure_draft_prefix_len is 0: its rollout starts to correct at the second token; expected 1"
+                "pure_draft_prefix_len is 0: its rollout starts to correct at the second token; "
+                "expected 1"
             ],
         },
     ),

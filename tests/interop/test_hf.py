@@ -1,4 +1,4 @@
-"""The draft checkpoint: what a file holds, what NeMo makes of it, and what is refused on the way in and out."""
+"""The draft checkpoint: what a file holds, what NeMo makes of it, what load and save refuse."""
 
 import copy
 import dataclasses
@@ -88,7 +88,7 @@ def params_of(config: DraftConfig) -> Any:
 
 @pytest.fixture
 def draft(tmp_path: Path) -> Path:
-    """A float32 Domino draft on disk without checksums, as other trainers leave it, for one test to spoil."""
+    """A saved float32 Domino draft without checksums, as other trainers leave it, to be spoiled."""
     save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG), dtype="float32")
     (tmp_path / "draft" / "SHA256SUMS").unlink()
     return tmp_path / "draft"
@@ -100,7 +100,10 @@ def test_a_draft_that_is_not_finite_is_not_written(tmp_path: Path, dtype: str) -
     params = params | {"fc": {"weight": params["fc"]["weight"].at[3, 5].set(jnp.nan)}}
     with pytest.raises(InputError) as caught:
         save_hf_draft(tmp_path / "draft", CONFIG, params, dtype=dtype)
-    said = f"{tmp_path / 'draft'} was not written: tensor fc.weight: 1 of 3072 entries are not finite in {dtype}; "
+    said = (
+        f"{tmp_path / 'draft'} was not written: "
+        f"tensor fc.weight: 1 of 3072 entries are not finite in {dtype}; "
+    )
     assert str(caught.value).startswith(said) and not list(tmp_path.iterdir())
 
 
@@ -217,7 +220,8 @@ def test_windows_are_written_as_their_readers_take_them(
     config = draft_config(**changes)
     save_hf_draft(tmp_path / "draft", config, params_of(config))
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
-    # z-lab, SGLang and vLLM take a sliding layer without the keys as causal, NeMo no layer; vLLM asks both.
+    # Without the keys z-lab, SGLang and vLLM take a sliding layer as causal, NeMo no layer;
+    # vLLM asks both.
     assert tree.get("is_causal") is tree["dflash_config"].get("causal") is is_causal
     assert (tree["use_sliding_window"], tree["sliding_window"]) == (True, 6)
     settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "draft")
@@ -645,7 +649,8 @@ def test_load_accepts_the_names_of_the_first_domino_checkpoints(draft: Path) -> 
             lambda t: t.update(
                 {"logit_head.prefix_gru.weight_hh_l0": t["prefix_gru.weight_hh_l0"]}
             ),
-            r"draft: tensor prefix_gru\.weight_hh_l0 is there twice, as logit_head\.prefix_gru\.weight_hh_l0 and as",
+            r"draft: tensor prefix_gru\.weight_hh_l0 is there twice, "
+            r"as logit_head\.prefix_gru\.weight_hh_l0 and as",
         ),
         (
             lambda t: (use_old_names(t), t.pop("logit_head.embed_proj.0.weight")),
@@ -694,7 +699,8 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (
             ("dflash_config", "sample_from_anchor"),
             False,
-            r"dflash_config\.shift_label is true, dflash_config\.sample_from_anchor is false: names of one layout",
+            r"dflash_config\.shift_label is true, "
+            r"dflash_config\.sample_from_anchor is false: names of one layout",
         ),
         (
             ("sample_from_anchor",),

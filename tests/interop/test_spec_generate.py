@@ -1,11 +1,13 @@
-"""Plain DFlash decoding here, in NeMo and in z-lab's package: the same tokens from the same verifications.
+"""Plain DFlash decoding here, in NeMo and in z-lab's package: same tokens, same verifications.
 
-Every program verifies at the same positions, not only as often. Two differences are exact and known:
+Every program verifies at the same positions, not only as often. Two differences are exact and
+known:
 
-- NeMo's loop asks whether the last committed token lies beyond the limit, so it verifies once more when a cycle ends
-  exactly on the limit.
-- z-lab shortens a block that would reach past the limit, and a shorter block has fewer mask tokens to look at. With
-  K - 1 tokens more to write, every block that begins before our limit is a whole one.
+- NeMo's loop asks whether the last committed token lies beyond the limit, so it verifies once more
+  when a cycle ends exactly on the limit.
+- z-lab shortens a block that would reach past the limit, and a shorter block has fewer mask tokens
+  to look at. With K - 1 tokens more to write, every block that begins before our limit is a whole
+  one.
 """
 
 from collections.abc import Iterator
@@ -53,7 +55,7 @@ PROMPTS = (
 
 
 class Decoded(NamedTuple):
-    """One answer, int32 [n], and the position of the first token of every block that the target verified."""
+    """One answer, int32 [n], and the position of the first token of every verified block."""
 
     tokens: np.ndarray
     begins: list[int]
@@ -67,7 +69,7 @@ class Here(NamedTuple):
     slots: int
 
     def decode(self, prompt: np.ndarray, *, new_tokens: int) -> Decoded:
-        """Decodes K tokens past the limit as well, one cycle at a time, to see where every cycle begins."""
+        """Decodes K tokens past the limit too, cycle by cycle, to see where each cycle begins."""
         further = new_tokens + BLOCK_SIZE
         state = start(
             self.decoder, self.weights, [prompt], max_new_tokens=further, slots=self.slots
@@ -152,7 +154,10 @@ def compare_all(
 
 
 def with_absolute_crop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NeMo 0.7.0 asks transformers 5.18, its own version, to crop a cache *to* a length; later ones crop *by* one."""
+    """Crops a cache *to* a length, as NeMo 0.7.0 asks of transformers 5.18, its own version.
+
+    Later versions of transformers crop *by* a length.
+    """
     by = DynamicCache.crop
 
     def crop(cache: DynamicCache, size: int) -> None:
@@ -164,9 +169,10 @@ def with_absolute_crop(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained_draft(
     directory: Path, target: Path, prompts: list[np.ndarray], *, steps: int, **fields: Any
 ) -> Path:
-    """A plain DFlash draft that has learnt the target's own answers to these prompts by heart, exported in float32.
+    """A plain DFlash draft that has learnt the target's own answers to these prompts by heart.
 
-    Overfitted on purpose: what is compared is decoding, and a draft that is never accepted would show little of it.
+    It is exported in float32. It is overfitted on purpose: what is compared is decoding, and a
+    draft that is never accepted would show little of it.
     """
     loaded = load_target(target, dtype="float32")
     recipe = DraftRecipe(num_hidden_layers=1, block_size=BLOCK_SIZE, projector_type=None, **fields)

@@ -1,4 +1,4 @@
-"""Runs that start from a draft checkpoint: the same weights at step 0, and another draft refused field by field."""
+"""Runs that start from a draft: equal weights at step 0, another draft refused field by field."""
 
 import io
 import json
@@ -142,7 +142,8 @@ def stored(config: DraftConfig, directory: Path) -> Path:
         (draft_config(output_multiplier=2.0), r"output_multiplier is 2\.0, expected 1\.0"),
         (
             draft_config(**WINDOW),
-            "sliding_window is 6, expected None.*sliding_in_block is 'bidirectional', expected None",
+            "sliding_window is 6, expected None.*"
+            "sliding_in_block is 'bidirectional', expected None",
         ),
         (
             dflash_config(),

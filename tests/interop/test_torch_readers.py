@@ -1,4 +1,7 @@
-"""Exports in the PyTorch classes of z-lab and NeMo: strict loading, equal states, an equal head, shards both ways."""
+"""Exports in the PyTorch classes of z-lab and NeMo: equal states and an equal head.
+
+Loading is strict, and shards are read both ways.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +97,7 @@ def test_one_block_has_the_same_states(
 
 @pytest.mark.parametrize("shift_label", [False, True])
 def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None:
-    """Its spec_generate never runs the head, so the parts of the loaded model are run one by one."""
+    """Its spec_generate never runs the head, so the loaded model's parts are run one by one."""
     config = draft_config(shift_label=shift_label)
     save_hf_draft(tmp_path / "draft", config, random_params(config), dtype="float32")
     theirs = read_strictly(Qwen3DFlashDraftModel, tmp_path / "draft")

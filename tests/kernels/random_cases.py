@@ -1,4 +1,4 @@
-"""How many random configurations each implementation is held to: 8 in the suite, all 50 with `-m slow`."""
+"""How many random configurations test each implementation: 8 in the suite, 50 with `-m slow`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Block attention: the definition against dense attention, the tiled form against the definition."""
+"""Block attention: the definition equals dense attention, and the tiled form the definition."""
 
 import functools
 import re
@@ -101,7 +101,7 @@ class Case(NamedTuple):
 
 
 def random_case(seed: int, *, longest: int = 60) -> Case:
-    """Windows, packed rows, unused slots, one long row beside short ones; tiles that divide nothing."""
+    """Windows, packed rows, unused slots, long beside short rows; tiles that divide nothing."""
     rng = np.random.default_rng(seed)
     rows, kv_heads, groups = (
         int(rng.integers(1, 4)),

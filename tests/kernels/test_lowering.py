@@ -1,7 +1,8 @@
 """A program carries the forms of the platform it is lowered for, whatever machine traces it.
 
-A training step and a decoding cycle are lowered for a CPU, a TPU and a GPU on this machine, with no such device and
-no compiler for it. The CPU's forms must be in the first and in neither of the others.
+A training step and a decoding cycle are lowered for a CPU, a TPU and a GPU on this machine, with no
+such device and no compiler for it. The CPU's forms must be in the first and in neither of the
+others.
 """
 
 import dataclasses

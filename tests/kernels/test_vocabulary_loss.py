@@ -114,7 +114,7 @@ def bounded(logits: jax.Array) -> jax.Array:
 
 
 def confidence(token: Any, labels: Labels) -> jax.Array:
-    """A weight over whole blocks that the draft's own predictions make, without a gradient of its own."""
+    """A weight over whole blocks from the draft's own predictions, with no gradient of its own."""
     return 0.5 + jnp.cumprod(
         jnp.where(labels.mask > 0, jnp.exp(-jax.lax.stop_gradient(token.nll)), 1.0), axis=-1
     )
@@ -173,7 +173,7 @@ def random_objective(rng: np.random.Generator) -> Objective:
 def test_the_form_in_pieces_equals_the_definition(
     seed: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Objectives, divergences, fractional masks, unused slots, pieces of any size, with the head and without."""
+    """Objectives, divergences, fractional masks, unused slots, pieces of any size, head or none."""
     in_pieces = kernel._in_pieces
     # What the other platforms run is tried here too: every branch is traced, and this one is taken.
     monkeypatch.setattr(
@@ -329,7 +329,7 @@ def test_vocabulary_loss_of_bfloat16_states_has_float32_logits() -> None:
     found, exact = run(states, labels), run(rounded, labels)
     for half, whole in ((found.final, exact.final), (found.base, exact.base)):
         chex.assert_type(half.nll, jnp.float32)
-        # Products of bfloat16 numbers are exact in float32, so rounded logits would show as 1e-3 here.
+        # Products of bfloat16 numbers are exact in float32: rounded logits would show as 1e-3.
         np.testing.assert_allclose(half.nll, whole.nll, rtol=1e-5)
     slope, _ = gradient(states, labels)
     exact_slope, _ = gradient(rounded, labels)

@@ -1,4 +1,7 @@
-"""A draft whose heads are not the target's, against NeMo AutoModel 0.7.0 (there `draft_num_attention_heads` etc.)."""
+"""A draft whose heads are not the target's, against NeMo AutoModel 0.7.0.
+
+There the fields are `draft_num_attention_heads` and the like.
+"""
 
 import pytest
 from reference import compare_with_nemo, draft_config

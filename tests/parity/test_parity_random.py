@@ -1,4 +1,7 @@
-"""Forty-eight random drafts, batches and losses: loss, metrics and gradients equal NeMo AutoModel 0.7.0's."""
+"""Forty-eight random drafts, batches and losses against NeMo AutoModel 0.7.0.
+
+Loss, metrics and gradients are equal.
+"""
 
 from typing import Any
 

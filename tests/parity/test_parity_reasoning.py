@@ -1,4 +1,7 @@
-"""`mask_reasoning_content` against NeMo AutoModel 0.7.0's loss mask of the same conversation and template."""
+"""`mask_reasoning_content` against NeMo AutoModel 0.7.0's loss mask.
+
+Both take the same conversation and the same template.
+"""
 
 from typing import Any
 
@@ -8,11 +11,13 @@ from tiny import write_target
 from domino_jax.data.conversations import encode_conversation
 from domino_jax.target.load import load_tokenizer
 
-# The block is there only where there is reasoning, so that NeMo, which compares renderings, finds its tags as well.
+# The block is there only where there is reasoning, so that NeMo, which compares renderings, finds
+# its tags as well.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} "
     "{% if m.get('reasoning_content') %}<think> {{ m['reasoning_content'] }} </think> {% endif %}"
-    "{{ m['content'] }}<|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    "{{ m['content'] }}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
 )
 ASK = {"role": "user", "content": "a b c"}
 

@@ -1,4 +1,4 @@
-"""Drafts with scaled rotary embeddings against NeMo AutoModel 0.7.0, which reads them from the export."""
+"""Drafts' scaled rotary embeddings against NeMo AutoModel 0.7.0, which reads them from exports."""
 
 from typing import Any
 

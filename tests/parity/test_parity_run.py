@@ -1,4 +1,4 @@
-"""A whole run beside NeMo AutoModel 0.7.0's: fifty AdamW steps with the curriculum, at the same anchors."""
+"""A whole run beside NeMo AutoModel 0.7.0's: 50 AdamW steps with the curriculum, equal anchors."""
 
 from typing import Any
 

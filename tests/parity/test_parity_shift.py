@@ -1,6 +1,7 @@
-"""Plain DFlash with `shift_label` is Domino without its head: the same labels, loss, metrics and gradients.
+"""Plain DFlash with `shift_label` is Domino without its head.
 
-NeMo AutoModel 0.7.0 shifts in its Domino trainer only, so that one with `lambda_base` 1 is the reference.
+Labels, loss, metrics and gradients are the same. NeMo AutoModel 0.7.0 shifts in its Domino trainer
+only, so that one with `lambda_base` 1 is the reference.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""`input_embedding_scale`, `output_multiplier` and `final_logit_softcapping` against NeMo AutoModel 0.7.0."""
+"""`input_embedding_scale`, `output_multiplier`, `final_logit_softcapping` against NeMo 0.7.0."""
 
 from typing import Any
 

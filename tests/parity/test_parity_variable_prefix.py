@@ -1,4 +1,4 @@
-"""`loss_type="variable_prefix"` of plain DFlash against NeMo AutoModel 0.7.0, at the same prefixes."""
+"""`loss_type="variable_prefix"` of plain DFlash against NeMo AutoModel 0.7.0, at equal prefixes."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def test_variable_prefix_equals_nemo(
         loss_type="variable_prefix",
         loss_options=own,
     )
-    # With given anchors the module draws nothing but the prefixes, so the same key draws the same ones here.
+    # With given anchors the module draws only the prefixes, so the same key draws the same here.
     prefixes = step.module.apply(
         {},
         jnp.asarray(anchors[0]),

@@ -1,4 +1,4 @@
-"""Sliding windows against NeMo AutoModel 0.7.0, whose trainer bounds the context of every layer alike."""
+"""Sliding windows against NeMo AutoModel 0.7.0, whose trainer bounds all layers' context alike."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The fault harness judges outcomes that are broken on purpose, and a few real faults go through it."""
+"""The fault harness judges outcomes broken on purpose, and a few real faults go through it."""
 
 import dataclasses
 from pathlib import Path

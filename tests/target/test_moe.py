@@ -1,4 +1,4 @@
-"""The mixture of experts against plain loops over tokens, at its edges, and in the types it computes in."""
+"""The mixture of experts against plain loops over tokens, at its edges and in its dtypes."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Captured states: the same losses without the target, shards that survive a stop, and a size told in advance."""
+"""Captured states: equal losses without a target, shards that survive a stop, a size told first."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: damage is named and passed over, and never trained on in silence."""
+"""Checkpoints that can be trusted: damage is named and passed over, never trained on in silence."""
 
 import dataclasses
 import json

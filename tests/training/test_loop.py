@@ -1,4 +1,4 @@
-"""Whole short runs: one compilation, and a run that is killed and started again ends with the same bits."""
+"""Whole short runs: one compilation, and a killed run resumes and ends with the same bits."""
 
 import dataclasses
 import io
@@ -95,7 +95,7 @@ def assert_same_run(one: Path, other: Path, *, step: int) -> None:
 def test_a_run_that_is_stopped_ends_with_the_same_bits(
     whole: Path, target: Path, tmp_path: Path, stops: list[int]
 ) -> None:
-    """Wherever it is: in a window of the log, in the middle of a held-out pass, at the last step."""
+    """Wherever it is: in a window of the log, in the midst of a held-out pass, at the last step."""
     config = load_config(run_config(tmp_path, target, **ODD))
     for at in stops:
         try:
@@ -205,7 +205,8 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         "batches_without_anchor",
     }
     assert names | {"updates", "skipped_nonfinite"} <= training[0].keys()
-    # Speeds stand apart, and count tokens, not padding: 20 steps of 8 are 6 epochs of 24 rows and 16 rows more.
+    # Speeds stand apart, and count tokens, not padding: 20 steps of 8 are 6 epochs of 24 rows and
+    # 16 rows more.
     timing = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timing] == [20, 40, 60] and not timing[0].keys() & training[
         0
@@ -222,7 +223,7 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         assert supervised == pytest.approx(figures["valid_tokens"])
         assert not {"mfu", "peak_memory_bytes"} & line.keys()  # nothing is published of this chip
     assert list((directory / "tensorboard").iterdir())
-    # As it was resolved: the objective's own decay and the memory of a CPU stand where none were given.
+    # As it was resolved: where none were given, the objective's own decay and a CPU's memory.
     stored, given = load_config(directory / "config.yaml"), load_config(path)
     resolved = dataclasses.replace(
         given.loss, loss_decay_gamma=7.0, logits_mib=program.CPU_LOGITS_MIB

@@ -1,4 +1,7 @@
-"""The trainer modules against NeMo AutoModel 0.7.0: metrics, gradients and ten AdamW steps at the same anchors."""
+"""The trainer modules against NeMo AutoModel 0.7.0 at the same anchors.
+
+Metrics, gradients and ten AdamW steps are compared.
+"""
 
 import functools
 import re
@@ -30,7 +33,7 @@ from domino_jax.training.modules import DFlashTrainerModule, DominoTrainerModule
 SLOTS = 11
 
 
-# shift_label and pure_draft_prefix_len in full; gamma, packing and chunks so that every pair occurs.
+# shift_label and pure_draft_prefix_len in full; every pair of gamma, packing and chunks.
 @pytest.mark.parametrize(
     ("shift_label", "prefix", "gamma", "packed", "chunk_blocks"),
     [
@@ -60,7 +63,7 @@ def test_domino_trainer_equals_nemo(
         )
         check_metrics(found, expected)
         check_close(gradient, expected_gradient, relative=GRADIENT)
-        # The comparison says something only where predictions are partly right and the two logits differ.
+        # This says something only where predictions are partly right and the two logits differ.
         assert (
             0.05 < found["accuracy"] < 0.95 and abs(found["final_loss"] - found["base_loss"]) > 0.1
         )
@@ -262,7 +265,10 @@ def test_dflash_trainer_refuses_a_prefix_without_weight() -> None:
 
 
 def test_a_fractional_mask_weighs_as_in_the_reference() -> None:
-    """Candidates ask for more than a half; a label weighs by its share, counts by it, and is right from one half."""
+    """Candidates ask for more than a half.
+
+    A label weighs by its share, counts by it, and is right from one half.
+    """
     config = draft_config()
     params, batch = random_params(config), random_batch(config)
     rng = np.random.default_rng(7)

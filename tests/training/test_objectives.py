@@ -1,4 +1,4 @@
-"""The named losses against plain loops, their divisors, and the whole through the trainer modules."""
+"""The named losses against plain loops, their divisors, and all of it in the trainer modules."""
 
 import math
 import warnings
@@ -42,7 +42,7 @@ ROWS, SLOTS, SIZE = 2, 5, 6
 
 
 def drawn(seed: int = 0) -> tuple[TokenLoss, Labels]:
-    """Losses, labels and a mask with holes, an empty block and a full one; half of the predictions are right."""
+    """Losses, labels and a mask with holes, empty and full blocks; half the predictions right."""
     rng = np.random.default_rng(seed)
     shape = (ROWS, SLOTS, SIZE)
     nll, divergence = rng.exponential(1.0, shape), rng.exponential(1.0, shape)
@@ -80,7 +80,8 @@ def test_dpace_weights_follow_the_paper(form: str, alpha: float) -> None:
 
 
 def test_dpace_weight_is_the_gradient_of_the_expected_prefix() -> None:
-    # Unsmoothed, weight j is how the sum of prefix products answers to log q_j: the property the paper derives it from.
+    # Unsmoothed, weight j is how the sum of prefix products answers to log q_j: the property the
+    # paper derives it from.
     loss, labels = drawn()
     mask = labels.mask
 
@@ -137,7 +138,7 @@ def test_loss_divisor_counts_what_its_name_says() -> None:
     ids=str,
 )
 def test_trainers_apply_the_objective_to_their_logits(make: Any, options: dict[str, Any]) -> None:
-    """Each option divides and weighs as it says, and leaves the metrics of the predictions alone."""
+    """Each option divides and weighs as it says, and leaves the predictions' metrics alone."""
     config = make()
     params, batch = random_params(config), random_batch(config, packed=True)
     anchors = random_anchors(config, batch, slots=11)
@@ -238,7 +239,7 @@ def focal_by_logits(logits: jax.Array, labels: Labels, _: Any, options: FocalOpt
 
 @pytest.mark.usefixtures("registered")
 def test_a_registered_objective_trains_on_the_kernel_and_one_of_logits_on_the_definition() -> None:
-    """The same focal loss both ways: its gradient flows through the factor, and its option is its own."""
+    """One focal loss both ways: its gradient flows through the factor; its option is its own."""
     config = draft_config()
     params, batch = random_params(config), random_batch(config)
     anchors = random_anchors(config, batch, slots=7)

@@ -1,4 +1,7 @@
-"""A packed row trains as its conversations alone do, target included; a packed run resumes with the same bits."""
+"""A packed row trains as its conversations alone do, target included.
+
+A packed run resumes with the same bits.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +81,8 @@ def test_a_packed_row_equals_its_conversations_alone() -> None:
         )
         return jax.tree.map(np.asarray, values)
 
-    # The last block of each starts where it just fits, so that its labels reach over the end of its conversation.
+    # The last block of each starts where it just fits, so that its labels reach over the end of its
+    # conversation.
     alone = [[2, 5, n - CONFIG.block_size] for n in LENGTHS]
     begins = np.cumsum([0, *LENGTHS[:-1]])
     together = [

@@ -138,7 +138,8 @@ def test_too_shallow_a_target_is_told_in_the_keys_of_the_run(
         tmp_path, target, draft={"num_hidden_layers": count, "target_layer_ids": None}
     )
     assert refusal(path) == (
-        f"draft.num_hidden_layers {count} needs {count} different layers of a target of {layers} layers; "
+        f"draft.num_hidden_layers {count} needs {count} different layers "
+        f"of a target of {layers} layers; "
         "give draft.target_layer_ids or fewer layers"
     )
 
@@ -197,7 +198,8 @@ def test_room_for_the_checkpoints_is_checked(
     disk(needed - 1)
     found = refusal(path, *words)
     assert found.startswith(
-        f"run_dir: {tmp_path / 'run'}: 4 checkpoints (train.keep_checkpoints 3 and one being written) take up to "
+        f"run_dir: {tmp_path / 'run'}: 4 checkpoints "
+        "(train.keep_checkpoints 3 and one being written) take up to "
         f"{needed / 1e9:.3g} GB, {(needed - 1) / 1e9:.3g} GB are free there; "
     )
     disk(needed)

@@ -1,4 +1,4 @@
-"""A run's program from its configuration: the memory of the loss, and the forms that suit the devices."""
+"""A run's program from its configuration: the loss's memory and the forms that suit the devices."""
 
 from dataclasses import replace
 from types import SimpleNamespace

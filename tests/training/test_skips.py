@@ -1,4 +1,4 @@
-"""A NaN is never trained on: its lines are named, the run stops when it stays, checkpoints are finite."""
+"""A NaN is never trained on: lines are named, a run stops if it stays, checkpoints are finite."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
 def test_a_poisoned_line_is_named_skipped_and_survived(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Line 8 alone has a token whose embedding is NaN: of each epoch's three batches one is skipped."""
+    """Line 8 alone has a token embedded as NaN: of each epoch's three batches one is skipped."""
     (tmp_path / "target").mkdir()
     poison(monkeypatch, ("embed_tokens",), WORDS.index("<unk>"))
     path = run_config(
@@ -127,7 +127,7 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
 
 
 def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
-    """Of finite gradients absurd settings make parameters that are not; the next save finds them."""
+    """Absurd settings make parameters overflow under finite gradients; the next save finds them."""
     (tmp_path / "target").mkdir()
     path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The step: micro-batches add up to one batch, eight devices equal one, nothing moves without an anchor."""
+"""The step: micro-batches equal one batch, 8 devices equal 1, nothing moves without an anchor."""
 
 import functools
 from dataclasses import replace
@@ -170,7 +170,7 @@ def assert_only_the_step_moved(before: Any, after: Any) -> None:
 def test_a_batch_without_anchors_moves_nothing_and_is_counted(
     target_params: Any, draft_variables: Any
 ) -> None:
-    """Neither through AdamW's moments, which a step before has filled, nor through its weight decay."""
+    """Neither through AdamW's moments, filled by a step before, nor through its weight decay."""
     optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, warmup_ratio=0.0), 10)
     program, batch = make_program(optimizer=optimizer, ema_decay=0.5), make_batch(1, 4)
     step = jax.jit(functools.partial(train_step, program))

@@ -1,4 +1,4 @@
-"""Outcomes of steps: added up as the device would, the same after a checkpoint, and loss spikes among them."""
+"""Outcomes of steps: added up as on the device, the same after a checkpoint, and loss spikes."""
 
 import json
 from typing import Any
