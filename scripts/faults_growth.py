@@ -22,7 +22,7 @@ SAMPLE_SECONDS = 2.0
 # Largest growth that counts as none: memory as was asked for; a handle or two are a save under way.
 LIMITS = {"memory": 0.02, "handles": 0.0, "mappings": 0.01}
 WORDS = (
-    *("train", "config.yaml", override(train__steps=10**7), override(train__checkpoint_every=50)),
+    *("train", "config.yaml", override(train__steps=10**7), override(train__checkpoint_every=200)),
     *(override(train__log_every=10), override(train__eval_every=100)),
 )
 
