@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
     from domino_jax.training.curriculum import get_lambda_base, lambda_base_schedule
+    from domino_jax.training.domino_module import DominoTrainerModule, build_trainer
     from domino_jax.training.loss import compute_accept_len
-    from domino_jax.training.modules import (
-        DFlashStepMetrics,
-        DFlashTrainerModule,
-        DominoStepMetrics,
-        DominoTrainerModule,
-        build_trainer,
-    )
+    from domino_jax.training.modules import DFlashTrainerModule
     from domino_jax.training.objectives import register_objective
+    from domino_jax.training.step_metrics import DFlashStepMetrics, DominoStepMetrics
 
 __version__ = "0.1.0"
 
@@ -42,9 +38,11 @@ __all__ = [
 _MODULES = (
     "interop.hf",
     "training.curriculum",
+    "training.domino_module",
     "training.loss",
     "training.modules",
     "training.objectives",
+    "training.step_metrics",
 )
 
 

@@ -16,8 +16,11 @@ from domino_jax.model_config import (
     SIZE_LIMIT,
     SLIDING_ATTENTION,
     DecoderConfig,
+    DecoderShape,
+    DominoHeadConfig,
     DraftConfig,
     default_target_layer_ids,
+    head_kind,
 )
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
@@ -95,27 +98,27 @@ def make_draft_config(
             f"draft.num_hidden_layers {count} needs {count} different layers of a target of "
             f"{depth} layers; give draft.target_layer_ids or fewer layers",
         )
-    # Depth and type are the draft's own; it always has per-head norms, never holds a head that
-    # could be tied, and is dense and free of biases whatever the target is.
-    own = ["num_hidden_layers", "dtype", "qk_norm", "tie_word_embeddings", "attention_bias"]
-    own += ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
-    fields = {
-        f.name: getattr(target, f.name)
-        for f in dataclasses.fields(DecoderConfig)
-        if f.name not in own
-    }
-    chosen = dataclasses.asdict(recipe)
-    for name in ("target_layer_ids", "init_layers_from_target", "init_from"):
-        del chosen[name]
-    fields |= {name: value for name, value in chosen.items() if value is not None}
-    domino = recipe.projector_type is not None
-    fields["projector_type"] = recipe.projector_type  # null is plain DFlash, nothing left open
-    fields["shift_label"] = domino if recipe.shift_label is None else recipe.shift_label
+    # Depth and type are the draft's own, and it always has per-head norms.
+    own = ("num_hidden_layers", "dtype", "qk_norm")
+    shape = [f.name for f in dataclasses.fields(DecoderShape) if f.name not in own]
+    fields: dict[str, Any] = {name: getattr(target, name) for name in shape}
+    for f in dataclasses.fields(DraftConfig):
+        chosen = getattr(recipe, f.name, None)
+        if chosen is not None:
+            fields[f.name] = chosen
+    fields["head"] = _head_of(recipe)  # null is plain DFlash, nothing left open
+    fields.setdefault("shift_label", fields["head"] is not None)
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
-    return DraftConfig(
-        **fields, num_target_layers=target.num_hidden_layers, target_layer_ids=layers, dtype=dtype
-    )
+    fields |= {"num_target_layers": target.num_hidden_layers, "target_layer_ids": layers}
+    return DraftConfig(**fields | {"dtype": dtype})
+
+
+def _head_of(recipe: DraftRecipe) -> DominoHeadConfig | None:
+    if recipe.projector_type is None:
+        return None
+    kind = head_kind(recipe.projector_type, place="draft")
+    return kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})
 
 
 @dataclass(frozen=True, kw_only=True)

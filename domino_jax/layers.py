@@ -15,7 +15,7 @@ import numpy as np
 
 from domino_jax.kernels.products import project
 from domino_jax.kernels.scale import scaled
-from domino_jax.model_config import YARN_BETA_FAST, YARN_BETA_SLOW, DecoderConfig, RopeScaling
+from domino_jax.model_config import YARN_BETA_FAST, YARN_BETA_SLOW, DecoderShape, RopeScaling
 from domino_jax.sharding import constrain, logical_axes
 
 
@@ -76,7 +76,7 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`, bias-free."""
 
-    cfg: DecoderConfig
+    cfg: DecoderShape
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
@@ -105,7 +105,7 @@ class RotaryFrequencies(NamedTuple):
     amplitude: float
 
 
-def rotary_frequencies(cfg: DecoderConfig) -> RotaryFrequencies:
+def rotary_frequencies(cfg: DecoderShape) -> RotaryFrequencies:
     """The rotary frequencies of a decoder, `theta ** (-2 i / head_dim)` stretched by its scaling.
 
     All of it is float64 until the last rounding: nothing here is traced.
@@ -135,7 +135,7 @@ def rotary_frequencies(cfg: DecoderConfig) -> RotaryFrequencies:
     return RotaryFrequencies(frequencies.astype(np.float32), amplitude)
 
 
-def _yarn_ramp(cfg: DecoderConfig, scaling: RopeScaling, original: int) -> np.ndarray:
+def _yarn_ramp(cfg: DecoderShape, scaling: RopeScaling, original: int) -> np.ndarray:
     """Share of each frequency that YaRN divides by the factor, [head_dim / 2].
 
     From 0 (many turns within the pretraining length) to 1 (few).
@@ -172,7 +172,7 @@ def _yarn_amplitude(scaling: RopeScaling) -> float:
     return temperature(scaling.mscale) / temperature(scaling.mscale_all_dim)
 
 
-def rotary(positions: jax.Array, cfg: DecoderConfig) -> Rotary:
+def rotary(positions: jax.Array, cfg: DecoderShape) -> Rotary:
     """Rotary tables for integer positions, always in float32.
 
     Args:
@@ -207,11 +207,12 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
 class AttentionProjections(nn.Module):
     """The weights of grouped attention: q, k, v, o; by family, biases of q, k, v, norms of q, k."""
 
-    cfg: DecoderConfig
+    cfg: DecoderShape
+    bias: bool = False
 
     def setup(self) -> None:
         """Creates the four projections and the two norms."""
-        cfg, bias = self.cfg, self.cfg.attention_bias
+        cfg, bias = self.cfg, self.bias
         self.q_proj = Dense(
             cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype, bias
         )

@@ -4,9 +4,12 @@ These are the shapes of target and draft as their checkpoints describe them. No 
 that only check a file answer before it is there.
 """
 
-from dataclasses import dataclass, fields
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, cast
 
-from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, require, shown
+from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_tree, require, shown
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
@@ -89,13 +92,11 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The shape of a Llama- or Qwen-style decoder, in the names of Hugging Face's config.json.
+class DecoderShape:
+    """What a target and its draft share: a stack of Llama- or Qwen-style layers.
 
-    `attention_bias` gives q, k and v (not o) a bias, as in Qwen2. With `num_experts` above 0 the
-    feed-forward part of every layer is a mixture of experts as in Qwen3 MoE, and
-    `intermediate_size` is not read by the decoder itself. `dtype` is the type of matrix products
-    and activations; norms, softmax and logits are float32 always.
+    In the names of Hugging Face's config.json. `dtype` is the type of matrix products and
+    activations; norms, softmax and logits are float32 always.
     """
 
     vocab_size: int
@@ -110,35 +111,17 @@ class DecoderConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
-    attention_bias: bool = False
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = False
-    tie_word_embeddings: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         """Refuses shapes that no decoder can have."""
-        # Not `fields(self)`: a draft's own fields may be 0, and its class checks them.
-        for name, kind in DecoderConfig.__annotations__.items():
-            positive = kind is int and (name not in _EXPERT_FIELDS or self.num_experts != 0)
-            require(
-                not positive or getattr(self, name) > 0,
-                f"{name} must be positive, found {getattr(self, name)}",
-            )
-            _check_size(name, getattr(self, name))
+        # Not `fields(self)`: a subclass's own fields may be 0, and it checks them.
+        for name, kind in DecoderShape.__annotations__.items():
+            if kind is int:
+                _check_positive(name, getattr(self, name))
         # Rounded to 0 in float32 it would make NaN of a zero vector.
         eps = self.rms_norm_eps
         require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
-        if self.num_experts == 0:
-            given = [name for name in _EXPERT_FIELDS if getattr(self, name)]
-            require(not given, f"{', '.join(given)} without num_experts")
-        require(
-            self.num_experts_per_tok <= self.num_experts,
-            f"num_experts_per_tok {self.num_experts_per_tok} must not exceed "
-            f"num_experts {self.num_experts}",
-        )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         require(
             heads % kv_heads == 0,
@@ -158,10 +141,71 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftConfig(DecoderConfig):
+class DecoderConfig(DecoderShape):
+    """A target as its checkpoint describes it.
+
+    `attention_bias` gives q, k and v (not o) a bias, as in Qwen2. With `num_experts` above 0 the
+    feed-forward part of every layer is a mixture of experts as in Qwen3 MoE, and
+    `intermediate_size` is not read by the decoder itself.
+    """
+
+    attention_bias: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses contradictions between the fields of a mixture of experts."""
+        super().__post_init__()
+        if self.num_experts == 0:
+            given = [name for name in _EXPERT_FIELDS if getattr(self, name)]
+            require(not given, f"{', '.join(given)} without num_experts")
+            return
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            _check_positive(name, getattr(self, name))
+        require(
+            self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok {self.num_experts_per_tok} must not exceed "
+            f"num_experts {self.num_experts}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DominoHeadConfig:
+    """The widths of a Domino head: R of its correction and G of its GRU (`draft/head.py`)."""
+
+    projector_type: ClassVar[str] = "domino"
+
+    emb_dim: int = 256
+    gru_hidden_dim: int = 1024
+
+    def __post_init__(self) -> None:
+        """Refuses widths that no head can have."""
+        for field in fields(self):
+            _check_positive(field.name, getattr(self, field.name))
+
+    def training_products(self, width: int) -> int:
+        """Multiplications of one prediction, forward and backward, before the last product.
+
+        Args:
+            width: D. The GRU's inputs are frozen embeddings, which need no gradient.
+        """
+        gru = 3 * self.gru_hidden_dim * (2 * width + 3 * self.gru_hidden_dim)
+        return gru + 3 * self.emb_dim * (width + self.gru_hidden_dim)
+
+
+# By the name that checkpoints and runs give them. Each has `emb_dim`, the width of its correction.
+HEADS = {kind.projector_type: kind for kind in (DominoHeadConfig,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig(DecoderShape):
     """A draft model as its checkpoint describes it (see `interop/hf.py` for the file format).
 
-    `projector_type` "domino" adds the causal head; None is plain DFlash. With `shift_label` block
+    `head` corrects the logits of a block's predictions but the first `pure_draft_prefix_len`;
+    None is plain DFlash. With `shift_label` block
     position k predicts the token `k + 1` after the anchor, else the one `k` after it, of which the
     first is known. `num_target_layers` and `target_layer_ids` (0-based layer outputs) say which
     states of the target the draft reads; the last layer's is taken after the target's final norm.
@@ -180,9 +224,7 @@ class DraftConfig(DecoderConfig):
     mask_token_id: int
     num_target_layers: int
     target_layer_ids: tuple[int, ...]
-    projector_type: str | None = "domino"
-    emb_dim: int = 256
-    gru_hidden_dim: int = 1024
+    head: DominoHeadConfig | None = dataclasses.field(default_factory=DominoHeadConfig)
     pure_draft_prefix_len: int = 0
     shift_label: bool = False
     sliding_window: int | None = None
@@ -195,11 +237,9 @@ class DraftConfig(DecoderConfig):
     def __post_init__(self) -> None:
         """Refuses contradictions between fields."""
         super().__post_init__()
-        require(not self.attention_bias, "attention_bias: a draft has no biases")
-        require(self.num_experts == 0, f"num_experts is {self.num_experts}: a draft is dense")
         # An unshifted block of one holds its anchor, and has nothing to predict.
         require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
-        for name in ("num_target_layers", "block_size", "emb_dim", "gru_hidden_dim"):
+        for name in ("num_target_layers", "block_size"):
             _check_size(name, getattr(self, name))
         require(
             0 <= self.mask_token_id < self.vocab_size,
@@ -211,15 +251,7 @@ class DraftConfig(DecoderConfig):
             f"target_layer_ids {shown(layers)} must lie in 0..{last}",
         )
         require(layers == sorted(set(layers)), f"target_layer_ids {shown(layers)} must rise")
-        require(
-            self.projector_type in ("domino", None),
-            f"projector_type must be 'domino' or null, found {self.projector_type!r}",
-        )
-        if self.projector_type == "domino":
-            require(
-                self.emb_dim > 0 and self.gru_hidden_dim > 0,
-                "emb_dim and gru_hidden_dim must be positive",
-            )
+        if self.head is not None:
             prefix, count = self.pure_draft_prefix_len, self.num_predictions
             require(
                 0 <= prefix < count,
@@ -264,6 +296,11 @@ class DraftConfig(DecoderConfig):
         )
 
     @property
+    def projector_type(self) -> str | None:
+        """The name of the head, None without one."""
+        return None if self.head is None else self.head.projector_type
+
+    @property
     def attention_types(self) -> tuple[str, ...]:
         """The type of each layer's attention."""
         return self.layer_types or (FULL_ATTENTION,) * self.num_hidden_layers
@@ -272,6 +309,49 @@ class DraftConfig(DecoderConfig):
     def num_predictions(self) -> int:
         """Positions of a block that predict a token: K with `shift_label`, else K - 1."""
         return self.block_size if self.shift_label else self.block_size - 1
+
+
+def draft_tree(config: DraftConfig) -> dict[str, Any]:
+    """A draft as one flat mapping: `projector_type` names its head, its widths stand at the top."""
+    tree = asdict(config)
+    head = tree.pop("head") or {}
+    return tree | {"projector_type": config.projector_type} | head
+
+
+def draft_from_tree(tree: Mapping[str, Any], *, place: str) -> DraftConfig:
+    """A draft from its flat mapping, strictly; the reverse of `draft_tree`.
+
+    Raises:
+        InputError: as `strict.from_tree`, or an unknown head.
+    """
+    rest = dict(tree)
+    name = rest.pop("projector_type", DominoHeadConfig.projector_type)
+    if name is None:
+        return from_tree(DraftConfig, rest | {"head": None}, place=place)
+    kind = head_kind(name, place=place)
+    widths = {f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest}
+    head = from_tree(kind, widths, place=place)
+    return from_tree(DraftConfig, rest | {"head": head}, place=place)
+
+
+def head_kind(name: object, *, place: str) -> type[DominoHeadConfig]:
+    """The class of the head with this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = ", ".join(map(repr, HEADS))
+    found = HEADS.get(name) if isinstance(name, str) else None
+    require(
+        found is not None, f"{place}: projector_type must be {known} or null, found {shown(name)}"
+    )
+    return cast(type[DominoHeadConfig], found)
+
+
+def _check_positive(name: str, value: int) -> None:
+    """Refuses a count that is not positive, or beyond any model's."""
+    require(value > 0, f"{name} must be positive, found {value}")
+    _check_size(name, value)
 
 
 def _check_size(name: str, value: object) -> None:

@@ -32,8 +32,9 @@ from domino_jax.files import write_whole
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.places import Compiler, Place
 from domino_jax.strict import InputError
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import load_tokenizer, read_decoder_config
+from domino_jax.target.load import load_tokenizer
 from domino_jax.training.flops import step_flops
 from domino_jax.training.inputs import draft_of, run_mesh
 from domino_jax.training.program import (

@@ -79,8 +79,9 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
 
     Args:
         kind: the dataclass.
-        tree: mapping of its fields; a float may be an integer or a string such as "1e-3", which
-            YAML reads as text. A field of type `Scalars` takes a mapping, see `scalars`; where its
+        tree: mapping of its fields, a dataclass among them as a mapping or made; a float may be an
+            integer or a string such as "1e-3", which YAML reads as text. A field of type `Scalars`
+            takes a mapping, see `scalars`; where its
             dataclass is to be hashable, the field is declared with `hash=False`.
         place: where the mapping comes from, for messages.
     Raises:
@@ -151,6 +152,8 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
     if hint == Scalars:
         return scalars(value, place=place)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         if not isinstance(value, dict):
             raise InputError(f"{place}: expected a mapping, found {shown(value)}")
         return from_tree(typing.cast(type, hint), value, place=place)

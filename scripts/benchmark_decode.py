@@ -192,7 +192,7 @@ def case_of_shape(options: argparse.Namespace) -> Case:
     import benchmark_ours
 
     target = target_config(options.shape, dtype=benchmark_ours.default_dtype(), tiny=options.tiny)
-    configs = {"domino": draft_config(target), "dflash": draft_config(target, projector_type=None)}
+    configs = {"domino": draft_config(target), "dflash": draft_config(target, domino=False)}
     context = 32 if options.tiny else CONTEXT
     ids = np.random.default_rng(0).integers(
         0, configs["dflash"].mask_token_id, (options.limit, context)

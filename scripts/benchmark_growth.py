@@ -134,10 +134,10 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
 
     shape = (1, anchors, config.num_predictions)
     states, low_rank = (
-        jnp.zeros((*shape, width)) for width in (config.hidden_size, config.emb_dim)
+        jnp.zeros((*shape, width)) for width in (config.hidden_size, config.head.emb_dim)
     )
     head, expansion = (
-        jnp.zeros((config.vocab_size, width)) for width in (config.hidden_size, config.emb_dim)
+        jnp.zeros((config.vocab_size, width)) for width in (config.hidden_size, config.head.emb_dim)
     )
 
     def total(

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -130,10 +131,9 @@ def draft_model(config: DraftConfig, target: DecoderConfig, *, attention: str) -
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
     }
-    if config.projector_type is not None:
-        names = ("projector_type", "emb_dim", "gru_hidden_dim")
-        names += ("pure_draft_prefix_len", "shift_label")
-        dflash |= {name: getattr(config, name) for name in names}
+    if config.head is not None:
+        names = ("projector_type", "pure_draft_prefix_len", "shift_label")
+        dflash |= {name: getattr(config, name) for name in names} | asdict(config.head)
     draft_config = draft_qwen3.build_qwen3_dflash_draft_config(
         hf_config(target),
         num_draft_layers=config.num_hidden_layers,

@@ -33,7 +33,7 @@ from domino_jax.kernels.causal_attention import form_for
 from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.load import TABLES, expected_tensors
 from domino_jax.target.model import Target
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
 SEED = 0

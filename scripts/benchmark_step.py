@@ -37,7 +37,7 @@ import numpy as np
 from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
 from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import DominoHeadConfig, DraftConfig
 from domino_jax.training.flops import step_flops
 
 CONFIG = DraftConfig(
@@ -53,8 +53,7 @@ CONFIG = DraftConfig(
     mask_token_id=49151,
     num_target_layers=30,
     target_layer_ids=(1, 14, 27),
-    emb_dim=256,
-    gru_hidden_dim=1024,
+    head=DominoHeadConfig(emb_dim=256, gru_hidden_dim=1024),
     pure_draft_prefix_len=1,
     shift_label=True,
 )
@@ -246,7 +245,7 @@ def compiled_step(
     import jax.numpy as jnp
     import optax
 
-    from domino_jax.training.modules import build_trainer
+    from domino_jax.training.domino_module import build_trainer
 
     module = build_trainer(config, chunk_blocks=chunk_blocks)
     optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)

@@ -7,9 +7,15 @@ must not hold a part of the card itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-from domino_jax.model_config import DecoderConfig, DraftConfig, default_target_layer_ids
+from domino_jax.model_config import (
+    DecoderConfig,
+    DecoderShape,
+    DominoHeadConfig,
+    DraftConfig,
+    default_target_layer_ids,
+)
 
 MODES = ("draft", "online")
 LAMBDA_BASE, LEARNING_RATE, BETAS = 0.5, 6e-4, (0.9, 0.95)
@@ -76,21 +82,19 @@ def target_config(shape: str, *, dtype: str, tiny: bool) -> DecoderConfig:
     return replace(full, dtype=dtype)
 
 
-def draft_config(target: DecoderConfig, *, projector_type: str | None = "domino") -> DraftConfig:
-    """The published Domino draft of a target, or without projector the DFlash draft beside it."""
+def draft_config(target: DecoderConfig, *, domino: bool = True) -> DraftConfig:
+    """The published Domino draft of a target, or without its head the DFlash draft beside it."""
     tiny = target.hidden_size == TINY.hidden_size
     depth = 2 if tiny else 5
-    shape = {name: value for name, value in vars(target).items() if name != "tie_word_embeddings"}
-    domino = projector_type == "domino"
+    shape = {field.name: getattr(target, field.name) for field in fields(DecoderShape)}
+    head = DominoHeadConfig(emb_dim=16, gru_hidden_dim=32) if tiny else DominoHeadConfig()
     return DraftConfig(
         **(shape | {"num_hidden_layers": depth}),
         block_size=4 if tiny else 16,
         mask_token_id=target.vocab_size - 1 if tiny else 151669,
         num_target_layers=target.num_hidden_layers,
         target_layer_ids=default_target_layer_ids(target.num_hidden_layers, depth),
-        projector_type=projector_type,
-        emb_dim=16 if tiny else 256,
-        gru_hidden_dim=32 if tiny else 1024,
+        head=head if domino else None,
         pure_draft_prefix_len=1 if domino else 0,
         shift_label=domino,
     )

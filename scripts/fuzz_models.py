@@ -51,14 +51,15 @@ def model_parsers(directory: Path) -> list[Parser]:
 
     from domino_jax.draft.backbone import DraftModel, init_variables
     from domino_jax.interop.hf import (
-        _to_json,
         read_hf_config,
         read_hf_draft,
         recorded_template,
         save_hf_draft,
     )
-    from domino_jax.model_config import DraftConfig
-    from domino_jax.target.load import open_target, read_decoder_config
+    from domino_jax.interop.hf_config import config_json
+    from domino_jax.model_config import DecoderShape, DominoHeadConfig, DraftConfig
+    from domino_jax.target.decoder_keys import read_decoder_config
+    from domino_jax.target.load import open_target
 
     jax.config.update("jax_platforms", "cpu")
     target = write_target_once(directory, write_target)
@@ -86,21 +87,18 @@ def model_parsers(directory: Path) -> list[Parser]:
             "moe_intermediate_size": 8,
         },
     ]
-    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(DecoderShape)}
     draft = DraftConfig(
         **{**fields, "num_hidden_layers": 2, "num_target_layers": 4, "target_layer_ids": (0, 2)},
-        **{
-            "block_size": 4,
-            "mask_token_id": 2,
-            "emb_dim": 8,
-            "gru_hidden_dim": 8,
-            "shift_label": True,
-        },
+        block_size=4,
+        mask_token_id=2,
+        head=DominoHeadConfig(emb_dim=8, gru_hidden_dim=8),
+        shift_label=True,
     )
     windows = dataclasses.replace(
         draft, layer_types=("sliding_attention", "full_attention"), sliding_window=8
     )
-    drafts = [_to_json(config, "float32") for config in (draft, windows)]
+    drafts = [config_json(config, "float32") for config in (draft, windows)]
     copy, place = directory / "decoder", directory / "draft"
     copy.mkdir()
     shutil.copy(target / "model.safetensors", copy)

@@ -16,10 +16,17 @@ import numpy as np
 
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
-from domino_jax.model_config import DraftConfig
-from domino_jax.training.modules import DFlashTrainerModule, build_trainer
+from domino_jax.model_config import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
+from domino_jax.training.domino_module import build_trainer
+from domino_jax.training.modules import DFlashTrainerModule
 
 METRIC, GRADIENT = 1e-5, 1e-4  # relative, of a metric and of a gradient's norm
+
+
+def target_config(draft: DraftConfig, *, layers: int = 4) -> DecoderConfig:
+    """A target of the same widths as a draft."""
+    shape = {field.name: getattr(draft, field.name) for field in dataclasses.fields(DecoderShape)}
+    return DecoderConfig(**shape | {"num_hidden_layers": layers})
 
 
 def draft_config(**changes: Any) -> DraftConfig:
@@ -39,8 +46,7 @@ def draft_config(**changes: Any) -> DraftConfig:
         mask_token_id=119,
         num_target_layers=6,
         target_layer_ids=(0, 2, 4),
-        emb_dim=12,
-        gru_hidden_dim=20,
+        head=DominoHeadConfig(emb_dim=12, gru_hidden_dim=20),
         pure_draft_prefix_len=1,
         shift_label=True,
     )
@@ -49,7 +55,7 @@ def draft_config(**changes: Any) -> DraftConfig:
 
 def dflash_config(**changes: Any) -> DraftConfig:
     """The same without the Domino head."""
-    return draft_config(projector_type=None, shift_label=False, pure_draft_prefix_len=0, **changes)
+    return draft_config(head=None, shift_label=False, pure_draft_prefix_len=0, **changes)
 
 
 def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
@@ -323,6 +329,7 @@ def check_close(found: dict[str, Any], expected: dict[str, Any], *, relative: fl
     assert not wrong, wrong
 
 
+@functools.cache  # many tests compare with the same plain draft
 def compare_with_nemo(
     config: DraftConfig,
     *,

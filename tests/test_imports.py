@@ -32,7 +32,7 @@ import domino_jax
 from domino_jax.cli import main
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import DecoderShape, DominoHeadConfig, DraftConfig
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import load_draft, save_draft
@@ -41,9 +41,10 @@ from domino_jax.training.step import Batch, Program, initial_state, train_step
 
 directory, run = map(Path, sys.argv[1:])
 config = DraftConfig(
-    **dataclasses.asdict(tiny.CONFIG)
+    **{field.name: getattr(tiny.CONFIG, field.name) for field in dataclasses.fields(DecoderShape)}
     | {"num_hidden_layers": 1, "num_target_layers": 4, "target_layer_ids": (0, 2), "block_size": 4}
-    | {"mask_token_id": tiny.MASK_TOKEN_ID, "shift_label": True, "emb_dim": 8, "gru_hidden_dim": 8}
+    | {"mask_token_id": tiny.MASK_TOKEN_ID, "shift_label": True},
+    head=DominoHeadConfig(emb_dim=8, gru_hidden_dim=8),
 )
 params = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
 target = load_target(directory)

@@ -12,6 +12,7 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import pytest
+from doubles import slow_after
 from tiny import run_config, write_conversations, write_target
 
 from domino_jax.cli import interrupts
@@ -97,7 +98,9 @@ MOMENTS = (
 
 
 @pytest.mark.parametrize(
-    ("verb", "moment", "words"), MOMENTS, ids=lambda x: x if isinstance(x, str) else ""
+    ("verb", "moment", "words"),
+    slow_after(4, MOMENTS),
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_ctrl_c_ends_with_one_line(
     place: Path, verb: str, moment: str, words: tuple[str, ...]

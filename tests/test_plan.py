@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from availability import require_compiler
+from doubles import slow_after
 from rich.console import Console
 from tiny import MASK_TOKEN_ID, run_config, write_target
 
@@ -241,7 +242,7 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return load_config(path)
 
 
-@pytest.mark.parametrize("place", ["v5e:2x2", "h100:4"])
+@pytest.mark.parametrize("place", slow_after(1, ["v5e:2x2", "h100:4"]))
 def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, place: str) -> None:
     require_compiler(place)
     draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")

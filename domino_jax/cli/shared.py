@@ -20,9 +20,10 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import parse_yaml
 from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError, Scalars, scalars
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.gguf import BUILT_IN, resolve_target
-from domino_jax.target.load import load_target, load_tokenizer, read_decoder_config
+from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.records import DraftRecord

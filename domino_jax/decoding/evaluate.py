@@ -73,19 +73,7 @@ def evaluate(
         `speed_up`, and at temperature 0 `tokens_compared`, `tokens_equal`, `differences` and
         `lossless`: whether every difference is a tie of the target's logits.
     """
-    # Plain decoding captures nothing: it must not pay for states that only a draft reads.
-    decoders = {
-        "plain": replace(
-            decoder,
-            target=replace(decoder.target, capture=()),
-            draft=None,
-            proposals=0,
-            use_head=False,
-        )
-    }
-    decoders["speculative"] = decoder
-    if decoder.use_head:
-        decoders["head_off"] = replace(decoder, use_head=False)
+    decoders = _ways(decoder)
     # One number for all prompts and ways: any other would be another program to compile.
     slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
     run = functools.partial(
@@ -114,20 +102,36 @@ def evaluate(
         figures["tau_head_off"] = _tau(answers["head_off"])
         figures["tokens_per_second_head_off"] = speed["head_off"]
     if decoder.temperature == 0:
+        plain = answers.pop("plain")
         found = [
-            compare(weights, decoder.target, prompts, answers["plain"], answers[name])
-            for name in decoders
-            if name != "plain"
+            compare(weights, decoder.target, prompts, plain, drafted)
+            for drafted in answers.values()
         ]
-        differences = [difference for comparison in found for difference in comparison.differences]
-        figures |= {
-            "tokens_compared": sum(comparison.tokens_compared for comparison in found),
-            "tokens_equal": sum(comparison.tokens_equal for comparison in found),
-            "differences": [difference._asdict() for difference in differences],
-            # An output that ended early is no tie: its missing token has no logit to compare.
-            "lossless": all(gap is not None and gap < TIE for *_, gap in differences),
-        }
+        figures |= _lossless(found)
     return figures
+
+
+def _ways(decoder: Decoder) -> dict[str, Decoder]:
+    """The ways to decode a prompt: the target alone, the whole draft, the draft without head."""
+    # Plain decoding captures nothing: it must not pay for states that only a draft reads.
+    alone = replace(decoder.target, capture=())
+    plain = replace(decoder, target=alone, draft=None, proposals=0, use_head=False)
+    ways = {"plain": plain, "speculative": decoder}
+    if decoder.use_head:
+        ways["head_off"] = replace(decoder, use_head=False)
+    return ways
+
+
+def _lossless(found: Sequence[Comparison]) -> dict[str, Any]:
+    """The figures of all comparisons together."""
+    differences = [difference for comparison in found for difference in comparison.differences]
+    return {
+        "tokens_compared": sum(comparison.tokens_compared for comparison in found),
+        "tokens_equal": sum(comparison.tokens_equal for comparison in found),
+        "differences": [difference._asdict() for difference in differences],
+        # An output that ended early is no tie: its missing token has no logit to compare.
+        "lossless": all(gap is not None and gap < TIE for *_, gap in differences),
+    }
 
 
 def compare(

@@ -11,7 +11,7 @@ One answer alone is streamed, with or without a drafter. A file is answered in t
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from domino_jax.decoding.speculate import (
     start,
     stream,
 )
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, Scalars
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
@@ -170,15 +170,14 @@ def regenerate(
     A second start resumes after the last whole batch. Each line of the result is the prompt's line
     with the answer appended to its messages, `prompt_line`, `finished` (False where the answer was
     cut at the limit) and `generator`, the settings. Lines come in the order of the prompts'
-    lengths, so that the rows of a batch end together.
+    lengths, so that the prompts of a batch share their padding.
 
     Args:
         decoder: the plain target.
         weights: its parameters.
         tokenizer: of the target.
         prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
-        answers_path: the JSONL to write; until it is complete, a `BatchLog` of its name and
-            `.partial`.
+        answers_path: the JSONL to write; until it is complete, a `BatchLog`, `.partial`.
         max_new_tokens: per answer.
         batch_size: rows decoded together.
         seed: of the sampler.
@@ -195,49 +194,62 @@ def regenerate(
     if answers_path.exists():
         raise InputError(f"{answers_path}: already there; remove it to make it again")
     usable = _all_usable(prompts_path)
+    prompts = _by_length(usable, tokenizer, settings.get(KWARGS, NO_KWARGS))
+    *_, (longest, _, ids) = prompts
+    check_length(decoder, ids, place=f"{prompts_path}:{longest}")
+    # Of all prompts, not of those that are left: another start must run the same program.
+    slots = required_slots(decoder, len(ids), max_new_tokens)
     partial = answers_path.with_name(answers_path.name + ".partial")
-    kwargs = settings.get(KWARGS, NO_KWARGS)
-    prompts = [
-        (line, messages, encode_prompt(messages, tokenizer, kwargs))
-        for line, messages in usable.items()
-    ]
-    # Ties in the order of lines: another start must put the same prompts together into batches.
-    prompts.sort(key=lambda prompt: (len(prompt[2]), prompt[0]))
-    # The last is the longest: where it fits, all do.
-    check_length(decoder, prompts[-1][2], place=f"{prompts_path}:{prompts[-1][0]}")
     partial.parent.mkdir(parents=True, exist_ok=True)
+    run = functools.partial(generate, decoder, weights, max_new_tokens=max_new_tokens, slots=slots)
     read = functools.partial(_answer, settings=settings, prompts=usable, prompts_path=prompts_path)
     with BatchLog(partial, read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt[0] not in finished]
-        # Of all prompts, not of those that are left: another start must run the same program.
-        slots = required_slots(decoder, max(len(ids) for _, _, ids in prompts), max_new_tokens)
         written = 0
         progress(len(finished), len(prompts), written)
         for first in range(0, len(left), batch_size):
             batch = left[first : first + batch_size]
             # Short of rows, the last batch repeats one: another batch size is another compilation.
             rows = [ids for _, _, ids in batch] + [batch[-1][2]] * (batch_size - len(batch))
-            own = {
-                "max_new_tokens": max_new_tokens,
-                "slots": slots,
-                # By the line of a prompt, not by a count: batches that are left keep their seeds.
-                "seed": (seed + batch[0][0]) % SEED_LIMIT,
-            }
-            answers = generate(decoder, weights, rows, **own)
-            records = []
-            # Not strict: the answers to repeated prompts stand behind the batch and are dropped.
-            for (line, messages, _), answer in zip(batch, answers, strict=False):
-                text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                turns = [*messages, {"role": "assistant", "content": text}]
-                records.append(_answer_record(turns, line, answer.stopped, settings))
-                written += len(answer.tokens)
-                finished[line] = answer.stopped
+            # By the line of a prompt, not by a count: batches that are left keep their seeds.
+            own = (seed + batch[0][0]) % SEED_LIMIT
+            answers = run(prompts=rows, seed=own)[: len(batch)]
             # On disk first: the caller's `progress` may end the work.
-            log.add(records)
+            log.add(_answer_records(batch, answers, tokenizer, settings))
+            written += sum(len(answer.tokens) for answer in answers)
+            finished |= {prompt[0]: a.stopped for prompt, a in zip(batch, answers, strict=True)}
             progress(len(finished), len(prompts), written)
         log.publish(answers_path)
     return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
+
+
+_Prompt = tuple[int, Messages, np.ndarray]  # its line, its messages, its tokens
+
+
+def _by_length(usable: Mapping[int, Messages], tokenizer: Any, kwargs: Scalars) -> list[_Prompt]:
+    """The prompts, the shortest first, so that those of a batch share their padding."""
+    prompts = [
+        (line, messages, encode_prompt(messages, tokenizer, kwargs))
+        for line, messages in usable.items()
+    ]
+    # Ties in the order of lines: another start must put the same prompts together into batches.
+    return sorted(prompts, key=lambda prompt: (len(prompt[2]), prompt[0]))
+
+
+def _answer_records(
+    batch: Sequence[_Prompt],
+    answers: Sequence[Answer],
+    tokenizer: Any,
+    settings: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The lines of a batch's answers, in its order."""
+    records = []
+    for (line, messages, _), answer in zip(batch, answers, strict=True):
+        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        turns = [*messages, {"role": "assistant", "content": text}]
+        records.append(_answer_record(turns, line, answer.stopped, settings))
+    return records
 
 
 def _all_usable(prompts_path: Path) -> dict[int, Messages]:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.draft.backbone import DraftModel, output_logits
-from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels import cache as kv_cache
 from domino_jax.kernels.cache import Cache
@@ -114,7 +113,7 @@ def make_decoder(
         replace(target, capture=draft.cfg.target_layer_ids),
         draft,
         proposals=number_of_proposals(draft.cfg, proposals),
-        use_head=use_head and draft.cfg.projector_type == "domino",
+        use_head=use_head and draft.cfg.head is not None,
         temperature=temperature,
         stop_ids=tuple(stop_ids),
     )
@@ -321,14 +320,14 @@ def _draft(
     base = output_logits(cfg, vocabulary_logits(hidden, lm_head_weight(weights.target)))
     # As in training: the GRU reads every token, from the anchor on, corrected or not.
     tokens, probs = [], []
-    previous, gru = bonus, jnp.zeros((bonus.shape[0], cfg.gru_hidden_dim), jnp.float32)
+    previous, known = bonus, model.head.initial_state(bonus.shape[0]) if decoder.use_head else None
     for index in range(decoder.proposals):
         logits = base[:, index]
         if decoder.use_head:
-            head: DominoHead = model.head
-            gru = head.step(gru, jnp.take(embedding, previous, axis=0))
+            known = model.head.step(known, jnp.take(embedding, previous, axis=0))
             if index >= cfg.pure_draft_prefix_len:
-                logits += vocabulary_logits(head.low_rank(hidden[:, index], gru), head.expansion)
+                factor = model.head.correction(hidden[:, index], known)
+                logits += vocabulary_logits(factor, model.head.expansion)
         previous = _pick(decoder, jax.random.fold_in(key, index), logits)
         tokens.append(previous)
         if decoder.temperature > 0:

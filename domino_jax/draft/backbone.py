@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.draft.head import DominoHead
+from domino_jax.draft.head import HEAD_MODULES, Head
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.block_attention import RESULT, block_attention
 from domino_jax.kernels.cache import Cache, empty_cache
@@ -116,8 +116,8 @@ class DraftModel(nn.Module):
         layer = nn.remat(DraftLayer, policy=KEPT) if self.recompute else DraftLayer
         self.layers = [layer(cfg, causal=kind == causal_kind) for kind in cfg.attention_types]
         self.norm = RMSNorm(cfg.rms_norm_eps)
-        if cfg.projector_type == "domino":
-            self.head = DominoHead(cfg)
+        if cfg.head is not None:
+            self.head: Head = HEAD_MODULES[type(cfg.head)](cfg, cfg.head)
 
     def __call__(
         self,
@@ -225,7 +225,7 @@ def init_variables(model: DraftModel, key: jax.Array) -> dict:
         positions = jnp.zeros((1, 1, cfg.block_size), jnp.int32)
         start, used = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
         hidden = module(states, start, block, positions, layer_spans(cfg, start, used))
-        if cfg.projector_type == "domino":
+        if cfg.head is not None:
             predictions = module.prediction_states(hidden)
             module.head(predictions, jnp.zeros_like(predictions))
 

@@ -1,7 +1,7 @@
-"""A backbone that fills a block at once cannot know what it drafts earlier in it; this head does.
+"""A backbone that fills a block at once cannot know what it drafts earlier in it; a head does.
 
-The Domino head is a GRU over a block's previous tokens and a low-rank correction of the logits. It
-is small, since at inference it runs once a token where the backbone runs once a block:
+A head is small, since at inference it runs once a token where the backbone runs once a block. The
+Domino head is a GRU over a block's previous tokens and a low-rank correction of the logits:
 
     prediction m             0        1        2      of token a + 1 + m, a the anchor's place
     previous token           a      a + 1    a + 2    the row's own in training, drafted in decoding
@@ -10,14 +10,49 @@ is small, since at inference it runs once a token where the backbone runs once a
     correction            W2 r_0   W2 r_1   W2 r_2    added to the base logits by the caller
 """
 
+from typing import Any, Protocol
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from domino_jax.kernels.products import project
 from domino_jax.layers import Dense
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import DominoHeadConfig, DraftConfig
 from domino_jax.sharding import constrain, logical_axes
+
+
+class Head(Protocol):
+    """What a draft asks of its head, a Linen module of the draft's config and the head's own.
+
+    A correction is of low rank: the head makes its factor [..., R] of each prediction, and the
+    caller multiplies it with `expansion`, fused with the loss or with the choice of a token.
+
+    Attributes:
+        expansion: [V, R], float32, the vocabulary's side of the correction.
+    """
+
+    expansion: jax.Array
+
+    def __call__(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+        """The factors of teacher-forced predictions.
+
+        Args:
+            hidden: [..., M, D], backbone states of the predictions.
+            previous: [..., M, D], embeddings of the tokens just before them.
+        Returns:
+            [..., M, R]; zero for the first `pure_draft_prefix_len` predictions, so that their
+            correction is exactly 0.
+        """
+
+    def initial_state(self, count: int) -> Any:
+        """What the head remembers of `count` blocks before their first token, float32."""
+
+    def step(self, state: Any, previous: jax.Array) -> Any:
+        """What it remembers after one more token, given its embedding [count, D]."""
+
+    def correction(self, hidden: jax.Array, state: Any) -> jax.Array:
+        """The factor of one prediction, [count, D] and the state before it -> [count, R]."""
 
 
 class PrefixGRU(nn.Module):
@@ -95,18 +130,19 @@ class DominoHead(nn.Module):
     """
 
     cfg: DraftConfig
+    widths: DominoHeadConfig
 
     def setup(self) -> None:
         """Creates the GRU, W1 `[R, D + G]` and W2 `[V, R]`."""
-        cfg = self.cfg
-        self.prefix_gru = PrefixGRU(cfg.hidden_size, cfg.gru_hidden_dim, cfg.dtype)
-        self.embed_proj_0 = Dense(cfg.emb_dim, ("low_rank", "features"), cfg.dtype)
+        cfg, widths = self.cfg, self.widths
+        self.prefix_gru = PrefixGRU(cfg.hidden_size, widths.gru_hidden_dim, cfg.dtype)
+        self.embed_proj_0 = Dense(widths.emb_dim, ("low_rank", "features"), cfg.dtype)
         # A plain array, since its product is the caller's. Its name is that of checkpoints, which
         # number W1, its activation and W2 as 0, 1 and 2.
         self.expansion = self.param(
             "embed_proj_2",
             logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "low_rank"),
-            (cfg.vocab_size, cfg.emb_dim),
+            (cfg.vocab_size, widths.emb_dim),
             jnp.float32,
         )
 
@@ -121,11 +157,15 @@ class DominoHead(nn.Module):
             correction is exactly 0.
         """
         # Not cut before the GRU: later predictions need its state after the uncorrected ones.
-        low_rank = self.low_rank(hidden, self.prefix_gru(previous))
+        low_rank = self.correction(hidden, self.prefix_gru(previous))
         corrected = jnp.arange(hidden.shape[-2]) >= self.cfg.pure_draft_prefix_len
         return jnp.where(corrected[:, None], low_rank, 0)
 
-    def low_rank(self, hidden: jax.Array, state: jax.Array) -> jax.Array:
+    def initial_state(self, count: int) -> jax.Array:
+        """The GRU's state before a block's first token, zeros [count, G]."""
+        return jnp.zeros((count, self.widths.gru_hidden_dim), jnp.float32)
+
+    def correction(self, hidden: jax.Array, state: jax.Array) -> jax.Array:
         """`silu(W1 [h ; g])`, [..., D] and [..., G] -> [..., R] in the compute dtype."""
         return nn.silu(
             self.embed_proj_0(jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1))
@@ -134,3 +174,15 @@ class DominoHead(nn.Module):
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
         """The GRU state after one more token, [rows, G] and embedding [rows, D] -> [rows, G]."""
         return self.prefix_gru.next_state(state, self.prefix_gru.input_gates(previous))[0]
+
+
+# What computes each kind of head, and the names of its tensors in a checkpoint by path in its tree.
+HEAD_MODULES: dict[type, type[nn.Module]] = {DominoHeadConfig: DominoHead}
+HEAD_TENSORS: dict[type, dict[tuple[str, ...], str]] = {
+    DominoHeadConfig: {
+        ("prefix_gru", "weight_ih_l0"): "prefix_gru.weight_ih_l0",
+        ("prefix_gru", "weight_hh_l0"): "prefix_gru.weight_hh_l0",
+        ("embed_proj_0", "weight"): "embed_proj.0.weight",
+        ("embed_proj_2",): "embed_proj.2.weight",
+    }
+}

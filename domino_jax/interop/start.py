@@ -4,18 +4,16 @@ Tensors of one draft fit into another whose positions mean other tokens or whose
 keys. Training would begin from weights that mean something else, and nothing would fail.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from domino_jax.interop.hf import read_hf_config, read_hf_draft
-from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
+from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig, draft_tree
 from domino_jax.strict import InputError
 
 # No tensor and no meaning of one depends on these: the compute type, a length that no angle is made
 # from, and the block's length, which only says how many of the same mask tokens are filled.
 _FREE = ("dtype", "max_position_embeddings", "block_size")
-_HEAD = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len")
 
 
 def starting_params(path: str | Path, config: DraftConfig) -> Any:
@@ -53,10 +51,10 @@ def check_start(path: str | Path, config: DraftConfig) -> None:
 
 def _meaning(config: DraftConfig) -> dict[str, Any]:
     """The fields that tensors depend on, without those that say nothing in this draft."""
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields = draft_tree(config)
     # The types as they are meant: a draft that names none has full attention in each layer.
     fields["layer_types"] = config.attention_types
     unused = list(_FREE)
-    unused += [] if config.projector_type == "domino" else _HEAD
+    unused += [] if config.head is not None else ["pure_draft_prefix_len"]
     unused += [] if SLIDING_ATTENTION in config.attention_types else ["sliding_in_block"]
     return {name: value for name, value in fields.items() if name not in unused}

@@ -209,6 +209,29 @@ def forward(
     return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
 
 
+class _OwnGradients(NamedTuple):
+    """The own block's share of the queries' gradient, and its keys' and values'; float32."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
+def _own_gradients(
+    saved: Saved, cotangent: jax.Array, slope: jax.Array, *, causal: bool
+) -> _OwnGradients:
+    operands = saved.operands
+    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    weights = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
+    slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
+    slopes = (weights * (slopes - slope) * scale).astype(dtype)
+    return _OwnGradients(
+        _product("bknrc,bkncd->bknrd", slopes, operands.own_keys),
+        _product("bknrc,bknrd->bkncd", slopes, operands.queries),
+        _product("bknrc,bknrd->bkncd", weights.astype(dtype), cotangent),
+    )
+
+
 def backward(
     saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize, transposed: bool
 ) -> Operands:
@@ -235,13 +258,7 @@ def backward(
     slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1, keepdims=True)
     cotangent = cotangent.astype(dtype)
 
-    near = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
-    near_slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
-    near_slopes = (near * (near_slopes - slope) * scale).astype(dtype)
-    own_queries = _product("bknrc,bkncd->bknrd", near_slopes, operands.own_keys)
-    own_keys = _product("bknrc,bknrd->bkncd", near_slopes, operands.queries)
-    own_values = _product("bknrc,bknrd->bkncd", near.astype(dtype), cotangent)
-
+    own = _own_gradients(saved, cotangent, slope, causal=causal)
     axis = 3 if transposed else 2  # of the positions in the sums of keys and values
 
     def of_tile(
@@ -282,6 +299,6 @@ def backward(
     parts = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
     sums, queries = jax.lax.scan(of_tile, (zeros, zeros), (_tiles(operands, span, size), *parts))
     keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
-    queries = _from_tiles(queries, operands.queries) + own_queries
-    gradients = Operands(queries, keys, values, own_keys, own_values)
+    queries = _from_tiles(queries, operands.queries) + own.queries
+    gradients = Operands(queries, keys, values, own.keys, own.values)
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)

@@ -15,7 +15,6 @@ slope) then lies along lanes, which a TPU broadcasts over the keys for nothing.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,89 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
-
-LANES = 128  # of a vector register: queries and keys of a tile come in multiples of it
-
-
-class KernelTile(NamedTuple):
-    """Queries and keys of one tile of scores, and the context whose gradient stays in memory.
-
-    `rows` is a wish: a tile holds whole blocks and a multiple of `LANES` rows.
-    """
-
-    rows: int = 512
-    keys: int = 512
-    context: int = 4096
-
-
-TILE = KernelTile()
-
-
-class Cut(NamedTuple):
-    """How one call is cut.
-
-    `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries, and
-    the context in `parts` of `part_tiles` tiles each.
-    """
-
-    blocks: int
-    rows: int
-    keys: int
-    tiles: int
-    parts: int
-    part_tiles: int
-
-
-def cut_of(operands: Operands, size: KernelTile) -> Cut:
-    """The cut of a call; both axes are filled up to whole tiles."""
-    blocks, rows = operands.queries.shape[2:4]
-    length = operands.keys.shape[2]
-    unit = LANES // math.gcd(LANES, rows)  # the fewest blocks that fill whole registers
-    tile_blocks = unit * max(min(size.rows // (unit * rows), -(-blocks // unit)), 1)
-    keys = min(size.keys, -(-length // LANES) * LANES)
-    key_tiles = -(-length // keys)
-    # A part is what the backward pass holds the gradient of; it cannot be less than a tile.
-    parts = -(-key_tiles * keys // max(size.context, keys))
-    return Cut(
-        tile_blocks,
-        tile_blocks * rows,
-        keys,
-        -(-blocks // tile_blocks),
-        parts,
-        -(-key_tiles // parts),
-    )
-
-
-class SeenTiles(NamedTuple):
-    """The key tiles that some query of a tile sees.
-
-    By sequence of the batch, part of the context and tile of queries: `order` int32
-    [B * parts * tiles * part_tiles], the seen ones first; `counts` int32 [B * parts * tiles]. Flat,
-    as a scalar memory wants them.
-    """
-
-    order: jax.Array
-    counts: jax.Array
-
-
-def seen_tiles(span: ContextSpan, cut: Cut) -> SeenTiles:
-    """Which key tiles are worth reading; arrays of tiles, not of positions."""
-    batch, blocks = span.end.shape[:2]
-
-    def by_tile(x: jax.Array) -> jax.Array:  # [B, N, Q] -> [B, tiles, queries, 1]
-        x = jnp.pad(x, ((0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0)))
-        return x.reshape(batch, cut.tiles, -1, 1)
-
-    first, end = (
-        by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span
-    )
-    begin = jnp.arange(cut.parts * cut.part_tiles) * cut.keys
-    # A span may be empty inside a tile: a block at its document's first token needs none of it.
-    seen = jnp.any((first < end) & (first < begin + cut.keys) & (end > begin), axis=2)
-    seen = seen.reshape(batch, cut.tiles, cut.parts, cut.part_tiles).swapaxes(1, 2)
-    # A list, since windows leave holes between a begin and a stop; a stable sort keeps its order.
-    order = jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32)
-    return SeenTiles(order.reshape(-1), jnp.sum(seen, axis=-1, dtype=jnp.int32).reshape(-1))
+from domino_jax.kernels.tpu_tiles import TILE, Cut, KernelTile, cut_of, seen_tiles
 
 
 class _Inputs(NamedTuple):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.kernels import causal_attention
-from domino_jax.model_config import DecoderConfig
+from domino_jax.model_config import DecoderShape
 
 
 class Cache(NamedTuple):
@@ -118,7 +118,7 @@ def cached_attention(
     )
 
 
-def empty_cache(cfg: DecoderConfig, *, batch: int, slots: int) -> Cache:
+def empty_cache(cfg: DecoderShape, *, batch: int, slots: int) -> Cache:
     """One layer's cache of zeros, [batch, KV, slots, head_dim] twice in the compute dtype."""
     # Zeros, and not whatever is there: a masked slot has the weight 0, but 0 times NaN is NaN.
     shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)

@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
 
 from domino_jax.model_config import DecoderConfig
-from domino_jax.staging import check_new, whole_directory, write_error
+from domino_jax.staging import check_new, whole_directory
 from domino_jax.strict import InputError, shown
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.gguf_source import GgufSource, open_gguf
-from domino_jax.target.load import read_decoder_config, stored_shapes
+from domino_jax.target.gguf_tokenizer import (
+    gguf_tokenizer,
+    save_tokenizer,
+    token_ids,
+    tokenizer_config,
+)
+from domino_jax.target.load import stored_shapes
 from domino_jax.target.safetensors import check_tensors, write_safetensors
 
 # gguf and platformdirs are imported where they are used: a directory as a target needs neither.
@@ -56,18 +53,6 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-# The pre-tokenizers that the model families publish in their tokenizer.json: GGUF has only their
-# names. Only the runs of digits differ.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS = {
-    "llama-bpe": _WORDS.format(digits=r"\p{N}{1,3}"),
-    "qwen2": _WORDS.format(digits=r"\p{N}"),
-}
-_PRE_TOKENIZERS = ("smollm", *_SPLITS)
 
 
 class BuiltIn(NamedTuple):
@@ -152,13 +137,13 @@ def convert_gguf(
     progress(f"reading {Path(gguf_path).name}")
     source = open_gguf(Path(gguf_path))
     config = _config(source)
-    tokenizer = _tokenizer(source, config["vocab_size"])
+    tokenizer = gguf_tokenizer(source, config["vocab_size"])
     try:
         with whole_directory(directory) as staging:
             _write_json(staging / "config.json", config)
             _write_json(staging / "generation_config.json", _generation_config(source))
-            _write_json(staging / "tokenizer_config.json", _tokenizer_config(source))
-            _save_tokenizer(tokenizer, staging / "tokenizer.json")
+            _write_json(staging / "tokenizer_config.json", tokenizer_config(source))
+            save_tokenizer(tokenizer, staging / "tokenizer.json")
             # The config is read back as that of any target: a model that could not be loaded is
             # refused here, and the message names the file that the user gave.
             try:
@@ -237,7 +222,7 @@ def _config(source: GgufSource) -> dict[str, Any]:
         "attention_bias": False,
         **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
         "tie_word_embeddings": "output.weight" not in names,
-        **_token_ids(source),
+        **token_ids(source),
         "dtype": "float32",
     }
 
@@ -306,103 +291,13 @@ def _half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
-    """The byte-level BPE tokenizer that a GGUF file describes, with its special tokens."""
-    import gguf
-
-    model, pre = (
-        source.metadata.get("tokenizer.ggml.model"),
-        source.metadata.get("tokenizer.ggml.pre"),
-    )
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
-        raise InputError(
-            f"{source.path}: tokenizer {shown(model)} with pre-tokenizer {shown(pre)}; "
-            f"supported: 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
-        )
-    if source.metadata.get("tokenizer.ggml.add_eos_token"):
-        raise InputError(f"{source.path}: tokenizer.ggml.add_eos_token is True; supported: False")
-    tokens, types = (
-        source.entries("tokenizer.ggml.tokens", str),
-        source.entries("tokenizer.ggml.token_type", int),
-    )
-    if len(types) != vocab_size:
-        raise InputError(
-            f"{source.path}: {vocab_size} tokens but {len(types)} entries of "
-            "tokenizer.ggml.token_type"
-        )
-    merges = [tuple(merge.split(" ", 1)) for merge in source.entries("tokenizer.ggml.merges", str)]
-    # Padding of the embedding matrix is not a word of the language.
-    vocabulary = {
-        token: index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind != gguf.TokenType.UNUSED
-    }
-    try:
-        # No unknown token: a byte that the vocabulary lacks vanishes, as with the published
-        # tokenizers. Llama 3's takes a word whole that no merge reaches.
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise InputError(
-            f"{source.path}: tokenizer.ggml.merges do not fit the tokens: {error}"
-        ) from error
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
-            special = kind == gguf.TokenType.CONTROL
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    bos = source.token("bos")
-    # Files of Llama 3 need not say that a text begins with bos: llama.cpp adds it there.
-    if source.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos is not None:
-        if bos not in vocabulary:
-            raise InputError(f"{source.path}: the bos token {shown(bos)} is of the unused type")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-        )
-    return tokenizer
-
-
-def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    if pre == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
-    # The words are cut already: the pattern that ByteLevel has, GPT-2's, would cut them again.
-    return pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-
-
-def _tokenizer_config(source: GgufSource) -> dict[str, Any]:
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    named = {key: token for key, role in roles.items() if (token := source.token(role)) is not None}
-    template = source.optional("tokenizer.chat_template", str)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": source.need(
-            f"{source.metadata['general.architecture']}.context_length", int
-        ),
-        "clean_up_tokenization_spaces": False,
-        **named,
-        **({} if template is None else {"chat_template": template}),
-    }
-
-
 def _generation_config(source: GgufSource) -> dict[str, Any]:
     """Ids that generation starts, stops and pads with; a file may name several that end a turn."""
     ends = [source.token_id(role) for role in ("eos", "eot", "eom")]
     return {
-        **_token_ids(source),
+        **token_ids(source),
         "eos_token_id": sorted({index for index in ends if index is not None}),
     }
-
-
-def _token_ids(source: GgufSource) -> dict[str, int]:
-    roles = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {key: source.token_id(role) for key, role in roles.items()}
-    return {key: index for key, index in ids.items() if index is not None}
 
 
 def _short(value: float) -> float:
@@ -412,13 +307,6 @@ def _short(value: float) -> float:
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    try:
-        tokenizer.save(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise write_error(error, path) from error
 
 
 def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:

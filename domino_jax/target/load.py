@@ -22,13 +22,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.files import checked_file, read_json
+from domino_jax.files import checked_file
 from domino_jax.finite import all_finite
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import parameter_shardings
-from domino_jax.strict import InputError, from_tree, shown, text_problem
+from domino_jax.strict import InputError, shown, text_problem
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.model import Target
-from domino_jax.target.rope_keys import read_rope_scaling, read_rope_theta
 from domino_jax.target.safetensors import (
     StoredTensor,
     check_tensors,
@@ -37,21 +37,8 @@ from domino_jax.target.safetensors import (
     open_safetensors,
 )
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of the vocabulary
 
-# Keys that would change the arithmetic, with the only value that `Target` computes; an absent key
-# means that value.
-_ONLY_VALUE: dict[str, Any] = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1,
-    "quantization_config": None,
-    # A mixture of experts has them in every layer: one scan over the layers needs them alike.
-    "mlp_only_layers": [],
-    "decoder_sparse_step": 1,
-}
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _TOKENIZER_BYTES = 2**28  # of each of its files
 ParameterPath = tuple[str, ...]  # in a tree of parameters
@@ -123,64 +110,6 @@ def load_sharded_target(
             # Waited for: what the host holds of one parameter is gone before the next is read.
             leaves[path] = _sharded(read, shape, layout[path]).block_until_ready()
     return LoadedTarget(directory, model.cfg, unflatten_dict(leaves))
-
-
-def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
-    """Reads config.json of a Llama, Qwen2, Qwen3 or Qwen3 MoE model.
-
-    Args:
-        directory: the Hugging Face directory.
-        dtype: type of the computation, "float32" or "bfloat16".
-    Returns:
-        `DecoderConfig`. An absent `head_dim` is hidden_size // num_attention_heads, absent
-        key-value heads are as many as the heads, an absent rotary base is 10000, an absent
-        `norm_topk_prob` is false: what Hugging Face reads in such files.
-    Raises:
-        InputError: the file, the key, what was found and what is supported.
-    """
-    place = checked_file(Path(directory), "config.json")
-    tree = read_json(place)
-    model_type = tree.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(
-            f"{place}: model_type is {shown(model_type)}; supported: {', '.join(MODEL_TYPES)}"
-        )
-    # Qwen2 always has the biases and its files do not say so.
-    for key, value in (_ONLY_VALUE | {"attention_bias": model_type == "qwen2"}).items():
-        if tree.get(key, value) not in (value, None):
-            raise InputError(f"{place}: {key} is {shown(tree[key])}; supported: {value!r}")
-    _check_layer_types(tree, place)
-    same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    values = {
-        key: tree[key] for key in (*same, "max_position_embeddings", "rms_norm_eps") if key in tree
-    }
-    for key in ("num_attention_heads", "hidden_size", "rms_norm_eps"):
-        if key not in values:
-            raise InputError(f"{place}: missing {key}")
-    values["num_key_value_heads"] = _given(
-        tree, "num_key_value_heads", values["num_attention_heads"]
-    )
-    values["head_dim"] = _given(tree, "head_dim", None)
-    if values["head_dim"] is None:
-        values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], place)
-    values |= {
-        "rope_theta": read_rope_theta(tree, place=str(place)),
-        "rope_scaling": read_rope_scaling(tree, place=str(place)),
-    }
-    values["tie_word_embeddings"] = _given(tree, "tie_word_embeddings", False)
-    values |= {
-        "qk_norm": model_type in ("qwen3", "qwen3_moe"),
-        "attention_bias": model_type == "qwen2",
-    }
-    values |= _experts(tree, place) if model_type == "qwen3_moe" else {}
-    values["dtype"] = dtype
-    return from_tree(DecoderConfig, values, place=str(place))
 
 
 def expected_tensors(config: DecoderConfig) -> dict[ParameterPath, tuple[str, tuple[int, ...]]]:
@@ -263,22 +192,6 @@ def _check_tokenizer_files(directory: Path) -> None:
                 size = checked_file(folder, path.name).stat().st_size
                 if size > _TOKENIZER_BYTES:
                     raise InputError(f"{path}: {size} bytes, expected at most {_TOKENIZER_BYTES}")
-
-
-def _check_layer_types(tree: Mapping[str, Any], place: Path) -> None:
-    kinds = tree.get("layer_types")
-    if kinds is None:
-        return
-    listed = isinstance(kinds, list)
-    other = [kind for kind in kinds if kind != "full_attention"] if listed else []
-    if other:
-        raise InputError(
-            f"{place}: layer_types holds {shown(other[0])}; supported: 'full_attention'"
-        )
-    if not listed or len(kinds) not in (0, tree.get("num_hidden_layers")):
-        raise InputError(
-            f"{place}: layer_types is {shown(kinds)}; expected one name for each layer"
-        )
 
 
 def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
@@ -387,44 +300,3 @@ def _sharded(
         return parts[bounds]
 
     return jax.make_array_from_callback(shape, layout, part)
-
-
-def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """The fields of a mixture of experts.
-
-    transformers 5 writes `num_local_experts` for `num_experts`.
-    """
-    counts = [
-        tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None
-    ]
-    if any(count != counts[0] for count in counts):
-        raise InputError(
-            f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} "
-            "contradict"
-        )
-    if not counts or counts[0] == 0:
-        raise InputError(
-            f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; "
-            "expected a mixture"
-        )
-    values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
-    for key in ("num_experts_per_tok", "moe_intermediate_size"):
-        if key not in tree:
-            raise InputError(f"{place}: missing {key}")
-        values[key] = tree[key]
-    return values
-
-
-def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:
-    return default if tree.get(key) is None else tree[key]
-
-
-def _head_dim(hidden_size: Any, heads: Any, place: Path) -> int:
-    if not (
-        type(hidden_size) is int and type(heads) is int and heads > 0 and hidden_size % heads == 0
-    ):
-        raise InputError(
-            f"{place}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
-            f"hidden_size {shown(hidden_size)}"
-        )
-    return hidden_size // heads

@@ -62,7 +62,7 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, tables: Rotary, at: "_Place", cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:  # [B, T, D] -> [B, T, D]
         """Runs one layer over whole rows or, with a cache, over a run of tokens behind it."""
-        attention = AttentionProjections(self.cfg, name="self_attn")
+        attention = AttentionProjections(self.cfg, self.cfg.attention_bias, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         queries, (keys, values) = (
             attention.queries(normed, tables),

@@ -36,14 +36,10 @@ from domino_jax.data.pipeline import heldout_batches
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.gguf import resolve_target
-from domino_jax.target.load import (
-    load_sharded_target,
-    load_tokenizer,
-    open_target,
-    read_decoder_config,
-)
+from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
 from domino_jax.training.metrics import Say

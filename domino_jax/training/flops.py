@@ -15,7 +15,7 @@ multiplication and its addition are two FLOPs; only matrix products count. Usefu
 The update is left out: it has no products. No jax here: a benchmark's parent must not start it.
 """
 
-from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DraftConfig
+from domino_jax.model_config import SLIDING_ATTENTION, DecoderConfig, DecoderShape, DraftConfig
 from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT, HEAD, TARGET, VOCABULARY_LOSS
 
 
@@ -55,12 +55,9 @@ def step_flops(
         # Through the frozen head, and back to the states: it has no gradient of its own.
         VOCABULARY_LOSS: 2 * predictions * vocabulary * width,
     }
-    if draft.projector_type is not None:
-        gru, rank = draft.gru_hidden_dim, draft.emb_dim
-        # Three gates. The inputs are frozen embeddings, so two products; the state is passed back.
-        recurrence = 3 * gru * (2 * width + 3 * gru)
-        products[HEAD] = predictions * (recurrence + 3 * rank * (width + gru))
-        products[VOCABULARY_LOSS] += 3 * predictions * vocabulary * rank
+    if draft.head is not None:
+        products[HEAD] = predictions * draft.head.training_products(width)
+        products[VOCABULARY_LOSS] += 3 * predictions * vocabulary * draft.head.emb_dim
     if target_logits:
         products[VOCABULARY_LOSS] += min(length, predictions) * vocabulary * width
     if target is not None:
@@ -74,19 +71,19 @@ def step_flops(
     return {stage: 2.0 * count for stage, count in products.items()}
 
 
-def _heads_width(config: DecoderConfig) -> int:
+def _heads_width(config: DecoderShape) -> int:
     return config.num_attention_heads * config.head_dim
 
 
-def _kv_width(config: DecoderConfig) -> int:
+def _kv_width(config: DecoderShape) -> int:
     return config.num_key_value_heads * config.head_dim
 
 
-def _layer_weights(config: DecoderConfig) -> int:
+def _layer_weights(config: DecoderShape) -> int:
     """Weights of a layer that a token is multiplied with; of experts, those that it is sent to."""
     width = config.hidden_size
     attention = width * 2 * (_heads_width(config) + _kv_width(config))
-    if config.num_experts == 0:
+    if not isinstance(config, DecoderConfig) or config.num_experts == 0:
         return attention + 3 * width * config.intermediate_size
     chosen = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok
     # A router scores all experts, though few are chosen.

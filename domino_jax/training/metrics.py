@@ -22,36 +22,42 @@ import jax.numpy as jnp
 
 from domino_jax.files import parse_json, read_text, write_whole
 from domino_jax.strict import InputError
-from domino_jax.training.modules import DFlashStepMetrics, DominoStepMetrics
+from domino_jax.training.step_metrics import DFlashStepMetrics
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read whole do not
 Say = Callable[[str], None]
 
 
+# Each mean of a window, the sum it is made from and what divides it. Those of the base logits are
+# there only where a head makes final ones from them.
+MEANS = {
+    "loss": ("loss_sum", "loss_weight"),
+    "accuracy": ("correct_tokens", "valid_tokens"),
+    "accept_len": ("accept_len_sum", "valid_blocks"),
+    "final_loss": ("final_loss_sum", "loss_weight"),
+    "base_loss": ("base_loss_sum", "loss_weight"),
+    "base_accuracy": ("base_correct_tokens", "valid_tokens"),
+    "base_accept_len": ("base_accept_len_sum", "valid_blocks"),
+}
+# The least that divides: a weight may be a fraction of a token.
+SMALLEST = {"loss_weight": 1e-6, "valid_tokens": 1.0, "valid_blocks": 1.0}
+
+
 def metric_sums(metrics: DFlashStepMetrics) -> dict[str, jax.Array]:
     """What adds up over micro-batches, hosts and windows; float32 scalars.
 
-    Losses are multiplied by their weight.
+    Losses, which are means, are multiplied by their weight.
     """
-    weight = metrics.loss_weight
-    sums = {
-        "loss_sum": metrics.loss * weight,
-        "loss_weight": weight,
-        "valid_tokens": metrics.valid_tokens,
-        "correct_tokens": metrics.correct_tokens,
-        "accept_len_sum": metrics.accept_len_sum,
-        "valid_blocks": metrics.valid_blocks,
-        "batches": jnp.float32(1),
-        "batches_without_anchor": (metrics.valid_blocks == 0).astype(jnp.float32),
-    }
-    if isinstance(metrics, DominoStepMetrics):
-        sums |= {
-            "final_loss_sum": metrics.final_loss * weight,
-            "base_loss_sum": metrics.base_loss * weight,
-            "base_correct_tokens": metrics.base_correct_tokens,
-            "base_accept_len_sum": metrics.base_accept_len_sum,
-        }
+    measured = vars(metrics)
+    sums = {name: measured[name] for name in SMALLEST}
+    for mean, (name, divisor) in MEANS.items():
+        if name in measured:
+            sums[name] = measured[name]
+        elif mean in measured:
+            sums[name] = measured[mean] * measured[divisor]
+    sums["batches"] = jnp.float32(1)
+    sums["batches_without_anchor"] = (metrics.valid_blocks == 0).astype(jnp.float32)
     return sums
 
 
@@ -62,20 +68,11 @@ def metric_means(sums: dict[str, Any]) -> dict[str, float]:
     Without anchors the means are 0; where all else was skipped as not finite they are NaN, as is
     the norm where there was no update.
     """
-    weight = max(float(sums["loss_weight"]), 1e-6)
-    tokens, blocks = max(float(sums["valid_tokens"]), 1.0), max(float(sums["valid_blocks"]), 1.0)
     means = {
-        "loss": sums["loss_sum"] / weight,
-        "accuracy": sums["correct_tokens"] / tokens,
-        "accept_len": sums["accept_len_sum"] / blocks,
+        mean: sums[name] / max(float(sums[divisor]), SMALLEST[divisor])
+        for mean, (name, divisor) in MEANS.items()
+        if name in sums
     }
-    if "final_loss_sum" in sums:
-        means |= {
-            "final_loss": sums["final_loss_sum"] / weight,
-            "base_loss": sums["base_loss_sum"] / weight,
-            "base_accuracy": sums["base_correct_tokens"] / tokens,
-            "base_accept_len": sums["base_accept_len_sum"] / blocks,
-        }
     # All was skipped: 0 would read like a perfect loss.
     if sums.get("skipped_nonfinite") and not sums["valid_blocks"]:
         means = dict.fromkeys(means, math.nan)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
@@ -29,59 +28,26 @@ from domino_jax.kernels.token_loss import (
     Objective,
     States,
     Tables,
-    TokenLoss,
     VocabularyLoss,
 )
 from domino_jax.kernels.vocabulary_loss import vocabulary_loss
-from domino_jax.model_config import DraftConfig
 from domino_jax.sharding import constrain
-from domino_jax.stages import HEAD, VOCABULARY_LOSS
+from domino_jax.stages import VOCABULARY_LOSS
 from domino_jax.strict import require
-from domino_jax.training.loss import acceptance_stats, dual_loss, position_weights
+from domino_jax.training.loss import dual_loss, position_weights
 from domino_jax.training.objectives import (
     check_objective,
     checked_options,
     loss_divisor,
     objective_named,
 )
+from domino_jax.training.step_metrics import (
+    DFlashStepMetrics,
+    prediction_metrics,
+)
 
 # Positions int32 [B, N], and which slots hold one, bool [B, N].
 Anchors = tuple[jax.Array, jax.Array]
-
-
-class DFlashStepMetrics(flax.struct.PyTreeNode):
-    """What one pass measured; all float32 scalars.
-
-    Sums and counts add up over batches, means do not. `loss_weight` is the denominator of the loss,
-    `valid_tokens` and `valid_blocks` count what was supervised, `accept_len` includes the target's
-    bonus token.
-    Source: NeMo AutoModel 0.7.0, `DFlashStepMetrics`.
-    """
-
-    loss: jax.Array
-    loss_weight: jax.Array
-    accuracy: jax.Array
-    valid_tokens: jax.Array
-    correct_tokens: jax.Array
-    accept_len: jax.Array
-    accept_len_sum: jax.Array
-    valid_blocks: jax.Array
-
-
-class DominoStepMetrics(DFlashStepMetrics):
-    """`DFlashStepMetrics` of the corrected logits, with the base logits' figures beside them.
-
-    `loss = (1 - lambda_base) * final_loss + lambda_base * base_loss`.
-    Source: NeMo AutoModel 0.7.0, `DominoStepMetrics`.
-    """
-
-    final_loss: jax.Array
-    base_loss: jax.Array
-    base_accuracy: jax.Array
-    base_correct_tokens: jax.Array
-    base_accept_len: jax.Array
-    base_accept_len_sum: jax.Array
-    lambda_base: jax.Array
 
 
 class DFlashTrainerModule(nn.Module):
@@ -138,7 +104,7 @@ class DFlashTrainerModule(nn.Module):
             self.loss_options,
             normalize=self.normalize,
             gamma=self.loss_decay_gamma,
-            domino=cfg.projector_type is not None,
+            domino=cfg.head is not None,
         )
 
     def __call__(
@@ -149,6 +115,7 @@ class DFlashTrainerModule(nn.Module):
         lm_head: jax.Array,
         embed_tokens: jax.Array,
         *,
+        lambda_base: jax.Array | float = 0.0,
         position_ids: jax.Array | None = None,
         seq_lens: jax.Array | None = None,
         doc_remaining: jax.Array | None = None,
@@ -158,9 +125,10 @@ class DFlashTrainerModule(nn.Module):
     ) -> DFlashStepMetrics:
         """Loss and metrics of a batch.
 
-        Arguments as in `DominoTrainerModule.__call__`, without `lambda_base`.
+        Arguments as in `DominoTrainerModule.__call__`. Without a head the base logits are the final
+        ones: `lambda_base` changes nothing.
         """
-        packing = _packing(position_ids, seq_lens, doc_remaining)
+        packing = packing_of(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
         prefix_lengths = self.draw_prefix_lengths(anchors[0])
         blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
@@ -176,7 +144,7 @@ class DFlashTrainerModule(nn.Module):
         return DFlashStepMetrics(
             loss=loss.total / (divisor + 1e-6),
             loss_weight=divisor,
-            **_prediction_metrics(loss.final, blocks),
+            **prediction_metrics(loss.final, blocks),
         )
 
     def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array | None:
@@ -248,7 +216,7 @@ class DFlashTrainerModule(nn.Module):
         spans = layer_spans(
             self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None
         )
-        noise = _frozen_rows(embed_tokens, blocks.noise_ids)
+        noise = frozen_rows(embed_tokens, blocks.noise_ids)
         # The target is frozen, whoever ran it: no caller has to remember to cut its gradient off.
         states = self.draft_model(
             jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans
@@ -315,132 +283,6 @@ class DFlashTrainerModule(nn.Module):
         return dual_loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
 
 
-class DominoTrainerModule(DFlashTrainerModule):
-    """A draft with the Domino head: one loss over corrected and base logits.
-
-    Attributes:
-        shift_label: block position k predicts `anchor + 1 + k` instead of `anchor + k`; as in the
-            draft's config.
-    Source: NeMo AutoModel 0.7.0, `DominoTrainerModule`.
-    """
-
-    shift_label: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses a draft that does not fit."""
-        super().__post_init__()
-        cfg = self.draft_model.cfg
-        if cfg.projector_type != "domino":
-            raise ValueError(
-                f"DominoTrainerModule needs projector_type 'domino', found {cfg.projector_type!r}"
-            )
-        if cfg.shift_label != self.shift_label:
-            raise ValueError(
-                f"shift_label is {self.shift_label} here and {cfg.shift_label} in the draft's "
-                "config"
-            )
-
-    def __call__(
-        self,
-        input_ids: jax.Array,
-        hidden_states: jax.Array,
-        loss_mask: jax.Array,
-        lm_head: jax.Array,
-        embed_tokens: jax.Array,
-        *,
-        lambda_base: jax.Array | float = 0.0,
-        position_ids: jax.Array | None = None,
-        seq_lens: jax.Array | None = None,
-        doc_remaining: jax.Array | None = None,
-        anchor_positions: jax.Array | None = None,
-        block_keep_mask: jax.Array | None = None,
-        target_states: jax.Array | None = None,
-    ) -> DominoStepMetrics:
-        """Loss and metrics of a batch.
-
-        Args:
-            input_ids: int32 [B, S].
-            hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows
-                into them.
-            loss_mask: [B, S], True (or above 0.5) on supervised tokens.
-            lm_head: [V, D], the target's head, frozen.
-            embed_tokens: [V, D], the target's embedding, frozen.
-            lambda_base: weight of the base loss, 0..1, may be traced.
-            position_ids: int32 [B, S], packed rows only, as are the next two: all three or none.
-            seq_lens: int32 [B, documents].
-            doc_remaining: int32 [B, S].
-            anchor_positions: int32 [B, N]; drawn with the rng stream "anchors" when not given.
-            block_keep_mask: bool [B, N], False for an unused slot; given with `anchor_positions`.
-            target_states: [B, S, D], the target's states after its final norm; read with
-                `kl_weight`, or where the objective reads the target's logits.
-        Returns:
-            `DominoStepMetrics`. Without any anchor its loss, gradient and `valid_blocks` are 0.
-        Raises:
-            ValueError: half of the packing or the anchors, or `kl_weight` without `target_states`.
-        """
-        packing = _packing(position_ids, seq_lens, doc_remaining)
-        anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
-        blocks = self._blocks(input_ids, loss_mask, anchors, packing)
-        hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
-        head = self.draft_model.head
-        weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
-        lambda_base = jnp.asarray(lambda_base, jnp.float32)  # it is returned among the metrics
-        with jax.named_scope(HEAD):
-            # Teacher-forced: the head reads the real tokens before, at inference the drafted ones.
-            low_rank = head(hidden, _frozen_rows(embed_tokens, blocks.previous_ids))
-        wanted = self._wanted_states(target_states, anchors)
-        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
-        loss = self._dual_loss(
-            States(hidden, low_rank),
-            Tables(lm_head, head.expansion),
-            labels,
-            lambda_base=lambda_base,
-        )
-        divisor = self._divisor(weights, blocks)
-        base_metrics = _prediction_metrics(loss.base, blocks)
-        return DominoStepMetrics(
-            loss=loss.total / (divisor + 1e-6),
-            loss_weight=divisor,
-            **_prediction_metrics(loss.final, blocks),
-            final_loss=loss.final_sum / (divisor + 1e-6),
-            base_loss=loss.base_sum / (divisor + 1e-6),
-            base_accuracy=base_metrics["accuracy"],
-            base_correct_tokens=base_metrics["correct_tokens"],
-            base_accept_len=base_metrics["accept_len"],
-            base_accept_len_sum=base_metrics["accept_len_sum"],
-            lambda_base=lambda_base,
-        )
-
-
-def build_trainer(
-    config: DraftConfig,
-    *,
-    num_anchors: int = 512,
-    loss_decay_gamma: float | None = None,
-    recompute: bool = False,
-    **options: Any,
-) -> DFlashTrainerModule:
-    """The trainer module of a draft config.
-
-    `DominoTrainerModule`, or `DFlashTrainerModule` without projector. Its variables are
-    `{"params": {"draft_model": params}}`, with `params` as `load_hf_draft` returns them.
-
-    Args:
-        config: the draft.
-        num_anchors: N.
-        loss_decay_gamma: decay of the position weights, None for none.
-        recompute: as in `DraftModel`.
-        options: further fields of the module.
-    """
-    draft = DraftModel(config, recompute)
-    # Read from the config and not asked for: the module refuses a contradiction.
-    options.update(mask_token_id=config.mask_token_id, block_size=config.block_size)
-    options.update(num_anchors=num_anchors, loss_decay_gamma=loss_decay_gamma)
-    if config.projector_type == "domino":
-        return DominoTrainerModule(draft, shift_label=config.shift_label, **options)
-    return DFlashTrainerModule(draft, **options)
-
-
 def _with_options(
     function: Callable[..., jax.Array] | None, options: Any
 ) -> Callable[..., jax.Array] | None:
@@ -448,9 +290,10 @@ def _with_options(
     return None if function is None else lambda *arguments: function(*arguments, options)
 
 
-def _packing(
+def packing_of(
     position_ids: jax.Array | None, seq_lens: jax.Array | None, doc_remaining: jax.Array | None
 ) -> Packing | None:
+    """The packing of a batch, None for rows of one document each; half of one is an error."""
     if position_ids is None and seq_lens is None and doc_remaining is None:
         return None
     if position_ids is None or seq_lens is None or doc_remaining is None:
@@ -459,25 +302,9 @@ def _packing(
 
 
 # [V, D], [B, N, x] -> [B, N, x, D]
-def _frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+def frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The target's embeddings of tokens, [V, D] and [B, N, x] -> [B, N, x, D], without gradient."""
     # Split by rows of the batch here: what follows would else be split like the table, and gathered
     # again.
     rows = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
     return constrain(rows, "batch", None, None, None)
-
-
-def _prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:
-    # As the reference treats a fractional mask: among the tokens it counts by its share, as right
-    # above one half, and in a block as a token that is there.
-    valid = jnp.sum(blocks.mask)
-    right = (token_loss.prediction == blocks.target_ids) & (blocks.mask > 0.5)
-    correct = jnp.sum(right.astype(jnp.float32))
-    acceptance = acceptance_stats(token_loss.prediction, blocks.target_ids, blocks.mask > 0)
-    return {
-        "accuracy": correct / jnp.maximum(valid, 1.0),
-        "valid_tokens": valid,
-        "correct_tokens": correct,
-        "accept_len": acceptance.mean,
-        "accept_len_sum": acceptance.total,
-        "valid_blocks": acceptance.blocks,
-    }

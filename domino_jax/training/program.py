@@ -30,7 +30,7 @@ from domino_jax.target.load import TABLES
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.objectives import objective_named, resolved_loss
 from domino_jax.training.optimizer import make_optimizer
 from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step

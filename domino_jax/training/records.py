@@ -7,21 +7,30 @@ and told when it was saved. So two records lie beside them, in step 40 for examp
     40/run/metadata     RunRecord, JSON
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from domino_jax.data.template import ChatTemplate, recorded_kwargs
 from domino_jax.files import read_json
-from domino_jax.model_config import DraftConfig
-from domino_jax.strict import InputError, from_tree
+from domino_jax.model_config import (
+    DecoderConfig,
+    DecoderShape,
+    DraftConfig,
+    draft_from_tree,
+    draft_tree,
+)
+from domino_jax.strict import InputError
 from domino_jax.training.metrics import LogMark
 
 OTHER_VERSION = (
     "the run was started by another version of this program and cannot be resumed by this one; "
     "use another run_dir, which may begin with the old run's export (draft.init_from)"
+)
+# Older versions stored them with a draft, in which they had one value only.
+TARGET_KEYS = tuple(
+    f.name for f in fields(DecoderConfig) if f.name not in DecoderShape.__annotations__
 )
 DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 
@@ -43,7 +52,7 @@ class DraftRecord:
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
         return {
-            "config": dataclasses.asdict(self.config),
+            "config": draft_tree(self.config),
             "target": self.target,
             "target_sha256": self.target_sha256,
             "tokenizer_sha256": self.tokenizer_sha256,
@@ -104,7 +113,7 @@ def read_draft_record(place: Path) -> DraftRecord:
     """
     stored = _json_item(place, DRAFT)
     try:
-        config = from_tree(DraftConfig, stored["config"], place=f"{place}/draft")
+        config = draft_from_tree(_without_target_keys(stored["config"]), place=f"{place}/draft")
         template = ChatTemplate(
             stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft")
         )
@@ -112,6 +121,14 @@ def read_draft_record(place: Path) -> DraftRecord:
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:
         raise InputError(f"{place}/draft: {error} is missing") from error
+
+
+def _without_target_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored draft without what older versions stored: fields of targets and of absent heads."""
+    unread = set(TARGET_KEYS)
+    if tree.get("projector_type", "") is None:
+        unread |= {"emb_dim", "gru_hidden_dim"}
+    return {name: value for name, value in tree.items() if name not in unread}
 
 
 def _json_item(place: Path, name: str) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from domino_jax.sharding import constrain
 from domino_jax.stages import TARGET, UPDATE
 from domino_jax.target.model import Target, lm_head_weight
 from domino_jax.training.metrics import metric_sums
-from domino_jax.training.modules import DFlashStepMetrics, DFlashTrainerModule, DominoTrainerModule
+from domino_jax.training.modules import DFlashTrainerModule
+from domino_jax.training.step_metrics import DFlashStepMetrics
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -243,10 +244,6 @@ def batch_metrics(
             program.target.cfg.dtype
         )
         target_states = batch.target_states
-    # Without a head there is no second loss to weigh.
-    options = (
-        {"lambda_base": lambda_base} if isinstance(program.trainer, DominoTrainerModule) else {}
-    )
     return program.trainer.apply(
         {"params": {"draft_model": params}},
         input_ids,
@@ -258,6 +255,6 @@ def batch_metrics(
         seq_lens=batch.seq_lens,
         doc_remaining=batch.doc_remaining,
         target_states=target_states,
+        lambda_base=lambda_base,
         rngs={"anchors": key},
-        **options,
     )

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import target_config
 
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import DominoHeadConfig, DraftConfig
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
 pytestmark = pytest.mark.accelerator
@@ -37,8 +38,7 @@ CONFIG = DraftConfig(
     mask_token_id=1023,
     num_target_layers=4,
     target_layer_ids=(0, 2),
-    emb_dim=64,
-    gru_hidden_dim=128,
+    head=DominoHeadConfig(emb_dim=64, gru_hidden_dim=128),
     pure_draft_prefix_len=1,
     shift_label=True,
 )
@@ -47,7 +47,7 @@ ROWS, LENGTH, ANCHORS = 2, 256, 32
 
 def scanned(dtype: str) -> Target:
     """The target as a step runs it."""
-    cfg = replace(CONFIG, num_hidden_layers=3, dtype=dtype)  # a DraftConfig is a DecoderConfig too
+    cfg = replace(target_config(CONFIG, layers=3), dtype=dtype)
     return Target(cfg, capture=CONFIG.target_layer_ids, scan_layers=True)
 
 

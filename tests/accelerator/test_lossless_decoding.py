@@ -1,6 +1,5 @@
 """Greedy speculative decoding on a device writes the plain target's own tokens there."""
 
-from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -8,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import target_config
 
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DraftConfig
+from domino_jax.model_config import DominoHeadConfig, DraftConfig
 from domino_jax.target.model import Target
 
 pytestmark = pytest.mark.accelerator
@@ -31,12 +31,11 @@ DRAFT = DraftConfig(
     mask_token_id=6,
     num_target_layers=4,
     target_layer_ids=(0, 2),
-    emb_dim=32,
-    gru_hidden_dim=64,
+    head=DominoHeadConfig(emb_dim=32, gru_hidden_dim=64),
     shift_label=True,
     pure_draft_prefix_len=1,
 )
-TARGET = Target(replace(DRAFT, num_hidden_layers=4))
+TARGET = Target(target_config(DRAFT))
 PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3, 1], [3, 3])]
 COUNT = 40
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draft_config
+from reference import draft_config, target_config
 
 from domino_jax.decoding.evaluate import compare, evaluate, next_logits
 from domino_jax.decoding.generate import Answer
@@ -17,7 +17,7 @@ from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.target.model import Target
 
 CONFIG = draft_config(num_target_layers=4, target_layer_ids=(0, 2))
-TARGET = Target(replace(CONFIG, num_hidden_layers=4))
+TARGET = Target(target_config(CONFIG))
 PROMPTS = [np.arange(1, 1 + count, dtype=np.int32) for count in (3, 5, 70)]
 
 
@@ -53,7 +53,7 @@ def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
 
 
 def test_evaluate_has_no_head_off_without_a_head(weights: Weights) -> None:
-    config = replace(CONFIG, projector_type=None, shift_label=False, pure_draft_prefix_len=0)
+    config = replace(CONFIG, head=None, shift_label=False, pure_draft_prefix_len=0)
     draft = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(1)))["params"]
     decoder = make_decoder(TARGET, DraftModel(config))
     figures = evaluate(decoder, weights._replace(draft=draft), PROMPTS[:1], max_new_tokens=4)

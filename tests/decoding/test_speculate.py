@@ -1,7 +1,7 @@
 """The speculative loop: greedy output is the target's own, sampled output has its distribution."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doubles import slow_after
 from scipy.stats import chi2, chisquare, ncx2
 from tiny import stack_layers
 
@@ -28,7 +29,7 @@ from domino_jax.decoding.speculate import (
 from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.model_config import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight
 
 TARGET = DecoderConfig(
@@ -44,20 +45,19 @@ TARGET = DecoderConfig(
 
 
 def draft_config(**changes: Any) -> DraftConfig:
-    shape = {name: value for name, value in vars(TARGET).items() if name != "num_hidden_layers"}
-    fields = dict(
+    shape = {field.name: getattr(TARGET, field.name) for field in fields(DecoderShape)}
+    own = dict(
         num_hidden_layers=1,
         qk_norm=True,
         block_size=4,
         mask_token_id=6,
         num_target_layers=4,
         target_layer_ids=(0, 2),
-        emb_dim=8,
-        gru_hidden_dim=8,
+        head=DominoHeadConfig(emb_dim=8, gru_hidden_dim=8),
         shift_label=True,
         pure_draft_prefix_len=1,
     )
-    return DraftConfig(**{**shape, **fields, **changes})
+    return DraftConfig(**{**shape, **own, **changes})
 
 
 def sharp(params: Any, factor: float) -> Any:
@@ -116,9 +116,9 @@ def answers(
         ({}, "serving", True),
         ({}, "block", False),
         ({"shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
-        ({"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
-        ({"projector_type": None}, "block", True),
-        ({"projector_type": None}, "serving", True),
+        ({"head": None, "shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
+        pytest.param({"head": None}, "block", True, marks=pytest.mark.slow),
+        pytest.param({"head": None}, "serving", True, marks=pytest.mark.slow),
     ],
     ids=[
         "shift",
@@ -172,13 +172,13 @@ DRAFTS = {
         "final_logit_softcapping": 2.0,
     },
     "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
-    "dflash": {"projector_type": None, "shift_label": False, "pure_draft_prefix_len": 0},
-    "dflash shifted": {"projector_type": None},
+    "dflash": {"head": None, "shift_label": False, "pure_draft_prefix_len": 0},
+    "dflash shifted": {"head": None},
     "last target layer": {"target_layer_ids": (0, 3)},
 }
 
 
-@pytest.mark.parametrize("changes", DRAFTS.values(), ids=DRAFTS)
+@pytest.mark.parametrize("changes", slow_after(5, DRAFTS.values()), ids=DRAFTS)
 def test_a_cycle_drafts_what_training_would_predict(
     target_params: Any, changes: dict[str, Any]
 ) -> None:
@@ -389,7 +389,7 @@ def test_number_of_proposals_and_bad_combinations() -> None:
     assert number_of_proposals(draft_config(), "block") == 4
     assert number_of_proposals(draft_config(), "serving") == 3
     assert number_of_proposals(draft_config(shift_label=False), "block") == 3
-    assert number_of_proposals(draft_config(projector_type=None), "block") == 4
+    assert number_of_proposals(draft_config(head=None), "block") == 4
     with pytest.raises(ValueError, match="'block' or 'serving'"):
         number_of_proposals(draft_config(), "all")
     with pytest.raises(ValueError, match="draft's vocab_size is 9, the target's 7"):

@@ -96,10 +96,10 @@ def test_prefix_gru_accumulates_bfloat16_products_in_float32() -> None:
 
 def test_domino_head_step_equals_the_scan() -> None:
     config = draft_config()
-    head, params = DominoHead(config), {"params": random_params(config)["head"]}
+    head, params = DominoHead(config, config.head), {"params": random_params(config)["head"]}
     previous = normal(ROWS, STEPS, config.hidden_size)
     scanned = head.apply(params, previous, method=lambda module, x: module.prefix_gru(x))
-    state = jnp.zeros((ROWS, config.gru_hidden_dim))
+    state = jnp.zeros((ROWS, config.head.gru_hidden_dim))
     next_state = jax.jit(functools.partial(head.apply, method="step"))
     for step in range(STEPS):
         state = next_state(params, state, previous[:, step])
@@ -116,7 +116,7 @@ def test_domino_head_equals_torch_and_is_zero_for_the_pure_prefix(prefix: int) -
         normal(2, 3, 5, config.hidden_size),
         normal(2, 3, 5, config.hidden_size, seed=1),
     )
-    gru = torch.nn.GRU(config.hidden_size, config.gru_hidden_dim, bias=False, batch_first=True)
+    gru = torch.nn.GRU(config.hidden_size, config.head.gru_hidden_dim, bias=False, batch_first=True)
     gru.load_state_dict(
         {name: torch.tensor(np.asarray(w)) for name, w in params["prefix_gru"].items()}
     )
@@ -128,8 +128,8 @@ def test_domino_head_equals_torch_and_is_zero_for_the_pure_prefix(prefix: int) -
         expected = torch.nn.functional.silu(
             joined @ torch.tensor(np.asarray(params["embed_proj_0"]["weight"])).T
         )
-    found = jax.jit(DominoHead(config).apply)({"params": params}, hidden, previous)
-    chex.assert_shape(found, (2, 3, 5, config.emb_dim))
+    found = jax.jit(DominoHead(config, config.head).apply)({"params": params}, hidden, previous)
+    chex.assert_shape(found, (2, 3, 5, config.head.emb_dim))
     np.testing.assert_allclose(
         found[:, :, prefix:], expected[:, :, prefix:].numpy(), rtol=1e-5, atol=1e-5
     )
@@ -138,7 +138,10 @@ def test_domino_head_equals_torch_and_is_zero_for_the_pure_prefix(prefix: int) -
 
 def test_domino_head_reads_only_tokens_before_each_prediction() -> None:
     config = draft_config(pure_draft_prefix_len=0)
-    apply, params = jax.jit(DominoHead(config).apply), {"params": random_params(config)["head"]}
+    apply, params = (
+        jax.jit(DominoHead(config, config.head).apply),
+        {"params": random_params(config)["head"]},
+    )
     hidden, previous = (
         normal(1, 1, 5, config.hidden_size),
         normal(1, 1, 5, config.hidden_size, seed=1),
@@ -159,4 +162,6 @@ def test_domino_head_computes_in_its_dtype() -> None:
         normal(1, 2, 5, config.hidden_size, seed=1),
     )
     halves = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, previous))
-    chex.assert_type(DominoHead(config).apply({"params": params}, *halves), jnp.bfloat16)
+    chex.assert_type(
+        DominoHead(config, config.head).apply({"params": params}, *halves), jnp.bfloat16
+    )

@@ -1,5 +1,6 @@
 """Runs that start from a draft: equal weights at step 0, another draft refused field by field."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -138,7 +139,7 @@ def stored(config: DraftConfig, directory: Path) -> Path:
         (draft_config(vocab_size=121), "vocab_size is 121, expected 120"),
         (draft_config(rms_norm_eps=1e-6), "rms_norm_eps is 1e-06, expected 1e-05"),
         (draft_config(rope_theta=1e6), r"rope_theta is 1000000\.0, expected 5000\.0"),
-        (draft_config(rope_scaling=YARN), "rope_scaling is RopeScaling.*, expected None"),
+        (draft_config(rope_scaling=YARN), r"rope_scaling is \{.*\}, expected None"),
         (draft_config(output_multiplier=2.0), r"output_multiplier is 2\.0, expected 1\.0"),
         (
             draft_config(**WINDOW),
@@ -147,7 +148,7 @@ def stored(config: DraftConfig, directory: Path) -> Path:
         ),
         (
             dflash_config(),
-            "projector_type is None, expected 'domino'; .*shift_label is False, expected True",
+            "shift_label is False, expected True; projector_type is None, expected 'domino'",
         ),
     ],
 )
@@ -167,10 +168,7 @@ def test_every_other_field_is_named_found_and_expected(
             draft_config(),
             draft_config(layer_types=("full_attention",) * 2, sliding_in_block="causal"),
         ),
-        (
-            dflash_config(),
-            dflash_config(emb_dim=256, gru_hidden_dim=1024),
-        ),  # no head: its widths say nothing
+        (dflash_config(), dataclasses.replace(dflash_config(), pure_draft_prefix_len=1)),  # no head
     ],
 )
 def test_fields_that_no_tensor_depends_on_may_differ(

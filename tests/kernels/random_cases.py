@@ -1,8 +1,8 @@
-"""How many random configurations test each implementation: 8 in the suite, 50 with `-m slow`."""
+"""How many random configurations test each implementation: 5 in the suite, 50 with `-m slow`."""
 
-import pytest
+from doubles import slow_after
 
-CASES = [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 50))]
+CASES = slow_after(5, range(50))
 VALUE, GRADIENT = 1e-5, 1e-5  # relative, of the largest value and of a gradient's norm
 KERNEL_GRADIENT = 1e-4  # of a kernel for an accelerator
 # The results are the same and compiling takes half as long.

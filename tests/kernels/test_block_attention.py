@@ -17,8 +17,8 @@ from domino_jax.kernels import block_attention as kernel
 from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu, causal_attention
 from domino_jax.kernels.block_attention import block_attention
 from domino_jax.kernels.blocks_by_tiles import WHOLE_CONTEXT, TileSize
-from domino_jax.kernels.blocks_on_tpu import KernelTile
 from domino_jax.kernels.operands import ContextSpan
+from domino_jax.kernels.tpu_tiles import KernelTile, cut_of, seen_tiles
 from domino_jax.sharding import make_mesh
 
 attend = jax.jit(block_attention)
@@ -172,7 +172,7 @@ def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
 def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed: int) -> None:
     case = random_case(seed, longest=3000)
     operands = kernel._operands(*case.inputs, case.span)
-    cut = blocks_on_tpu.cut_of(operands, KernelTile(rows=128, keys=128, context=1024))
+    cut = cut_of(operands, KernelTile(rows=128, keys=128, context=1024))
     first, end = (np.asarray(x) for x in case.span)
     needed = 0
     for row, tile, key in np.ndindex(first.shape[0], cut.tiles, cut.parts * cut.part_tiles):
@@ -180,7 +180,7 @@ def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed
         low = np.maximum(first[row, blocks], key * cut.keys)
         high = np.minimum(end[row, blocks], (key + 1) * cut.keys)
         needed += bool(np.any(low < high))
-    seen = blocks_on_tpu.seen_tiles(case.span, cut)
+    seen = seen_tiles(case.span, cut)
     assert int(seen.counts.sum()) == needed
     # What stands in the others does not matter: no list leads there.
     batch, _, length, _ = operands.keys.shape

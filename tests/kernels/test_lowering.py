@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import draft_config
+from reference import draft_config, target_config
 
 from domino_jax.decoding.speculate import Weights, _advance, make_decoder, start
 from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
 CONFIG = draft_config(
     num_hidden_layers=1, num_target_layers=4, target_layer_ids=(0, 2), dtype="bfloat16"
 )
-TARGET = Target(dataclasses.replace(CONFIG, num_hidden_layers=4), capture=CONFIG.target_layer_ids)
+TARGET = Target(target_config(CONFIG), capture=CONFIG.target_layer_ids)
 # The scopes of the CPU's implementations, and in which of the two programs each is read.
 STEP_FORMS = {"cpu_largest", "cpu_expansion", "cpu_transposed", "cpu_scale"}
 CYCLE_FORMS = {"cpu_largest", "cpu_few_rows", "cpu_cache"}

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from reference import compare_with_nemo, draft_config
 
+from domino_jax.model_config import DominoHeadConfig
+
 DRAWS = 48
-QUICK_DRAWS = 12
+QUICK_DRAWS = 8
 
 
 def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,19 +36,19 @@ def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "hidden_size": one_of(24, 32),
         "block_size": block,
         "target_layer_ids": tuple(captured),
-        "projector_type": "domino" if domino else None,
         "shift_label": shift_label,
         "pure_draft_prefix_len": one_of(0, 1, 2) % (block if shift_label else block - 1)
         if domino
         else 0,
-        "emb_dim": one_of(5, 12),
-        "gru_hidden_dim": one_of(7, 20),
+        "head": DominoHeadConfig(emb_dim=one_of(5, 12), gru_hidden_dim=one_of(7, 20)),
         "layer_types": None if window is None else ("sliding_attention",) * layers,
         "sliding_window": window,
         "input_embedding_scale": one_of(1.0, 2.5),
         "output_multiplier": one_of(1.0, 0.7),
         "final_logit_softcapping": one_of(None, 8.0),
     }
+    if not domino:
+        config["head"] = None
     comparison = {
         "rows": int(rng.integers(1, 4)),
         # Packed rows need documents that are longer than a block.
@@ -86,10 +88,6 @@ def test_draws_cover_the_surface() -> None:
         for c, d in zip(configs, comparisons, strict=True)
     }
     assert len(both) == 4  # windowed and not, packed and not
-    for field in (
-        "projector_type",
-        "shift_label",
-        "final_logit_softcapping",
-        "input_embedding_scale",
-    ):
+    assert {c["head"] is None for c in configs} == {True, False}
+    for field in ("shift_label", "final_logit_softcapping", "input_embedding_scale"):
         assert len({c[field] for c in configs}) == 2

@@ -34,7 +34,7 @@ def test_shifted_dflash_equals_the_base_of_domino(
     gamma: float | None, packed: bool, chunk_blocks: int
 ) -> None:
     domino = draft_config()
-    plain = dataclasses.replace(domino, projector_type=None)
+    plain = dataclasses.replace(domino, head=None)
     params, batch = random_params(domino), random_batch(domino, packed=packed)
     backbone = {name: leaf for name, leaf in params.items() if name != "head"}
     anchors = random_anchors(domino, batch, slots=11)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from doubles import slow_after
 from reference import compare_with_nemo, dflash_config, draft_config
 
 
@@ -16,7 +17,7 @@ from reference import compare_with_nemo, dflash_config, draft_config
     ],
     ids=lambda changes: "+".join(changes),
 )
-@pytest.mark.parametrize("make", [draft_config, dflash_config], ids=["domino", "dflash"])
+@pytest.mark.parametrize("make", slow_after(1, [draft_config, dflash_config]))
 def test_transformed_draft_equals_nemo(changes: dict[str, Any], make: Any) -> None:
     found = compare_with_nemo(make(**changes))
     plain = compare_with_nemo(make())

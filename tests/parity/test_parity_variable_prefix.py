@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from doubles import slow_after
 from flax.core import FrozenDict
 from reference import (
     GRADIENT,
@@ -22,14 +23,16 @@ from reference import (
 )
 
 from domino_jax.draft.blocks import sample_prefix_lengths
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.domino_module import build_trainer
 
 SLOTS = 11
 
 
 @pytest.mark.parametrize(
     ("block_size", "gamma", "packed", "base"),
-    [(7, None, False, 0.9), (5, 4.0, True, 0.9), (2, 4.0, False, 0.5), (8, 0.0, True, 1.2)],
+    slow_after(
+        2, [(7, None, False, 0.9), (5, 4.0, True, 0.9), (2, 4.0, False, 0.5), (8, 0.0, True, 1.2)]
+    ),
 )
 def test_variable_prefix_equals_nemo(
     block_size: int, gamma: float | None, packed: bool, base: float

@@ -19,12 +19,8 @@ from domino_jax.model_config import DecoderConfig, RopeScaling
 from domino_jax.sharding import make_mesh
 from domino_jax.strict import InputError
 from domino_jax.target import load
-from domino_jax.target.load import (
-    load_sharded_target,
-    load_target,
-    load_tokenizer,
-    read_decoder_config,
-)
+from domino_jax.target.decoder_keys import read_decoder_config
+from domino_jax.target.load import load_sharded_target, load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.target.safetensors import open_safetensors
 

@@ -24,13 +24,13 @@ from tiny import stack_layers
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import MESH_AXES, make_mesh, parameter_shardings
 from domino_jax.strict import InputError
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import (
     TABLES,
     LoadedTarget,
     expected_tensors,
     load_sharded_target,
     load_target,
-    read_decoder_config,
 )
 from domino_jax.target.model import Target
 from domino_jax.target.safetensors import StoredTensor
@@ -213,7 +213,8 @@ LOADING = """
 import json, sys
 import jax
 from domino_jax.sharding import make_mesh
-from domino_jax.target.load import load_sharded_target, read_decoder_config
+from domino_jax.target.decoder_keys import read_decoder_config
+from domino_jax.target.load import load_sharded_target
 from domino_jax.target.model import Target
 
 directory = sys.argv[1]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doubles import slow_after
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import stack_layers
 from transformers import AutoModelForCausalLM
@@ -155,7 +156,9 @@ def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch:
 
 
 # One row is written by another code path.
-@pytest.mark.parametrize(("kind", "batch"), [("llama", 1), *((kind, 2) for kind in FAMILIES[1:])])
+@pytest.mark.parametrize(
+    ("kind", "batch"), slow_after(4, [("llama", 1), *((kind, 2) for kind in FAMILIES[1:])])
+)
 def test_cached_pieces_equal_the_whole_pass(
     tiny: Callable[..., Any], kind: str, batch: int
 ) -> None:
@@ -244,7 +247,7 @@ def packed_rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_yarn", "qwen3_moe"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", slow_after(1, [True, False]))
 def test_packed_documents_equal_each_alone(tiny: Callable[..., Any], kind: str, scan: bool) -> None:
     loaded, (tokens, documents) = load_target(tiny(kind, tied=False).directory), packed_rows()
     params = {"params": stack_layers(loaded.params) if scan else loaded.params}

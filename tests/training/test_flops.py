@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.model_config import DecoderConfig, DominoHeadConfig, DraftConfig
 from domino_jax.stages import STAGES, UPDATE
 from domino_jax.target.model import Target
 from domino_jax.training.flops import step_flops
@@ -42,11 +42,10 @@ DRAFT = DraftConfig(
     mask_token_id=95,
     num_target_layers=6,
     target_layer_ids=(1, 3),
-    emb_dim=5,
-    gru_hidden_dim=7,
+    head=DominoHeadConfig(emb_dim=5, gru_hidden_dim=7),
     shift_label=True,
 )
-PLAIN = dataclasses.replace(DRAFT, projector_type=None, shift_label=False)
+PLAIN = dataclasses.replace(DRAFT, head=None, shift_label=False)
 S, N = 200, 3
 
 

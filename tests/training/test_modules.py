@@ -28,7 +28,8 @@ from reference import (
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.kernels import block_attention
 from domino_jax.model_config import DraftConfig
-from domino_jax.training.modules import DFlashTrainerModule, DominoTrainerModule, build_trainer
+from domino_jax.training.domino_module import DominoTrainerModule, build_trainer
+from domino_jax.training.modules import DFlashTrainerModule
 
 SLOTS = 11
 
@@ -205,7 +206,7 @@ def test_build_trainer_takes_its_fields_from_the_config() -> None:
 
 
 def test_domino_trainer_refuses_a_draft_without_projector() -> None:
-    with pytest.raises(ValueError, match="projector_type 'domino', found None"):
+    with pytest.raises(ValueError, match="needs a draft with a head"):
         DominoTrainerModule(DraftModel(dflash_config()), mask_token_id=119, block_size=5)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doubles import slow_after
 from flax.core import FrozenDict
 from reference import (
     check_close,
@@ -26,7 +27,7 @@ from domino_jax.config import LossConfig
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.strict import InputError
 from domino_jax.training import objectives
-from domino_jax.training.modules import build_trainer
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.objectives import (
     OBJECTIVES,
     DpaceOptions,
@@ -125,7 +126,7 @@ def test_loss_divisor_counts_what_its_name_says() -> None:
         loss_divisor(weights, mask, normalize="mean")
 
 
-@pytest.mark.parametrize("make", [draft_config, dflash_config], ids=["domino", "dflash"])
+@pytest.mark.parametrize("make", slow_after(1, [draft_config, dflash_config]))
 @pytest.mark.parametrize(
     "options",
     [

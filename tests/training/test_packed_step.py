@@ -3,7 +3,6 @@
 A packed run resumes with the same bits.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draft_config, random_params
+from reference import draft_config, random_params, target_config
 from test_loop import final_bits, quiet
 from tiny import run_config, stack_layers, write_target
 
@@ -22,8 +21,8 @@ from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
 from domino_jax.target.model import Target
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.loop import Interrupted, train
-from domino_jax.training.modules import build_trainer
 from domino_jax.training.prepare import prepare
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
@@ -34,7 +33,7 @@ def test_a_packed_row_equals_its_conversations_alone() -> None:
     rng = np.random.default_rng(0)
     rows = [Row(rng.integers(0, 100, n).astype(np.int32), rng.random(n) < 0.8) for n in LENGTHS]
     params = random_params(CONFIG)
-    shape = replace(CONFIG, num_hidden_layers=4)  # a DraftConfig is a DecoderConfig too
+    shape = target_config(CONFIG)
     target = Target(shape, capture=CONFIG.target_layer_ids, scan_layers=True)
     frozen = nn.meta.unbox(Target(shape).init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))[
         "params"

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import pytest
+from doubles import slow_after
 from rich.console import Console
 from tiny import run_config, write_target
 
@@ -182,7 +183,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     )
 
 
-@pytest.mark.parametrize("ema", ["null", "0.9"])
+@pytest.mark.parametrize("ema", slow_after(1, ["0.9", "null"]))
 def test_room_for_the_checkpoints_is_checked(
     target: Path, tmp_path: Path, disk: Callable[[int], None], ema: str
 ) -> None:

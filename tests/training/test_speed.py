@@ -21,8 +21,8 @@ from domino_jax.config import (
 )
 from domino_jax.sharding import make_mesh
 from domino_jax.target.model import Target
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.flops import step_flops
-from domino_jax.training.modules import build_trainer
 from domino_jax.training.speed import Speed, peak_memory_bytes, speed_words
 from domino_jax.training.step import Program
 

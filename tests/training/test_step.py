@@ -1,7 +1,6 @@
 """The step: micro-batches equal one batch, 8 devices equal 1, nothing moves without an anchor."""
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import chex
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from doubles import slow_after
 from jax.sharding import NamedSharding
-from reference import dflash_config, draft_config
+from reference import dflash_config, draft_config, target_config
 from tiny import stack_layers
 
 from domino_jax.config import OptimizerConfig
@@ -20,14 +20,15 @@ from domino_jax.draft.backbone import DraftModel, init_variables
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
+from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.metrics import metric_means, metric_sums
-from domino_jax.training.modules import DominoStepMetrics, build_trainer
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_done
 from domino_jax.training.step import Batch, Program, batch_metrics, initial_state, train_step
+from domino_jax.training.step_metrics import DominoStepMetrics
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
 TARGET = Target(
-    replace(CONFIG, num_hidden_layers=4),  # a DraftConfig is a DecoderConfig too
+    target_config(CONFIG),
     capture=CONFIG.target_layer_ids,
     scan_layers=True,
 )
@@ -105,7 +106,7 @@ def test_layers_that_recompute_have_the_same_gradient(
     assert optax.tree.norm(gradients[0]) > 0
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), slow_after(1, [(2, 2, 2), (8, 1, 1)]))
 def test_eight_devices_equal_one(
     target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int
 ) -> None:

@@ -1,0 +1,244 @@
+"""config.json of a draft checkpoint: each reader looks for the same settings under other keys.
+
+They pass over what they do not know, and nothing fails: speculators saw 1 % acceptance instead of
+22 % where `shift_label` was not in the file. So every key is written that some reader insists on,
+and a key that is missing, unknown or contradicts another is refused by its name.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from domino_jax.model_config import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    DraftConfig,
+    RopeScaling,
+    head_kind,
+)
+from domino_jax.strict import InputError, from_tree, shown
+from domino_jax.target.rope_keys import read_rope_scaling
+
+SHIFTED_DFLASH = "sample_from_anchor"  # what readers of plain DFlash call shift_label
+
+
+def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
+    """The superset of keys that every reader accepts.
+
+    Some readers look at the top, some inside `dflash_config`.
+    """
+    dflash: dict[str, Any] = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids),
+        "block_size": config.block_size,
+        "shift_label": config.shift_label,
+        "input_embedding_scale": config.input_embedding_scale,
+        "output_multiplier": config.output_multiplier,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+    top: dict[str, Any] = {}
+    # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a
+    # full one is not.
+    if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
+        top["is_causal"] = dflash["causal"] = False
+    if config.shift_label and config.head is None:
+        top[SHIFTED_DFLASH] = dflash[SHIFTED_DFLASH] = True
+    if config.head is not None:
+        dflash["projector_type"] = config.projector_type
+        dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
+        dflash |= dataclasses.asdict(config.head)
+        top["emb_dim"] = config.head.emb_dim
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        **_rope_json(config),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": config.sliding_window is not None,
+        "sliding_window": config.sliding_window,
+        "max_window_layers": config.num_hidden_layers,
+        "layer_types": list(config.attention_types),
+        "tie_word_embeddings": False,
+        "num_target_layers": config.num_target_layers,
+        "block_size": config.block_size,
+        **top,
+        "dtype": dtype,
+        "dflash_config": dflash,
+    }
+
+
+def _rope_json(config: DraftConfig) -> dict[str, Any]:
+    """The rotary embedding in the new schema and, when it is scaled, in the old one too."""
+    if config.rope_scaling is None:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    # Without defaults: each type of scaling has keys of its own.
+    plain = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
+    scaling = {
+        key: value for key, value in vars(config.rope_scaling).items() if value != plain[key]
+    }
+    return {
+        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        "rope_scaling": scaling,
+    }
+
+
+# Keys that change what the draft computes and that this project does not implement, with the only
+# value it can read.
+_PLAIN = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+}
+_PLAIN_DFLASH = {"causal": False}
+_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "num_target_layers",
+)
+
+
+def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
+    """The draft that a config.json describes.
+
+    Raises:
+        InputError: a key is missing, contradicts another, or asks for what is not supported.
+    """
+    nested = tree.get("dflash_config")
+    if not isinstance(nested, dict):
+        raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
+    for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
+        _check_plain(section, plain, place=place)
+    value = functools.partial(_value, place)
+    scaling = read_rope_scaling(tree, place=place)
+    rope = tree.get("rope_parameters") or {}
+    layer_ids = value("target_layer_ids", nested, kind=list)
+    if any(type(layer) is not int for layer in layer_ids):
+        raise InputError(f"{place}: target_layer_ids is {shown(layer_ids)}, expected integers")
+    projector = nested.get("projector_type")
+    optional: dict[str, Any] = _windows(tree, nested, place=place)
+    optional["shift_label"] = _shift_label(tree, nested, place=place)
+    for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
+        if nested.get(key) is not None:
+            optional[key] = float(value(key, nested, kind=(float, int)))
+    head = None
+    if projector is not None:
+        kind = head_kind(projector, place=place)
+        widths = [field.name for field in dataclasses.fields(kind)]
+        head = {name: value(name, nested, tree, kind=int) for name in widths}
+        optional["pure_draft_prefix_len"] = value(
+            "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
+        )
+    try:
+        return DraftConfig(
+            **{key: value(key, tree, kind=int) for key in _INTEGERS},
+            rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
+            rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
+            rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
+            if scaling
+            else None,
+            block_size=value("block_size", nested, tree, kind=int),
+            mask_token_id=value("mask_token_id", nested, kind=int),
+            target_layer_ids=tuple(layer_ids),
+            head=None if head is None else kind(**head),
+            **optional,
+        )
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
+
+
+def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place: str) -> None:
+    for key, only in plain.items():
+        if section.get(key, only) not in (only, None):
+            raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
+
+
+def _value(
+    place: str, key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]
+) -> Any:
+    """What the sections say under a key, where they agree."""
+    found = [section[key] for section in sections if section.get(key) is not None]
+    if not found:
+        raise InputError(f"{place}: {key} is missing")
+    if any(other != found[0] for other in found):
+        raise InputError(f"{place}: {key} contradicts itself: {shown(found)}")
+    # true is an int in Python, and no size.
+    if not isinstance(found[0], kind) or (isinstance(found[0], bool) and kind is not bool):
+        raise InputError(f"{place}: {key} is {shown(found[0])}, expected {kind}")
+    return found[0]
+
+
+def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> bool:
+    """Whether the first position of a block predicts too, by either name.
+
+    That of plain DFlash does not where neither name is there.
+
+    Source: vLLM's speculators (#760), which write `sample_from_anchor` at the top and have false as
+        its default.
+    """
+    named = {
+        "dflash_config.shift_label": nested.get("shift_label"),
+        f"dflash_config.{SHIFTED_DFLASH}": nested.get(SHIFTED_DFLASH),
+        SHIFTED_DFLASH: tree.get(SHIFTED_DFLASH),
+    }
+    found = {name: value for name, value in named.items() if value is not None}
+    for name, value in found.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{place}: {name} is {shown(value)}, expected true or false")
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
+        raise InputError(
+            f"{place}: {said}: names of one layout of the block, expected the same value"
+        )
+    # A guess here costs nearly all acceptance, so there is no default with the head.
+    if not found and nested.get("projector_type") is not None:
+        raise InputError(f"{place}: shift_label is missing")
+    return any(found.values())
+
+
+def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+    """The fields of sliding layers; a window that no layer uses is left behind."""
+    kinds = tree.get("layer_types") or []
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise InputError(f"{place}: layer_types is {shown(kinds)}; expected a list of names")
+    if SLIDING_ATTENTION not in kinds:
+        if tree.get("is_causal"):
+            raise InputError(f"{place}: is_causal is true; a block without windows looks both ways")
+        plain = set(kinds) <= {FULL_ATTENTION} and len(kinds) in (0, tree.get("num_hidden_layers"))
+        return {} if plain else {"layer_types": tuple(kinds)}
+    window = tree.get("sliding_window")
+    # Hugging Face drops the window unless use_sliding_window is true: the layer would see all.
+    if tree.get("use_sliding_window") is not True or type(window) is not int:
+        raise InputError(
+            f"{place}: layer_types holds {SLIDING_ATTENTION!r}, but use_sliding_window is "
+            f"{shown(tree.get('use_sliding_window'))} and sliding_window {shown(window)}; "
+            "expected true and an integer"
+        )
+    if tree.get("is_causal") is True and FULL_ATTENTION in kinds:
+        raise InputError(
+            f"{place}: is_causal is true for {FULL_ATTENTION!r} layers too; "
+            "only sliding ones can be causal"
+        )
+    # vLLM asks `is_causal`, then `dflash_config.causal`; z-lab and SGLang know the first only.
+    said = tree.get("is_causal") if tree.get("is_causal") is not None else nested.get("causal")
+    in_block = "bidirectional" if said is False else "causal"
+    return {"layer_types": tuple(kinds), "sliding_window": window, "sliding_in_block": in_block}
