@@ -25,6 +25,7 @@ import yaml
 from domino_jax.strict import InputError, shown
 
 CHECKSUMS = "SHA256SUMS"
+BESIDE = ".new"  # what the name of a file ends with until it is whole
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
 TEXT_BYTES = 2**26
 YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
@@ -41,7 +42,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it could not be written; what stood there is as it was, nothing is left beside it.
     """
-    beside = path.with_name(f"{path.name}.new")
+    beside = path.with_name(path.name + BESIDE)
     try:
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)

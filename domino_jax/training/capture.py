@@ -33,6 +33,7 @@ from domino_jax.data.features import (
     write_shard,
 )
 from domino_jax.data.pipeline import heldout_batches
+from domino_jax.files import BESIDE
 from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
@@ -154,8 +155,10 @@ def _check_directory(directory: Path) -> None:
     """Refuses a directory that holds something else than captured states."""
     if (directory / MANIFEST).is_file():
         return
+    # All that a kill during the first start can leave: the manifest is written before any shard.
+    unfinished = MANIFEST + BESIDE
     if directory.exists() and (
-        not directory.is_dir() or any(x.suffix != ".partial" for x in directory.iterdir())
+        not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir())
     ):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"
