@@ -143,6 +143,8 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
         if value is None:
             return None
         options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        if dataclasses.is_dataclass(value) and type(value) in options:
+            return value
         words = [
             word for option in options for word in typing.get_args(option) if isinstance(word, str)
         ]
@@ -152,8 +154,6 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
     if hint == Scalars:
         return scalars(value, place=place)
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, typing.cast(type, hint)):
-            return value
         if not isinstance(value, dict):
             raise InputError(f"{place}: expected a mapping, found {shown(value)}")
         return from_tree(typing.cast(type, hint), value, place=place)
