@@ -62,6 +62,9 @@ def main(parts: tuple[str, ...], seed: int, keep: bool) -> None:
         else:
             shutil.rmtree(directory, ignore_errors=True)
     click.echo(table(rows))
+    for name, cases, _, _ in rows:
+        if name == "growth":  # whose cases are figures
+            click.echo("\n".join(f"- {case.name}" for case in cases))
     for case in bad:
         click.echo(f"- {case.part}: {case.name}: {case.fault}")
     sys.exit(1 if bad else 0)
