@@ -29,9 +29,9 @@ OTHER_VERSION = (
     "use another run_dir, which may begin with the old run's export (draft.init_from)"
 )
 # Older versions stored them with a draft, in which they had one value only.
-TARGET_KEYS = tuple(
-    f.name for f in fields(DecoderConfig) if f.name not in DecoderShape.__annotations__
-)
+TARGET_KEYS = {
+    f.name: f.default for f in fields(DecoderConfig) if f.name not in DecoderShape.__annotations__
+}
 DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 
 
@@ -125,7 +125,7 @@ def read_draft_record(place: Path) -> DraftRecord:
 
 def _without_target_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A stored draft without what older versions stored: fields of targets and of absent heads."""
-    unread = set(TARGET_KEYS)
+    unread = {name for name, only in TARGET_KEYS.items() if tree.get(name) == only}
     if tree.get("projector_type", "") is None:
         unread |= {"emb_dim", "gru_hidden_dim"}
     return {name: value for name, value in tree.items() if name not in unread}
