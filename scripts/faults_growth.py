@@ -1,7 +1,7 @@
 """A long run ends at whatever grows a little with each save: memory, file handles, mappings.
 
-Those of the training process are sampled over minutes. It saves about once a minute: at a save
-every few seconds, what TensorStore leaves of each (docs/reliability.md) would be all that is seen.
+Those of the training process are sampled over minutes. It saves every few seconds, far more often
+than runs do, so that what a save leaves shows (docs/reliability.md says what that is).
 
 samples   | start-up, compilation, 200 steps | first fifth | ............ | last fifth |
                                                the two are compared: medians, of handles the least
@@ -23,7 +23,7 @@ SAMPLE_SECONDS = 2.0
 # Largest growth that counts as none: memory as was asked for; a handle or two are a save under way.
 LIMITS = {"memory": 0.02, "handles": 0.0, "mappings": 0.01}
 WORDS = (
-    *("train", "config.yaml", override(train__steps=10**7), override(train__checkpoint_every=2000)),
+    *("train", "config.yaml", override(train__steps=10**7), override(train__checkpoint_every=50)),
     *(override(train__log_every=10), override(train__eval_every=100)),
 )
 
