@@ -205,10 +205,10 @@ class DraftConfig(DecoderShape):
     """A draft model as its checkpoint describes it (see `interop/hf.py` for the file format).
 
     `head` corrects the logits of a block's predictions but the first `pure_draft_prefix_len`;
-    None is plain DFlash. With `shift_label` block
-    position k predicts the token `k + 1` after the anchor, else the one `k` after it, of which the
-    first is known. `num_target_layers` and `target_layer_ids` (0-based layer outputs) say which
-    states of the target the draft reads; the last layer's is taken after the target's final norm.
+    None is plain DFlash. With `shift_label` block position k predicts the token `k + 1` after the
+    anchor, else the one `k` after it, of which the first is known. `num_target_layers` and
+    `target_layer_ids` (0-based layer outputs) say which states of the target the draft reads; the
+    last layer's is taken after the target's final norm.
 
     `layer_types` names each layer "full_attention" or "sliding_attention" (None: all full); a
     sliding layer sees the context less than `sliding_window` positions before its query. Inside the

@@ -211,6 +211,7 @@ def is_whole(directory: str | Path, index: int, rows: int) -> bool:
         return False
     try:
         records = ArrayRecordDataSource([str(path)])
+        # No record is empty: what counts is that each of them could be read.
         return len(records) == rows and all(records[number] for number in range(rows))
     except RuntimeError:
         return False

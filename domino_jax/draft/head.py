@@ -147,15 +147,7 @@ class DominoHead(nn.Module):
         )
 
     def __call__(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
-        """Low-rank states of teacher-forced predictions.
-
-        Args:
-            hidden: [..., M, D], backbone states of the predictions.
-            previous: [..., M, D], embeddings of the tokens just before them.
-        Returns:
-            [..., M, R]; zero for the first `pure_draft_prefix_len` predictions, so that their
-            correction is exactly 0.
-        """
+        """As `Head.__call__`: [..., M, D] twice -> [..., M, R]."""
         # Not cut before the GRU: later predictions need its state after the uncorrected ones.
         low_rank = self.correction(hidden, self.prefix_gru(previous))
         corrected = jnp.arange(hidden.shape[-2]) >= self.cfg.pure_draft_prefix_len
