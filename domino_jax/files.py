@@ -1,37 +1,41 @@
-"""Files: written whole or not at all, read within bounds, and known by their hashes.
+"""Files and directories: written whole or not at all, read within bounds, known by their hashes.
 
-A process may end at any moment, and a file that somebody else wrote may be anything. So what a run
-relies on is written beside its place and renamed, and what it reads is a regular file of a bounded
-size, parsed within bounded depth. No other module opens a small file by itself. No jax here.
+A process may end at any moment, a disk may be full at any byte, and a file that somebody else wrote
+may be anything. So what a run relies on is written beside its place and renamed, what it reads is a
+regular file of a bounded size, and what libraries raise when a write fails (safetensors an error of
+its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError that names the
+place which the user gave. No other module does any of it. No jax here: whoever answers a signal
+tidies up before jax is there.
 
     run/config.yaml.new  -- written, flushed to disk --  renamed to  run/config.yaml
+    .draft.1f0c9a7e/config.json model.safetensors  --    renamed to  draft/
 """
 
+import errno
 import hashlib
-import json
-import math
 import os
-import re
+import shutil
 import stat
-from collections import Counter
-from collections.abc import Container, Hashable, Iterator
+import uuid
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from domino_jax.strict import InputError, shown
+from domino_jax.parse import parse_json
+from domino_jax.strict import InputError
 
 CHECKSUMS = "SHA256SUMS"
 BESIDE = ".new"  # what the name of a file ends with until it is whole
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
 TEXT_BYTES = 2**26
-YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
 LINE_BYTES = 2**26  # of one line of a JSONL file
-DEPTH = 64  # levels of mappings and lists
-NUMBER_CHARACTERS = 64  # of a number as it is written
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
+_WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+_unfinished: set[Path] = set()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -148,61 +152,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False) -> Any:
-    """Parses JSON of somebody else, within bounds.
-
-    Args:
-        text: the JSON.
-        place: where it comes from, for the message; None where the caller says so.
-        nonfinite: take NaN and Infinity, which are not JSON but which Python writes.
-    Raises:
-        InputError: not JSON, a key that is given twice in one object, a number beyond every float
-            or of more than `NUMBER_CHARACTERS`, or more than `DEPTH` levels.
-    """
-    where = "" if place is None else f"{place}: "
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_without_doubles,
-            parse_int=_whole_number,
-            parse_float=_number,
-            parse_constant=float if nonfinite else _no_constant,
-        )
-    except RecursionError as error:  # in json's parser, before there is a value to look at
-        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings") from error
-    except ValueError as error:
-        raise InputError(f"{where}not valid JSON: {error}") from error
-    if _deeper_than(value, DEPTH):
-        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings")
-    return value
-
-
-def parse_yaml(text: str, *, place: str) -> Any:
-    """Parses YAML of somebody else, within bounds.
-
-    Read are mappings, lists, text, numbers, true, false and null. Numbers are decimal and dates are
-    text, as in YAML 1.2: `010` and `1:30` are not 8 and 90.
-
-    Raises:
-        InputError: not YAML, a key that is given twice, an alias, a tag, a number of more than
-            `NUMBER_CHARACTERS`, more than `DEPTH` levels, or more than `YAML_CHARACTERS`.
-    """
-    if len(text) > YAML_CHARACTERS:
-        raise InputError(
-            f"{place}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
-        )
-    try:
-        return yaml.load(text, Loader=_BoundedLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(
-            f"{place}: not valid YAML: {where}{error.problem or error.context}"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hex.
 
@@ -281,120 +230,65 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {shown(twice)} is given twice")
-    return mapping
+def check_new(path: Path) -> None:
+    """Raises `InputError` unless a directory may be written there: nothing is, or an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: already there and not an empty directory; give a new one")
 
 
-def _whole_number(text: str) -> int:
-    return int(_short(text))
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Gives a new directory beside its place, and renames it to its place once the body has ended.
 
-
-def _number(text: str) -> float:
-    number = float(_short(text))
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is beyond every float")
-    return number
-
-
-def _short(text: str) -> str:
-    if len(text) > NUMBER_CHARACTERS:
-        raise ValueError(
-            f"a number of {len(text)} characters, expected at most {NUMBER_CHARACTERS}"
-        )
-    return text
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a number of JSON")
-
-
-def _deeper_than(value: Any, depth: int) -> bool:
-    """Whether lists and mappings lie in each other more than `depth` times, without recursion."""
-    level = [value]
-    for _ in range(depth + 1):
-        holders = [item for item in level if isinstance(item, dict | list)]
-        if not holders:
-            return False
-        level = [
-            child
-            for item in holders
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return True
-
-
-class _BoundedLoader(yaml.SafeLoader):
-    """The part of YAML that settings need.
-
-    What it leaves out costs memory or says what nobody meant.
+    Args:
+        path: not there yet, or an empty directory.
+    Raises:
+        InputError: something else is there.
+        OSError: something could not be written; it names `path`, and nothing is left beside it.
     """
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
-        # Nine lists of nine aliases, each of the list before, stand for 9**9 values.
-        if isinstance(event, yaml.AliasEvent):
-            raise self._refusal("aliases (*name) are not read; write the value itself", event)
-        if getattr(event, "tag", None) is not None:
-            raise self._refusal(
-                f"tags ({shown(event.tag)}) are not read; write the value alone", event
-            )
-        holder = isinstance(event, yaml.CollectionStartEvent)
-        self.depth += holder
-        if self.depth > DEPTH:
-            raise self._refusal(f"more than {DEPTH} levels of lists and mappings", event)
-        node = super().compose_node(parent, index)
-        self.depth -= holder
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        mapping: dict[Hashable, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise self._refusal("a list or mapping as a key", key_node)
-            if key in mapping:  # PyYAML would take the last of the two
-                raise self._refusal(f"the key {shown(key)} is given twice", key_node)
-            mapping[key] = self.construct_object(value_node, deep=deep)
-        return mapping
-
-    def construct_number(self, node: Any) -> int | float:
-        if len(node.value) > NUMBER_CHARACTERS:
-            found = f"a number of {len(node.value)} characters"
-            raise self._refusal(f"{found}, expected at most {NUMBER_CHARACTERS}", node)
-        kind = self.construct_yaml_int if node.tag == f"{_TAG}int" else self.construct_yaml_float
-        return kind(node)
-
-    @staticmethod
-    def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
-        return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+    check_new(path)
+    # Beside its place and not among temporary files: a rename works within one file system only.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    _unfinished.add(beside)
+    try:
+        with _errors_name(path, beside):
+            beside.mkdir(parents=True)
+            yield beside
+            beside.replace(path)
+    finally:
+        # Removed, then forgotten: a signal in between still finds what there is to remove.
+        shutil.rmtree(beside, ignore_errors=True)
+        _unfinished.discard(beside)
 
 
-_TAG = "tag:yaml.org,2002:"
-# What plain text stands for; YAML 1.1's own spellings, less octal, hexadecimal, sexagesimal numbers
-# and dates.
-_PLAIN = {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
-    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
-    "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-}
-_BoundedLoader.yaml_implicit_resolvers = {
-    None: [(f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()]
-}
-_BoundedLoader.yaml_constructors = {
-    f"{_TAG}{kind}": constructor
-    for kind, constructor in (
-        *(
-            (kind, getattr(yaml.SafeLoader, f"construct_yaml_{kind}"))
-            for kind in ("null", "bool", "str", "seq", "map")
-        ),
-        *((kind, _BoundedLoader.construct_number) for kind in ("int", "float")),
-    )
-}
+def remove_unfinished() -> None:
+    """Removes what bodies of `whole_directory` have written so far: the process is about to end."""
+    for beside in list(_unfinished):
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_error(error: Exception, path: Path) -> OSError:
+    """The OSError of a failed write that a library raised as something else.
+
+    Args:
+        error: what it raised; the system's own words stand somewhere in its message.
+        path: what was being written.
+    """
+    # The libraries' own errors have no number: the system's words are all that is left of it.
+    for number in _WRITE_ERRORS:
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number), str(path))
+    words = " ".join(str(error).split())
+    return OSError(errno.EIO, f"could not be written: {words[:200]}", str(path))
+
+
+@contextmanager
+def _errors_name(path: Path, beside: Path) -> Iterator[None]:
+    """Lets a failed write below `beside` name the place that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        # Of another file, such as one that the body reads: it names its place already.
+        if error.filename is not None and not Path(error.filename).is_relative_to(beside):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

@@ -27,14 +27,14 @@ import jax
 
 from domino_jax import arithmetic, compiled
 from domino_jax.chips import CHIPS
-from domino_jax.config import RunConfig, make_draft_config
+from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.config.run import RunConfig, make_draft_config
 from domino_jax.files import write_whole
-from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.places import Compiler, Place
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
-from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_tokenizer
+from domino_jax.target.resolve import resolve_target
 from domino_jax.training.flops import step_flops
 from domino_jax.training.inputs import draft_of, run_mesh
 from domino_jax.training.program import (

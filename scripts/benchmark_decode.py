@@ -36,6 +36,7 @@ import numpy as np
 from benchmark_sides import hardware, revision
 from benchmark_workloads import SHAPES, draft_config, target_config
 
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.decoding import speculate
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
@@ -43,7 +44,6 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.interop.hf import save_hf_draft
 from domino_jax.kernels.largest import most_likely
 from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight
 
 ROUNDS = 25  # repetitions of each measured part
@@ -146,7 +146,7 @@ def case_of_runs(options: argparse.Namespace) -> Case:
     """Trained drafts of two runs and their target, in float32."""
     from domino_jax.cli.shared import load_run
     from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
-    from domino_jax.target.gguf import resolve_target
+    from domino_jax.target.resolve import resolve_target
 
     jax.config.update("jax_default_matmul_precision", "highest")
     loaded, domino = load_run(options.domino, "float32", max_new_tokens=options.max_new_tokens)

@@ -101,7 +101,8 @@ def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str
     from benchmark_step import compiled_step
     from flax.core import meta
 
-    from domino_jax.draft.backbone import DraftModel, init_variables
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.draft.build import init_variables
 
     config = dataclasses.replace(
         CONFIG, block_size=sizes["K"], vocab_size=sizes["V"], mask_token_id=sizes["V"] - 1

@@ -24,7 +24,7 @@ from benchmark_sides import Worker
 from benchmark_weights import fill_torch
 from benchmark_workloads import BETAS, CLIP_NORM, LAMBDA_BASE, LEARNING_RATE, LOSS_DECAY_GAMMA
 
-from domino_jax.model_config import DecoderConfig, DraftConfig
+from domino_jax.config.model import DecoderConfig, DraftConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -26,11 +26,12 @@ from benchmark_workloads import (
 )
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.blocks import anchor_candidates, sample_anchors
+from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import hf_tensors
 from domino_jax.kernels.causal_attention import form_for
-from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.target.load import TABLES, expected_tensors
 from domino_jax.target.model import Target
 from domino_jax.training.domino_module import build_trainer

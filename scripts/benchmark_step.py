@@ -37,7 +37,7 @@ import numpy as np
 from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
 from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
-from domino_jax.model_config import DominoHeadConfig, DraftConfig
+from domino_jax.config.model import DominoHeadConfig, DraftConfig
 from domino_jax.training.flops import step_flops
 
 CONFIG = DraftConfig(
@@ -172,7 +172,8 @@ def write_inputs(directory: Path, workload: str) -> None:
     import jax
     from flax.core import meta
 
-    from domino_jax.draft.backbone import DraftModel, init_variables
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.draft.build import init_variables
     from domino_jax.interop.hf import save_hf_draft
 
     length, anchors = WORKLOADS[workload]

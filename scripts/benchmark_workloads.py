@@ -9,7 +9,7 @@ must not hold a part of the card itself.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from domino_jax.model_config import (
+from domino_jax.config.model import (
     DecoderConfig,
     DecoderShape,
     DominoHeadConfig,

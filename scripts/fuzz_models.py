@@ -49,7 +49,9 @@ def model_parsers(directory: Path) -> list[Parser]:
     import jax
     from tiny import CONFIG, write_target
 
-    from domino_jax.draft.backbone import DraftModel, init_variables
+    from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.draft.build import init_variables
     from domino_jax.interop.hf import (
         read_hf_config,
         read_hf_draft,
@@ -57,7 +59,6 @@ def model_parsers(directory: Path) -> list[Parser]:
         save_hf_draft,
     )
     from domino_jax.interop.hf_config import config_json
-    from domino_jax.model_config import DecoderShape, DominoHeadConfig, DraftConfig
     from domino_jax.target.decoder_keys import read_decoder_config
     from domino_jax.target.load import open_target
 
@@ -202,7 +203,7 @@ def _wrong_draft(config: Any) -> str | None:
 
 
 def _tensor_parsers(directory: Path) -> list[Parser]:
-    from domino_jax.target.safetensors import open_safetensors
+    from domino_jax.formats.safetensors import open_safetensors
 
     single, sharded = directory / "single", directory / "sharded"
     single.mkdir()

@@ -141,7 +141,7 @@ def _config_parsers(directory: Path) -> list[Parser]:
 
     from domino_jax.cli.decode import evaluate
     from domino_jax.cli.shared import template_option
-    from domino_jax.config import dump_config, load_config
+    from domino_jax.config.run import dump_config, load_config
 
     valid = directory / "valid"
     valid.mkdir()

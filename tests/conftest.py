@@ -57,7 +57,7 @@ def drop_compiled_programs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of SmolLM2-135M-Instruct, converted once into the user's cache."""
-    from domino_jax.target.gguf import resolve_target
+    from domino_jax.target.resolve import resolve_target
 
     # Beside the directories of all workers: the first one converts, the others wait.
     with FileLock(tmp_path_factory.getbasetemp().parent / "smollm2.lock"):

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.config.model import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
-from domino_jax.model_config import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
 from domino_jax.training.domino_module import build_trainer
 from domino_jax.training.modules import DFlashTrainerModule
 

@@ -11,15 +11,17 @@ PACKAGE = Path(__file__).parent.parent / "domino_jax"
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "", "strict files staging finite model_config config sharding chips stages"),
+    (0, "", "strict parse files finite chips stages"),
+    (0.2, "config", "model run"),
+    (0.3, "", "sharding"),
     (1, "kernels", "causal_attention cache products scale largest softmax operands"),
     (1, "kernels", "blocks_by_tiles tpu_tiles blocks_on_tpu block_attention token_loss"),
     (1, "kernels", "vocabulary_loss"),
-    (1.5, "", "layers"),
+    (1.5, "layers", "dense norm rotary attention"),
+    (1.5, "formats", "safetensors rope_keys gguf gguf_tokenizer"),
     (2, "data", "renderer rendering template conversations packing pipeline features"),
-    (2, "target", "moe model safetensors rope_keys decoder_keys load"),
-    (2, "target", "gguf_source gguf_tokenizer gguf fingerprint"),
-    (2, "draft", "blocks mask head backbone"),
+    (2, "target", "moe model decoder_keys load gguf resolve fingerprint"),
+    (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "speculate batch_log generate evaluate"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
@@ -45,11 +47,11 @@ TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"
 # Of processes that answer before jax is there, or must not hold a part of the device themselves.
 WITHOUT_JAX = {
     "strict",
+    "parse",
     "files",
-    "staging",
     "finite",
-    "model_config",
-    "config",
+    "config.model",
+    "config.run",
     "chips",
     "stages",
     "training.flops",
@@ -157,7 +159,7 @@ def undocumented(source: str, module: str) -> list[str]:
 
 def mesh_axis_names(source: str, module: str) -> list[str]:
     """Mesh axes named outside the two files that define them."""
-    if module in ("sharding", "config"):
+    if module in ("sharding", "config.run"):
         return []
     return [
         f"{module}:{node.lineno}: names the mesh axis {node.value!r}; use logical axes"
@@ -185,7 +187,9 @@ def test_package_file_keeps_the_rules(path: Path) -> None:
 
 
 def test_package_files_are_found() -> None:
-    assert {"config", "sharding", "layers"} <= {module_name(path) for path in PACKAGE.rglob("*.py")}
+    assert {"config.run", "sharding", "layers.dense"} <= {
+        module_name(path) for path in PACKAGE.rglob("*.py")
+    }
 
 
 def test_unplaced_refuses_an_unknown_file() -> None:
@@ -196,10 +200,10 @@ def test_unplaced_refuses_an_unknown_file() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("config", "from domino_jax.sharding import RULES"),  # later in its row
-        ("layers", "import domino_jax.draft.mask"),  # a higher rank
-        ("layers", "import domino_jax"),  # the gathered names stand above
-        ("layers", "from domino_jax import load_hf_draft"),
+        ("config.run", "from domino_jax.sharding import RULES"),  # later in its row
+        ("layers.dense", "import domino_jax.draft.mask"),  # a higher rank
+        ("layers.dense", "import domino_jax"),  # the gathered names stand above
+        ("layers.dense", "from domino_jax import load_hf_draft"),
         ("draft.mask", "from domino_jax.draft.head import DominoHead"),
         ("draft.mask", "from domino_jax.draft import block_mask"),  # the folder's own `__init__`
         ("draft.mask", "from domino_jax.target.model import Target"),  # same rank, another folder
@@ -218,7 +222,7 @@ def test_unplaced_refuses_an_unknown_file() -> None:
         ("target.load", "import torch"),
         ("target.load", "from torch.nn import functional"),
         ("interop.hf", "def late():\n    import nemo_automodel.components as parts"),
-        ("config", "import jax.numpy as jnp"),
+        ("config.run", "import jax.numpy as jnp"),
         ("training.flops", "import jax"),
     ],
 )
@@ -229,12 +233,12 @@ def test_wrong_imports_refuses(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("sharding", "import jax\nfrom domino_jax.config import RunConfig"),
-        ("layers", "from domino_jax import config, sharding"),
+        ("sharding", "import jax\nfrom domino_jax.config.run import RunConfig"),
+        ("layers.dense", "from domino_jax import config, sharding"),
         (
             "draft.head",
             "from domino_jax.draft.mask import block_mask\n"
-            "from . import blocks\nfrom ..layers import Dense",
+            "from . import blocks\nfrom ..layers.dense import Dense",
         ),
         ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
         (
@@ -253,18 +257,18 @@ def test_wrong_imports_allows_what_stands_below(module: str, source: str) -> Non
 
 
 def test_too_long_refuses_long_files_and_functions() -> None:
-    assert not too_long("x = 1\n" * MAX_LINES, "layers")
-    assert len(too_long("x = 1\n" * (MAX_LINES + 1), "layers")) == 1
-    assert not too_long("def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1), "layers")
+    assert not too_long("x = 1\n" * MAX_LINES, "layers.dense")
+    assert len(too_long("x = 1\n" * (MAX_LINES + 1), "layers.dense")) == 1
+    assert not too_long("def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1), "layers.dense")
     method = "class C:\n    def f(self):\n" + "        x = 1\n" * MAX_FUNCTION_LINES
-    assert len(too_long(method, "layers")) == 1
+    assert len(too_long(method, "layers.dense")) == 1
 
 
 def test_undocumented_refuses_each_kind() -> None:
     bare = "class C:\n    def f(self): ...\n    def _g(self): ...\ndef h(): ...\ndef _i(): ...\n"
-    assert len(undocumented(bare, "layers")) == 4  # module, C, C.f, h
+    assert len(undocumented(bare, "layers.dense")) == 4  # module, C, C.f, h
     told = '"""M."""\nclass C:\n    """C."""\n    def f(self):\n        """F."""\n'
-    assert not undocumented(told, "layers")
+    assert not undocumented(told, "layers.dense")
 
 
 def test_mesh_axis_names_refuses_them_elsewhere() -> None:

@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a target, a finished run and prompts."""
     from rich.console import Console
 
-    from domino_jax.config import load_config
+    from domino_jax.config.run import load_config
     from domino_jax.training.loop import train
 
     directory = tmp_path_factory.mktemp("trained")

@@ -10,8 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domino_jax.config import DraftRecipe, RunConfig, dump_config, load_config, make_draft_config
-from domino_jax.model_config import (
+from domino_jax.config.model import (
     SIZE_LIMIT,
     SIZE_LIMITS,
     DecoderConfig,
@@ -20,6 +19,13 @@ from domino_jax.model_config import (
     default_target_layer_ids,
     draft_from_tree,
     draft_tree,
+)
+from domino_jax.config.run import (
+    DraftRecipe,
+    RunConfig,
+    dump_config,
+    load_config,
+    make_draft_config,
 )
 from domino_jax.strict import InputError, from_tree
 

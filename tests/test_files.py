@@ -12,14 +12,13 @@ from domino_jax import files
 from domino_jax.files import (
     checked_file,
     damage,
-    parse_json,
-    parse_yaml,
     read_json,
     read_lines,
     read_text,
     write_checksums,
     write_whole,
 )
+from domino_jax.parse import parse_json, parse_yaml
 from domino_jax.strict import InputError
 
 

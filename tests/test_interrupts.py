@@ -17,9 +17,10 @@ from tiny import run_config, write_conversations, write_target
 
 from domino_jax.cli import interrupts
 from domino_jax.cli.interrupts import NOT_BEGUN, SAVING
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.data.template import chat_template
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.checkpoint import save_draft
 from domino_jax.training.inputs import draft_of

@@ -11,17 +11,12 @@ import pytest
 from flax import linen as nn
 from transformers import LlamaConfig, Qwen3Config
 
+from domino_jax.config.model import DecoderConfig, RopeScaling
 from domino_jax.kernels.causal_attention import causal_attention
-from domino_jax.layers import (
-    AttentionProjections,
-    Dense,
-    RMSNorm,
-    SwiGLU,
-    rotary,
-    rotary_frequencies,
-    rotate,
-)
-from domino_jax.model_config import DecoderConfig, RopeScaling
+from domino_jax.layers.attention import AttentionProjections
+from domino_jax.layers.dense import Dense, SwiGLU
+from domino_jax.layers.norm import RMSNorm
+from domino_jax.layers.rotary import rotary, rotary_frequencies, rotate
 
 CFG = DecoderConfig(
     vocab_size=32,

@@ -17,8 +17,8 @@ from rich.console import Console
 from tiny import MASK_TOKEN_ID, run_config, write_target
 
 from domino_jax import arithmetic, compiled
-from domino_jax.config import RunConfig, load_config, make_draft_config
-from domino_jax.model_config import DecoderConfig
+from domino_jax.config.model import DecoderConfig
+from domino_jax.config.run import RunConfig, load_config, make_draft_config
 from domino_jax.places import compiler_for, parse_place
 from domino_jax.plan import (
     Exchange,

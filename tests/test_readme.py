@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import MASK_TOKEN_ID, write_conversations, write_target
 
-from domino_jax.config import dump_config, load_config
+from domino_jax.config.run import dump_config, load_config
 
 TOP = Path(__file__).parent.parent
 # Begin of a command -> why it is not run here.

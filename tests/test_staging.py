@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from domino_jax.staging import remove_unfinished, whole_directory, write_error
+from domino_jax.files import remove_unfinished, whole_directory, write_error
 from domino_jax.strict import InputError
 
 

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from domino_jax.config.model import DecoderConfig
 from domino_jax.files import write_checksums
-from domino_jax.model_config import DecoderConfig
 from domino_jax.target.load import expected_tensors
 from domino_jax.target.model import Target
 

@@ -26,8 +26,9 @@ from domino_jax.data.template import KWARGS
 from domino_jax.decoding.generate import regenerate as regenerate_answers
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.strict import InputError, Scalars
-from domino_jax.target.gguf import convert_gguf, resolve_target
+from domino_jax.target.gguf import convert_gguf
 from domino_jax.target.model import Target
+from domino_jax.target.resolve import resolve_target
 
 
 @click.command()

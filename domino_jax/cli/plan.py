@@ -11,7 +11,7 @@ import jax
 
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import results, say
-from domino_jax.config import RunConfig, load_config
+from domino_jax.config.run import RunConfig, load_config
 from domino_jax.places import Compiler, Place, compiler_for, parse_place
 from domino_jax.plan import (
     Models,

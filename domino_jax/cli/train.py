@@ -10,7 +10,7 @@ import click
 
 from domino_jax.cli.interrupts import keeps, stop_requested
 from domino_jax.cli.shared import FiniteRange, logs, results, say
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.training.capture import capture as capture_states

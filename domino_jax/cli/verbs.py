@@ -19,7 +19,7 @@ from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.train import capture, train
-from domino_jax.staging import NO_ROOM
+from domino_jax.files import NO_ROOM
 from domino_jax.strict import InputError, one_line, shown, text_problem
 from domino_jax.training.loop import Interrupted
 from domino_jax.training.skips import Diverged

@@ -13,7 +13,8 @@ import numpy as np
 
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, kwargs_text, recorded_kwargs
-from domino_jax.files import LINE_BYTES, parse_json, read_lines
+from domino_jax.files import LINE_BYTES, read_lines
+from domino_jax.parse import parse_json
 from domino_jax.strict import InputError, Scalars, shown
 
 ROLES = ("system", "user", "assistant")

@@ -24,12 +24,11 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
+from domino_jax.config.model import SIZE_LIMIT
 from domino_jax.data.conversations import Row
 from domino_jax.data.template import kwargs_text
-from domino_jax.files import checked_file, read_json, write_whole
+from domino_jax.files import checked_file, read_json, write_error, write_whole
 from domino_jax.finite import require_finite
-from domino_jax.model_config import SIZE_LIMIT
-from domino_jax.staging import write_error
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 MANIFEST = "manifest.json"

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from domino_jax.files import parse_json, read_lines
+from domino_jax.files import read_lines
+from domino_jax.parse import parse_json
 from domino_jax.strict import InputError, require
 
 # No answer begins so (its first key is "messages"): this alone tells the two kinds of lines apart.

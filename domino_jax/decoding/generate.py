@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.config import SEED_LIMIT
+from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import KWARGS, NO_KWARGS
 from domino_jax.decoding.batch_log import BatchLog

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels import cache as kv_cache
 from domino_jax.kernels.cache import Cache
 from domino_jax.kernels.largest import most_likely
 from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.model_config import DraftConfig
 from domino_jax.target.model import LayerCaches, Target, lm_head_weight
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled

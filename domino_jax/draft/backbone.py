@@ -15,13 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 from domino_jax.draft.head import HEAD_MODULES, Head
-from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.block_attention import RESULT, block_attention
 from domino_jax.kernels.cache import Cache, empty_cache
 from domino_jax.kernels.operands import ContextSpan
-from domino_jax.layers import AttentionProjections, Dense, RMSNorm, Rotary, SwiGLU, rotary
-from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
+from domino_jax.layers.attention import AttentionProjections
+from domino_jax.layers.dense import Dense, SwiGLU
+from domino_jax.layers.norm import RMSNorm
+from domino_jax.layers.rotary import Rotary, rotary
 from domino_jax.sharding import constrain
 from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
@@ -204,34 +206,3 @@ def output_logits(cfg: DraftConfig, logits: jax.Array) -> jax.Array:
     if cfg.output_multiplier != 1.0:
         logits = logits * cfg.output_multiplier
     return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def init_variables(model: DraftModel, key: jax.Array) -> dict:
-    """Boxed variables of a draft, with the logical axes of each parameter.
-
-    `sharding.parameter_shardings` reads the boxes.
-
-    Args:
-        model: the draft.
-        key: a PRNG key.
-    """
-    cfg = model.cfg
-
-    # Linen makes the parameters of what is called, so the head is called too. Their shapes follow
-    # from the config alone: one position of context and one block are enough.
-    def touch_all(module: DraftModel) -> None:
-        states = jnp.zeros((1, 1, len(cfg.target_layer_ids) * cfg.hidden_size), cfg.dtype)
-        block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)
-        positions = jnp.zeros((1, 1, cfg.block_size), jnp.int32)
-        start, used = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-        hidden = module(states, start, block, positions, layer_spans(cfg, start, used))
-        if cfg.head is not None:
-            predictions = module.prediction_states(hidden)
-            module.head(predictions, jnp.zeros_like(predictions))
-
-    return nn.init(touch_all, model)(key)
-
-
-def boxed_parameters(config: DraftConfig) -> Any:
-    """Shapes and logical axes of a draft's parameters, without computing any."""
-    return jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))["params"]

@@ -16,9 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import DominoHeadConfig, DraftConfig
 from domino_jax.kernels.products import project
-from domino_jax.layers import Dense
-from domino_jax.model_config import DominoHeadConfig, DraftConfig
+from domino_jax.layers.dense import Dense
 from domino_jax.sharding import constrain, logical_axes
 
 

@@ -15,8 +15,8 @@ that spells out everything, their slow reference. With K = 2 and anchors 3 and 6
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 from domino_jax.kernels.operands import ContextSpan
-from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
 
 
 def context_span(

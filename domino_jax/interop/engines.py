@@ -8,7 +8,7 @@ at the config of a draft alone: no weight is read.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from domino_jax.model_config import SLIDING_ATTENTION, DraftConfig
+from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 
 ENGINES = ("sglang", "vllm", "nemo", "specforge", "zlab")
 

@@ -11,15 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from domino_jax.model_config import (
+from domino_jax.config.model import (
     FULL_ATTENTION,
     SLIDING_ATTENTION,
     DraftConfig,
     RopeScaling,
     head_kind,
 )
+from domino_jax.formats.rope_keys import read_rope_scaling
 from domino_jax.strict import InputError, from_tree, shown
-from domino_jax.target.rope_keys import read_rope_scaling
 
 SHIFTED_DFLASH = "sample_from_anchor"  # what readers of plain DFlash call shift_label
 

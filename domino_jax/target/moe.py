@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.layers import Dense
-from domino_jax.model_config import DecoderConfig
+from domino_jax.config.model import DecoderConfig
+from domino_jax.layers.dense import Dense
 from domino_jax.sharding import constrain, logical_axes
 
 # Rows [M*k, in] times one weight [out, in] per run of rows: weights keep the layout of the

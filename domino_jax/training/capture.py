@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from domino_jax.config import RunConfig
+from domino_jax.config.model import DecoderConfig
+from domino_jax.config.run import RunConfig
 from domino_jax.data.conversations import Row
 from domino_jax.data.features import (
     MANIFEST,
@@ -34,14 +35,13 @@ from domino_jax.data.features import (
 )
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.files import BESIDE
-from domino_jax.model_config import DecoderConfig
 from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
-from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target
 from domino_jax.target.model import Target
+from domino_jax.target.resolve import resolve_target
 from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
 from domino_jax.training.metrics import Say
 from domino_jax.training.preflight import GIGABYTE, check_conversations, check_packages, free_bytes

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from domino_jax.draft.backbone import boxed_parameters
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
 from domino_jax.strict import InputError
 from domino_jax.training.metrics import Say

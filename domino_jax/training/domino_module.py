@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.kernels.token_loss import Labels, States, Tables
-from domino_jax.model_config import DraftConfig
 from domino_jax.stages import HEAD
 from domino_jax.training.loss import position_weights
 from domino_jax.training.modules import DFlashTrainerModule, frozen_rows, packing_of

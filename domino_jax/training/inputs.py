@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.config import DataConfig, RunConfig, make_draft_config
+from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.config.run import DataConfig, RunConfig, make_draft_config
 from domino_jax.data.conversations import Row, load_rows
 from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
-from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.sharding import make_mesh, partition_spec
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import tokenizer_fingerprint

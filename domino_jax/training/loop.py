@@ -21,7 +21,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from domino_jax.config import RunConfig
+from domino_jax.config.run import RunConfig
 from domino_jax.data.packing import row_lengths
 from domino_jax.training.checkpoint import Checkpoints
 from domino_jax.training.inputs import device_batch, evaluation_batches, training_batches

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from domino_jax.files import parse_json, read_text, write_whole
+from domino_jax.files import read_text, write_whole
+from domino_jax.parse import parse_json
 from domino_jax.strict import InputError
 from domino_jax.training.step_metrics import DFlashStepMetrics
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import jax
 
-from domino_jax.config import RunConfig
+from domino_jax.config.model import DraftConfig
+from domino_jax.config.run import RunConfig
 from domino_jax.data.features import MANIFEST
-from domino_jax.draft.backbone import boxed_parameters
-from domino_jax.model_config import DraftConfig
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.strict import InputError
 
 GIGABYTE = 10**9

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from rich.console import Console
 
-from domino_jax.config import RunConfig, dump_config
+from domino_jax.config.model import DecoderConfig
+from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
-from domino_jax.model_config import DecoderConfig
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
-from domino_jax.target.gguf import resolve_target
 from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target
+from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
 from domino_jax.training.inputs import InputRows, draft_of, read_features, read_rows, run_mesh
 from domino_jax.training.metrics import Say

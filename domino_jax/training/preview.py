@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from domino_jax.config import dump_config
+from domino_jax.config.run import dump_config
 from domino_jax.data.features import FeatureRows
 from domino_jax.data.packing import row_lengths
-from domino_jax.draft.backbone import boxed_parameters
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import InputRows, training_batches

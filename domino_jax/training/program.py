@@ -21,10 +21,10 @@ from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
 
 from domino_jax.chips import CHIPS
-from domino_jax.config import LossConfig, RunConfig
-from domino_jax.draft.backbone import boxed_parameters
+from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.config.run import LossConfig, RunConfig
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.kernels.causal_attention import form_for
-from domino_jax.model_config import DecoderConfig, DraftConfig
 from domino_jax.sharding import parameter_shardings, partition_spec, parts_of
 from domino_jax.target.load import TABLES
 from domino_jax.target.load import boxed_parameters as boxed_target

@@ -12,15 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from domino_jax.data.template import ChatTemplate, recorded_kwargs
-from domino_jax.files import read_json
-from domino_jax.model_config import (
+from domino_jax.config.model import (
     DecoderConfig,
     DecoderShape,
     DraftConfig,
     draft_from_tree,
     draft_tree,
 )
+from domino_jax.data.template import ChatTemplate, recorded_kwargs
+from domino_jax.files import read_json
 from domino_jax.strict import InputError
 from domino_jax.training.metrics import LogMark
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from domino_jax.config import RunConfig, dump_config
+from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.files import write_whole
 from domino_jax.strict import InputError, from_tree
 from domino_jax.training.records import OTHER_VERSION, DraftRecord

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from domino_jax.config import RunConfig
+from domino_jax.config.run import RunConfig
 from domino_jax.data.conversations import Row
 from domino_jax.training.window import Spike, StepOutcome
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from domino_jax.chips import CHIPS
-from domino_jax.config import RunConfig
+from domino_jax.config.run import RunConfig
 from domino_jax.training.flops import step_flops
 from domino_jax.training.step import Program
 

@@ -21,9 +21,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.config.model import DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.interop.start import starting_params
-from domino_jax.model_config import DraftConfig
 from domino_jax.target.load import ParameterPath, load_sharded_target
 from domino_jax.target.model import Target
 from domino_jax.training.program import state_layout

@@ -12,8 +12,9 @@ import optax
 import pytest
 from reference import target_config
 
-from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DominoHeadConfig, DraftConfig
+from domino_jax.config.model import DominoHeadConfig, DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.domino_module import build_trainer

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from reference import target_config
 
+from domino_jax.config.model import DominoHeadConfig, DraftConfig
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
-from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DominoHeadConfig, DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target
 
 pytestmark = pytest.mark.accelerator

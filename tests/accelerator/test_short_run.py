@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny import run_config, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.loop import train
 

@@ -13,7 +13,8 @@ from reference import draft_config, target_config
 from domino_jax.decoding.evaluate import compare, evaluate, next_logits
 from domino_jax.decoding.generate import Answer
 from domino_jax.decoding.speculate import Weights, make_decoder
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target
 
 CONFIG = draft_config(num_target_layers=4, target_layer_ids=(0, 2))

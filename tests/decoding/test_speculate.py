@@ -13,6 +13,7 @@ from doubles import slow_after
 from scipy.stats import chi2, chisquare, ncx2
 from tiny import stack_layers
 
+from domino_jax.config.model import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
 from domino_jax.decoding.speculate import (
     Decoder,
     Weights,
@@ -26,10 +27,10 @@ from domino_jax.decoding.speculate import (
     start,
     stream,
 )
-from domino_jax.draft.backbone import DraftModel, init_variables, output_logits
+from domino_jax.draft.backbone import DraftModel, output_logits
+from domino_jax.draft.build import init_variables
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.model_config import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
 from domino_jax.target.model import Target, lm_head_weight
 
 TARGET = DecoderConfig(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from reference import dflash_config, draft_config
 
+from domino_jax.config.model import DraftConfig
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
-from domino_jax.model_config import DraftConfig
 
 SLIDING = {"layer_types": ("full_attention", "sliding_attention"), "sliding_window": 6}
 CAUSAL = {**SLIDING, "sliding_in_block": "causal"}

@@ -26,11 +26,11 @@ from reference import (
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen3Config
 
+from domino_jax.config.model import DraftConfig, RopeScaling
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.mask import layer_spans
 from domino_jax.interop import hf
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
-from domino_jax.model_config import DraftConfig, RopeScaling
 from domino_jax.strict import InputError
 
 CONFIG = draft_config()

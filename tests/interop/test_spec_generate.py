@@ -25,7 +25,7 @@ from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlash
 from tiny import MASK_TOKEN_ID, write_target
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from domino_jax.config import DraftRecipe, make_draft_config
+from domino_jax.config.run import DraftRecipe, make_draft_config
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import (
@@ -36,7 +36,8 @@ from domino_jax.decoding.speculate import (
     start,
     stream,
 )
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target, lm_head_weight

@@ -16,10 +16,10 @@ from rich.console import Console
 from tiny import run_config, write_target
 
 from domino_jax.cli import command
-from domino_jax.config import load_config
+from domino_jax.config.model import DraftConfig, RopeScaling
+from domino_jax.config.run import load_config
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.interop.start import starting_params
-from domino_jax.model_config import DraftConfig, RopeScaling
 from domino_jax.strict import InputError
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.loop import train

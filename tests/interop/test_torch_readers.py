@@ -19,12 +19,12 @@ from reference import dflash_config, draft_config, random_params
 from tiny import write_target
 from transformers import AutoModelForCausalLM
 
+from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
 from domino_jax.interop import hf
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
-from domino_jax.model_config import DraftConfig
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
 

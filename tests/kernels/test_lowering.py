@@ -19,7 +19,8 @@ import pytest
 from reference import draft_config, target_config
 
 from domino_jax.decoding.speculate import Weights, _advance, make_decoder, start
-from domino_jax.draft.backbone import DraftModel, init_variables
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.domino_module import build_trainer

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from reference import compare_with_nemo, draft_config
 
-from domino_jax.model_config import RopeScaling
+from domino_jax.config.model import RopeScaling
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "llama3": {

@@ -31,9 +31,10 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.strict import InputError
 from domino_jax.target import gguf as conversion
-from domino_jax.target.gguf import BUILT_IN, BuiltIn, convert_gguf, resolve_target
+from domino_jax.target.gguf import convert_gguf
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.target.resolve import BUILT_IN, BuiltIn, resolve_target
 
 
 def leftovers(directory: Path) -> list[str]:

@@ -15,14 +15,14 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from domino_jax.model_config import DecoderConfig, RopeScaling
+from domino_jax.config.model import DecoderConfig, RopeScaling
+from domino_jax.formats.safetensors import open_safetensors
 from domino_jax.sharding import make_mesh
 from domino_jax.strict import InputError
 from domino_jax.target import load
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import load_sharded_target, load_target, load_tokenizer
 from domino_jax.target.model import Target
-from domino_jax.target.safetensors import open_safetensors
 
 ABSENT = object()
 YARN = {

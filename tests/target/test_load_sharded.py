@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 from tiny import stack_layers
 
-from domino_jax.model_config import DecoderConfig
+from domino_jax.config.model import DecoderConfig
+from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.sharding import MESH_AXES, make_mesh, parameter_shardings
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
@@ -33,7 +34,6 @@ from domino_jax.target.load import (
     load_target,
 )
 from domino_jax.target.model import Target
-from domino_jax.target.safetensors import StoredTensor
 
 MESHES = {
     "one device": lambda: Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domino_jax.model_config import DecoderConfig
+from domino_jax.config.model import DecoderConfig
 from domino_jax.target.moe import Experts, Routes, SparseMLP, routes
 
 CFG = DecoderConfig(

@@ -10,12 +10,12 @@ import pytest
 from test_loop import quiet
 from tiny import CONFIG, run_config, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.data.features import FeatureRows, is_whole, shard_path, write_shard
+from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
-from domino_jax.target.safetensors import StoredTensor
 from domino_jax.training import capture as capturing
 from domino_jax.training.capture import capture
 from domino_jax.training.loop import train

@@ -12,7 +12,7 @@ import pytest
 from test_loop import final_bits, quiet
 from tiny import run_config, write_conversations, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DecoderConfig, DominoHeadConfig, DraftConfig
+from domino_jax.config.model import DecoderConfig, DominoHeadConfig, DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.stages import STAGES, UPDATE
 from domino_jax.target.model import Target
 from domino_jax.training.flops import step_flops

@@ -21,11 +21,11 @@ import pytest
 from rich.console import Console
 from tiny import CONFIG, run_config, seal, write_conversations, write_target
 
-from domino_jax.config import dump_config, load_config
+from domino_jax.config.run import dump_config, load_config
+from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
-from domino_jax.target.safetensors import StoredTensor
 from domino_jax.training import loop, program
 from domino_jax.training.checkpoint import load_draft, open_checkpoints
 from domino_jax.training.inputs import device_batch

@@ -25,9 +25,9 @@ from reference import (
     random_params,
 )
 
+from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.kernels import block_attention
-from domino_jax.model_config import DraftConfig
 from domino_jax.training.domino_module import DominoTrainerModule, build_trainer
 from domino_jax.training.modules import DFlashTrainerModule
 

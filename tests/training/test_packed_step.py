@@ -16,7 +16,7 @@ from reference import draft_config, random_params, target_config
 from test_loop import final_bits, quiet
 from tiny import run_config, stack_layers, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids

@@ -15,7 +15,7 @@ from doubles import slow_after
 from rich.console import Console
 from tiny import run_config, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.strict import InputError
 from domino_jax.training import preflight, prepare
 from domino_jax.training.loop import train
@@ -217,7 +217,8 @@ def test_room_for_the_checkpoints_is_checked(
 
 
 def program_state(run: prepare.RunInputs) -> Any:
-    from domino_jax.draft.backbone import DraftModel, init_variables
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.draft.build import init_variables
     from domino_jax.training.step import initial_state
 
     variables = init_variables(DraftModel(run.record.config), jax.random.key(0))

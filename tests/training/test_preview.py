@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import CONFIG, TEMPLATE, run_config, write_target
 
-from domino_jax.config import dump_config, load_config
+from domino_jax.config.run import dump_config, load_config
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training import prepare as preparing

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from reference import dflash_config, draft_config
 
+from domino_jax.config.model import DraftConfig
 from domino_jax.data.template import ChatTemplate
-from domino_jax.model_config import DraftConfig
 from domino_jax.strict import InputError
 from domino_jax.training.records import DraftRecord, read_draft_record
 

@@ -13,7 +13,7 @@ from test_loop import quiet
 from test_metrics import strictly
 from tiny import WORDS, run_config, write_target
 
-from domino_jax.config import RunConfig, load_config
+from domino_jax.config.run import RunConfig, load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
 from domino_jax.training import prepare
@@ -146,7 +146,7 @@ def watch(stored: Any = None, **settings: Any) -> StepWatch:
 
 
 def config(max_bad_steps: int = 3, **data: Any) -> RunConfig:
-    from domino_jax.config import DataConfig, DraftRecipe, TrainConfig
+    from domino_jax.config.run import DataConfig, DraftRecipe, TrainConfig
 
     return RunConfig(
         run_dir="run",

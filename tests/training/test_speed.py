@@ -11,7 +11,7 @@ import pytest
 from tiny import CONFIG, MASK_TOKEN_ID
 
 from domino_jax.chips import CHIPS, Chip
-from domino_jax.config import (
+from domino_jax.config.run import (
     DataConfig,
     DraftRecipe,
     LossConfig,

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny import run_config, write_target
 
-from domino_jax.config import load_config
+from domino_jax.config.run import load_config
 from domino_jax.stages import HEAD, STAGES
 from domino_jax.training.inputs import device_batch, training_batches
 from domino_jax.training.prepare import prepare

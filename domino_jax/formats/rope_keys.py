@@ -11,7 +11,7 @@ refused, and two that say different things are refused too:
 from collections.abc import Mapping
 from typing import Any
 
-from domino_jax.model_config import ROPE_TYPES
+from domino_jax.config.model import ROPE_TYPES
 from domino_jax.strict import InputError, shown
 
 

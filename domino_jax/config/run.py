@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from domino_jax.files import DEPTH, YAML_CHARACTERS, parse_yaml, read_text
-from domino_jax.model_config import (
+from domino_jax.config.model import (
     SIZE_LIMIT,
     SLIDING_ATTENTION,
     DecoderConfig,
@@ -22,6 +21,8 @@ from domino_jax.model_config import (
     default_target_layer_ids,
     head_kind,
 )
+from domino_jax.files import read_text
+from domino_jax.parse import DEPTH, YAML_CHARACTERS, parse_yaml
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 SEED_LIMIT = 2**32  # of grain and of jax's keys

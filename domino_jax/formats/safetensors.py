@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from domino_jax.files import checked_file, open_regular, parse_json, read_json
+from domino_jax.files import checked_file, open_regular, read_json, write_error
 from domino_jax.finite import count_non_finite, not_finite
-from domino_jax.staging import write_error
+from domino_jax.parse import parse_json
 from domino_jax.strict import InputError, shown, text_problem
 
 CHUNK_BYTES = 2**26  # of a tensor that is read a few rows at a time

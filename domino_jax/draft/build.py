@@ -1,0 +1,61 @@
+"""A draft's parameters are known before any batch is: checkpoints, plans and starts ask here.
+
+Their shapes follow from the config alone, so nothing needs to run, or even to be allocated:
+
+    DraftConfig -> `boxed_parameters`   shapes with their logical axes
+                -> `init_variables`     arrays with their logical axes
+                -> `init_draft`         plain arrays, float32 masters
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config.model import DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.mask import layer_spans
+
+
+def init_variables(model: DraftModel, key: jax.Array) -> dict:
+    """Boxed variables of a draft, with the logical axes of each parameter.
+
+    `sharding.parameter_shardings` reads the boxes.
+
+    Args:
+        model: the draft.
+        key: a PRNG key.
+    """
+    cfg = model.cfg
+
+    # Linen makes the parameters of what is called, so the head is called too. Their shapes follow
+    # from the config alone: one position of context and one block are enough.
+    def touch_all(module: DraftModel) -> None:
+        states = jnp.zeros((1, 1, len(cfg.target_layer_ids) * cfg.hidden_size), cfg.dtype)
+        block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)
+        positions = jnp.zeros((1, 1, cfg.block_size), jnp.int32)
+        start, used = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        hidden = module(states, start, block, positions, layer_spans(cfg, start, used))
+        if cfg.head is not None:
+            predictions = module.prediction_states(hidden)
+            module.head(predictions, jnp.zeros_like(predictions))
+
+    return nn.init(touch_all, model)(key)
+
+
+def boxed_parameters(config: DraftConfig) -> Any:
+    """Shapes and logical axes of a draft's parameters, without computing any."""
+    return jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))["params"]
+
+
+def init_draft(config: DraftConfig, key: jax.Array) -> Any:
+    """Fresh parameters of a draft, as `load_hf_draft` returns them.
+
+    Args:
+        config: the draft.
+        key: a PRNG key.
+    Returns:
+        A nested mapping of float32 arrays.
+    """
+    return nn.meta.unbox(init_variables(DraftModel(config), key))["params"]

@@ -1,0 +1,1 @@
+"""Parts that target and draft share."""
