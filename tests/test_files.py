@@ -1,10 +1,10 @@
-"""Files: whole or as they were, read within bounds."""
+"""Files: whole or as they were, read within bounds; directories likewise."""
 
+import errno
 import os
 import stat
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,10 +15,12 @@ from domino_jax.files import (
     read_json,
     read_lines,
     read_text,
+    remove_unfinished,
+    whole_directory,
     write_checksums,
+    write_error,
     write_whole,
 )
-from domino_jax.parse import parse_json, parse_yaml
 from domino_jax.strict import InputError
 
 
@@ -130,76 +132,6 @@ def test_every_flipped_bit_is_damage(tmp_path: Path) -> None:
     assert damage(directory) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        (
-            "a: {b: [1, 1_000, -2, 1.5, 1.0e-05, ~, yes, 'on', x]}",
-            {"a": {"b": [1, 1000, -2, 1.5, 1e-5, None, True, "on", "x"]}},
-        ),
-        (
-            "[2001-01-01, 2001-99-99, 0x10, 010, 1:30, 1e-3]",
-            ["2001-01-01", "2001-99-99", "0x10", "010", "1:30", "1e-3"],
-        ),
-        ("", None),
-        ("[" * 64 + "]" * 64, None),
-    ],
-)
-def test_parse_yaml_reads_plain_values(text: str, value: Any) -> None:
-    found = parse_yaml(text, place="f")
-    assert found == value or text.startswith("[[")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' is given twice"),
-        ("x: {1: a, 1: b}", "the key 1 is given twice"),
-        ("[" * 65 + "]" * 65, "column 65: more than 64 levels of lists and mappings"),
-        ("[" * 3000, "more than 64 levels of lists and mappings"),
-        ("a: &x [1]\nb: *x", r"aliases \(\*name\) are not read"),
-        ("!!int a", "tags .* are not read"),
-        ("!!python/object/apply:os.system [ls]", "tags .* are not read"),
-        ("9" * 5000, "a number of 5000 characters, expected at most 64"),
-        ("0." + "9" * 5000, "a number of 5002 characters, expected at most 64"),
-        ("{[1]: 2}", "a list or mapping as a key"),
-        ("a: [1,", "line 1, column 7: "),
-        ("a\0", "special characters are not allowed"),
-        ("#" * 2**21, "2097152 characters of YAML, expected at most 1048576"),
-        ("a: 1\n---\nb: 2", "not valid YAML: line 2"),
-    ],
-)
-def test_parse_yaml_refuses(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=f"^f: .*{message}"):
-        parse_yaml(text, place="f")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is given twice"),
-        ("[" * 65 + "]" * 65, "more than 64 levels of lists and mappings"),
-        ('{"a":' * 100_000, "more than 64 levels of lists and mappings"),
-        ("NaN", "NaN is not a number of JSON"),
-        ("[-Infinity]", "-Infinity is not a number of JSON"),
-        ("1e400", "1e400 is beyond every float"),
-        ("9" * 5000, "a number of 5000 characters, expected at most 64"),
-        ("{", "not valid JSON: "),
-    ],
-)
-def test_parse_json_refuses(text: str, message: str) -> None:
-    with pytest.raises(InputError, match=f"^f: .*{message}"):
-        parse_json(text, place="f")
-
-
-def test_parse_json_reads_the_bounds() -> None:
-    assert (
-        parse_json("[" * 64 + "]" * 64, place="f")
-        and parse_json(f"{'9' * 64}", place="f") == 10**64 - 1
-    )
-    assert parse_json("[Infinity]", place="f", nonfinite=True) == [float("inf")]
-
-
 def test_read_lines_counts_and_cuts_what_is_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,3 +175,66 @@ def test_a_link_may_stay_in_its_model(tmp_path: Path) -> None:
     (tmp_path / "gone").symlink_to("nowhere")
     with pytest.raises(InputError, match="No such file"):
         checked_file(tmp_path, "gone")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_whole_directory_appears_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "new" / "deep", tmp_path / "empty"):
+        with whole_directory(place) as beside:
+            (beside / "file").write_text("text")
+            assert not place.exists() or not names(place)
+        assert names(place) == ["file"] and names(place.parent) in (["deep"], ["empty", "new"])
+
+
+def test_whole_directory_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
+    place = tmp_path / "draft"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*draft'$") as caught,
+        whole_directory(place) as beside,
+    ):
+        (beside / "file").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(beside / "file"))
+    assert caught.value.errno == errno.ENOSPC and not names(tmp_path)
+    # Of something else, which only happened to be read inside, the name stays.
+    with pytest.raises(FileNotFoundError, match=r"'.*elsewhere'$"), whole_directory(place):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(KeyError), whole_directory(place):
+        raise KeyError
+    assert not names(tmp_path)
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "mine").write_text("")
+    with (
+        pytest.raises(InputError, match="draft: already there and not an empty directory"),
+        whole_directory(place),
+    ):
+        raise AssertionError
+    assert names(place) == ["mine"]
+
+
+def test_remove_unfinished_is_for_a_process_that_ends(tmp_path: Path) -> None:
+    # What a body has written is gone; the body, which a real process would not end, cannot
+    # publish it.
+    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "draft") as beside:
+        (beside / "file").write_text("half")
+        remove_unfinished()
+        assert not beside.exists()
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("write() failed: Disk quota exceeded; writing x; at byte 57344", errno.EDQUOT),
+        ("RESOURCE_EXHAUSTED: Error writing local file: [Read-only file system]", errno.EROFS),
+        ("something else\nin two lines", errno.EIO),
+    ],
+)
+def test_write_error_reads_what_libraries_say(said: str, number: int) -> None:
+    error = write_error(RuntimeError(said), Path("states"))
+    assert isinstance(error, OSError) and (error.errno, error.filename) == (number, "states")
+    assert "\n" not in (error.strerror or "")

@@ -30,9 +30,10 @@ import tiny
 
 import domino_jax
 from domino_jax.cli import main
+from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
 from domino_jax.data.template import chat_template
-from domino_jax.draft.backbone import DraftModel, init_variables
-from domino_jax.model_config import DecoderShape, DominoHeadConfig, DraftConfig
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.checkpoint import load_draft, save_draft

@@ -15,29 +15,29 @@ TESTS = Path(__file__).parent
 # What happened there · the tests here, each with the faults that it was seen to fail under.
 PITFALLS = {
     "shift_label missing from the saved config": {
-        "interop/test_hf.py::test_config_json_has_what_every_reader_insists_on": (
+        "interop/test_hf_config.py::test_config_json_has_what_every_reader_insists_on": (
             "interop/hf.py: shift_label not written (what was saved does not read back)"
         ),
     },
     "shift_label guessed on load": {
-        "interop/test_hf.py::test_load_refuses_other_configs": (
+        "interop/test_hf_config_read.py::test_load_refuses_other_configs": (
             "interop/hf.py: shift_label read with a default"
         ),
     },
     "rotary frequencies rounded to bfloat16 by a model-wide cast": {
-        "test_layers.py::test_rotary_is_as_exact_as_float32_up_to_100k_positions": (
+        "layers/test_rotary.py::test_rotary_is_as_exact_as_float32_up_to_100k_positions": (
             "layers.py: frequencies cast to bfloat16"
         ),
     },
     "rotary base or partial factor read from the wrong key, or written under one key only": {
-        "interop/test_hf.py::test_load_refuses_other_configs": (
+        "interop/test_hf_config_read.py::test_load_refuses_other_configs": (
             "interop/hf.py: base read at the top alone; partial_rotary_factor accepted"
         ),
-        "target/test_load.py::test_read_decoder_config_refuses": (
+        "target/test_decoder_keys.py::test_read_decoder_config_refuses": (
             "target/load.py: the first base taken though another differs; "
             "partial_rotary_factor accepted"
         ),
-        "interop/test_hf.py::test_config_json_has_what_every_reader_insists_on": (
+        "interop/test_hf_config.py::test_config_json_has_what_every_reader_insists_on": (
             "interop/hf.py: no base in rope_parameters"
         ),
     },
@@ -52,18 +52,18 @@ PITFALLS = {
         ),
     },
     "hidden state off by one layer": {
-        "target/test_model.py::test_target_equals_transformers": (
+        "target/test_target_model.py::test_target_equals_transformers": (
             "target/model.py: a layer's input captured, unrolled; the same, scanned"
         ),
     },
     "mask token aliases eos, pad or bos, or changes on resume or import": {
-        "test_config.py::test_make_draft_config_refuses_what_does_not_fit_the_target": (
+        "config/test_run.py::test_make_draft_config_refuses_what_does_not_fit_the_target": (
             "config.py: special tokens not compared"
         ),
         "interop/test_start.py::test_a_mask_token_that_became_special_is_refused_on_resume": (
             "training/inputs.py: pad left out of the special tokens"
         ),
-        "test_cli.py::test_import_checks_mask_token_template_and_shape": (
+        "cli/test_export_import.py::test_import_checks_mask_token_template_and_shape": (
             "cli/shared.py: special tokens not compared"
         ),
         "training/test_loop.py::test_a_run_directory_belongs_to_its_settings": (
@@ -129,7 +129,7 @@ PITFALLS = {
         "interop/test_hf.py::test_hf_tensors_names_every_tensor_of_the_format_and_no_other": (
             "interop/hf.py: embed_proj left out; an embedding added"
         ),
-        "interop/test_hf.py::test_load_refuses_other_tensors": (
+        "interop/test_hf_load.py::test_load_refuses_other_tensors": (
             "interop/hf.py: check_tensors left out on load"
         ),
     },
@@ -142,23 +142,23 @@ PITFALLS = {
         ),
     },
     "a tied head ignored": {
-        "target/test_model.py::test_lm_head_weight_is_the_embedding_only_when_tied": (
+        "target/test_target_model.py::test_lm_head_weight_is_the_embedding_only_when_tied": (
             "target/model.py: zeros where no head is stored; the embedding always"
         ),
     },
     "resume replays the epoch or loses the order": {
-        "training/test_loop.py::test_a_run_that_is_stopped_ends_with_the_same_bits": (
+        "training/test_resume.py::test_a_run_that_is_stopped_ends_with_the_same_bits": (
             "training/checkpoint.py: `data` left out of what is restored; "
             "training/loop.py: a fresh iterator after restoring; "
             "another shuffle seed after a restart; saved after the next rows were taken"
         ),
-        "training/test_loop.py::test_a_killed_process_goes_on_with_the_same_bits": (
+        "training/test_resume.py::test_a_killed_process_goes_on_with_the_same_bits": (
             "training/loop.py: saved after the next rows were taken, "
             "except by the last step (fails after SIGKILL)"
         ),
     },
     "an unfinished save picked up": {
-        "training/test_loop.py::test_an_unfinished_save_is_never_picked_up": (
+        "training/test_resume.py::test_an_unfinished_save_is_never_picked_up": (
             "training/checkpoint.py: the newest directory taken, whatever Orbax says of it, "
             "in load_draft; the same in restore_checkpoint "
             "(both stop at step 8, which is not whole)"
@@ -170,7 +170,7 @@ PITFALLS = {
         ),
     },
     "trained at 98 %, served at 10 %: another chat template": {
-        "test_cli.py::test_another_chat_template_is_refused": (
+        "cli/test_decode.py::test_another_chat_template_is_refused": (
             "cli/shared.py: the hashes not compared"
         ),
     },
@@ -184,7 +184,7 @@ PITFALLS = {
         ),
     },
     "bfloat16 masters and softmax": {
-        "test_layers.py::test_dense_keeps_a_float32_master_and_computes_in_its_dtype": (
+        "layers/test_dense.py::test_dense_keeps_a_float32_master_and_computes_in_its_dtype": (
             "layers.py: masters in `dtype`"
         ),
         "kernels/test_vocabulary_loss.py::"
@@ -242,7 +242,7 @@ PITFALLS = {
         ),
     },
     "the log of a resumed run differs from that of an undisturbed one": {
-        "training/test_loop.py::test_a_run_that_is_stopped_ends_with_the_same_bits": (
+        "training/test_resume.py::test_a_run_that_is_stopped_ends_with_the_same_bits": (
             "training/loop.py: a new window after a start; "
             "the held-out pass that was cut off left out"
         ),
@@ -251,7 +251,7 @@ PITFALLS = {
         ),
     },
     "an evaluator that does not say what it measured": {
-        "test_cli.py::test_from_prompts_to_an_evaluated_run": (
+        "cli/test_verbs.py::test_from_prompts_to_an_evaluated_run": (
             "cli/decode.py: no chat_template in evaluation.json; "
             "report.py: no proposals above the table"
         ),

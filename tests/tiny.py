@@ -1,5 +1,6 @@
 """A tiny target on disk and conversations for it: whole runs take seconds and need no network."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -124,6 +126,11 @@ def write_conversations(
         lines.append(json.dumps({"messages": turns}) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+def quiet() -> Console:
+    """A console whose lines a test may read and nobody else sees."""
+    return Console(file=io.StringIO())
 
 
 def seal(step: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_conversations import BRACKETS, CHATML, chat, make_tokenizer
+from chats import BRACKETS, CHATML, chat, make_tokenizer
 
 from domino_jax.data.conversations import BadLine, encode_conversation, load_rows
 from domino_jax.strict import InputError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_conversations import CHATML, chat, make_tokenizer, write
+from chats import CHATML, chat, make_tokenizer, write
 
 from domino_jax.data import rendering
 from domino_jax.data.conversations import load_rows, stop_token_ids

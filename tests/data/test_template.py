@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from test_conversations import CHATML, make_tokenizer
+from chats import CHATML, make_tokenizer
 
 from domino_jax.data.template import (
     NO_KWARGS,

@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import draft_config, random_params
+from seeded import normal
 
 from domino_jax.draft.head import DominoHead, PrefixGRU
 
 INPUT, HIDDEN, ROWS, STEPS = 14, 9, 6, 7
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def gru_weights() -> dict[str, np.ndarray]:

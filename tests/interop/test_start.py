@@ -1,7 +1,6 @@
 """Runs that start from a draft: equal weights at step 0, another draft refused field by field."""
 
 import dataclasses
-import io
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +11,7 @@ import jax
 import numpy as np
 import pytest
 from reference import dflash_config, draft_config, random_params
-from rich.console import Console
-from tiny import run_config, write_target
+from tiny import quiet, run_config, write_target
 
 from domino_jax.cli import command
 from domino_jax.config.model import DraftConfig, RopeScaling
@@ -39,10 +37,6 @@ def checkpoint(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record, params, _ = load_draft(run)
     save_hf_draft(directory / "draft", record.config, params, dtype="float32")
     return directory / "draft"
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
 
 
 def test_step_0_has_the_weights_of_the_checkpoint(

@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from seeded import normal
 
 from domino_jax.kernels import cache as kernel
 from domino_jax.kernels import causal_attention
 from domino_jax.kernels.cache import Cache
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("form", [kernel.write, kernel.write_definition, kernel._write_merged])

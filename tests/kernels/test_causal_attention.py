@@ -1,21 +1,13 @@
 """Attention of the target against plain loops."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_cases import CASES, VALUE
+from seeded import bits, normal
 
 from domino_jax.kernels import causal_attention as kernel
 from domino_jax.kernels.causal_attention import causal_attention, definition
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def bits(x: jax.Array) -> np.ndarray:
-    return np.asarray(x.astype(jnp.float32))
 
 
 def slow_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:

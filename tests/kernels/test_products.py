@@ -7,12 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from seeded import normal
 
 from domino_jax.kernels.products import project
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 5), (3, 4), (16,), (17,), (2, 3, 7)])

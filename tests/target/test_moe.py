@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from seeded import normal
 
 from domino_jax.config.model import DecoderConfig
 from domino_jax.target.moe import Experts, Routes, SparseMLP, routes
@@ -26,10 +27,6 @@ CFG = DecoderConfig(
     moe_intermediate_size=4,
     norm_topk_prob=True,
 )
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def random_params(cfg: DecoderConfig = CFG) -> Any:

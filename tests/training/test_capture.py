@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_loop import quiet
-from tiny import CONFIG, run_config, write_target
+from tiny import CONFIG, quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.data.features import FeatureRows, is_whole, shard_path, write_shard

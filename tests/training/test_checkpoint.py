@@ -9,8 +9,8 @@ from typing import Any
 
 import chex
 import pytest
-from test_loop import final_bits, quiet
-from tiny import run_config, write_conversations, write_target
+from saved_bits import final_bits
+from tiny import quiet, run_config, write_conversations, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.strict import InputError

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import draft_config, random_params, target_config
-from test_loop import final_bits, quiet
-from tiny import run_config, stack_layers, write_target
+from saved_bits import final_bits
+from tiny import quiet, run_config, stack_layers
 
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
@@ -94,11 +94,6 @@ def test_a_packed_row_equals_its_conversations_alone() -> None:
     np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for one, other in zip(*map(jax.tree.leaves, (grads, packed_grads)), strict=True):
         assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(one)
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 PACKED: dict[str, Any] = {"data": {"max_length": 64, "packing": True}, "train": {"log_every": 1}}

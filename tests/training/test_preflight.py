@@ -13,17 +13,12 @@ import jax
 import pytest
 from doubles import slow_after
 from rich.console import Console
-from tiny import run_config, write_target
+from tiny import run_config
 
 from domino_jax.config.run import load_config
 from domino_jax.strict import InputError
 from domino_jax.training import preflight, prepare
 from domino_jax.training.loop import train
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import CONFIG, TEMPLATE, run_config, write_target
+from tiny import CONFIG, TEMPLATE, run_config
 
 from domino_jax.config.run import dump_config, load_config
 from domino_jax.target.fingerprint import target_fingerprint
@@ -18,11 +18,6 @@ from domino_jax.training.capture import capture
 from domino_jax.training.loop import train
 from domino_jax.training.prepare import RunInputs, check, prepare, read_inputs
 from domino_jax.training.preview import escaped, print_preview, supervised_spans
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 def inputs_of(path: Path, *overrides: str) -> RunInputs:

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from test_loop import quiet
 from test_metrics import strictly
-from tiny import WORDS, run_config, write_target
+from tiny import WORDS, quiet, run_config, write_target
 
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.data.conversations import Row

@@ -9,18 +9,13 @@ import chex
 import jax
 import pytest
 from rich.console import Console
-from tiny import run_config, write_target
+from tiny import run_config
 
 from domino_jax.chips import CHIPS, Chip
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.loop import Interrupted, train
 from domino_jax.training.trace import Trace
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 def start(path: Path, words: list[str], **options: Any) -> str:

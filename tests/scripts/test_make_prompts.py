@@ -10,7 +10,7 @@ import pytest
 
 from domino_jax.data.conversations import read_messages
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PROMPTS = ROOT / "configs" / "prompts"
 COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164}
 

@@ -26,6 +26,7 @@ from domino_jax.training.checkpoint import save_draft
 from domino_jax.training.inputs import draft_of
 from domino_jax.training.records import DraftRecord
 
+TOP = Path(__file__).parent.parent.parent
 LINES = {
     "regenerate": (
         "interrupted: answered batches are kept in answers.jsonl.partial; the same command goes on"
@@ -61,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(place: Path, *words: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(TOP)}
     # What ends at any moment must not leave half a program for others to read.
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
     command = [sys.executable, "-m", "domino_jax", *words]
@@ -149,7 +150,7 @@ def test_both_signals_twice_quickly_while_the_program_is_imported(place: Path) -
 def test_a_closed_pipe_is_no_traceback(place: Path) -> None:
     """`domino ... | head -1`, of either stream."""
     words = f"{sys.executable} -m domino_jax generate run 'a b c' --max-new-tokens 100"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
     for pipe in ("2>errors | true", "2>&1 >/dev/null | true"):
         (place / "errors").write_text("")
         line = f"{words} {pipe}; echo ${{PIPESTATUS[0]}}"
@@ -171,7 +172,7 @@ def test_a_signal_is_answered_though_nobody_hears_it(tmp_path: Path) -> None:
         "    open('saved', 'w').close()\n"
     )
     reader, writer = os.pipe()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=writer, cwd=tmp_path, env=environment
@@ -189,7 +190,7 @@ def test_what_is_half_written_goes_when_the_process_ends(tmp_path: Path) -> None
         "import time\n"
         "from pathlib import Path\n"
         "from domino_jax.cli import interrupts\n"
-        "from domino_jax.staging import whole_directory\n"
+        "from domino_jax.files import whole_directory\n"
         "with interrupts.answered_signals():\n"
         "    interrupts.keeps('nothing')\n"
         "    with whole_directory(Path('draft')) as beside:\n"
@@ -197,7 +198,7 @@ def test_what_is_half_written_goes_when_the_process_ends(tmp_path: Path) -> None
         "        print('ready', flush=True)\n"
         "        time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(TOP)}
     command = [sys.executable, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
@@ -235,7 +236,7 @@ def run_body(body: str, signals: int) -> tuple[int, str, float]:
         f"with interrupts.answered_signals():\n    {body}\n"
     )
     command = [sys.executable, "-c", code]
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    path = {**os.environ, "PYTHONPATH": str(TOP)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=path
     )

@@ -1,0 +1,57 @@
+"""`domino generate` and `domino evaluate` on a finished run."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny import seal
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--plain",), ("--no-head",), ("--temperature", 0.8, "--proposals", "serving")]
+)
+def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object, ...]) -> None:
+    code, out, log = domino("generate", trained / "run", "a b c", "--max-new-tokens", 8, *options)
+    assert code == 0 and out.strip() and "tau" in log
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(b"\xff", "standard input: not UTF-8 text"), (b" \n", "the prompt is empty")],
+)
+def test_a_prompt_that_cannot_be_read_is_refused(
+    domino, trained: Path, monkeypatch: pytest.MonkeyPatch, given: bytes, message: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+    code, out, log = domino("generate", trained / "run")
+    assert (code, out) == (2, "") and message in log
+
+
+def test_decoding_computes_as_the_run_was_trained(domino, trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = (f"run_dir={run}", "dtype=bfloat16", "train.steps=1", "data.heldout=null")
+    assert domino("train", trained / "config.yaml", *words)[0] == 0
+    short, prompts = ("--max-new-tokens", 4), trained / "prompts.jsonl"
+    for place, own in ((run, "bfloat16"), (trained / "run", "float32")):
+        code, _, log = domino("generate", place, "a b c", *short)
+        assert code == 0 and f"of {place}, computed in {own}, as it was trained\n" in log
+        assert f"loading the target {trained / 'target'}, {own}\n" in log
+    for option, dtype in (((), "bfloat16"), (("--dtype", "float32"), "float32")):
+        code, out, log = domino("evaluate", run, prompts, "--limit", 1, *short, *option)
+        assert code == 0 and f"4 new tokens, {dtype}" in " ".join(out.split())
+        assert ("as it was trained" in log) == (not option)
+        assert json.loads((run / "evaluation.json").read_text())["evaluator"]["dtype"] == dtype
+
+
+def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    template = copy / "target" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant ", "model "))
+    for record in (copy / "run" / "checkpoints").glob("*/draft/metadata"):
+        record.write_text(record.read_text().replace(str(trained / "target"), str(copy / "target")))
+        seal(record.parent.parent)
+    code, _, log = domino("generate", copy / "run", "a b")
+    assert code == 2 and "chat template" in log

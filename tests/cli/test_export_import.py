@@ -1,0 +1,118 @@
+"""`domino export` and `domino import`: equal bits, and drafts that are refused."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from domino_jax import load_hf_draft
+from domino_jax.training.checkpoint import load_draft, save_draft
+
+
+def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path) -> None:
+    exported, run = tmp_path / "draft", tmp_path / "imported"
+    code, out, log = domino("export", trained / "run", exported, "--dtype", "float32")
+    assert (code, out) == (0, f"{exported}\n")
+    assert log.startswith(f"loading the draft of {trained / 'run'}\nsaving {exported}\n")
+    assert domino("import", exported, run, "--target", trained / "target")[0] == 0
+    (before, params, _), (after, imported, step) = load_draft(trained / "run"), load_draft(run)
+    assert before.config == after.config and step == 0
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, imported)), strict=True):
+        assert np.array_equal(ours, theirs)
+    again = tmp_path / "again"
+    assert domino("export", run, again, "--dtype", "float32")[0] == 0
+    code, _, log = domino("export", run, again)
+    assert code == 2 and "already there" in log and "loading" not in log
+    assert (again / "model.safetensors").read_bytes() == (
+        exported / "model.safetensors"
+    ).read_bytes()
+    assert load_hf_draft(again)[0] == before.config
+
+
+def test_export_for_an_engine_refuses_what_it_would_misread(
+    domino, trained: Path, tmp_path: Path
+) -> None:
+    code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "vllm")
+    assert (code, out) == (2, "") and not (tmp_path / "draft").exists()
+    assert "not for vllm: projector_type is domino" in log and "; shift_label is true: " in log
+    code, out, log = domino("export", trained / "run", tmp_path / "draft", "--for", "sglang")
+    assert (code, out) == (
+        0,
+        f"{tmp_path / 'draft'}\n",
+    ) and "sglang proposes 3 tokens per cycle (K - 1)" in log
+    assert "proposes" not in domino("export", trained / "run", tmp_path / "other")[2]
+    assert domino("export", trained / "run", tmp_path / "third", "--for", "tgi")[0] == 2
+
+
+def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(
+    domino, trained: Path, tmp_path: Path
+) -> None:
+    record, params, _ = load_draft(trained / "run")
+    params["norm"]["weight"] = params["norm"]["weight"].at[2].set(np.inf)
+    save_draft(tmp_path / "run", params, record)
+    code, out, log = domino("export", tmp_path / "run", tmp_path / "draft")
+    assert (code, out) == (2, "") and "Traceback" not in log and not (tmp_path / "draft").exists()
+    assert (
+        "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    )
+    assert domino("export", trained / "run", tmp_path / "draft")[0] == 0
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
+    file = tmp_path / "draft" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["norm.weight"][2] = np.inf
+    save_file(tensors, file)
+    code, out, log = domino(
+        "import", tmp_path / "draft", tmp_path / "again", "--target", trained / "target"
+    )
+    assert (code, out) == (2, "") and not (tmp_path / "again").exists()
+    assert (
+        "tensor norm.weight: 1 of 16 entries are not finite in bfloat16; " in log.splitlines()[-1]
+    )
+
+
+def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_path: Path) -> None:
+    exported, target, run = tmp_path / "draft", tmp_path / "target", tmp_path / "run"
+    assert domino("export", trained / "run", exported)[0] == 0
+    shutil.copytree(trained / "target", target)
+
+    def refused(message: str) -> None:
+        code, out, log = domino("import", exported, run, "--target", target)
+        assert (code, out) == (2, "") and message in log.strip().splitlines()[-1], log
+        assert not run.exists()
+
+    template = (target / "chat_template.jinja").read_text()
+    (target / "chat_template.jinja").write_text("{# another #}" + template)
+    refused("draft: the chat template of")
+    (target / "chat_template.jinja").write_text(template)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<mask>"}))
+    refused("mask_token_id 2 is an eos, pad or bos token of the target")
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((exported / "config.json").read_text())
+    (exported / "SHA256SUMS").unlink()
+    (exported / "config.json").write_text(json.dumps(config | {"num_target_layers": 5}))
+    refused("the draft reads a target of 5 layers, this one has 4")
+    # As other trainers write it: nothing is known of the template.
+    assert len(config.pop("chat_template_sha256")) == 64
+    (exported / "config.json").write_text(json.dumps(config))
+    code, out, log = domino("import", exported, run, "--target", target)
+    assert (code, out) == (0, f"{run}\n") and "does not say which chat template" in log
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_kept(
+    domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "draft"))
+
+    monkeypatch.setattr("domino_jax.cli.checkpoint.save_hf_draft", full)
+    draft = tmp_path / "draft"
+    code, out, err = domino("export", trained / "run", draft)
+    assert (code, out) == (2, "")
+    kept = f"{draft} is whole or was not made; the same command starts over"
+    assert err.splitlines()[-1] == f"error: {draft}: No space left on device; {kept}"

@@ -1,0 +1,202 @@
+"""The command as a user meets it: the whole way on a tiny target, and how bad input ends."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import run_config, write_conversations, write_target
+
+from domino_jax import __version__
+from domino_jax.training.checkpoint import load_draft
+
+TOP = Path(__file__).parent.parent.parent
+
+
+def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    target = write_target(tmp_path / "target")
+    prompts = write_conversations(tmp_path / "prompts.jsonl", 12, answers=False)
+    answers = tmp_path / "answers.jsonl"
+    words = ("--target", target, "--max-new-tokens", 12, "--batch-size", 8)
+    code, out, log = domino("regenerate", prompts, answers, *words)
+    assert (code, out) == (0, f"{answers}\n") and "\ncompiling\n" in log
+    cut = sum(not json.loads(line)["finished"] for line in answers.read_text().splitlines())
+    share = f"{cut} of 12 answers ({cut / 12:.0%})"
+    assert cut and f"{share} were cut at 12 tokens" in log
+    config = run_config(tmp_path, target)
+    code, out, log = domino("train", config, f"data.train={answers}", "data.heldout=null")
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
+    assert f"{answers}: {share} are unfinished" in log
+    code, out, log = domino(
+        "evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6
+    )
+    assert code == 0 and "tau, head off" in out
+    assert "\nprompts: compiling\n" in log and log.endswith(
+        f"saving {tmp_path / 'run' / 'evaluation.json'}\n"
+    )
+    report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    figures = report["sets"]["prompts"]
+    assert figures["prompts"] == 2 and figures["tokens_compared"] == figures["tokens_equal"]
+    assert figures["file"] == str(prompts) and report["training"]["steps"] == 6
+    # A tau says nothing without these.
+    template = load_draft(tmp_path / "run")[0].chat_template
+    measured = {"target": str(target), "chat_template": template.sha256, "step": 6}
+    measured |= {"block_size": 4, "proposals": 4, "temperature": 0.0, "max_new_tokens": 6}
+    assert measured.items() <= report["evaluator"].items()
+    assert "step 6, block 4, 4 proposals, temperature 0.0, 6 new tokens" in " ".join(out.split())
+
+
+def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text((trained / "config.yaml").read_text().replace('"steps"', '"step"'))
+    for words, message in (
+        (("train", tmp_path / "none.yaml"), "none.yaml"),
+        (("train", empty), "expected a mapping"),
+        (("train", misspelt), "did you mean 'steps'?"),
+        (
+            ("train", trained / "config.yaml", "loss.num_anchors=many"),
+            "loss: num_anchors: expected int",
+        ),
+        (("train",), "Missing argument"),
+        (("learn",), "No such command"),
+        (("evaluate", tmp_path, trained / "prompts.jsonl"), "not a run directory"),
+        (("evaluate", trained / "run", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("generate", trained / "run", " "), "prompt is empty"),
+        (("generate", trained / "run", "a", "--max-new-tokens", 0), "max-new-tokens"),
+        (("generate", trained / "run", "a", "--max-new-tokens", 10**11), "max-new-tokens"),
+        (
+            ("generate", trained / "run", "a", "--max-new-tokens", 129),
+            "has 128 positions; give fewer",
+        ),
+        (("generate", "nope"), "nope: not a run directory"),
+        (("generate", trained / "run", "a", "--temperature", "nan"), "nan is not a finite number"),
+        (("generate", trained / "run", "a", "--temperature", "inf"), "inf is not a finite number"),
+        (
+            ("generate", trained / "run", "a", "--temperature", "1e-30"),
+            "expected 0, or 0.001 to 1000, found 1e-30",
+        ),
+        (("generate", trained / "run", "a", "--seed", -1), "--seed"),
+        (("generate", trained / "run", "a", "--seed", 2**32), "--seed"),
+        (("generate", trained / "run", "\udcff"), "'\\udcff' is not valid Unicode"),
+        (
+            ("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 1, a: 2}"),
+            "the key 'a' is given twice",
+        ),
+        (
+            ("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 2001-99-99"),
+            "not valid YAML",
+        ),
+        (("generate", trained / "run", "a", "--dtype", "x" * 10**5), "--dtype"),
+        (
+            ("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "nan"),
+            "nan is not a finite number",
+        ),
+        (
+            ("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "inf"),
+            "inf is not a finite number",
+        ),
+        (("train", trained / "config.yaml", "seed=-1"), "seed must lie in 0..2**32-1, found -1"),
+        (("train", trained / "config.yaml", "x" * 10**5), "expected key=value"),
+        (("train", trained / "config.yaml", "\udcff=1"), "is not valid Unicode"),
+        (("train\n",), "No such command"),
+        (("export", trained / "run", trained), "not an empty directory"),
+        (
+            ("import", trained / "target", tmp_path / "new", "--target", trained / "target"),
+            "dflash_config",
+        ),
+        (
+            ("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"),
+            "nobody",
+        ),
+        (("target", "x.gguf"), "give the directory"),
+        # Nothing is assumed about whose words a drafter learns.
+        (
+            ("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl"),
+            "'--target'. Expected a directory or a bui",
+        ),
+        (
+            ("import", trained / "target", tmp_path / "new"),
+            "a built-in name (smollm2-135m-instruct)",
+        ),
+        (
+            ("capture", trained / "config.yaml", "data.batch_size=4"),
+            "'data.batch_size=4', which looks like an overri",
+        ),
+        (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
+    ):
+        code, out, log = domino(*words)
+        assert (code, out) == (2, ""), words
+        lines = log.strip().splitlines()
+        assert (
+            lines[-1].startswith("error: ") and message in lines[-1] and "Traceback" not in log
+        ), words
+        assert len(lines[-1]) <= 500 and lines[-1].isprintable(), words
+    assert not (tmp_path / "new").exists() and not (tmp_path / "a.jsonl").exists()
+
+
+def test_domino_alone_teaches_and_tells_its_version(domino) -> None:
+    code, out, log = domino()
+    assert code == 0 and out.startswith("Usage: domino") and not log
+    assert domino("--version") == (0, f"domino {__version__}\n", "")
+    command = [sys.executable, "-m", "domino_jax", "--version"]
+    path = {**os.environ, "PYTHONPATH": str(TOP)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
+    assert result.stdout == f"domino {__version__}\n"
+
+
+def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path) -> None:
+    """A process of its own: transformers warns once, where it is imported first."""
+    code = "import sys; sys.modules['torch'] = None; from domino_jax.cli import main; main()"
+    path = {**os.environ, "PYTHONPATH": str(TOP)}
+
+    def lines(*words: object) -> list[str]:
+        command = [sys.executable, "-c", code, *map(str, words)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=path)
+        return result.stderr.splitlines()
+
+    loading = [
+        f"loading the draft of {trained / 'run'}",
+        f"step 6 of {trained / 'run'}, computed in float32, as it was trained",
+        f"loading the target {trained / 'target'}, float32",
+    ]
+    *told, last = lines("generate", trained / "run", "a b", "--max-new-tokens", 4)
+    assert told == [*loading, "compiling"] and "tau" in last
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "target",
+        "regenerate",
+        "capture",
+        "plan",
+        "train",
+        "generate",
+        "evaluate",
+        "export",
+        "import",
+    ],
+)
+def test_help_teaches(domino, verb: str) -> None:
+    code, out, _ = domino(verb, "--help")
+    assert code == 0 and "Usage: domino" in out and len(out.splitlines()) > 6
+
+
+def test_help_documents_each_exit_code(domino) -> None:
+    _, out, _ = domino("--help")
+    codes = (
+        ("0", "done"),
+        ("1", "plan: "),
+        ("2", "bad input"),
+        ("3", "train: "),
+        ("130", "interrupted"),
+        ("141", ""),
+    )
+    for code, words in codes:
+        assert re.search(rf"^ +{code} +{words}", out, re.MULTILINE), code

@@ -1,0 +1,202 @@
+"""The shapes of target and draft: what they refuse, and how a draft is stored."""
+
+import json
+from typing import Any
+
+import pytest
+from trees import DECODER, DRAFT, LLAMA3
+
+from domino_jax.config.model import (
+    SIZE_LIMIT,
+    SIZE_LIMITS,
+    DecoderConfig,
+    DraftConfig,
+    RopeScaling,
+    default_target_layer_ids,
+    draft_from_tree,
+    draft_tree,
+)
+from domino_jax.strict import InputError
+
+SLIDING = ("sliding_attention",) * DECODER["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: 0}, f"{name} must be positive, found 0") for name in DECODER),
+        *(
+            (
+                {name: 2**62},
+                f"{name} must be at most {SIZE_LIMITS.get(name, SIZE_LIMIT)}, found {2**62}",
+            )
+            for name in DECODER
+        ),
+        ({"num_hidden_layers": 10_001}, "num_hidden_layers must be at most 10000, found 10001"),
+        *(
+            ({"rms_norm_eps": x}, f"rms_norm_eps must lie between 0 and 1, found {x}")
+            for x in (0.0, -1e-6, float("nan"), float("inf"), 1e30)
+        ),
+        ({"rope_theta": float("inf")}, "rope_theta must be finite in float32, found inf"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 must divide num_attention_heads 4"),
+        ({"head_dim": 3}, "head_dim must be even for rotary embeddings, found 3"),
+        ({"dtype": "float64"}, "dtype must be float32 or bfloat16, found 'float64'"),
+    ],
+)
+def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
+    DecoderConfig(**DECODER)
+    with pytest.raises(InputError) as caught:
+        DecoderConfig(**DECODER | change)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 3}, "head_dim must be even"),
+        ({"block_size": 1}, "block_size must be at least 2, found 1"),
+        ({"mask_token_id": 32}, "mask_token_id 32 is outside the vocabulary of 32"),
+        ({"mask_token_id": -1}, "mask_token_id -1 is outside the vocabulary of 32"),
+        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..5"),
+        ({"target_layer_ids": (1, 6)}, "target_layer_ids [1, 6] must lie in 0..5"),
+        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..5"),
+        ({"target_layer_ids": (3, 1)}, "target_layer_ids [3, 1] must rise"),
+        ({"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] must rise"),
+        (
+            {"pure_draft_prefix_len": -1},
+            "pure_draft_prefix_len -1 leaves none of 3 positions to correct",
+        ),
+        (
+            {"pure_draft_prefix_len": 3},
+            "pure_draft_prefix_len 3 leaves none of 3 positions to correct",
+        ),
+        (
+            {"pure_draft_prefix_len": 4, "shift_label": True},
+            "pure_draft_prefix_len 4 leaves none of 4 positions",
+        ),
+        (
+            {"layer_types": ("full_attention",)},
+            "layer_types names 1 layers, num_hidden_layers is 2",
+        ),
+        (
+            {"layer_types": ("full_attention", "linear")},
+            "layer_types holds ['linear']; known: full_attention, sliding",
+        ),
+        (
+            {"sliding_window": 8},
+            "sliding_window is 8, layer_types []: a window needs sliding_attention layers",
+        ),
+        (
+            {"layer_types": SLIDING},
+            "sliding_window is None, layer_types ['sliding_attention', 'sliding_attention']",
+        ),
+        (
+            {"layer_types": SLIDING, "sliding_window": 3},
+            "sliding_window 3 must be at least block_size 4",
+        ),
+        (
+            {"sliding_in_block": "forward"},
+            "sliding_in_block must be 'bidirectional' or 'causal', found 'forward'",
+        ),
+        (
+            {"input_embedding_scale": float("inf")},
+            "input_embedding_scale must be finite in float32, found inf",
+        ),
+        ({"output_multiplier": float("nan")}, "output_multiplier must be positive, found nan"),
+        (
+            {"final_logit_softcapping": 1e300},
+            "final_logit_softcapping must be finite in float32, found 1e+300",
+        ),
+        (
+            {"num_target_layers": 2**62},
+            f"num_target_layers must be at most {SIZE_LIMIT}, found {2**62}",
+        ),
+        ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive, found 0.0"),
+        ({"output_multiplier": -1.0}, "output_multiplier must be positive, found -1.0"),
+        (
+            {"final_logit_softcapping": 0.0},
+            "final_logit_softcapping must be positive or null, found 0.0",
+        ),
+    ],
+)
+def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        DraftConfig(**DRAFT | change)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector_type": "mlp"}, "projector_type must be 'domino' or null, found 'mlp'"),
+        (
+            {"projector_type": ["domino"]},
+            "projector_type must be 'domino' or null, found ['domino']",
+        ),
+        ({"emb_dim": 0}, "emb_dim must be positive, found 0"),
+        ({"gru_hidden_dim": 0}, "gru_hidden_dim must be positive, found 0"),
+        ({"emb_dim": 2**62}, f"emb_dim must be at most {SIZE_LIMIT}, found {2**62}"),
+        ({"emb_dim": "wide"}, "emb_dim: expected"),
+        ({"projector_type": None, "emb_dim": 8}, "unknown key 'emb_dim'"),
+        ({"attention_bias": True}, "unknown key 'attention_bias'"),  # a draft has none
+        ({"num_experts": 4}, "unknown key 'num_experts'"),
+        ({"pure_draft_prefix_len": 3}, "pure_draft_prefix_len 3 leaves none of 3 positions"),
+    ],
+)
+def test_a_stored_draft_is_read_strictly(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        draft_from_tree(DRAFT | change, place="file")
+    assert str(caught.value).startswith(f"file: {message}")
+
+
+def test_draft_config_accepts_the_edges() -> None:
+    assert (
+        DraftConfig(
+            **DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 5)}
+        ).num_predictions
+        == 3
+    )
+    assert (
+        DraftConfig(**DRAFT | {"pure_draft_prefix_len": 3, "shift_label": True}).num_predictions
+        == 4
+    )
+    assert DraftConfig(**DRAFT | {"head": None, "shift_label": True}).num_predictions == 4
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_draft_config_round_trips_through_json(scaling: RopeScaling | None) -> None:
+    draft = DraftConfig(**DRAFT | {"rope_scaling": scaling})
+    assert draft_from_tree(json.loads(json.dumps(draft_tree(draft))), place="file") == draft
+    tree = draft_tree(draft) | {"rope_scaling": {"rope_type": "linear", "factr": 2.0}}
+    with pytest.raises(
+        InputError, match="file: rope_scaling: unknown key 'factr'; did you mean 'factor'"
+    ):
+        draft_from_tree(tree, place="file")
+    with pytest.raises(InputError, match="file: rope_scaling: expected a mapping, found 2"):
+        draft_from_tree(tree | {"rope_scaling": 2}, place="file")
+
+
+@pytest.mark.parametrize(
+    ("target_layers", "draft_layers", "ids"),
+    [
+        (36, 5, (1, 9, 17, 25, 33)),
+        (64, 5, (1, 16, 31, 46, 61)),
+        (28, 5, (1, 7, 13, 19, 25)),
+        (30, 2, (1, 27)),
+        (30, 1, (15,)),
+        (31, 3, (1, 14, 28)),  # 14.5 rounds to even, as Python does
+    ],
+)
+def test_default_target_layer_ids(
+    target_layers: int, draft_layers: int, ids: tuple[int, ...]
+) -> None:
+    assert default_target_layer_ids(target_layers, draft_layers) == ids
+
+
+def test_default_target_layer_ids_equal_the_reference() -> None:
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import build_target_layer_ids
+
+    for target_layers in range(4, 81):
+        for draft_layers in range(1, 9):
+            expected = tuple(build_target_layer_ids(target_layers, draft_layers))
+            assert default_target_layer_ids(target_layers, draft_layers) == expected

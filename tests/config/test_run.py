@@ -1,0 +1,261 @@
+"""The settings of a run: what is read, what is refused and in which words."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from trees import DECODER, LLAMA3, SMALLEST
+
+from domino_jax.config.model import (
+    DecoderConfig,
+    DraftConfig,
+)
+from domino_jax.config.run import (
+    DraftRecipe,
+    RunConfig,
+    dump_config,
+    load_config,
+    make_draft_config,
+)
+from domino_jax.strict import InputError, from_tree
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_load_config_fills_defaults(smallest: Path) -> None:
+    config = load_config(smallest)
+    assert config.draft == DraftRecipe(mask_token_id=5)
+    assert (config.optimizer.learning_rate, config.optimizer.b2, config.train.steps) == (
+        6e-4,
+        0.95,
+        None,
+    )
+    assert config.data.heldout is None
+
+
+def test_load_config_overrides_one_name_of_a_mapping(smallest: Path, tmp_path: Path) -> None:
+    assert load_config(smallest).data.chat_template_kwargs == {}
+    words = [
+        "data.chat_template_kwargs.enable_thinking=false",
+        "data.chat_template_kwargs.budget=64",
+    ]
+    config = load_config(smallest, words)
+    assert config.data.chat_template_kwargs == {"enable_thinking": False, "budget": 64}
+    assert load_config(smallest, [*words, "data.chat_template_kwargs={}"]) == load_config(smallest)
+    assert load_config(write(tmp_path / "again.yaml", dump_config(config))) == config
+
+
+def test_load_config_names_missing_keys(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", "run_dir: runs/x\ndraft: {}\n")
+    with pytest.raises(InputError, match=r"run\.yaml: draft: missing mask_token_id$"):
+        load_config(path)
+    with pytest.raises(InputError, match=r"run\.yaml: missing target, data$"):
+        load_config(path, ["draft.mask_token_id=5"])
+
+
+def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> None:
+    cases = {
+        tmp_path / "absent.yaml": "No such file",
+        tmp_path: "directory",
+        write(tmp_path / "syntax.yaml", "train: [1,\nmesh: }\n"): "not valid YAML",
+        write(tmp_path / "twice.yaml", "a: 1\n b: 2\n"): "not valid YAML",
+        write(tmp_path / "list.yaml", "- 1\n"): "expected a mapping of settings, found list",
+        write(
+            tmp_path / "empty.yaml", "# nothing\n"
+        ): "expected a mapping of settings, found NoneType",
+        write(
+            tmp_path / "double.yaml", "seed: 1\nseed: 2\n"
+        ): "line 2, column 1: the key 'seed' is given twice",
+        write(tmp_path / "large.yaml", "#" * 2**21): "2097152 bytes, expected at most 1048576",
+    }
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00run")
+    for path, message in (cases | {binary: "not UTF-8 text"}).items():
+        with pytest.raises(InputError) as caught:
+            load_config(path)
+        assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed must lie in 0..2**32-1, found -1"),
+        ("seed=4294967296", "seed must lie in 0..2**32-1, found 4294967296"),
+        (
+            f"data.batch_size={2**62}",
+            "data.batch_size must be below 16777216, found 4611686018427387904",
+        ),
+        (f"draft.block_size={2**63}", "draft: block_size must be at most 16777216"),
+        (f"draft.head_dim={2**63}", "draft: head_dim must be at most 16777216"),
+        (
+            f"draft.target_layer_ids=[0, {10**63}]",
+            "draft: target_layer_ids must be at most 16777216",
+        ),
+        (f"train.steps={2**31}", "train.steps must be below 2147483648"),
+        (f"mesh.data={2**63}", "mesh.data must be below 2147483648"),
+        (f"train.max_bad_steps={2**63}", "train: max_bad_steps must be at least 1"),
+        (f"train.profile=[1, {2**63}]", "train: profile must be [step, steps]"),
+        ("dtype=float16", "dtype must be float32 or bfloat16, found 'float16'"),
+        ("data.max_length=0", "data.max_length must be at least 1, found 0"),
+        ("data.batch_size=0", "data.batch_size must be at least 1"),
+        ("draft.num_hidden_layers=0", "draft.num_hidden_layers must be at least 1"),
+        ("loss.num_anchors=0", "loss.num_anchors must be at least 1"),
+        ("optimizer.grad_accumulation=0", "optimizer.grad_accumulation must be at least 1"),
+        ("train.epochs=0", "train.epochs must be at least 1"),
+        ("train.log_every=0", "train.log_every must be at least 1"),
+        ("train.eval_every=0", "train.eval_every must be at least 1"),
+        ("train.checkpoint_every=0", "train.checkpoint_every must be at least 1"),
+        ("train.keep_checkpoints=0", "train.keep_checkpoints must be at least 1"),
+        ("train.max_bad_steps=0", "train: max_bad_steps must be at least 1, found 0"),
+        ("mesh.fsdp=0", "mesh.fsdp must be at least 1, found 0"),
+        ("mesh.tensor=-1", "mesh.tensor must be at least 1, found -1"),
+        ("mesh.data=0", "mesh.data must be -1 or at least 1, found 0"),
+        ("loss.lambda_start=1.5", "loss.lambda_start must lie in 0..1, found 1.5"),
+        ("loss.decay_ratio=-0.1", "loss.decay_ratio must lie in 0..1"),
+        ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio must lie in 0..1, found 2.0"),
+        ("optimizer.final_ratio=-1", "optimizer.final_ratio must lie in 0..1"),
+        ("train.steps=0", "train.steps must be at least 1, found 0"),
+        ("loss.logits_mib=0", "loss.logits_mib must be positive, found 0"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate must be positive, found 0.0"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm must be positive, found 0.0"),
+        ("optimizer.b1=1", "optimizer.b1 must lie in 0..1 and below 1, found 1.0"),
+        ("optimizer.b2=-0.1", "optimizer.b2 must lie in 0..1 and below 1, found -0.1"),
+        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay must be 0 or more, found -0.1"),
+        ("optimizer.ema_decay=1", "optimizer.ema_decay must lie between 0 and 1, found 1.0"),
+        ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
+        ("loss.anchor_rule=zlab", "loss.anchor_rule must be one of nemo, specforge, found 'zlab'"),
+        (
+            "loss.loss_decay_gamma=0",
+            "loss.loss_decay_gamma must be positive, null for none or 'default', found 0.0",
+        ),
+        ("loss.kl_weight=-1", "loss.kl_weight must lie in 0..1, found -1.0"),
+    ],
+)
+def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(smallest, [override])
+    assert str(caught.value).startswith(f"{smallest}: {message}")
+
+
+def test_make_draft_config_takes_the_rest_from_the_target() -> None:
+    target = DecoderConfig(
+        **DECODER | {"num_hidden_layers": 36, "rope_theta": 1e6, "tie_word_embeddings": True}
+    )
+    draft = make_draft_config(
+        DraftRecipe(mask_token_id=31), target, special_ids={"eos": 2}, dtype="bfloat16"
+    )
+    assert draft == DraftConfig(
+        **DECODER
+        | {"num_hidden_layers": 5, "rope_theta": 1e6, "block_size": 16, "mask_token_id": 31},
+        dtype="bfloat16",
+        num_target_layers=36,
+        target_layer_ids=(1, 9, 17, 25, 33),
+        pure_draft_prefix_len=1,
+        shift_label=True,
+    )
+    assert draft.qk_norm
+    chosen = DraftRecipe(mask_token_id=31, target_layer_ids=(0, 7))
+    assert make_draft_config(chosen, target, special_ids={}, dtype="float32").target_layer_ids == (
+        0,
+        7,
+    )
+
+
+def test_make_draft_config_of_other_drafts() -> None:
+    target = DecoderConfig(**DECODER | {"num_hidden_layers": 36})
+
+    def made(**fields: Any) -> DraftConfig:
+        recipe = DraftRecipe(mask_token_id=31, num_hidden_layers=2, **fields)
+        return make_draft_config(recipe, target, special_ids={}, dtype="float32")
+
+    plain = made(projector_type=None)  # shift_label follows the head
+    assert (plain.projector_type, plain.shift_label) == (None, False)
+    assert not made(shift_label=False).shift_label
+    assert made(projector_type=None, shift_label=True).shift_label
+    windowed = made(sliding_window=32)
+    assert (windowed.sliding_window, windowed.layer_types) == (32, ("sliding_attention",) * 2)
+    mixed = made(
+        sliding_window=32,
+        layer_types=("full_attention", "sliding_attention"),
+        sliding_in_block="causal",
+    )
+    assert (
+        mixed.layer_types == ("full_attention", "sliding_attention")
+        and mixed.sliding_in_block == "causal"
+    )
+
+
+def test_make_draft_config_is_dense_and_without_biases_below_any_target() -> None:
+    plain = DecoderConfig(**DECODER | {"num_hidden_layers": 36, "rope_scaling": LLAMA3})
+    mixture = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    }
+    recipe = DraftRecipe(mask_token_id=31)
+    expected = make_draft_config(recipe, plain, special_ids={}, dtype="float32")
+    assert expected.rope_scaling == LLAMA3
+    for change in (mixture, {"attention_bias": True}):
+        target = dataclasses.replace(plain, **change)
+        assert make_draft_config(recipe, target, special_ids={}, dtype="float32") == expected
+
+
+def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:
+    target = DecoderConfig(**DECODER | {"num_hidden_layers": 36})
+    for recipe, message in (
+        (DraftRecipe(mask_token_id=2), "draft.mask_token_id 2 is the target's pad token"),
+        (DraftRecipe(mask_token_id=32), "mask_token_id 32 is outside the vocabulary of 32"),
+        (
+            DraftRecipe(mask_token_id=31, target_layer_ids=()),
+            "target_layer_ids [] must lie in 0..35",
+        ),
+        (
+            DraftRecipe(mask_token_id=31, target_layer_ids=(36,)),
+            "target_layer_ids [36] must lie in 0..35",
+        ),
+    ):
+        with pytest.raises(InputError) as caught:
+            make_draft_config(recipe, target, special_ids={"eos": None, "pad": 2}, dtype="float32")
+        assert str(caught.value) == message
+
+
+def test_dump_config_round_trips(smallest: Path, tmp_path: Path) -> None:
+    words = [
+        "draft.target_layer_ids=[1,3]",
+        "optimizer.learning_rate=1e-7",
+        "loss.loss_decay_gamma=7",
+        "data.train=1e-3é",
+    ]
+    config = load_config(smallest, words)
+    assert load_config(write(tmp_path / "dumped.yaml", dump_config(config))) == config
+
+
+# What every file may hold: no NUL, no half of a surrogate pair.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(rate=st.floats(1e-12, 1e3), steps=st.none() | st.integers(1, 10**9), target=TEXT)
+def test_dump_config_round_trips_any_value(rate: float, steps: int | None, target: str) -> None:
+    tree = SMALLEST | {
+        "optimizer": {"learning_rate": rate},
+        "train": {"steps": steps},
+        "target": target,
+    }
+    config = from_tree(RunConfig, tree, place="given")
+    assert from_tree(RunConfig, yaml.safe_load(dump_config(config)), place="dumped") == config
+
+
+def test_configs_are_frozen(smallest: Path) -> None:
+    config = load_config(smallest)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.epochs = 4  # type: ignore[misc]
+    assert hash(config) == hash(load_config(smallest)), "modules and jit need hashable configs"

@@ -1,0 +1,140 @@
+"""Files of conversations: usable lines become rows, the others are told by number."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chats import GOOD, chat, make_tokenizer, write
+
+from domino_jax import files
+from domino_jax.data import conversations
+from domino_jax.data.conversations import (
+    BadLine,
+    Row,
+    encode_conversation,
+    load_rows,
+    read_messages,
+)
+from domino_jax.strict import InputError
+
+BAD_LINES = [
+    (b"{", "not valid JSON"),
+    (b"[" * 100_000, "more than 64 levels"),
+    (
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        "the key 'content' is given twice",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "a"}], "n": ' + b"9" * 5000 + b"}",
+        "a number of 5000 characters",
+    ),
+    (
+        {"messages": chat("Hi", "Hello."), "finished": "false"},
+        "finished is 'false', expected true or false",
+    ),
+    ({"messages": chat("Hi", "Hello."), "finished": 0}, "finished is 0, expected true or false"),
+    (b'{"messages": "\xff"}', "not UTF-8"),
+    ([1], "no messages"),
+    ({"conversations": []}, "no messages"),
+    ({"messages": []}, "no messages"),
+    ({"messages": ["Hi"]}, "message 1 is not an object"),
+    (
+        {"messages": [{"role": "human", "content": "Hi"}]},
+        "message 1 has unknown role 'human'; known: system, user",
+    ),
+    ({"messages": [{"role": ["user"], "content": "Hi"}]}, "message 1 has unknown role"),
+    ({"messages": chat("Hi", " \n")}, "message 2 (assistant) has no content"),
+    ({"messages": [{"role": "user"}]}, "message 1 (user) has no content"),
+    ({"messages": [{"role": "user", "content": ["Hi"]}]}, "message 1 (user) has no content"),
+    (
+        {"messages": [{"role": "assistant", "content": "Hi"}]},
+        "message 1 answers, but no message of a user",
+    ),
+    (
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        "message 1 (user) is not valid Unicode",
+    ),
+]
+
+
+def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        GOOD,
+        *[line for line, _ in BAD_LINES],
+        b"",
+        b"  ",
+        {"messages": chat("Bye")},
+    )
+    found = read_messages(path)
+    assert found.conversations == [(1, GOOD["messages"]), (len(BAD_LINES) + 4, chat("Bye"))]
+    assert [bad.line for bad in found.bad_lines] == list(range(2, len(BAD_LINES) + 2))
+    for bad, (_, reason) in zip(found.bad_lines, BAD_LINES, strict=True):
+        assert reason in bad.reason
+
+
+def test_read_messages_refuses_a_line_beyond_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (files, conversations):
+        monkeypatch.setattr(module, "LINE_BYTES", 2000)
+    path = write(
+        tmp_path / "a.jsonl", {"messages": chat("x" * 9000, "y")}, {**GOOD, "score": float("nan")}
+    )
+    found = read_messages(path)
+    assert found == ([(2, GOOD["messages"])], [BadLine(1, "more than 2000 bytes")])
+
+
+def test_read_messages_skips_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert read_messages(path) == ([(1, GOOD["messages"])], [])
+
+
+def test_unusable_files_are_refused(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    for read in (read_messages, lambda path: load_rows(path, tokenizer, max_length=100)):
+        with pytest.raises(InputError, match=r"missing\.jsonl: No such file"):
+            read(tmp_path / "missing.jsonl")
+        with pytest.raises(InputError, match="Is a directory"):
+            read(tmp_path)
+        with pytest.raises(InputError, match="empty"):
+            read(write(tmp_path / "empty.jsonl", b"", b""))
+        with pytest.raises(InputError, match="no usable line; line 2: not valid JSON"):
+            read(write(tmp_path / "bad.jsonl", b"", b"{"))
+    with pytest.raises(InputError, match="no usable line; line 1: no assistant message"):
+        load_rows(
+            write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")}), tokenizer, max_length=100
+        )
+
+
+def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    long = {"messages": chat("Hi " * 100, "Hello.")}
+    path = write(tmp_path / "a.jsonl", {"messages": chat("Hi")}, GOOD, b"{}", long)
+    rows, bad_lines, unfinished = load_rows(path, tokenizer, max_length=60)
+    assert [row.line for row in rows] == [2]
+    expected = encode_conversation(chat("Hi", "Hello."), tokenizer, max_length=60)
+    assert expected is not None
+    np.testing.assert_array_equal(rows[0].input_ids, expected.input_ids)
+    np.testing.assert_array_equal(rows[0].loss_mask, expected.loss_mask)
+    assert unfinished == 0 and bad_lines[0] == BadLine(1, "no assistant message")
+    assert bad_lines[1].line == 3 and bad_lines[2] == BadLine(
+        4, "no token of an answer among the first 60"
+    )
+
+
+def test_load_rows_gives_an_unfinished_answer_no_end(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    messages = chat("Hi", "Hello.", "3 cats?", "They have")
+    path = write(
+        tmp_path / "a.jsonl",
+        {"messages": messages, "finished": True},
+        {"messages": messages, "finished": False},
+    )
+    (whole, cut), _, unfinished = load_rows(path, tokenizer, max_length=100)
+    assert unfinished == 1
+    end = int(np.flatnonzero(whole.loss_mask)[-1])
+    assert tokenizer.decode(cut.input_ids[cut.loss_mask]) == "Hello.<|im_end|>They have"
+    assert isinstance(cut, Row) and len(cut.input_ids) == len(cut.loss_mask) == end
+    np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:end])

@@ -1,0 +1,105 @@
+"""Drafts of each kind, the tensors of their exports, and edits of an export."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import dflash_config, draft_config, random_params
+from safetensors.numpy import load_file, save_file
+
+from domino_jax.config.model import DraftConfig
+
+CONFIG = draft_config()
+
+
+# D 32, C 3, F 44, 4 heads and 2 key-value heads of 10, G 20, R 12, V 120.
+BACKBONE = {
+    "fc.weight": (32, 96),
+    "hidden_norm.weight": (32,),
+    "norm.weight": (32,),
+    **{
+        f"layers.{layer}.{name}.weight": shape
+        for layer in range(2)
+        for name, shape in {
+            "input_layernorm": (32,),
+            "post_attention_layernorm": (32,),
+            "self_attn.q_proj": (40, 32),
+            "self_attn.k_proj": (20, 32),
+            "self_attn.v_proj": (20, 32),
+            "self_attn.o_proj": (32, 40),
+            "self_attn.q_norm": (10,),
+            "self_attn.k_norm": (10,),
+            "mlp.gate_proj": (44, 32),
+            "mlp.up_proj": (44, 32),
+            "mlp.down_proj": (32, 44),
+        }.items()
+    },
+}
+
+
+HEAD = {
+    "prefix_gru.weight_ih_l0": (60, 32),
+    "prefix_gru.weight_hh_l0": (60, 20),
+    "embed_proj.0.weight": (12, 52),
+    "embed_proj.2.weight": (120, 12),
+}
+
+
+SLIDING = ("sliding_attention",) * 2
+
+
+WINDOWED = draft_config(
+    layer_types=SLIDING,
+    sliding_window=6,
+    input_embedding_scale=1.5,
+    output_multiplier=0.5,
+    final_logit_softcapping=20.0,
+)
+
+
+PLAIN = dflash_config()
+
+
+SHIFTED_DFLASH = dataclasses.replace(PLAIN, shift_label=True)
+
+
+KINDS = pytest.mark.parametrize(
+    "config",
+    [CONFIG, dflash_config(), SHIFTED_DFLASH, WINDOWED],
+    ids=["domino", "dflash", "dflash-shifted", "windows-and-transforms"],
+)
+
+
+@functools.cache
+def params_of(config: DraftConfig) -> Any:
+    return random_params(config)
+
+
+def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    tree = json.loads((path / "config.json").read_text())
+    change(tree)
+    (path / "config.json").write_text(json.dumps(tree))
+    return tree
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of config.json: sets the key at the end of the path, or removes it for `...`."""
+
+    def change(tree: dict[str, Any]) -> None:
+        section = functools.reduce(dict.__getitem__, keys[:-1], tree)
+        section.pop(keys[-1], None)
+        if value is not ...:
+            section[keys[-1]] = value
+
+    return change

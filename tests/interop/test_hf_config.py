@@ -1,0 +1,206 @@
+"""The config.json of an export: what every reader of the format insists on."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import pytest
+from exports import CONFIG, PLAIN, SHIFTED_DFLASH, SLIDING, params_of
+from reference import dflash_config, draft_config
+from transformers import Qwen3Config
+
+from domino_jax.config.model import DraftConfig, RopeScaling
+from domino_jax.interop.hf import load_hf_draft, save_hf_draft
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_causal"),
+    [
+        ({"layer_types": SLIDING, "sliding_window": 6}, False),
+        ({"layer_types": SLIDING, "sliding_window": 6, "sliding_in_block": "causal"}, None),
+        (
+            {
+                "layer_types": ("full_attention", SLIDING[0]),
+                "sliding_window": 6,
+                "sliding_in_block": "causal",
+            },
+            None,
+        ),
+        ({"layer_types": ("full_attention", SLIDING[0]), "sliding_window": 6}, False),
+    ],
+)
+def test_windows_are_written_as_their_readers_take_them(
+    changes: dict[str, Any], is_causal: bool | None, tmp_path: Path
+) -> None:
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
+    config = draft_config(**changes)
+    save_hf_draft(tmp_path / "draft", config, params_of(config))
+    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
+    # Without the keys z-lab, SGLang and vLLM take a sliding layer as causal, NeMo no layer;
+    # vLLM asks both.
+    assert tree.get("is_causal") is tree["dflash_config"].get("causal") is is_causal
+    assert (tree["use_sliding_window"], tree["sliding_window"]) == (True, 6)
+    settings = Qwen3DFlashDraftModel.config_class.from_pretrained(tmp_path / "draft")
+    windows = [layer.self_attn.sliding_window for layer in Qwen3DFlashDraftModel(settings).layers]
+    assert windows == [6 if kind == SLIDING[0] else None for kind in config.layer_types]
+    assert load_hf_draft(tmp_path / "draft")[0] == config
+
+
+@pytest.mark.parametrize("shift_label", [False, True])
+def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_path: Path) -> None:
+    config = draft_config(shift_label=shift_label)
+    save_hf_draft(tmp_path / "draft", config, params_of(CONFIG))
+    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
+    nested = tree["dflash_config"]
+    # SpecForge
+    assert (nested["projector_type"], nested["emb_dim"], nested["gru_hidden_dim"]) == (
+        "domino",
+        12,
+        20,
+    )
+    # NeMo and tpu-inference look for the block size in different places
+    assert nested["block_size"] == tree["block_size"] == 5
+    # z-lab's dflash
+    assert nested["target_layer_ids"] == [0, 2, 4] and tree["num_target_layers"] == 6
+    # SGLang
+    assert tree["architectures"] == ["DFlashDraftModel"] and "auto_map" not in tree
+    assert nested["shift_label"] is shift_label
+    assert nested["pure_draft_prefix_len"] == 1
+    assert tree["emb_dim"] == nested["emb_dim"]
+    assert type(nested["mask_token_id"]) is int and nested["mask_token_id"] == 119
+    assert tree["vocab_size"] == 120 and tree["dtype"] == "bfloat16"
+    # sglang-jax reads the first, transformers 5 the second
+    assert tree["rope_theta"] == tree["rope_parameters"]["rope_theta"] == 5000.0
+    assert (
+        "partial_rotary_factor" not in tree
+        and "partial_rotary_factor" not in tree["rope_parameters"]
+    )
+    # all
+    assert tree["model_type"] == "qwen3" and tree["tie_word_embeddings"] is False
+    assert tree["is_causal"] is False and nested["causal"] is False
+    assert tree["layer_types"] == ["full_attention"] * 2
+    qwen3 = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    for key in (*qwen3, "head_dim", "max_position_embeddings", "rms_norm_eps"):
+        assert tree[key] == getattr(config, key), key
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=32, truncate=False
+        ),
+        RopeScaling(
+            rope_type="llama3",
+            factor=8.0,
+            original_max_position_embeddings=32,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+    ],
+)
+def test_rope_scaling_is_written_in_both_schemas_and_reads_back(
+    scaling: RopeScaling, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, rope_scaling=scaling)
+    save_hf_draft(tmp_path / "draft", config, params_of(CONFIG))
+    assert load_hf_draft(tmp_path / "draft")[0].rope_scaling == scaling
+    theirs = Qwen3Config.from_pretrained(tmp_path / "draft").rope_parameters
+    assert theirs["rope_type"] == scaling.rope_type and theirs["rope_theta"] == 5000.0
+    assert {
+        key: theirs.get(key) for key in vars(scaling) if getattr(scaling, key) not in (None, True)
+    } == {key: value for key, value in vars(scaling).items() if value not in (None, True)}
+
+
+def test_config_json_of_a_dflash_draft_names_no_head(tmp_path: Path) -> None:
+    save_hf_draft(tmp_path / "draft", dflash_config(), params_of(dflash_config()), dtype="float32")
+    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert tree["dtype"] == "float32" and tree["dflash_config"]["shift_label"] is False
+    head = {"projector_type", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"}
+    assert not head & (set(tree) | set(tree["dflash_config"]))
+    assert "sample_from_anchor" not in tree | tree["dflash_config"]
+
+
+def test_config_json_of_a_shifted_dflash_draft_says_so_under_both_names(tmp_path: Path) -> None:
+    save_hf_draft(tmp_path / "draft", SHIFTED_DFLASH, params_of(SHIFTED_DFLASH))
+    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert tree["dflash_config"]["shift_label"] is True
+    # vLLM looks inside, speculators write it at the top.
+    assert tree["sample_from_anchor"] is tree["dflash_config"]["sample_from_anchor"] is True
+    assert load_hf_draft(tmp_path / "draft")[0] == SHIFTED_DFLASH
+
+
+# What this project wrote before plain DFlash could be shifted.
+OLD_JSON: dict[str, Any] = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 5000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 2,
+    "layer_types": ["full_attention", "full_attention"],
+    "tie_word_embeddings": False,
+    "num_target_layers": 6,
+    "block_size": 5,
+    "is_causal": False,
+    "dtype": "float32",
+    "dflash_config": {
+        "mask_token_id": 119,
+        "target_layer_ids": [0, 2, 4],
+        "block_size": 5,
+        "shift_label": False,
+        "input_embedding_scale": 1.0,
+        "output_multiplier": 1.0,
+        "final_logit_softcapping": None,
+        "causal": False,
+    },
+}
+
+
+OLD_HEAD_JSON = {
+    "shift_label": True,
+    "projector_type": "domino",
+    "pure_draft_prefix_len": 1,
+    "emb_dim": 12,
+    "gru_hidden_dim": 20,
+}
+
+
+@pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["domino", "dflash"])
+def test_old_exports_load_as_before_and_are_written_as_before(
+    config: DraftConfig, tmp_path: Path
+) -> None:
+    tree = copy.deepcopy(OLD_JSON)
+    if config.projector_type is not None:
+        tree["emb_dim"] = 12
+        tree["dflash_config"] |= OLD_HEAD_JSON
+    save_hf_draft(tmp_path / "draft", config, params_of(config), dtype="float32")
+    assert json.loads((tmp_path / "draft" / "config.json").read_text()) == tree
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "draft" / "SHA256SUMS").unlink()
+    found_config, found = load_hf_draft(tmp_path / "draft")
+    assert found_config == config
+    chex.assert_trees_all_equal(found, params_of(config), strict=True)

@@ -1,0 +1,92 @@
+"""Tokenizers of a directory, and files that lead out of it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from domino_jax.formats.safetensors import open_safetensors
+from domino_jax.strict import InputError
+from domino_jax.target.decoder_keys import read_decoder_config
+from domino_jax.target.load import load_tokenizer
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+def test_links_out_of_a_target_and_pipes_are_refused(
+    smollm2: Path, tmp_path: Path, name: str
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in smollm2.iterdir():
+        if path.suffix == ".json":
+            (model / path.name).write_bytes(path.read_bytes())
+    (model / name).unlink(missing_ok=True)
+
+    def read() -> None:
+        if name == "model.safetensors":
+            open_safetensors(model)
+        read_decoder_config(model, dtype="float32")
+        load_tokenizer(model)
+
+    (model / name).symlink_to(smollm2 / "config.json")
+    with pytest.raises(InputError, match=f"{name}: a link out of its directory"):
+        read()
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(InputError, match=f"{name}: not a regular file|no {name}"):
+        read()
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "x"}))
+    with pytest.raises(InputError, match="the tokenizer cannot be read: '>' not supported"):
+        load_tokenizer(model)
+
+
+def test_the_default_of_several_chat_templates_is_taken(smollm2: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    assert load_tokenizer(model).chat_template == "b"
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named[:1]}))
+    with pytest.raises(InputError, match=r"the tokenizer cannot be read: .*no default"):
+        load_tokenizer(model)
+
+
+def test_load_tokenizer_reads_a_fast_tokenizer(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer.is_fast and "<|im_start|>" in tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", None, "no tokenizer.json; a target needs its fast tokenizer"),
+        ("tokenizer_config.json", None, "no tokenizer_config.json"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}',
+            "no chat template in",
+        ),
+        ("tokenizer.json", '{"model": 3}', "the tokenizer cannot be read: "),
+    ],
+)
+def test_load_tokenizer_refuses(
+    smollm2: Path, tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    for kept in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2 / kept, tmp_path)
+    (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tmp_path)
+    assert message in str(caught.value) and str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,94 @@
+"""Passes with a cache, in pieces, rewound and batched, against the whole pass."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from doubles import slow_after
+from passes import SCALED, assert_rows_equal, jitted, random_tokens, step, whole
+from tiny import stack_layers
+
+from domino_jax.target.load import LoadedTarget, load_target
+from domino_jax.target.model import Target
+
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", *SCALED)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch: int) -> None:
+    tokens = random_tokens(batch, 9)
+    apart = Target(loaded.config, capture=(0, 3))
+    forms = [
+        (apart, loaded.params),
+        (replace(apart, scan_layers=True), stack_layers(loaded.params)),
+    ]
+    caches = [target.empty_cache(batch=batch, slots=12) for target, _ in forms]
+    for start, stop in ((0, 6), (6, 7), (5, 9)):  # the last pass rewinds
+        positions = np.tile(np.arange(start, stop, dtype=np.int32), (batch, 1))
+        outs = [
+            jitted(target)({"params": params}, tokens[:, start:stop], positions, cache=cache)
+            for (target, params), cache in zip(forms, caches, strict=True)
+        ]
+        caches = [out.cache for out in outs]
+        chex.assert_trees_all_close(outs[1][:2], outs[0][:2], atol=1e-5)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *caches[0])
+    chex.assert_trees_all_close(caches[1], stacked, atol=1e-5)
+
+
+# One row is written by another code path.
+@pytest.mark.parametrize(
+    ("kind", "batch"), slow_after(4, [("llama", 1), *((kind, 2) for kind in FAMILIES[1:])])
+)
+def test_cached_pieces_equal_the_whole_pass(
+    tiny: Callable[..., Any], kind: str, batch: int
+) -> None:
+    loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
+    expected = whole(loaded, tokens)
+    cache, start = Target(loaded.config).empty_cache(batch=batch, slots=24), 0
+    for length in (6, 1, 6, 1, 3):
+        out = step(loaded, tokens[:, start : start + length], [start] * batch, cache)
+        assert_rows_equal(out, expected, [slice(start, start + length)] * batch)
+        cache, start = out.cache, start + length
+
+
+def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(2, 14)
+    expected = whole(loaded, tokens)
+    cache = step(
+        loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, slots=16)
+    ).cache
+    # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
+    cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
+    out = step(loaded, tokens[:, 6:9], [6, 6], cache)
+    assert_rows_equal(out, expected, [slice(6, 9)] * 2)
+    out = step(loaded, tokens[:, 9:14], [9, 9], out.cache)
+    assert_rows_equal(out, expected, [slice(9, 14)] * 2)
+
+
+def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> None:
+    tokens = random_tokens(3, 16)
+    expected = whole(loaded, tokens)
+    cache = step(
+        loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, slots=20)
+    ).cache
+    starts = [3, 11, 7]
+    rows = [slice(start, start + 4) for start in starts]
+    pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
+    out = step(loaded, pieces, starts, cache)
+    assert_rows_equal(out, expected, rows)
+    rows = [slice(start + 2, start + 4) for start in starts]  # all rewound by two
+    out = step(loaded, pieces[:, 2:], [start + 2 for start in starts], out.cache)
+    assert_rows_equal(out, expected, rows)
+
+
+def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
+    tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, slots=8)
+    with pytest.raises(ValueError, match="documents have no cache"):
+        Target(loaded.config).apply(
+            {"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int)
+        )

@@ -1,0 +1,164 @@
+"""A run that is stopped or killed resumes and ends with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from saved_bits import final_bits
+from tiny import quiet, run_config, seal
+
+from domino_jax.config.run import load_config
+from domino_jax.strict import InputError
+from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.loop import Interrupted, train
+from domino_jax.training.metrics import read_metrics
+
+
+class Stop:
+    """Asks a run to stop, at its n-th question."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def __call__(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+# The window of the log, checkpoints and held-out passes fall apart.
+ODD: dict[str, Any] = {
+    "optimizer": {"ema_decay": 0.9},
+    "train": {
+        "steps": 11,
+        "log_every": 5,
+        "checkpoint_every": 4,
+        "eval_every": 3,
+        "keep_checkpoints": 9,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def whole(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `ODD` that was never stopped."""
+    directory = tmp_path_factory.mktemp("whole")
+    return train(load_config(run_config(directory, target, **ODD)), console=quiet())
+
+
+def assert_same_run(one: Path, other: Path, *, step: int) -> None:
+    chex.assert_trees_all_equal(final_bits(one, step), final_bits(other, step))
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("stops", [[2, 3], pytest.param([1] * 12, marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_ends_with_the_same_bits(
+    whole: Path, target: Path, tmp_path: Path, stops: list[int]
+) -> None:
+    """Wherever it is: in a window of the log, in the midst of a held-out pass, at the last step."""
+    config = load_config(run_config(tmp_path, target, **ODD))
+    for at in stops:
+        try:
+            train(config, console=quiet(), stop_requested=Stop(at))
+        except Interrupted as stopped:
+            assert "the same command goes on from there" in str(stopped)
+    train(config, console=quiet())
+    assert_same_run(whole, tmp_path / "run", step=11)
+    # The average is what leaves the run.
+    exported = load_draft(tmp_path / "run")[1]
+    raw = final_bits(tmp_path / "run", 11)["params"]
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(*map(jax.tree.leaves, (exported, raw)), strict=True)
+    )
+
+
+def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
+    config = load_config(
+        run_config(tmp_path, target, train={"checkpoint_every": 100}, data={"heldout": None})
+    )
+    for step in (1, 2, 3):
+        with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):
+            train(config, console=quiet(), stop_requested=Stop(0))
+        assert load_draft(tmp_path / "run")[2] == step
+    assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_killed_process_goes_on_with_the_same_bits(
+    target: Path, tmp_path: Path, number: int
+) -> None:
+    """A real process, killed in the middle of training and started again."""
+    steps = {"train": {"steps": 200, "checkpoint_every": 10, "log_every": 10, "eval_every": 200}}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for directory in (whole, killed):
+        directory.mkdir()
+    command = [sys.executable, "-c", "from domino_jax.cli import main; main()", "train"]
+    # One device, compiled as quickly as elsewhere in the suite.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    subprocess.run([*command, str(run_config(whole, target, **steps))], env=environment, check=True)
+    # What is killed must not leave half a program for others to read.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    path = run_config(killed, target, **steps)
+    process = subprocess.Popen(
+        [*command, str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = killed / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (
+        checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    ):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), errors
+    again = subprocess.run(
+        [*command, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "resuming at step" in again.stderr
+    chex.assert_trees_all_equal(final_bits(whole / "run", 200), final_bits(killed / "run", 200))
+
+
+def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> None:
+    config = load_config(run_config(tmp_path, target))
+    train(config, console=quiet())
+    leftover = tmp_path / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (leftover / "params").mkdir(parents=True)
+    assert load_draft(tmp_path / "run")[2] == 6
+    console = quiet()
+    train(config, console=console)
+    assert "resuming at step 6 of 6" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=quiet())
+    for step in ("4", "6"):
+        checkpoint = tmp_path / "run" / "checkpoints" / step
+        stored = checkpoint / "run" / "metadata"
+        stored.write_text(stored.read_text().replace('"options": {}', '"dpace_alpha": 0.5'))
+        seal(checkpoint)
+    with pytest.raises(InputError, match=r"unknown key 'dpace_alpha'.*another version.*run_dir"):
+        train(load_config(path), console=quiet())
+
+
+def test_the_metrics_log_drops_what_a_resumed_run_does_again(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    train(load_config(path), console=quiet())
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text(
+        log.read_text() + json.dumps({"step": 9, "split": "train"}) + '\n{"step": 10, "spl'
+    )
+    train(load_config(path), console=quiet())
+    assert max(line["step"] for line in read_metrics(tmp_path / "run")) == 6
