@@ -1,6 +1,6 @@
 """The parsers of models, whose files come from strangers; see `fuzz_parsers.py`.
 
-config.json, safetensors, GGUF, tokenizers and chat templates.
+config.json, tokenizers and chat templates; tensors are in `fuzz_tensors.py`.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_mutations as mutations
-import numpy as np
-from fuzz_parsers import Case, Parser, as_json, json_cases, safetensors_file, unusable
+from fuzz_cases import Case, Parser, as_json, json_cases, unusable
+from fuzz_tensors import gguf_parser, tensor_parsers
 
 TEMPLATE_PARTS = (
     *(
@@ -40,6 +40,8 @@ TEMPLATE_PARTS = (
         "}}",
     ),
 )
+
+
 DEEPER = 5  # one of so many configs is held against its tensors too, which takes 0.1 s
 
 
@@ -147,8 +149,8 @@ def model_parsers(directory: Path) -> list[Parser]:
             _wrong_draft,
             draft_words,
         ),
-        *_tensor_parsers(directory),
-        _gguf_parser(directory),
+        *tensor_parsers(directory),
+        gguf_parser(directory),
         *_tokenizer_parsers(directory, target),
     ]
 
@@ -200,140 +202,6 @@ def _wrong_draft(config: Any) -> str | None:
     if not config.input_embedding_scale > 0 or not config.output_multiplier > 0:
         return "a scale that is not positive"
     return _wrong_decoder(config)
-
-
-def _tensor_parsers(directory: Path) -> list[Parser]:
-    from domino_jax.formats.safetensors import open_safetensors
-
-    single, sharded = directory / "single", directory / "sharded"
-    single.mkdir()
-    sharded.mkdir()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for index, (name, dtype, shape) in enumerate(
-        (("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))
-    ):
-        header[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [32 * index, 32 * index + 32],
-        }
-    data = bytes(range(96))
-
-    def cases(rng: random.Random) -> Case:
-        kind = rng.randrange(4)
-        if kind == 0:
-            return Case(
-                mutations.mutated_bytes(rng, safetensors_file(json.dumps(header).encode(), data))
-            )
-        case = json_cases(header)(rng)
-        return Case(safetensors_file(case.content, data), case.forbidden)
-
-    def read(content: bytes) -> Any:
-        (single / "model.safetensors").write_bytes(content)
-        tensors = open_safetensors(single)
-        return {name: tensor.read() for name, tensor in tensors.items()}, len(content)
-
-    def wrong(found: Any) -> str | None:
-        tensors, size = found
-        held = sum(values.nbytes for values in tensors.values())
-        return (
-            None
-            if held < size and held in (0, 96, *range(97, size))
-            else "more numbers than the file holds"
-        )
-
-    places = {"a": "one.safetensors", "b": "two.safetensors"}
-    for name, file in places.items():
-        part = json.dumps({name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
-        (sharded / file).write_bytes(safetensors_file(part, bytes(16)))
-
-    def read_index(content: bytes) -> Any:
-        (sharded / "model.safetensors.index.json").write_bytes(content)
-        return {name: tensor.file.name for name, tensor in open_safetensors(sharded).items()}
-
-    index = {"metadata": {"total_size": 32}, "weight_map": places}
-    return [
-        Parser("safetensors", 12, safetensors_file(as_json(header), data), cases, read, wrong),
-        Parser(
-            *("safetensors index", 8, as_json(index), json_cases(index), read_index),
-            lambda found: (
-                None if found.items() <= places.items() else f"tensors in other files: {found}"
-            ),
-        ),
-    ]
-
-
-def write_gguf(path: Path) -> None:
-    """A random Qwen3 of the tiny shape."""
-    import gguf
-    from tiny import CONFIG, WORDS
-
-    from domino_jax.target.gguf import _LAYER_NAMES, _TOP_NAMES
-    from domino_jax.target.load import stored_shapes
-
-    writer = gguf.GGUFWriter(path, arch="qwen3")
-    sizes = {
-        **{
-            "context_length": CONFIG.max_position_embeddings,
-            "embedding_length": CONFIG.hidden_size,
-        },
-        **{
-            "feed_forward_length": CONFIG.intermediate_size,
-            "block_count": CONFIG.num_hidden_layers,
-        },
-        **{
-            "attention.head_count": CONFIG.num_attention_heads,
-            "attention.head_count_kv": CONFIG.num_key_value_heads,
-        },
-        **{"attention.key_length": CONFIG.head_dim},
-    }
-    for key, size in sizes.items():
-        writer.add_uint32(f"qwen3.{key}", size)
-    writer.add_float32("qwen3.attention.layer_norm_rms_epsilon", 1e-6)
-    writer.add_string("tokenizer.ggml.model", "gpt2")
-    writer.add_string("tokenizer.ggml.pre", "qwen2")
-    writer.add_array("tokenizer.ggml.tokens", [*WORDS[:-1], "ab"])
-    writer.add_array("tokenizer.ggml.token_type", [3, 3, 3, *[1] * (len(WORDS) - 3)])
-    writer.add_array("tokenizer.ggml.merges", ["a b"])
-    writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
-    writer.add_string("tokenizer.chat_template", "{{ messages }}")
-    names = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
-    tops = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
-    for name, shape in stored_shapes(CONFIG, found=1000, place=path).items():
-        parts = name.split(".")
-        ours = tops.get(name) or f"blk.{parts[2]}.{names['.'.join(parts[3:-1])]}.weight"
-        writer.add_tensor(ours, np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _gguf_parser(directory: Path) -> Parser:
-    from domino_jax.target.gguf import convert_gguf
-
-    path, made = directory / "model.gguf", directory / "converted"
-    write_gguf(path)
-    whole = path.read_bytes()
-
-    def read(content: bytes) -> Any:
-        path.write_bytes(content)
-        try:
-            return json.loads((convert_gguf(path, made) / "config.json").read_text())
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-
-    def words(content: bytes) -> list[str]:
-        path.write_bytes(content)
-        return ["target", str(path), str(directory / "gguf-target")]
-
-    return Parser(
-        *("GGUF", 3, whole, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
-        lambda config: (
-            None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold"
-        ),
-        words,
-    )
 
 
 def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:

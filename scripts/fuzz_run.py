@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from fuzz_parsers import Case, Parser, all_parsers
+from fuzz_cases import Case, Parser
+from fuzz_parsers import all_parsers
 
 SECONDS = 10.0  # after which an input hangs its parser
 REFUSED, ACCEPTED = "refused in one line", "accepted"

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "domino_jax"
+TOP = Path(__file__).parent.parent
+PACKAGE = TOP / "domino_jax"
+# Folders of tests that mirror no folder of the package.
+OTHER_TESTS = {"accelerator", "parity", "scripts"}
 
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
@@ -190,6 +193,17 @@ def test_package_files_are_found() -> None:
     assert {"config.run", "sharding", "layers.dense"} <= {
         module_name(path) for path in PACKAGE.rglob("*.py")
     }
+
+
+def test_folders_of_tests_are_those_of_the_package() -> None:
+    found = {path.parent.name for path in (TOP / "tests").glob("*/test_*.py")}
+    assert found <= {folder for _, folder in ROWS} | OTHER_TESTS
+
+
+def test_files_of_tests_and_scripts_are_short() -> None:
+    paths = [*(TOP / "tests").rglob("*.py"), *(TOP / "scripts").glob("*.py")]
+    counts = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert not {name: count for name, count in counts.items() if count > MAX_LINES}
 
 
 def test_unplaced_refuses_an_unknown_file() -> None:

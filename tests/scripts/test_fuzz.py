@@ -3,7 +3,8 @@
 from collections import Counter
 
 import pytest
-from fuzz_parsers import Case, Parser, all_parsers
+from fuzz_cases import Case, Parser
+from fuzz_parsers import all_parsers
 from fuzz_run import ACCEPTED, BAD, REFUSED, outcome, quiet, run
 
 from domino_jax.strict import InputError

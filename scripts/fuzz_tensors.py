@@ -1,0 +1,153 @@
+"""The parsers of tensors in files of strangers: safetensors and GGUF."""
+
+import json
+import random
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import fuzz_mutations as mutations
+import numpy as np
+from fuzz_cases import Case, Parser, as_json, json_cases
+
+
+def safetensors_file(header: bytes, data: bytes) -> bytes:
+    """A file with this header."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def tensor_parsers(directory: Path) -> list[Parser]:
+    """One file, and an index with its shards."""
+    from domino_jax.formats.safetensors import open_safetensors
+
+    single, sharded = directory / "single", directory / "sharded"
+    single.mkdir()
+    sharded.mkdir()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for index, (name, dtype, shape) in enumerate(
+        (("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))
+    ):
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [32 * index, 32 * index + 32],
+        }
+    data = bytes(range(96))
+
+    def cases(rng: random.Random) -> Case:
+        kind = rng.randrange(4)
+        if kind == 0:
+            return Case(
+                mutations.mutated_bytes(rng, safetensors_file(json.dumps(header).encode(), data))
+            )
+        case = json_cases(header)(rng)
+        return Case(safetensors_file(case.content, data), case.forbidden)
+
+    def read(content: bytes) -> Any:
+        (single / "model.safetensors").write_bytes(content)
+        tensors = open_safetensors(single)
+        return {name: tensor.read() for name, tensor in tensors.items()}, len(content)
+
+    def wrong(found: Any) -> str | None:
+        tensors, size = found
+        held = sum(values.nbytes for values in tensors.values())
+        return (
+            None
+            if held < size and held in (0, 96, *range(97, size))
+            else "more numbers than the file holds"
+        )
+
+    places = {"a": "one.safetensors", "b": "two.safetensors"}
+    for name, file in places.items():
+        part = json.dumps({name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+        (sharded / file).write_bytes(safetensors_file(part, bytes(16)))
+
+    def read_index(content: bytes) -> Any:
+        (sharded / "model.safetensors.index.json").write_bytes(content)
+        return {name: tensor.file.name for name, tensor in open_safetensors(sharded).items()}
+
+    index = {"metadata": {"total_size": 32}, "weight_map": places}
+    return [
+        Parser("safetensors", 12, safetensors_file(as_json(header), data), cases, read, wrong),
+        Parser(
+            *("safetensors index", 8, as_json(index), json_cases(index), read_index),
+            lambda found: (
+                None if found.items() <= places.items() else f"tensors in other files: {found}"
+            ),
+        ),
+    ]
+
+
+def write_gguf(path: Path) -> None:
+    """A random Qwen3 of the tiny shape."""
+    import gguf
+    from tiny import CONFIG, WORDS
+
+    from domino_jax.target.gguf import _LAYER_NAMES, _TOP_NAMES
+    from domino_jax.target.load import stored_shapes
+
+    writer = gguf.GGUFWriter(path, arch="qwen3")
+    sizes = {
+        **{
+            "context_length": CONFIG.max_position_embeddings,
+            "embedding_length": CONFIG.hidden_size,
+        },
+        **{
+            "feed_forward_length": CONFIG.intermediate_size,
+            "block_count": CONFIG.num_hidden_layers,
+        },
+        **{
+            "attention.head_count": CONFIG.num_attention_heads,
+            "attention.head_count_kv": CONFIG.num_key_value_heads,
+        },
+        **{"attention.key_length": CONFIG.head_dim},
+    }
+    for key, size in sizes.items():
+        writer.add_uint32(f"qwen3.{key}", size)
+    writer.add_float32("qwen3.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "qwen2")
+    writer.add_array("tokenizer.ggml.tokens", [*WORDS[:-1], "ab"])
+    writer.add_array("tokenizer.ggml.token_type", [3, 3, 3, *[1] * (len(WORDS) - 3)])
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
+    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+    names = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+    tops = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
+    for name, shape in stored_shapes(CONFIG, found=1000, place=path).items():
+        parts = name.split(".")
+        ours = tops.get(name) or f"blk.{parts[2]}.{names['.'.join(parts[3:-1])]}.weight"
+        writer.add_tensor(ours, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_parser(directory: Path) -> Parser:
+    """The conversion of a whole file."""
+    from domino_jax.target.gguf import convert_gguf
+
+    path, made = directory / "model.gguf", directory / "converted"
+    write_gguf(path)
+    whole = path.read_bytes()
+
+    def read(content: bytes) -> Any:
+        path.write_bytes(content)
+        try:
+            return json.loads((convert_gguf(path, made) / "config.json").read_text())
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def words(content: bytes) -> list[str]:
+        path.write_bytes(content)
+        return ["target", str(path), str(directory / "gguf-target")]
+
+    return Parser(
+        *("GGUF", 3, whole, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
+        lambda config: (
+            None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold"
+        ),
+        words,
+    )
