@@ -27,10 +27,12 @@ import jax
 
 from domino_jax import arithmetic, compiled
 from domino_jax.chips import CHIPS
+from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.config.run import RunConfig, make_draft_config
+from domino_jax.config.run import RunConfig
 from domino_jax.files import write_whole
 from domino_jax.places import Compiler, Place
+from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import load_tokenizer
@@ -48,7 +50,6 @@ from domino_jax.training.program import (
 )
 from domino_jax.training.step import Program
 
-Say = Callable[[str], None]
 _UNKNOWN_STEPS = 1000  # of a run whose rows are not read: constants of its schedules, no more
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
@@ -136,17 +137,17 @@ class Models(NamedTuple):
     draft: DraftConfig
 
 
-def read_models(config: RunConfig, *, say: Say) -> Models:
+def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
     """The models of a run from its target's config.json, and its tokenizer where there is one.
 
     Raises:
         InputError: no such target, or the draft does not fit it.
     """
-    path = resolve_target(config.target, progress=say)
+    path = resolve_target(config.target, reporter=reporter)
     target = read_decoder_config(path, dtype=config.dtype)
     if (path / "tokenizer.json").is_file():
         return Models(target, draft_of(config, target, load_tokenizer(path)))
-    say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
+    reporter.say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
     draft = make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype)
     return Models(target, draft)
 
@@ -191,7 +192,7 @@ def plan(
     compiler: Compiler,
     *,
     cache: Path,
-    say: Say,
+    reporter: Reporter,
 ) -> Plan:
     """Compiles the step of a run for a place, unless that program was planned before.
 
@@ -201,19 +202,19 @@ def plan(
         place: where it would run.
         compiler: of the place.
         cache: a directory that keeps plans by program; made where it is missing.
-        say: gets a line before each long stage.
+        reporter: is told each long stage.
     Raises:
         InputError: mesh or batch do not divide over the devices.
     """
     step = planned_step(config, models, compiler)
     kept = cache / f"{_key(step, place, compiler)}.json"
     if kept.is_file():
-        say(f"{place.name}, batch {config.data.batch_size}: planned before ({kept})")
+        reporter.say(f"{place.name}, batch {config.data.batch_size}: planned before ({kept})")
         return dataclasses.replace(read_plan(kept), cached=True)
-    say(f"compiling for {place.name}, batch {config.data.batch_size}")
+    reporter.say(f"compiling for {place.name}, batch {config.data.batch_size}")
     began = time.monotonic()
     made = _compiled_plan(config, models, place, compiler, step=step)
-    say(f"compiled for {place.name} in {time.monotonic() - began:.0f} s")
+    reporter.say(f"compiled for {place.name} in {time.monotonic() - began:.0f} s")
     cache.mkdir(parents=True, exist_ok=True)
     write_json(kept, dataclasses.asdict(made))
     return made

@@ -14,11 +14,12 @@ import pytest
 from availability import require_compiler
 from doubles import slow_after
 from rich.console import Console
-from tiny import MASK_TOKEN_ID, run_config, write_target
+from tiny import MASK_TOKEN_ID, quiet, run_config, write_target
 
 from domino_jax import arithmetic, compiled
+from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig
-from domino_jax.config.run import RunConfig, load_config, make_draft_config
+from domino_jax.config.run import RunConfig, load_config
 from domino_jax.places import compiler_for, parse_place
 from domino_jax.plan import (
     Exchange,
@@ -304,8 +305,10 @@ def test_the_published_recipe_fits(
     path = Path(__file__).parent.parent / "configs/qwen3-8b.yaml"
     config = load_config(path, [*words, f"target={tmp_path}"])
     where = parse_place(place)
-    models = read_models(config, say=print)
-    made = plan(config, models, where, compiler_for(where), cache=tmp_path / "plans", say=print)
+    models = read_models(config, reporter=quiet())
+    made = plan(
+        config, models, where, compiler_for(where), cache=tmp_path / "plans", reporter=quiet()
+    )
     assert made.fits and made.refusal is None
     assert made.peak_bytes is not None and made.peak_bytes <= gib * 2**30
     assert made.launches is None if where.is_tpu else made.launches <= 3000

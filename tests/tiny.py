@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,31 @@ from transformers import PreTrainedTokenizerFast
 
 from domino_jax.config.model import DecoderConfig
 from domino_jax.files import write_checksums
+from domino_jax.progress import Reporter
 from domino_jax.target.load import expected_tensors
 from domino_jax.target.model import Target
+
+
+def quiet() -> Reporter:
+    """A reporter that nobody hears."""
+    return Reporter(Console(quiet=True))
+
+
+@dataclass(frozen=True)
+class Heard(Reporter):
+    """A reporter whose lines a test reads."""
+
+    console: Console = field(default_factory=lambda: Console(file=io.StringIO()))
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    @property
+    def text(self) -> str:
+        """All lines."""
+        return "\n".join(self.lines)
+
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|> {% endfor %}"
@@ -126,11 +150,6 @@ def write_conversations(
         lines.append(json.dumps({"messages": turns}) + "\n")
     path.write_text("".join(lines))
     return path
-
-
-def quiet() -> Console:
-    """A console whose lines a test may read and nobody else sees."""
-    return Console(file=io.StringIO())
 
 
 def seal(step: Path) -> None:

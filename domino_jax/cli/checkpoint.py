@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import check_fit, say, step_option, target_option, template_option
+from domino_jax.cli.shared import check_fit, reporter, step_option, target_option, template_option
 from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.files import check_new, whole_directory, write_error
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
@@ -59,17 +59,17 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
     """
     check_new(directory)  # before the run is read
     keeps(f"{directory} is whole or was not made; the same command starts over")
-    say(f"loading the draft of {run}")
-    record, params, step = load_draft(run, say=say, step=step)
+    reporter.say(f"loading the draft of {run}")
+    record, params, step = load_draft(run, reporter=reporter, step=step)
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
     if refusals:
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
-    say(f"saving {directory}")
+    reporter.say(f"saving {directory}")
     save_hf_draft(directory, record.config, params, dtype=dtype, chat_template=record.chat_template)
     keeps(f"{directory} is complete")
-    say(f"step {step} of {run} exported and read back, {dtype}")
+    reporter.say(f"step {step} of {run} exported and read back, {dtype}")
     if engine:
-        say(proposals_note(record.config, engine))
+        reporter.say(proposals_note(record.config, engine))
     click.echo(directory)
 
 
@@ -90,9 +90,9 @@ def import_(
     """
     check_new(run)
     keeps(f"{run} is whole or was not made; the same command starts over")
-    say(f"loading {directory}")
+    reporter.say(f"loading {directory}")
     config, params = load_hf_draft(directory)
-    path = resolve_target(target_name, progress=say)
+    path = resolve_target(target_name, reporter=reporter)
     tokenizer = load_tokenizer(path)
     # Sizes alone are compared: no weights are read, and the compute type does not matter.
     check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
@@ -104,13 +104,13 @@ def import_(
     if trained_with is None:
         # With no record to compare it with, only this notices a misspelt setting.
         check_kwargs(tokenizer, kwargs)
-        say(
+        reporter.say(
             f"{directory} does not say which chat template it was trained with; "
             f"taking that of {target_name}"
         )
     else:
         template.check_trained(trained_with, place=str(directory), target=target_name)
-    say(f"saving {run}")
+    reporter.say(f"saving {run}")
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
     record = DraftRecord(config, target_name, template, *hashes)
     with whole_directory(run) as beside:

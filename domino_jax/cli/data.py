@@ -4,26 +4,23 @@ The verb `target` makes a directory of the target, `regenerate` lets it answer p
 """
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from domino_jax.cli.interrupts import keeps, safe_point
+from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import (
     dtype_option,
     load_named_target,
-    logs,
     new_tokens_option,
-    progress_bar,
-    say,
+    reporter,
     seed_option,
     target_option,
     temperature_option,
     template_option,
 )
 from domino_jax.data.conversations import stop_token_ids
-from domino_jax.data.template import KWARGS
-from domino_jax.decoding.generate import regenerate as regenerate_answers
+from domino_jax.decoding.regenerate import Answerer, AnswerSettings
+from domino_jax.decoding.regenerate import regenerate as regenerate_answers
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.gguf import convert_gguf
@@ -47,11 +44,11 @@ def target(source: str, directory: Path | None) -> None:
             raise InputError(
                 f"{source}: give the directory to convert into: domino target {source} DIRECTORY"
             )
-        path = convert_gguf(source, directory, progress=say)
+        path = convert_gguf(source, directory, reporter=reporter)
     else:
         if directory is not None:
             raise InputError(f"{source}: only a .gguf file is converted into a directory")
-        path = resolve_target(source, progress=say)
+        path = resolve_target(source, reporter=reporter)
     click.echo(path)
 
 
@@ -93,49 +90,25 @@ def regenerate(
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)
     decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
-    # What answers depend on besides their batch: a start with other settings would mix two sets.
-    settings: dict[str, Any] = {
-        "target": target_name,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
-    settings |= {"dtype": dtype, KWARGS: kwargs}
-    with progress_bar() as progress:
-        task = progress.add_task("answering", total=None)
-
-        def show(done: int, total: int, tokens: int) -> None:
-            safe_point()  # also where no line is said, on a terminal
-            if tokens == 0 and done < total:  # called before the first batch, which compiles
-                say(
-                    f"{done}/{total} prompts are answered already; compiling"
-                    if done
-                    else "compiling"
-                )
-                return
-            speed = tokens / max(progress.tasks[task].elapsed or 0.0, 1e-9)
-            progress.update(
-                task, completed=done, total=total, description=f"answering, {speed:.0f} tokens/s"
-            )
-            if not logs.is_terminal:  # where the bar is silent
-                say(f"{done}/{total} prompts answered, {tokens} tokens, {speed:.0f} tokens/s")
-
-        result = regenerate_answers(
-            decoder,
-            Weights(loaded.params),
-            loaded.tokenizer,
-            prompts,
-            answers,
+    result = regenerate_answers(
+        Answerer(decoder, Weights(loaded.params), loaded.tokenizer),
+        prompts,
+        answers,
+        settings=AnswerSettings(
+            target=target_name,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            temperature=temperature,
             seed=seed,
-            settings=settings,
-            progress=show,
-        )
+            dtype=dtype,
+            batch_size=batch_size,
+            chat_template_kwargs=kwargs,
+        ),
+        reporter=reporter,
+    )
     keeps(f"{answers} is complete")
-    say(f"saved {result.total} answers, {result.answered} of them by this start")
+    reporter.say(f"saved {result.total} answers, {result.answered} of them by this start")
     if result.cut:
-        say(
+        reporter.say(
             f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
             f"{max_new_tokens} tokens: a drafter sees no end in them; "
             "--max-new-tokens sets the limit"

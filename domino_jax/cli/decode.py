@@ -3,7 +3,6 @@
 The verb `generate` shows it in one answer, `evaluate` measures it and keeps it with the run.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,22 @@ from rich.console import Console
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     load_run,
-    logs,
     new_tokens_option,
-    progress_bar,
     proposals_option,
+    reporter,
     run_dtype_option,
-    say,
     seed_option,
     step_option,
     temperature_option,
     template_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
-from domino_jax.decoding import evaluate as evaluation
-from domino_jax.decoding.generate import check_length, stream_text
+from domino_jax.decoding.evaluate import evaluate as evaluate_set
+from domino_jax.decoding.evaluation import EVALUATION, Evaluator, write_evaluation
+from domino_jax.decoding.generate import TextStream, check_length, stream_answer
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import LINE_BYTES, write_whole
+from domino_jax.files import LINE_BYTES
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
@@ -96,19 +94,20 @@ def generate(
 
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
     check_length(decoder, ids, place="the prompt")
-    say("compiling")
-    answer = stream_text(
+    reporter.say("compiling")
+    text_stream = TextStream(loaded.tokenizer, write)
+    answer = stream_answer(
         decoder,
         Weights(loaded.params, drafter.params),
-        loaded.tokenizer,
         ids,
         max_new_tokens=max_new_tokens,
+        show=text_stream.show,
         seed=seed,
-        write=write,
     )
+    text_stream.end(answer.tokens)
     click.echo()
     speed = f"{answer.tokens_per_second:.1f} tokens/s (compilation included)"
-    say(f"{len(answer.tokens)} tokens, tau {answer.tau:.2f}, {speed}")
+    reporter.say(f"{len(answer.tokens)} tokens, tau {answer.tau:.2f}, {speed}")
 
 
 @click.command()
@@ -143,59 +142,62 @@ def evaluate(
     Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens
     per verification (tau), tokens per second, and whether the outputs are the same token by token.
     """
-    place = run / "evaluation.json"
+    place = run / EVALUATION
     keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
-    kwargs = drafter.record.chat_template.kwargs
+    template = drafter.record.chat_template
     decoder = make_decoder(
         Target(loaded.config),
         DraftModel(drafter.config),
         proposals=proposals,
         temperature=temperature,
-        stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
+        stop_ids=stop_token_ids(loaded.tokenizer, template.kwargs),
     )
     weights = Weights(loaded.params, drafter.params)
-    # A tau says nothing without these: another template or number of proposals gives another one.
-    report: dict[str, Any] = {
-        "evaluator": {
-            "target": drafter.record.target,
-            **drafter.record.chat_template.as_json(),
-            "step": drafter.step,
-            "block_size": drafter.config.block_size,
-            "proposals": decoder.proposals,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "dtype": drafter.config.dtype,
-            "device": f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
-        },
-        "training": training_summary(run),
-        "sets": {},
-    }
+    sets = {}
     for path in prompt_files:
-        usable, bad_lines = read_messages(path)
-        for bad in bad_lines:
-            say(f"{path}:{bad.line}: {bad.reason}")
-        prompts = [
-            encode_prompt(messages, loaded.tokenizer, kwargs) for _, messages in usable[:limit]
-        ]
-        for (line, _), ids in zip(usable, prompts, strict=False):
-            check_length(decoder, ids, place=f"{path}:{line}")
-        say(f"{path.stem}: compiling")
-        figures = _evaluate_set(
-            path.stem, decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed
+        prompts = _prompts(path, limit, decoder, loaded.tokenizer, template.kwargs)
+        reporter.say(f"{path.stem}: compiling")
+        figures = evaluate_set(
+            decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed, reporter=reporter
         )
-        report["sets"][path.stem] = {"file": str(path)} | figures
-    say(f"saving {place}")
+        sets[path.stem] = {"file": str(path)} | figures.as_json()
+    reporter.say(f"saving {place}")
+    evaluator = Evaluator(
+        target=drafter.record.target,
+        chat_template=template,
+        step=drafter.step,
+        block_size=drafter.config.block_size,
+        proposals=decoder.proposals,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        dtype=drafter.config.dtype,
+        device=f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
+    )
     # Before the table, which a closed pipe may refuse.
-    write_whole(place, json.dumps(report, indent=2) + "\n")
+    record = write_evaluation(place, evaluator, training=training_summary(run), sets=sets)
     keeps(f"{place} is written")
-    Console().print(evaluation_table(report))
-    for name, figures in report["sets"].items():
-        for difference in figures.get("differences", ()):
+    Console().print(evaluation_table(record))
+    for name, figures_of_set in sets.items():
+        for difference in figures_of_set.get("differences", ()):
             click.echo(f"{name}: first difference {difference}")
     click.echo(place)
+
+
+def _prompts(
+    path: Path, limit: int | None, decoder: Decoder, tokenizer: Any, kwargs: Scalars
+) -> list[np.ndarray]:
+    """The first prompts of a file as token ids; tells which lines were left out."""
+    usable, bad_lines = read_messages(path)
+    for bad in bad_lines:
+        reporter.say(f"{path}:{bad.line}: {bad.reason}")
+    prompts = []
+    for line, messages in usable[:limit]:
+        prompts.append(encode_prompt(messages, tokenizer, kwargs))
+        check_length(decoder, prompts[-1], place=f"{path}:{line}")
+    return prompts
 
 
 def _standard_input() -> str:
@@ -210,26 +212,3 @@ def _standard_input() -> str:
         raise InputError(
             f"standard input: not UTF-8 text: {error.reason} at byte {error.start}"
         ) from error
-
-
-def _evaluate_set(
-    name: str,
-    decoder: Decoder,
-    weights: Weights,
-    prompts: list[np.ndarray],
-    *,
-    max_new_tokens: int,
-    seed: int,
-) -> dict[str, Any]:
-    with progress_bar() as progress:
-        task = progress.add_task(name, total=len(prompts))
-
-        def show(done: int) -> None:
-            safe_point()
-            progress.update(task, completed=done)
-            if not logs.is_terminal:  # where the bar is silent
-                say(f"{name}: {done}/{len(prompts)} prompts")
-
-        return evaluation.evaluate(
-            decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed, progress=show
-        )

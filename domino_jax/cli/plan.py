@@ -10,7 +10,7 @@ import click
 import jax
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import results, say
+from domino_jax.cli.shared import reporter, results
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.places import Compiler, Place, compiler_for, parse_place
 from domino_jax.plan import (
@@ -67,7 +67,7 @@ def plan_verb(
     # Before jax looks for devices: this machine's own are none of a plan's business.
     jax.config.update("jax_platforms", "cpu")
     compilers = [compiler_for(place) for place in asked]
-    models = read_models(settings, say=say)
+    models = read_models(settings, reporter=reporter)
     work = _largest if largest_batch else _as_it_stands
     plans = []
     for place, compiler in zip(asked, compilers, strict=True):
@@ -97,7 +97,7 @@ def _cache() -> Path:
 
 
 def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
-    return plan(config, models, place, compiler, cache=_cache(), say=say)
+    return plan(config, models, place, compiler, cache=_cache(), reporter=reporter)
 
 
 def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
@@ -110,7 +110,9 @@ def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler
     def fits(count: int) -> bool:
         plans[count] = _as_it_stands(with_batch(config, count * rows), models, place, compiler)
         one = plans[count]
-        say(f"{place.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}")
+        reporter.say(
+            f"{place.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}"
+        )
         return one.fits
 
     best = largest_multiple(fits, first=max(config.data.batch_size // rows, 1))

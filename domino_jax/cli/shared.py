@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
-from rich.progress import Progress
 
 from domino_jax.cli.interrupts import safe_point
 from domino_jax.config.model import DraftConfig
@@ -19,6 +18,7 @@ from domino_jax.data.template import chat_template
 from domino_jax.decoding.speculate import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.parse import parse_yaml
+from domino_jax.progress import Reporter
 from domino_jax.strict import InputError, Scalars, scalars
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
@@ -29,6 +29,8 @@ from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.records import DraftRecord
 
 logs = Console(stderr=True)  # so that stdout holds results alone
+# Each line and each figure is a place where an interrupted verb may end.
+reporter = Reporter(logs, safe_point=safe_point)
 WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 # A softmax over logits divided by less would round to the largest one, or overflow.
@@ -169,14 +171,14 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
         InputError: as `load_target` and `load_tokenizer`, or answers are to be longer than any text
             that the target knows positions for.
     """
-    path = resolve_target(name, progress=say)
+    path = resolve_target(name, reporter=reporter)
     # From config.json alone, before the weights: those take longest to read.
     longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
     if max_new_tokens > longest:
         raise InputError(
             f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer"
         )
-    say(f"loading the target {path}, {dtype}")
+    reporter.say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
 
@@ -201,11 +203,13 @@ def load_run(
         InputError: draft, target and chat template do not fit each other, or the target is not the
             one that the draft was trained for.
     """
-    say(f"loading the draft of {run}")
-    record, params, step = load_draft(run, say=say, step=step)
+    reporter.say(f"loading the draft of {run}")
+    record, params, step = load_draft(run, reporter=reporter, step=step)
     compute = dtype or record.config.dtype
-    say(f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}")
-    path = resolve_target(record.target, progress=say)
+    reporter.say(
+        f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}"
+    )
+    path = resolve_target(record.target, reporter=reporter)
     # Hashing reads all of the weights, so it runs beside their loading.
     with hashed_beside(path) as target_sha256:
         loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
@@ -246,19 +250,7 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
         )
 
 
-def progress_bar() -> Progress:
-    """A progress bar on stderr, silent where that is not a terminal."""
-    return Progress(console=logs, disable=not logs.is_terminal)
-
-
 def results() -> Console:
     """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))
-
-
-def say(line: str) -> None:
-    """Writes one line to stderr; a place where an interrupted verb may end."""
-    safe_point()
-    # As it is: a path may hold what rich takes for markup, and a line must stay one line.
-    logs.print(line, highlight=False, markup=False, soft_wrap=True)

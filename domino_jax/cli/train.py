@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import FiniteRange, logs, results, say
+from domino_jax.cli.shared import FiniteRange, logs, reporter, results
 from domino_jax.config.run import load_config
+from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.training.capture import capture as capture_states
@@ -38,17 +39,18 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     if dry_run:
         keeps("nothing was written", at_once=True)
         # It changes nothing: a damaged checkpoint is told and stays where it is.
-        checked = check(settings, say=say, set_aside=False)
+        checked = check(settings, reporter=reporter, set_aside=False)
         # Asked for only where captured states are read: it takes a pass over the target's files.
         fingerprint = functools.partial(target_fingerprint, checked.target)
-        print_preview(read_inputs(checked, target_sha256=fingerprint, say=say), results())
+        print_preview(read_inputs(checked, target_sha256=fingerprint, reporter=reporter), results())
         return
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
         f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on",
         at_once=True,
     )
-    click.echo(train_run(settings, console=logs, stop_requested=stop_requested))
+    # Without a safe point: training ends by itself, once its step is saved.
+    click.echo(train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested))
 
 
 @click.command()
@@ -109,6 +111,6 @@ def capture(
         target_states=with_target_states,
         limit_gb=limit_gb,
         confirmed=yes,
-        say=say,
+        reporter=reporter,
     )
     click.echo(directory)

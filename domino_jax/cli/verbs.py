@@ -14,6 +14,7 @@ import jax
 
 from domino_jax import __version__
 from domino_jax.cli.checkpoint import export, import_
+from domino_jax.cli.config import config_verb
 from domino_jax.cli.data import regenerate, target
 from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.interrupts import EXIT_CODE, kept
@@ -77,6 +78,7 @@ def cli(ctx: click.Context) -> None:
     \b
     A drafter from nothing to a served checkpoint:
       domino regenerate PROMPTS ANSWERS   the target answers your prompts: the training data
+      domino config --list                every key of CONFIG, and what it means
       domino plan CONFIG --on v5p:2x2x2   what a step would take there, before you pay
       domino train CONFIG                 trains the drafter; run it again to resume after a stop
       domino evaluate RUN PROMPTS...      acceptance length, speed, and a token-by-token check
@@ -96,7 +98,8 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _verb in (target, regenerate, capture, plan_verb, train, generate, evaluate, export, import_):
+_VERBS = (target, regenerate, config_verb, capture, plan_verb, train, generate, evaluate, export)
+for _verb in (*_VERBS, import_):
     cli.add_command(_verb)
 
 

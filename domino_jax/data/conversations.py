@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, kwargs_text, recorded_kwargs
+from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, recorded_kwargs, settings_text
 from domino_jax.files import LINE_BYTES, read_lines
 from domino_jax.parse import parse_json
 from domino_jax.strict import InputError, Scalars, shown
@@ -322,10 +322,10 @@ def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> N
     generator = record.get("generator")
     if not isinstance(generator, dict):
         return
-    answered = kwargs_text(recorded_kwargs(generator, place=f"{place}: generator"))
-    if answered != kwargs_text(kwargs):
+    answered = settings_text(recorded_kwargs(generator, place=f"{place}: generator"))
+    if answered != settings_text(kwargs):
         raise InputError(
-            f"{place}: answered with {KWARGS} {answered}, the run has {kwargs_text(kwargs)}; "
+            f"{place}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "
             f"give the run data.{KWARGS} of its answers, or make the answers again"
         )
 

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from domino_jax.config.model import SIZE_LIMIT
 from domino_jax.data.conversations import Row
-from domino_jax.data.template import kwargs_text
+from domino_jax.data.template import settings_text
 from domino_jax.files import checked_file, read_json, write_error, write_whole
 from domino_jax.finite import require_finite
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
@@ -307,8 +307,7 @@ def check_manifest(directory: str | Path, manifest: Manifest, asked: Mapping[str
     differing = [
         f"{name} is {_shown(getattr(manifest, name))}, asked for is {_shown(value)}"
         for name, value in asked.items()
-        # As text: to a chat template 0 and false are two things, in Python they are equal.
-        if json.dumps(getattr(manifest, name), sort_keys=True) != json.dumps(value, sort_keys=True)
+        if settings_text(getattr(manifest, name)) != settings_text(value)
     ]
     if differing:
         raise InputError(f"{directory}: captured otherwise: {'; '.join(differing)}")
@@ -335,5 +334,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"sha256 {value[:12]}"
     if isinstance(value, dict):
-        return kwargs_text(value)
+        return settings_text(value)
     return str(list(value)) if isinstance(value, tuple) else repr(value)

@@ -3,7 +3,7 @@
 A drafter learns conversations as one template renders them under one setting, for example with
 `enable_thinking: false`. Rendered otherwise they are other tokens: acceptance falls and nothing
 fails. So whatever depends on a rendering (answers, captured states, checkpoints, exports, figures)
-records the setting, and `ChatTemplate` and `kwargs_text` say for all of them what is the same one.
+records the setting, and `ChatTemplate` and `settings_text` say for all of them what is the same.
 """
 
 import difflib
@@ -29,15 +29,15 @@ class ChatTemplate:
     sha256: str
     kwargs: Scalars
 
-    # By what the settings are as text, see `kwargs_text`: the fields compare 0 and false as equal.
+    # By the settings as text, see `settings_text`: the fields compare 0 and false as equal.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChatTemplate) and self._identity() == other._identity()
 
     def __str__(self) -> str:
-        return f"sha256 {self.sha256[:12]} with {KWARGS} {kwargs_text(self.kwargs)}"
+        return f"sha256 {self.sha256[:12]} with {KWARGS} {settings_text(self.kwargs)}"
 
     def _identity(self) -> tuple[str, str]:
-        return self.sha256, kwargs_text(self.kwargs)
+        return self.sha256, settings_text(self.kwargs)
 
     def as_json(self) -> dict[str, Any]:
         """As checkpoints and evaluations record it."""
@@ -60,8 +60,8 @@ class ChatTemplate:
             )
         if self != trained:
             raise InputError(
-                f"{place}: trained with {KWARGS} {kwargs_text(trained.kwargs)}, asked for are "
-                f"{kwargs_text(self.kwargs)}; leave them out to take the draft's own"
+                f"{place}: trained with {KWARGS} {settings_text(trained.kwargs)}, asked for are "
+                f"{settings_text(self.kwargs)}; leave them out to take the draft's own"
             )
 
 
@@ -81,10 +81,17 @@ def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
     return scalars(tree.get(KWARGS, {}), place=f"{place}: {KWARGS}")
 
 
-def kwargs_text(kwargs: Scalars) -> str:
-    """Settings as JSON: equal for equal ones, and as the command line takes them."""
-    # 0 and false are equal in Python, and two things to a template.
-    return json.dumps(dict(kwargs), sort_keys=True, ensure_ascii=False)
+def settings_text(settings: Any) -> str:
+    """Settings as JSON: the one rule for what is the same setting, and how it is shown.
+
+    Equal for equal ones, and as the command line takes them. In Python 0 and false are equal; to a
+    template they are two things:
+
+    >>> settings_text({"enable_thinking": False}) == settings_text({"enable_thinking": 0})
+    False
+    """
+    plain = dict(settings) if isinstance(settings, Mapping) else settings
+    return json.dumps(plain, sort_keys=True, ensure_ascii=False)
 
 
 def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:

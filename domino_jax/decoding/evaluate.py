@@ -9,9 +9,9 @@ in one run, each prompt decoded each way in turn, and greedy outputs are compare
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,15 @@ import numpy as np
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import Decoder, Weights, required_slots
 from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.progress import STDERR, Reporter
 from domino_jax.target.model import Target, lm_head_weight
 
 # Two logits closer than this may change places between one-token and block-wise float32 arithmetic.
 TIE = 1e-3
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """The first place where two greedy outputs differ, and how far apart the target's logits are.
 
     `logit_gap` is between both tokens; a token is -1, and the gap None, where that output had
@@ -40,12 +42,70 @@ class Difference(NamedTuple):
     logit_gap: float | None
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True)
+class Comparison:
     """Greedy outputs, compared token by token up to the first difference of each prompt."""
 
     tokens_compared: int
     tokens_equal: int
-    differences: list[Difference]
+    differences: tuple[Difference, ...]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every difference is a tie of the target's logits."""
+        # An output that ended early is no tie: its missing token has no logit to compare.
+        gaps = [one.logit_gap for one in self.differences]
+        return all(gap is not None and gap < TIE for gap in gaps)
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        return Comparison(
+            self.tokens_compared + other.tokens_compared,
+            self.tokens_equal + other.tokens_equal,
+            self.differences + other.differences,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """As evaluations record it."""
+        return asdict(self) | {"lossless": self.lossless}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFigures:
+    """What a draft gains on a set of prompts, batch 1.
+
+    Attributes:
+        prompts: how many there are.
+        tau: tokens committed per verification by the target, its own token included.
+        tokens_per_second: with the draft, reading the prompt included.
+        tokens_per_second_plain: of the target alone.
+        verifications: blocks that the target verified.
+        tokens: of all answers.
+        tau_head_off: with a Domino head switched off; None without one.
+        tokens_per_second_head_off: likewise.
+        comparison: of greedy outputs with those of the target alone; None where tokens were drawn.
+    """
+
+    prompts: int
+    tau: float
+    tokens_per_second: float
+    tokens_per_second_plain: float
+    verifications: int
+    tokens: int
+    tau_head_off: float | None = None
+    tokens_per_second_head_off: float | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def speed_up(self) -> float:
+        """Tokens per second over those of the target alone."""
+        return self.tokens_per_second / self.tokens_per_second_plain
+
+    def as_json(self) -> dict[str, Any]:
+        """As `evaluation.json` holds it: flat, without what was not measured."""
+        figures = vars(self) | {"speed_up": self.speed_up}
+        compared = figures.pop("comparison")
+        known = {name: value for name, value in figures.items() if value is not None}
+        return known | (compared.as_json() if compared is not None else {})
 
 
 def evaluate(
@@ -55,8 +115,8 @@ def evaluate(
     *,
     max_new_tokens: int,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
+    reporter: Reporter = STDERR,
+) -> SetFigures:
     """Decodes each prompt plainly, with the whole draft and, for Domino, with its head off.
 
     One prompt at a time (batch 1), all ways in one run.
@@ -67,11 +127,7 @@ def evaluate(
         prompts: token ids of each prompt.
         max_new_tokens: per answer.
         seed: of the sampler; unused at temperature 0.
-        progress: called with the number of prompts done.
-    Returns:
-        Plain numbers: `prompts`, `tau` (and `tau_head_off`), tokens per second of each way,
-        `speed_up`, and at temperature 0 `tokens_compared`, `tokens_equal`, `differences` and
-        `lossless`: whether every difference is a tie of the target's logits.
+        reporter: is told each prompt that is done.
     """
     decoders = _ways(decoder)
     # One number for all prompts and ways: any other would be another program to compile.
@@ -82,33 +138,26 @@ def evaluate(
     _compile(decoders, weights, prompts, slots)
 
     answers: dict[str, list[Answer]] = {name: [] for name in decoders}
-    for index, prompt in enumerate(prompts):
-        # The ways take turns: where a machine slows down, it slows all of them.
-        for name, way in decoders.items():
-            answers[name] += run(way, prompts=[prompt])
-        progress(index + 1)
+    with reporter.bar("prompts", total=len(prompts)) as bar:
+        for done, prompt in enumerate(prompts, start=1):
+            # The ways take turns: where a machine slows down, it slows all of them.
+            for kind, way in decoders.items():
+                answers[kind] += run(way, prompts=[prompt])
+            bar.tell(done)
 
-    speed = {name: _tokens_per_second(rows) for name, rows in answers.items()}
-    figures: dict[str, Any] = {
-        "prompts": len(prompts),
-        "tau": _tau(answers["speculative"]),
-        "tokens_per_second": speed["speculative"],
-        "tokens_per_second_plain": speed["plain"],
-        "speed_up": speed["speculative"] / speed["plain"],
-        "verifications": sum(answer.verifications for answer in answers["speculative"]),
-        "tokens": sum(len(answer.tokens) for answer in answers["speculative"]),
-    }
-    if "head_off" in answers:
-        figures["tau_head_off"] = _tau(answers["head_off"])
-        figures["tokens_per_second_head_off"] = speed["head_off"]
-    if decoder.temperature == 0:
-        plain = answers.pop("plain")
-        found = [
-            compare(weights, decoder.target, prompts, plain, drafted)
-            for drafted in answers.values()
-        ]
-        figures |= _lossless(found)
-    return figures
+    speed = {name: _tokens_per_second(of_way) for name, of_way in answers.items()}
+    drafted, head_off = answers["speculative"], answers.get("head_off")
+    return SetFigures(
+        prompts=len(prompts),
+        tau=_tau(drafted),
+        tokens_per_second=speed["speculative"],
+        tokens_per_second_plain=speed["plain"],
+        verifications=sum(answer.verifications for answer in drafted),
+        tokens=sum(len(answer.tokens) for answer in drafted),
+        tau_head_off=None if head_off is None else _tau(head_off),
+        tokens_per_second_head_off=speed.get("head_off"),
+        comparison=_compared(decoder, weights, prompts, answers),
+    )
 
 
 def _ways(decoder: Decoder) -> dict[str, Decoder]:
@@ -122,16 +171,20 @@ def _ways(decoder: Decoder) -> dict[str, Decoder]:
     return ways
 
 
-def _lossless(found: Sequence[Comparison]) -> dict[str, Any]:
-    """The figures of all comparisons together."""
-    differences = [difference for comparison in found for difference in comparison.differences]
-    return {
-        "tokens_compared": sum(comparison.tokens_compared for comparison in found),
-        "tokens_equal": sum(comparison.tokens_equal for comparison in found),
-        "differences": [difference._asdict() for difference in differences],
-        # An output that ended early is no tie: its missing token has no logit to compare.
-        "lossless": all(gap is not None and gap < TIE for *_, gap in differences),
-    }
+def _compared(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    answers: Mapping[str, Sequence[Answer]],
+) -> Comparison | None:
+    """All drafted ways against the plain one; None where tokens were drawn."""
+    if decoder.temperature > 0:
+        return None
+    whole = Comparison(0, 0, ())
+    for name, drafted in answers.items():
+        if name != "plain":
+            whole += compare(weights, decoder.target, prompts, answers["plain"], drafted)
+    return whole
 
 
 def compare(
@@ -180,7 +233,7 @@ def compare(
             )
             gap = float(abs(logits[left_token] - logits[right_token]))
         differences.append(Difference(index, position, left_token, right_token, gap))
-    return Comparison(compared, equal, differences)
+    return Comparison(compared, equal, tuple(differences))
 
 
 def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:

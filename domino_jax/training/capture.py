@@ -35,6 +35,7 @@ from domino_jax.data.features import (
 )
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.files import BESIDE
+from domino_jax.progress import Reporter
 from domino_jax.sharding import constrain
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
@@ -43,7 +44,6 @@ from domino_jax.target.load import load_sharded_target, load_tokenizer, open_tar
 from domino_jax.target.model import Target
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
-from domino_jax.training.metrics import Say
 from domino_jax.training.preflight import GIGABYTE, check_conversations, check_packages, free_bytes
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
@@ -59,7 +59,7 @@ def capture(
     target_states: bool,
     limit_gb: float,
     confirmed: bool,
-    say: Say,
+    reporter: Reporter,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes the captured states of `data.train` to a directory, or resumes an earlier start.
@@ -75,7 +75,7 @@ def capture(
             its layers.
         limit_gb: more than this many gigabytes are written only when confirmed.
         confirmed: the size has been agreed to.
-        say: gets one line about the size before anything is written, and one per shard.
+        reporter: is told the size before anything is written, and each shard.
         shard_bytes: size of a shard.
     Raises:
         InputError: no rows, a directory that holds something else, too much for the limit or the
@@ -83,29 +83,33 @@ def capture(
     """
     directory = Path(directory)
     _check_directory(directory)
-    work = _read(config, dtype=dtype, target_states=target_states, say=say)
+    work = _read(config, dtype=dtype, target_states=target_states, reporter=reporter)
     rows, mesh = work.rows, work.mesh
     manifest = _planned(directory, work.manifest, shard_bytes=shard_bytes)
     # Before the target is loaded: a size that is refused should cost seconds.
-    missing = _agreed(directory, manifest, limit_gb=limit_gb, confirmed=confirmed, say=say)
+    missing = _agreed(
+        directory, manifest, limit_gb=limit_gb, confirmed=confirmed, reporter=reporter
+    )
     if not missing:
-        say("every shard is there")
+        reporter.say("every shard is there")
         return
-    target = _load(work.target, work.config, manifest, mesh, say=say)
+    target = _load(work.target, work.config, manifest, mesh, reporter=reporter)
     directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
     # Before its shards: without a manifest nobody could tell what they are, or resume them.
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
         states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
-        say("compiling")
+        reporter.say("compiling")
         written, began = 0, time.monotonic()
-        for index in missing:
-            first = sum(manifest.shard_rows[:index])
-            part = rows[first : first + manifest.shard_rows[index]]
-            write_shard(directory, index, states(part))
-            written += len(part)
-            speed = written / (time.monotonic() - began)
-            say(f"shard {index + 1}/{len(manifest.shard_rows)} written, {speed:.1f} rows/s")
+        shards = len(manifest.shard_rows)
+        with reporter.bar("shard", total=shards, done=shards - len(missing)) as bar:
+            for done, index in enumerate(missing, start=shards - len(missing) + 1):
+                first = sum(manifest.shard_rows[:index])
+                part = rows[first : first + manifest.shard_rows[index]]
+                write_shard(directory, index, states(part))
+                written += len(part)
+                speed = written / (time.monotonic() - began)
+                bar.tell(done, f"written, {speed:.1f} rows/s")
 
 
 class _Work(NamedTuple):
@@ -118,7 +122,7 @@ class _Work(NamedTuple):
     mesh: Mesh
 
 
-def _read(config: RunConfig, *, dtype: str, target_states: bool, say: Say) -> _Work:
+def _read(config: RunConfig, *, dtype: str, target_states: bool, reporter: Reporter) -> _Work:
     """Checks and reads what a capture needs but the weights: what is free first, the rows last."""
     if config.data.train is None:
         raise InputError("data.train is missing: capture reads conversations")
@@ -127,12 +131,12 @@ def _read(config: RunConfig, *, dtype: str, target_states: bool, say: Say) -> _W
     check_packages(("grain", "array_record"))
     check_conversations("data.train", config.data.train)
     mesh = run_mesh(config)
-    path = resolve_target(config.target, progress=say)
+    path = resolve_target(config.target, reporter=reporter)
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
     layers = draft_of(config, target_config, tokenizer).target_layer_ids
-    rows = read_rows(config.data.train, tokenizer, config.data, say=say).rows
+    rows = read_rows(config.data.train, tokenizer, config.data, reporter=reporter).rows
     manifest = Manifest(
         target=target_fingerprint(path),
         tokenizer=tokenizer_fingerprint(path, tokenizer),
@@ -183,7 +187,7 @@ def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manife
 
 
 def _agreed(
-    directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, say: Say
+    directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, reporter: Reporter
 ) -> list[int]:
     """The shards still to be written, once their size is told.
 
@@ -197,7 +201,7 @@ def _agreed(
             missing.append(index)
             path = shard_path(directory, index)
             if path.exists():  # shards are renamed when they are whole, so this one broke later
-                say(f"{path}: damaged, it is written again")
+                reporter.say(f"{path}: damaged, it is written again")
     first = [
         0,
         *(sum(manifest.shard_rows[: index + 1]) for index in range(len(manifest.shard_rows))),
@@ -207,7 +211,7 @@ def _agreed(
         * manifest.token_bytes
     )
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
-    say(
+    reporter.say(
         f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of "
         f"{len(manifest.row_lengths)} rows, {manifest.token_bytes} bytes each{done}"
     )
@@ -239,9 +243,9 @@ def _load(
     manifest: Manifest,
     mesh: Mesh,
     *,
-    say: Say,
+    reporter: Reporter,
 ) -> _Captured:
-    say(f"loading the target {path}, {config.dtype}")
+    reporter.say(f"loading the target {path}, {config.dtype}")
     layers = manifest.target_layer_ids
     # Nothing reads the layers behind the last captured one, but for the final norm's states.
     depth = config.num_hidden_layers if manifest.target_states else max(layers) + 1

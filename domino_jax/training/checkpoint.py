@@ -17,7 +17,6 @@ import asyncio
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,8 @@ import orbax.checkpoint as ocp
 
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
+from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError
-from domino_jax.training.metrics import Say
 from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
 from domino_jax.training.step import TrainState
 
@@ -104,13 +103,13 @@ def open_checkpoints(
 
 
 def sound_checkpoint(
-    run_dir: str | Path, *, say: Say, set_aside: bool = False, only: int | None = None
+    run_dir: str | Path, *, reporter: Reporter, set_aside: bool = False, only: int | None = None
 ) -> int | None:
     """The newest step whose files are all as they were saved, or None where none was ever saved.
 
     Args:
         run_dir: the run's directory; nothing in it needs to exist.
-        say: is told each damaged step that is passed over.
+        reporter: is told each damaged step that is passed over.
         set_aside: move damaged steps to `set_aside/` of the run, so that their steps can be saved
             again.
         only: the one step that is wanted.
@@ -125,12 +124,12 @@ def sound_checkpoint(
             f"{directory}: no checkpoint {only}; there are {', '.join(map(str, steps)) or 'none'}"
         )
     if recorded is not None and only is None and (not steps or recorded > steps[0]):
-        say(f"{directory}/{recorded}: the newest checkpoint is gone")
+        reporter.say(f"{directory}/{recorded}: the newest checkpoint is gone")
     for step in steps if only is None else [only]:
         place = directory / str(step)
         # Older versions wrote neither hashes nor the note: beside a note, no hashes are damage.
         if not (place / CHECKSUMS).exists() and recorded is None and any(place.iterdir()):
-            say(f"{place}: saved by an older version, without checksums: taken unchecked")
+            reporter.say(f"{place}: saved by an older version, without checksums: taken unchecked")
             return step
         found = damage(place, unlisted=[COMMITTED])
         if found is None:
@@ -138,7 +137,7 @@ def sound_checkpoint(
         moved = ""
         if set_aside and jax.process_index() == 0:
             moved = f"; moved to {_put_aside(run_dir, place)}"
-        say(f"{place}: damaged, not used: {found}{moved}")
+        reporter.say(f"{place}: damaged, not used: {found}{moved}")
     if steps or recorded is not None:
         raise InputError(
             f"{directory}: no undamaged checkpoint is left; put one back, or begin again in "
@@ -283,7 +282,7 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
 
 
 def load_draft(
-    run_dir: str | Path, *, say: Say = warnings.warn, step: int | None = None
+    run_dir: str | Path, *, reporter: Reporter = STDERR, step: int | None = None
 ) -> tuple[DraftRecord, Any, int]:
     """The newest undamaged draft of a run: its record, its parameters and its step.
 
@@ -291,13 +290,13 @@ def load_draft(
 
     Args:
         run_dir: the run's directory.
-        say: is told each damaged checkpoint that is passed over.
+        reporter: is told each damaged checkpoint that is passed over.
         step: take the draft of this step instead.
     Raises:
         InputError: the directory holds no such checkpoint.
     """
     directory = _directory(run_dir)
-    found = sound_checkpoint(run_dir, say=say, only=step)
+    found = sound_checkpoint(run_dir, reporter=reporter, only=step)
     if found is None:
         what = (
             "no finished checkpoint yet"

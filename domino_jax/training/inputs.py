@@ -15,16 +15,18 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.config.run import DataConfig, RunConfig, make_draft_config
+from domino_jax.config.run import RunConfig
+from domino_jax.config.sections import DataConfig
 from domino_jax.data.conversations import Row, load_rows
 from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
+from domino_jax.progress import Reporter
 from domino_jax.sharding import make_mesh, partition_spec
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import tokenizer_fingerprint
-from domino_jax.training.metrics import Say
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class InputRows(NamedTuple):
         return f"{self.epoch_rows} rows{packed} ({share:.1%} of their positions are padding)"
 
 
-def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> InputRows:
+def read_rows(path: str, tokenizer: Any, data: DataConfig, *, reporter: Reporter) -> InputRows:
     """Reads and encodes conversations and packs the rows if the run packs.
 
     Tells which lines were left out, and how many answers were cut at the limit of whoever wrote
@@ -79,11 +81,11 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, say: Say) -> Input
     )
     # Some of them show what is wrong; in a file of another format every line is bad.
     for bad in bad_lines[:5]:
-        say(f"{path}:{bad.line}: {bad.reason}")
+        reporter.say(f"{path}:{bad.line}: {bad.reason}")
     if bad_lines:
-        say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
+        reporter.say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
     if unfinished:
-        say(
+        reporter.say(
             f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are "
             "unfinished, cut at their token limit: no end of turn is learned from them"
         )
@@ -132,32 +134,35 @@ def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
     )
 
 
-def training_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
+def training_batches(
+    inputs: InputRows, *, step_rows: int, max_length: int, seed: int
+) -> "grain.DatasetIterator":
     """The endless shuffled batches of this process (see `row_batches`).
 
-    Each holds all micro-batches of a step.
+    Args:
+        inputs: the rows.
+        step_rows: batch rows of a step, of all processes and micro-batches.
+        max_length: S.
+        seed: of the order.
     """
     return row_batches(
         inputs.rows,
         # One batch a step: a position that is saved never lies between two micro-batches.
-        batch_size=config.data.batch_size
-        * config.optimizer.grad_accumulation
-        // jax.process_count(),
-        max_length=config.data.max_length,
-        seed=config.seed,
+        batch_size=step_rows // jax.process_count(),
+        max_length=max_length,
+        seed=seed,
         packs=inputs.packs,
         # Captured states lie on disk, so the next batches are read while this one trains.
         read_ahead=2 if isinstance(inputs.rows, FeatureRows) else 0,
     )
 
 
-def evaluation_batches(inputs: InputRows, config: RunConfig) -> "grain.DatasetIterator":
-    """One pass over held-out rows (see `heldout_batches`)."""
-    # As many as a micro-batch of a step: what fits there fits here.
-    size = config.data.batch_size // jax.process_count()
-    return heldout_batches(
-        inputs.rows, batch_size=size, max_length=config.data.max_length, packs=inputs.packs
-    )
+def evaluation_batches(
+    inputs: InputRows, *, batch_size: int, max_length: int
+) -> "grain.DatasetIterator":
+    """One pass over held-out rows (see `heldout_batches`); `batch_size` is of all processes."""
+    size = batch_size // jax.process_count()
+    return heldout_batches(inputs.rows, batch_size=size, max_length=max_length, packs=inputs.packs)
 
 
 def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:

@@ -11,32 +11,29 @@ a step is noted, told, measured and saved in one order, and a resumed run begins
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from domino_jax.config.run import RunConfig
 from domino_jax.data.packing import row_lengths
+from domino_jax.progress import STDERR, Bar, Reporter
 from domino_jax.training.checkpoint import Checkpoints
-from domino_jax.training.inputs import device_batch, evaluation_batches, training_batches
-from domino_jax.training.metrics import MetricsLog, metric_means, metric_sums
+from domino_jax.training.heldout import HeldOut
+from domino_jax.training.inputs import device_batch
+from domino_jax.training.metrics import MetricsLog, metric_means
 from domino_jax.training.optimizer import learning_rate_schedule, updates_done
 from domino_jax.training.prepare import Run, prepare
 from domino_jax.training.program import StepArguments, lowered_step
 from domino_jax.training.records import RunRecord
 from domino_jax.training.skips import Diverged, Skip, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
-from domino_jax.training.step import Batch, TrainState, all_finite, batch_metrics
+from domino_jax.training.step import Batch, TrainState, all_finite
 from domino_jax.training.trace import Trace
 from domino_jax.training.window import Window, spikes, total
-
-HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
 
 
 class Interrupted(Exception):
@@ -46,7 +43,7 @@ class Interrupted(Exception):
 def train(
     config: RunConfig,
     *,
-    console: Console,
+    reporter: Reporter = STDERR,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Trains a drafter, or resumes a run that was cut off.
@@ -54,7 +51,7 @@ def train(
     Args:
         config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and
             checkpoints/.
-        console: where progress goes.
+        reporter: is told the progress.
         stop_requested: asked after each step and during held-out passes; once it says so, the
             state is saved and the run ends.
     Returns:
@@ -66,25 +63,32 @@ def train(
         Diverged: `train.max_bad_steps` consecutive updates, or the parameters, were not finite;
             every checkpoint is.
     """
-    run = prepare(config, console=console)
+    run = prepare(config, reporter=reporter)
     settings = run.config.train
     kept = Checkpoints(
         run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best is not None
     )
     # Everything is traced under the mesh: without one, layouts are asked for in vain.
     with jax.set_mesh(run.mesh), kept as checkpoints:
-        rows, state = training_batches(run.rows, run.config), run.state
+        rows, state = run.batches(), run.state
         if run.resumed is not None:
             state, rows = checkpoints.restore(run.resumed.step, state, rows)
-            _say(console, f"resuming at step {run.resumed.step} of {run.last_step}")
+            reporter.say(f"resuming at step {run.resumed.step} of {run.last_step}")
         training = _Training(
-            run, state, rows, checkpoints, stop_requested=stop_requested, console=console
+            run, state, rows, checkpoints, stop_requested=stop_requested, reporter=reporter
         )
         with training.log:
             diverged = training.run_steps()
         if diverged is not None:
             # Behind the log: its lines are written, and the save in the background is waited for.
-            raise Diverged(divergence(run.config, diverged, newest_checkpoint=checkpoints.newest()))
+            raise Diverged(
+                divergence(
+                    run.directory,
+                    diverged,
+                    max_bad_steps=settings.max_bad_steps,
+                    newest_checkpoint=checkpoints.newest(),
+                )
+            )
     return run.directory
 
 
@@ -99,25 +103,36 @@ class _Training:
         checkpoints: Checkpoints,
         *,
         stop_requested: Callable[[], bool],
-        console: Console,
+        reporter: Reporter,
     ) -> None:
         stored = None if run.resumed is None else run.resumed.record
+        data, settings = run.config.data, run.config.train
         self._run, self._state, self._rows, self._checkpoints = run, state, rows, checkpoints
-        self._stop_requested, self._console = stop_requested, console
-        self._say = functools.partial(_say, console)
+        self._stop_requested, self._reporter = stop_requested, reporter
         self._step = self._began_at = int(state.step)
-        self._speed = Speed(run.config, run.program, run.mesh, lengths=row_lengths(run.rows.rows))
+        self._speed = Speed(
+            run.program,
+            run.mesh,
+            lengths=row_lengths(run.rows.rows),
+            step_rows=run.step_rows,
+            target_runs=data.features is None,
+        )
         self._window = Window(stored.outcomes if stored else ())
-        self._watch = StepWatch(run.rows.rows, run.config, stored.watch if stored else None)
-        self._heldout = _HeldOut(run) if run.heldout else None
+        self._watch = StepWatch(
+            run.rows.rows,
+            data.source,
+            max_bad_steps=settings.max_bad_steps,
+            stored=stored.watch if stored else None,
+        )
+        self._heldout = HeldOut(run) if run.heldout else None
         self._heldout_due = stored is not None and stored.heldout_due
         self._finite = jax.jit(all_finite)
         self.log = MetricsLog(
             run.directory,
             at=stored.log if stored else None,
             step=self._step,
-            tensorboard=run.config.train.tensorboard,
-            say=self._say,
+            tensorboard=settings.tensorboard,
+            reporter=reporter,
         )
 
     def run_steps(self) -> Skip | None:
@@ -130,21 +145,24 @@ class _Training:
             # Nothing of this start is to be saved yet: a signal may end the process.
             self._evaluate(stop_requested=lambda: False)
         if self._step >= last_step:
-            self._say(f"already trained for {self._step} steps")
+            self._reporter.say(f"already trained for {self._step} steps")
             return None
         micro_batches = run.config.optimizer.grad_accumulation
         coming = range(self._step + 1, last_step + 1)
         trace = Trace(
-            run.directory, settings.profile, coming, paused=self._speed.paused, say=self._say
+            run.directory,
+            settings.profile,
+            coming,
+            paused=self._speed.paused,
+            reporter=self._reporter,
         )
-        with _progress(self._console) as progress, trace:
-            task = progress.add_task("training", total=last_step, completed=self._step, figures="")
+        with self._reporter.bar("step", total=last_step, done=self._step) as bar, trace:
             compiled, stop = None, False
             while self._step < last_step and not stop:
                 taken = next(self._rows)
                 batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
                 if compiled is None:  # the first batch has all shapes, those of packing too
-                    compiled = _compiled_step(run, self._state, batch, console=self._console)
+                    compiled = _compiled_step(run, self._state, batch, reporter=self._reporter)
                     self._speed.begin()  # compiling is no training time
                 trace.before(self._step + 1, self._state)
                 self._state, sums = compiled(self._state, run.target_params, batch)
@@ -152,13 +170,13 @@ class _Training:
                 # the next batch is made while the device works.
                 self._step += 1
                 trace.after(self._step, self._state)
-                progress.update(task, completed=self._step)
+                bar.update(self._step)
                 self._speed.add(taken["row_numbers"])
                 self._window.add(self._step, taken["row_numbers"], sums)
                 # Line, held-out pass, checkpoint: what is told before a save is never told again.
                 last = self._step == last_step
                 if self._step % settings.log_every == 0 or last:
-                    progress.update(task, figures=self._tell())
+                    self._tell(bar)
                     if self._watch.diverged_at is not None:
                         return self._watch.diverged_at
                 figures = None
@@ -174,8 +192,8 @@ class _Training:
             )
         return None
 
-    def _tell(self) -> str:
-        """Writes the window's line and what stands out in it; returns its figures, formatted."""
+    def _tell(self, bar: Bar) -> None:
+        """Writes and tells the window's line and what stands out in it."""
         run, outcomes = self._run, self._window.fetch()
         # The window's steps have run: that waited for them. Only those of this start were timed.
         timing = self._speed.figures(total([one for one in outcomes if one.step > self._began_at]))
@@ -184,18 +202,15 @@ class _Training:
             run, sums, step=self._step, updates=int(updates_done(self._state.opt_state))
         )
         for skip in self._watch.skips(outcomes):
-            self._say(f"step {skip.step}: update skipped, {skip.words}")
+            self._reporter.say(f"step {skip.step}: update skipped, {skip.words}")
             self.log.write(skip.step, "skipped", skip.record)
         for spike in spikes(outcomes):
-            self._say(f"step {spike.outcome.step}: {self._watch.spike_words(spike)}")
+            self._reporter.say(f"step {spike.outcome.step}: {self._watch.spike_words(spike)}")
             self.log.write(spike.outcome.step, "spike", self._watch.spike_record(spike))
         self.log.write(self._step, "train", figures, timing=timing)
-        words = f"{_in_words(figures)}  {speed_words(timing)}"
-        if not self._console.is_terminal:  # there the progress bar shows them
-            self._say(f"step {self._step}/{run.last_step}  {words}")
+        bar.tell(self._step, f"{_formatted(figures)}  {speed_words(timing)}")
         self._window.clear()
         self._speed.begin()
-        return words
 
     def _evaluate(self, *, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
         """Measures and writes the held-out figures.
@@ -208,7 +223,9 @@ class _Training:
         self._heldout_due = figures is None
         if figures is not None:
             self.log.write(self._step, "heldout", figures)
-            self._say(f"step {self._step}/{self._run.last_step}  held out: {_in_words(figures)}")
+            self._reporter.say(
+                f"step {self._step}/{self._run.last_step}  held out: {_formatted(figures)}"
+            )
         return figures
 
     def _save(self, heldout: dict[str, float] | None) -> None:
@@ -220,8 +237,8 @@ class _Training:
             # settings only, so one look before each save is enough.
             if not self._finite(self._state.params):
                 newest = self._checkpoints.newest()
-                raise Diverged(overflow(run.config, step, newest_checkpoint=newest))
-            self._say(f"saving checkpoint {step}")
+                raise Diverged(overflow(run.directory, step, newest_checkpoint=newest))
+            self._reporter.say(f"saving checkpoint {step}")
             record = RunRecord(
                 config=dataclasses.asdict(run.config),
                 inputs=run.inputs,
@@ -235,53 +252,14 @@ class _Training:
 
 
 def _compiled_step(
-    run: Run, state: TrainState, batch: Batch, *, console: Console
+    run: Run, state: TrainState, batch: Batch, *, reporter: Reporter
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The program of a step, which consumes its state."""
     # Compiled ahead: another shape later in the run is an error, not a silent second compilation.
     began = time.monotonic()
     compiled = lowered_step(run.program, StepArguments(state, run.target_params, batch)).compile()
-    _say(console, f"step compiled in {time.monotonic() - began:.1f} s")
+    reporter.say(f"step compiled in {time.monotonic() - began:.1f} s")
     return compiled
-
-
-class _HeldOut:
-    """Teacher-forced metrics of the held-out rows, with the same anchors every time."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-        def sums(
-            params: Any, target_params: Any, batch: Batch, key: jax.Array
-        ) -> dict[str, jax.Array]:
-            # Without the base loss, whatever the curriculum: only corrected logits are decoded.
-            return metric_sums(
-                batch_metrics(run.program, params, target_params, batch, key=key, lambda_base=0.0)
-            )
-
-        self._sums = jax.jit(sums)
-
-    def __call__(
-        self, state: TrainState, *, stop_requested: Callable[[], bool]
-    ) -> dict[str, float] | None:
-        """The figures, or None where the run was asked to stop between two batches."""
-        run = self._run
-        assert run.heldout is not None
-        key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
-        total: dict[str, Any] = {}
-        for index, rows in enumerate(evaluation_batches(run.heldout, run.config)):
-            if stop_requested():
-                return None
-            batch = jax.tree.map(lambda x: x[0], device_batch(run.mesh, rows, micro_batches=1))
-            # The average where there is one: it is what is exported.
-            params = state.params if state.ema is None else state.ema
-            sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))
-            total = {name: total[name] + value for name, value in sums.items()} if total else sums
-        return metric_means(jax.device_get(total))
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _training_figures(
@@ -296,18 +274,6 @@ def _training_figures(
     }
 
 
-def _in_words(figures: dict[str, float]) -> str:
+def _formatted(figures: dict[str, float]) -> str:
     base = f" (base {figures['base_accept_len']:.2f})" if "base_accept_len" in figures else ""
     return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}"
-
-
-def _progress(console: Console) -> Progress:
-    figures = TextColumn("{task.fields[figures]}")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        figures,
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,12 +22,12 @@ import jax.numpy as jnp
 
 from domino_jax.files import read_text, write_whole
 from domino_jax.parse import parse_json
+from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
 from domino_jax.training.step_metrics import DFlashStepMetrics
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read whole do not
-Say = Callable[[str], None]
 
 
 # Each mean of a window, the sum it is made from and what divides it. Those of the base logits are
@@ -102,7 +102,13 @@ class MetricsLog:
     """
 
     def __init__(
-        self, directory: Path, *, at: LogMark | None, step: int, tensorboard: bool, say: Say
+        self,
+        directory: Path,
+        *,
+        at: LogMark | None,
+        step: int,
+        tensorboard: bool,
+        reporter: Reporter,
     ) -> None:
         """Opens the files as they were when the state was saved that the run starts with.
 
@@ -112,12 +118,12 @@ class MetricsLog:
                 again. None begins a log.
             step: of that state; later records of `timing.jsonl` are dropped.
             tensorboard: write TensorBoard files too.
-            say: is told when a log is gone.
+            reporter: is told when a log is gone.
         Raises:
             InputError: `metrics.jsonl` is not what it was, or TensorBoard is not installed.
         """
         self._board = _tensorboard(directory) if tensorboard else None
-        kept = b"" if at is None else _bytes_until(directory / METRICS, at, say=say)
+        kept = b"" if at is None else _bytes_until(directory / METRICS, at, reporter=reporter)
         self._hash, self._count = hashlib.sha256(kept), len(kept)
         # Nothing depends on times, so they carry no mark: a step number is enough to drop them.
         timing = [line for line in _parsable(directory / TIMING) if line.get("step", 0) <= step]
@@ -209,9 +215,9 @@ def _named(file: BinaryIO) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, file.name) from error
 
 
-def _bytes_until(path: Path, at: LogMark, *, say: Say) -> bytes:
+def _bytes_until(path: Path, at: LogMark, *, reporter: Reporter) -> bytes:
     if not path.exists() and at.bytes:
-        say(f"{path} is gone: the log begins anew, without the records up to here")
+        reporter.say(f"{path} is gone: the log begins anew, without the records up to here")
         return b""
     kept = read_text(path, limit=LOG_BYTES).encode()[: at.bytes] if path.exists() else b""
     if LogMark(len(kept), hashlib.sha256(kept).hexdigest()) != at:

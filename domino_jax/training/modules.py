@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from domino_jax.config.run import ANCHOR_RULES
+from domino_jax.config.sections import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.blocks import Blocks, Packing, anchor_candidates, make_blocks, sample_anchors
 from domino_jax.draft.mask import layer_spans

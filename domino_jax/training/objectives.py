@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config.run import LossConfig
+from domino_jax.config.sections import LossConfig
 from domino_jax.draft.blocks import sample_prefix_lengths
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.strict import InputError, from_tree, require

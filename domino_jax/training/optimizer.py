@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from domino_jax.config.run import OptimizerConfig
+from domino_jax.config.sections import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -9,7 +9,6 @@ leave nothing behind.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +16,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
-from rich.console import Console
 
 from domino_jax.config.model import DecoderConfig
 from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
+from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
-from domino_jax.training.inputs import InputRows, draft_of, read_features, read_rows, run_mesh
-from domino_jax.training.metrics import Say
+from domino_jax.training.inputs import (
+    InputRows,
+    draft_of,
+    read_features,
+    read_rows,
+    run_mesh,
+    training_batches,
+)
 from domino_jax.training.preflight import (
     check_packages,
     check_place,
@@ -95,6 +100,15 @@ class RunInputs(CheckedRun):
         """Batch rows that a step takes."""
         return self.config.data.batch_size * self.config.optimizer.grad_accumulation
 
+    def batches(self) -> Any:
+        """The endless shuffled batches of this process, from the first (see `row_batches`)."""
+        return training_batches(
+            self.rows,
+            step_rows=self.step_rows,
+            max_length=self.config.data.max_length,
+            seed=self.config.seed,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run(RunInputs):
@@ -104,12 +118,12 @@ class Run(RunInputs):
     state: TrainState
 
 
-def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
+def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedRun:
     """Checks whatever can be checked before rows and weights are read, what is free first.
 
     Args:
         config: the run.
-        say: gets one line per stage, and one per damaged checkpoint.
+        reporter: is told each stage, and each damaged checkpoint.
         set_aside: move damaged checkpoints out of the way.
     Raises:
         InputError: the run cannot be, or its directory belongs to other settings; nothing was
@@ -123,7 +137,7 @@ def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
     check_place(directory)
     mesh = run_mesh(config)
     config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices
-    path = resolve_target(config.target, progress=say)
+    path = resolve_target(config.target, reporter=reporter)
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are read and checked
     tokenizer = load_tokenizer(path)
@@ -146,29 +160,33 @@ def check(config: RunConfig, *, say: Say, set_aside: bool) -> CheckedRun:
         tokenizer=tokenizer,
         record=record,
         # The last check: it reads every byte of a checkpoint.
-        resumed=_resumable(config, record, say=say, set_aside=set_aside),
+        resumed=_resumable(config, record, reporter=reporter, set_aside=set_aside),
     )
 
 
-def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) -> RunInputs:
+def read_inputs(
+    run: CheckedRun, *, target_sha256: Callable[[], str], reporter: Reporter
+) -> RunInputs:
     """Reads the rows of a run.
 
     Args:
         run: what was checked.
         target_sha256: returns the target's fingerprint; only asked where captured states are read.
-        say: gets one line per stage, and one per line of the data that is left out.
+        reporter: is told each stage, and each line of the data that is left out.
     Raises:
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
     config, data, tokenizer = run.config, run.config.data, run.tokenizer
-    say(f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}")
+    reporter.say(
+        f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}"
+    )
     if data.train is None:
         rows = read_features(
             config, run.target, tokenizer, run.record.config, target_sha256=target_sha256()
         )
     else:
-        rows = read_rows(data.train, tokenizer, data, say=say)
-    heldout = read_rows(data.heldout, tokenizer, data, say=say) if data.heldout else None
+        rows = read_rows(data.train, tokenizer, data, reporter=reporter)
+    heldout = read_rows(data.heldout, tokenizer, data, reporter=reporter) if data.heldout else None
     inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
     inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
     inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
@@ -201,7 +219,7 @@ def read_inputs(run: CheckedRun, *, target_sha256: Callable[[], str], say: Say) 
     )
 
 
-def prepare(config: RunConfig, *, console: Console) -> Run:
+def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     """Checks and reads a run and lays everything out on the devices; nothing is trained yet.
 
     The run directory is made last: a run that is refused leaves none.
@@ -209,20 +227,19 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     Raises:
         InputError: the run cannot be, or is not the one that was started.
     """
-    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    checked = check(config, say=say, set_aside=True)
+    checked = check(config, reporter=reporter, set_aside=True)
     # Hashed in a thread meanwhile: the weights are gigabytes, which loading reads as well.
     with hashed_beside(checked.target) as target_sha256:
-        run = read_inputs(checked, target_sha256=target_sha256, say=say)
+        run = read_inputs(checked, target_sha256=target_sha256, reporter=reporter)
         config, resumed = run.config, run.resumed
-        say(f"loading target {run.target}")
+        reporter.say(f"loading target {run.target}")
         target_runs = config.data.features is None or config.data.heldout is not None
         # Captured states stand for the layers; head and embedding are read either way.
         only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
         target = load_sharded_target(run.target, run.program.target, run.mesh, only=only)
         began = time.monotonic()
         record = dataclasses.replace(run.record, target_sha256=target_sha256())
-        say(
+        reporter.say(
             f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than "
             "loading"
         )
@@ -238,11 +255,11 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
     )
     # The first thing that is written: nothing is left that could refuse the run.
     write_config(run.directory, config)
-    say(dump_config(config))
+    reporter.say(dump_config(config))
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
-            say(f"{name}: {part.summary(max_length=config.data.max_length)}")
-    say(
+            reporter.say(f"{name}: {part.summary(max_length=config.data.max_length)}")
+    reporter.say(
         f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} "
         f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
         f"{list(record.config.target_layer_ids)}",
@@ -252,20 +269,20 @@ def prepare(config: RunConfig, *, console: Console) -> Run:
 
 
 def _resumable(
-    config: RunConfig, record: DraftRecord, *, say: Say, set_aside: bool
+    config: RunConfig, record: DraftRecord, *, reporter: Reporter, set_aside: bool
 ) -> Resumed | None:
     """The checkpoint that a run is resumed from, None for a run that was never saved.
 
     Args:
         config: of this start, resolved.
         record: of this start; the target's fingerprint is not looked at.
-        say: is told damaged checkpoints.
+        reporter: is told damaged checkpoints.
         set_aside: move them out of the way.
     Raises:
         InputError: settings or target are not those that the run was started with.
     """
     directory = Path(config.run_dir)
-    step = sound_checkpoint(directory, say=say, set_aside=set_aside)
+    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
     if step is None:
         return None
     place = directory / CHECKPOINTS / str(step)

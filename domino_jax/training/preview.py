@@ -22,7 +22,7 @@ from domino_jax.data.packing import row_lengths
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
-from domino_jax.training.inputs import InputRows, training_batches
+from domino_jax.training.inputs import InputRows
 from domino_jax.training.preflight import (
     GIGABYTE,
     checkpoint_bytes,
@@ -56,7 +56,7 @@ def print_preview(run: RunInputs, console: Console) -> None:
     # As `Text`, here and below: rich would take [brackets] in a plain string for markup.
     console.print(Text(dump_config(run.config)), soft_wrap=True)
     # The run's own first batch, shuffled and packed as training will see it.
-    first = next(training_batches(run.rows, run.config))
+    first = next(run.batches())
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, words in itertools.chain(
         _models(run), _disk(run), _data(run), _steps(run), _shapes(run, first)

@@ -22,7 +22,8 @@ from optax.tree_utils import tree_map_params
 
 from domino_jax.chips import CHIPS
 from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.config.run import LossConfig, RunConfig
+from domino_jax.config.run import RunConfig
+from domino_jax.config.sections import LossConfig
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.kernels.causal_attention import form_for
 from domino_jax.sharding import parameter_shardings, partition_spec, parts_of

@@ -12,9 +12,9 @@ the lines of the data that they were made of.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from domino_jax.config.run import RunConfig
 from domino_jax.data.conversations import Row
 from domino_jax.training.window import Spike, StepOutcome
 
@@ -82,11 +82,23 @@ class StepWatch:
     """
 
     def __init__(
-        self, rows: Sequence[Row], config: RunConfig, stored: Mapping[str, Any] | None = None
+        self,
+        rows: Sequence[Row],
+        source: str,
+        *,
+        max_bad_steps: int,
+        stored: Mapping[str, Any] | None = None,
     ) -> None:
+        """Begins to watch, or resumes.
+
+        Args:
+            rows: of the run.
+            source: where they lie, for messages.
+            max_bad_steps: `train.max_bad_steps`.
+            stored: `as_json` of an earlier start.
+        """
         self.diverged_at: Skip | None = None
-        self._rows, self._max_bad_steps = rows, config.train.max_bad_steps
-        self._source = str(config.data.train or config.data.features)
+        self._rows, self._source, self._max_bad_steps = rows, source, max_bad_steps
         # Counted on from the checkpoint: a run that is restarted at each bad step would never stop.
         self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
         self._first_bad: list[Any] | None = stored["first_bad"] if stored else None
@@ -134,27 +146,29 @@ class StepWatch:
         return Place(self._source, "rows", [number + 1 for number in rows])
 
 
-def divergence(config: RunConfig, first: Skip, *, newest_checkpoint: int | None) -> str:
+def divergence(
+    run_dir: Path, first: Skip, *, max_bad_steps: int, newest_checkpoint: int | None
+) -> str:
     """One line on a run that had to stop: since when, on which rows, what is left, what to do."""
     return (
-        f"stopped: {config.train.max_bad_steps} updates in a row (train.max_bad_steps) were not "
-        f"finite, from step {first.step} on ({first.place}); {_way_on(config, newest_checkpoint)}"
+        f"stopped: {max_bad_steps} updates in a row (train.max_bad_steps) were not "
+        f"finite, from step {first.step} on ({first.place}); {_way_on(run_dir, newest_checkpoint)}"
     )
 
 
-def overflow(config: RunConfig, step: int, *, newest_checkpoint: int | None) -> str:
+def overflow(run_dir: Path, step: int, *, newest_checkpoint: int | None) -> str:
     """One line on parameters that an update of finite gradients took past what float32 holds."""
     return (
         f"stopped: the parameters are not finite after step {step}, so they were not saved; "
-        f"{_way_on(config, newest_checkpoint)}"
+        f"{_way_on(run_dir, newest_checkpoint)}"
     )
 
 
-def _way_on(config: RunConfig, newest_checkpoint: int | None) -> str:
+def _way_on(run_dir: Path, newest_checkpoint: int | None) -> str:
     if newest_checkpoint is None:
         return "no checkpoint was written yet; mend the data or lower optimizer.learning_rate"
     return (
         f"the newest checkpoint, of step {newest_checkpoint}, is finite; mend the data or lower "
         "optimizer.learning_rate and start another run_dir from it: "
-        f"`domino export {config.run_dir} DRAFT`, then draft.init_from=DRAFT"
+        f"`domino export {run_dir} DRAFT`, then draft.init_from=DRAFT"
     )

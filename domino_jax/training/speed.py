@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from domino_jax.chips import CHIPS
-from domino_jax.config.run import RunConfig
 from domino_jax.training.flops import step_flops
 from domino_jax.training.step import Program
 
@@ -32,24 +31,25 @@ class Speed:
 
     def __init__(
         self,
-        config: RunConfig,
         program: Program,
         mesh: Mesh,
         *,
         lengths: Sequence[int],
+        step_rows: int,
+        target_runs: bool,
     ) -> None:
         """Begins a window.
 
         Args:
-            config: of the run.
-            program: what it trains.
+            program: what the run trains.
             mesh: its devices.
             lengths: tokens of each row of its data.
+            step_rows: batch rows that a step takes.
+            target_runs: whether a step runs the target's layers, or reads captured states.
         """
         self._program, self._mesh = program, mesh
         self._lengths = np.asarray(lengths)
-        self._rows_per_step = config.data.batch_size * config.optimizer.grad_accumulation
-        self._target_runs = config.data.features is None
+        self._step_rows, self._target_runs = step_rows, target_runs
         self.begin()
 
     def begin(self) -> None:
@@ -88,7 +88,7 @@ class Speed:
         """
         seconds = time.monotonic() - self._began
         figures = {
-            "samples_per_second": self._steps * self._rows_per_step / seconds,
+            "samples_per_second": self._steps * self._step_rows / seconds,
             "tokens_per_second": self._tokens / seconds,
             "supervised_tokens_per_second": float(sums["valid_tokens"]) / seconds,
             "seconds_per_step": seconds / self._steps,

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from domino_jax.progress import Reporter
+
 
 class Trace:
     """Traces the steps that `train.profile` asks for, as a context around all steps of a run.
@@ -28,7 +30,7 @@ class Trace:
         coming: range,
         *,
         paused: Callable[[Any], AbstractContextManager[None]],
-        say: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
         """Says so where none of the steps will run.
 
@@ -37,9 +39,9 @@ class Trace:
             profile: the first step and how many, or None; those that run are traced.
             coming: the steps that this start has to run, perhaps none.
             paused: `Speed.paused`; starting and stopping takes time that is not training's.
-            say: where lines go.
+            reporter: is told where the trace is.
         """
-        self._directory, self._paused, self._say = run_dir / "profile", paused, say
+        self._directory, self._paused, self._reporter = run_dir / "profile", paused, reporter
         self._first, self._last = 0, 0  # steps count from 1
         self._running, self._reached = False, 0
         if profile is None:
@@ -49,7 +51,7 @@ class Trace:
         # An earlier start may have run some of them, and this one may end before the rest.
         self._first, self._last = max(first, coming.start), min(last, coming.stop - 1)
         if self._first > self._last:
-            say(
+            reporter.say(
                 f"train.profile: no trace of steps {first} to {last}: this start goes "
                 f"from step {coming.start - 1} to {coming.stop - 1}"
             )
@@ -81,7 +83,7 @@ class Trace:
     def _stop(self) -> None:
         self._running = False  # before the call: should it fail, leaving does not repeat it
         jax.profiler.stop_trace()
-        self._say(
+        self._reporter.say(
             f"steps {self._first} to {self._reached} are traced in {self._directory}; to see them: "
             f"pip install tensorboard xprof; tensorboard --logdir {self._directory}"
         )

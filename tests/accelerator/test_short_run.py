@@ -1,13 +1,11 @@
 """One epoch of a tiny run in bfloat16: rows, devices, held-out metrics and checkpoints together."""
 
-import io
 import json
 import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from tiny import run_config, write_target
+from tiny import quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
@@ -21,7 +19,7 @@ def test_one_epoch_trains_measures_and_saves(tmp_path: Path) -> None:
     target = write_target(tmp_path / "target")
     settings = {"steps": None, "epochs": 1, "log_every": 1, "eval_every": 3}
     config = load_config(run_config(tmp_path, target, dtype="bfloat16", train=settings))
-    run = train(config, console=Console(file=io.StringIO()))
+    run = train(config, reporter=quiet())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines]
     assert len(losses) == 4  # 24 rows in batches of 8, and one held-out pass

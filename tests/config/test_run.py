@@ -10,17 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import DECODER, LLAMA3, SMALLEST
 
+from domino_jax.config.draft import DraftRecipe, make_draft_config
+from domino_jax.config.keys import described
 from domino_jax.config.model import (
     DecoderConfig,
     DraftConfig,
 )
-from domino_jax.config.run import (
-    DraftRecipe,
-    RunConfig,
-    dump_config,
-    load_config,
-    make_draft_config,
-)
+from domino_jax.config.run import RunConfig, dump_config, load_config
 from domino_jax.strict import InputError, from_tree
 
 
@@ -84,59 +80,74 @@ def test_load_config_refuses_unreadable_files_in_one_line(tmp_path: Path) -> Non
         assert "\n" not in str(caught.value)
 
 
+# What a key may be, as its message tells it, and overrides that it is not.
+REFUSED = {
+    "at least 0 and below 2**32": ("seed=-1", "seed=4294967296"),
+    "one of float32, bfloat16": ("dtype=float16",),
+    "at least 1 and below 2**24": (
+        *("data.max_length=0", "data.batch_size=0", f"data.batch_size={2**62}"),
+        *("draft.num_hidden_layers=0", "draft.block_size=0", f"draft.block_size={2**63}"),
+        *("loss.num_anchors=0", "optimizer.grad_accumulation=0"),
+    ),
+    "in 1..2**24 or null": ("draft.head_dim=0", f"draft.head_dim={2**63}"),
+    "in 0..2**24 or null": (
+        "draft.target_layer_ids=[0, -1]",
+        f"draft.target_layer_ids=[0, {10**63}]",
+    ),
+    "one of bidirectional, causal": ("draft.sliding_in_block=forward",),
+    "one of nemo, specforge": ("loss.anchor_rule=zlab",),
+    "in 0..1": (
+        *("loss.lambda_start=1.5", "loss.decay_ratio=-0.1", "loss.kl_weight=-1"),
+        *("optimizer.warmup_ratio=2", "optimizer.final_ratio=-1"),
+    ),
+    "above 0 or one of default or null": ("loss.loss_decay_gamma=0",),
+    "above 0 or null": ("loss.logits_mib=0", "draft.final_logit_softcapping=0"),
+    "above 0": (
+        *("optimizer.learning_rate=0", "optimizer.clip_norm=0"),
+        *("draft.output_multiplier=0", "draft.input_embedding_scale=-1"),
+    ),
+    "at least 0 and below 1": ("optimizer.b1=1", "optimizer.b2=-0.1"),
+    "at least 0": ("optimizer.weight_decay=-0.1",),
+    "above 0 and below 1 or null": ("optimizer.ema_decay=1",),
+    "at least 1 and below 2**31": (
+        *("train.epochs=0", "train.log_every=0", "train.eval_every=0", "train.max_bad_steps=0"),
+        *("train.checkpoint_every=0", "train.keep_checkpoints=0"),
+        *("mesh.fsdp=0", "mesh.tensor=-1"),
+    ),
+    "at least 1 and below 2**31 or null": (
+        *("train.steps=0", f"train.steps={2**31}", f"train.profile=[1, {2**63}]"),
+        *("train.profile=[0, 2]", "train.profile=[1, 0]"),
+    ),
+    "-1 or at least 1 and below 2**31": ("mesh.data=0", f"mesh.data={2**63}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "bounds"),
+    [(override, bounds) for bounds, overrides in REFUSED.items() for override in overrides],
+)
+def test_a_key_out_of_bounds_is_named_with_them(smallest: Path, override: str, bounds: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(smallest, [override])
+    key = override.partition("=")[0].replace(".", ": ")
+    assert str(caught.value).startswith(f"{smallest}: {key} must be {bounds}, found ")
+
+
+def test_every_key_says_what_it_means() -> None:
+    keys = list(described(RunConfig))
+    assert len(keys) > 50 and len({one.name for one in keys}) == len(keys)
+    for one in keys:
+        assert one.key.meaning and not one.key.meaning.endswith("."), one.name
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed=-1", "seed must lie in 0..2**32-1, found -1"),
-        ("seed=4294967296", "seed must lie in 0..2**32-1, found 4294967296"),
-        (
-            f"data.batch_size={2**62}",
-            "data.batch_size must be below 16777216, found 4611686018427387904",
-        ),
-        (f"draft.block_size={2**63}", "draft: block_size must be at most 16777216"),
-        (f"draft.head_dim={2**63}", "draft: head_dim must be at most 16777216"),
-        (
-            f"draft.target_layer_ids=[0, {10**63}]",
-            "draft: target_layer_ids must be at most 16777216",
-        ),
-        (f"train.steps={2**31}", "train.steps must be below 2147483648"),
-        (f"mesh.data={2**63}", "mesh.data must be below 2147483648"),
-        (f"train.max_bad_steps={2**63}", "train: max_bad_steps must be at least 1"),
-        (f"train.profile=[1, {2**63}]", "train: profile must be [step, steps]"),
-        ("dtype=float16", "dtype must be float32 or bfloat16, found 'float16'"),
-        ("data.max_length=0", "data.max_length must be at least 1, found 0"),
-        ("data.batch_size=0", "data.batch_size must be at least 1"),
-        ("draft.num_hidden_layers=0", "draft.num_hidden_layers must be at least 1"),
-        ("loss.num_anchors=0", "loss.num_anchors must be at least 1"),
-        ("optimizer.grad_accumulation=0", "optimizer.grad_accumulation must be at least 1"),
-        ("train.epochs=0", "train.epochs must be at least 1"),
-        ("train.log_every=0", "train.log_every must be at least 1"),
-        ("train.eval_every=0", "train.eval_every must be at least 1"),
-        ("train.checkpoint_every=0", "train.checkpoint_every must be at least 1"),
-        ("train.keep_checkpoints=0", "train.keep_checkpoints must be at least 1"),
-        ("train.max_bad_steps=0", "train: max_bad_steps must be at least 1, found 0"),
-        ("mesh.fsdp=0", "mesh.fsdp must be at least 1, found 0"),
-        ("mesh.tensor=-1", "mesh.tensor must be at least 1, found -1"),
-        ("mesh.data=0", "mesh.data must be -1 or at least 1, found 0"),
-        ("loss.lambda_start=1.5", "loss.lambda_start must lie in 0..1, found 1.5"),
-        ("loss.decay_ratio=-0.1", "loss.decay_ratio must lie in 0..1"),
-        ("optimizer.warmup_ratio=2", "optimizer.warmup_ratio must lie in 0..1, found 2.0"),
-        ("optimizer.final_ratio=-1", "optimizer.final_ratio must lie in 0..1"),
-        ("train.steps=0", "train.steps must be at least 1, found 0"),
-        ("loss.logits_mib=0", "loss.logits_mib must be positive, found 0"),
-        ("optimizer.learning_rate=0", "optimizer.learning_rate must be positive, found 0.0"),
-        ("optimizer.clip_norm=0", "optimizer.clip_norm must be positive, found 0.0"),
-        ("optimizer.b1=1", "optimizer.b1 must lie in 0..1 and below 1, found 1.0"),
-        ("optimizer.b2=-0.1", "optimizer.b2 must lie in 0..1 and below 1, found -0.1"),
-        ("optimizer.weight_decay=-0.1", "optimizer.weight_decay must be 0 or more, found -0.1"),
-        ("optimizer.ema_decay=1", "optimizer.ema_decay must lie between 0 and 1, found 1.0"),
         ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
-        ("loss.anchor_rule=zlab", "loss.anchor_rule must be one of nemo, specforge, found 'zlab'"),
         (
-            "loss.loss_decay_gamma=0",
-            "loss.loss_decay_gamma must be positive, null for none or 'default', found 0.0",
+            "train.keep_best=heldout",
+            "train.keep_best is 'heldout', but data.heldout is missing",
         ),
-        ("loss.kl_weight=-1", "loss.kl_weight must lie in 0..1, found -1.0"),
     ],
 )
 def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:

@@ -10,8 +10,8 @@ from domino_jax.data.template import (
     ChatTemplate,
     chat_template,
     check_kwargs,
-    kwargs_text,
     recorded_kwargs,
+    settings_text,
 )
 from domino_jax.strict import InputError
 
@@ -104,5 +104,5 @@ def test_a_template_that_cannot_be_read_is_told_in_one_line() -> None:
 
 
 def test_text_is_json_that_an_option_takes_back() -> None:
-    assert kwargs_text({"b": "ü", "a": True}) == '{"a": true, "b": "ü"}'
-    assert kwargs_text(NO_KWARGS) == "{}"
+    assert settings_text({"b": "ü", "a": True}) == '{"a": true, "b": "ü"}'
+    assert settings_text(NO_KWARGS) == "{}"

@@ -1,6 +1,6 @@
 """The evaluation's figures follow from the answers; no difference between outputs is hidden."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import draft_config, target_config
+from tiny import Heard
 
 from domino_jax.decoding.evaluate import compare, evaluate, next_logits
 from domino_jax.decoding.generate import Answer
@@ -36,21 +37,25 @@ def answer(
 
 
 def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
-    done: list[int] = []
+    heard = Heard()
     decoder = make_decoder(TARGET, DraftModel(CONFIG))
-    figures = evaluate(decoder, weights, PROMPTS, max_new_tokens=10, progress=done.append)
-    assert done == [1, 2, 3] and figures["prompts"] == 3
-    assert (
-        figures["tokens"] == 30 and figures["tokens_compared"] == figures["tokens_equal"] == 60
-    )  # head on and off
-    assert figures["differences"] == [] and figures["lossless"] is True
-    assert (
-        figures["tau"] == pytest.approx(27 / figures["verifications"])
-        and figures["tau_head_off"] >= 1
+    figures = evaluate(decoder, weights, PROMPTS, max_new_tokens=10, reporter=heard)
+    assert heard.lines == ["prompts 1/3", "prompts 2/3", "prompts 3/3"] and figures.prompts == 3
+    compared = figures.comparison
+    assert compared is not None and compared.lossless and compared.differences == ()
+    # Head on and off.
+    assert figures.tokens == 30 and compared.tokens_compared == compared.tokens_equal == 60
+    assert figures.tau == pytest.approx(27 / figures.verifications)
+    assert figures.tau_head_off is not None and figures.tau_head_off >= 1
+    assert figures.speed_up == pytest.approx(
+        figures.tokens_per_second / figures.tokens_per_second_plain
     )
-    assert figures["speed_up"] == pytest.approx(
-        figures["tokens_per_second"] / figures["tokens_per_second_plain"]
-    )
+    # Flat, and what readers of `evaluation.json` know.
+    assert set(figures.as_json()) == {
+        *("prompts", "tau", "tau_head_off", "tokens", "verifications", "speed_up"),
+        *("tokens_per_second", "tokens_per_second_plain", "tokens_per_second_head_off"),
+        *("tokens_compared", "tokens_equal", "differences", "lossless"),
+    }
 
 
 def test_evaluate_has_no_head_off_without_a_head(weights: Weights) -> None:
@@ -58,12 +63,14 @@ def test_evaluate_has_no_head_off_without_a_head(weights: Weights) -> None:
     draft = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(1)))["params"]
     decoder = make_decoder(TARGET, DraftModel(config))
     figures = evaluate(decoder, weights._replace(draft=draft), PROMPTS[:1], max_new_tokens=4)
-    assert "tau_head_off" not in figures and figures["tau"] >= 1
+    assert figures.tau_head_off is None and figures.tau >= 1
+    assert "tau_head_off" not in figures.as_json()
 
 
 def test_evaluate_compares_no_samples(weights: Weights) -> None:
     decoder = make_decoder(TARGET, DraftModel(CONFIG), temperature=1.0)
-    assert "lossless" not in evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4)
+    figures = evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4)
+    assert figures.comparison is None and "lossless" not in figures.as_json()
 
 
 def test_compare_reports_the_first_difference_with_its_logit_gap(weights: Weights) -> None:
@@ -76,7 +83,8 @@ def test_compare_reports_the_first_difference_with_its_logit_gap(weights: Weight
     )
     assert (found.tokens_compared, found.tokens_equal) == (4, 3)
     (difference,) = found.differences
-    assert difference[:4] == (0, 1, 5, 9)
+    assert (difference.prompt, difference.position) == (0, 1)
+    assert (difference.plain_token, difference.speculative_token) == (5, 9)
     hidden = TARGET.apply({"params": weights.target}, jnp.array([[1, 2, 3, 4]])).hidden[0, -1]
     logits = weights.target["lm_head"] @ hidden
     assert difference.logit_gap == pytest.approx(float(abs(logits[5] - logits[9])), rel=1e-4)
@@ -91,7 +99,7 @@ def test_compare_takes_a_missing_token_for_a_difference(
 ) -> None:
     found = compare(weights, TARGET, PROMPTS[:1], [answer(*left)], [answer(*right)])
     assert (found.tokens_compared, found.tokens_equal) == (3, 2)
-    assert found.differences[0].logit_gap is None and -1 in found.differences[0]
+    assert found.differences[0].logit_gap is None and -1 in astuple(found.differences[0])
 
 
 def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,4 +114,6 @@ def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.Monke
         make_decoder(TARGET, DraftModel(CONFIG)), weights, PROMPTS, max_new_tokens=10
     )
     jax.clear_caches()
-    assert figures["lossless"] is False and figures["tokens_equal"] < figures["tokens_compared"]
+    compared = figures.comparison
+    assert compared is not None and not compared.lossless
+    assert compared.tokens_equal < compared.tokens_compared

@@ -25,7 +25,7 @@ from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlash
 from tiny import MASK_TOKEN_ID, write_target
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from domino_jax.config.run import DraftRecipe, make_draft_config
+from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import (

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from reference import dflash_config, draft_config, random_params
-from tiny import quiet, run_config, write_target
+from tiny import Heard, quiet, run_config, write_target
 
 from domino_jax.cli import command
 from domino_jax.config.model import DraftConfig, RopeScaling
@@ -33,7 +33,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 export of a short run."""
     directory = tmp_path_factory.mktemp("first")
-    run = train(load_config(run_config(directory, target)), console=quiet())
+    run = train(load_config(run_config(directory, target)), reporter=quiet())
     record, params, _ = load_draft(run)
     save_hf_draft(directory / "draft", record.config, params, dtype="float32")
     return directory / "draft"
@@ -47,7 +47,7 @@ def test_step_0_has_the_weights_of_the_checkpoint(
         "optimizer": {"ema_decay": 0.9},
     }
     changes |= {"mesh": {"data": 1, "fsdp": 8}}
-    run = prepare(load_config(run_config(tmp_path, target, **changes)), console=quiet())
+    run = prepare(load_config(run_config(tmp_path, target, **changes)), reporter=quiet())
     expected = load_hf_draft(checkpoint)[1]
     chex.assert_trees_all_equal(jax.device_get(run.state.params), jax.device_get(expected))
     chex.assert_trees_all_equal(jax.device_get(run.state.ema), jax.device_get(expected))
@@ -64,11 +64,11 @@ def test_a_resumed_run_does_not_read_the_checkpoint_again(
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     path = run_config(tmp_path, target, draft={"init_from": str(copy)})
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     shutil.rmtree(copy)
-    console = quiet()
-    train(load_config(path), console=console)
-    assert "resuming at step 6 of 6" in console.file.getvalue()  # type: ignore[attr-defined]
+    heard = Heard()
+    train(load_config(path), reporter=heard)
+    assert "resuming at step 6 of 6" in heard.text
 
 
 def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
@@ -97,7 +97,7 @@ def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
     # Nothing was trained, so the mended configuration may use the same run_dir.
     train(
         load_config(run_config(tmp_path, target, draft={"init_from": str(checkpoint)})),
-        console=quiet(),
+        reporter=quiet(),
     )
 
 
@@ -109,7 +109,7 @@ def test_unusable_starts_are_refused(
 ) -> None:
     path = run_config(tmp_path, target, draft={"init_from": str(checkpoint)})
     with pytest.raises(InputError, match=r"nowhere|are two starts"):
-        prepare(load_config(path, [override]), console=quiet())
+        prepare(load_config(path, [override]), reporter=quiet())
 
 
 WINDOW = {"layer_types": ("sliding_attention",) * 2, "sliding_window": 6}
@@ -178,8 +178,8 @@ def test_a_mask_token_that_became_special_is_refused_on_resume(
     copy = tmp_path / "target"
     shutil.copytree(target, copy)
     path = run_config(tmp_path, copy)
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     settings = copy / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<mask>"}))
     with pytest.raises(InputError, match="mask_token_id 2 is the target's pad token"):
-        train(load_config(path), console=quiet())
+        train(load_config(path), reporter=quiet())

@@ -6,8 +6,8 @@ There the fields are `draft_num_attention_heads` and the like.
 import pytest
 from reference import compare_with_nemo, draft_config
 
+from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.config.model import DecoderConfig
-from domino_jax.config.run import DraftRecipe, make_draft_config
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 3, 4), (1, 1, 32), (8, 2, 16)])

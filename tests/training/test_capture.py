@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, quiet, run_config, write_target
+from tiny import CONFIG, Heard, quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.data.features import FeatureRows, is_whole, shard_path, write_shard
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(place: Path, name: str, *overrides: str) -> np.ndarray:
     """Every figure of a run that does not tell the time: training steps, then the held-out pass."""
     run = place / f"run-{name}"
-    train(load_config(place / "config.yaml", [f"run_dir={run}", *overrides]), console=quiet())
+    train(load_config(place / "config.yaml", [f"run_dir={run}", *overrides]), reporter=quiet())
     names = ("loss", "final_loss", "base_loss", "accept_len", "valid_blocks")
     return np.array([[line[name] for name in names] for line in read_metrics(run)])
 
@@ -102,7 +102,7 @@ def test_divergence_needs_the_captured_final_states(place: Path) -> None:
 def test_capture_stores_the_states_of_the_target(place: Path) -> None:
     rows, loaded = FeatureRows(place / "float32"), load_target(place / "target")
     online = prepare(
-        load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), console=quiet()
+        load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), reporter=quiet()
     ).rows.rows
     assert len(rows) == len(online) == 24 and len(rows.manifest.shard_rows) > 3
     model = Target(loaded.config, capture=LAYERS)
@@ -156,7 +156,7 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
         "data.packing=true",
         f"run_dir={place / 'y'}",
     )
-    run = prepare(load_config(place / "config.yaml", overrides), console=quiet())
+    run = prepare(load_config(place / "config.yaml", overrides), reporter=quiet())
     assert set(run.target_params) == {"embed_tokens", "lm_head"}
     assert set(read) == {"model.embed_tokens.weight", "lm_head.weight"}
     assert run.rows.packs and run.rows.epoch_rows < 24
@@ -241,7 +241,7 @@ def test_the_size_is_told_first_and_limited(
     with pytest.raises(
         InputError, match=r"above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"
     ):
-        captured(path, directory, dtype="bfloat16", limit_gb=1e-6, say=said.append)
+        captured(path, directory, dtype="bfloat16", limit_gb=1e-6, reporter=Heard(lines=said))
     total = f"{tokens * each / 1e9:.3g} GB for {tokens} tokens of 24 rows, {each} bytes each"
     assert said == [f"{directory}: {total}"] and not directory.parent.exists()
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -303,7 +303,7 @@ def test_training_refuses_states_of_something_else(place: Path, tmp_path: Path) 
     def refused(message: str, *overrides: str, directory: Path = place / "float32") -> None:
         words = [f"run_dir={tmp_path / 'run'}", *offline(directory), *overrides]
         with pytest.raises(InputError, match=message):
-            prepare(load_config(place / "config.yaml", words), console=quiet())
+            prepare(load_config(place / "config.yaml", words), reporter=quiet())
         assert not (tmp_path / "run").exists()
 
     refused(r"target_layer_ids is \[0, 2\], asked for is \[0, 1\]", "draft.target_layer_ids=[0,1]")

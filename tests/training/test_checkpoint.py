@@ -10,7 +10,7 @@ from typing import Any
 import chex
 import pytest
 from saved_bits import final_bits
-from tiny import quiet, run_config, write_conversations, write_target
+from tiny import Heard, quiet, run_config, write_conversations, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.strict import InputError
@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trained")
     (directory / "target").mkdir()
     path = run_config(directory, write_target(directory / "target"), train=STEPS)
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     return directory
 
 
@@ -53,9 +53,12 @@ def place(trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 def resume(place: Path, *words: str) -> str:
     """What a start of the run in `place` says."""
-    console = quiet()
-    train(load_config(place / "config.yaml", [f"run_dir={place / 'run'}", *words]), console=console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    heard = Heard()
+    train(
+        load_config(place / "config.yaml", [f"run_dir={place / 'run'}", *words]),
+        reporter=heard,
+    )
+    return heard.text
 
 
 def flip(path: Path, place: int = 0) -> None:
@@ -92,11 +95,11 @@ def damaged(step: Path, how: str) -> None:
 def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> None:
     damaged(place / "run" / "checkpoints" / "6", how)
     said: list[str] = []
-    assert sound_checkpoint(place / "run", say=said.append) == 4
+    assert sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 4
     assert len(said) == 1 and f"{place}/run/checkpoints/6: damaged, not used: " in said[0]
     # Readers move nothing: the run may be training.
     assert (
-        load_draft(place / "run", say=said.append)[2] == 4
+        load_draft(place / "run", reporter=Heard(lines=said))[2] == 4
         and (place / "run" / "checkpoints" / "6").is_dir()
     )
 
@@ -126,7 +129,7 @@ def test_a_run_without_a_good_checkpoint_never_begins_again(place: Path, how: st
         shutil.rmtree(step)
         if how == "all damaged":
             step.mkdir()
-    for attempt in (resume, lambda place: load_draft(place / "run", say=print)):
+    for attempt in (resume, lambda place: load_draft(place / "run", reporter=quiet())):
         with pytest.raises(InputError, match="no undamaged checkpoint is left"):
             attempt(place)
 
@@ -141,23 +144,25 @@ def test_a_newest_checkpoint_that_is_gone_is_missed(trained: Path, place: Path) 
 def test_the_note_of_the_newest_checkpoint_is_read_strictly(place: Path, content: str) -> None:
     (place / "run" / "newest_checkpoint.json").write_text(content)
     with pytest.raises(InputError, match=r"newest_checkpoint\.json"):
-        sound_checkpoint(place / "run", say=print)
+        sound_checkpoint(place / "run", reporter=quiet())
 
 
 def test_a_checkpoint_of_an_older_version_is_taken_unchecked_and_told(place: Path) -> None:
     (place / "run" / "newest_checkpoint.json").unlink()
     (place / "run" / "checkpoints" / "6" / "SHA256SUMS").unlink()
     said: list[str] = []
-    assert sound_checkpoint(place / "run", say=said.append) == 6 and "unchecked" in said[0]
+    assert (
+        sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 6 and "unchecked" in said[0]
+    )
 
 
 def test_one_step_can_be_asked_for(place: Path) -> None:
-    assert load_draft(place / "run", say=print, step=4)[2] == 4
+    assert load_draft(place / "run", reporter=quiet(), step=4)[2] == 4
     with pytest.raises(InputError, match="no checkpoint 5; there are 6, 4, 2"):
-        load_draft(place / "run", say=print, step=5)
+        load_draft(place / "run", reporter=quiet(), step=5)
     damaged(place / "run" / "checkpoints" / "4", "flip")
     with pytest.raises(InputError, match="no undamaged checkpoint is left"):
-        load_draft(place / "run", say=print, step=4)
+        load_draft(place / "run", reporter=quiet(), step=4)
 
 
 def changed_words(place: Path) -> str:
@@ -239,7 +244,7 @@ def test_a_finished_run_is_extended(trained: Path, place: Path) -> None:
     # Two ways to nine steps, one number.
     whole = place / "whole"
     train(
-        load_config(place / "config.yaml", [f"run_dir={whole}", "train.extend=3"]), console=quiet()
+        load_config(place / "config.yaml", [f"run_dir={whole}", "train.extend=3"]), reporter=quiet()
     )
     chex.assert_trees_all_equal(final_bits(whole, 9), final_bits(place / "run", 9))
     last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-2]
@@ -269,7 +274,7 @@ def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
         "train.checkpoint_every=3",
     )
     train(
-        load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), console=quiet()
+        load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), reporter=quiet()
     )
     lines = [
         json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()
@@ -278,19 +283,19 @@ def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
     best = max(heldout, key=lambda step: (heldout[step], step))
     kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
     assert kept == {best, 12}
-    assert load_draft(place / "best", say=print, step=best)[2] == best
+    assert load_draft(place / "best", reporter=quiet(), step=best)[2] == best
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("train.keep_best=rollout",), "keep_best must be null or 'heldout', found 'rollout'"),
+        (("train.keep_best=rollout",), "keep_best must be one of heldout or null, found 'rollout'"),
         (
             ("train.keep_best=heldout", "data.heldout=null", "train.checkpoint_every=3"),
             "data.heldout is missing",
         ),
         (("train.keep_best=heldout",), "eval_every 3 must be a multiple of checkpoint_every 2"),
-        (("train.extend=-1",), "extend must be 0 or more, found -1"),
+        (("train.extend=-1",), r"extend must be at least 0 and below 2\*\*31, found -1"),
     ],
 )
 def test_settings_of_checkpoints_are_checked(
@@ -321,7 +326,7 @@ def other_tokens(target: Path) -> None:
 def test_a_draft_is_not_used_with_another_target(
     place: Path, domino: Any, change: Callable[[Path], Any], named: str
 ) -> None:
-    record, params, _ = load_draft(place / "run", say=print)
+    record, params, _ = load_draft(place / "run", reporter=quiet())
     target = place / "target"
     hashes = target_fingerprint(target), tokenizer_fingerprint(target, load_tokenizer(target))
     assert hashes == (record.target_sha256, record.tokenizer_sha256)

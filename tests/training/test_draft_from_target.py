@@ -21,7 +21,7 @@ from domino_jax.training.start import draft_from_target
 
 
 def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_path: Path) -> None:
-    run = prepare(load_config(run_config(tmp_path, target)), console=quiet())
+    run = prepare(load_config(run_config(tmp_path, target)), reporter=quiet())
     params, loaded = jax.device_get(run.state.params), load_target(target)
     started = jax.device_get(draft_from_target(run.record.config, params, loaded.params))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, started)
@@ -39,7 +39,7 @@ def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_pat
 
 
 def test_draft_from_target_takes_what_a_dense_draft_has(target: Path, tmp_path: Path) -> None:
-    run = prepare(load_config(run_config(tmp_path, target)), console=quiet())
+    run = prepare(load_config(run_config(tmp_path, target)), reporter=quiet())
     params = jax.device_get(run.state.params)
     mixture = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     config = dataclasses.replace(CONFIG, attention_bias=True, **mixture)
@@ -59,7 +59,7 @@ def test_a_run_starts_as_the_top_of_its_target_and_reads_no_more_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = run_config(tmp_path, target)
-    fresh = prepare(load_config(path), console=quiet())
+    fresh = prepare(load_config(path), reporter=quiet())
     read, names = StoredTensor.read, []
 
     def noted(tensor: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_a_run_starts_as_the_top_of_its_target_and_reads_no_more_of_it(
     monkeypatch.setattr(StoredTensor, "read", noted)
     start, devices = "draft.init_layers_from_target=true", ("mesh.fsdp=8", "mesh.data=1")
     config = load_config(path, [start, "dtype=bfloat16", *devices])
-    run = prepare(config, console=quiet())
+    run = prepare(config, reporter=quiet())
     counts = Counter(names)
     # Three layers run; of the fourth, and of the final norm, the draft has its copy in float32.
     whole = load_target(target).params

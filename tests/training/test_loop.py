@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import quiet, run_config, write_conversations
+from tiny import Heard, quiet, run_config, write_conversations
 
 from domino_jax.config.run import dump_config, load_config
 from domino_jax.strict import InputError
@@ -27,9 +27,9 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         "tensorboard": True,
     }
     path = run_config(tmp_path, target, train=steps, optimizer={"learning_rate": 1e-2})
-    console = quiet()
-    directory = train(load_config(path), console=console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    heard = Heard()
+    directory = train(load_config(path), reporter=heard)
+    said = heard.text
     begun = ("loading rows", "loading target", "step compiled in", "saving checkpoint 60")
     places = [said.index(words) for words in begun]
     assert places == sorted(places) and [said.count(words) for words in begun] == [1] * 4
@@ -61,7 +61,7 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         "split",
     }
     tokens = [line["tokens_per_second"] * line["seconds_per_step"] * 20 for line in timing]
-    lengths = [len(row.input_ids) for row in prepare(load_config(path), console=quiet()).rows.rows]
+    lengths = [len(row.input_ids) for row in prepare(load_config(path), reporter=quiet()).rows.rows]
     assert sum(tokens) == pytest.approx(60 * 8 / 24 * sum(lengths))
     for line, figures in zip(timing, training, strict=True):
         assert line["samples_per_second"] == pytest.approx(8 / line["seconds_per_step"])
@@ -108,26 +108,26 @@ def test_the_step_is_compiled_once(
     count_traces(program, "train_step")
     count_traces(loop, "batch_metrics")
     monkeypatch.setattr(loop, "device_batch", put)
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     assert sorted(traces) == ["batch_metrics", "train_step"]
     assert [len(longest[1]), len(longest[2])] == [4, 6]
     assert all(2 * min(lengths) < max(lengths) for lengths in longest.values())
 
 
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
-    console = quiet()
-    config = prepare(load_config(run_config(tmp_path, target)), console=console).config
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    heard = Heard()
+    config = prepare(load_config(run_config(tmp_path, target)), reporter=heard).config
+    said = heard.text
     assert "loss_decay_gamma: 7.0" in said and dump_config(config) in said
     assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
 
 
 def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     with pytest.raises(InputError, match=r"draft\.mask_token_id 2 -> 9.*use another run_dir"):
-        train(load_config(path, ["draft.mask_token_id=9"]), console=quiet())
-    train(load_config(path, ["train.log_every=1"]), console=quiet())  # changes no number
+        train(load_config(path, ["draft.mask_token_id=9"]), reporter=quiet())
+    train(load_config(path, ["train.log_every=1"]), reporter=quiet())  # changes no number
 
 
 @pytest.mark.parametrize(
@@ -147,23 +147,23 @@ def test_unusable_settings_are_one_line(
     target: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        train(load_config(run_config(tmp_path, target), [override]), console=quiet())
+        train(load_config(run_config(tmp_path, target), [override]), reporter=quiet())
 
 
 def test_bad_lines_are_named_and_left_out(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("not JSON\n" + rows.read_text())
-    console = quiet()
-    run = prepare(load_config(path), console=console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    heard = Heard()
+    run = prepare(load_config(path), reporter=heard)
+    said = heard.text
     assert len(run.rows.rows) == 24 and "rows.jsonl:1:" in said and "1 of 25 lines left out" in said
 
 
 def test_epochs_give_the_number_of_steps(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, train={"steps": None, "epochs": 2})
     assert (
-        prepare(load_config(path), console=quiet()).total_steps == 6
+        prepare(load_config(path), reporter=quiet()).total_steps == 6
     )  # 2 epochs of 24 rows, 8 a step
 
 
@@ -171,4 +171,4 @@ def test_too_few_rows_is_one_line(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
     write_conversations(tmp_path / "rows.jsonl", 3)
     with pytest.raises(InputError, match="3"):
-        train(load_config(path), console=quiet())
+        train(load_config(path), reporter=quiet())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import Heard
 
 from domino_jax.strict import InputError
 from domino_jax.training.metrics import LogMark, MetricsLog, read_metrics
@@ -94,7 +95,7 @@ def test_a_log_that_was_changed_is_refused(tmp_path: Path, damage: bytes) -> Non
 def test_a_log_that_is_gone_begins_anew_and_says_so(tmp_path: Path) -> None:
     mark, said = written(tmp_path), []
     (tmp_path / "metrics.jsonl").unlink()
-    with opened(tmp_path, mark, step=2, say=said.append) as log:
+    with opened(tmp_path, mark, step=2, reporter=Heard(lines=said)) as log:
         log.write(3, "train", {"loss": 0.125})
     assert [line["step"] for line in read_metrics(tmp_path)] == [3] and len(said) == 1
 

@@ -23,7 +23,7 @@ from reference import (
     random_params,
 )
 
-from domino_jax.config.run import LossConfig
+from domino_jax.config.sections import LossConfig
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.strict import InputError
 from domino_jax.training import objectives

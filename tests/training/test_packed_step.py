@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from reference import draft_config, random_params, target_config
 from saved_bits import final_bits
-from tiny import quiet, run_config, stack_layers
+from tiny import Heard, quiet, run_config, stack_layers
 
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
@@ -104,12 +104,12 @@ def test_a_packed_run_interrupted_ends_with_the_same_bits(target: Path, tmp_path
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for directory in (whole, parts):
         directory.mkdir()
-    train(load_config(run_config(whole, target, **PACKED)), console=quiet())
+    train(load_config(run_config(whole, target, **PACKED)), reporter=quiet())
     config = load_config(run_config(parts, target, **PACKED))
     asked = iter(range(100))
     with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
-        train(config, console=quiet(), stop_requested=lambda: next(asked) + 1 >= 3)
-    train(config, console=quiet())
+        train(config, reporter=quiet(), stop_requested=lambda: next(asked) + 1 >= 3)
+    train(config, reporter=quiet())
     chex.assert_trees_all_equal(final_bits(whole / "run", 6), final_bits(parts / "run", 6))
 
 
@@ -120,11 +120,12 @@ def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Pat
         ("data.packing=false", "24 rows"),
         ("data.packing=true", "rows packed from 24"),
     ):
-        console = quiet()
+        heard = Heard()
         run = prepare(
-            load_config(path, [override, f"run_dir={tmp_path / override}"]), console=console
+            load_config(path, [override, f"run_dir={tmp_path / override}"]),
+            reporter=heard,
         )
-        said = console.file.getvalue()  # type: ignore[attr-defined]
+        said = heard.text
         line = next(line for line in said.splitlines() if line.startswith("training: "))
         assert count in line
         shares.append(float(line.partition("(")[2].partition("%")[0]))

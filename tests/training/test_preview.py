@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import CONFIG, TEMPLATE, run_config
+from tiny import CONFIG, TEMPLATE, quiet, run_config
 
 from domino_jax.config.run import dump_config, load_config
 from domino_jax.target.fingerprint import target_fingerprint
@@ -21,8 +21,8 @@ from domino_jax.training.preview import escaped, print_preview, supervised_spans
 
 
 def inputs_of(path: Path, *overrides: str) -> RunInputs:
-    checked = check(load_config(path, overrides), say=print, set_aside=False)
-    return read_inputs(checked, target_sha256=str, say=print)
+    checked = check(load_config(path, overrides), reporter=quiet(), set_aside=False)
+    return read_inputs(checked, target_sha256=str, reporter=quiet())
 
 
 def preview_of(run: RunInputs, *, width: int = 100, colours: bool = False) -> str:
@@ -48,7 +48,7 @@ def test_a_dry_run_tells_all_and_creates_nothing(
     }
     assert all(len(line) <= 100 or line.startswith("  ") for line in out.splitlines())
 
-    run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), console=Console(quiet=True))
+    run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), reporter=quiet())
     assert out.startswith(dump_config(run.config))
     figures = {
         name: words for name, words in re.findall(r"^(\S.*?)  +(\S.*?) *$", out, re.MULTILINE)
@@ -119,11 +119,11 @@ def test_captured_and_packed_rows_are_told(target: Path, tmp_path: Path) -> None
         target_states=False,
         limit_gb=1.0,
         confirmed=False,
-        say=print,
+        reporter=quiet(),
     )
     words = ("data.train=null", f"data.features={tmp_path / 'states'}", "data.packing=true")
-    checked = check(load_config(path, words), say=print, set_aside=False)
-    run = read_inputs(checked, target_sha256=lambda: target_fingerprint(target), say=print)
+    checked = check(load_config(path, words), reporter=quiet(), set_aside=False)
+    run = read_inputs(checked, target_sha256=lambda: target_fingerprint(target), reporter=quiet())
     said = preview_of(run)
     assert "packed from 24 conversations" in said and "(of the first 24 rows)" in said
     assert re.search(
@@ -139,7 +139,7 @@ def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(
     domino, target: Path, tmp_path: Path
 ) -> None:
     path = run_config(tmp_path, target)
-    train(load_config(path), console=Console(quiet=True))
+    train(load_config(path), reporter=quiet())
     code, out, _ = domino("train", path, "--dry-run", "train.extend=4")
     assert code == 0 and "10 of 8 rows: 3.33 epochs; the run goes on at step 6" in out
     code, out, log = domino("train", path, "--dry-run", "draft.emb_dim=4")

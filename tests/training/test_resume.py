@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from saved_bits import final_bits
-from tiny import quiet, run_config, seal
+from tiny import Heard, quiet, run_config, seal
 
 from domino_jax.config.run import load_config
 from domino_jax.strict import InputError
@@ -51,7 +51,7 @@ ODD: dict[str, Any] = {
 def whole(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `ODD` that was never stopped."""
     directory = tmp_path_factory.mktemp("whole")
-    return train(load_config(run_config(directory, target, **ODD)), console=quiet())
+    return train(load_config(run_config(directory, target, **ODD)), reporter=quiet())
 
 
 def assert_same_run(one: Path, other: Path, *, step: int) -> None:
@@ -67,10 +67,10 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
     config = load_config(run_config(tmp_path, target, **ODD))
     for at in stops:
         try:
-            train(config, console=quiet(), stop_requested=Stop(at))
+            train(config, reporter=quiet(), stop_requested=Stop(at))
         except Interrupted as stopped:
             assert "the same command goes on from there" in str(stopped)
-    train(config, console=quiet())
+    train(config, reporter=quiet())
     assert_same_run(whole, tmp_path / "run", step=11)
     # The average is what leaves the run.
     exported = load_draft(tmp_path / "run")[1]
@@ -87,7 +87,7 @@ def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
     )
     for step in (1, 2, 3):
         with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):
-            train(config, console=quiet(), stop_requested=Stop(0))
+            train(config, reporter=quiet(), stop_requested=Stop(0))
         assert load_draft(tmp_path / "run")[2] == step
     assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
 
@@ -132,33 +132,33 @@ def test_a_killed_process_goes_on_with_the_same_bits(
 
 def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> None:
     config = load_config(run_config(tmp_path, target))
-    train(config, console=quiet())
+    train(config, reporter=quiet())
     leftover = tmp_path / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
     (leftover / "params").mkdir(parents=True)
     assert load_draft(tmp_path / "run")[2] == 6
-    console = quiet()
-    train(config, console=console)
-    assert "resuming at step 6 of 6" in console.file.getvalue()  # type: ignore[attr-defined]
+    heard = Heard()
+    train(config, reporter=heard)
+    assert "resuming at step 6 of 6" in heard.text
 
 
 def test_a_run_of_another_version_is_not_resumed(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     for step in ("4", "6"):
         checkpoint = tmp_path / "run" / "checkpoints" / step
         stored = checkpoint / "run" / "metadata"
         stored.write_text(stored.read_text().replace('"options": {}', '"dpace_alpha": 0.5'))
         seal(checkpoint)
     with pytest.raises(InputError, match=r"unknown key 'dpace_alpha'.*another version.*run_dir"):
-        train(load_config(path), console=quiet())
+        train(load_config(path), reporter=quiet())
 
 
 def test_the_metrics_log_drops_what_a_resumed_run_does_again(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     log = tmp_path / "run" / "metrics.jsonl"
     log.write_text(
         log.read_text() + json.dumps({"step": 9, "split": "train"}) + '\n{"step": 10, "spl'
     )
-    train(load_config(path), console=quiet())
+    train(load_config(path), reporter=quiet())
     assert max(line["step"] for line in read_metrics(tmp_path / "run")) == 6

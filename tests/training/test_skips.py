@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_metrics import strictly
-from tiny import WORDS, quiet, run_config, write_target
+from tiny import WORDS, Heard, quiet, run_config, write_target
 
-from domino_jax.config.run import RunConfig, load_config
+from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
 from domino_jax.training import prepare
@@ -66,10 +66,10 @@ def test_a_poisoned_line_is_named_skipped_and_survived(
     ]
     lines[6:7] = ["", json.dumps({"messages": messages})]  # an empty line counts, and gives no row
     rows.write_text("\n".join(lines) + "\n")
-    console = quiet()
+    heard = Heard()
     config = load_config(path)
-    run = train(config, console=console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    run = train(config, reporter=heard)
+    said = heard.text
 
     skipped = [line for line in strictly(run / "metrics.jsonl") if line["split"] == "skipped"]
     assert len(skipped) == 2 and skipped[0]["step"] <= 3 < skipped[1]["step"]
@@ -104,7 +104,7 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "max_bad_steps": 3}
     path = run_config(tmp_path, target, train=settings)
     with pytest.raises(Diverged) as raised:
-        train(load_config(path, words), console=quiet())
+        train(load_config(path, words), reporter=quiet())
     said = str(raised.value)
     assert (
         f"stopped: 3 updates in a row (train.max_bad_steps) were not finite, from step {first} on"
@@ -134,26 +134,14 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
         match=r"the parameters are not finite after step 1, .*no checkpoint was written yet",
     ):
         words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
-        train(load_config(path, words), console=quiet())
-    assert sound_checkpoint(tmp_path / "run", say=print) is None
+        train(load_config(path, words), reporter=quiet())
+    assert sound_checkpoint(tmp_path / "run", reporter=quiet()) is None
     strictly(tmp_path / "run" / "metrics.jsonl")
 
 
-def watch(stored: Any = None, **settings: Any) -> StepWatch:
+def watch(stored: Any = None, *, max_bad_steps: int = 3) -> StepWatch:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool), line=10 + number) for number in range(40)]
-    return StepWatch(rows, config(**settings), stored)
-
-
-def config(max_bad_steps: int = 3, **data: Any) -> RunConfig:
-    from domino_jax.config.run import DataConfig, DraftRecipe, TrainConfig
-
-    return RunConfig(
-        run_dir="run",
-        target="target",
-        draft=DraftRecipe(mask_token_id=1),
-        data=DataConfig(**(data or {"train": "a.jsonl"})),
-        train=TrainConfig(max_bad_steps=max_bad_steps),
-    )
+    return StepWatch(rows, "a.jsonl", max_bad_steps=max_bad_steps, stored=stored)
 
 
 def outcome(step: int, updates: int, nonfinite: int, rows: Any = ()) -> StepOutcome:
@@ -209,13 +197,13 @@ def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
 
 def test_captured_rows_are_named_by_their_number() -> None:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool))] * 3
-    (skip,) = StepWatch(rows, config(features="states")).skips([outcome(1, *BAD, rows=[2, 0])])
+    (skip,) = StepWatch(rows, "states", max_bad_steps=3).skips([outcome(1, *BAD, rows=[2, 0])])
     assert str(skip.place) == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
 
 
 def test_the_message_without_a_checkpoint_promises_none() -> None:
     (skip,) = watch(max_bad_steps=1).skips([outcome(1, *BAD, rows=[2])])
-    said = divergence(config(max_bad_steps=1), skip, newest_checkpoint=None)
+    said = divergence(Path("run"), skip, max_bad_steps=1, newest_checkpoint=None)
     assert "no checkpoint was written yet" in said and "lines 12 of a.jsonl" in said
 
 

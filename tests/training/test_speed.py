@@ -11,14 +11,7 @@ import pytest
 from tiny import CONFIG, MASK_TOKEN_ID
 
 from domino_jax.chips import CHIPS, Chip
-from domino_jax.config.run import (
-    DataConfig,
-    DraftRecipe,
-    LossConfig,
-    OptimizerConfig,
-    RunConfig,
-    make_draft_config,
-)
+from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.sharding import make_mesh
 from domino_jax.target.model import Target
 from domino_jax.training.domino_module import build_trainer
@@ -52,24 +45,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def toy_speed(*, kl_weight: float = 0.0, **data: Any) -> Speed:
+def toy_speed(*, kl_weight: float = 0.0, target_runs: bool = True) -> Speed:
     """Of a run whose steps have 2 micro-batches of 8 rows."""
-    data = {"train": "rows.jsonl"} | data
-    config = RunConfig(
-        run_dir="run",
-        target="target",
-        draft=RECIPE,
-        data=DataConfig(batch_size=8, max_length=64, **data),
-        loss=LossConfig(kl_weight=kl_weight),
-        optimizer=OptimizerConfig(grad_accumulation=2),
-    )
     program = Program(
         trainer=build_trainer(draft(), kl_weight=kl_weight),
         target=Target(CONFIG, capture=(0, 2), depth=4 if kl_weight else 3, scan_layers=True),
         optimizer=optax.sgd(0.1),
         curriculum=optax.constant_schedule(0.5),
     )
-    return Speed(config, program, make_mesh(), lengths=LENGTHS)
+    return Speed(program, make_mesh(), lengths=LENGTHS, step_rows=16, target_runs=target_runs)
 
 
 def draft() -> Any:
@@ -101,7 +85,7 @@ def test_speeds_count_what_was_there(clock: Clock) -> None:
     [
         ({}, {"target": CONFIG}),
         ({"kl_weight": 0.5}, {"target": CONFIG, "depth": 4, "target_logits": True}),
-        ({"train": None, "features": "states"}, {}),
+        ({"target_runs": False}, {}),
     ],
     ids=["online", "kl", "offline"],
 )

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from rich.console import Console
-from tiny import run_config, write_target
+from tiny import quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.stages import HEAD, STAGES
-from domino_jax.training.inputs import device_batch, training_batches
+from domino_jax.training.inputs import device_batch
 from domino_jax.training.prepare import prepare
 from domino_jax.training.step import train_step
 
@@ -23,9 +22,9 @@ def test_every_product_of_a_step_belongs_to_a_stage(
 ) -> None:
     words = [f"draft.projector_type={projector or 'null'}", "optimizer.grad_accumulation=2"]
     target = write_target(tmp_path / "target")
-    run = prepare(load_config(run_config(tmp_path, target), words), console=Console(quiet=True))
+    run = prepare(load_config(run_config(tmp_path, target), words), reporter=quiet())
     with jax.set_mesh(run.mesh):
-        rows = next(training_batches(run.rows, run.config))
+        rows = next(run.batches())
         batch = device_batch(run.mesh, rows, micro_batches=2)
         step = jax.jit(functools.partial(train_step, run.program))
         lowered = step.lower(run.state, run.target_params, batch)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from reference import dflash_config, draft_config, target_config
 from tiny import stack_layers
 
-from domino_jax.config.run import OptimizerConfig
+from domino_jax.config.sections import OptimizerConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec

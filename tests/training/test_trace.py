@@ -1,6 +1,5 @@
 """`train.profile`: a trace beside the run, and the same run."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import chex
 import jax
 import pytest
-from rich.console import Console
-from tiny import run_config
+from tiny import Heard, run_config
 
 from domino_jax.chips import CHIPS, Chip
 from domino_jax.config.run import load_config
@@ -20,12 +18,12 @@ from domino_jax.training.trace import Trace
 
 def start(path: Path, words: list[str], **options: Any) -> str:
     """Trains and returns what was said."""
-    console = Console(file=io.StringIO())
+    heard = Heard()
     try:
-        train(load_config(path, words), console=console, **options)
+        train(load_config(path, words), reporter=heard, **options)
     except Interrupted as stopped:
-        console.print(str(stopped))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+        heard.say(str(stopped))
+    return heard.text
 
 
 def traces(run: Path) -> list[Path]:
@@ -118,7 +116,7 @@ def test_the_steps_that_are_traced(
 
     traced = []
     coming = range(done + 1, 7)
-    with Trace(tmp_path, profile, coming, paused=Paused, say=said.append) as trace:
+    with Trace(tmp_path, profile, coming, paused=Paused, reporter=Heard(lines=said)) as trace:
         for step in coming:
             trace.before(step, step - 1)
             traced += [step] if running else []

@@ -1,25 +1,35 @@
-"""Answers for a prompt file and streamed text, on a tiny target."""
+"""Answers for a prompt file, however often it is begun, and text that streams."""
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import SWITCHED_TEMPLATE, TEMPLATE, write_conversations, write_target
+from tiny import SWITCHED_TEMPLATE, TEMPLATE, Heard, quiet, write_conversations, write_target
 
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
 from domino_jax.decoding import generate as generation
-from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
+from domino_jax.decoding.generate import TextStream, generate, stream_answer
+from domino_jax.decoding.regenerate import Answerer, AnswerSettings, Regenerated, regenerate
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.progress import Reporter
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 
-SETTINGS = {"target": "tiny", "max_new_tokens": 12}
+SETTINGS = AnswerSettings(
+    target="tiny",
+    max_new_tokens=12,
+    temperature=0.0,
+    seed=0,
+    dtype="float32",
+    batch_size=4,
+    chat_template_kwargs={},
+)
 
 
 class Tiny:
@@ -37,13 +47,15 @@ class Tiny:
         )
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
-    def regenerate(self, prompts: Path, answers: Path, **changes: Any) -> Regenerated:
-        options = dict(
-            max_new_tokens=12, batch_size=4, seed=0, settings=SETTINGS, progress=lambda *_: None
-        )
-        return regenerate(
-            self.decoder, self.weights, self.tokenizer, prompts, answers, **{**options, **changes}
-        )
+    def regenerate(
+        self,
+        prompts: Path,
+        answers: Path,
+        settings: AnswerSettings = SETTINGS,
+        reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
+    ) -> Regenerated:
+        answerer = Answerer(self.decoder, self.weights, self.tokenizer)
+        return regenerate(answerer, prompts, answers, settings=settings, reporter=reporter)
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +83,22 @@ def test_every_prompt_gets_the_answer_it_gets_alone(
             "role": "assistant",
             "content": tiny.answer_alone(asked[record["prompt_line"]]),
         }
-        assert record["generator"] == SETTINGS
+        assert record["generator"] == asdict(SETTINGS)
     assert not (tmp_path / "answers.jsonl.partial").exists()
 
 
 def test_a_cut_off_start_goes_on_and_gives_the_same_file(
-    tiny: Tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
     whole = tiny.regenerate(prompts, tmp_path / "whole.jsonl")
 
-    def stop(done: int, *_: int) -> None:
-        if done >= 4:
-            raise KeyboardInterrupt
+    class Stop(Heard):
+        def say(self, line: str) -> None:
+            if line.startswith("prompts 4/10"):
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.regenerate(prompts, tmp_path / "parts.jsonl", progress=stop)
+        tiny.regenerate(prompts, tmp_path / "parts.jsonl", reporter=Stop())
     partial = tmp_path / "parts.jsonl.partial"
     batch = partial.read_text().splitlines(keepends=True)
     partial.write_text("".join([*batch, batch[1], batch[2][:-9]]))  # killed within the next batch
@@ -121,7 +134,7 @@ def test_what_would_mix_or_lose_answers_is_refused(
         tiny.regenerate(prompts, tmp_path / "bad.jsonl")
 
 
-PROMPTED = {"messages": [], "prompt_line": 1, "finished": True, "generator": SETTINGS}
+PROMPTED = {"messages": [], "prompt_line": 1, "finished": True, "generator": asdict(SETTINGS)}
 OTHER_PARTIALS = [
     (b"\xff\n", "not valid JSON"),
     (b"[1]\n", "not an answer of `domino regenerate`"),
@@ -188,11 +201,13 @@ def test_a_prompt_beyond_the_targets_positions_is_refused(
 def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path) -> None:
     tiny = Tiny(tmp_path, template=SWITCHED_TEMPLATE)
     told = {"enable_thinking": False}
-    settings = {**SETTINGS, "chat_template_kwargs": told}
+    settings = replace(SETTINGS, chat_template_kwargs=told)
     answers, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
     tiny.regenerate(prompts, answers, settings=settings)
     lines = answers.read_text().splitlines(keepends=True)
-    assert {json.dumps(json.loads(line)["generator"]) for line in lines} == {json.dumps(settings)}
+    assert {json.dumps(json.loads(line)["generator"]) for line in lines} == {
+        json.dumps(asdict(settings))
+    }
     first = json.loads(lines[0])
     assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
     assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
@@ -200,9 +215,20 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     answers.unlink()
     for other in ({}, {"enable_thinking": 0}):
         with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
-            tiny.regenerate(prompts, answers, settings={**SETTINGS, "chat_template_kwargs": other})
+            tiny.regenerate(
+                prompts, answers, settings=replace(SETTINGS, chat_template_kwargs=other)
+            )
     assert tiny.regenerate(prompts, answers, settings=settings).answered == 6
     assert answers.read_text() == "".join(lines)
+
+
+def test_another_batch_size_is_another_set(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
+    """With a temperature an answer depends on the batch that it is drawn in."""
+    tiny.regenerate(prompts, tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.jsonl.partial").write_bytes(attested(b"".join(lines[:4])))
+    with pytest.raises(InputError, match=r"made with .*'batch_size': 4.*, not .*'batch_size': 2"):
+        tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=replace(SETTINGS, batch_size=2))
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
@@ -226,15 +252,11 @@ def test_streamed_pieces_join_to_the_whole_text(
     pieces: list[str] = []
     messages = [{"role": "user", "content": "a b c d"}]
     prompt = encode_prompt(messages, tiny.tokenizer)
-    answer = stream_text(
-        tiny.decoder,
-        tiny.weights,
-        tiny.tokenizer,
-        prompt,
-        max_new_tokens=20,
-        seed=0,
-        write=pieces.append,
+    text = TextStream(tiny.tokenizer, pieces.append)
+    answer = stream_answer(
+        tiny.decoder, tiny.weights, prompt, max_new_tokens=20, show=text.show, seed=0
     )
+    text.end(answer.tokens)
     assert "".join(pieces) == tiny.answer_alone(messages, 20)
     assert len([piece for piece in pieces if piece]) > 2
     assert "".join(pieces) == tiny.tokenizer.decode(

@@ -1,0 +1,61 @@
+"""Sixty keys are more than a person remembers: the verb `config` says what each of them means."""
+
+import difflib
+
+import click
+
+from domino_jax.cli.interrupts import keeps
+from domino_jax.config.keys import Described, described
+from domino_jax.config.run import RunConfig
+from domino_jax.strict import InputError, shown
+
+
+@click.command("config")
+@click.argument("key", required=False)
+@click.option("--list", "whole", is_flag=True, help="Print every key, one a line.")
+def config_verb(key: str | None, whole: bool) -> None:
+    """Explain KEY of a run's configuration, or all keys of a section.
+
+    \b
+    domino config --list
+    domino config loss.decay_ratio
+    domino config optimizer
+
+    A configuration is a YAML file of sections (draft, data, loss, optimizer, train, mesh) that
+    holds only what differs from the defaults; verbs that read one take KEY=VALUE words too.
+    """
+    keeps("nothing was written", at_once=True)
+    keys = list(described(RunConfig))
+    if key is None:
+        if not whole:
+            raise InputError("give a KEY, for example train.steps, or --list for all of them")
+        _print(keys)
+        return
+    found = [one for one in keys if one.name == key or one.name.startswith(f"{key}.")]
+    if not found:
+        names = [one.name for one in keys]
+        # A section is known by the dot behind it, and a key often by its last part.
+        last = [name for name in names if name.rpartition(".")[2] == key]
+        near = last or difflib.get_close_matches(key, names, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "`domino config --list` prints all"
+        raise InputError(f"no key {shown(key)} in a configuration; {remedy}")
+    if len(found) > 1:
+        _print(found)
+        return
+    (one,) = found
+    click.echo(f"{one.name}: {one.key.meaning}")
+    click.echo(f"  takes    {_takes(one)}")
+    click.echo(f"  default  {one.default}")
+
+
+def _print(keys: list[Described]) -> None:
+    """A line for each key: its name, its default, its meaning."""
+    names, defaults = max(len(one.name) for one in keys), max(len(one.default) for one in keys)
+    for one in keys:
+        click.echo(f"{one.name:{names}}  {one.default:{defaults}}  {one.key.meaning}")
+
+
+def _takes(one: Described) -> str:
+    """Type, unit and bounds of a key, formatted."""
+    unit = f" ({one.key.unit})" if one.key.unit else ""
+    return ", ".join(part for part in (f"{one.kind}{unit}", one.key.bounds) if part)

@@ -1,0 +1,146 @@
+"""A run names a few sizes of its draft; widths and rotary base are its target's, or it cannot fit.
+
+So a recipe is not yet a draft: `make_draft_config` completes it for one target and refuses what
+does not fit it. No jax here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from domino_jax.config.keys import REQUIRED, check_keys, key
+from domino_jax.config.model import (
+    SIZE_LIMIT,
+    SLIDING_ATTENTION,
+    DecoderConfig,
+    DecoderShape,
+    DominoHeadConfig,
+    DraftConfig,
+    default_target_layer_ids,
+    head_kind,
+)
+from domino_jax.strict import require
+
+LENGTH_LIMIT = 2**24  # of the sides of an array
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRecipe:
+    """The draft to train; what is left null is the target's."""
+
+    num_hidden_layers: int = key(5, "layers of the draft", least=1, below=LENGTH_LIMIT)
+    num_attention_heads: int | None = key(
+        None, "query heads; null: the target's", least=1, most=SIZE_LIMIT
+    )
+    num_key_value_heads: int | None = key(
+        None, "key and value heads; null: the target's", least=1, most=SIZE_LIMIT
+    )
+    head_dim: int | None = key(
+        None, "width of a head; null: the target's", least=1, most=SIZE_LIMIT
+    )
+    block_size: int = key(
+        16, "K, tokens of a block, its clean first one included", least=1, below=LENGTH_LIMIT
+    )
+    mask_token_id: int = key(
+        REQUIRED,
+        "token that stands where a block is to be predicted; no eos, pad or bos of the target",
+        least=0,
+        most=SIZE_LIMIT,
+    )
+    target_layer_ids: tuple[int, ...] | None = key(
+        None,
+        "layers of the target whose outputs the draft reads, from 0; null: spread over its depth",
+        least=0,
+        most=SIZE_LIMIT,
+    )
+    projector_type: str | None = key("domino", "head over the base logits; null: plain DFlash")
+    emb_dim: int = key(256, "R, width of the head's low-rank correction", least=1, most=SIZE_LIMIT)
+    gru_hidden_dim: int = key(1024, "G, width of the Domino head's GRU", least=1, most=SIZE_LIMIT)
+    pure_draft_prefix_len: int = key(
+        1, "first predictions of a block that the head leaves alone", least=0, most=SIZE_LIMIT
+    )
+    shift_label: bool | None = key(
+        None, "block position k predicts token k + 1; null: true with a head, false without"
+    )
+    sliding_window: int | None = key(
+        None,
+        "context that sliding layers see; every layer slides unless layer_types says which",
+        unit="tokens",
+        least=1,
+        most=SIZE_LIMIT,
+    )
+    layer_types: tuple[str, ...] | None = key(
+        None, "full_attention or sliding_attention, for each layer; null: all alike"
+    )
+    sliding_in_block: str = key(
+        "bidirectional",
+        "how sliding layers look inside the block; causal is SpecForge's rule",
+        choices=("bidirectional", "causal"),
+    )
+    input_embedding_scale: float = key(1.0, "multiplies the embedded block", above=0)
+    output_multiplier: float = key(1.0, "multiplies base logits", above=0)
+    final_logit_softcapping: float | None = key(
+        None, "bounds base logits c: c * tanh(logits / c); null: none", above=0
+    )
+    init_layers_from_target: bool = key(False, "start as the target's last layers and norm")
+    init_from: str | None = key(None, "directory of a draft checkpoint to start from")
+
+    def __post_init__(self) -> None:
+        """Refuses what no draft can have; the rest depends on the target."""
+        check_keys(self)
+        require(
+            not (self.init_from and self.init_layers_from_target),
+            "init_from and init_layers_from_target are two starts; give one",
+        )
+
+
+def make_draft_config(
+    recipe: DraftRecipe, target: DecoderConfig, *, special_ids: Mapping[str, int | None], dtype: str
+) -> DraftConfig:
+    """The full draft of a recipe for one target.
+
+    Args:
+        recipe: what the run's configuration says.
+        target: the target; widths, heads and rotary base are taken from it.
+        special_ids: name -> id of tokens that must not double as the mask token (eos, pad, bos).
+        dtype: compute type of the draft.
+    Raises:
+        InputError: the mask token is a special token, or the recipe does not fit the target.
+    """
+    for name, token in special_ids.items():
+        require(
+            token != recipe.mask_token_id,
+            f"draft.mask_token_id {recipe.mask_token_id} is the target's {name} token",
+        )
+    layers = recipe.target_layer_ids
+    if layers is None:
+        depth, count = target.num_hidden_layers, recipe.num_hidden_layers
+        layers = default_target_layer_ids(depth, count)
+        # `DraftConfig` refuses these too, but names a setting that nobody has given.
+        require(
+            list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth,
+            f"draft.num_hidden_layers {count} needs {count} different layers of a target of "
+            f"{depth} layers; give draft.target_layer_ids or fewer layers",
+        )
+    # Depth and type are the draft's own, and it always has per-head norms.
+    own = ("num_hidden_layers", "dtype", "qk_norm")
+    shape = [f.name for f in dataclasses.fields(DecoderShape) if f.name not in own]
+    fields: dict[str, Any] = {name: getattr(target, name) for name in shape}
+    for f in dataclasses.fields(DraftConfig):
+        chosen = getattr(recipe, f.name, None)
+        if chosen is not None:
+            fields[f.name] = chosen
+    fields["head"] = _head_of(recipe)  # null is plain DFlash, nothing left open
+    fields.setdefault("shift_label", fields["head"] is not None)
+    if recipe.sliding_window is not None and recipe.layer_types is None:
+        fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
+    fields |= {"num_target_layers": target.num_hidden_layers, "target_layer_ids": layers}
+    return DraftConfig(**fields | {"dtype": dtype})
+
+
+def _head_of(recipe: DraftRecipe) -> DominoHeadConfig | None:
+    if recipe.projector_type is None:
+        return None
+    kind = head_kind(recipe.projector_type, place="draft")
+    return kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})

@@ -1,0 +1,221 @@
+"""The sections of a run's configuration, each checked as it is made.
+
+What one section can know of itself is refused here, whoever makes it: a file, an override or a
+script. What two of them must agree on is `config.run`'s. No jax here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from domino_jax.config.draft import LENGTH_LIMIT
+from domino_jax.config.keys import check_keys, key
+from domino_jax.strict import Scalars, require, shown
+
+COUNT_LIMIT = 2**31  # of what is counted in int32: steps, rows, devices
+# Those of `draft/blocks.py`, which imports jax.
+ANCHOR_RULES = ("nemo", "specforge")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
+
+    train: str | None = key(None, "JSONL of conversations that the target answered")
+    features: str | None = key(
+        None, "directory of `domino capture`, instead of train: its states spare the target's pass"
+    )
+    heldout: str | None = key(
+        None, "JSONL of conversations to measure on; the target runs for them either way"
+    )
+    max_length: int = key(
+        3072, "S; longer conversations are cut", unit="tokens", least=1, below=LENGTH_LIMIT
+    )
+    batch_size: int = key(
+        16,
+        "rows that train together, over all devices; with packing, packed rows",
+        unit="rows",
+        least=1,
+        below=LENGTH_LIMIT,
+    )
+    chat_template_kwargs: Scalars = key(
+        {},
+        "what the target's chat template is told besides the messages, for example "
+        "enable_thinking: false; a name that it does not read is refused",
+    )
+    mask_reasoning_content: bool = key(
+        False, "take <think>...</think> of answers out of the loss; their tokens stay in the rows"
+    )
+    packing: bool = key(
+        False, "put several short conversations into one row; epochs then count packed rows"
+    )
+
+    @property
+    def source(self) -> str:
+        """Where the training rows lie."""
+        return str(self.train or self.features)
+
+    def __post_init__(self) -> None:
+        """Refuses two sources of rows, or none."""
+        check_keys(self)
+        found = "neither" if self.train is None else f"both, {self.train!r} and {self.features!r}"
+        require(
+            (self.train is None) != (self.features is None),
+            f"give one of train and features, found {found}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base)."""
+
+    num_anchors: int = key(
+        512, "N, blocks that a row trains at most", unit="anchors", least=1, below=LENGTH_LIMIT
+    )
+    anchor_rule: str = key(
+        "nemo",
+        "where a block may begin: nemo keeps it inside the row, specforge asks for one more token",
+        choices=ANCHOR_RULES,
+    )
+    loss_type: str = key("dflash", "objective; those known stand in training/objectives.py")
+    options: Scalars = key({}, "the objective's own parameters")
+    loss_decay_gamma: float | Literal["default"] | None = key(
+        "default",
+        "decay of the position weights; default: the objective's own, null: none",
+        unit="positions",
+        above=0,
+        choices=("default",),
+    )
+    normalize: str | None = key(
+        None, "divisor of the loss: weights, tokens or blocks; null: the objective's own"
+    )
+    kl_weight: float = key(
+        0.0,
+        "share of the divergence from the target's distribution; the rest is cross-entropy",
+        least=0,
+        most=1,
+    )
+    lambda_start: float = key(1.0, "lambda_base of the first step", least=0, most=1)
+    decay_ratio: float = key(
+        1.0, "share of the steps after which lambda_base is 0", least=0, most=1
+    )
+    logits_mib: float | None = key(
+        None,
+        "float32 logits that a device holds at once; null: what suits the device",
+        unit="MiB",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses what no loss can be; an objective checks its own parameters."""
+        check_keys(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
+    b1: float = key(0.9, "decay of the mean of gradients", least=0, below=1)
+    b2: float = key(0.95, "decay of the mean of their squares", least=0, below=1)
+    weight_decay: float = key(0.0, "decoupled weight decay", least=0)
+    clip_norm: float = key(1.0, "gradients of a larger global norm are scaled down", above=0)
+    warmup_ratio: float = key(0.04, "share of the steps with a rising rate", least=0, most=1)
+    final_ratio: float = key(0.1, "last learning rate over the peak", least=0, most=1)
+    grad_accumulation: int = key(
+        1, "batches that are added up for one update", unit="batches", least=1, below=LENGTH_LIMIT
+    )
+    ema_decay: float | None = key(
+        None,
+        "decay of an average of the draft, which is then exported; null: none",
+        above=0,
+        below=1,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses what no optimiser can be."""
+        check_keys(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of the run and what happens along the way."""
+
+    epochs: int = key(
+        3, "length of the run where steps is null", unit="epochs", least=1, below=COUNT_LIMIT
+    )
+    steps: int | None = key(
+        None, "length of the run; null: epochs", unit="steps", least=1, below=COUNT_LIMIT
+    )
+    log_every: int = key(
+        10, "steps of one line of metrics.jsonl", unit="steps", least=1, below=COUNT_LIMIT
+    )
+    eval_every: int = key(
+        200, "steps between held-out passes", unit="steps", least=1, below=COUNT_LIMIT
+    )
+    checkpoint_every: int = key(
+        200, "steps between checkpoints", unit="steps", least=1, below=COUNT_LIMIT
+    )
+    keep_checkpoints: int = key(
+        2, "newest checkpoints that stay", unit="checkpoints", least=1, below=COUNT_LIMIT
+    )
+    keep_best: str | None = key(
+        None,
+        "also keep the checkpoint with the longest held-out acceptance; null: do not",
+        choices=("heldout",),
+    )
+    extend: int = key(
+        0,
+        "train so much further once the run has ended, at its last rate and lambda_base",
+        unit="steps",
+        least=0,
+        below=COUNT_LIMIT,
+    )
+    max_bad_steps: int = key(
+        20, "skipped steps in a row that end the run", unit="steps", least=1, below=COUNT_LIMIT
+    )
+    tensorboard: bool = key(False, "also write TensorBoard files")
+    profile: tuple[int, int] | None = key(
+        None,
+        "[step, steps]: trace so many steps from that one on into the run's profile/; null: none",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses a run that may not begin."""
+        check_keys(self)
+        require(
+            self.keep_best is None or self.eval_every % self.checkpoint_every == 0,
+            "keep_best needs a checkpoint at each evaluation: eval_every "
+            f"{self.eval_every} must be a multiple of checkpoint_every {self.checkpoint_every}",
+        )
+        profile = self.profile
+        require(
+            profile is None or len(profile) == 2,
+            f"profile must be [step, steps], found {shown(list(profile or ()))}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh."""
+
+    data: int = key(
+        -1,
+        "devices that hold the whole draft; -1: those that the other axes leave",
+        unit="devices",
+        least=1,
+        below=COUNT_LIMIT,
+        special=(-1,),
+    )
+    fsdp: int = key(
+        1, "devices that share parameters and batch", unit="devices", least=1, below=COUNT_LIMIT
+    )
+    tensor: int = key(
+        1, "devices that share the tensors of a layer", unit="devices", least=1, below=COUNT_LIMIT
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses counts that no mesh can have."""
+        check_keys(self)
