@@ -82,7 +82,11 @@ def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
 
 
 def kwargs_text(kwargs: Scalars) -> str:
-    """Settings as JSON: equal for equal ones, and as the command line takes them."""
+    """Settings as JSON: equal for equal ones, and as the command line takes them.
+
+    >>> kwargs_text({"enable_thinking": False, "effort": 0})
+    '{"effort": 0, "enable_thinking": false}'
+    """
     # 0 and false are equal in Python, and two things to a template.
     return json.dumps(dict(kwargs), sort_keys=True, ensure_ascii=False)
 
