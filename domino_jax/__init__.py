@@ -1,58 +1,102 @@
 """Trains, checks and exports Domino and DFlash speculative-decoding drafters in JAX.
 
-What a script needs has one public name here, wherever its module stands. Each is imported when it
-is asked for, not before: `domino` imports this package and must answer Ctrl-C before jax is there.
+What a script needs has one public name here, wherever its module stands (`docs/library.md` says
+what each is). Each is imported when it is asked for, not before: `domino` imports this package and
+must answer Ctrl-C before jax is there.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from domino_jax.config.model import DominoHeadConfig, DraftConfig
+    from domino_jax.decoding.evaluate import evaluate
+    from domino_jax.decoding.generate import generate
+    from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.draft.build import init_draft
     from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
+    from domino_jax.strict import InputError
+    from domino_jax.target.load import load_target
+    from domino_jax.target.model import Target, lm_head_weight
     from domino_jax.training.curriculum import get_lambda_base, lambda_base_schedule
     from domino_jax.training.domino_module import DominoTrainerModule, build_trainer
     from domino_jax.training.loss import compute_accept_len
+    from domino_jax.training.metrics import metric_means, metric_sums
     from domino_jax.training.modules import DFlashTrainerModule
     from domino_jax.training.objectives import register_objective
     from domino_jax.training.step_metrics import DFlashStepMetrics, DominoStepMetrics
 
 __version__ = "0.1.0"
 
+# Written out: type checkers read it, and take nothing else of a typed package for public.
 __all__ = [
     "DFlashStepMetrics",
     "DFlashTrainerModule",
+    "Decoder",
+    "DominoHeadConfig",
     "DominoStepMetrics",
     "DominoTrainerModule",
+    "DraftConfig",
+    "DraftModel",
+    "InputError",
+    "Target",
+    "Weights",
     "__version__",
     "build_trainer",
     "compute_accept_len",
+    "evaluate",
+    "generate",
     "get_lambda_base",
     "hf_tensors",
+    "init_draft",
     "lambda_base_schedule",
+    "lm_head_weight",
     "load_hf_draft",
+    "load_target",
+    "make_decoder",
+    "metric_means",
+    "metric_sums",
     "register_objective",
     "save_hf_draft",
 ]
 
-# The modules of the imports above, which only type checkers read.
-_MODULES = (
-    "interop.hf",
-    "training.curriculum",
-    "training.domino_module",
-    "training.loss",
-    "training.modules",
-    "training.objectives",
-    "training.step_metrics",
-)
+# Where each name is, as in the imports above, which only type checkers read.
+_MODULES = {
+    "DFlashStepMetrics": "training.step_metrics",
+    "DFlashTrainerModule": "training.modules",
+    "Decoder": "decoding.speculate",
+    "DominoHeadConfig": "config.model",
+    "DominoStepMetrics": "training.step_metrics",
+    "DominoTrainerModule": "training.domino_module",
+    "DraftConfig": "config.model",
+    "DraftModel": "draft.backbone",
+    "InputError": "strict",
+    "Target": "target.model",
+    "Weights": "decoding.speculate",
+    "build_trainer": "training.domino_module",
+    "compute_accept_len": "training.loss",
+    "evaluate": "decoding.evaluate",
+    "generate": "decoding.generate",
+    "get_lambda_base": "training.curriculum",
+    "hf_tensors": "interop.hf",
+    "init_draft": "draft.build",
+    "lambda_base_schedule": "training.curriculum",
+    "lm_head_weight": "target.model",
+    "load_hf_draft": "interop.hf",
+    "load_target": "target.load",
+    "make_decoder": "decoding.speculate",
+    "metric_means": "training.metrics",
+    "metric_sums": "training.metrics",
+    "register_objective": "training.objectives",
+    "save_hf_draft": "interop.hf",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for module in _MODULES:
-            found = importlib.import_module(f"domino_jax.{module}")
-            if hasattr(found, name):
-                return getattr(found, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"domino_jax.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

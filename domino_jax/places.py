@@ -66,6 +66,9 @@ def parse_place(name: str) -> Place:
 
     Raises:
         InputError: no such place; the message tells how one is written.
+
+    >>> parse_place("v5p:2x2x4")
+    Place(name='v5p:2x2x4', chip='v5p', sides=(2, 2, 4))
     """
     chip, _, shape = name.partition(":")
     dimensions = TPU_DIMENSIONS.get(chip, 1 if chip == "h100" else 0)

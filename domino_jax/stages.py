@@ -28,6 +28,11 @@ def stage_of(path: str) -> str | None:
 
     Args:
         path: of an operation's metadata or of a name stack; transformations stand around names.
+
+    >>> stage_of("jit(train_step)/transpose(jvp(backbone))/block_attention/dot_general")
+    'block_attention'
+    >>> stage_of("jit(train_step)/transpose(jvp(backbone))/mlp/dot_general")
+    'backbone'
     """
     return next((name for name in reversed(_names(path)) if name in STAGES), None)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
+from benchmark_record import hardware, record, revision
+from benchmark_sides import Side, SideEnded, Worker, serve
 from benchmark_workloads import Setting, draft_config, settings, target_config
 
 from domino_jax.chips import CHIPS
@@ -39,11 +40,14 @@ def compare(options: argparse.Namespace) -> None:
         modes=options.modes,
         tiny=options.tiny,
     )
-    report: dict[str, Any] = {
+    asked = {
         "workload": options.workload,
         "tiny": options.tiny,
         "rounds": options.rounds,
         "chunk_blocks": options.chunk_blocks,
+    }
+    report: dict[str, Any] = {
+        **asked,
         "hardware": hardware(),
         "revision": revision(),
         "date": datetime.date.today().isoformat(),
@@ -53,6 +57,8 @@ def compare(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as directory:
             figures = measure(setting, Path(directory), options)
         show(figures)
+        device = {name: figures["ours"][name] for name in ("platform", "device")}
+        record(options.record, asked | figures, device=device)
         report["settings"].append(figures)
     print(json.dumps(report))
     if not options.no_peer and not all("nemo" in figures for figures in report["settings"]):

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 from benchmark_cycle import batch_speed, cycle_parts, verification
-from benchmark_sides import hardware, revision
+from benchmark_record import add_record_option, hardware, record, revision
 from benchmark_workloads import SHAPES, draft_config, target_config
 
 from domino_jax.config.model import DecoderConfig, DraftConfig
@@ -85,6 +85,7 @@ def main() -> None:
         help="tokens drafted per cycle: K - 1, or all",
     )
     parser.add_argument("--no-torch", action="store_true", help="only what is written here")
+    add_record_option(parser)
     options = parser.parse_args()
     if (options.shape is None) != bool(options.domino and options.dflash):
         parser.error("give --domino RUN and --dflash RUN, or --shape alone")
@@ -124,9 +125,6 @@ def main() -> None:
         "proposals": options.proposals,
         "prompts": len(prompts),
         "max_new_tokens": count,
-        "hardware": hardware(),
-        "revision": revision(),
-        "date": datetime.date.today().isoformat(),
         "versions": {"jax": jax.__version__},
     }
     if not options.no_torch:
@@ -134,7 +132,11 @@ def main() -> None:
 
         report["versions"] |= benchmark_nemo.versions()
     show(report)
-    print(json.dumps(report))
+    device = jax.devices()[0]
+    place = {"platform": device.platform, "device": device.device_kind}
+    record(options.record, report, device=place)
+    report |= {"hardware": hardware(), "revision": revision()}
+    print(json.dumps(report | {"date": datetime.date.today().isoformat()}))
 
 
 def case_of_runs(options: argparse.Namespace) -> Case:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_sides import hardware, revision
+from benchmark_record import add_record_option, hardware, record, revision
 from benchmark_step import CONFIG, random_batch
 
 SWEEPS = {
@@ -36,6 +36,7 @@ def main() -> None:
         "--steps", type=int, default=3, help="measured steps of each point, after one to warm up"
     )
     parser.add_argument("--chunk-blocks", type=int, default=16)
+    add_record_option(parser)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
@@ -59,6 +60,9 @@ def main() -> None:
         "powers": powers,
         "points": points,
     }
+    first = points[options.sweeps[0]][0]
+    device = {name: first[name] for name in ("platform", "device")}
+    record(options.record, report, device=device)
     report |= {"hardware": hardware(), "revision": revision()}
     options.directory.mkdir(parents=True, exist_ok=True)
     (options.directory / "GROWTH.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -72,7 +76,7 @@ def main() -> None:
     print(json.dumps(powers))
 
 
-def run_point(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, float]:
+def run_point(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
     """Measures one point in its own process, so that no memory of another one counts."""
     words = [
         "--point",
@@ -93,8 +97,8 @@ def run_point(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, f
     return figures
 
 
-def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str, float]:
-    """The fastest step and the planned temporary bytes of the whole step and of its loss."""
+def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str, Any]:
+    """The fastest step, the planned temporary bytes of it and of its loss, and the device."""
     import time
 
     import jax
@@ -115,7 +119,10 @@ def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
+    device = jax.devices()[0]
     return {
+        "platform": device.platform,
+        "device": device.device_kind,
         "seconds": min(seconds[1:]),
         "step_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "loss_bytes": loss_bytes(config, sizes["N"], chunk_blocks=chunk_blocks),

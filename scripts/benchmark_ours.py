@@ -171,7 +171,11 @@ def recipe_step(
         return float(sums["loss_sum"] / sums["loss_weight"])
 
     def finish() -> dict[str, Any]:
-        return {"peak_bytes": peak_bytes(), "device": device_name(), "dtype": target.dtype} | {
+        return {
+            "peak_bytes": peak_bytes(),
+            "platform": device.platform,
+            "device": device.device_kind,
+            "dtype": target.dtype,
             "versions": {"jax": jax.__version__},
             "chunk_blocks": chunk_blocks,
         }
@@ -183,8 +187,3 @@ def peak_bytes() -> int | None:
     """The most memory of the device that jax has held at once; None on a CPU."""
     statistics = jax.devices()[0].memory_stats()
     return statistics["peak_bytes_in_use"] if statistics else None
-
-
-def device_name() -> str:
-    """The chip."""
-    return jax.devices()[0].device_kind

@@ -1,4 +1,4 @@
-"""Two processes that take turns at the same work, and where they ran.
+"""Two processes that take turns at the same work.
 
 Each side waits while the other works, so that a busy moment hits both; a process of its own keeps
 the memory of the one out of the figures of the other.
@@ -6,12 +6,10 @@ the memory of the one out of the figures of the other.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 # A step, which returns its loss when it is done, and what to say at the end.
@@ -90,19 +88,3 @@ def serve(make: Callable[[], Worker]) -> None:
         elif line.strip() == "finish":
             answer = finish()
         print(json.dumps(answer), file=replies, flush=True)
-
-
-def hardware() -> str:
-    """Cores and their name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
-
-
-def revision() -> str:
-    """What git calls the checkout; "unknown" in a copy without its history."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -34,7 +34,8 @@ from typing import Any
 
 import benchmark_workloads as card
 import numpy as np
-from benchmark_sides import Side, SideEnded, Worker, hardware, revision, serve
+from benchmark_record import add_record_option, hardware, record, revision
+from benchmark_sides import Side, SideEnded, Worker, serve
 from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
 from domino_jax.config.model import DominoHeadConfig, DraftConfig
@@ -73,6 +74,7 @@ def main() -> None:
         help="blocks whose logits exist together; 0 for all "
         f"({CHUNK_BLOCKS}, on an accelerator {card.CHUNK_BLOCKS})",
     )
+    add_record_option(parser)
     real = parser.add_argument_group("steps of real size (qwen3-4b, qwen3-8b, specforge)")
     real.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
     real.add_argument("--modes", nargs="+", choices=card.MODES, default=[], help="only these")
@@ -145,8 +147,6 @@ def compare(options: argparse.Namespace) -> None:
         "losses": [ours["loss"], nemo["loss"]],
         "rounds": options.rounds,
         "chunk_blocks": options.chunk_blocks,
-        "hardware": hardware(),
-        "revision": revision(),
     }
     print(
         f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, "
@@ -164,7 +164,8 @@ def compare(options: argparse.Namespace) -> None:
         f"  ratio {figures['ratio']:.2f}x, memory {figures['rss_ratio']:.2f}x of NeMo's, ", end=""
     )
     print(f"{figures['peak_share']:.0%} of {peak / 1e9:.0f} GFLOP/s")
-    print(json.dumps(figures))
+    record(options.record, figures, device={"platform": "cpu", "device": "cpu"})
+    print(json.dumps(figures | {"hardware": hardware(), "revision": revision()}))
 
 
 def write_inputs(directory: Path, workload: str) -> None:

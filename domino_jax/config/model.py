@@ -380,6 +380,9 @@ def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> t
     Returns:
         `(L // 2,)` for n = 1, else `round(1 + i (L - 4) / (n - 1))`.
     Source: DFlash (arXiv:2602.06036); NeMo AutoModel 0.7.0 `build_target_layer_ids`.
+
+    >>> default_target_layer_ids(36, 5)
+    (1, 9, 17, 25, 33)
     """
     # Python's `round`, which takes halves to the even number, as the reference does: another
     # rounding would read other layers than the draft was trained on.

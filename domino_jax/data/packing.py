@@ -46,6 +46,9 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
     Raises:
         ValueError: a row is longer than `max_length`.
     Source: NeMo AutoModel 0.7.0 for the rule of short conversations (`_sample_anchor_positions`).
+
+    >>> pack_rows([5, 3, 6, 2, 4], max_length=8)
+    [(0, 1), (2, 3), (4,)]
     """
     check_fits(lengths, max_length=max_length)
     # Open packs by the room they have left.
@@ -79,7 +82,11 @@ def check_fits(lengths: Sequence[int], *, max_length: int) -> None:
 
 
 def padding_share(lengths: Sequence[int], packs: Sequence[Pack], *, max_length: int) -> float:
-    """The part of all positions of a pass over the packs that holds no token, 0..1."""
+    """The part of all positions of a pass over the packs that holds no token, 0..1.
+
+    >>> padding_share([5, 3, 4], [(0, 1), (2,)], max_length=8)
+    0.25
+    """
     return 1.0 - sum(lengths[number] for pack in packs for number in pack) / (
         len(packs) * max_length
     )

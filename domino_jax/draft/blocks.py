@@ -202,6 +202,9 @@ def document_ids(seq_lens: jax.Array, length: int) -> jax.Array:
     Args:
         seq_lens: int [B, documents], 0 for padding.
         length: S of the row.
+
+    >>> document_ids(jnp.array([[3, 2, 0]]), 7).tolist()
+    [[0, 0, 0, 1, 1, 3, 3]]
     """
     # The first document that ends after a position is its own, so never an empty one. What stands
     # after the last of them gets a number that no document has.

@@ -169,12 +169,14 @@ class DominoHead(nn.Module):
 
 
 # What computes each kind of head, and the names of its tensors in a checkpoint by path in its tree.
-HEAD_MODULES: dict[type, type[nn.Module]] = {DominoHeadConfig: DominoHead}
+HEAD_MODULES: dict[type, type[nn.Module]] = {
+    DominoHeadConfig: DominoHead,
+}
 HEAD_TENSORS: dict[type, dict[tuple[str, ...], str]] = {
     DominoHeadConfig: {
         ("prefix_gru", "weight_ih_l0"): "prefix_gru.weight_ih_l0",
         ("prefix_gru", "weight_hh_l0"): "prefix_gru.weight_hh_l0",
         ("embed_proj_0", "weight"): "embed_proj.0.weight",
         ("embed_proj_2",): "embed_proj.2.weight",
-    }
+    },
 }

@@ -24,6 +24,9 @@ def get_lambda_base(
     Returns:
         A float in 0..1.
     Source: NeMo AutoModel 0.7.0, `get_lambda_base`; Domino (arXiv:2605.29707).
+
+    >>> [get_lambda_base(step, 100) for step in (0, 25, 50, 99)]
+    [1.0, 0.5, 0.0, 0.0]
     """
     # At least 1, or a ratio of 0 would divide by zero. The weight is then 0 from step 1 on.
     decay_steps = max(1, int(total_steps * decay_ratio))

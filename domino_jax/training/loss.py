@@ -144,6 +144,11 @@ def compute_accept_len(
     Returns:
         float32 [B, N].
     Source: NeMo AutoModel 0.7.0, `compute_accept_len`.
+
+    >>> target = jnp.array([[[5, 6, 7], [5, 6, 7]]])
+    >>> drafted = jnp.array([[[5, 6, 0], [0, 6, 7]]])
+    >>> compute_accept_len(drafted, target, jnp.ones((1, 2, 3), bool)).tolist()
+    [[2.0, 0.0]]
     """
     accepted = jnp.cumprod(((pred_ids == target_ids) | ~valid_mask).astype(jnp.int32), axis=-1)
     return jnp.sum(accepted * valid_mask, axis=-1).astype(jnp.float32)
