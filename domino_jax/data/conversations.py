@@ -6,6 +6,7 @@ answer begins and ends, so what it renders is compared and never imitated.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,17 @@ class Row(NamedTuple):
         return {name: values for name, values in fields.items() if values is not None}
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """How conversations become rows; see `encode_conversation`. `stop_ids` end an answer."""
+
+    tokenizer: Any
+    kwargs: Scalars
+    stop_ids: tuple[int, ...]
+    max_length: int
+    mask_reasoning_content: bool
+
+
 class RowSet(NamedTuple):
     """The rows of a file in its order, the lines left out, and how many rows are unfinished."""
 
@@ -112,21 +124,16 @@ def load_rows(
     """
     records, bad_lines = _read_records(path)
     stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
+    encoding = _Encoding(
+        tokenizer, chat_template_kwargs, stop_ids, max_length, mask_reasoning_content
+    )
     rows, unfinished = [], 0
     what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
         _check_answered(record, chat_template_kwargs, place=f"{path}:{line}")
         finished = record.get("finished") is not False
         try:
-            row = _encode(
-                record["messages"],
-                tokenizer,
-                chat_template_kwargs,
-                stop_ids,
-                max_length=max_length,
-                finished=finished,
-                mask_reasoning_content=mask_reasoning_content,
-            )
+            row = _encode(record["messages"], encoding, finished=finished)
         except CostlyTemplate:  # each further line would take as long
             raise
         except InputError as error:
@@ -173,15 +180,11 @@ def encode_conversation(
         InputError: there is no answer, or the template does not show where the last one begins or
             where one ends.
     """
-    return _encode(
-        messages,
-        tokenizer,
-        chat_template_kwargs,
-        stop_token_ids(tokenizer, chat_template_kwargs),
-        max_length=max_length,
-        finished=True,
-        mask_reasoning_content=mask_reasoning_content,
+    stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
+    encoding = _Encoding(
+        tokenizer, chat_template_kwargs, stop_ids, max_length, mask_reasoning_content
     )
+    return _encode(messages, encoding, finished=True)
 
 
 def encode_prompt(
@@ -233,25 +236,17 @@ def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) ->
     return tuple(stops)
 
 
-def _encode(
-    messages: Messages,
-    tokenizer: Any,
-    kwargs: Scalars,
-    stop_ids: Sequence[int],
-    *,
-    max_length: int,
-    finished: bool,
-    mask_reasoning_content: bool,
-) -> Row | None:
+def _encode(messages: Messages, encoding: _Encoding, *, finished: bool) -> Row | None:
+    tokenizer, stop_ids = encoding.tokenizer, encoding.stop_ids
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     before = [Rendering(messages[:index], generation_prompt=True) for index in answers]
-    text, *prompts = render(tokenizer, [Rendering(messages), *before], kwargs)
+    text, *prompts = render(tokenizer, [Rendering(messages), *before], encoding.kwargs)
     stop_texts = tokenizer.convert_ids_to_tokens(list(stop_ids))
     begins = []
     for index, prompt in zip(answers, prompts, strict=True):
         _check_own_words(index, messages[index], stop_texts)
         if text.startswith(prompt):
-            _check_marked(index, messages, text, prompt, tokenizer, kwargs)
+            _check_marked(messages[: index + 1], prompt, text[len(prompt) :], encoding)
             begins.append(len(prompt))
         elif index == answers[-1]:
             # An earlier one may be: Qwen3 shows empty thoughts before the last answer alone.
@@ -268,13 +263,13 @@ def _encode(
         if not len(stops):
             raise InputError("the chat template puts no end-of-turn token after an answer")
         mask[inside[0] : stops[0] + 1] = True
-        if mask_reasoning_content:
+        if encoding.mask_reasoning_content:
             # A generation prompt may end with the opening tag: the answer begins in its reasoning.
             opened = text[:begin].rstrip().endswith(THINK_BEGIN)
             for start, end in _reasoning_spans(text[begin : spans[stops[0], 0]], opened=opened):
                 mask &= (spans[:, 1] <= begin + start) | (spans[:, 0] >= begin + end)
     # The loop ended with the last answer, the one that may be unfinished.
-    length = max_length if finished else min(max_length, int(stops[0]))
+    length = encoding.max_length if finished else min(encoding.max_length, int(stops[0]))
     row = Row(ids[:length], mask[:length])
     return row if row.loss_mask.any() else None
 
@@ -303,14 +298,15 @@ def _check_own_words(index: int, message: dict[str, Any], stop_texts: Iterable[s
             raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
 
 
-def _check_marked(
-    index: int, messages: Messages, text: str, prompt: str, tokenizer: Any, kwargs: Scalars
-) -> None:
-    """Refuses a role header that would count as part of the answer after it."""
+def _check_marked(messages: Messages, prompt: str, answered: str, encoding: _Encoding) -> None:
+    """Refuses a role header that would count as part of the last message, the answer after it.
+
+    `answered` is what the template renders after the `prompt`.
+    """
     # Some templates know no generation prompt and need none.
-    if text[len(prompt) :].lstrip().startswith((messages[index]["content"].strip(), THINK_BEGIN)):
+    if answered.lstrip().startswith((messages[-1]["content"].strip(), THINK_BEGIN)):
         return
-    (without,) = render(tokenizer, [Rendering(messages[:index])], kwargs)
+    (without,) = render(encoding.tokenizer, [Rendering(messages[:-1])], encoding.kwargs)
     if prompt == without:
         raise InputError(
             "the chat template ignores add_generation_prompt, which marks where an answer begins"

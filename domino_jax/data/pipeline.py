@@ -8,9 +8,9 @@ the state, shuffles the rows and shares the batches out to the processes:
     batch 0   batch 1   batch 2   batch 3   batch 4 ...     process 0 of 2 takes 0, 2, 4 ...
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import grain  # at run time where it is used: steps and decoding do without
 
 READING_THREADS = 8  # that fill one batch from disk
+# Sequences, as good as endless. Grain computes lengths in float64, where sys.maxsize in batches of
+# 1 overflows.
+ENDLESS = 2**50
 
 
 def row_batches(
@@ -74,10 +77,7 @@ def row_batches(
     import grain
 
     index, count = _process(process_index, process_count)
-    units = single_packs(len(rows)) if packs is None else packs
-    if len(units) < batch_size * count:
-        what = "rows" if packs is None else f"rows packed from {len(rows)} conversations"
-        raise InputError(f"{len(units)} {what} cannot fill a batch of {batch_size * count}")
+    units = _enough_units(rows, packs, step_rows=batch_size * count)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0..{2**32 - 1}, found {seed}")
     data = grain.MapDataset.source(units)
@@ -85,9 +85,7 @@ def row_batches(
         data = data.shuffle(seed=seed)
     make = _batch_maker(rows, packs, max_length=max_length, from_disk=read_ahead > 0)
     # Repeated before they are batched: a batch may reach into the next epoch, and none is short.
-    # As good as endless; grain computes lengths in float64, where sys.maxsize in batches of 1
-    # overflows.
-    batches = data.repeat(2**50 // len(units)).batch(batch_size, batch_fn=make)
+    batches = data.repeat(ENDLESS // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
         batches = batches[: _steps(units, batch_size * count) * count]
     return _iterator(batches, index, count, read_ahead=read_ahead)
@@ -125,7 +123,7 @@ def heldout_batches(
     index, count = _process(process_index, process_count)
     if not rows:
         raise InputError("no held-out rows")
-    units = single_packs(len(rows)) if packs is None else packs
+    units = _units(rows, packs)
     missing = _steps(units, batch_size * count) * batch_size * count - len(units)
     data = grain.MapDataset.source([*units, *[()] * missing])
     make = _batch_maker(rows, packs, max_length=max_length, from_disk=False)
@@ -140,17 +138,31 @@ def _process(index: int | None, count: int | None) -> tuple[int, int]:
     return index, count
 
 
+def _units(rows: Sequence[Row], packs: Sequence[Pack] | None) -> Sequence[Pack]:
+    """The rows of each sequence: the packs, or one row each."""
+    return single_packs(len(rows)) if packs is None else packs
+
+
+def _enough_units(
+    rows: Sequence[Row], packs: Sequence[Pack] | None, *, step_rows: int
+) -> Sequence[Pack]:
+    units = _units(rows, packs)
+    if len(units) < step_rows:
+        what = "rows" if packs is None else f"rows packed from {len(rows)} conversations"
+        raise InputError(f"{len(units)} {what} cannot fill a batch of {step_rows}")
+    return units
+
+
 def _steps(units: Sequence[Pack], step_rows: int) -> int:
     return -(-len(units) // step_rows)
 
 
 def _batch_maker(
     rows: Sequence[Row], packs: Sequence[Pack] | None, *, max_length: int, from_disk: bool
-) -> functools.partial:
+) -> Callable[[Sequence[Pack]], dict[str, np.ndarray]]:
     lengths = row_lengths(rows)
     check_fits(lengths, max_length=max_length)
-    return functools.partial(
-        _batch,
+    source = _Source(
         rows=rows,
         lengths=lengths,
         max_length=max_length,
@@ -159,6 +171,7 @@ def _batch_maker(
         packed=packs is not None,
         threads=ThreadPoolExecutor(READING_THREADS) if from_disk else None,
     )
+    return source.batch
 
 
 def _iterator(
@@ -175,44 +188,58 @@ def _iterator(
     return iter(batches[index::count].to_iter_dataset(options))
 
 
-def _batch(
-    units: Sequence[Pack],
-    *,
-    rows: Sequence[Row],
-    lengths: Sequence[int],
-    max_length: int,
-    documents: int,
-    packed: bool,
-    threads: ThreadPoolExecutor | None,
-) -> dict[str, np.ndarray]:
-    batch = {
-        "input_ids": np.zeros((len(units), max_length), np.int32),
-        "loss_mask": np.zeros((len(units), max_length), bool),
-        "row_numbers": np.full((len(units), documents), -1, np.int32),
-    }
-    seq_lens: list[list[int]] = []
-    # The number of each row, its slot and where it begins there.
-    places: list[tuple[int, int, int]] = []
-    for slot, pack in enumerate(units):
-        batch["row_numbers"][slot, : len(pack)] = pack
-        seq_lens.append([lengths[number] for number in pack])
-        begins = np.cumsum([0, *seq_lens[-1]])
-        places += [
-            (number, slot, int(begin)) for number, begin in zip(pack, begins[:-1], strict=True)
-        ]
+@dataclass(frozen=True)
+class _Source:
+    """What batches are filled from.
 
-    def put(place: tuple[int, int, int]) -> None:
-        number, slot, begin = place
-        for name, values in rows[number].arrays.items():
-            if name not in batch:
-                batch[name] = np.zeros((len(units), max_length, *values.shape[1:]), values.dtype)
-            batch[name][slot, begin : begin + len(values)] = values
+    Attributes:
+        rows: all rows.
+        lengths: tokens of each.
+        max_length: S.
+        documents: the largest number of rows in a sequence.
+        packed: whether batches say where documents lie.
+        threads: that read and copy rows, None to do so here.
+    """
 
-    # One row first: it makes the arrays, which several threads would make at once.
-    for place in places[:1]:
-        put(place)
-    # The states of one row are a hundred megabytes. `list` runs all and raises what one raised.
-    list((map if threads is None else threads.map)(put, places[1:]))
-    if packed:
-        batch |= document_arrays(seq_lens, max_length=max_length, documents=documents)
-    return batch
+    rows: Sequence[Row]
+    lengths: Sequence[int]
+    max_length: int
+    documents: int
+    packed: bool
+    threads: ThreadPoolExecutor | None
+
+    def batch(self, units: Sequence[Pack]) -> dict[str, np.ndarray]:
+        """The batch of these sequences, as `row_batches` describes it."""
+        batch = {
+            "input_ids": np.zeros((len(units), self.max_length), np.int32),
+            "loss_mask": np.zeros((len(units), self.max_length), bool),
+            "row_numbers": np.full((len(units), self.documents), -1, np.int32),
+        }
+        seq_lens: list[list[int]] = []
+        # The number of each row, its slot and where it begins there.
+        places: list[tuple[int, int, int]] = []
+        for slot, pack in enumerate(units):
+            batch["row_numbers"][slot, : len(pack)] = pack
+            seq_lens.append([self.lengths[number] for number in pack])
+            begins = np.cumsum([0, *seq_lens[-1]])
+            places += [
+                (number, slot, int(begin)) for number, begin in zip(pack, begins[:-1], strict=True)
+            ]
+
+        def put(place: tuple[int, int, int]) -> None:
+            number, slot, begin = place
+            for name, values in self.rows[number].arrays.items():
+                if name not in batch:
+                    batch[name] = np.zeros(
+                        (len(units), self.max_length, *values.shape[1:]), values.dtype
+                    )
+                batch[name][slot, begin : begin + len(values)] = values
+
+        # One row first: it makes the arrays, which several threads would make at once.
+        for place in places[:1]:
+            put(place)
+        # The states of one row are a hundred megabytes. `list` runs all and raises what one raised.
+        list((map if self.threads is None else self.threads.map)(put, places[1:]))
+        if self.packed:
+            batch |= document_arrays(seq_lens, max_length=self.max_length, documents=self.documents)
+        return batch

@@ -58,6 +58,14 @@ class Weights(NamedTuple):
     draft: Any = None
 
 
+class _Prompts(NamedTuple):
+    """Prompts int32 [B, T], filled up at their ends, and the lengths of them and of whole rows."""
+
+    tokens: jax.Array
+    lengths: jax.Array  # int32 [B]
+    limits: jax.Array  # int32 [B], the length that ends a row
+
+
 class DecodeState(NamedTuple):
     """Rows in the middle of decoding; `committed` and `verifications` give tau.
 
@@ -152,15 +160,8 @@ def start(
         row[: len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     reader = replace(decoder, proposals=0, use_head=False)  # however the draft is used: one program
-    return _prefill(
-        reader,
-        weights,
-        padded,
-        lengths,
-        lengths + max_new_tokens,
-        jax.random.key(seed),
-        slots=slots,
-    )
+    rows = _Prompts(*map(jnp.asarray, (padded, lengths, lengths + max_new_tokens)))
+    return _prefill(reader, weights, rows, jax.random.key(seed), slots=slots)
 
 
 def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
@@ -190,15 +191,9 @@ def finish(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots"))
 def _prefill(
-    decoder: Decoder,
-    weights: Weights,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    limits: jax.Array,
-    key: jax.Array,
-    *,
-    slots: int,
+    decoder: Decoder, weights: Weights, rows: _Prompts, key: jax.Array, *, slots: int
 ) -> DecodeState:
+    prompts, lengths, limits = rows
     batch, padded = prompts.shape
     cache = decoder.target.empty_cache(batch=batch, slots=slots)
     out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config.model import DraftConfig
+
 
 class Packing(NamedTuple):
     """Where documents lie in packed rows.
@@ -29,6 +31,17 @@ class Packing(NamedTuple):
     position_ids: jax.Array
     seq_lens: jax.Array
     doc_remaining: jax.Array
+
+
+class Anchors(NamedTuple):
+    """The slots of a batch: where its blocks begin.
+
+    `positions` int32 [B, N], ascending over the used slots and 0 in the unused ones, which come
+    last; `keep` bool [B, N], False for an unused slot.
+    """
+
+    positions: jax.Array
+    keep: jax.Array
 
 
 class Blocks(NamedTuple):
@@ -86,18 +99,13 @@ def anchor_candidates(
     return candidates if doc_remaining is None else candidates & (doc_remaining >= needed)
 
 
-def sample_anchors(
-    key: jax.Array, candidates: jax.Array, *, num_anchors: int
-) -> tuple[jax.Array, jax.Array]:
+def sample_anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> Anchors:
     """Draws anchors uniformly without replacement into a static number of slots.
 
     Args:
         key: a PRNG key.
         candidates: bool [B, S].
         num_anchors: N; more than the candidates leaves slots unused.
-    Returns:
-        `anchors` int32 [B, N], ascending over the used slots and 0 in the unused ones, which come
-        last; `keep` bool [B, N], False for an unused slot.
     """
     batch, length = candidates.shape
     drawn = min(num_anchors, length)
@@ -111,18 +119,15 @@ def sample_anchors(
     anchors = jnp.sort(jnp.where(keep, order, length), axis=1)
     anchors = jnp.pad(anchors, ((0, 0), (0, num_anchors - drawn)), constant_values=length)
     keep = anchors < length
-    return jnp.where(keep, anchors, 0).astype(jnp.int32), keep
+    return Anchors(jnp.where(keep, anchors, 0).astype(jnp.int32), keep)
 
 
 def make_blocks(
     input_ids: jax.Array,
     loss_mask: jax.Array,
-    anchors: jax.Array,
-    keep: jax.Array,
+    anchors: Anchors,
     *,
-    block_size: int,
-    mask_token_id: int,
-    shift_label: bool,
+    cfg: DraftConfig,
     packing: Packing | None = None,
     prefix_lengths: jax.Array | None = None,
 ) -> Blocks:
@@ -135,34 +140,31 @@ def make_blocks(
     Args:
         input_ids: int [B, S].
         loss_mask: [B, S], supervised tokens, or the share in which each is.
-        anchors: int32 [B, N].
-        keep: bool [B, N], False for an unused slot.
-        block_size: K.
-        mask_token_id: the id that stands for a token to be drafted.
-        shift_label: whether block position k predicts `anchor + 1 + k` (M = K) or `anchor + k`
-            (M = K - 1).
+        anchors: of the blocks.
+        cfg: the draft, whose `shift_label` says whether block position k predicts `anchor + 1 + k`
+            (M = K) or `anchor + k` (M = K - 1).
         packing: documents of packed rows; labels stop at the end of the anchor's document.
         prefix_lengths: int32 [B, N], how many positions of each block show their real token and are
             not supervised; None shows the anchor alone.
-    Returns:
-        `Blocks`.
     Source: NeMo AutoModel 0.7.0, `_create_noise_embed`, `_create_vp_noise_embed` and
     `_build_block_targets`.
     """
+    starts, keep = anchors
     length = input_ids.shape[1]
-    offsets = jnp.arange(block_size, dtype=jnp.int32)
-    predictions = jnp.arange(block_size if shift_label else block_size - 1, dtype=jnp.int32)
+    offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
+    predictions = jnp.arange(cfg.num_predictions, dtype=jnp.int32)
 
-    shown = jnp.ones_like(anchors) if prefix_lengths is None else prefix_lengths
-    index = anchors[..., None] + offsets
+    shown = jnp.ones_like(starts) if prefix_lengths is None else prefix_lengths
+    index = starts[..., None] + offsets
     real = (offsets < shown[..., None]) & keep[..., None] & (index < length)
-    noise_ids = jnp.where(real, _gather(input_ids, jnp.minimum(index, length - 1)), mask_token_id)
-    first = anchors if packing is None else _gather(packing.position_ids, anchors)
+    read = _gather(input_ids, jnp.minimum(index, length - 1))
+    noise_ids = jnp.where(real, read, cfg.mask_token_id)
+    first = starts if packing is None else _gather(packing.position_ids, starts)
 
-    label_index = anchors[..., None] + 1 + predictions
+    label_index = starts[..., None] + 1 + predictions
     inside = label_index < length
     if packing is not None:
-        inside &= 1 + predictions <= _gather(packing.doc_remaining, anchors)[..., None]
+        inside &= 1 + predictions <= _gather(packing.doc_remaining, starts)[..., None]
     if prefix_lengths is not None:
         inside &= 1 + predictions >= prefix_lengths[..., None]
     # Past the end of the row any token will do: the mask is 0 there.

@@ -119,73 +119,90 @@ def open_gguf(path: Path) -> GgufSource:
     return GgufSource(path, metadata, reader.tensors)
 
 
-def _check_header(file: BufferedReader, size: int) -> None:
-    """Raises `ValueError` where a header leads out of its file or beyond the bounds above.
+@dataclass(frozen=True)
+class _Header:
+    """A header under way: each method reads one part of it and stands behind that then.
 
-    `number`, `skip`, `text`, `value` and `array` each read one part of the header and stand behind
-    it then.
+    All raise `ValueError` where a part leads out of the file, whose `size` is in bytes, or beyond
+    the bounds above.
     """
 
-    def number(kind: str) -> int:
+    file: BufferedReader
+    size: int
+
+    def number(self, kind: str) -> int:
+        """An integer, `kind` as `struct` spells its type."""
         width = struct.calcsize(kind)
-        data = file.read(width)
+        data = self.file.read(width)
         if len(data) < width:
             raise ValueError("it ends inside its header")
         return struct.unpack(f"<{kind}", data)[0]
 
-    def skip(count: int) -> None:
-        # Asked first: to seek beyond the end of a file is no error.
-        if count > size - file.tell():
-            raise ValueError("it ends inside its header")
-        file.seek(count, 1)
-
-    def text(limit: int) -> None:
-        length = number("Q")
-        if length > limit:
-            raise ValueError(f"text of {length} bytes, expected at most {limit}")
-        skip(length)
-
-    def value(kind: int) -> None:
-        if kind == _STRING:
-            text(size)
-        elif kind in _SCALAR_BYTES:
-            skip(_SCALAR_BYTES[kind])
-        elif kind == _ARRAY:
-            array(number("I"), count(number("Q")))
-        else:
-            raise ValueError(f"metadata of unknown type {kind}")
-
-    def array(kind: int, length: int) -> None:
-        if kind in _SCALAR_BYTES:
-            skip(length * _SCALAR_BYTES[kind])
-        elif kind == _STRING:
-            for _ in range(length):
-                text(size)
-        else:  # arrays of arrays too, which the format has and these models do not need
-            raise ValueError(f"an array of type {kind}")
-
-    def count(found: int) -> int:
+    def count(self) -> int:
+        """How many entries follow."""
+        found = self.number("Q")
         if found > _ENTRIES:
             raise ValueError(f"{found} entries, expected at most {_ENTRIES}")
         return found
 
-    if file.read(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    version = number("I")
-    if version not in (2, 3):
-        raise ValueError(f"version {version}, expected 2 or 3")
-    tensors, keys = count(number("Q")), count(number("Q"))
-    for _ in range(keys):
-        text(_NAME_BYTES)
-        value(number("I"))
-    for _ in range(tensors):
-        text(_NAME_BYTES)
-        dimensions = number("I")
+    def text(self, limit: int) -> None:
+        """Text of at most `limit` bytes, behind its length."""
+        length = self.number("Q")
+        if length > limit:
+            raise ValueError(f"text of {length} bytes, expected at most {limit}")
+        self._skip(length)
+
+    def value(self, kind: int) -> None:
+        """A value of the metadata, `kind` by GGUFValueType."""
+        if kind == _STRING:
+            self.text(self.size)
+        elif kind in _SCALAR_BYTES:
+            self._skip(_SCALAR_BYTES[kind])
+        elif kind == _ARRAY:
+            self._array(self.number("I"), self.count())
+        else:
+            raise ValueError(f"metadata of unknown type {kind}")
+
+    def tensor(self) -> None:
+        """Where a tensor lies: its shape, type and offset, behind its name."""
+        dimensions = self.number("I")
         if dimensions > _DIMENSIONS:
             raise ValueError(f"a tensor of {dimensions} dimensions, expected at most {_DIMENSIONS}")
-        elements = math.prod(number("Q") for _ in range(dimensions))
-        number("I")  # its type, which the library knows
+        elements = math.prod(self.number("Q") for _ in range(dimensions))
+        self.number("I")  # its type, which the library knows
         # The library multiplies dimensions in 64 bits, where a product may wrap to a small number.
         # No type takes less than an eighth of a byte for an element.
-        if number("Q") > size or elements > 8 * size:
+        if self.number("Q") > self.size or elements > 8 * self.size:
             raise ValueError("a tensor lies outside the file")
+
+    def _array(self, kind: int, length: int) -> None:
+        if kind in _SCALAR_BYTES:
+            self._skip(length * _SCALAR_BYTES[kind])
+        elif kind == _STRING:
+            for _ in range(length):
+                self.text(self.size)
+        else:  # arrays of arrays too, which the format has and these models do not need
+            raise ValueError(f"an array of type {kind}")
+
+    def _skip(self, count: int) -> None:
+        # Asked first: to seek beyond the end of a file is no error.
+        if count > self.size - self.file.tell():
+            raise ValueError("it ends inside its header")
+        self.file.seek(count, 1)
+
+
+def _check_header(file: BufferedReader, size: int) -> None:
+    """Raises `ValueError` where a header leads out of its file or beyond the bounds above."""
+    if file.read(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    header = _Header(file, size)
+    version = header.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}, expected 2 or 3")
+    tensors, keys = header.count(), header.count()
+    for _ in range(keys):
+        header.text(_NAME_BYTES)
+        header.value(header.number("I"))
+    for _ in range(tensors):
+        header.text(_NAME_BYTES)
+        header.tensor()

@@ -9,6 +9,7 @@ neighbouring blocks ends its walk over the context at its largest anchor.
                                        context and nothing is walked.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -232,6 +233,58 @@ def _own_gradients(
     )
 
 
+class _BackwardTile(NamedTuple):
+    """What the backward pass reads of a tile of queries.
+
+    Beside the tile the log-sum-exp of its scores, the sum of cotangent times output, and the
+    cotangent, [B * tiles, KV, rows, _] each.
+    """
+
+    tile: _Tiles
+    log_sum: jax.Array
+    slope: jax.Array
+    cotangent: jax.Array
+
+
+_Sums = tuple[jax.Array, jax.Array]  # of the gradients of keys and values, over tiles of queries
+
+
+def _add_tile(
+    sums: _Sums, item: _BackwardTile, *, operands: Operands, size: TileSize, transposed: bool
+) -> tuple[_Sums, jax.Array]:
+    """Adds a tile of queries to the sums; the queries' own gradient beside them."""
+    tile, log_sum, slope, cotangent = item
+    scale, dtype = tile.queries.shape[-1] ** -0.5, tile.queries.dtype
+    axis = 3 if transposed else 2  # of the positions in the sums
+    factors = (tile.queries, cotangent)
+    if transposed:
+        with jax.named_scope("cpu_transposed"):
+            factors = (tile.queries.swapaxes(1, 2), cotangent.swapaxes(1, 2))
+    equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
+
+    def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        queries, *sums = carry
+        key_tile = _key_tile(tile, index, operands, size)
+        scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
+        weights = jnp.exp(jnp.minimum(scores, key_tile.bound) - log_sum)
+        slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
+        slopes = (weights * (slopes - slope) * scale).astype(dtype)
+        queries += _product("krs,ksd->krd", slopes, key_tile.keys)
+        at: list[Any] = [tile.row, 0, 0, 0]
+        at[axis] = key_tile.begin
+        for place, (factor, tile_part) in enumerate(
+            zip(factors, (slopes, weights.astype(dtype)), strict=True)
+        ):
+            new = _product(equation, factor, tile_part)[None]
+            old = jax.lax.dynamic_slice(sums[place], at, new.shape)
+            sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)
+        return queries, *sums
+
+    start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
+    queries, keys, values = _walk(tile, add, start, operands=operands, size=size)
+    return (keys, values), queries
+
+
 def backward(
     saved: Saved, cotangent: jax.Array, *, causal: bool, size: TileSize, transposed: bool
 ) -> Operands:
@@ -254,50 +307,18 @@ def backward(
     """
     operands, span = saved.operands, saved.span
     size = size.within_memory(operands)
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
     slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1, keepdims=True)
-    cotangent = cotangent.astype(dtype)
+    cotangent = cotangent.astype(operands.queries.dtype)
 
     own = _own_gradients(saved, cotangent, slope, causal=causal)
-    axis = 3 if transposed else 2  # of the positions in the sums of keys and values
-
-    def of_tile(
-        sums: tuple[jax.Array, jax.Array], item: tuple
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        tile, log_sum, slope, cotangent = item
-        factors = (tile.queries, cotangent)
-        if transposed:
-            with jax.named_scope("cpu_transposed"):
-                factors = (tile.queries.swapaxes(1, 2), cotangent.swapaxes(1, 2))
-        equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
-
-        def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            queries, *sums = carry
-            key_tile = _key_tile(tile, index, operands, size)
-            scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
-            weights = jnp.exp(jnp.minimum(scores, key_tile.bound) - log_sum)
-            slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
-            slopes = (weights * (slopes - slope) * scale).astype(dtype)
-            queries += _product("krs,ksd->krd", slopes, key_tile.keys)
-            at = [tile.row, 0, 0, 0]
-            at[axis] = key_tile.begin
-            for place, (factor, tile_part) in enumerate(
-                zip(factors, (slopes, weights.astype(dtype)), strict=True)
-            ):
-                new = _product(equation, factor, tile_part)[None]
-                old = jax.lax.dynamic_slice(sums[place], at, new.shape)
-                sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)
-            return queries, *sums
-
-        start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
-        queries, keys, values = _walk(tile, add, start, operands=operands, size=size)
-        return (keys, values), queries
-
     shape = operands.keys.swapaxes(2, 3).shape if transposed else operands.keys.shape
     # Float32: every tile of queries adds to them, which bfloat16 sums would round each time.
     zeros = jnp.zeros(shape, jnp.float32)
-    parts = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
-    sums, queries = jax.lax.scan(of_tile, (zeros, zeros), (_tiles(operands, span, size), *parts))
+    figures = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
+    add_tile = functools.partial(_add_tile, operands=operands, size=size, transposed=transposed)
+    sums, queries = jax.lax.scan(
+        add_tile, (zeros, zeros), _BackwardTile(_tiles(operands, span, size), *figures)
+    )
     keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
     queries = _from_tiles(queries, operands.queries) + own.queries
     gradients = Operands(queries, keys, values, own.keys, own.values)

@@ -12,6 +12,7 @@ Its definition is `training/loss.py`, which a researcher edits; what both read i
 """
 
 import functools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,24 @@ def vocabulary_loss(
         jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None
     )
     tables = tables._replace(lm_head=head)
-    return _vocabulary_loss((objective, chunk_blocks), states, tables, labels, lambda_base)
+    return _vocabulary_loss(_Form(objective, chunk_blocks), states, tables, labels, lambda_base)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the loss is computed: what is static, and hashable as `custom_vjp` asks of it.
+
+    Attributes:
+        objective: as in `vocabulary_loss`.
+        chunk_blocks: as in `vocabulary_loss`.
+        with_gradient: whether a piece makes its gradients too.
+        transposed: whether the gradient of `expansion` is summed as [R, V], for a CPU.
+    """
+
+    objective: Objective
+    chunk_blocks: int
+    with_gradient: bool = False
+    transposed: bool = False
 
 
 class _Slopes(NamedTuple):
@@ -148,38 +166,31 @@ class _Softmax(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocabulary_loss(
-    static: tuple[Objective, int], states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> VocabularyLoss:
-    return _of_devices(static, states, tables, labels, lam, with_gradient=False)[0]
+    return _of_devices(form, states, tables, labels, lam)[0]
 
 
 def _forward(
-    static: tuple[Objective, int], states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> tuple[VocabularyLoss, Any]:
-    return _of_devices(static, states, tables, labels, lam, with_gradient=True)
+    return _of_devices(replace(form, with_gradient=True), states, tables, labels, lam)
 
 
 def _of_devices(
-    static: tuple[Objective, int],
-    states: States,
-    tables: Tables,
-    labels: Labels,
-    lam: jax.Array,
-    *,
-    with_gradient: bool,
+    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> tuple[VocabularyLoss, Any]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
     def of_rows(states: States, labels: Labels, tables: Tables, lam: jax.Array) -> tuple[Any, Any]:
-        run = functools.partial(_in_pieces, static, with_gradient=with_gradient)
         # A kernel of a TPU's or a GPU's own becomes a branch here.
         loss, gradients = jax.lax.platform_dependent(
             states,
             tables,
             labels,
             lam,
-            cpu=functools.partial(run, transposed=True),
-            default=functools.partial(run, transposed=False),
+            cpu=functools.partial(_in_pieces, replace(form, transposed=True)),
+            default=functools.partial(_in_pieces, form),
         )
         return (loss.final, loss.base, gradients[0]), (
             loss.total,
@@ -205,31 +216,16 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 
 def _in_pieces(
-    static: tuple[Objective, int],
-    states: States,
-    tables: Tables,
-    labels: Labels,
-    lam: jax.Array,
-    *,
-    with_gradient: bool,
-    transposed: bool,
+    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> tuple[VocabularyLoss, Any]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
-    objective, chunk_blocks = static
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
-    piece = functools.partial(
-        _piece,
-        objective=objective,
-        tables=tables,
-        lam=lam,
-        with_gradient=with_gradient,
-        transposed=transposed,
-    )
-    blocks = states.hidden.shape[1]
+    piece = functools.partial(_piece, form, tables=tables, lam=lam)
+    blocks, chunk_blocks = states.hidden.shape[1], form.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = piece(states, labels)
-        return loss, _with_labels(gradients, states, labels, transposed=transposed)
+        return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
     pieces = -(-blocks // chunk_blocks)
 
     def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
@@ -262,7 +258,7 @@ def _in_pieces(
     final, base, gradients = jax.tree.map(joined, outs)
     loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final, base)
     return loss, _with_labels(
-        gradients._replace(expansion=expanded), states, labels, transposed=transposed
+        gradients._replace(expansion=expanded), states, labels, transposed=form.transposed
     )
 
 
@@ -281,17 +277,10 @@ def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, trans
 
 
 def _piece(
-    states: States,
-    labels: Labels,
-    *,
-    objective: Objective,
-    tables: Tables,
-    lam: jax.Array,
-    with_gradient: bool,
-    transposed: bool,
+    form: _Form, states: States, labels: Labels, *, tables: Tables, lam: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
-    ids = labels.target_ids
+    objective, ids = form.objective, labels.target_ids
     product = head_logits(states.hidden, tables.lm_head)
     base_logits, pull_output = jax.vjp(objective.output_logits, product)
     wanted = None
@@ -308,7 +297,7 @@ def _piece(
     loss = VocabularyLoss(
         _total(final_sum, base_sum, lam), final_sum, base_sum, final_loss, base_loss
     )
-    if not with_gradient:
+    if not form.with_gradient:
         return loss, _Gradients()
 
     base_slopes = jax.tree.map(lambda x: lam * x, base_slopes)
@@ -329,8 +318,8 @@ def _piece(
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
     rows = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
     # On a CPU [R, V]: the other way round the large factor would be transposed first.
-    equation = "bnmr,bnmv->rv" if transposed else "bnmv,bnmr->vr"
-    factors = (rows, dense) if transposed else (dense, rows)
+    equation = "bnmr,bnmv->rv" if form.transposed else "bnmv,bnmr->vr"
+    factors = (rows, dense) if form.transposed else (dense, rows)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     return loss, _Gradients(
         hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll

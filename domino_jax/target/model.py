@@ -166,49 +166,28 @@ class Target(nn.Module):
         Raises:
             ValueError: a cache together with `documents`, or a captured layer that does not run.
         """
-        cfg = self.cfg
         if not all(0 <= layer < self.layers_run for layer in self.capture):
             raise ValueError(
                 f"cannot capture layers {list(self.capture)} of a target that runs "
                 f"{self.layers_run}"
             )
-        batch, length = tokens.shape
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-            positions = (
-                positions if documents is None else _positions_in_documents(positions, documents)
-            )
-        embedding = self.param(
-            "embed_tokens",
-            logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
-            (cfg.vocab_size, cfg.hidden_size),
-            jnp.float32,
-        )
-        if not cfg.tie_word_embeddings:
-            # Only declared: logits are for the caller, who rarely wants those of every position.
-            self.param(
-                "lm_head",
-                logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed"),
-                (cfg.vocab_size, cfg.hidden_size),
-                jnp.float32,
-            )
-        x = constrain(
-            jnp.take(embedding, tokens, axis=0).astype(cfg.dtype), "batch", "length", None
-        )
-        tables = rotary(positions, cfg)
         if cache is not None and documents is not None:
             raise ValueError("documents have no cache: packed rows are whole passes")
+        if positions is None:
+            positions = _positions(tokens, documents)
+        x = self._embedded(tokens)
+        tables = rotary(positions, self.cfg)
         at = _Place(positions[:, 0], documents)
         run: Any = self._scanned if self.scan_layers else self._unrolled
         x, captured, cache = run(x, tables, at, cache)
-        hidden = RMSNorm(cfg.rms_norm_eps, name="norm")(x)
+        hidden = RMSNorm(self.cfg.rms_norm_eps, name="norm")(x)
         # Of the whole target only: where it is cut, the last layer that runs is one of the middle.
-        last = cfg.num_hidden_layers - 1
+        last = self.cfg.num_hidden_layers - 1
         captured = [
             hidden if layer == last else states
             for layer, states in zip(self.capture, captured, strict=True)
         ]
-        none = jnp.zeros((batch, length, 0), x.dtype)
+        none = jnp.zeros((*tokens.shape, 0), x.dtype)
         features = jnp.concatenate(captured, axis=-1) if captured else none
         return TargetOutput(hidden, features, cache)
 
@@ -220,6 +199,21 @@ class Target(nn.Module):
         return (
             jax.tree.map(lambda *layer: jnp.stack(layer), *layers) if self.scan_layers else layers
         )
+
+    def _embedded(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
+        """The tokens' embeddings; declares the head too, where it is not the same table."""
+        cfg = self.cfg
+        embedding = self._vocabulary_table("embed_tokens")
+        if not cfg.tie_word_embeddings:
+            # Only declared: logits are for the caller, who rarely wants those of every position.
+            self._vocabulary_table("lm_head")
+        x = jnp.take(embedding, tokens, axis=0).astype(cfg.dtype)
+        return constrain(x, "batch", "length", None)
+
+    def _vocabulary_table(self, name: str) -> jax.Array:  # [V, D]
+        init = logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed")
+        shape = (self.cfg.vocab_size, self.cfg.hidden_size)
+        return self.param(name, init, shape, jnp.float32)
 
     def _unrolled(
         self, x: jax.Array, tables: Rotary, at: _Place, cache: tuple[Cache, ...] | None
@@ -258,13 +252,11 @@ class Target(nn.Module):
         return x, list(captured[:count]), cache
 
 
-def _positions_in_documents(places: jax.Array, documents: jax.Array) -> jax.Array:
-    """Distance of each token from the first one of its document, int32 [B, T].
-
-    Args:
-        places: int32 [B, T], of each token in its row, from 0.
-        documents: int32 [B, T], the document of each token.
-    """
+def _positions(tokens: jax.Array, documents: jax.Array | None) -> jax.Array:
+    """Distance of each token from the first one of its row, or of its document; int32 [B, T]."""
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if documents is None:
+        return places
     # The roll brings the end of a row before its first token, which begins a document in any case.
     begins = documents != jnp.roll(documents, 1, axis=1)
     first = jax.lax.cummax(jnp.where(begins.at[:, 0].set(True), places, 0), axis=1)

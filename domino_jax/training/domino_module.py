@@ -62,25 +62,8 @@ class DominoTrainerModule(DFlashTrainerModule):
     ) -> DominoStepMetrics:
         """Loss and metrics of a batch.
 
-        Args:
-            input_ids: int32 [B, S].
-            hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows
-                into them.
-            loss_mask: [B, S], True (or above 0.5) on supervised tokens.
-            lm_head: [V, D], the target's head, frozen.
-            embed_tokens: [V, D], the target's embedding, frozen.
-            lambda_base: weight of the base loss, 0..1, may be traced.
-            position_ids: int32 [B, S], packed rows only, as are the next two: all three or none.
-            seq_lens: int32 [B, documents].
-            doc_remaining: int32 [B, S].
-            anchor_positions: int32 [B, N]; drawn with the rng stream "anchors" when not given.
-            block_keep_mask: bool [B, N], False for an unused slot; given with `anchor_positions`.
-            target_states: [B, S, D], the target's states after its final norm; read with
-                `kl_weight`, or where the objective reads the target's logits.
-        Returns:
-            `DominoStepMetrics`. Without any anchor its loss, gradient and `valid_blocks` are 0.
-        Raises:
-            ValueError: half of the packing or the anchors, or `kl_weight` without `target_states`.
+        Arguments and errors as in `DFlashTrainerModule.__call__`, whose base logits are the final
+        ones; here `lambda_base` weighs the two losses.
         """
         packing = packing_of(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)

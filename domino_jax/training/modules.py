@@ -21,7 +21,14 @@ from flax.core import FrozenDict
 
 from domino_jax.config.sections import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
-from domino_jax.draft.blocks import Blocks, Packing, anchor_candidates, make_blocks, sample_anchors
+from domino_jax.draft.blocks import (
+    Anchors,
+    Blocks,
+    Packing,
+    anchor_candidates,
+    make_blocks,
+    sample_anchors,
+)
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.token_loss import (
     Labels,
@@ -45,9 +52,6 @@ from domino_jax.training.step_metrics import (
     DFlashStepMetrics,
     prediction_metrics,
 )
-
-# Positions int32 [B, N], and which slots hold one, bool [B, N].
-Anchors = tuple[jax.Array, jax.Array]
 
 
 class DFlashTrainerModule(nn.Module):
@@ -125,12 +129,30 @@ class DFlashTrainerModule(nn.Module):
     ) -> DFlashStepMetrics:
         """Loss and metrics of a batch.
 
-        Arguments as in `DominoTrainerModule.__call__`. Without a head the base logits are the final
-        ones: `lambda_base` changes nothing.
+        Args:
+            input_ids: int32 [B, S].
+            hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows
+                into them.
+            loss_mask: [B, S], True (or above 0.5) on supervised tokens.
+            lm_head: [V, D], the target's head, frozen.
+            embed_tokens: [V, D], the target's embedding, frozen.
+            lambda_base: weight of the base loss, 0..1, may be traced; without a head, whose
+                base logits are the final ones, it changes nothing.
+            position_ids: int32 [B, S], packed rows only, as are the next two: all three or none.
+            seq_lens: int32 [B, documents].
+            doc_remaining: int32 [B, S].
+            anchor_positions: int32 [B, N]; drawn with the rng stream "anchors" when not given.
+            block_keep_mask: bool [B, N], False for an unused slot; given with `anchor_positions`.
+            target_states: [B, S, D], the target's states after its final norm; read with
+                `kl_weight`, or where the objective reads the target's logits.
+        Returns:
+            `DFlashStepMetrics`. Without any anchor its loss, gradient and `valid_blocks` are 0.
+        Raises:
+            ValueError: half of the packing or the anchors, or `kl_weight` without `target_states`.
         """
         packing = packing_of(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
-        prefix_lengths = self.draw_prefix_lengths(anchors[0])
+        prefix_lengths = self.draw_prefix_lengths(anchors.positions)
         blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
         weights = position_weights(
@@ -169,7 +191,7 @@ class DFlashTrainerModule(nn.Module):
         if (anchor_positions is None) != (block_keep_mask is None):
             raise ValueError("give anchor_positions and block_keep_mask together, or neither")
         if anchor_positions is not None and block_keep_mask is not None:
-            return anchor_positions, block_keep_mask
+            return Anchors(anchor_positions, block_keep_mask)
         candidates = anchor_candidates(
             loss_mask,
             block_size=self.block_size,
@@ -190,10 +212,8 @@ class DFlashTrainerModule(nn.Module):
         return make_blocks(
             input_ids,
             loss_mask,
-            *anchors,
-            block_size=self.block_size,
-            mask_token_id=self.mask_token_id,
-            shift_label=self.draft_model.cfg.shift_label,
+            anchors,
+            cfg=self.draft_model.cfg,
             packing=packing,
             prefix_lengths=prefix_lengths,
         )
@@ -236,7 +256,7 @@ class DFlashTrainerModule(nn.Module):
         if not reads or target_states is None:
             return None
         # The state at a position predicts the next token, so that of label a + 1 + m lies at a + m.
-        index = anchors[0][..., None] + jnp.arange(self.draft_model.cfg.num_predictions)
+        index = anchors.positions[..., None] + jnp.arange(self.draft_model.cfg.num_predictions)
         # A block may reach over the end of its row; its labels there are masked.
         index = jnp.minimum(index, target_states.shape[1] - 1)
         return jax.vmap(lambda row, at: row[at])(target_states, index)

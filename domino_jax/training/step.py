@@ -10,6 +10,7 @@ host has nothing to wait for: not even for the verdict whether the update is tak
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,30 +132,48 @@ def train_step(
         grads, metrics = jax.grad(loss, has_aux=True)(state.params)
         return grads, metric_sums(metrics)
 
+    total = _over_micro_batches(micro_step, batch)
+    state, outcome = _update(program, state, total)
+    # Counts stand even for a step that is not finite: it was a batch, and it was skipped.
+    counts = {name: total.sums[name] for name in ("batches", "batches_without_anchor")}
+    counts |= {"updates": outcome.updated.astype(jnp.float32)}
+    counts |= {"skipped_nonfinite": (~outcome.finite).astype(jnp.float32)}
+    measured = total.sums | {"grad_norm": outcome.grad_norm}
+    return state, {name: jnp.where(outcome.finite, x, 0.0) for name, x in measured.items()} | counts
+
+
+class _Total(NamedTuple):
+    """What all micro-batches of a step give.
+
+    `grads` times `weight`, float32 [], is the sum over them of gradient times loss weight; `sums`
+    are their `metric_sums`.
+    """
+
+    grads: Any
+    sums: dict[str, jax.Array]
+    weight: jax.Array
+
+
+def _over_micro_batches(
+    micro_step: Callable[[jax.Array | int, Batch], tuple[Any, dict[str, jax.Array]]], batch: Batch
+) -> _Total:
+    """Takes a function that gives gradient and `metric_sums` of one over all micro-batches."""
     count = batch.input_ids.shape[0]
     if count == 1:  # no loop around the one
         grads, sums = micro_step(0, jax.tree.map(lambda x: x[0], batch))
-        weight = sums["loss_weight"] + 1e-6
-    else:
-        # Traced for its shapes alone; nothing is computed twice.
-        first = jax.eval_shape(lambda: micro_step(0, jax.tree.map(lambda x: x[0], batch)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        return _Total(grads, sums, sums["loss_weight"] + 1e-6)
+    # Traced for its shapes alone; nothing is computed twice.
+    first = jax.eval_shape(lambda: micro_step(0, jax.tree.map(lambda x: x[0], batch)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
-        def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-            grads, sums = micro_step(*indexed)
-            # The loss is divided by its own weight; times it, shares of one large batch add up.
-            grads = jax.tree.map(lambda g: g * (sums["loss_weight"] + 1e-6), grads)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
+    def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        grads, sums = micro_step(*indexed)
+        # The loss is divided by its own weight; times it, shares of one large batch add up.
+        grads = jax.tree.map(lambda g: g * (sums["loss_weight"] + 1e-6), grads)
+        return jax.tree.map(jnp.add, total, (grads, sums)), None
 
-        (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
-        weight = jnp.float32(1)  # weighed one by one
-    state, outcome = _update(program, state, grads, sums, weight=weight)
-    # Counts stand even for a step that is not finite: it was a batch, and it was skipped.
-    counts = {name: sums[name] for name in ("batches", "batches_without_anchor")}
-    counts |= {"updates": outcome.updated.astype(jnp.float32)}
-    counts |= {"skipped_nonfinite": (~outcome.finite).astype(jnp.float32)}
-    measured = sums | {"grad_norm": outcome.grad_norm}
-    return state, {name: jnp.where(outcome.finite, x, 0.0) for name, x in measured.items()} | counts
+    (grads, sums), _ = jax.lax.scan(add, zeros, (jnp.arange(count), batch))
+    return _Total(grads, sums, jnp.float32(1))  # weighed one by one
 
 
 class _Outcome(NamedTuple):
@@ -166,23 +185,9 @@ class _Outcome(NamedTuple):
 
 
 @jax.named_scope(UPDATE)
-def _update(
-    program: Program,
-    state: TrainState,
-    grads: Any,
-    sums: dict[str, jax.Array],
-    *,
-    weight: jax.Array,
-) -> tuple[TrainState, _Outcome]:
-    """The state after the update, or as it was but for `step`.
-
-    Args:
-        program: of the step.
-        state: before it.
-        grads: times `weight` the sum over micro-batches of gradient times loss weight.
-        sums: `metric_sums` of all micro-batches.
-        weight: float32 [].
-    """
+def _update(program: Program, state: TrainState, total: _Total) -> tuple[TrainState, _Outcome]:
+    """The state after the update, or as it was but for `step`."""
+    grads, sums, weight = total
 
     def mean(grads: Any) -> Any:
         return jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)

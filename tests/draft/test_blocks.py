@@ -11,6 +11,7 @@ import pytest
 from reference import draft_config, random_anchors, random_batch, slow_document_ids
 
 from domino_jax.draft.blocks import (
+    Anchors,
     Packing,
     anchor_candidates,
     document_ids,
@@ -20,7 +21,7 @@ from domino_jax.draft.blocks import (
 
 MASK_ID = 119
 draw = jax.jit(sample_anchors, static_argnames="num_anchors")
-cut = jax.jit(make_blocks, static_argnames=("block_size", "mask_token_id", "shift_label"))
+cut = jax.jit(make_blocks, static_argnames="cfg")
 
 
 def slow_candidates(
@@ -196,11 +197,9 @@ def test_make_blocks_equals_the_loop(shift_label: bool, packed: bool, length: in
     found = cut(
         batch.input_ids,
         batch.loss_mask,
-        jnp.asarray(anchors),
-        jnp.asarray(keep),
-        mask_token_id=MASK_ID,
+        Anchors(jnp.asarray(anchors), jnp.asarray(keep)),
+        cfg=draft_config(**options),
         packing=Packing(**batch.packing) if packed else None,
-        **options,
     )
     expected = slow_blocks(
         batch.input_ids, batch.loss_mask, anchors, keep, packing=batch.packing, **options
@@ -215,11 +214,8 @@ def test_make_blocks_supervises_by_the_share_of_the_loss_mask() -> None:
     found = cut(
         jnp.arange(4)[None],
         jnp.array([[1.0, 0.5, 0.51, 0.0]]),
-        jnp.zeros((1, 1), jnp.int32),
-        jnp.ones((1, 1), bool),
-        block_size=4,
-        mask_token_id=9,
-        shift_label=False,
+        Anchors(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)),
+        cfg=draft_config(block_size=4, shift_label=False),
     )
     np.testing.assert_allclose(found.mask, [[[0.5, 0.51, 0.0]]])
 
@@ -233,11 +229,8 @@ def test_a_prefix_shows_its_tokens_and_supervises_only_what_it_does_not_show(
         found = cut(
             jnp.asarray(ids),
             jnp.ones((1, 12)),
-            jnp.array([[anchor]]),
-            jnp.ones((1, 1), bool),
-            block_size=size,
-            mask_token_id=MASK_ID,
-            shift_label=shift_label,
+            Anchors(jnp.array([[anchor]]), jnp.ones((1, 1), bool)),
+            cfg=draft_config(block_size=size, shift_label=shift_label),
             prefix_lengths=jnp.array([[length]]),
         )
         shown = [ids[0, anchor + k] if k < length else MASK_ID for k in range(size)]

@@ -1,5 +1,6 @@
 """The dual loss: its definition against torch, and the form in pieces against the definition."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import chex
@@ -177,7 +178,7 @@ def test_the_form_in_pieces_equals_the_definition(
     in_pieces = kernel._in_pieces
     # What the other platforms run is tried here too: every branch is traced, and this one is taken.
     monkeypatch.setattr(
-        kernel, "_in_pieces", lambda *a, **o: in_pieces(*a, **(o | {"transposed": transposed}))
+        kernel, "_in_pieces", lambda form, *a: in_pieces(replace(form, transposed=transposed), *a)
     )
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 4)), int(rng.integers(1, 9)), int(rng.integers(1, 6)))

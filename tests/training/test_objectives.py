@@ -24,6 +24,7 @@ from reference import (
 )
 
 from domino_jax.config.sections import LossConfig
+from domino_jax.draft.blocks import Anchors
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.strict import InputError
 from domino_jax.training import objectives
@@ -206,7 +207,7 @@ def test_divergence_is_taken_from_the_state_that_predicts_the_label() -> None:
             (*batch.input_ids.shape, config.hidden_size)
         )
         module = build_trainer(config, kl_weight=1.0)
-        wanted = module._wanted_states(jnp.asarray(states), tuple(map(jnp.asarray, anchors)))
+        wanted = module._wanted_states(jnp.asarray(states), Anchors(*map(jnp.asarray, anchors)))
         for b in range(3):
             for n in range(11):
                 for m in range(config.num_predictions):

@@ -17,6 +17,7 @@ from tiny import stack_layers
 
 from domino_jax.config.sections import OptimizerConfig
 from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.blocks import Anchors
 from domino_jax.draft.build import init_variables
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.model import Target
@@ -75,13 +76,11 @@ def test_micro_batches_give_the_gradient_of_one_large_batch(
     target_params: Any, draft_variables: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Anchors at fixed places, so that both divisions of the rows train on the same blocks.
-    def anchors(
-        key: jax.Array, candidates: jax.Array, *, num_anchors: int
-    ) -> tuple[jax.Array, jax.Array]:
+    def anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> Anchors:
         rows = jnp.broadcast_to(
             jnp.arange(num_anchors, dtype=jnp.int32) * 4, (candidates.shape[0], num_anchors)
         )
-        return rows, jnp.take_along_axis(candidates, rows, axis=1)
+        return Anchors(rows, jnp.take_along_axis(candidates, rows, axis=1))
 
     monkeypatch.setattr("domino_jax.training.modules.sample_anchors", anchors)
     program, params = make_program(), nn.meta.unbox(draft_variables)
