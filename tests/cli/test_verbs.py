@@ -16,6 +16,13 @@ from domino_jax.training.checkpoint import load_draft
 TOP = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.pitfall(
+    "an evaluator that does not say what it measured",
+    seen=(
+        "cli/decode.py: no chat_template in evaluation.json; report.py: no proposals above the "
+        "table"
+    ),
+)
 def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     target = write_target(tmp_path / "target")

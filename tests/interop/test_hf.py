@@ -47,6 +47,10 @@ def test_a_draft_that_overflows_in_the_stored_type_is_not_written(tmp_path: Path
     save_hf_draft(tmp_path / "draft", CONFIG, params, dtype="float32")
 
 
+@pytest.mark.pitfall(
+    "head not saved, random embedding exported, unknown keys skipped",
+    seen="interop/hf.py: embed_proj left out; an embedding added",
+)
 @KINDS
 def test_hf_tensors_names_every_tensor_of_the_format_and_no_other(config: DraftConfig) -> None:
     found = hf_tensors(config, params_of(config))

@@ -63,6 +63,14 @@ def test_a_dflash_draft_may_name_its_layout_either_way(
     assert load_hf_draft(tmp_path / "draft")[0] == dataclasses.replace(PLAIN, shift_label=shifted)
 
 
+@pytest.mark.pitfall(
+    "shift_label guessed on load",
+    seen="interop/hf_config.py: shift_label read with a default",
+)
+@pytest.mark.pitfall(
+    "rotary base or partial factor read from the wrong key, or written under one key only",
+    seen="interop/hf_config.py: base read at the top alone; partial_rotary_factor accepted",
+)
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [

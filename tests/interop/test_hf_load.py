@@ -43,6 +43,10 @@ def test_load_refuses_an_export_that_is_not_as_it_was_written(tmp_path: Path) ->
         load_hf_draft(path)
 
 
+@pytest.mark.pitfall(
+    "head not saved, random embedding exported, unknown keys skipped",
+    seen="interop/hf.py: check_tensors left out on load",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

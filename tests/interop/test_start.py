@@ -172,6 +172,10 @@ def test_fields_that_no_tensor_depends_on_may_differ(
     chex.assert_trees_all_equal(starting_params(path, ours), load_hf_draft(path)[1])
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="training/inputs.py: pad left out of the special tokens",
+)
 def test_a_mask_token_that_became_special_is_refused_on_resume(
     target: Path, tmp_path: Path
 ) -> None:

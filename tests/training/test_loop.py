@@ -77,6 +77,13 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     assert stored == dataclasses.replace(given, loss=resolved)
 
 
+@pytest.mark.pitfall(
+    "shapes that depend on the data: recompilation late in an epoch",
+    seen=(
+        "data/pipeline.py: padded to the longest of a batch; training/loop.py: the step jitted "
+        "anew every time; the held-out pass jitted anew every time"
+    ),
+)
 def test_the_step_is_compiled_once(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +121,13 @@ def test_the_step_is_compiled_once(
     assert all(2 * min(lengths) < max(lengths) for lengths in longest.values())
 
 
+@pytest.mark.pitfall(
+    "gamma None silently off or on",
+    seen=(
+        "training/prepare.py: the recipe not printed; training/run_directory.py: only run_dir "
+        "stored"
+    ),
+)
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
     console = quiet()
     config = prepare(load_config(run_config(tmp_path, target)), console=console).config
@@ -122,6 +136,10 @@ def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path)
     assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="training/run_directory.py: mask_token_id free to change",
+)
 def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
     train(load_config(path), console=quiet())

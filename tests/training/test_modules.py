@@ -123,6 +123,10 @@ def test_trainers_draw_every_candidate_like_nemo_when_slots_abound(
     assert 1 <= found["valid_blocks"] < ABOUND * len(batch.input_ids)
 
 
+@pytest.mark.pitfall(
+    "no valid anchor in a batch: crash or hang",
+    seen="training/modules.py: divided by the divisor alone",
+)
 @DRAWN
 def test_a_batch_without_anchors_has_no_loss_and_no_gradient(
     config: DraftConfig, packed: bool, length: int
@@ -173,6 +177,10 @@ def test_gradients_reach_the_draft_only() -> None:
     )
 
 
+@pytest.mark.pitfall(
+    "a dense mask of gigabytes",
+    seen="draft/backbone.py: the definition of block attention, with scores over the whole context",
+)
 def test_no_array_has_the_shape_of_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_attention, "TILE", block_attention.TileSize(16, 8))
     config = draft_config(sliding_window=6, layer_types=("full_attention", "sliding_attention"))

@@ -71,6 +71,10 @@ def first_gradient(program: Program, state: Any, target_params: Any, batch: Batc
     return after.opt_state[0].trace
 
 
+@pytest.mark.pitfall(
+    "averages biased by short batches",
+    seen="training/step.py: the mean of the micro-batches' gradients",
+)
 def test_micro_batches_give_the_gradient_of_one_large_batch(
     target_params: Any, draft_variables: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +111,10 @@ def test_layers_that_recompute_have_the_same_gradient(
     assert optax.tree.norm(gradients[0]) > 0
 
 
+@pytest.mark.pitfall(
+    "a batch without anchors still moves the weights through the moments",
+    seen="training/step.py: every finite update taken",
+)
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), slow_after(1, [(2, 2, 2), (8, 1, 1)]))
 def test_eight_devices_equal_one(
     target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int
@@ -147,6 +155,10 @@ def test_eight_devices_equal_one(
         assert np.linalg.norm(one - eight) <= 1e-5 * np.linalg.norm(one)
 
 
+@pytest.mark.pitfall(
+    "shapes that depend on the data: recompilation late in an epoch",
+    seen="training/step.py: the step counter turned into float32 by the first step",
+)
 def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -> None:
     program = make_program(optimizer=make_optimizer(OptimizerConfig(), 10))
     traces = []
@@ -169,6 +181,17 @@ def assert_only_the_step_moved(before: Any, after: Any) -> None:
     chex.assert_trees_all_equal(after.replace(step=before.step), before)
 
 
+@pytest.mark.pitfall(
+    "no valid anchor in a batch: crash or hang",
+    seen=(
+        "training/step.py: divided by the loss weight alone; training/metrics.py: such a batch "
+        "not counted"
+    ),
+)
+@pytest.mark.pitfall(
+    "a batch without anchors still moves the weights through the moments",
+    seen="training/step.py: every finite update taken",
+)
 def test_a_batch_without_anchors_moves_nothing_and_is_counted(
     target_params: Any, draft_variables: Any
 ) -> None:
@@ -193,6 +216,10 @@ def test_a_batch_without_anchors_moves_nothing_and_is_counted(
     )
 
 
+@pytest.mark.pitfall(
+    "a NaN is trained on, saved, and the good checkpoints are rotated away",
+    seen="training/step.py: taken whatever loss and norm are; sums of a skipped step added up",
+)
 def test_one_micro_batch_that_is_not_finite_skips_the_step(
     target_params: Any, draft_variables: Any
 ) -> None:
@@ -239,6 +266,13 @@ def test_ema_follows_the_draft(target_params: Any, draft_variables: Any) -> None
     chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.pitfall(
+    "averages biased by short batches",
+    seen=(
+        "training/metrics.py: mean of the batches' losses; of their acceptance lengths; of their "
+        "base accuracies"
+    ),
+)
 def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_variables: Any) -> None:
     """Two batches of different size: the means of their sums are those of one batch of both."""
     program, params = make_program(), nn.meta.unbox(draft_variables)
