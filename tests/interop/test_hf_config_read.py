@@ -1,14 +1,36 @@
 """The config.json of other writers: what is read of it, and what is refused."""
 
 import dataclasses
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from exports import CONFIG, PLAIN, SLIDING, WINDOWED, edit_config, params_of, put
+from exports import CONFIG, PLAIN, SLIDING, WINDOWED, params_of
 
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.strict import InputError
+
+
+def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    tree = json.loads((path / "config.json").read_text())
+    change(tree)
+    (path / "config.json").write_text(json.dumps(tree))
+    return tree
+
+
+def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of config.json: sets the key at the end of the path, or removes it for `...`."""
+
+    def change(tree: dict[str, Any]) -> None:
+        section = functools.reduce(dict.__getitem__, keys[:-1], tree)
+        section.pop(keys[-1], None)
+        if value is not ...:
+            section[keys[-1]] = value
+
+    return change
 
 
 @pytest.mark.parametrize(
