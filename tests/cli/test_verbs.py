@@ -157,7 +157,7 @@ def test_domino_alone_teaches_and_tells_its_version(domino) -> None:
     assert result.stdout == f"domino {__version__}\n"
 
 
-def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path) -> None:
+def test_stages_are_told_and_missing_torch_is_not(trained: Path) -> None:
     """A process of its own: transformers warns once, where it is imported first."""
     code = "import sys; sys.modules['torch'] = None; from domino_jax.cli import main; main()"
     path = {**os.environ, "PYTHONPATH": str(TOP)}

@@ -241,7 +241,7 @@ def test_inputs_may_move(place: Path) -> None:
     )
 
 
-def test_a_finished_run_is_extended(trained: Path, place: Path) -> None:
+def test_a_finished_run_is_extended(place: Path) -> None:
     with pytest.raises(
         InputError, match=r"train\.steps 6 -> 9\).*train\.extend=N trains N steps further"
     ):
