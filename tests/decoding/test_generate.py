@@ -12,7 +12,6 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, write_conversations, write_target
 
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
-from domino_jax.decoding import generate as generation
 from domino_jax.decoding.generate import Regenerated, generate, regenerate, stream_text
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.strict import InputError, Scalars
@@ -80,7 +79,7 @@ def test_every_prompt_gets_the_answer_it_gets_alone(
 
 
 def test_a_cut_off_start_goes_on_and_gives_the_same_file(
-    tiny: Tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
     whole = tiny.regenerate(prompts, tmp_path / "whole.jsonl")
 
@@ -223,10 +222,7 @@ def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
         assert answer.tau == pytest.approx(1.0) and answer.tokens_per_second > 0
 
 
-def test_streamed_pieces_join_to_the_whole_text(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generation, "STREAM_CYCLES", 2)
+def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny) -> None:
     pieces: list[str] = []
     messages = [{"role": "user", "content": "a b c d"}]
     prompt = encode_prompt(messages, tiny.tokenizer)

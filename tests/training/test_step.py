@@ -76,20 +76,12 @@ def first_gradient(program: Program, state: Any, target_params: Any, batch: Batc
     seen="training/step.py: the mean of the micro-batches' gradients",
 )
 def test_micro_batches_give_the_gradient_of_one_large_batch(
-    target_params: Any, draft_variables: Any, monkeypatch: pytest.MonkeyPatch
+    target_params: Any, draft_variables: Any
 ) -> None:
-    # Anchors at fixed places, so that both divisions of the rows train on the same blocks.
-    def anchors(
-        key: jax.Array, candidates: jax.Array, *, num_anchors: int
-    ) -> tuple[jax.Array, jax.Array]:
-        rows = jnp.broadcast_to(
-            jnp.arange(num_anchors, dtype=jnp.int32) * 4, (candidates.shape[0], num_anchors)
-        )
-        return rows, jnp.take_along_axis(candidates, rows, axis=1)
-
-    monkeypatch.setattr("domino_jax.training.modules.sample_anchors", anchors)
-    program, params = make_program(), nn.meta.unbox(draft_variables)
+    # A slot for every candidate, so that both divisions of the rows train on the same blocks.
     whole = make_batch(1, 6)
+    trainer = build_trainer(CONFIG, num_anchors=whole.input_ids.shape[-1], loss_decay_gamma=7.0)
+    program, params = make_program(trainer=trainer), nn.meta.unbox(draft_variables)
     divided = jax.tree.map(lambda x: x.reshape(3, 2, -1), whole)
     one = first_gradient(program, initial_state(program, params), target_params, whole)
     three = first_gradient(program, initial_state(program, params), target_params, divided)
