@@ -107,7 +107,7 @@ def main() -> None:
     }
     if not options.no_torch:
         ways |= torch_ways(*case.torch_models(), case.stops, count=count)
-    report: dict[str, Any] = {"ways": take_turns(ways, prompts, count=count)}
+    report: dict[str, Any] = {"ways": take_turns(ways, prompts)}
     report["verification"] = verification(target, case.target_params, context=case.context)
     report["cycle"] = {
         name: cycle_parts(*decoders[name], context=case.context) for name in case.drafts
@@ -260,9 +260,7 @@ def torch_ways(
     return ways
 
 
-def take_turns(
-    ways: dict[str, Any], prompts: list[np.ndarray], *, count: int
-) -> dict[str, dict[str, float]]:
+def take_turns(ways: dict[str, Any], prompts: list[np.ndarray]) -> dict[str, dict[str, float]]:
     """Every way answers every prompt, the first once more before that to compile and warm up."""
     seconds: dict[str, float] = dict.fromkeys(ways, 0.0)
     answers: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ways}

@@ -23,7 +23,7 @@ import click
 from fuzz_cases import Case, Parser
 from fuzz_parsers import all_parsers
 
-SECONDS = 10.0  # after which an input hangs its parser
+SECONDS = 10.0
 REFUSED, ACCEPTED = "refused in one line", "accepted"
 BAD = ("tracebacks", "slower than 10 s", "accepted though forbidden")
 EXAMPLES = 5  # that are printed of each parser and kind
@@ -76,13 +76,16 @@ def run(parser: Parser, *, count: int, seed: int, say: Any = print) -> Counter[s
     return counts
 
 
-def outcome(parser: Parser, case: Case) -> tuple[str, str]:
-    """The kind of what became of one input, and a few words about a bad one."""
+def outcome(parser: Parser, case: Case, *, seconds: float = SECONDS) -> tuple[str, str]:
+    """The kind of what became of one input, and a few words about a bad one.
+
+    After `seconds` an input hangs its parser.
+    """
     from domino_jax.strict import LINE_CHARACTERS, InputError, one_line
 
     began = time.monotonic()
     try:
-        with limit(SECONDS):
+        with limit(seconds):
             found = parser.read(case.content)
     except InputError as error:
         line = str(error)
@@ -98,7 +101,7 @@ def outcome(parser: Parser, case: Case) -> tuple[str, str]:
         if isinstance(error, KeyboardInterrupt):
             raise
         return BAD[0], "".join(traceback.format_exception(error)[-3:])[-600:]
-    if time.monotonic() - began > SECONDS:
+    if time.monotonic() - began > seconds:
         return BAD[1], ""
     problem = case.forbidden or parser.wrong(found)
     return (BAD[2], problem) if problem else (ACCEPTED, "")

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 from availability import pytest_make_collect_report, pytest_runtest_call, pytest_runtest_setup
 from filelock import FileLock
+from pitfalls import pytest_addoption, pytest_cmdline_main
 
-__all__ = ["pytest_make_collect_report", "pytest_runtest_call", "pytest_runtest_setup"]
+__all__ = [
+    "pytest_addoption",
+    "pytest_cmdline_main",
+    "pytest_make_collect_report",
+    "pytest_runtest_call",
+    "pytest_runtest_setup",
+]
 
 # Before JAX starts, which reads them once. A platform that is set stays: its devices are real.
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":

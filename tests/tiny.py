@@ -43,6 +43,18 @@ class Heard(Reporter):
         return "\n".join(self.lines)
 
 
+@dataclass(frozen=True)
+class Interrupted(Heard):
+    """A reporter that ends the work at the line that begins so, as Ctrl-C does."""
+
+    at: str = ""
+
+    def say(self, line: str) -> None:
+        super().say(line)
+        if line.startswith(self.at):
+            raise KeyboardInterrupt
+
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"

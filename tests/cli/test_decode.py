@@ -45,6 +45,10 @@ def test_decoding_computes_as_the_run_was_trained(domino, trained: Path, tmp_pat
         assert json.loads((run / "evaluation.json").read_text())["evaluator"]["dtype"] == dtype
 
 
+@pytest.mark.pitfall(
+    "trained at 98 %, served at 10 %: another chat template",
+    seen="cli/shared.py: the hashes not compared",
+)
 def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)

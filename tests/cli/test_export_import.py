@@ -1,6 +1,5 @@
 """`domino export` and `domino import`: equal bits, and drafts that are refused."""
 
-import errno
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from disk import files_end_at
 from safetensors.numpy import load_file, save_file
 
 from domino_jax import load_hf_draft
@@ -75,6 +75,10 @@ def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(
     )
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="cli/shared.py: special tokens not compared",
+)
 def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_path: Path) -> None:
     exported, target, run = tmp_path / "draft", tmp_path / "target", tmp_path / "run"
     assert domino("export", trained / "run", exported)[0] == 0
@@ -105,14 +109,11 @@ def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_
 
 
 def test_a_full_disk_is_one_line_that_says_what_is_kept(
-    domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    domino, trained: Path, tmp_path: Path
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "draft"))
-
-    monkeypatch.setattr("domino_jax.cli.checkpoint.save_hf_draft", full)
     draft = tmp_path / "draft"
-    code, out, err = domino("export", trained / "run", draft)
+    with files_end_at(4000):
+        code, out, err = domino("export", trained / "run", draft)
     assert (code, out) == (2, "")
     kept = f"{draft} is whole or was not made; the same command starts over"
-    assert err.splitlines()[-1] == f"error: {draft}: No space left on device; {kept}"
+    assert err.splitlines()[-1] == f"error: {draft}: File too large; {kept}"

@@ -123,7 +123,6 @@ def test_decoding_takes_the_setting_of_the_run(
 
     monkeypatch.setattr(decode, "encode_prompt", spy)
     domino("generate", run, "a b", "--max-new-tokens", 4, *TOLD)
-    monkeypatch.setattr(decode.evaluation, "evaluate", lambda *_, **__: {"prompts": 1})
     domino("evaluate", run, prompts, "--limit", 1, "--max-new-tokens", 4)
     assert asked == [OFF, OFF]
     evaluator = json.loads((run / "evaluation.json").read_text())["evaluator"]

@@ -11,11 +11,20 @@ import pytest
 from tiny import run_config, write_conversations, write_target
 
 from domino_jax import __version__
+from domino_jax.config.keys import described
+from domino_jax.config.run import RunConfig
 from domino_jax.training.checkpoint import load_draft
 
 TOP = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.pitfall(
+    "an evaluator that does not say what it measured",
+    seen=(
+        "cli/decode.py: no chat_template in evaluation.json; report.py: no proposals above the "
+        "table"
+    ),
+)
 def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     target = write_target(tmp_path / "target")
@@ -50,23 +59,20 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     assert "step 6, block 4, 4 proposals, temperature 0.0, 6 new tokens" in " ".join(out.split())
 
 
-def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.yaml"
-    empty.write_text("")
-    misspelt = tmp_path / "misspelt.yaml"
-    misspelt.write_text((trained / "config.yaml").read_text().replace('"steps"', '"step"'))
-    for words, message in (
-        (("train", tmp_path / "none.yaml"), "none.yaml"),
-        (("train", empty), "expected a mapping"),
-        (("train", misspelt), "did you mean 'steps'?"),
+def bad_input(trained: Path, elsewhere: Path) -> list[tuple[tuple[object, ...], str]]:
+    """Words of a command and what its message holds."""
+    return [
+        (("train", elsewhere / "none.yaml"), "none.yaml"),
+        (("train", elsewhere / "empty.yaml"), "expected a mapping"),
+        (("train", elsewhere / "misspelt.yaml"), "did you mean 'steps'?"),
         (
             ("train", trained / "config.yaml", "loss.num_anchors=many"),
             "loss: num_anchors: expected int",
         ),
         (("train",), "Missing argument"),
         (("learn",), "No such command"),
-        (("evaluate", tmp_path, trained / "prompts.jsonl"), "not a run directory"),
-        (("evaluate", trained / "run", tmp_path / "none.jsonl"), "none.jsonl"),
+        (("evaluate", elsewhere, trained / "prompts.jsonl"), "not a run directory"),
+        (("evaluate", trained / "run", elsewhere / "none.jsonl"), "none.jsonl"),
         (("generate", trained / "run", " "), "prompt is empty"),
         (("generate", trained / "run", "a", "--max-new-tokens", 0), "max-new-tokens"),
         (("generate", trained / "run", "a", "--max-new-tokens", 10**11), "max-new-tokens"),
@@ -94,34 +100,34 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         ),
         (("generate", trained / "run", "a", "--dtype", "x" * 10**5), "--dtype"),
         (
-            ("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "nan"),
+            ("capture", trained / "config.yaml", elsewhere / "s", "--limit-gb", "nan"),
             "nan is not a finite number",
         ),
         (
-            ("capture", trained / "config.yaml", tmp_path / "s", "--limit-gb", "inf"),
+            ("capture", trained / "config.yaml", elsewhere / "s", "--limit-gb", "inf"),
             "inf is not a finite number",
         ),
-        (("train", trained / "config.yaml", "seed=-1"), "seed must lie in 0..2**32-1, found -1"),
+        (("train", trained / "config.yaml", "seed=-1"), "seed must be at least 0 and below 2**32"),
         (("train", trained / "config.yaml", "x" * 10**5), "expected key=value"),
         (("train", trained / "config.yaml", "\udcff=1"), "is not valid Unicode"),
         (("train\n",), "No such command"),
         (("export", trained / "run", trained), "not an empty directory"),
         (
-            ("import", trained / "target", tmp_path / "new", "--target", trained / "target"),
+            ("import", trained / "target", elsewhere / "new", "--target", trained / "target"),
             "dflash_config",
         ),
         (
-            ("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl", "--target", "nobody"),
+            ("regenerate", trained / "prompts.jsonl", elsewhere / "a.jsonl", "--target", "nobody"),
             "nobody",
         ),
         (("target", "x.gguf"), "give the directory"),
         # Nothing is assumed about whose words a drafter learns.
         (
-            ("regenerate", trained / "prompts.jsonl", tmp_path / "a.jsonl"),
+            ("regenerate", trained / "prompts.jsonl", elsewhere / "a.jsonl"),
             "'--target'. Expected a directory or a bui",
         ),
         (
-            ("import", trained / "target", tmp_path / "new"),
+            ("import", trained / "target", elsewhere / "new"),
             "a built-in name (smollm2-135m-instruct)",
         ),
         (
@@ -129,7 +135,16 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
             "'data.batch_size=4', which looks like an overri",
         ),
         (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
-    ):
+        (("config",), "give a KEY, for example train.steps, or --list"),
+        (("config", "steps"), "no key 'steps' in a configuration; did you mean 'train.steps'?"),
+    ]
+
+
+def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    misspelt = (trained / "config.yaml").read_text().replace('"steps"', '"step"')
+    (tmp_path / "misspelt.yaml").write_text(misspelt)
+    for words, message in bad_input(trained, tmp_path):
         code, out, log = domino(*words)
         assert (code, out) == (2, ""), words
         lines = log.strip().splitlines()
@@ -138,6 +153,24 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         ), words
         assert len(lines[-1]) <= 500 and lines[-1].isprintable(), words
     assert not (tmp_path / "new").exists() and not (tmp_path / "a.jsonl").exists()
+
+
+def test_config_explains_every_key(domino) -> None:
+    code, out, _ = domino("config", "--list")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == len(list(described(RunConfig)))
+    assert any(line.split()[:2] == ["train.steps", "null"] for line in lines)
+    assert domino("config", "mesh")[1].splitlines() == [x for x in lines if x.startswith("mesh.")]
+    code, out, _ = domino("config", "loss.logits_mib")
+    assert code == 0 and out.splitlines()[1].split() == [
+        "takes",
+        "number",
+        "or",
+        "null",
+        "(MiB),",
+        "above",
+        "0",
+    ]
 
 
 def test_domino_alone_teaches_and_tells_its_version(domino) -> None:
@@ -150,7 +183,7 @@ def test_domino_alone_teaches_and_tells_its_version(domino) -> None:
     assert result.stdout == f"domino {__version__}\n"
 
 
-def test_stages_are_told_and_missing_torch_is_not(trained: Path, tmp_path: Path) -> None:
+def test_stages_are_told_and_missing_torch_is_not(trained: Path) -> None:
     """A process of its own: transformers warns once, where it is imported first."""
     code = "import sys; sys.modules['torch'] = None; from domino_jax.cli import main; main()"
     path = {**os.environ, "PYTHONPATH": str(TOP)}

@@ -220,6 +220,10 @@ def test_make_draft_config_is_dense_and_without_biases_below_any_target() -> Non
         assert make_draft_config(recipe, target, special_ids={}, dtype="float32") == expected
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="config/run.py: special tokens not compared",
+)
 def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:
     target = DecoderConfig(**DECODER | {"num_hidden_layers": 36})
     for recipe, message in (

@@ -124,6 +124,10 @@ def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.pitfall(
+    "most answers cut at the token limit, unnoticed",
+    seen="data/conversations.py: an answer that was cut encoded like a finished one",
+)
 def test_load_rows_gives_an_unfinished_answer_no_end(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     messages = chat("Hi", "Hello.", "3 cats?", "They have")

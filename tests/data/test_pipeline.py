@@ -39,6 +39,10 @@ def assert_equal_batches(ours, theirs) -> None:
             np.testing.assert_array_equal(one[name], other[name])
 
 
+@pytest.mark.pitfall(
+    "shapes that depend on the data: recompilation late in an epoch",
+    seen="data/pipeline.py: padded to the longest of a batch",
+)
 def test_batches_are_the_padded_rows() -> None:
     rows = make_rows(10)
     batches = row_batches(rows, batch_size=4, max_length=LENGTH, seed=0)
@@ -178,6 +182,10 @@ def test_row_batches_refuses() -> None:
         )
 
 
+@pytest.mark.pitfall(
+    "shapes that depend on the data: recompilation late in an epoch",
+    seen="data/pipeline.py: padded to the longest of a batch",
+)
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (8, 4), (9, 4), (15, 4), (3, 1)])
 def test_heldout_batches_drop_nothing(count: int, batch_size: int) -> None:
     rows = make_rows(count)

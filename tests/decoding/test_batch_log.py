@@ -1,13 +1,12 @@
 """An unfinished file of answers, cut and damaged at every byte."""
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from disk import files_end_at
 
 from domino_jax.decoding.batch_log import BatchLog
 from domino_jax.strict import InputError
@@ -92,34 +91,16 @@ def test_publish_leaves_the_answers_alone(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["answers.jsonl"]
 
 
-def test_a_full_disk_keeps_the_batches_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_batches_before(tmp_path: Path) -> None:
     path = tmp_path / "answers.partial"
     whole = write(path)
     content = path.read_bytes()
-
-    class Full:
-        """Takes a few bytes of a write, then nothing."""
-
-        def __init__(self, file: Any) -> None:
-            self._file, self._left = file, 7
-
-        def write(self, content: bytes) -> int:
-            if self._left == 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            taken, self._left = self._file.write(content[: self._left]), 0
-            return taken
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
-
     path.write_bytes(content[: whole[1]])
     with opened(path) as log:
-        monkeypatch.setattr(log, "_file", Full(log._file))
-        with pytest.raises(OSError, match=r"No space left on device: '.*answers.partial'"):
+        # A few bytes of the batch are taken.
+        full = pytest.raises(OSError, match=r"File too large: '.*answers.partial'")
+        with files_end_at(whole[1] + 7), full:
             log.add(BATCHES[1])
         assert path.read_bytes() == content[: whole[1]]
-        monkeypatch.undo()
         log.add(BATCHES[1])
     assert path.read_bytes() == content

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import SWITCHED_TEMPLATE, TEMPLATE, Heard, quiet, write_conversations, write_target
+from tiny import SWITCHED_TEMPLATE, TEMPLATE, Interrupted, quiet, write_conversations, write_target
 
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
-from domino_jax.decoding import generate as generation
 from domino_jax.decoding.generate import TextStream, generate, stream_answer
 from domino_jax.decoding.regenerate import Answerer, AnswerSettings, Regenerated, regenerate
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
@@ -68,6 +67,10 @@ def prompts(tmp_path: Path) -> Path:
     return write_conversations(tmp_path / "prompts.jsonl", 10, answers=False)
 
 
+@pytest.mark.pitfall(
+    "most answers cut at the token limit, unnoticed",
+    seen="decoding/generate.py: answers that were cut not counted",
+)
 def test_every_prompt_gets_the_answer_it_gets_alone(
     tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
@@ -92,13 +95,8 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
 ) -> None:
     whole = tiny.regenerate(prompts, tmp_path / "whole.jsonl")
 
-    class Stop(Heard):
-        def say(self, line: str) -> None:
-            if line.startswith("prompts 4/10"):
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        tiny.regenerate(prompts, tmp_path / "parts.jsonl", reporter=Stop())
+        tiny.regenerate(prompts, tmp_path / "parts.jsonl", reporter=Interrupted(at="prompts 4/10"))
     partial = tmp_path / "parts.jsonl.partial"
     batch = partial.read_text().splitlines(keepends=True)
     partial.write_text("".join([*batch, batch[1], batch[2][:-9]]))  # killed within the next batch
@@ -245,10 +243,7 @@ def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
         assert answer.tau == pytest.approx(1.0) and answer.tokens_per_second > 0
 
 
-def test_streamed_pieces_join_to_the_whole_text(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generation, "STREAM_CYCLES", 2)
+def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny) -> None:
     pieces: list[str] = []
     messages = [{"role": "user", "content": "a b c d"}]
     prompt = encode_prompt(messages, tiny.tokenizer)

@@ -117,6 +117,10 @@ DRAFTS = {
 }
 
 
+@pytest.mark.pitfall(
+    "trained at 98 %, served at 10 %: drafting differs from training",
+    seen="decoding/speculate.py: block positions one later",
+)
 @pytest.mark.parametrize("changes", slow_after(5, DRAFTS.values()), ids=DRAFTS)
 def test_a_cycle_drafts_what_training_would_predict(
     target_params: Any, changes: dict[str, Any]

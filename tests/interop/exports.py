@@ -1,16 +1,11 @@
-"""Drafts of each kind, the tensors of their exports, and edits of an export."""
+"""Drafts of each kind, and the tensors of their exports."""
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from reference import dflash_config, draft_config, random_params
-from safetensors.numpy import load_file, save_file
 
 from domino_jax.config.model import DraftConfig
 
@@ -78,28 +73,3 @@ KINDS = pytest.mark.parametrize(
 @functools.cache
 def params_of(config: DraftConfig) -> Any:
     return random_params(config)
-
-
-def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    tree = json.loads((path / "config.json").read_text())
-    change(tree)
-    (path / "config.json").write_text(json.dumps(tree))
-    return tree
-
-
-def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
-    tensors = load_file(path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, path / "model.safetensors")
-
-
-def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of config.json: sets the key at the end of the path, or removes it for `...`."""
-
-    def change(tree: dict[str, Any]) -> None:
-        section = functools.reduce(dict.__getitem__, keys[:-1], tree)
-        section.pop(keys[-1], None)
-        if value is not ...:
-            section[keys[-1]] = value
-
-    return change

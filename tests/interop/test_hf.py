@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disk import files_end_at
 from exports import BACKBONE, CONFIG, HEAD, KINDS, params_of
 from reference import nemo_draft, random_anchors, random_batch
 from safetensors.numpy import load_file
@@ -47,6 +48,10 @@ def test_a_draft_that_overflows_in_the_stored_type_is_not_written(tmp_path: Path
     save_hf_draft(tmp_path / "draft", CONFIG, params, dtype="float32")
 
 
+@pytest.mark.pitfall(
+    "head not saved, random embedding exported, unknown keys skipped",
+    seen="interop/hf.py: embed_proj left out; an embedding added",
+)
 @KINDS
 def test_hf_tensors_names_every_tensor_of_the_format_and_no_other(config: DraftConfig) -> None:
     found = hf_tensors(config, params_of(config))
@@ -228,14 +233,7 @@ def test_what_is_saved_has_the_mode_of_the_umask(tmp_path: Path, umask: int, mod
     assert (tmp_path / "draft").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-def test_a_failing_save_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(path: Path, tensors: dict[str, np.ndarray]) -> None:
-        path.write_bytes(b"half of it")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(hf, "write_safetensors", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+def test_a_failing_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    with files_end_at(20_000), pytest.raises(OSError, match="File too large"):
         save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG))
     assert not any(tmp_path.iterdir())

@@ -50,6 +50,14 @@ def test_windows_are_written_as_their_readers_take_them(
     assert load_hf_draft(tmp_path / "draft")[0] == config
 
 
+@pytest.mark.pitfall(
+    "shift_label missing from the saved config",
+    seen="interop/hf_config.py: shift_label not written (what was saved does not read back)",
+)
+@pytest.mark.pitfall(
+    "rotary base or partial factor read from the wrong key, or written under one key only",
+    seen="interop/hf_config.py: no base in rope_parameters",
+)
 @pytest.mark.parametrize("shift_label", [False, True])
 def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_path: Path) -> None:
     config = draft_config(shift_label=shift_label)

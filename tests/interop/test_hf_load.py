@@ -7,11 +7,17 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
-from exports import CONFIG, HEAD, edit_tensors, params_of
+from exports import CONFIG, HEAD, params_of
 from safetensors.numpy import load_file, save_file
 
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.strict import InputError
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
 
 
 def test_a_draft_that_is_not_finite_is_not_read(draft: Path) -> None:
@@ -43,6 +49,10 @@ def test_load_refuses_an_export_that_is_not_as_it_was_written(tmp_path: Path) ->
         load_hf_draft(path)
 
 
+@pytest.mark.pitfall(
+    "head not saved, random embedding exported, unknown keys skipped",
+    seen="interop/hf.py: check_tensors left out on load",
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -13,7 +13,6 @@ import pytest
 from reference import dflash_config, draft_config, random_params
 from tiny import Heard, quiet, run_config, write_target
 
-from domino_jax.cli import command
 from domino_jax.config.model import DraftConfig, RopeScaling
 from domino_jax.config.run import load_config
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
@@ -72,22 +71,16 @@ def test_a_resumed_run_does_not_read_the_checkpoint_again(
 
 
 def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
-    target: Path,
-    checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    domino, target: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     path = run_config(
         tmp_path,
         target,
         draft={"init_from": str(checkpoint), "emb_dim": 6, "target_layer_ids": [0, 1]},
     )
-    monkeypatch.setattr("sys.argv", ["domino", "train", str(path)])
-    with pytest.raises(SystemExit) as stop:
-        command()
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2
+    code, _, err = domino("train", path)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
     assert last.startswith(
         f"error: draft.init_from: {checkpoint} is another draft than this run's: "
     )
@@ -172,6 +165,10 @@ def test_fields_that_no_tensor_depends_on_may_differ(
     chex.assert_trees_all_equal(starting_params(path, ours), load_hf_draft(path)[1])
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="training/inputs.py: pad left out of the special tokens",
+)
 def test_a_mask_token_that_became_special_is_refused_on_resume(
     target: Path, tmp_path: Path
 ) -> None:

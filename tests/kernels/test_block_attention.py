@@ -147,6 +147,17 @@ def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: flo
         assert np.linalg.norm(ours - theirs) <= gradient * np.linalg.norm(theirs) + 1e-6
 
 
+@pytest.mark.pitfall(
+    "a boolean mask added as +1 and 0",
+    seen="kernels/blocks_by_tiles.py: `scores + seen`",
+)
+@pytest.mark.pitfall(
+    "merged softmaxes: the log-sum-exp's gradient is dropped without a word",
+    seen=(
+        "kernels/blocks_by_tiles.py: a score's gradient without the merged output's part, in the "
+        "context; in the own block"
+    ),
+)
 @pytest.mark.parametrize("form", ["cpu", "tiles", "whole context"])
 @pytest.mark.parametrize("seed", CASES)
 def test_tiled_form_equals_the_definition(seed: int, form: str) -> None:
@@ -275,6 +286,13 @@ def test_block_attention_keeps_blocks_apart() -> None:
     assert np.flatnonzero(changed).tolist() == list(range(SIZE, 2 * SIZE))
 
 
+@pytest.mark.pitfall(
+    "fully masked attention rows: NaN",
+    seen=(
+        "kernels/blocks_by_tiles.py: the own block left out, the context masked with -inf, which "
+        "gives NaN"
+    ),
+)
 def test_block_attention_of_an_unused_slot_sees_its_own_block_only() -> None:
     nothing = ContextSpan(*jnp.zeros((2, ROWS, SLOTS, 1), jnp.int32))
     inputs = random_inputs()

@@ -1,5 +1,7 @@
 """Scaling by a weight and the sum of its gradient, in the form of every platform."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,18 +10,15 @@ import pytest
 
 from domino_jax.kernels import scale
 
+SHAPES = [(5,), (3, 5), (2, 3, 4, 5)]
 
-@pytest.mark.parametrize("form", [scale._sum_over_rows, scale._sum_as_product])
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5)])
-def test_scaled_equals_its_definition_in_values_and_gradients(
-    form, shape, monkeypatch: pytest.MonkeyPatch
-) -> None:
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scaled_equals_its_definition_in_values_and_gradients(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     x, weights, weight = (
         rng.standard_normal(s).astype(np.float32) for s in (shape, shape, shape[-1:])
     )
-    # Every branch is traced, and this one is taken.
-    monkeypatch.setattr(scale, "_sum_as_product", form)
 
     def run(scaled):
         return jax.value_and_grad(
@@ -27,3 +26,14 @@ def test_scaled_equals_its_definition_in_values_and_gradients(
         )(x, weight)
 
     chex.assert_trees_all_close(run(scale.scaled), run(scale.definition), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [scale._sum_over_rows, scale._sum_as_product])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_form_sums_the_gradient_of_the_weight(form: Any, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, gradient, weight = (
+        rng.standard_normal(s).astype(np.float32) for s in (shape, shape, shape[-1:])
+    )
+    expected = jax.vjp(scale.definition, x, weight)[1](gradient)[1]
+    chex.assert_trees_all_close(form(gradient, x), expected, rtol=1e-5, atol=1e-6)

@@ -288,6 +288,10 @@ def test_pieces_after_the_last_supervised_prediction_are_left_out() -> None:
     assert not np.any(found_gradient.hidden[:, 3:])
 
 
+@pytest.mark.pitfall(
+    "whole logits twice",
+    seen="kernels/vocabulary_loss.py: chunk_blocks ignored",
+)
 def test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk() -> None:
     blocks, size, vocabulary, width = 32, 4, 4000, 8
 
@@ -316,6 +320,10 @@ def test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk() -> None:
     assert temporary_bytes(4 * blocks, 2) - temporary_bytes(blocks, 2) < logits / 20
 
 
+@pytest.mark.pitfall(
+    "bfloat16 masters and softmax",
+    seen="kernels/products.py: logits in bfloat16, then cast to float32",
+)
 def test_vocabulary_loss_of_bfloat16_states_has_float32_logits() -> None:
     inputs, labels = random_inputs()
     halves = Inputs(*(jnp.asarray(x, jnp.bfloat16) for x in inputs))

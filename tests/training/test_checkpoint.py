@@ -91,6 +91,10 @@ def damaged(step: Path, how: str) -> None:
             (step / "SHA256SUMS").unlink()
 
 
+@pytest.mark.pitfall(
+    "a flipped bit in a checkpoint trains on in silence",
+    seen="training/checkpoint.py: no file looked at",
+)
 @pytest.mark.parametrize("how", ["flip", "position", "truncate", "item", "empty", "checksums"])
 def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> None:
     damaged(place / "run" / "checkpoints" / "6", how)
@@ -120,6 +124,10 @@ def test_a_damaged_run_ends_with_the_same_bits(trained: Path, place: Path) -> No
         assert here.replace(str(place), str(trained)) == there
 
 
+@pytest.mark.pitfall(
+    "a run that lost its checkpoints begins again without a word",
+    seen="training/checkpoint.py: none left taken for none saved",
+)
 @pytest.mark.parametrize("how", ["all damaged", "checkpoints/ gone", "all gone"])
 def test_a_run_without_a_good_checkpoint_never_begins_again(place: Path, how: str) -> None:
     checkpoints = place / "run" / "checkpoints"
@@ -209,6 +217,10 @@ def other_template(place: Path) -> str:
     return f"target={place / 'target'}"
 
 
+@pytest.mark.pitfall(
+    "resumed with other data, weights, tokens or another template",
+    seen="training/run_directory.py: inputs not compared; the template not compared",
+)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -234,7 +246,7 @@ def test_inputs_may_move(place: Path) -> None:
     )
 
 
-def test_a_finished_run_is_extended(trained: Path, place: Path) -> None:
+def test_a_finished_run_is_extended(place: Path) -> None:
     with pytest.raises(
         InputError, match=r"train\.steps 6 -> 9\).*train\.extend=N trains N steps further"
     ):
@@ -320,6 +332,10 @@ def other_tokens(target: Path) -> None:
     path.write_text(json.dumps(tree))
 
 
+@pytest.mark.pitfall(
+    "resumed with other data, weights, tokens or another template",
+    seen="cli/shared.py: not compared",
+)
 @pytest.mark.parametrize(
     ("change", "named"), [(other_weights, "the target"), (other_tokens, "the tokenizer")]
 )

@@ -11,7 +11,7 @@ from tiny import Heard, quiet, run_config, write_conversations
 
 from domino_jax.config.run import dump_config, load_config
 from domino_jax.strict import InputError
-from domino_jax.training import loop, program
+from domino_jax.training import heldout, loop, program
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
@@ -77,6 +77,13 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     assert stored == dataclasses.replace(given, loss=resolved)
 
 
+@pytest.mark.pitfall(
+    "shapes that depend on the data: recompilation late in an epoch",
+    seen=(
+        "data/pipeline.py: padded to the longest of a batch; training/loop.py: the step jitted "
+        "anew every time; the held-out pass jitted anew every time"
+    ),
+)
 def test_the_step_is_compiled_once(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,14 +113,22 @@ def test_the_step_is_compiled_once(
         return device_batch(mesh, rows, micro_batches=micro_batches)
 
     count_traces(program, "train_step")
-    count_traces(loop, "batch_metrics")
-    monkeypatch.setattr(loop, "device_batch", put)
+    count_traces(heldout, "batch_metrics")
+    for module in (loop, heldout):
+        monkeypatch.setattr(module, "device_batch", put)
     train(load_config(path), reporter=quiet())
     assert sorted(traces) == ["batch_metrics", "train_step"]
     assert [len(longest[1]), len(longest[2])] == [4, 6]
     assert all(2 * min(lengths) < max(lengths) for lengths in longest.values())
 
 
+@pytest.mark.pitfall(
+    "gamma None silently off or on",
+    seen=(
+        "training/prepare.py: the recipe not printed; training/run_directory.py: only run_dir "
+        "stored"
+    ),
+)
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
     heard = Heard()
     config = prepare(load_config(run_config(tmp_path, target)), reporter=heard).config
@@ -122,6 +137,10 @@ def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path)
     assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="training/run_directory.py: mask_token_id free to change",
+)
 def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target)
     train(load_config(path), reporter=quiet())

@@ -10,6 +10,10 @@ import pytest
 from domino_jax.training.loss import acceptance_stats, compute_accept_len, position_weights
 
 
+@pytest.mark.pitfall(
+    "gamma None silently off or on",
+    seen="training/loss.py: None read as 7; no decay whatever gamma is",
+)
 @pytest.mark.parametrize("gamma", [None, 0.0, -1.0, 0.5, 7.0])
 def test_position_weights_equal_the_loop(gamma: float | None) -> None:
     mask = np.random.default_rng(0).choice([0.0, 0.25, 1.0], (2, 3, 6)).astype(np.float32)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Heard
+from tiny import Heard, quiet
 
 from domino_jax.strict import InputError
 from domino_jax.training.metrics import LogMark, MetricsLog, read_metrics
@@ -24,7 +24,9 @@ def strictly(path: Path) -> list[dict[str, Any]]:
 def opened(
     directory: Path, at: LogMark | None = None, *, step: int = 0, **options: Any
 ) -> MetricsLog:
-    return MetricsLog(directory, at=at, step=step, **{"tensorboard": False, "say": print} | options)
+    return MetricsLog(
+        directory, at=at, step=step, **{"tensorboard": False, "reporter": quiet()} | options
+    )
 
 
 def test_figures_that_are_not_finite_are_null_and_named(tmp_path: Path) -> None:
@@ -83,6 +85,10 @@ def test_a_mark_goes_on_counting(tmp_path: Path) -> None:
     assert again == (len(content), hashlib.sha256(content).hexdigest())
 
 
+@pytest.mark.pitfall(
+    "the log of a resumed run differs from that of an undisturbed one",
+    seen="training/metrics.py: not compared",
+)
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b'{"step": 1'])
 def test_a_log_that_was_changed_is_refused(tmp_path: Path, damage: bytes) -> None:
     mark = written(tmp_path)

@@ -59,6 +59,20 @@ def assert_same_run(one: Path, other: Path, *, step: int) -> None:
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.pitfall(
+    "resume replays the epoch or loses the order",
+    seen=(
+        "training/checkpoint.py: `data` left out of what is restored; training/loop.py: a fresh "
+        "iterator after restoring; another shuffle seed after a restart; saved after the next "
+        "rows were taken"
+    ),
+)
+@pytest.mark.pitfall(
+    "the log of a resumed run differs from that of an undisturbed one",
+    seen=(
+        "training/loop.py: a new window after a start; the held-out pass that was cut off left out"
+    ),
+)
 @pytest.mark.parametrize("stops", [[2, 3], pytest.param([1] * 12, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_ends_with_the_same_bits(
     whole: Path, target: Path, tmp_path: Path, stops: list[int]
@@ -92,6 +106,13 @@ def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
     assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
 
 
+@pytest.mark.pitfall(
+    "resume replays the epoch or loses the order",
+    seen=(
+        "training/loop.py: saved after the next rows were taken, except by the last step (fails "
+        "after SIGKILL)"
+    ),
+)
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
@@ -130,6 +151,10 @@ def test_a_killed_process_goes_on_with_the_same_bits(
     chex.assert_trees_all_equal(final_bits(whole / "run", 200), final_bits(killed / "run", 200))
 
 
+@pytest.mark.pitfall(
+    "an unfinished save picked up",
+    seen="training/checkpoint.py: the newest directory taken, finished or not",
+)
 def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> None:
     config = load_config(run_config(tmp_path, target))
     train(config, reporter=quiet())

@@ -1,21 +1,20 @@
 """A NaN is never trained on: lines are named, a run stops if it stays, checkpoints are finite."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
 from test_metrics import strictly
 from tiny import WORDS, Heard, quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
-from domino_jax.training import prepare
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.loop import train
 from domino_jax.training.metrics import read_metrics
@@ -24,17 +23,28 @@ from domino_jax.training.skips import Diverged, StepWatch, divergence
 from domino_jax.training.window import Spike, StepOutcome
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, path: tuple[str, ...], index: Any) -> None:
-    """Some numbers of the loaded target become NaN; a file with such numbers is refused."""
-    load = prepare.load_sharded_target
+def edit(target: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """A target whose tensors are changed in its file; they must stay finite to be read."""
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
 
-    def loaded(*args: Any, **options: Any) -> Any:
-        target = load(*args, **options)
-        leaves = flatten_dict(target.params)
-        leaves[path] = leaves[path].at[index].set(jnp.nan)
-        return target._replace(params=unflatten_dict(leaves))
 
-    monkeypatch.setattr(prepare, "load_sharded_target", loaded)
+def overflow(tensors: dict[str, np.ndarray]) -> None:
+    """The first layer overflows on every row."""
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = 3e38
+
+
+def overflow_on_unk(tensors: dict[str, np.ndarray]) -> None:
+    """The first layer overflows where a row has the unknown word.
+
+    It alone has something in the first dimension, which the layer multiplies by a large number.
+    """
+    tensors["model.embed_tokens.weight"][:, 0] = 0
+    tensors["model.embed_tokens.weight"][WORDS.index("<unk>"), 0] = 1e3
+    tensors["model.layers.0.self_attn.o_proj.weight"][0] = 0
+    tensors["model.layers.0.mlp.up_proj.weight"][:, 0] = 3e38
 
 
 def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
@@ -49,15 +59,17 @@ def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
     return steps
 
 
-def test_a_poisoned_line_is_named_skipped_and_survived(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Line 8 alone has a token embedded as NaN: of each epoch's three batches one is skipped."""
-    (tmp_path / "target").mkdir()
-    poison(monkeypatch, ("embed_tokens",), WORDS.index("<unk>"))
-    path = run_config(
-        tmp_path, write_target(tmp_path / "target"), train={"log_every": 3, "checkpoint_every": 1}
-    )
+@pytest.mark.pitfall(
+    "a NaN is trained on, saved, and the good checkpoints are rotated away",
+    seen=(
+        "training/step.py: taken whatever loss and norm are; files.py: lines counted without "
+        "empty ones"
+    ),
+)
+def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
+    """Line 8 alone has a token that overflows: of each epoch's three batches one is skipped."""
+    target = edit(write_target(tmp_path / "target"), overflow_on_unk)
+    path = run_config(tmp_path, target, train={"log_every": 3, "checkpoint_every": 1})
     rows = tmp_path / "rows.jsonl"
     lines = rows.read_text().splitlines()
     messages = [
@@ -86,6 +98,10 @@ def test_a_poisoned_line_is_named_skipped_and_survived(
     assert assert_checkpoints_are_finite(run) == [5, 6]
 
 
+@pytest.mark.pitfall(
+    "a NaN is trained on, saved, and the good checkpoints are rotated away",
+    seen="training/skips.py: never too many",
+)
 @pytest.mark.parametrize(
     ("override", "first"),
     [
@@ -94,12 +110,11 @@ def test_a_poisoned_line_is_named_skipped_and_survived(
     ],
 )
 def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, first: int
+    tmp_path: Path, override: str, first: int
 ) -> None:
-    (tmp_path / "target").mkdir()
     target, words = write_target(tmp_path / "target"), [override]
     if override == "target":
-        poison(monkeypatch, ("layers", "layer", "mlp", "up_proj", "weight"), (0, 3))
+        edit(target, overflow)
         words = []
     settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "max_bad_steps": 3}
     path = run_config(tmp_path, target, train=settings)
@@ -125,6 +140,10 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     training_summary(run)  # reads a log without a loss
 
 
+@pytest.mark.pitfall(
+    "a NaN is trained on, saved, and the good checkpoints are rotated away",
+    seen="training/loop.py: saved whatever they are",
+)
 def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
     """Absurd settings make parameters overflow under finite gradients; the next save finds them."""
     (tmp_path / "target").mkdir()

@@ -17,7 +17,6 @@ from tiny import stack_layers
 
 from domino_jax.config.sections import OptimizerConfig
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.blocks import Anchors
 from domino_jax.draft.build import init_variables
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.model import Target
@@ -72,19 +71,17 @@ def first_gradient(program: Program, state: Any, target_params: Any, batch: Batc
     return after.opt_state[0].trace
 
 
+@pytest.mark.pitfall(
+    "averages biased by short batches",
+    seen="training/step.py: the mean of the micro-batches' gradients",
+)
 def test_micro_batches_give_the_gradient_of_one_large_batch(
-    target_params: Any, draft_variables: Any, monkeypatch: pytest.MonkeyPatch
+    target_params: Any, draft_variables: Any
 ) -> None:
-    # Anchors at fixed places, so that both divisions of the rows train on the same blocks.
-    def anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -> Anchors:
-        rows = jnp.broadcast_to(
-            jnp.arange(num_anchors, dtype=jnp.int32) * 4, (candidates.shape[0], num_anchors)
-        )
-        return Anchors(rows, jnp.take_along_axis(candidates, rows, axis=1))
-
-    monkeypatch.setattr("domino_jax.training.modules.sample_anchors", anchors)
-    program, params = make_program(), nn.meta.unbox(draft_variables)
+    # A slot for every candidate, so that both divisions of the rows train on the same blocks.
     whole = make_batch(1, 6)
+    trainer = build_trainer(CONFIG, num_anchors=whole.input_ids.shape[-1], loss_decay_gamma=7.0)
+    program, params = make_program(trainer=trainer), nn.meta.unbox(draft_variables)
     divided = jax.tree.map(lambda x: x.reshape(3, 2, -1), whole)
     one = first_gradient(program, initial_state(program, params), target_params, whole)
     three = first_gradient(program, initial_state(program, params), target_params, divided)
@@ -106,6 +103,10 @@ def test_layers_that_recompute_have_the_same_gradient(
     assert optax.tree.norm(gradients[0]) > 0
 
 
+@pytest.mark.pitfall(
+    "a batch without anchors still moves the weights through the moments",
+    seen="training/step.py: every finite update taken",
+)
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), slow_after(1, [(2, 2, 2), (8, 1, 1)]))
 def test_eight_devices_equal_one(
     target_params: Any, draft_variables: Any, data: int, fsdp: int, tensor: int
@@ -146,6 +147,10 @@ def test_eight_devices_equal_one(
         assert np.linalg.norm(one - eight) <= 1e-5 * np.linalg.norm(one)
 
 
+@pytest.mark.pitfall(
+    "shapes that depend on the data: recompilation late in an epoch",
+    seen="training/step.py: the step counter turned into float32 by the first step",
+)
 def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -> None:
     program = make_program(optimizer=make_optimizer(OptimizerConfig(), 10))
     traces = []
@@ -168,6 +173,17 @@ def assert_only_the_step_moved(before: Any, after: Any) -> None:
     chex.assert_trees_all_equal(after.replace(step=before.step), before)
 
 
+@pytest.mark.pitfall(
+    "no valid anchor in a batch: crash or hang",
+    seen=(
+        "training/step.py: divided by the loss weight alone; training/metrics.py: such a batch "
+        "not counted"
+    ),
+)
+@pytest.mark.pitfall(
+    "a batch without anchors still moves the weights through the moments",
+    seen="training/step.py: every finite update taken",
+)
 def test_a_batch_without_anchors_moves_nothing_and_is_counted(
     target_params: Any, draft_variables: Any
 ) -> None:
@@ -192,6 +208,10 @@ def test_a_batch_without_anchors_moves_nothing_and_is_counted(
     )
 
 
+@pytest.mark.pitfall(
+    "a NaN is trained on, saved, and the good checkpoints are rotated away",
+    seen="training/step.py: taken whatever loss and norm are; sums of a skipped step added up",
+)
 def test_one_micro_batch_that_is_not_finite_skips_the_step(
     target_params: Any, draft_variables: Any
 ) -> None:
@@ -238,6 +258,13 @@ def test_ema_follows_the_draft(target_params: Any, draft_variables: Any) -> None
     chex.assert_trees_all_close(after.ema, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.pitfall(
+    "averages biased by short batches",
+    seen=(
+        "training/metrics.py: mean of the batches' losses; of their acceptance lengths; of their "
+        "base accuracies"
+    ),
+)
 def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_variables: Any) -> None:
     """Two batches of different size: the means of their sums are those of one batch of both."""
     program, params = make_program(), nn.meta.unbox(draft_variables)
