@@ -43,8 +43,8 @@ def named_paths(text: str) -> Iterator[str]:
 
 
 def is_there(path: str) -> bool:
-    """Whether a path, maybe with `*`, exists from the top or inside the package."""
-    return any(any(folder.glob(path.rstrip("/"))) for folder in (TOP, PACKAGE))
+    """Whether a path, maybe with `*`, exists from the top, or in the package or the tests."""
+    return any(any(folder.glob(path.rstrip("/"))) for folder in (TOP, PACKAGE, TOP / "tests"))
 
 
 def heading_anchors(text: str) -> set[str]:

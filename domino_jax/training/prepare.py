@@ -254,8 +254,9 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from
     )
     # The first thing that is written: nothing is left that could refuse the run.
-    write_config(run.directory, config)
-    reporter.say(dump_config(config))
+    text = dump_config(config)
+    write_config(run.directory, text)
+    reporter.say(text)
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             reporter.say(f"{name}: {part.summary(max_length=config.data.max_length)}")
@@ -287,6 +288,6 @@ def _resumable(
         return None
     place = directory / CHECKPOINTS / str(step)
     run = read_run_record(place)
-    check_settings(place, run.config, config)
+    check_settings(place, run.config, dataclasses.asdict(config))
     check_draft(place, read_draft_record(place), record)
     return Resumed(step, run)

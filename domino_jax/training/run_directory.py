@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from domino_jax.config.run import RunConfig, dump_config
+from domino_jax.config.run import RunConfig
 from domino_jax.files import write_whole
 from domino_jax.strict import InputError, from_tree
 from domino_jax.training.records import OTHER_VERSION, DraftRecord
@@ -38,13 +38,15 @@ _FREE = (
 _PLACES = ("target", "data.train", "data.features", "data.heldout", "draft.init_from")
 
 
-def check_settings(place: Path, stored: Mapping[str, Any], config: RunConfig) -> None:
+def check_settings(
+    place: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
     """Refuses settings that would train something else than the run was started with.
 
     Args:
         place: the checkpoint, for messages.
         stored: `RunRecord.config` of it.
-        config: of this start.
+        settings: of this start, likewise plain values.
     Raises:
         InputError: each setting that differs, or a setting that this version does not know.
     """
@@ -52,7 +54,8 @@ def check_settings(place: Path, stored: Mapping[str, Any], config: RunConfig) ->
         started_as = from_tree(RunConfig, stored, place=str(place))
     except InputError as error:
         raise InputError(f"{error}: {OTHER_VERSION}") from error
-    before, now = (_comparable(dataclasses.asdict(one)) for one in (started_as, config))
+    # With the defaults of keys that the other start did not know.
+    before, now = _comparable(dataclasses.asdict(started_as)), _comparable(settings)
     changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
     if not changed:
         return
@@ -103,10 +106,10 @@ def check_draft(place: Path, stored: DraftRecord, record: DraftRecord) -> None:
         )
 
 
-def write_config(directory: Path, config: RunConfig) -> None:
-    """Creates the run directory where it is missing and writes the resolved config into it."""
+def write_config(directory: Path, text: str) -> None:
+    """Creates the run directory where it is missing and writes the resolved config, YAML, there."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "config.yaml", dump_config(config))
+    write_whole(directory / "config.yaml", text)
 
 
 def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
