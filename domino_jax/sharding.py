@@ -1,7 +1,8 @@
 """Layers say what an axis means; what it is split over is decided here, for all of them at once.
 
-This is the only file that names mesh axes. Elsewhere parameters and activations carry logical axes
-("embed", "vocab", ..), so that another layout is a change of one table.
+This is the only file that says what an axis of the mesh does; `config/sections.py` has its sizes.
+Elsewhere parameters and activations carry logical axes ("embed", "vocab", ..), so that another
+layout is a change of one table.
 """
 
 import math
@@ -40,7 +41,8 @@ def make_mesh(
 
     Args:
         data: copies of the state, -1 for as many as the devices allow.
-        fsdp: parts each parameter is split into; these devices also split the batch.
+        fsdp: parts that parameters with an "embed" axis are split into, and the batch; what has
+            none of that axis (norms, a head's tables of the vocabulary) is whole on each of them.
         tensor: parts that heads, feed-forward width and vocabulary are split into.
         devices: in the place of all devices.
     Returns:
@@ -194,7 +196,7 @@ def split_over_batch(
             run,
             in_specs=tuple(own if of_rows else shared for of_rows in by_row),
             out_specs=(own, shared),
-            axis_names=set(names),
+            axis_names={names} if isinstance(names, str) else set(names),
             check_vma=False,
         )(*arguments)
 

@@ -177,7 +177,7 @@ def test_bad_input_is_one_line(domino, config: Path, place: str) -> None:
 def test_a_batch_that_does_not_divide_and_a_topology_that_is_none(domino, config: Path) -> None:
     require_compiler("v5e:2x2")
     code, _, log = domino("plan", config, "--on", "v5e:2x2", "data.batch_size=6")
-    assert code == 2 and "error: data.batch_size 6 must be a multiple of its 4 devices" in log
+    assert code == 2 and "error: data.batch_size 6 must be a multiple of 4, the parts" in log
     code, _, log = domino("plan", config, "--on", "v5e:3x5")
     assert code == 2 and "error: --on v5e:3x5: no such topology: " in log
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from domino_jax.kernels.block_attention import ContextSpan, block_attention
+from domino_jax.kernels.causal_attention import causal_attention
 from domino_jax.sharding import (
     RULES,
     constrain,
@@ -14,6 +16,7 @@ from domino_jax.sharding import (
     make_mesh,
     parameter_shardings,
     partition_spec,
+    split_over_batch,
 )
 
 
@@ -132,3 +135,38 @@ def test_parameter_shardings_follow_the_logical_axes(init) -> None:
     placed = jax.device_put(nn.unbox(Parts().init(jax.random.key(0))), shardings)
     assert placed["params"]["weight"].addressable_shards[0].data.shape == (3, 2)
     assert placed["params"]["odd"].addressable_shards[0].data.shape == (7, 2)
+
+
+def test_the_batch_may_be_split_over_one_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax turns a tuple of one axis into its name."""
+    monkeypatch.setitem(RULES, "batch", ("data",))
+    run = split_over_batch(lambda x: (2 * x, x.sum()), by_row=(True,))
+    with jax.set_mesh(make_mesh(data=8)):
+        doubled, total = jax.jit(run)(jnp.arange(16.0))
+    np.testing.assert_array_equal(doubled, 2 * np.arange(16.0))
+    assert float(total) == 120
+
+
+@pytest.mark.parametrize("attention", ["block", "causal"])
+def test_positions_stay_whole_whatever_length_means(
+    monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """Another layout of activations must not make a query see a part of its context only."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    context = [jax.random.normal(key, (2, 2, 16, 4)) for key in keys[:2]]
+    queries = jax.random.normal(keys[2], (2, 2, 16, 4))
+    own = [jax.random.normal(key, (2, 2, 16, 4)) for key in keys[3:]]
+    ends = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32)[:, None] * 4, (2, 4, 1))
+    span = ContextSpan(jnp.zeros_like(ends), ends)
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        if attention == "causal":
+            return causal_attention(arrays[0], arrays[1], arrays[2])
+        q, k, v, own_k, own_v = arrays
+        return block_attention(q, (k, v), (own_k, own_v), span=span)
+
+    expected = run(queries, *context, *own)
+    monkeypatch.setitem(RULES, "length", "tensor")
+    with jax.set_mesh(make_mesh(data=1, tensor=8)):
+        found = jax.jit(run)(queries, *context, *own)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -117,7 +117,7 @@ class OptimizerConfig:
     learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
     b1: float = key(0.9, "decay of the mean of gradients", least=0, below=1)
     b2: float = key(0.95, "decay of the mean of their squares", least=0, below=1)
-    weight_decay: float = key(0.0, "decoupled weight decay", least=0)
+    weight_decay: float = key(0.0, "decoupled weight decay, of norms too", least=0)
     clip_norm: float = key(1.0, "gradients of a larger global norm are scaled down", above=0)
     warmup_ratio: float = key(0.04, "share of the steps with a rising rate", least=0, most=1)
     final_ratio: float = key(0.1, "last learning rate over the peak", least=0, most=1)

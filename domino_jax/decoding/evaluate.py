@@ -23,8 +23,9 @@ from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.progress import STDERR, Reporter
 from domino_jax.target.model import Target, lm_head_weight
 
-# Two logits closer than this may change places between one-token and block-wise float32 arithmetic.
-TIE = 1e-3
+# Two logits closer than this may change places between one-token and block-wise arithmetic. In
+# bfloat16 states have eight bits, and logits of 16 to 32 follow them by a quarter.
+TIES = {"float32": 1e-3, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,21 @@ class Comparison:
     tokens_compared: int
     tokens_equal: int
     differences: tuple[Difference, ...]
+    tie: float
 
     @property
     def lossless(self) -> bool:
-        """Whether every difference is a tie of the target's logits."""
+        """Whether every difference is a tie of the target's logits, closer than `tie`."""
         # An output that ended early is no tie: its missing token has no logit to compare.
         gaps = [one.logit_gap for one in self.differences]
-        return all(gap is not None and gap < TIE for gap in gaps)
+        return all(gap is not None and gap < self.tie for gap in gaps)
 
     def __add__(self, other: "Comparison") -> "Comparison":
         return Comparison(
             self.tokens_compared + other.tokens_compared,
             self.tokens_equal + other.tokens_equal,
             self.differences + other.differences,
+            self.tie,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def _compared(
     """All drafted ways against the plain one; None where tokens were drawn."""
     if decoder.temperature > 0:
         return None
-    whole = Comparison(0, 0, ())
+    whole = Comparison(0, 0, (), TIES[decoder.target.cfg.dtype])
     for name, drafted in answers.items():
         if name != "plain":
             whole += compare(weights, decoder.target, prompts, answers["plain"], drafted)
@@ -233,7 +236,7 @@ def compare(
             )
             gap = float(abs(logits[left_token] - logits[right_token]))
         differences.append(Difference(index, position, left_token, right_token, gap))
-    return Comparison(compared, equal, tuple(differences))
+    return Comparison(compared, equal, tuple(differences), TIES[target.cfg.dtype])
 
 
 def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:

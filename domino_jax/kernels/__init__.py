@@ -13,5 +13,5 @@ step and a decoding cycle for each platform and looks for it.
 
 Axis letters: B batch, S context length, T tokens of a pass, N blocks, K block size, M predictions
 of a block, D hidden width, V vocabulary, R low-rank width, H query heads, KV key-value heads, G
-query heads per key-value head.
+query heads per key-value head (in `draft/` it is the width of the GRU).
 """

@@ -63,7 +63,7 @@ RESULT = "block_attention"  # the name of what it gives, for policies of `jax.ch
 # Every device attends for its own rows and key heads, which need nothing of another's. The context
 # stays whole: a query may see all of it.
 _BY_BLOCK: Any = ("batch", "kv_heads", None, None, None)
-_BY_POSITION: Any = ("batch", "kv_heads", "length", None)
+_BY_POSITION: Any = ("batch", "kv_heads", None, None)
 _OPERAND_AXES = Operands(_BY_BLOCK, _BY_POSITION, _BY_POSITION, _BY_BLOCK, _BY_BLOCK)
 _SPAN_AXES = ContextSpan(*[cast(Any, ("batch", None, None))] * 2)
 _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)

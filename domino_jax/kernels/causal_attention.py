@@ -152,8 +152,9 @@ def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
     return CUDNN if fits and not packed else PORTABLE
 
 
-_HEADS: Any = ("batch", "kv_heads", "length", None)
-_DOCUMENTS: Any = ("batch", "length")
+# Positions stay whole whatever the layout says of "length": a query sees all before it.
+_HEADS: Any = ("batch", "kv_heads", None, None)
+_DOCUMENTS: Any = ("batch", None)
 
 
 def causal_attention(

@@ -44,7 +44,13 @@ from domino_jax.target.load import load_sharded_target, load_tokenizer, open_tar
 from domino_jax.target.model import Target
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
-from domino_jax.training.preflight import GIGABYTE, check_conversations, check_packages, free_bytes
+from domino_jax.training.preflight import (
+    GIGABYTE,
+    check_conversations,
+    check_one_process,
+    check_packages,
+    free_bytes,
+)
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
 
@@ -126,8 +132,7 @@ def _read(config: RunConfig, *, dtype: str, target_states: bool, reporter: Repor
     """Checks and reads what a capture needs but the weights: what is free first, the rows last."""
     if config.data.train is None:
         raise InputError("data.train is missing: capture reads conversations")
-    if jax.process_count() > 1:
-        raise InputError(f"capture runs in one process, found {jax.process_count()}")
+    check_one_process("capture")
     check_packages(("grain", "array_record"))
     check_conversations("data.train", config.data.train)
     mesh = run_mesh(config)

@@ -226,7 +226,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, state: TrainState, rows: Any) -> tuple[TrainState, Any]:
-        """A checkpoint that `sound_checkpoint` found, laid out like `state`.
+        """A checkpoint that `sound_checkpoint` found, laid out like `state`: arrays or shapes.
 
         The iterator comes with it, where it was.
 

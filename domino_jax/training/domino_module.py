@@ -120,8 +120,8 @@ def build_trainer(
         options: further fields of the module.
     """
     draft = DraftModel(config, recompute)
-    # Read from the config and not asked for: the module refuses a contradiction.
-    options.update(mask_token_id=config.mask_token_id, block_size=config.block_size)
+    # The config's own, and no options: given twice, each of them is an error.
+    options = dict(mask_token_id=config.mask_token_id, block_size=config.block_size, **options)
     options.update(num_anchors=num_anchors, loss_decay_gamma=loss_decay_gamma)
     if config.head is not None:
         return DominoTrainerModule(draft, shift_label=config.shift_label, **options)

@@ -24,7 +24,7 @@ from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerpri
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.progress import Reporter
-from domino_jax.sharding import make_mesh, partition_spec
+from domino_jax.sharding import make_mesh, partition_spec, parts_of
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import tokenizer_fingerprint
 from domino_jax.training.step import Batch
@@ -200,9 +200,10 @@ def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> 
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     # Devices that split a model's tensors work on the same batch rows.
-    parts = mesh.size // config.mesh.tensor
+    parts = parts_of("batch", mesh)
     if config.data.batch_size % parts:
         raise InputError(
-            f"data.batch_size {config.data.batch_size} must be a multiple of its {parts} devices"
+            f"data.batch_size {config.data.batch_size} must be a multiple of {parts}, the parts "
+            f"that its {mesh.size} devices split a batch into"
         )
     return mesh

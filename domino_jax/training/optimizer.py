@@ -21,10 +21,12 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     A step whose update is skipped does not count, as in the reference, whose scheduler steps with
     its optimiser: after skipped steps the schedule lags behind `TrainState.step`.
     """
+    # One update at least is left to the cosine, which optax could not build otherwise.
+    warmup = min(round(total_steps * config.warmup_ratio), total_steps - 1)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=round(total_steps * config.warmup_ratio),
+        warmup_steps=warmup,
         decay_steps=total_steps,  # optax counts the warm-up among them
         end_value=config.learning_rate * config.final_ratio,
     )

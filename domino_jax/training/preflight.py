@@ -75,8 +75,17 @@ def check_conversations(key: str, name: str | None) -> None:
         )
 
 
+def check_one_process(what: str) -> None:
+    """Refuses to run in several processes, of which each would write the same files."""
+    if jax.process_count() > 1:
+        raise InputError(f"{what} runs in one process, found {jax.process_count()}")
+
+
 def check_place(run_dir: str | Path) -> None:
     """Refuses a run directory that cannot be made or written."""
+    # As a path it would be a directory `gs:` of this machine.
+    if "://" in str(run_dir):
+        raise InputError(f"run_dir: {run_dir}: an address; expected a directory of this machine")
     place = nearest_existing(run_dir)
     if not place.is_dir():
         raise InputError(f"run_dir: {run_dir}: {place} is not a directory; give another run_dir")

@@ -37,13 +37,14 @@ from domino_jax.training.inputs import (
     training_batches,
 )
 from domino_jax.training.preflight import (
+    check_one_process,
     check_packages,
     check_place,
     check_room,
     check_sources,
     packages_of,
 )
-from domino_jax.training.program import make_program, resolved
+from domino_jax.training.program import make_program, resolved, state_layout
 from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, read_run_record
 from domino_jax.training.run_directory import (
     check_draft,
@@ -112,7 +113,10 @@ class RunInputs(CheckedRun):
 
 @dataclass(frozen=True, kw_only=True)
 class Run(RunInputs):
-    """Everything a run needs; `state` is the one at step 0."""
+    """Everything a run needs.
+
+    `state` is the one at step 0; of a resumed run shapes and shardings, for the checkpoint's.
+    """
 
     target_params: Any
     state: TrainState
@@ -134,7 +138,8 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
     started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
     check_packages(packages_of(config))
     check_sources(config, started=started)
-    check_place(directory)
+    check_place(config.run_dir)
+    check_one_process("train")
     mesh = run_mesh(config)
     config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices
     path = resolve_target(config.target, reporter=reporter)
@@ -244,15 +249,18 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
             "loading"
         )
     inputs = run.inputs | {"target": f"sha256 {record.target_sha256}"}
-    layers_from = init_from = None
-    if resumed is not None:  # a checkpoint is about to replace the state
-        check_inputs(run.directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
+    if resumed is None:
+        state = state_at_start(
+            run.program,
+            record.config,
+            run.mesh,
+            layers_from=run.target if config.draft.init_layers_from_target else None,
+            init_from=config.draft.init_from,
+        )
     else:
-        layers_from = run.target if config.draft.init_layers_from_target else None
-        init_from = config.draft.init_from
-    state = state_at_start(
-        run.program, record.config, run.mesh, layers_from=layers_from, init_from=init_from
-    )
+        check_inputs(run.directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
+        # Its layout alone: beside the restored state the devices might not hold a second one.
+        state = state_layout(run.program, record.config, run.mesh)
     # The first thing that is written: nothing is left that could refuse the run.
     text = dump_config(config)
     write_config(run.directory, text)

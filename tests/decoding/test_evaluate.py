@@ -54,7 +54,7 @@ def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
     assert set(figures.as_json()) == {
         *("prompts", "tau", "tau_head_off", "tokens", "verifications", "speed_up"),
         *("tokens_per_second", "tokens_per_second_plain", "tokens_per_second_head_off"),
-        *("tokens_compared", "tokens_equal", "differences", "lossless"),
+        *("tokens_compared", "tokens_equal", "differences", "tie", "lossless"),
     }
 
 

@@ -156,7 +156,7 @@ def test_a_run_directory_belongs_to_its_settings(target: Path, tmp_path: Path) -
         ("draft.mask_token_id=32", "mask_token_id 32 is outside the vocabulary of 32"),
         ("draft.target_layer_ids=[0,4]", r"target_layer_ids \[0, 4\] must lie in 0..3"),
         ("data.train=missing.jsonl", "missing.jsonl"),
-        ("data.batch_size=12", "multiple of its 8 devices"),
+        ("data.batch_size=12", "multiple of 8, the parts that its 8 devices split"),
         ("mesh.tensor=3", "mesh"),
         ("target=nowhere", "nowhere"),
         ("loss.loss_type=focal", "loss: loss_type must be one of dflash, .*found 'focal'"),

@@ -320,3 +320,8 @@ def test_trainers_refuse_half_of_the_packing_and_half_of_the_anchors(config: Dra
     for given in ({"anchor_positions": anchors}, {"block_keep_mask": keep}):
         with pytest.raises(ValueError, match="anchor_positions and block_keep_mask together"):
             module.apply(variables, *batch.arrays, rngs=key, **given)
+
+
+def test_what_the_config_says_is_no_option_of_build_trainer() -> None:
+    with pytest.raises(TypeError, match="block_size"):
+        build_trainer(draft_config(), block_size=8)

@@ -1,5 +1,6 @@
 """A run that is stopped or killed resumes and ends with the same bits."""
 
+import gc
 import json
 import os
 import signal
@@ -52,6 +53,24 @@ def whole(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of `ODD` that was never stopped."""
     directory = tmp_path_factory.mktemp("whole")
     return train(load_config(run_config(directory, target, **ODD)), reporter=quiet())
+
+
+def test_a_resumed_run_holds_one_state(target: Path, tmp_path: Path) -> None:
+    """Parameters and two moments: a second, fresh state beside them would be gigabytes."""
+    config = load_config(run_config(tmp_path, target, train={"steps": 4, "checkpoint_every": 1}))
+    with pytest.raises(Interrupted):
+        train(config, reporter=quiet(), stop_requested=Stop(1))
+    gc.collect()
+    rows = (config.draft.gru_hidden_dim * 3, config.draft.gru_hidden_dim)  # of the GRU's weight_hh
+    before = sum(array.shape == rows for array in jax.live_arrays())
+    held: list[int] = []
+
+    def count() -> bool:
+        held.append(sum(array.shape == rows for array in jax.live_arrays()) - before)
+        return False
+
+    train(config, reporter=quiet(), stop_requested=count)
+    assert held and set(held) == {3}
 
 
 def assert_same_run(one: Path, other: Path, *, step: int) -> None:

@@ -324,6 +324,14 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert float(schedule(4)) == pytest.approx(2e-3) and float(schedule(100)) == pytest.approx(2e-4)
 
 
+@pytest.mark.parametrize("total_steps", [1, 7])
+def test_a_warm_up_over_the_whole_run_still_has_a_schedule(total_steps: int) -> None:
+    config = OptimizerConfig(learning_rate=2e-3, warmup_ratio=1.0)
+    schedule = learning_rate_schedule(config, total_steps)
+    assert float(schedule(total_steps - 1)) == pytest.approx(2e-3)
+    assert float(schedule(total_steps)) == pytest.approx(2e-4)
+
+
 def test_the_optimizer_is_clipped_adamw() -> None:
     """Against a plain loop over one weight: a gradient of norm 10 counts as norm 1."""
     optimizer = make_optimizer(
