@@ -39,6 +39,7 @@ from domino_jax.target.load import load_tokenizer
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.flops import step_flops
 from domino_jax.training.inputs import draft_of, run_mesh
+from domino_jax.training.objectives import reads_target
 from domino_jax.training.program import (
     StepArguments,
     batch_layout,
@@ -340,7 +341,7 @@ def _useful_flops(config: RunConfig, models: Models, program: Program) -> dict[s
         config.loss.num_anchors,
         target=models.target if config.data.features is None else None,  # captured before
         depth=program.target.layers_run,
-        target_logits=config.loss.kl_weight > 0,
+        target_logits=reads_target(config.loss),
     )
     rows = config.data.batch_size * config.optimizer.grad_accumulation
     return {stage: flops * rows for stage, flops in parts.items()}

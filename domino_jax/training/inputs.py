@@ -27,6 +27,7 @@ from domino_jax.progress import Reporter
 from domino_jax.sharding import make_mesh, partition_spec, parts_of
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import tokenizer_fingerprint
+from domino_jax.training.objectives import reads_target
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def read_features(
         target_sha256: fingerprint of the target.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers,
-            length or masking, or without the states that a loss with `kl_weight` needs.
+            length or masking, or without the final states, for a loss that reads them.
     """
     data = config.data
     assert data.features is not None
@@ -120,10 +121,12 @@ def read_features(
         "mask_reasoning_content": data.mask_reasoning_content,
     }
     check_manifest(data.features, rows.manifest, asked)
-    if config.loss.kl_weight > 0 and not rows.manifest.target_states:
+    loss = config.loss
+    if reads_target(loss) and not rows.manifest.target_states:
         raise InputError(
-            f"{data.features}: captured without the target's final states, which loss.kl_weight "
-            f"{config.loss.kl_weight} needs; capture them with --with-target-states"
+            f"{data.features}: captured without the target's final states, which loss.loss_type "
+            f"{loss.loss_type} with loss.kl_weight {loss.kl_weight:g} reads; capture them with "
+            "--with-target-states"
         )
     return _with_packs(rows, data)
 

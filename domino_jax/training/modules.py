@@ -10,7 +10,6 @@ off by a token trains without an error and drafts badly, so they are made in one
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +46,7 @@ from domino_jax.training.objectives import (
     checked_options,
     loss_divisor,
     objective_named,
+    reads_target,
 )
 from domino_jax.training.step_metrics import (
     DFlashStepMetrics,
@@ -108,6 +108,7 @@ class DFlashTrainerModule(nn.Module):
             self.loss_options,
             normalize=self.normalize,
             gamma=self.loss_decay_gamma,
+            kl_weight=self.kl_weight,
             domino=cfg.head is not None,
         )
 
@@ -252,8 +253,7 @@ class DFlashTrainerModule(nn.Module):
             raise ValueError(
                 "kl_weight needs target_states, the target's states after its final norm"
             )
-        reads = self.kl_weight > 0 or objective_named(self.loss_type).cost is not None
-        if not reads or target_states is None:
+        if not reads_target(self) or target_states is None:
             return None
         # The state at a position predicts the next token, so that of label a + 1 + m lies at a + m.
         index = anchors.positions[..., None] + jnp.arange(self.draft_model.cfg.num_predictions)
@@ -295,11 +295,6 @@ class DFlashTrainerModule(nn.Module):
                 objective=objective,
                 chunk_blocks=self.chunk_blocks,
             )
-        warnings.warn(
-            f"loss_type {self.loss_type} reads whole logits: it runs on the definition, which "
-            "holds all of them",
-            stacklevel=2,
-        )
         return dual_loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
 
 

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -71,25 +71,33 @@ def register_objective(
         name: of the objective.
         factor: `(token_loss, labels, options)` -> float32 [B, n, M] over whole blocks, which
             multiplies the loss of each prediction. Differentiated with it: stop the gradient where
-            it is a weight and not a loss. None is 1.
+            it is a weight and not a loss. It sees a piece of the blocks, of one device's rows:
+            nothing may be taken over B or n. None is 1.
         cost: `(logits, labels, target_logits, options)` -> float32 [B, N, M], in the place of the
-            cross-entropy. It reads whole logits [B, N, M, V], so it runs on the definition, in the
-            memory that those take. `target_logits` are the target's own, or None where its states
-            are not given.
+            cross-entropy, for a factor beside it too. It reads whole logits [B, N, M, V], so it
+            runs on the definition, in the memory that those take, and `loss.logits_mib` bounds
+            nothing. `target_logits` are the target's own, or None where a script gives no states.
         prefix_lengths: `(key, shape, options, block_size=K)` -> int32 `shape`, how many positions
             of each block show their real token and are not supervised; None shows the anchor
             alone. Plain DFlash only.
-        options: a frozen dataclass of the objective's parameters, with defaults; it refuses bad
-            ones by `InputError`.
-        normalize: default divisor (`loss_divisor`).
+        options: a frozen dataclass of the objective's parameters, plain values with defaults; it
+            refuses bad ones by `InputError`.
+        normalize: default divisor (`loss_divisor`): of weights before any factor or cost.
         loss_decay_gamma: default decay of the position weights, None for none.
         weighs_positions: whether the factor itself says what a position weighs; a decay is then
             refused.
+    Both must be finite where nothing is supervised too: there they are multiplied by 0.
+
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, the divisor unknown, or `options` no frozen dataclass.
     """
     if name in OBJECTIVES:
         raise ValueError(f"objective {name!r} is already there")
+    if normalize not in DIVISORS:
+        raise ValueError(f"normalize must be one of {', '.join(DIVISORS)}, found {normalize!r}")
+    frozen = dataclasses.is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if not frozen:
+        raise ValueError(f"options must be a frozen dataclass, found {options!r}")
     OBJECTIVES[name] = NamedObjective(
         options, factor, cost, prefix_lengths, normalize, loss_decay_gamma, weighs_positions
     )
@@ -97,8 +105,29 @@ def register_objective(
 
 def objective_named(name: str) -> NamedObjective:
     """The entry of a name, or `InputError` with the names that exist."""
-    require(name in OBJECTIVES, f"loss_type must be one of {', '.join(OBJECTIVES)}, found {name!r}")
+    require(
+        name in OBJECTIVES,
+        f"loss_type must be one of {', '.join(OBJECTIVES)}, found {name!r}; one of your own is "
+        "known once its module is imported (docs/extend.md)",
+    )
     return OBJECTIVES[name]
+
+
+class Weighted(Protocol):
+    """What has a loss: a run's section `loss`, or a trainer module."""
+
+    @property
+    def loss_type(self) -> str:
+        """The name of an objective."""
+
+    @property
+    def kl_weight(self) -> float:
+        """The share of the divergence from the target's distribution."""
+
+
+def reads_target(loss: Weighted) -> bool:
+    """Whether a loss reads the target's distribution, and so its last layer."""
+    return loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
 
 
 def checked_options(name: str, options: Mapping[str, Any]) -> Any:
@@ -116,6 +145,7 @@ def check_objective(
     *,
     normalize: str | None,
     gamma: float | None,
+    kl_weight: float,
     domino: bool,
 ) -> None:
     """Refuses what cannot be trained with, for a run's config and for the trainer modules alike.
@@ -125,6 +155,7 @@ def check_objective(
         options: its parameters.
         normalize: the divisor, None for the objective's own.
         gamma: decay of the position weights, None or <= 0 for none.
+        kl_weight: share of the divergence.
         domino: whether the draft has a head.
     Raises:
         InputError: what was found and what was expected.
@@ -145,23 +176,43 @@ def check_objective(
         row.prefix_lengths is None or not domino,
         f"loss_type {name} is for plain DFlash drafts; draft.projector_type must be null",
     )
+    require(
+        row.cost is None or kl_weight == 0,
+        f"loss_type {name} has a cost of its own, which no divergence is mixed into; kl_weight "
+        f"must be 0, found {kl_weight}",
+    )
 
 
 def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
-    """A run's loss, checked, with the objective's own decay where "default" stands.
+    """A run's loss, checked, with the objective's own decay, divisor and options written out.
+
+    So a run can be read from its record, whatever becomes of the defaults.
 
     Raises:
         InputError: as `check_objective`, with the place.
     """
     name, gamma = loss.loss_type, loss.loss_decay_gamma
     try:
+        own = objective_named(name)
         if gamma == "default":
-            gamma = objective_named(name).loss_decay_gamma
-        check_objective(name, loss.options, normalize=loss.normalize, gamma=gamma, domino=domino)
+            gamma = own.loss_decay_gamma
+        check_objective(
+            name,
+            loss.options,
+            normalize=loss.normalize,
+            gamma=gamma,
+            kl_weight=loss.kl_weight,
+            domino=domino,
+        )
     except InputError as error:
         # The place is named here: trainer modules check the same and have no section `loss`.
         raise InputError(f"loss: {error}") from error
-    return dataclasses.replace(loss, loss_decay_gamma=gamma)
+    return dataclasses.replace(
+        loss,
+        loss_decay_gamma=gamma,
+        normalize=loss.normalize or own.normalize,
+        options=dataclasses.asdict(checked_options(name, loss.options)),
+    )
 
 
 # None of them asks what was predicted. So micro-batches, devices and the two losses share one, and

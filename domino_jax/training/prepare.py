@@ -36,6 +36,7 @@ from domino_jax.training.inputs import (
     run_mesh,
     training_batches,
 )
+from domino_jax.training.objectives import objective_named
 from domino_jax.training.preflight import (
     check_one_process,
     check_packages,
@@ -268,6 +269,14 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             reporter.say(f"{name}: {part.summary(max_length=config.data.max_length)}")
+    cost = objective_named(config.loss.loss_type).cost
+    if cost is not None:
+        predictions = config.loss.num_anchors * record.config.num_predictions
+        size = 4 * config.data.batch_size * predictions * record.config.vocab_size / 2**30
+        reporter.say(
+            f"loss.loss_type {config.loss.loss_type} reads whole logits: each array of them takes "
+            f"{size:.3g} GiB over all devices, and loss.logits_mib bounds nothing"
+        )
     reporter.say(
         f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} "
         f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "

@@ -32,7 +32,7 @@ from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
 from domino_jax.training.curriculum import lambda_base_schedule
 from domino_jax.training.domino_module import build_trainer
-from domino_jax.training.objectives import objective_named, resolved_loss
+from domino_jax.training.objectives import reads_target, resolved_loss
 from domino_jax.training.optimizer import make_optimizer
 from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step
 
@@ -87,7 +87,7 @@ def make_program(
     """
     loss, device = config.loss, mesh.devices.flat[0]
     # The target's own distribution needs its last layer; without it the captured ones are enough.
-    whole = loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
+    whole = reads_target(loss)
     return Program(
         trainer=build_trainer(
             draft,
@@ -210,7 +210,7 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
         batch = batch._replace(
             features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16)
         )
-        if config.loss.kl_weight > 0:
+        if reads_target(config.loss):
             batch = batch._replace(target_states=of((*rows, width), jnp.bfloat16))
     return batch
 

@@ -19,6 +19,7 @@ from typing import Any
 from domino_jax.config.run import RunConfig
 from domino_jax.files import write_whole
 from domino_jax.strict import InputError, from_tree
+from domino_jax.training.objectives import resolved_loss
 from domino_jax.training.records import OTHER_VERSION, DraftRecord
 
 # What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
@@ -50,6 +51,10 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
     """
     try:
         started_as = from_tree(RunConfig, stored, place=str(place))
+        # Older versions left the objective's own settings open in their records.
+        domino = started_as.draft.projector_type is not None
+        loss = resolved_loss(started_as.loss, domino=domino)
+        started_as = dataclasses.replace(started_as, loss=loss)
     except InputError as error:
         raise InputError(f"{error}: {OTHER_VERSION}") from error
     # With the defaults of keys that the other start did not know.

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from domino_jax.chips import CHIPS
 from domino_jax.training.flops import step_flops
+from domino_jax.training.objectives import reads_target
 from domino_jax.training.step import Program
 
 
@@ -112,7 +113,7 @@ class Speed:
             blocks / count,
             target=program.target.cfg if self._target_runs else None,
             depth=program.target.layers_run,
-            target_logits=program.trainer.kl_weight > 0,
+            target_logits=reads_target(program.trainer),
         )
         return count * sum(parts.values())
 

@@ -1,7 +1,6 @@
 """The named losses against plain loops, their divisors, and all of it in the trainer modules."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,7 @@ from domino_jax.training.objectives import (
     accept_until_fail,
     dpace_weights,
     loss_divisor,
+    reads_target,
     register_objective,
     resolved_loss,
 )
@@ -251,13 +251,8 @@ def test_a_registered_objective_trains_on_the_kernel_and_one_of_logits_on_the_de
         step = make_step.__wrapped__(
             config, loss_type=name, loss_options=options, loss_decay_gamma=3.0
         )
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            results[name, focus] = our_step(
-                step, config, params, batch, anchors=anchors, lambda_base=0.3
-            )
-        assert any("runs on the definition" in str(one.message) for one in told) == (
-            name == "focal-by-logits"
+        results[name, focus] = our_step(
+            step, config, params, batch, anchors=anchors, lambda_base=0.3
         )
     for left, right in (
         (("focal", 1.5), ("focal-by-logits", 1.5)),
@@ -300,6 +295,10 @@ def test_a_registered_objective_trains_on_the_kernel_and_one_of_logits_on_the_de
             {"normalize": "mean"},
             "normalize must be one of null, weights, tokens, blocks, found 'mean'",
         ),
+        (
+            {"loss_type": "focal-by-logits", "kl_weight": 0.5},
+            r"has a cost of its own, .*kl_weight must be 0, found 0\.5",
+        ),
     ],
     ids=str,
 )
@@ -320,6 +319,29 @@ def test_a_decay_that_is_not_given_is_the_objectives_own() -> None:
         )
 
 
-def test_a_name_is_registered_once() -> None:
-    with pytest.raises(ValueError, match="'dflash' is already there"):
-        register_objective("dflash")
+def test_a_resolved_loss_leaves_nothing_open() -> None:
+    """A run is read from its record, whatever becomes of the defaults."""
+    found = resolved_loss(LossConfig(loss_type="dpace"), domino=True)
+    assert found.options == {"dpace_alpha": 0.5} and found.normalize == "weights"
+    assert resolved_loss(found, domino=True) == found
+
+
+@pytest.mark.usefixtures("registered")
+def test_who_reads_the_target() -> None:
+    assert reads_target(LossConfig(kl_weight=0.1)) and not reads_target(LossConfig())
+    assert reads_target(LossConfig(loss_type="focal-by-logits"))
+    assert not reads_target(build_trainer(draft_config(), loss_type="focal"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "dflash"}, "'dflash' is already there"),
+        ({"normalize": "mean"}, "normalize must be one of weights, tokens, blocks, found 'mean'"),
+        ({"options": dict}, "options must be a frozen dataclass, found <class 'dict'>"),
+    ],
+)
+def test_register_objective_refuses(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        register_objective(**{"name": "mine"} | fields)
+    assert "mine" not in OBJECTIVES
