@@ -93,7 +93,7 @@ def test_divergence_needs_the_captured_final_states(place: Path) -> None:
     assert np.all(online[:, 0] != losses(place, "no-kl", *settings, "loss.kl_weight=0")[:, 0])
     with pytest.raises(
         InputError,
-        match=r"bfloat16: captured without the target's final states, which loss.loss_type dpace with "
+        match=r"captured without the target's final states, which loss.loss_type dpace with "
         r"loss.kl_weight 0.5 reads",
     ):
         losses(place, "kl-half", *settings, *offline(place / "bfloat16"))

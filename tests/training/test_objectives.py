@@ -322,7 +322,7 @@ def test_a_decay_that_is_not_given_is_the_objectives_own() -> None:
 def test_a_resolved_loss_leaves_nothing_open() -> None:
     """A run is read from its record, whatever becomes of the defaults."""
     found = resolved_loss(LossConfig(loss_type="dpace"), domino=True)
-    assert found.options == {"dpace_alpha": 0.5} and found.normalize == "weights"
+    assert found.options == {"dpace_alpha": 0.5} and found.normalize == "blocks"
     assert resolved_loss(found, domino=True) == found
 
 
