@@ -181,13 +181,21 @@ def _data_parsers(directory: Path) -> list[Parser]:
     from domino_jax.data.features import read_manifest
     from domino_jax.data.template import KWARGS
     from domino_jax.decoding.batch_log import BatchLog, _attestation
-    from domino_jax.decoding.generate import _answer
+    from domino_jax.decoding.regenerate import AnswerSettings, _read_answer
     from domino_jax.training.metrics import METRICS, read_metrics
 
     asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-    settings = {"target": "t", "max_new_tokens": 8, "temperature": 0.0, "seed": 0, KWARGS: {}}
+    settings = AnswerSettings(
+        target="t",
+        max_new_tokens=8,
+        temperature=0.0,
+        seed=0,
+        dtype="float32",
+        batch_size=2,
+        chat_template_kwargs={},
+    )
     answered = [*asked, {"role": "assistant", "content": "Hello."}]
-    line = {"messages": answered, "finished": True, "generator": settings}
+    line = {"messages": answered, "finished": True, "generator": asdict(settings)}
     good_line = json.dumps({"messages": asked}).encode()
     rows, answers = directory / "rows.jsonl", directory / "answers.jsonl.partial"
 
@@ -214,8 +222,9 @@ def _data_parsers(directory: Path) -> list[Parser]:
         # What is attested is what was written: whoever wrote it may have been wrong.
         before = _attestation(hashlib.sha256()) + content + b"\n"
         answers.write_bytes(before + _attestation(hashlib.sha256(before)))
+        prompts = {1: asked}
         with BatchLog(
-            answers, lambda record: _answer(record, settings, {1: asked}, Path("prompts.jsonl"))
+            answers, lambda record: _read_answer(record, settings, prompts, Path("prompts.jsonl"))
         ) as log:
             return log.finished
 
@@ -262,7 +271,7 @@ def _data_parsers(directory: Path) -> list[Parser]:
         rising = bool(layers) and layers == sorted(set(layers)) and layers[0] >= 0
         return None if held and fits and typed and rising else "a manifest of no capture"
 
-    partial_line = {"messages": answered, "prompt_line": 1, "finished": True, "generator": settings}
+    partial_line = line | {"prompt_line": 1}
     record = {
         "step": 4,
         "split": "train",
