@@ -24,22 +24,10 @@ from benchmark_sides import Worker
 from benchmark_weights import fill_torch
 from benchmark_workloads import BETAS, CLIP_NORM, LAMBDA_BASE, LEARNING_RATE, LOSS_DECAY_GAMMA
 
-from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.config.model import SIZES, DecoderConfig, DraftConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHAPE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
 
 
 @contextmanager
@@ -90,7 +78,8 @@ def versions() -> dict[str, str]:
 
 def hf_config(config: DecoderConfig) -> Any:
     """The Hugging Face config of a Qwen3 target."""
-    fields = {name: getattr(config, name) for name in SHAPE_FIELDS}
+    names = (*SIZES, "rms_norm_eps", "tie_word_embeddings")
+    fields = {name: getattr(config, name) for name in names}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return transformers.Qwen3Config(**fields, rope_parameters=rope)
 
