@@ -120,10 +120,10 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
             raise InputError(f"{path}: {error.strerror or error}") from error
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
     """The lines of a regular file of any size with their numbers from 1, line ends included.
 
-    Of a line longer than `LINE_BYTES` one byte more than that is given, without its end.
+    Of a line longer than `limit` bytes one byte more than that is given, without its end.
 
     Raises:
         InputError: as `open_regular`, or it cannot be read.
@@ -131,11 +131,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_regular(path) as file:
         try:
             number = 0
-            while line := file.readline(LINE_BYTES + 1):
+            while line := file.readline(limit + 1):
                 number += 1
                 yield number, line
-                while len(line) > LINE_BYTES and not line.endswith(b"\n"):
-                    line = file.readline(LINE_BYTES + 1)
+                while len(line) > limit and not line.endswith(b"\n"):
+                    line = file.readline(limit + 1)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}") from error
 

@@ -347,19 +347,26 @@ def _useful_flops(config: RunConfig, models: Models, program: Program) -> dict[s
     return {stage: flops * rows for stage, flops in parts.items()}
 
 
-def with_batch(config: RunConfig, batch_size: int) -> RunConfig:
-    """The same run with another `data.batch_size`."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+def largest_batch(
+    config: RunConfig, planned: Callable[[RunConfig], Plan], *, multiple_of: int
+) -> Plan:
+    """The plan of the largest `data.batch_size` that fits, or of the smallest, which does not.
 
-
-def largest_multiple(fits: Callable[[int], bool], *, first: int) -> int:
-    """The largest n for which `fits(n)` holds, 0 for none; it holds up to some n and not beyond.
+    A step is taken to fit up to some batch size and not beyond.
 
     Args:
-        fits: asked for as few n as it takes: it may compile for minutes.
-        first: the first one to be asked.
+        config: the run; its own batch size is the first to be tried.
+        planned: the plan of a run; asked for as few as it takes: it may compile for minutes.
+        multiple_of: what every batch size is a multiple of.
     """
-    good, bad = 0, first
+    plans: dict[int, Plan] = {}
+
+    def fits(count: int) -> bool:
+        data = dataclasses.replace(config.data, batch_size=count * multiple_of)
+        plans[count] = planned(dataclasses.replace(config, data=data))
+        return plans[count].fits
+
+    good, bad = 0, max(config.data.batch_size // multiple_of, 1)
     while fits(bad):
         good, bad = bad, bad * 2
     while bad - good > 1:
@@ -368,7 +375,7 @@ def largest_multiple(fits: Callable[[int], bool], *, first: int) -> int:
             good = middle
         else:
             bad = middle
-    return good
+    return plans[good or 1]
 
 
 def read_plan(path: Path) -> Plan:

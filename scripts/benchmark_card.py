@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def compare(options: argparse.Namespace) -> None:
     }
     for setting in chosen:
         with tempfile.TemporaryDirectory() as directory:
-            figures = measure(setting, Path(directory), options)
+            start = functools.partial(start_side, setting, Path(directory), options)
+            figures = measure(start, setting, options)
         show(figures)
         device = {name: figures["ours"][name] for name in ("platform", "device")}
         record(options.record, asked | figures, device=device)
@@ -65,9 +67,10 @@ def compare(options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def measure(setting: Setting, directory: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one setting."""
-    start = functools.partial(start_side, setting, directory, options)
+def measure(
+    start: Callable[[str], Side], setting: Setting, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The figures of one setting, whose sides `start` gives by name."""
     ours, nemo = start("ours"), None
     together = not options.no_peer
     if together:

@@ -63,6 +63,19 @@ class Case:
 
 
 def main() -> None:
+    options = parsed_options()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the device
+    case = case_of_shape(options) if options.shape else case_of_runs(options)
+    report = measured(case, options) | described(case, options)
+    show(report)
+    device = jax.devices()[0]
+    place = {"platform": device.platform, "device": device.device_kind}
+    record(options.record, report, device=place)
+    report |= {"hardware": hardware(), "revision": revision()}
+    print(json.dumps(report | {"date": datetime.date.today().isoformat()}))
+
+
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--domino", type=Path, help="run directory of a Domino draft")
     parser.add_argument(
@@ -91,23 +104,19 @@ def main() -> None:
         parser.error("give --domino RUN and --dflash RUN, or --shape alone")
     if options.tiny and not options.shape:
         parser.error("--tiny belongs to --shape")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the device
+    return options
 
-    case = case_of_shape(options) if options.shape else case_of_runs(options)
-    prompts, count, target = case.prompts, options.max_new_tokens, Target(case.target)
-    decoders = {"plain": (make_decoder(target, stop_ids=case.stops), Weights(case.target_params))}
-    for name, (config, params) in case.drafts.items():
-        decoder = make_decoder(
-            target, DraftModel(config), proposals=options.proposals, stop_ids=case.stops
-        )
-        decoders[name] = (decoder, Weights(case.target_params, params))
-    ways = {
-        name: our_way(*pair, longest=max(map(len, prompts)), count=count)
-        for name, pair in decoders.items()
-    }
+
+def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures: of the ways in turn, of a verification, of a cycle's parts, of batches."""
+    prompts, count = case.prompts, options.max_new_tokens
+    decoders = our_decoders(case, proposals=options.proposals)
+    longest = max(map(len, prompts))
+    ways = {name: our_way(*pair, longest=longest, count=count) for name, pair in decoders.items()}
     if not options.no_torch:
         ways |= torch_ways(*case.torch_models(), case.stops, count=count)
     report: dict[str, Any] = {"ways": take_turns(ways, prompts)}
+    target = Target(case.target)
     report["verification"] = verification(target, case.target_params, context=case.context)
     report["cycle"] = {
         name: cycle_parts(*decoders[name], context=case.context) for name in case.drafts
@@ -116,27 +125,39 @@ def main() -> None:
         size: batch_speed(*decoders["domino"], (prompts * size)[:size], count=count)
         for size in options.batch_sizes
     }
-    report |= {
+    return report
+
+
+def our_decoders(case: Case, *, proposals: str) -> dict[str, tuple[Decoder, Weights]]:
+    """The ways of this project by name: without a draft, and with each."""
+    target = Target(case.target)
+    plain = make_decoder(target, stop_ids=case.stops)
+    decoders = {"plain": (plain, Weights(case.target_params))}
+    for name, (config, params) in case.drafts.items():
+        draft = DraftModel(config)
+        decoder = make_decoder(target, draft, proposals=proposals, stop_ids=case.stops)
+        decoders[name] = (decoder, Weights(case.target_params, params))
+    return decoders
+
+
+def described(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured: the case, its limits, the device and the versions."""
+    versions = {"jax": jax.__version__}
+    if not options.no_torch:
+        import benchmark_nemo
+
+        versions |= benchmark_nemo.versions()
+    return {
         "shape": options.shape,
         "tiny": options.tiny,
         "dtype": case.target.dtype,
         "device": jax.devices()[0].device_kind,
         "context": case.context,
         "proposals": options.proposals,
-        "prompts": len(prompts),
-        "max_new_tokens": count,
-        "versions": {"jax": jax.__version__},
+        "prompts": len(case.prompts),
+        "max_new_tokens": options.max_new_tokens,
+        "versions": versions,
     }
-    if not options.no_torch:
-        import benchmark_nemo
-
-        report["versions"] |= benchmark_nemo.versions()
-    show(report)
-    device = jax.devices()[0]
-    place = {"platform": device.platform, "device": device.device_kind}
-    record(options.record, report, device=place)
-    report |= {"hardware": hardware(), "revision": revision()}
-    print(json.dumps(report | {"date": datetime.date.today().isoformat()}))
 
 
 def case_of_runs(options: argparse.Namespace) -> Case:

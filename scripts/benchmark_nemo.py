@@ -12,9 +12,9 @@ import importlib.machinery
 import importlib.metadata
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,22 +24,10 @@ from benchmark_sides import Worker
 from benchmark_weights import fill_torch
 from benchmark_workloads import BETAS, CLIP_NORM, LAMBDA_BASE, LEARNING_RATE, LOSS_DECAY_GAMMA
 
-from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.config.model import SIZES, DecoderConfig, DraftConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHAPE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
 
 
 @contextmanager
@@ -90,7 +78,8 @@ def versions() -> dict[str, str]:
 
 def hf_config(config: DecoderConfig) -> Any:
     """The Hugging Face config of a Qwen3 target."""
-    fields = {name: getattr(config, name) for name in SHAPE_FIELDS}
+    names = (*SIZES, "rms_norm_eps", "tie_word_embeddings")
+    fields = {name: getattr(config, name) for name in names}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return transformers.Qwen3Config(**fields, rope_parameters=rope)
 
@@ -147,6 +136,68 @@ def draft_model(config: DraftConfig, target: DecoderConfig, *, attention: str) -
     return filled(model.to(device=DEVICE, dtype=DTYPES[config.dtype]), prefix="draft.")
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """What the target gives a step: its head, its embedding, and its states each time anew."""
+
+    lm_head: torch.nn.Module
+    embed_tokens: torch.nn.Module
+    features: Callable[[], torch.Tensor]
+
+
+def running_target(config: DraftConfig, target: DecoderConfig, ids: torch.Tensor) -> Frozen:
+    """The whole target, which runs in every step."""
+    model = target_model(target)
+    wrapper = HFDFlashTargetModel(model, config.target_layer_ids)
+    everything, loss_mask = torch.ones_like(ids), supervised(ids)
+
+    def features() -> torch.Tensor:
+        return wrapper.generate_batch(ids, everything, loss_mask).hidden_states
+
+    return Frozen(model.get_output_embeddings(), model.get_input_embeddings(), features)
+
+
+def given_states(config: DraftConfig, target: DecoderConfig, ids: torch.Tensor) -> Frozen:
+    """The target's two tables, beside states that are the same in every step."""
+    lm_head, embed_tokens = target_tables(target)
+    width = len(config.target_layer_ids) * config.hidden_size
+    given = torch.empty(*ids.shape, width, device=DEVICE, dtype=DTYPES[config.dtype])
+    fill_torch("features", given, std=1.0)
+    return Frozen(lm_head, embed_tokens, lambda: given)
+
+
+def supervised(ids: torch.Tensor) -> torch.Tensor:
+    """The loss mask of rows in which every token counts."""
+    return torch.ones(ids.shape, device=DEVICE)
+
+
+def trainer_of(
+    config: DraftConfig,
+    draft: torch.nn.Module,
+    frozen: Frozen,
+    *,
+    anchors: np.ndarray,
+    keep: np.ndarray,
+    attention: str,
+) -> torch.nn.Module:
+    """The recipe's trainer, which takes the anchors of one step after another."""
+    trainer = DominoTrainerModule(
+        draft,
+        frozen.lm_head,
+        frozen.embed_tokens,
+        mask_token_id=config.mask_token_id,
+        block_size=config.block_size,
+        attention_backend=attention,
+        num_anchors=anchors.shape[-1],
+        loss_decay_gamma=LOSS_DECAY_GAMMA,
+        shift_label=config.shift_label,
+    )
+    of_steps = iter(zip(*(torch.tensor(x, device=DEVICE) for x in (anchors, keep)), strict=True))
+    # It has no argument for them.
+    trainer._sample_anchor_positions = lambda *args, **kwargs: next(of_steps)
+    return trainer.to(DEVICE).train()
+
+
 def recipe_step(
     config: DraftConfig,
     target: DecoderConfig,
@@ -170,43 +221,29 @@ def recipe_step(
     """
     attention = "flex_attention" if DEVICE == "cuda" else "sdpa"  # the former is for CUDA only
     draft = draft_model(config, target, attention=attention)
-    ids = torch.tensor(input_ids, device=DEVICE)
-    loss_mask = torch.ones(ids.shape, device=DEVICE)
     if compiled:
         from nemo_automodel.components.utils import compile_utils
 
         compile_utils.compile_module_inplace(draft, compile_utils.CompileConfig(enabled=True))
-    if online:
-        model = target_model(target)
-        lm_head, embed_tokens = model.get_output_embeddings(), model.get_input_embeddings()
-        wrapper = HFDFlashTargetModel(model, config.target_layer_ids)
-        everything = torch.ones_like(ids)
+    ids = torch.tensor(input_ids, device=DEVICE)
+    frozen = (running_target if online else given_states)(config, target, ids)
+    trainer = trainer_of(config, draft, frozen, anchors=anchors, keep=keep, attention=attention)
 
-        def features() -> torch.Tensor:
-            return wrapper.generate_batch(ids, everything, loss_mask).hidden_states
-    else:
-        lm_head, embed_tokens = target_tables(target)
-        width = len(config.target_layer_ids) * config.hidden_size
-        given = torch.empty(*ids.shape, width, device=DEVICE, dtype=DTYPES[config.dtype])
-        fill_torch("features", given, std=1.0)
+    def finish() -> dict[str, Any]:
+        return {"peak_bytes": peak_bytes(), "device": device_name(), "dtype": config.dtype} | {
+            "versions": versions(),
+            "attention": attention,
+            "compiled": compiled,
+        }
 
-        def features() -> torch.Tensor:
-            return given
+    return optimisation_step(trainer, ids, frozen.features), finish
 
-    trainer = DominoTrainerModule(
-        draft,
-        lm_head,
-        embed_tokens,
-        mask_token_id=config.mask_token_id,
-        block_size=config.block_size,
-        attention_backend=attention,
-        num_anchors=anchors.shape[-1],
-        loss_decay_gamma=LOSS_DECAY_GAMMA,
-        shift_label=config.shift_label,
-    )
-    trainer = trainer.to(DEVICE).train()
-    of_steps = iter(zip(*(torch.tensor(x, device=DEVICE) for x in (anchors, keep)), strict=True))
-    trainer._sample_anchor_positions = lambda *args, **kwargs: next(of_steps)
+
+def optimisation_step(
+    trainer: torch.nn.Module, ids: torch.Tensor, features: Callable[[], torch.Tensor]
+) -> Callable[[], float]:
+    """A step of the recipe's optimiser, which returns its loss when it is done."""
+    loss_mask = supervised(ids)
     optimizer = torch.optim.AdamW(
         trainer.parameters(),
         lr=LEARNING_RATE,
@@ -232,14 +269,7 @@ def recipe_step(
         synchronize()
         return loss
 
-    def finish() -> dict[str, Any]:
-        return {"peak_bytes": peak_bytes(), "device": device_name(), "dtype": config.dtype} | {
-            "versions": versions(),
-            "attention": attention,
-            "compiled": compiled,
-        }
-
-    return step, finish
+    return step
 
 
 def synchronize() -> None:

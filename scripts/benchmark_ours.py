@@ -107,6 +107,43 @@ def drawn_anchors(config: DraftConfig, setting: Setting, *, steps: int) -> dict[
     return {"anchors": np.asarray(anchors, np.int64), "keep": np.asarray(keep)}
 
 
+def recipe_program(
+    config: DraftConfig,
+    target: DecoderConfig,
+    *,
+    depth: int,
+    num_anchors: int,
+    chunk_blocks: int,
+) -> Program:
+    """The program of a run on this device; the target runs `depth` layers."""
+    device = jax.devices()[0]
+    attention = form_for(
+        device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False
+    )
+    return Program(
+        trainer=build_trainer(
+            config,
+            num_anchors=num_anchors,
+            loss_decay_gamma=LOSS_DECAY_GAMMA,
+            chunk_blocks=chunk_blocks,
+            recompute=device.platform != "cpu",
+        ),
+        target=Target(
+            target,
+            capture=config.target_layer_ids,
+            depth=depth,
+            scan_layers=True,
+            attention=attention,
+        ),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(CLIP_NORM),
+            optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0),
+        ),
+        curriculum=optax.constant_schedule(LAMBDA_BASE),
+        seed=SEED,
+    )
+
+
 def recipe_step(
     config: DraftConfig,
     target: DecoderConfig,
@@ -126,40 +163,18 @@ def recipe_step(
         num_anchors: N.
         chunk_blocks: memory bound of the vocabulary loss.
     """
-    device = jax.devices()[0]
-    depth = max(config.target_layer_ids) + 1
+    device, depth = jax.devices()[0], max(config.target_layer_ids) + 1
+    program = recipe_program(
+        config, target, depth=depth, num_anchors=num_anchors, chunk_blocks=chunk_blocks
+    )
     # Weights of the layers that run only; the target itself knows its whole depth.
     cut = dataclasses.replace(target, num_hidden_layers=depth)
-    program = Program(
-        trainer=build_trainer(
-            config,
-            num_anchors=num_anchors,
-            loss_decay_gamma=LOSS_DECAY_GAMMA,
-            chunk_blocks=chunk_blocks,
-            recompute=device.platform != "cpu",
-        ),
-        target=Target(
-            target,
-            capture=config.target_layer_ids,
-            depth=depth,
-            scan_layers=True,
-            attention=form_for(
-                device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False
-            ),
-        ),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(CLIP_NORM),
-            optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0),
-        ),
-        curriculum=optax.constant_schedule(LAMBDA_BASE),
-        seed=SEED,
-    )
+    frozen = target_params(cut, stacked=True, only=() if online else TABLES)
     ids = jnp.asarray(input_ids[None], jnp.int32)
     features = None
     if not online:
         width = len(config.target_layer_ids) * config.hidden_size
         features = jax_weight("features", (*ids.shape, width), target.dtype, std=1.0)
-    frozen = target_params(cut, stacked=True, only=() if online else TABLES)
     batch = Batch(ids, jnp.ones(ids.shape, bool), features=features)
     held = [jax.jit(functools.partial(initial_state, program))(draft_params(config))]
     jitted = jax.jit(functools.partial(train_step, program), donate_argnums=0)

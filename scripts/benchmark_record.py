@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("jax", "jaxlib", "numpy")
-DIRTY = "-dirty"
+DIRTY, UNKNOWN = "-dirty", "unknown"
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +41,9 @@ def record(path: Path | None, figures: Mapping[str, Any], *, device: Mapping[str
     """
     if path is None:
         return
-    known = revision()
     line = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "revision": known.removesuffix(DIRTY),
-        # A copy without its history cannot tell.
-        "clean": None if known == "unknown" else not known.endswith(DIRTY),
+        **tree_state(revision()),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "hardware": {**device, "cores": os.cpu_count(), "processor": processor()},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -55,6 +52,13 @@ def record(path: Path | None, figures: Mapping[str, Any], *, device: Mapping[str
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def tree_state(described: str) -> dict[str, Any]:
+    """`revision` and whether the checkout is `clean`, of what `revision()` says."""
+    # A copy without its history cannot tell.
+    clean = None if described == UNKNOWN else not described.endswith(DIRTY)
+    return {"revision": described.removesuffix(DIRTY), "clean": clean}
 
 
 def hardware() -> str:
@@ -75,4 +79,4 @@ def revision() -> str:
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN

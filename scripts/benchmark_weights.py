@@ -18,8 +18,7 @@ import numpy as np
 STD = 0.02
 WORD = 0xFFFFFFFF
 FACTORS = (0x85EBCA6B, 0xC2B2AE35)  # of MurmurHash3's last mixing step
-# Elements hashed at a time: without unsigned arithmetic in torch each takes 8 bytes.
-TORCH_PIECE = 1 << 26
+TORCH_PIECE = 1 << 26  # without unsigned arithmetic in torch an element takes 8 bytes
 
 
 def is_norm(name: str) -> bool:
@@ -63,8 +62,11 @@ def _mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def fill_torch(name: str, tensor: Any, *, std: float = STD) -> None:
-    """Writes the same values as `jax_weight` into a contiguous torch tensor, on its own device."""
+def fill_torch(name: str, tensor: Any, *, std: float = STD, piece: int = TORCH_PIECE) -> None:
+    """Writes the same values as `jax_weight` into a contiguous torch tensor, on its own device.
+
+    `piece` elements are hashed at a time.
+    """
     import torch
 
     with torch.no_grad():
@@ -72,12 +74,12 @@ def fill_torch(name: str, tensor: Any, *, std: float = STD) -> None:
             tensor.fill_(1.0)
             return
         flat = tensor.view(-1)
-        for begin in range(0, flat.numel(), TORCH_PIECE):
-            piece = flat[begin : begin + TORCH_PIECE]
-            place = torch.arange(begin, begin + piece.numel(), device=tensor.device)
+        for begin in range(0, flat.numel(), piece):
+            part = flat[begin : begin + piece]
+            place = torch.arange(begin, begin + part.numel(), device=tensor.device)
             mixed = _torch_mixed(_torch_mixed(place) ^ salt(name))
             even = (mixed >> 8).to(torch.float32) * 2.0**-24 - 0.5
-            piece.copy_(even * width(std))
+            part.copy_(even * width(std))
 
 
 def _torch_mixed(x: Any) -> Any:

@@ -27,7 +27,17 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from faults_place import Bits, Case, Place, all_cases, directory_bits, override, run_bits
+from faults_place import (
+    ANSWERS,
+    Bits,
+    Case,
+    Place,
+    all_cases,
+    cleared,
+    directory_bits,
+    override,
+    run_bits,
+)
 from faults_process import Outcome, Running
 from faults_verdict import DONE, damage
 
@@ -50,16 +60,7 @@ EXPORT = ("export", "run", "exported", "--dtype", "float32")
 IMPORT = ("import", "draft", "imported", "--target", "target")
 GENERATE = ("generate", "run", "a b c", "--max-new-tokens", "24")
 CAPTURE = ("capture", "config.yaml", "states")
-ANSWERS = (
-    "regenerate",
-    "prompts.jsonl",
-    "answers.jsonl",
-    "--target",
-    "target",
-    "--batch-size",
-    "2",
-)
-REGENERATE = (*ANSWERS, "--max-new-tokens", "24", "--temperature", "0.7")
+REGENERATE = (*ANSWERS, *("--batch-size", "2", "--max-new-tokens", "24", "--temperature", "0.7"))
 
 # The words that read each group, and how often a group is drawn.
 READERS: dict[str, tuple[tuple[tuple[str, ...], ...], int]] = {
@@ -174,11 +175,7 @@ def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, com
     if fault is None and kind == "harmless" and words == TRAIN and group in ("checkpoint", "run"):
         fault = _silence(undisturbed, outcome, directory, broken)
     name = f"{index}: {broken.relative_to(directory)} {how}, read by {words[0]}"
-    if fault is None:
-        shutil.rmtree(directory)
-    else:
-        fault = f"{fault} ({directory.name})"
-    return Case("damage", name, fault, kind)
+    return Case("damage", name, cleared(directory, fault), kind)
 
 
 def _silence(

@@ -18,8 +18,17 @@ from pathlib import Path
 
 from faults_damage import STEPS, stopped_place
 from faults_kills import VERBS
-from faults_place import Bits, Case, Place, all_cases, directory_bits, run_bits
-from faults_verdict import BAD_INPUT, DONE, crash, refusal
+from faults_place import (
+    Bits,
+    Case,
+    Place,
+    all_cases,
+    cleared,
+    directory_bits,
+    in_turn,
+    run_bits,
+)
+from faults_verdict import BAD_INPUT, DONE, completion, crash, refusal
 
 PAGE, FILLER = 4096, "filler"
 # The words of each verb and what they leave on the disk.
@@ -47,7 +56,6 @@ def full_disks(place: Place, count: int) -> Iterator[Case]:
         yield Case("disk", "a tmpfs", f"could not run: {refused}")
         return
     _unmount(base / "probe")
-    works = []
     undisturbed, bytes_written = {}, {}
     for verb in list(WORDS)[:count]:
         directory = _with_disk(place, base, verb, 2**27)
@@ -57,17 +65,11 @@ def full_disks(place: Place, count: int) -> Iterator[Case]:
         undisturbed[verb] = _left(directory, verb)
         bytes_written[verb] = (before, _used(directory / "disk"))
         _unmount(directory / "disk")
-    for index in range(count):
-        verb = list(WORDS)[index % len(WORDS)]
-        works.append(
-            (
-                verb,
-                lambda i=index, v=verb: [
-                    _case(place, base, i, v, bytes_written[v], undisturbed[v])
-                ],
-            )
-        )
-    yield from all_cases("disk", works, count)
+
+    def case(index: int, verb: str) -> Case:
+        return _case(place, base, index, verb, bytes_written[verb], undisturbed[verb])
+
+    yield from all_cases("disk", in_turn(WORDS, count, case), count)
 
 
 def _case(
@@ -95,23 +97,15 @@ def _case(
         )
         assert enlarged.returncode == 0
         outcome = place.processes().run(directory, *words) if kind == "refused" else outcome
-        fault = crash(outcome)
-        if fault is None and outcome.code != DONE:
-            fault = (
-                f"with room again it ends with code {outcome.code}: "
-                f"{outcome.log.strip().splitlines()[-1][:200]}"
-            )
+        fault = completion(outcome, start="with room again it")
         left = _left(directory, verb)
         if fault is None and left != undisturbed:
             fault = "with room again it leaves something else"
             if isinstance(undisturbed, Bits) and isinstance(left, Bits):
                 fault += f": {undisturbed.differences(left)}"
     _unmount(directory / "disk")
-    if fault is None:
-        shutil.rmtree(directory)
-    else:
-        fault = f"{fault} ({directory.name})"
-    return Case("disk", f"{verb} with {room} bytes free, {after - before} needed", fault, kind)
+    name = f"{verb} with {room} bytes free, {after - before} needed"
+    return Case("disk", name, cleared(directory, fault), kind)
 
 
 def _half_written(disk: Path, verb: str, kept: dict[str, str]) -> str | None:

@@ -15,9 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from faults_place import Bits, Case, Place, all_cases, directory_bits, override, run_bits
+from faults_place import (
+    ANSWERS,
+    Bits,
+    Case,
+    Place,
+    all_cases,
+    cleared,
+    directory_bits,
+    in_turn,
+    override,
+    run_bits,
+)
 from faults_process import Running
-from faults_verdict import DONE, INTERRUPTED, crash, interruption
+from faults_verdict import DONE, INTERRUPTED, completion, crash, interruption
 
 KILLS_PER_RUN = 4
 AIMED = 0.3  # share of kills that wait for a save
@@ -76,12 +87,7 @@ def _killed_run(
         if outcome.code == -signal.SIGKILL:
             moments.append(moment)
             continue
-        fault = crash(outcome)
-        if fault is None and outcome.code != DONE:
-            fault = (
-                f"started again, it ends with code {outcome.code}: "
-                f"{outcome.log.strip().splitlines()[-1][:200]}"
-            )
+        fault = completion(outcome, start="started again, it")
         if fault is not None or len(moments) == count:
             break
         # It ended before its kill: its bits count, and another run takes the kills that are left.
@@ -91,10 +97,7 @@ def _killed_run(
         shutil.rmtree(directory / "run")
     if fault is None:
         fault = reference.differences(run_bits(directory / "run"))
-    if fault is None:
-        shutil.rmtree(directory)
-    else:
-        fault = f"{fault} ({directory.name})"
+    fault = cleared(directory, fault)
     return [
         Case("kills", f"run {index + 1}, kill {k + 1} ({what})", fault)
         for k, what in enumerate(moments)
@@ -128,18 +131,7 @@ def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float)
 VERBS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("train", "config.yaml", STEPS), "run"),
     "regenerate": (
-        (
-            *(
-                "regenerate",
-                "prompts.jsonl",
-                "answers.jsonl",
-                "--target",
-                "target",
-                "--batch-size",
-                "2",
-            ),
-            *("--max-new-tokens", "60", "--temperature", "0.7"),
-        ),
+        (*ANSWERS, *("--batch-size", "2", "--max-new-tokens", "60", "--temperature", "0.7")),
         "answers.jsonl",
     ),
     "capture": (("capture", "config.yaml", "states"), "states"),
@@ -166,18 +158,11 @@ def signals(place: Place, count: int) -> Iterator[Case]:
         outcome = place.processes().run(directory, *words, command=True)
         assert outcome.code == DONE, outcome.log
         undisturbed[verb], seconds[verb] = _left(directory, verb, outcome.out), outcome.seconds
-    works = []
-    for index in range(count):
-        verb = list(VERBS)[index % len(VERBS)]
-        works.append(
-            (
-                verb,
-                lambda i=index, verb=verb: [
-                    _signalled(place, trained, i, verb, undisturbed[verb], seconds[verb])
-                ],
-            )
-        )
-    yield from all_cases("signals", works, count)
+
+    def case(index: int, verb: str) -> Case:
+        return _signalled(place, trained, index, verb, undisturbed[verb], seconds[verb])
+
+    yield from all_cases("signals", in_turn(VERBS, count, case), count)
 
 
 def _signalled(
@@ -199,21 +184,13 @@ def _signalled(
         fault = None  # before the first line of the package: Python's own start, nothing was begun
     if fault is None and outcome.code == INTERRUPTED:
         again = place.processes().run(directory, *words)
-        fault = crash(again)
-        if fault is None and again.code != DONE:
-            fault = (
-                f"the same command then ends with code {again.code}: "
-                f"{again.log.strip().splitlines()[-1][:200]}"
-            )
+        fault = completion(again, start="the same command then")
         if fault is None and _left(directory, verb, again.out) != undisturbed:
             fault = "the same command then leaves something else than an undisturbed one"
             if isinstance(undisturbed, Bits):
                 fault += f": {undisturbed.differences(run_bits(directory / 'run'))}"
-    if fault is None:
-        shutil.rmtree(directory)
-    else:
-        fault = f"{fault} ({directory.name})"
-    return Case("signals", f"{number.name} {delay:.2f} s into {verb}, code {outcome.code}", fault)
+    name = f"{number.name} {delay:.2f} s into {verb}, code {outcome.code}"
+    return Case("signals", name, cleared(directory, fault))
 
 
 def _left(directory: Path, verb: str, out: str) -> object:

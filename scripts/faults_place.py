@@ -8,6 +8,7 @@ the same place with the same words on the command line:
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -29,6 +30,7 @@ from tiny import run_config, write_conversations, write_target
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax misses files that items never have
 _WORKERS = ThreadPoolExecutor(2)  # for all parts: each thread has its own server of processes
 STATE_ITEMS = ("params", "optimizer", "ema")
+ANSWERS = ("regenerate", "prompts.jsonl", "answers.jsonl", "--target", "target")
 # The window of metrics lies across saves, and both across evaluations.
 SETTINGS: dict[str, Any] = {
     "optimizer": {"ema_decay": 0.9},
@@ -50,6 +52,9 @@ class Case:
     name: str
     fault: str | None
     outcome: str = ""
+
+
+Work = tuple[str, Callable[[], list[Case]]]  # a name for it, and what gives its cases
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,21 @@ def override(**fields: Any) -> str:
     return f"{name.replace('__', '.')}={json.dumps(value)}"
 
 
-def all_cases(
-    part: str, works: Iterable[tuple[str, Callable[[], list[Case]]]], total: int
-) -> Iterator[Case]:
+def cleared(directory: Path, fault: str | None) -> str | None:
+    """Removes the directory of a case that held; the fault of another one names it."""
+    if fault is not None:
+        return f"{fault} ({directory.name})"
+    shutil.rmtree(directory)
+    return None
+
+
+def in_turn(names: Iterable[str], count: int, case: Callable[[int, str], Case]) -> Iterator[Work]:
+    """Works of one case each, `count` of them, for one name after another."""
+    for index, name in enumerate(itertools.islice(itertools.cycle(names), count)):
+        yield name, lambda index=index, name=name: [case(index, name)]
+
+
+def all_cases(part: str, works: Iterable[Work], total: int) -> Iterator[Case]:
     """Runs works on both workers and passes on their cases as they end.
 
     A work that raises is the harness's own failure and counts as a case that did not hold.

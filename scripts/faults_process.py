@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Outcome:
     hung: bool = False
 
 
-class Running:
+class Running(ABC):
     """A process that was begun; `wait` must be called once."""
 
     def __init__(self, directory: Path, tag: str, words: tuple[str, ...]) -> None:
@@ -52,9 +53,9 @@ class Running:
         os.kill(self.pid, number)
         return True
 
+    @abstractmethod
     def poll(self) -> int | None:
         """The exit code once it has ended."""
-        raise NotImplementedError
 
     def wait(self, limit: float = HANG_SECONDS) -> Outcome:
         """Waits for the end, at most so long, and reads what the process wrote."""

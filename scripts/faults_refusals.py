@@ -17,20 +17,12 @@ from typing import Any
 
 import numpy as np
 from faults_damage import GENERATE, IMPORT, OFFLINE, STARTED, STEPS, TRAIN, stopped_place
-from faults_place import Case, Place, all_cases, override, restored, run_bits
+from faults_place import ANSWERS, Case, Place, all_cases, override, restored, run_bits
 from faults_verdict import BAD_INPUT, DIVERGED, DONE, crash, refusal
 from safetensors.numpy import load_file, save_file
 
 EVALUATE = ("evaluate", "run", "prompts.jsonl", "--limit", "1", "--max-new-tokens", "4")
-REGENERATE = (
-    "regenerate",
-    "prompts.jsonl",
-    "answers.jsonl",
-    "--target",
-    "target",
-    "--max-new-tokens",
-    "4",
-)
+REGENERATE = (*ANSWERS, "--max-new-tokens", "4")
 CAPTURE = ("capture", "config.yaml", "other")
 FRESH = (*TRAIN, "run_dir=fresh")
 LONG = (

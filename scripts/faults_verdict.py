@@ -65,6 +65,15 @@ def refusal(outcome: Outcome, *, names: str = "", code: int = BAD_INPUT) -> str 
     return None
 
 
+def completion(outcome: Outcome, *, start: str) -> str | None:
+    """Anything but a whole end of a process that had nothing in its way; `start` says which."""
+    if found := crash(outcome):
+        return found
+    if outcome.code != DONE:
+        return f"{start} ends with code {outcome.code}: {last_line(outcome)}"
+    return None
+
+
 def interruption(outcome: Outcome, *, seconds: float, limit: float = 10.0) -> str | None:
     """Anything but an end in time with one line, where a process got a signal while it ran.
 

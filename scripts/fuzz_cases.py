@@ -22,7 +22,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Parser:
-    """`read` takes a content, `good` is one; `wrong` says why a result should not be accepted."""
+    """What is fed to a parser, and what must come of it.
+
+    Attributes:
+        name: for the table.
+        weight: its share of the inputs.
+        good: a content that is accepted.
+        cases: makes a case of random choices.
+        read: takes a content.
+        wrong: says why a result should not have been accepted.
+        words: of the command that reads a content too, None where none does.
+    """
 
     name: str
     weight: int
@@ -30,9 +40,7 @@ class Parser:
     cases: Callable[[random.Random], Case]
     read: Callable[[Any], Any]
     wrong: Oracle
-    words: Callable[[Any], list[str] | None] = lambda content: (
-        None
-    )  # of the command that reads it too
+    words: Callable[[Any], list[str] | None] = lambda content: None
 
 
 def json_cases(*trees: Any) -> Callable[[random.Random], Case]:

@@ -15,65 +15,91 @@ from fuzz_cases import Case, Parser, as_json, json_cases, unusable
 from fuzz_tensors import gguf_parser, tensor_parsers
 
 TEMPLATE_PARTS = (
-    *(
-        "{% for m in messages %}",
-        "{% endfor %}",
-        "{% if m %}",
-        "{% endif %}",
-        "{{ m.content }}",
-        "{{ messages }}",
-    ),
-    *(
-        "{{ 'x' * 10 ** 9 }}",
-        "{% for a in range(99999) %}",
-        "{{ 9 ** 9 ** 9 }}",
-        "{{ x.y.z }}",
-        "{{ ''.__class__ }}",
-    ),
-    *(
-        "{% set x = x ~ x %}",
-        "{% include 'a' %}",
-        "{% raw %}",
-        "{{ m | tojson }}",
-        "{{ range(10 ** 9) }}",
-        "{#",
-        "}}",
-    ),
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% if m %}",
+    "{% endif %}",
+    "{{ m.content }}",
+    "{{ messages }}",
+    "{{ 'x' * 10 ** 9 }}",
+    "{% for a in range(99999) %}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{{ x.y.z }}",
+    "{{ ''.__class__ }}",
+    "{% set x = x ~ x %}",
+    "{% include 'a' %}",
+    "{% raw %}",
+    "{{ m | tojson }}",
+    "{{ range(10 ** 9) }}",
+    "{#",
+    "}}",
 )
-
-
+TEMPLATE = "chat_template.jinja"
+MESSAGES = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
 DEEPER = 5  # one of so many configs is held against its tensors too, which takes 0.1 s
 
 
 def model_parsers(directory: Path) -> list[Parser]:
     """Those that read what a target or a draft brings along; writes the tiny target."""
-    import flax.linen as nn
     import jax
-    from tiny import CONFIG, write_target
+    from tiny import write_target
 
-    from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
-    from domino_jax.draft.backbone import DraftModel
-    from domino_jax.draft.build import init_variables
-    from domino_jax.interop.hf import (
-        read_hf_config,
-        read_hf_draft,
-        recorded_template,
-        save_hf_draft,
-    )
-    from domino_jax.interop.hf_config import config_json
+    jax.config.update("jax_platforms", "cpu")
+    target = directory / "target"
+    if not target.exists():
+        target.mkdir()
+        write_target(target)
+    return [
+        _target_config(directory, target),
+        _draft_config(directory, target),
+        *tensor_parsers(directory),
+        gguf_parser(directory),
+        _tokenizer_files(directory, target),
+        _chat_templates(target),
+    ]
+
+
+def _target_config(directory: Path, target: Path) -> Parser:
     from domino_jax.target.decoder_keys import read_decoder_config
     from domino_jax.target.load import open_target
 
-    jax.config.update("jax_platforms", "cpu")
-    target = write_target_once(directory, write_target)
-    tree = json.loads((target / "config.json").read_text())
+    copy, edited = directory / "decoder", directory / "edited"
+    copy.mkdir()
+    shutil.copy(target / "model.safetensors", copy)
+    trees = _target_trees(json.loads((target / "config.json").read_text()))
+
+    def read(content: bytes) -> Any:
+        (copy / "config.json").write_bytes(content)
+        config = read_decoder_config(copy, dtype="float32")
+        if len(content) % DEEPER == 0:
+            open_target(copy, config)
+        return config
+
+    def words(content: bytes) -> list[str]:
+        shutil.copytree(target, edited, dirs_exist_ok=True)
+        (edited / "config.json").write_bytes(content)
+        return ["train", str(directory / "valid" / "config.yaml"), f"target={edited}"]
+
+    return Parser(
+        name="config.json, target",
+        weight=20,
+        good=as_json(trees[0]),
+        cases=json_cases(*trees),
+        read=read,
+        wrong=_wrong_decoder,
+        words=words,
+    )
+
+
+def _target_trees(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tiny target's config.json with keys of other writers, with YaRN, and with experts."""
     yarn = {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 32,
         "beta_fast": 32.0,
     }
-    trees = [
+    return [
         {
             **tree,
             "layer_types": ["full_attention"] * 4,
@@ -90,78 +116,67 @@ def model_parsers(directory: Path) -> list[Parser]:
             "moe_intermediate_size": 8,
         },
     ]
-    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(DecoderShape)}
-    draft = DraftConfig(
-        **{**fields, "num_hidden_layers": 2, "num_target_layers": 4, "target_layer_ids": (0, 2)},
+
+
+def _draft_config(directory: Path, target: Path) -> Parser:
+    from domino_jax.interop.hf import read_hf_config, read_hf_draft, recorded_template
+    from domino_jax.interop.hf_config import config_json
+
+    place, draft = directory / "draft", _domino_draft()
+    _write_draft(place, draft)
+    kinds = ("sliding_attention", "full_attention")
+    windows = dataclasses.replace(draft, layer_types=kinds, sliding_window=8)
+    trees = [config_json(config, "float32") for config in (draft, windows)]
+
+    def read(content: bytes) -> Any:
+        (place / "config.json").write_bytes(content)
+        recorded_template(place)
+        return read_hf_draft(place)[0] if len(content) % DEEPER == 0 else read_hf_config(place)
+
+    def words(content: bytes) -> list[str]:
+        (place / "config.json").write_bytes(content)
+        return ["import", str(place), str(directory / "imported"), "--target", str(target)]
+
+    return Parser(
+        name="config.json, draft",
+        weight=20,
+        good=as_json(trees[0]),
+        cases=json_cases(*trees),
+        read=read,
+        wrong=_wrong_draft,
+        words=words,
+    )
+
+
+def _domino_draft() -> Any:
+    """The config of a Domino draft of the tiny target."""
+    from tiny import CONFIG
+
+    from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
+
+    shape = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(DecoderShape)}
+    return DraftConfig(
+        **(shape | {"num_hidden_layers": 2}),
+        num_target_layers=4,
+        target_layer_ids=(0, 2),
         block_size=4,
         mask_token_id=2,
         head=DominoHeadConfig(emb_dim=8, gru_hidden_dim=8),
         shift_label=True,
     )
-    windows = dataclasses.replace(
-        draft, layer_types=("sliding_attention", "full_attention"), sliding_window=8
-    )
-    drafts = [config_json(config, "float32") for config in (draft, windows)]
-    copy, place = directory / "decoder", directory / "draft"
-    copy.mkdir()
-    shutil.copy(target / "model.safetensors", copy)
-    params = nn.meta.unbox(init_variables(DraftModel(draft), jax.random.key(0)))["params"]
-    save_hf_draft(place, draft, params)
-
-    def read_config(content: bytes) -> Any:
-        (copy / "config.json").write_bytes(content)
-        config = read_decoder_config(copy, dtype="float32")
-        if len(content) % DEEPER == 0:
-            open_target(copy, config)
-        return config
-
-    def read_draft(content: bytes) -> Any:
-        (place / "config.json").write_bytes(content)
-        recorded_template(place)
-        return read_hf_draft(place)[0] if len(content) % DEEPER == 0 else read_hf_config(place)
-
-    def config_words(content: bytes) -> list[str]:
-        model = directory / "edited"
-        shutil.copytree(target, model, dirs_exist_ok=True)
-        (model / "config.json").write_bytes(content)
-        return ["train", str(directory / "valid" / "config.yaml"), f"target={model}"]
-
-    def draft_words(content: bytes) -> list[str]:
-        (place / "config.json").write_bytes(content)
-        return ["import", str(place), str(directory / "imported"), "--target", str(target)]
-
-    return [
-        Parser(
-            "config.json, target",
-            20,
-            as_json(trees[0]),
-            json_cases(*trees),
-            read_config,
-            _wrong_decoder,
-            config_words,
-        ),
-        Parser(
-            "config.json, draft",
-            20,
-            as_json(drafts[0]),
-            json_cases(*drafts),
-            read_draft,
-            _wrong_draft,
-            draft_words,
-        ),
-        *tensor_parsers(directory),
-        gguf_parser(directory),
-        *_tokenizer_parsers(directory, target),
-    ]
 
 
-def write_target_once(directory: Path, write_target: Any) -> Path:
-    """The tiny target below a directory."""
-    target = directory / "target"
-    if not target.exists():
-        target.mkdir()
-        write_target(target)
-    return target
+def _write_draft(place: Path, config: Any) -> None:
+    """Exports random parameters of a draft."""
+    import flax.linen as nn
+    import jax
+
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.draft.build import init_variables
+    from domino_jax.interop.hf import save_hf_draft
+
+    variables = init_variables(DraftModel(config), jax.random.key(0))
+    save_hf_draft(place, config, nn.meta.unbox(variables)["params"])
 
 
 def _wrong_decoder(config: Any) -> str | None:
@@ -204,17 +219,14 @@ def _wrong_draft(config: Any) -> str | None:
     return _wrong_decoder(config)
 
 
-def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
+def _tokenizer_files(directory: Path, target: Path) -> Parser:
     from domino_jax.data.conversations import encode_prompt, stop_token_ids
-    from domino_jax.data.rendering import Rendering, render
     from domino_jax.target.load import load_tokenizer
 
     place = directory / "tokenizer"
     names = ("tokenizer.json", "tokenizer_config.json")
     trees = {name: json.loads((target / name).read_text()) for name in names}
-    template = (target / "chat_template.jinja").read_text()
-    tokenizer = load_tokenizer(target)
-    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
+    template = (target / TEMPLATE).read_text()
 
     def cases(rng: random.Random) -> Case:
         name = rng.choice(names)
@@ -225,14 +237,30 @@ def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
         place.mkdir()
         for name in names:
             (place / name).write_text(json.dumps(trees[name]))
-        (place / "chat_template.jinja").write_text(template)
+        (place / TEMPLATE).write_text(template)
         (place / content[0]).write_bytes(content[1])
         odd = load_tokenizer(place)
         stop_token_ids(odd)
-        encode_prompt(messages[:1], odd)
+        encode_prompt(MESSAGES[:1], odd)
         return odd
 
-    def template_cases(rng: random.Random) -> Case:
+    return Parser(
+        name="tokenizer files",
+        weight=3,
+        good=(names[1], as_json(trees[names[1]])),
+        cases=cases,
+        read=read,
+        wrong=lambda tokenizer: None if tokenizer.chat_template else "no template",
+    )
+
+
+def _chat_templates(target: Path) -> Parser:
+    from domino_jax.data.rendering import Rendering, render
+    from domino_jax.target.load import load_tokenizer
+
+    template, tokenizer = (target / TEMPLATE).read_text(), load_tokenizer(target)
+
+    def cases(rng: random.Random) -> Case:
         parts = [template, *(rng.choice(TEMPLATE_PARTS) for _ in range(rng.randrange(1, 4)))]
         rng.shuffle(parts)
         text = "".join(parts)
@@ -240,27 +268,16 @@ def _tokenizer_parsers(directory: Path, target: Path) -> list[Parser]:
             text = mutations.mutated_text(rng, text).decode("utf-8", "replace")
         return Case(text)
 
-    def read_template(text: str) -> Any:
+    def read(text: str) -> Any:
         tokenizer.chat_template = text
-        return render(tokenizer, [Rendering(messages)], {})[0]
+        return render(tokenizer, [Rendering(MESSAGES)], {})[0]
 
-    good = (names[1], as_json(trees[names[1]]))
-    return [
-        Parser(
-            "tokenizer files",
-            3,
-            good,
-            cases,
-            read,
-            lambda one: None if one.chat_template else "no template",
-        ),
+    return Parser(
+        name="chat templates",
+        weight=4,
+        good=template,
+        cases=cases,
+        read=read,
         # A NUL is text to a tokenizer; what is not UTF-8 raises here.
-        Parser(
-            "chat templates",
-            4,
-            template,
-            template_cases,
-            read_template,
-            lambda text: text.encode() and None,
-        ),
-    ]
+        wrong=lambda text: text.encode() and None,
+    )

@@ -4,7 +4,6 @@ The oracles are written from the documented bounds, not from the checks: what a 
 looked at by somebody who does not know how it decided.
 """
 
-import hashlib
 import json
 import random
 from dataclasses import asdict
@@ -13,13 +12,14 @@ from typing import Any
 
 import click
 import fuzz_mutations as mutations
-from fuzz_cases import Case, Parser, as_json, json_cases, unusable
+from fuzz_cases import Case, Parser, json_cases, unusable
+from fuzz_data import data_parsers
 from fuzz_models import model_parsers
 
 
 def all_parsers(directory: Path) -> list[Parser]:
     """The parsers, with valid files of a tiny target, draft, capture and run in `directory`."""
-    return [*_config_parsers(directory), *_data_parsers(directory), *model_parsers(directory)]
+    return [*_config_parsers(directory), *data_parsers(directory), *model_parsers(directory)]
 
 
 def _wrong_config(config: Any) -> str | None:
@@ -55,31 +55,55 @@ def _wrong_config(config: Any) -> str | None:
 
 
 def _config_parsers(directory: Path) -> list[Parser]:
+    """Those of settings; writes the configuration that they start from."""
     from tiny import run_config
-
-    from domino_jax.cli.decode import evaluate
-    from domino_jax.cli.shared import template_option
-    from domino_jax.config.run import dump_config, load_config
 
     valid = directory / "valid"
     valid.mkdir()
     good = run_config(valid, directory / "target")
-    tree = json.loads(good.read_text())
-    full = asdict(load_config(good))
-    path = directory / "config.yaml"
+    return [
+        _config_file(good, directory / "config.yaml"),
+        _override_words(good),
+        _template_kwargs(directory),
+        _decoding_options(directory),
+    ]
 
-    def config_cases(rng: random.Random) -> Case:
+
+def _config_file(good: Path, path: Path) -> Parser:
+    from domino_jax.config.run import dump_config, load_config
+
+    tree, full = json.loads(good.read_text()), asdict(load_config(good))
+
+    def cases(rng: random.Random) -> Case:
         if rng.random() < 0.2:
             return Case(mutations.mutated_text(rng, dump_config(load_config(good))))
         return json_cases(tree, full)(rng)
 
-    def read_config(content: bytes) -> Any:
+    def read(content: bytes) -> Any:
         path.write_bytes(content)
         return load_config(path)
 
-    keys = [".".join(map(str, place)) for place in mutations.places(full)]
+    def words(content: bytes) -> list[str]:
+        path.write_bytes(content)
+        return ["train", str(path)]
 
-    def word_cases(rng: random.Random) -> Case:
+    return Parser(
+        name="config.yaml",
+        weight=35,
+        good=good.read_bytes(),
+        cases=cases,
+        read=read,
+        wrong=_wrong_config,
+        words=words,
+    )
+
+
+def _override_words(good: Path) -> Parser:
+    from domino_jax.config.run import load_config
+
+    keys = [".".join(map(str, place)) for place in mutations.places(asdict(load_config(good)))]
+
+    def cases(rng: random.Random) -> Case:
         value = mutations.odd_value(rng)
         text = value if isinstance(value, str) else json.dumps(value)
         word = f"{rng.choice(keys)}={text}"
@@ -87,228 +111,75 @@ def _config_parsers(directory: Path) -> list[Parser]:
             word = mutations.mutated_text(rng, word).decode("utf-8", "surrogateescape")
         return Case(word)
 
+    return Parser(
+        name="key=value words",
+        weight=30,
+        good="train.steps=3",
+        cases=cases,
+        read=lambda word: load_config(good, [word]),
+        wrong=_wrong_config,
+        words=lambda word: ["train", str(good), word],
+    )
+
+
+def _template_kwargs(directory: Path) -> Parser:
+    from domino_jax.cli.shared import template_option
+
     @click.command()
     @template_option
     def kwargs(**options: Any) -> Any: ...
 
-    def kwargs_cases(rng: random.Random) -> Case:
+    def cases(rng: random.Random) -> Case:
         case = json_cases({"enable_thinking": False, "budget": 3, "style": "short"})(rng)
         return Case(case.content.decode("utf-8", "surrogateescape"), case.forbidden)
 
-    def option_cases(rng: random.Random) -> Case:
-        name = rng.choice(
-            ("--temperature", "--max-new-tokens", "--seed", "--proposals", "--dtype", "--limit")
-        )
-        value = rng.choice(
-            (*mutations.NUMBERS, *mutations.FLOATS, *mutations.TEXTS, "serving", "float32")
-        )
-        return Case([name, str(value)])
+    def read(text: str) -> Any:
+        context = kwargs.make_context("kwargs", ["--chat-template-kwargs", text])
+        return context.params["chat_template_kwargs"]
 
-    def read_options(words: list[str]) -> Any:
+    def wrong(found: dict[str, Any]) -> str | None:
+        plain = all(isinstance(value, bool | int | float | str) for value in found.values())
+        return unusable(found) or (None if plain else "a value that is not plain")
+
+    def words(text: str) -> list[str]:
+        return ["generate", str(directory / "nope"), "a", "--chat-template-kwargs", text]
+
+    return Parser(
+        name="--chat-template-kwargs",
+        weight=20,
+        good="{a: 1, b: x}",
+        cases=cases,
+        read=read,
+        wrong=wrong,
+        words=words,
+    )
+
+
+def _decoding_options(directory: Path) -> Parser:
+    from domino_jax.cli.decode import evaluate
+
+    names = ("--temperature", "--max-new-tokens", "--seed", "--proposals", "--dtype", "--limit")
+    values = (*mutations.NUMBERS, *mutations.FLOATS, *mutations.TEXTS, "serving", "float32")
+
+    def cases(rng: random.Random) -> Case:
+        return Case([rng.choice(names), str(rng.choice(values))])
+
+    def read(words: list[str]) -> Any:
         return evaluate.make_context("evaluate", ["run", "prompts.jsonl", *words]).params
 
-    def wrong_options(options: dict[str, Any]) -> str | None:
-        temperature, seed, count = (
-            options[name] for name in ("temperature", "seed", "max_new_tokens")
-        )
+    def wrong(options: dict[str, Any]) -> str | None:
+        temperature, seed = options["temperature"], options["seed"]
         if not (temperature == 0 or 1e-4 < temperature < 1e4):
             return "a temperature that float32 cannot divide by"
-        return (
-            None
-            if 0 <= seed < 2**32 and 1 <= count <= 2**20
-            else "a seed or length beyond its bound"
-        )
+        bounded = 0 <= seed < 2**32 and 1 <= options["max_new_tokens"] <= 2**20
+        return None if bounded else "a seed or length beyond its bound"
 
-    def as_file(content: bytes) -> list[str]:
-        path.write_bytes(content)
-        return ["train", str(path)]
-
-    return [
-        Parser(
-            "config.yaml", 35, good.read_bytes(), config_cases, read_config, _wrong_config, as_file
-        ),
-        Parser(
-            *(
-                "key=value words",
-                30,
-                "train.steps=3",
-                word_cases,
-                lambda word: load_config(good, [word]),
-                _wrong_config,
-            ),
-            lambda word: ["train", str(good), word],
-        ),
-        Parser(
-            *("--chat-template-kwargs", 20, "{a: 1, b: x}", kwargs_cases),
-            lambda text: kwargs.make_context("kwargs", ["--chat-template-kwargs", text]).params[
-                "chat_template_kwargs"
-            ],
-            lambda found: (
-                unusable(found)
-                or (None if all(map(_plain, found.values())) else "a value that is not plain")
-            ),
-            lambda text: ["generate", str(directory / "nope"), "a", "--chat-template-kwargs", text],
-        ),
-        Parser(
-            *("decoding options", 10, ["--seed", "4"], option_cases, read_options, wrong_options),
-            lambda words: ["evaluate", str(directory / "nope"), "prompts.jsonl", *words],
-        ),
-    ]
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
-
-
-def _wrong_lines(found: Any) -> str | None:
-    for _, messages in found.conversations:
-        asked = False
-        for message in messages:
-            if (
-                message["role"] not in ("system", "user", "assistant")
-                or not message["content"].strip()
-            ):
-                return "a message without its role or text"
-            message["content"].encode()
-            asked |= message["role"] == "user"
-            if message["role"] == "assistant" and not asked:
-                return "an answer to nothing"
-    return None
-
-
-def _data_parsers(directory: Path) -> list[Parser]:
-    from domino_jax.data.conversations import read_messages
-    from domino_jax.data.features import read_manifest
-    from domino_jax.data.template import KWARGS
-    from domino_jax.decoding.batch_log import BatchLog, _attestation
-    from domino_jax.decoding.generate import _answer
-    from domino_jax.training.metrics import METRICS, read_metrics
-
-    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-    settings = {"target": "t", "max_new_tokens": 8, "temperature": 0.0, "seed": 0, KWARGS: {}}
-    answered = [*asked, {"role": "assistant", "content": "Hello."}]
-    line = {"messages": answered, "finished": True, "generator": settings}
-    good_line = json.dumps({"messages": asked}).encode()
-    rows, answers = directory / "rows.jsonl", directory / "answers.jsonl.partial"
-
-    def read_rows(content: bytes) -> Any:
-        rows.write_bytes(good_line + b"\n" + content.replace(b"\n", b" ") + b"\n")
-        found = read_messages(rows)
-        if found.bad_lines:  # what was wrong with the line
-            from domino_jax.strict import InputError
-
-            raise InputError(found.bad_lines[0].reason)
-        return found
-
-    def rows_words(content: bytes) -> list[str]:
-        rows.write_bytes(content.replace(b"\n", b" ") + b"\n")
-        return [
-            "regenerate",
-            str(rows),
-            str(directory / "new.jsonl"),
-            "--target",
-            str(directory / "target"),
-        ]
-
-    def read_partial(content: bytes) -> Any:
-        # What is attested is what was written: whoever wrote it may have been wrong.
-        before = _attestation(hashlib.sha256()) + content + b"\n"
-        answers.write_bytes(before + _attestation(hashlib.sha256(before)))
-        with BatchLog(
-            answers, lambda record: _answer(record, settings, {1: asked}, Path("prompts.jsonl"))
-        ) as log:
-            return log.finished
-
-    def read_log(content: bytes) -> Any:
-        (directory / METRICS).write_bytes(content + b"\n")
-        return read_metrics(directory)
-
-    manifest = {
-        **{
-            "target": "a" * 64,
-            "tokenizer": "b" * 64,
-            "rows": "c" * 64,
-            "target_layer_ids": [0, 2],
-            "hidden_size": 16,
-        },
-        **{
-            "dtype": "bfloat16",
-            "compute_dtype": "float32",
-            "max_length": 24,
-            "mask_reasoning_content": False,
-        },
-        **{
-            "target_states": True,
-            "row_lengths": [9, 24, 3],
-            "shard_rows": [2, 1],
-            KWARGS: {"a": 1},
-        },
-    }
-    place = directory / "capture" / "manifest.json"
-    place.parent.mkdir()
-
-    def read_capture(content: bytes) -> Any:
-        place.write_bytes(content)
-        return read_manifest(place.parent)
-
-    def wrong_manifest(found: Any) -> str | None:
-        held = sum(found.shard_rows) == len(found.row_lengths) and min(found.shard_rows) > 0
-        fits = all(0 < length <= found.max_length for length in found.row_lengths)
-        typed = {found.dtype, found.compute_dtype} <= {
-            "float32",
-            "bfloat16",
-        } and 0 < found.hidden_size <= 2**24
-        layers = list(found.target_layer_ids)
-        rising = bool(layers) and layers == sorted(set(layers)) and layers[0] >= 0
-        return None if held and fits and typed and rising else "a manifest of no capture"
-
-    partial_line = {"messages": answered, "prompt_line": 1, "finished": True, "generator": settings}
-    record = {
-        "step": 4,
-        "split": "train",
-        "loss": 1.5,
-        "not_finite": ["grad_norm"],
-        "grad_norm": None,
-    }
-    return [
-        Parser(
-            "lines of data",
-            35,
-            as_json(line),
-            json_cases(line, {"messages": asked}),
-            read_rows,
-            _wrong_lines,
-            rows_words,
-        ),
-        Parser(
-            *(
-                "capture manifest",
-                12,
-                as_json(manifest),
-                json_cases(manifest),
-                read_capture,
-                wrong_manifest,
-            ),
-            lambda content: (
-                place.write_bytes(content)
-                and [
-                    *("train", str(directory / "valid" / "config.yaml"), "data.train=null"),
-                    f"data.features={place.parent}",
-                ]
-            ),
-        ),
-        Parser(
-            *("partial answers", 10, as_json(partial_line), json_cases(partial_line), read_partial),
-            lambda found: (
-                None
-                if all(n == 1 and type(x) is bool for n, x in found.items())
-                else "another line"
-            ),
-        ),
-        Parser(
-            *("metrics.jsonl", 5, as_json(record), json_cases(record), read_log),
-            lambda found: (
-                None if all(type(one["step"]) is int for one in found) else "a record without step"
-            ),
-        ),
-    ]
+    return Parser(
+        name="decoding options",
+        weight=10,
+        good=["--seed", "4"],
+        cases=cases,
+        read=read,
+        wrong=wrong,
+        words=lambda words: ["evaluate", str(directory / "nope"), "prompts.jsonl", *words],
+    )

@@ -19,11 +19,13 @@ def safetensors_file(header: bytes, data: bytes) -> bytes:
 
 def tensor_parsers(directory: Path) -> list[Parser]:
     """One file, and an index with its shards."""
+    return [_single_file(directory / "single"), _sharded(directory / "sharded")]
+
+
+def _single_file(place: Path) -> Parser:
     from domino_jax.formats.safetensors import open_safetensors
 
-    single, sharded = directory / "single", directory / "sharded"
-    single.mkdir()
-    sharded.mkdir()
+    place.mkdir()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for index, (name, dtype, shape) in enumerate(
         (("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))
@@ -34,49 +36,53 @@ def tensor_parsers(directory: Path) -> list[Parser]:
             "data_offsets": [32 * index, 32 * index + 32],
         }
     data = bytes(range(96))
+    good = safetensors_file(as_json(header), data)
 
     def cases(rng: random.Random) -> Case:
-        kind = rng.randrange(4)
-        if kind == 0:
-            return Case(
-                mutations.mutated_bytes(rng, safetensors_file(json.dumps(header).encode(), data))
-            )
+        if rng.randrange(4) == 0:
+            return Case(mutations.mutated_bytes(rng, good))
         case = json_cases(header)(rng)
         return Case(safetensors_file(case.content, data), case.forbidden)
 
     def read(content: bytes) -> Any:
-        (single / "model.safetensors").write_bytes(content)
-        tensors = open_safetensors(single)
+        (place / "model.safetensors").write_bytes(content)
+        tensors = open_safetensors(place)
         return {name: tensor.read() for name, tensor in tensors.items()}, len(content)
 
     def wrong(found: Any) -> str | None:
         tensors, size = found
         held = sum(values.nbytes for values in tensors.values())
-        return (
-            None
-            if held < size and held in (0, 96, *range(97, size))
-            else "more numbers than the file holds"
-        )
+        sound = held < size and held in (0, 96, *range(97, size))
+        return None if sound else "more numbers than the file holds"
 
-    places = {"a": "one.safetensors", "b": "two.safetensors"}
-    for name, file in places.items():
-        part = json.dumps({name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
-        (sharded / file).write_bytes(safetensors_file(part, bytes(16)))
+    return Parser(name="safetensors", weight=12, good=good, cases=cases, read=read, wrong=wrong)
 
-    def read_index(content: bytes) -> Any:
-        (sharded / "model.safetensors.index.json").write_bytes(content)
-        return {name: tensor.file.name for name, tensor in open_safetensors(sharded).items()}
 
-    index = {"metadata": {"total_size": 32}, "weight_map": places}
-    return [
-        Parser("safetensors", 12, safetensors_file(as_json(header), data), cases, read, wrong),
-        Parser(
-            *("safetensors index", 8, as_json(index), json_cases(index), read_index),
-            lambda found: (
-                None if found.items() <= places.items() else f"tensors in other files: {found}"
-            ),
-        ),
-    ]
+def _sharded(place: Path) -> Parser:
+    from domino_jax.formats.safetensors import open_safetensors
+
+    place.mkdir()
+    files = {"a": "one.safetensors", "b": "two.safetensors"}
+    for name, file in files.items():
+        header = as_json({name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}})
+        (place / file).write_bytes(safetensors_file(header, bytes(16)))
+    index = {"metadata": {"total_size": 32}, "weight_map": files}
+
+    def read(content: bytes) -> Any:
+        (place / "model.safetensors.index.json").write_bytes(content)
+        return {name: tensor.file.name for name, tensor in open_safetensors(place).items()}
+
+    def wrong(found: dict[str, str]) -> str | None:
+        return None if found.items() <= files.items() else f"tensors in other files: {found}"
+
+    return Parser(
+        name="safetensors index",
+        weight=8,
+        good=as_json(index),
+        cases=json_cases(index),
+        read=read,
+        wrong=wrong,
+    )
 
 
 def write_gguf(path: Path) -> None:
@@ -84,24 +90,15 @@ def write_gguf(path: Path) -> None:
     import gguf
     from tiny import CONFIG, WORDS
 
-    from domino_jax.target.gguf import _LAYER_NAMES, _TOP_NAMES
-    from domino_jax.target.load import stored_shapes
-
     writer = gguf.GGUFWriter(path, arch="qwen3")
     sizes = {
-        **{
-            "context_length": CONFIG.max_position_embeddings,
-            "embedding_length": CONFIG.hidden_size,
-        },
-        **{
-            "feed_forward_length": CONFIG.intermediate_size,
-            "block_count": CONFIG.num_hidden_layers,
-        },
-        **{
-            "attention.head_count": CONFIG.num_attention_heads,
-            "attention.head_count_kv": CONFIG.num_key_value_heads,
-        },
-        **{"attention.key_length": CONFIG.head_dim},
+        "context_length": CONFIG.max_position_embeddings,
+        "embedding_length": CONFIG.hidden_size,
+        "feed_forward_length": CONFIG.intermediate_size,
+        "block_count": CONFIG.num_hidden_layers,
+        "attention.head_count": CONFIG.num_attention_heads,
+        "attention.head_count_kv": CONFIG.num_key_value_heads,
+        "attention.key_length": CONFIG.head_dim,
     }
     for key, size in sizes.items():
         writer.add_uint32(f"qwen3.{key}", size)
@@ -113,16 +110,31 @@ def write_gguf(path: Path) -> None:
     writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
     writer.add_string("tokenizer.chat_template", "{{ messages }}")
-    names = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
-    tops = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
-    for name, shape in stored_shapes(CONFIG, found=1000, place=path).items():
-        parts = name.split(".")
-        ours = tops.get(name) or f"blk.{parts[2]}.{names['.'.join(parts[3:-1])]}.weight"
-        writer.add_tensor(ours, np.ones(shape, np.float32))
+    for name, shape in _gguf_shapes(path).items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _gguf_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """llama.cpp's name of each tensor of the tiny target -> its shape."""
+    from tiny import CONFIG
+
+    from domino_jax.target.gguf import _LAYER_NAMES, _TOP_NAMES
+    from domino_jax.target.load import stored_shapes
+
+    parts_of_layers = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+    tops = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
+    shapes = {}
+    for name, shape in stored_shapes(CONFIG, found=1000, place=path).items():
+        if name in tops:
+            shapes[tops[name]] = shape
+            continue
+        _, _, layer, *inside, _ = name.split(".")  # model.layers.0.mlp.up_proj.weight
+        shapes[f"blk.{layer}.{parts_of_layers['.'.join(inside)]}.weight"] = shape
+    return shapes
 
 
 def gguf_parser(directory: Path) -> Parser:
@@ -144,10 +156,16 @@ def gguf_parser(directory: Path) -> Parser:
         path.write_bytes(content)
         return ["target", str(path), str(directory / "gguf-target")]
 
+    def wrong(config: dict[str, Any]) -> str | None:
+        right = 0 < config["num_hidden_layers"] <= 4
+        return None if right else "layers that the file does not hold"
+
     return Parser(
-        *("GGUF", 3, whole, lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)), read),
-        lambda config: (
-            None if 0 < config["num_hidden_layers"] <= 4 else "layers that the file does not hold"
-        ),
-        words,
+        name="GGUF",
+        weight=3,
+        good=whole,
+        cases=lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)),
+        read=read,
+        wrong=wrong,
+        words=words,
     )

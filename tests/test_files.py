@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from disk import files_end_at
 
-from domino_jax import files
 from domino_jax.files import (
     checked_file,
     damage,
@@ -130,12 +129,9 @@ def test_every_flipped_bit_is_damage(tmp_path: Path) -> None:
     assert damage(directory) is None
 
 
-def test_read_lines_counts_and_cuts_what_is_too_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "LINE_BYTES", 4)
+def test_read_lines_counts_and_cuts_what_is_too_long(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"ab\n\n123456789012\nabc\nend")
-    assert list(read_lines(tmp_path / "x")) == [
+    assert list(read_lines(tmp_path / "x", limit=4)) == [
         (1, b"ab\n"),
         (2, b"\n"),
         (3, b"12345"),

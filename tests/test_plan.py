@@ -8,7 +8,6 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from availability import require_compiler
@@ -26,7 +25,7 @@ from domino_jax.plan import (
     Models,
     Plan,
     compile_step,
-    largest_multiple,
+    largest_batch,
     plan,
     planned_step,
     read_models,
@@ -74,19 +73,6 @@ REFUSED = dataclasses.replace(
     bytes_moved=None,
     seconds_of_bytes=None,
 )
-
-
-@pytest.mark.parametrize("first", [1, 3, 40])
-@pytest.mark.parametrize("most", [0, 1, 2, 7, 39, 40, 41])
-def test_largest_multiple_asks_no_number_twice(first: int, most: int) -> None:
-    asked: list[int] = []
-
-    def fits(count: int) -> bool:
-        asked.append(count)
-        return count <= most
-
-    assert largest_multiple(fits, first=first) == most
-    assert len(set(asked)) == len(asked) <= 2 * math.log2(max(first, most, 1) + 1) + 2
 
 
 def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -192,22 +178,15 @@ def test_what_does_not_fit_is_exit_code_1(domino, config: Path) -> None:
     assert "more of 16.00 GiB" not in out  # what it said was understood
 
 
-@pytest.mark.parametrize(("most", "found", "code"), [(40, "40", 0), (3, "none", 1)])
-def test_the_largest_batch_is_searched_in_multiples_of_the_devices(
-    domino, config: Path, monkeypatch: pytest.MonkeyPatch, most: int, found: str, code: int
-) -> None:
-    def planned(config: RunConfig, *_: object, **__: object) -> Plan:
-        rows = config.data.batch_size
-        return dataclasses.replace(MADE, batch_size=rows, fits=rows <= most)
-
-    place_devices = SimpleNamespace(devices=[None] * 4)
-    monkeypatch.setattr("domino_jax.cli.plan.compiler_for", lambda place: place_devices)
-    monkeypatch.setattr("domino_jax.cli.plan.plan", planned)
-    ended, out, log = domino("plan", config, "--on", "v5e:2x2", "--largest-batch")
-    assert ended == code
-    assert out.endswith(f"v5e:2x2: largest data.batch_size that fits: {found}\n")
-    tried = [int(rows) for rows in re.findall(r"v5e:2x2: batch (\d+)", log)]
-    assert tried[0] == 8 and not [rows for rows in tried if rows % 4]
+def test_the_command_says_where_no_batch_fits(domino, config: Path) -> None:
+    require_compiler("v5e:2x2")
+    described = config.parent / "target" / "config.json"
+    wide = json.loads(described.read_text()) | {"intermediate_size": 2**22}
+    described.write_text(json.dumps(wide))
+    words = ("data.max_length=1024", "data.batch_size=4", "--largest-batch")
+    code, out, log = domino("plan", config, "--on", "v5e:2x2", *words)
+    assert code == 1 and out.endswith("v5e:2x2: largest data.batch_size that fits: none\n")
+    assert "v5e:2x2: batch 4 does not fit\n" in log
 
 
 # A small step in the proportions of a real one: the vocabulary is wide, and no two sizes are equal.
@@ -241,6 +220,25 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         mesh={"fsdp": 4},
     )
     return load_config(path)
+
+
+@pytest.mark.parametrize("first", [4, 14, 160])
+@pytest.mark.parametrize("most", [0, 4, 9, 28, 156, 160, 164])
+def test_largest_batch_asks_for_no_size_twice(
+    small_config: RunConfig, first: int, most: int
+) -> None:
+    asked: list[int] = []
+
+    def planned(config: RunConfig) -> Plan:
+        rows = config.data.batch_size
+        asked.append(rows)
+        return dataclasses.replace(MADE, batch_size=rows, fits=rows <= most)
+
+    data = dataclasses.replace(small_config.data, batch_size=first)
+    found = largest_batch(dataclasses.replace(small_config, data=data), planned, multiple_of=4)
+    assert (found.batch_size, found.fits) == (most // 4 * 4 or 4, most >= 4)
+    assert asked[0] == first // 4 * 4 and not [rows for rows in asked if rows % 4]
+    assert len(set(asked)) == len(asked) <= 2 * math.log2(max(first, most) / 4 + 1) + 2
 
 
 @pytest.mark.parametrize("place", slow_after(1, ["v5e:2x2", "h100:4"]))

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from domino_jax.config.model import DecoderConfig
+from domino_jax.config.model import SIZES, DecoderConfig
 from domino_jax.files import write_checksums
 from domino_jax.progress import Reporter
 from domino_jax.target.load import expected_tensors
@@ -103,25 +103,9 @@ def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
     )
     fast.chat_template = template
     fast.save_pretrained(directory)
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    names += (
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-    )
-    config = {
-        "model_type": "qwen3",
-        "tie_word_embeddings": False,
-        **{name: getattr(CONFIG, name) for name in names},
-    }
+    config: dict[str, Any] = {"model_type": "qwen3", "tie_word_embeddings": False}
+    for name in (*SIZES, "rms_norm_eps", "rope_theta"):
+        config[name] = getattr(CONFIG, name)
     (directory / "config.json").write_text(json.dumps(config))
     variables = Target(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     params = nn.meta.unbox(variables)["params"]

@@ -167,6 +167,46 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[rows]
 
 
+def gguf_metadata(config: Any, vocabulary: tuple[list[str], list[str]]) -> dict[str, Any]:
+    """The keys that llama.cpp writes for a model with a byte-level BPE."""
+    kind, (tokens, merges) = config.model_type, vocabulary
+    return {
+        f"{kind}.context_length": config.max_position_embeddings,
+        f"{kind}.embedding_length": config.hidden_size,
+        f"{kind}.feed_forward_length": config.intermediate_size,
+        f"{kind}.block_count": config.num_hidden_layers,
+        f"{kind}.attention.head_count": config.num_attention_heads,
+        f"{kind}.attention.head_count_kv": config.num_key_value_heads,
+        f"{kind}.attention.key_length": config.head_dim,
+        f"{kind}.attention.value_length": config.head_dim,
+        f"{kind}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{kind}.rope.freq_base": 5000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*TYPES, *[1] * (len(tokens) - len(TYPES))],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 3,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.chat_template": (
+            "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>\n{% endfor %}"
+        ),
+    }
+
+
+def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
+    """The weights as llama.cpp names and orders them."""
+    config, arrays = model.config, {}
+    for name, tensor in model.named_parameters():
+        name, array = gguf_name(name), tensor.detach().numpy()
+        if config.model_type == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
+            array = interleaved(array, heads)
+        arrays[name] = array
+    return arrays
+
+
 def write_gguf(
     path: Path,
     model: Any,
@@ -180,48 +220,18 @@ def write_gguf(
     """Writes a tiny model the way llama.cpp does; `metadata` overrides keys (None drops one)."""
     import gguf
 
-    config, kind = model.config, model.config.model_type
-    tokens, merges = vocabulary
-    writer = gguf.GGUFWriter(path, arch=kind)
-    values: dict[str, Any] = {
-        f"{kind}.context_length": config.max_position_embeddings,
-        f"{kind}.embedding_length": config.hidden_size,
-        f"{kind}.feed_forward_length": config.intermediate_size,
-        f"{kind}.block_count": config.num_hidden_layers,
-        f"{kind}.attention.head_count": config.num_attention_heads,
-        f"{kind}.attention.head_count_kv": config.num_key_value_heads,
-        f"{kind}.attention.key_length": config.head_dim,
-        f"{kind}.attention.value_length": config.head_dim,
-        f"{kind}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{kind}.rope.freq_base": 5000.0,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [*TYPES, *[1] * (len(tokens) - len(TYPES))],
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.eot_token_id": 3,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.chat_template": (
-            "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>\n{% endfor %}"
-        ),
-    } | (metadata or {})
+    writer = gguf.GGUFWriter(path, arch=model.config.model_type)
+    values = gguf_metadata(model.config, vocabulary) | {"tokenizer.ggml.pre": pre}
     adders = {
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,
         str: writer.add_string,
     }
-    for key, value in values.items():
+    for key, value in (values | (metadata or {})).items():
         if value is not None:
             adders.get(type(value), writer.add_array)(key, value)
-    arrays = {gguf_name(name): tensor.detach().numpy() for name, tensor in model.named_parameters()}
-    for name, array in arrays.items():
-        if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
-            arrays[name] = interleaved(array, heads)
-    for name, array in tensors(arrays).items():
+    for name, array in tensors(gguf_tensors(model)).items():
         if quantised is not None and array.ndim == 2:
             writer.add_tensor(name, gguf.quants.quantize(array, quantised), raw_dtype=quantised)
         else:

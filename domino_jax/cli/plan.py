@@ -13,15 +13,7 @@ from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.places import Compiler, Place, compiler_for, parse_place
-from domino_jax.plan import (
-    Models,
-    Plan,
-    largest_multiple,
-    plan,
-    read_models,
-    with_batch,
-    write_json,
-)
+from domino_jax.plan import Models, Plan, largest_batch, plan, read_models, write_json
 from domino_jax.plan_table import plan_table
 from domino_jax.strict import InputError
 
@@ -102,18 +94,15 @@ def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Com
 
 def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
     """The plan of the largest batch that fits, or of the smallest, which does not."""
-    if len(compiler.devices) % config.mesh.tensor:
-        return _as_it_stands(config, models, place, compiler)  # raises, and says what is wrong
-    rows = len(compiler.devices) // config.mesh.tensor  # a batch is a multiple of them
-    plans: dict[int, Plan] = {}
 
-    def fits(count: int) -> bool:
-        plans[count] = _as_it_stands(with_batch(config, count * rows), models, place, compiler)
-        one = plans[count]
+    def planned(config: RunConfig) -> Plan:
+        one = _as_it_stands(config, models, place, compiler)
         reporter.say(
             f"{place.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}"
         )
-        return one.fits
+        return one
 
-    best = largest_multiple(fits, first=max(config.data.batch_size // rows, 1))
-    return plans[best or 1]
+    if len(compiler.devices) % config.mesh.tensor:
+        return planned(config)  # raises, and says what is wrong
+    # A batch is a multiple of the devices that it is split over.
+    return largest_batch(config, planned, multiple_of=len(compiler.devices) // config.mesh.tensor)

@@ -116,9 +116,8 @@ class DecoderShape:
     def __post_init__(self) -> None:
         """Refuses shapes that no decoder can have."""
         # Not `fields(self)`: a subclass's own fields may be 0, and it checks them.
-        for name, kind in DecoderShape.__annotations__.items():
-            if kind is int:
-                _check_positive(name, getattr(self, name))
+        for name in SIZES:
+            _check_positive(name, getattr(self, name))
         # Rounded to 0 in float32 it would make NaN of a zero vector.
         eps = self.rms_norm_eps
         require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
@@ -138,6 +137,10 @@ class DecoderShape:
             self.dtype in ("float32", "bfloat16"),
             f"dtype must be float32 or bfloat16, found {self.dtype!r}",
         )
+
+
+# The whole numbers of a shape, which every config.json names alike.
+SIZES = tuple(name for name, kind in DecoderShape.__annotations__.items() if kind is int)
 
 
 @dataclass(frozen=True, kw_only=True)

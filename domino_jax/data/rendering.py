@@ -71,16 +71,24 @@ def names_read(tokenizer: Any) -> set[str]:
 
 
 class _Process:
-    """`renderer.py`, started when it is first asked and again after it was ended."""
+    """`renderer.py`, started when it is first asked and again after it was ended.
 
-    def __init__(self) -> None:
+    `seconds` and `memory_bytes` bound each conversation.
+    """
+
+    def __init__(self, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._seconds, self._memory_bytes = seconds, memory_bytes
         self._lock = threading.Lock()
         self._running: subprocess.Popen[bytes] | None = None
         self._template: dict[str, Any] = {}
         atexit.register(self.end)
 
     def ask(self, tokenizer: Any, jobs: list[Any]) -> dict[str, Any]:
-        """The reply to one request, see `renderer.main`."""
+        """The reply to one request, see `renderer.main`.
+
+        Raises:
+            CostlyTemplate: one of the jobs broke a limit.
+        """
         template = {
             "text": tokenizer.get_chat_template(),
             "special_tokens_map": tokenizer.special_tokens_map,
@@ -104,7 +112,8 @@ class _Process:
             code = self.end()
         # What is left of a line says that it was costly; below 0 is the signal that ended it.
         if line or code < 0:
-            limit = f"{SECONDS:g} s" if code == -signal.SIGALRM else f"{MEMORY_BYTES // 2**20} MiB"
+            late = code == -signal.SIGALRM
+            limit = f"{self._seconds:g} s" if late else f"{self._memory_bytes // 2**20} MiB"
             raise CostlyTemplate(
                 f"the chat template took more than {limit} for one conversation; "
                 "use another template"
@@ -132,7 +141,7 @@ class _Process:
         # A session of its own: Ctrl-C is for the process that asks. It ends when the pipe does. -P:
         # the modules beside the script must not be found by their bare names, such as `template`.
         self._running = subprocess.Popen(
-            [sys.executable, "-P", str(script), str(SECONDS), str(MEMORY_BYTES)],
+            [sys.executable, "-P", str(script), str(self._seconds), str(self._memory_bytes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -44,6 +44,7 @@ from domino_jax.strict import InputError, shown
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
+SHARD_BYTES = 5 * 10**9  # as Hugging Face writes them
 OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
 
 
@@ -79,11 +80,12 @@ def save_hf_draft(
     *,
     dtype: str = "bfloat16",
     chat_template: ChatTemplate | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes `config.json` and safetensors that every reader accepts.
 
-    Above 5 GB the tensors are sharded, with an index. The directory appears whole or not at all,
-    with SHA256SUMS of its files, which `load_hf_draft` checks.
+    The directory appears whole or not at all, with SHA256SUMS of its files, which `load_hf_draft`
+    checks.
 
     Args:
         path: a directory that does not exist yet, or an empty one.
@@ -92,6 +94,7 @@ def save_hf_draft(
         dtype: type of the stored tensors, "bfloat16" or "float32".
         chat_template: what the draft was trained with; written beside the other keys for
             `recorded_template`, other readers pass over it.
+        shard_bytes: above so many the tensors are sharded, with an index.
     Raises:
         InputError: the directory is in use, parameters and config disagree, or a tensor is not
             finite in `dtype`.
@@ -116,7 +119,7 @@ def save_hf_draft(
         if chat_template is not None:
             tree |= {TEMPLATE_KEY: chat_template.sha256, KWARGS: dict(chat_template.kwargs)}
         (staging / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
-        _write_shards(staging, tensors)
+        _write_shards(staging, tensors, shard_bytes=shard_bytes)
         write_checksums(staging)
         # Before the rename: a draft that does not read back never appears.
         _check_reads_back(staging, config, tensors)
@@ -240,9 +243,12 @@ def _tensor_name(path: tuple[str, ...], config: DraftConfig) -> str:
     return ".".join([re.sub(r"^layers_(\d+)$", r"layers.\1", first), *rest])
 
 
-def _write_shards(directory: Path, tensors: dict[str, np.ndarray]) -> None:
+def _write_shards(directory: Path, tensors: dict[str, np.ndarray], *, shard_bytes: int) -> None:
     split = split_state_dict_into_shards_factory(
-        tensors, get_storage_size=lambda x: x.nbytes, filename_pattern="model{suffix}.safetensors"
+        tensors,
+        get_storage_size=lambda x: x.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
     )
     for filename, names in split.filename_to_tensors.items():
         shard = {name: np.ascontiguousarray(tensors[name]) for name in names}

@@ -13,6 +13,7 @@ from typing import Any
 
 from domino_jax.config.model import (
     FULL_ATTENTION,
+    SIZES,
     SLIDING_ATTENTION,
     DraftConfig,
     RopeScaling,
@@ -103,17 +104,6 @@ _PLAIN = {
     "partial_rotary_factor": 1.0,
 }
 _PLAIN_DFLASH = {"causal": False}
-_INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "num_target_layers",
-)
 
 
 def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
@@ -149,7 +139,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         )
     try:
         return DraftConfig(
-            **{key: value(key, tree, kind=int) for key in _INTEGERS},
+            **{key: value(key, tree, kind=int) for key in (*SIZES, "num_target_layers")},
             rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
             rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
             rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from domino_jax.chips import CHIPS
 from domino_jax.config.run import RunConfig
 from domino_jax.data.packing import row_lengths
 from domino_jax.progress import STDERR, Bar, Reporter
@@ -116,6 +117,7 @@ class _Training:
             lengths=row_lengths(run.rows.rows),
             step_rows=run.step_rows,
             target_runs=data.features is None,
+            chip=CHIPS.get(run.mesh.devices.flat[0].device_kind),
         )
         self._window = Window(stored.outcomes if stored else ())
         self._watch = StepWatch(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from domino_jax.chips import CHIPS
+from domino_jax.chips import Chip
 from domino_jax.training.flops import step_flops
 from domino_jax.training.objectives import reads_target
 from domino_jax.training.step import Program
@@ -38,6 +38,7 @@ class Speed:
         lengths: Sequence[int],
         step_rows: int,
         target_runs: bool,
+        chip: Chip | None,
     ) -> None:
         """Begins a window.
 
@@ -47,10 +48,11 @@ class Speed:
             lengths: tokens of each row of its data.
             step_rows: batch rows that a step takes.
             target_runs: whether a step runs the target's layers, or reads captured states.
+            chip: what is published of the devices, None where nothing is.
         """
         self._program, self._mesh = program, mesh
         self._lengths = np.asarray(lengths)
-        self._step_rows, self._target_runs = step_rows, target_runs
+        self._step_rows, self._target_runs, self._chip = step_rows, target_runs, chip
         self.begin()
 
     def begin(self) -> None:
@@ -83,9 +85,9 @@ class Speed:
         Returns:
             `samples_per_second` (rows of batches), `tokens_per_second`,
             `supervised_tokens_per_second`, `seconds_per_step`; `mfu`, the useful FLOPs per second
-            (`step_flops`) over the published bfloat16 peak of all devices, unless their kind is
-            unknown; and `peak_memory_bytes`, the most that one device of this process has held
-            since it started, where the platform tells.
+            (`step_flops`) over the published bfloat16 peak of all devices, where one is known; and
+            `peak_memory_bytes`, the most that one device of this process has held since it started,
+            where the platform tells.
         """
         seconds = time.monotonic() - self._began
         figures = {
@@ -94,11 +96,10 @@ class Speed:
             "supervised_tokens_per_second": float(sums["valid_tokens"]) / seconds,
             "seconds_per_step": seconds / self._steps,
         }
-        chip = CHIPS.get(self._mesh.devices.flat[0].device_kind)
-        if chip is not None:
+        if self._chip is not None:
             # Over the whole mesh: tokens and blocks are those of all processes.
             flops = self._useful_flops(float(sums["valid_blocks"]))
-            figures["mfu"] = flops / seconds / (self._mesh.size * chip.flops)
+            figures["mfu"] = flops / seconds / (self._mesh.size * self._chip.flops)
         peak = peak_memory_bytes(self._mesh.local_devices)
         if peak is not None:
             figures["peak_memory_bytes"] = peak

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,27 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     assert "step 6, block 4, 4 proposals, temperature 0.0, 6 new tokens" in " ".join(out.split())
 
 
-def bad_input(trained: Path, elsewhere: Path) -> list[tuple[tuple[object, ...], str]]:
-    """Words of a command and what its message holds."""
+# Words of a command and what its message holds.
+Refusals = list[tuple[tuple[object, ...], str]]
+
+
+def bad_words(trained: Path, elsewhere: Path) -> Refusals:
+    return [
+        (("learn",), "No such command"),
+        (("train\n",), "No such command"),
+        (("train",), "Missing argument"),
+        (("train", trained / "config.yaml", "x" * 10**5), "expected key=value"),
+        (("train", trained / "config.yaml", "\udcff=1"), "is not valid Unicode"),
+        (
+            ("capture", trained / "config.yaml", "data.batch_size=4"),
+            "'data.batch_size=4', which looks like an overri",
+        ),
+        (("config",), "give a KEY, for example train.steps, or --list"),
+        (("config", "steps"), "no key 'steps' in a configuration; did you mean 'train.steps'?"),
+    ]
+
+
+def bad_configurations(trained: Path, elsewhere: Path) -> Refusals:
     return [
         (("train", elsewhere / "none.yaml"), "none.yaml"),
         (("train", elsewhere / "empty.yaml"), "expected a mapping"),
@@ -69,82 +89,72 @@ def bad_input(trained: Path, elsewhere: Path) -> list[tuple[tuple[object, ...], 
             ("train", trained / "config.yaml", "loss.num_anchors=many"),
             "loss: num_anchors: expected int",
         ),
-        (("train",), "Missing argument"),
-        (("learn",), "No such command"),
-        (("evaluate", elsewhere, trained / "prompts.jsonl"), "not a run directory"),
-        (("evaluate", trained / "run", elsewhere / "none.jsonl"), "none.jsonl"),
-        (("generate", trained / "run", " "), "prompt is empty"),
-        (("generate", trained / "run", "a", "--max-new-tokens", 0), "max-new-tokens"),
-        (("generate", trained / "run", "a", "--max-new-tokens", 10**11), "max-new-tokens"),
-        (
-            ("generate", trained / "run", "a", "--max-new-tokens", 129),
-            "has 128 positions; give fewer",
-        ),
-        (("generate", "nope"), "nope: not a run directory"),
-        (("generate", trained / "run", "a", "--temperature", "nan"), "nan is not a finite number"),
-        (("generate", trained / "run", "a", "--temperature", "inf"), "inf is not a finite number"),
-        (
-            ("generate", trained / "run", "a", "--temperature", "1e-30"),
-            "expected 0, or 0.001 to 1000, found 1e-30",
-        ),
-        (("generate", trained / "run", "a", "--seed", -1), "--seed"),
-        (("generate", trained / "run", "a", "--seed", 2**32), "--seed"),
-        (("generate", trained / "run", "\udcff"), "'\\udcff' is not valid Unicode"),
-        (
-            ("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 1, a: 2}"),
-            "the key 'a' is given twice",
-        ),
-        (
-            ("generate", trained / "run", "a", "--chat-template-kwargs", "{a: 2001-99-99"),
-            "not valid YAML",
-        ),
-        (("generate", trained / "run", "a", "--dtype", "x" * 10**5), "--dtype"),
-        (
-            ("capture", trained / "config.yaml", elsewhere / "s", "--limit-gb", "nan"),
-            "nan is not a finite number",
-        ),
-        (
-            ("capture", trained / "config.yaml", elsewhere / "s", "--limit-gb", "inf"),
-            "inf is not a finite number",
-        ),
         (("train", trained / "config.yaml", "seed=-1"), "seed must be at least 0 and below 2**32"),
-        (("train", trained / "config.yaml", "x" * 10**5), "expected key=value"),
-        (("train", trained / "config.yaml", "\udcff=1"), "is not valid Unicode"),
-        (("train\n",), "No such command"),
-        (("export", trained / "run", trained), "not an empty directory"),
-        (
-            ("import", trained / "target", elsewhere / "new", "--target", trained / "target"),
-            "dflash_config",
-        ),
-        (
-            ("regenerate", trained / "prompts.jsonl", elsewhere / "a.jsonl", "--target", "nobody"),
-            "nobody",
-        ),
-        (("target", "x.gguf"), "give the directory"),
-        # Nothing is assumed about whose words a drafter learns.
-        (
-            ("regenerate", trained / "prompts.jsonl", elsewhere / "a.jsonl"),
-            "'--target'. Expected a directory or a bui",
-        ),
-        (
-            ("import", trained / "target", elsewhere / "new"),
-            "a built-in name (smollm2-135m-instruct)",
-        ),
-        (
-            ("capture", trained / "config.yaml", "data.batch_size=4"),
-            "'data.batch_size=4', which looks like an overri",
-        ),
-        (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
-        (("config",), "give a KEY, for example train.steps, or --list"),
-        (("config", "steps"), "no key 'steps' in a configuration; did you mean 'train.steps'?"),
     ]
 
 
-def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:
+def bad_runs_and_prompts(trained: Path, elsewhere: Path) -> Refusals:
+    return [
+        (("evaluate", elsewhere, trained / "prompts.jsonl"), "not a run directory"),
+        (("evaluate", trained / "run", elsewhere / "none.jsonl"), "none.jsonl"),
+        (("generate", "nope"), "nope: not a run directory"),
+        (("generate", trained / "run", " "), "prompt is empty"),
+        (("generate", trained / "run", "\udcff"), "'\\udcff' is not valid Unicode"),
+    ]
+
+
+def bad_decoding_options(trained: Path, elsewhere: Path) -> Refusals:
+    words = ("generate", trained / "run", "a")
+    return [
+        ((*words, "--max-new-tokens", 0), "max-new-tokens"),
+        ((*words, "--max-new-tokens", 10**11), "max-new-tokens"),
+        ((*words, "--max-new-tokens", 129), "has 128 positions; give fewer"),
+        ((*words, "--temperature", "nan"), "nan is not a finite number"),
+        ((*words, "--temperature", "inf"), "inf is not a finite number"),
+        ((*words, "--temperature", "1e-30"), "expected 0, or 0.001 to 1000, found 1e-30"),
+        ((*words, "--seed", -1), "--seed"),
+        ((*words, "--seed", 2**32), "--seed"),
+        ((*words, "--chat-template-kwargs", "{a: 1, a: 2}"), "the key 'a' is given twice"),
+        ((*words, "--chat-template-kwargs", "{a: 2001-99-99"), "not valid YAML"),
+        ((*words, "--dtype", "x" * 10**5), "--dtype"),
+    ]
+
+
+def bad_targets_and_outputs(trained: Path, elsewhere: Path) -> Refusals:
+    capture = ("capture", trained / "config.yaml", elsewhere / "s")
+    regenerate = ("regenerate", trained / "prompts.jsonl", elsewhere / "a.jsonl")
+    take = ("import", trained / "target", elsewhere / "new")
+    return [
+        ((*capture, "--limit-gb", "nan"), "nan is not a finite number"),
+        ((*capture, "--limit-gb", "inf"), "inf is not a finite number"),
+        ((*regenerate, "--target", "nobody"), "nobody"),
+        # Nothing is assumed about whose words a drafter learns.
+        (regenerate, "'--target'. Expected a directory or a bui"),
+        ((*take, "--target", trained / "target"), "dflash_config"),
+        (take, "a built-in name (smollm2-135m-instruct)"),
+        (("target", "x.gguf"), "give the directory"),
+        (("export", trained / "run", trained), "not an empty directory"),
+        (("export", trained / "run", trained / "config.yaml" / "draft"), "config.yaml"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "refusals",
+    [
+        bad_words,
+        bad_configurations,
+        bad_runs_and_prompts,
+        bad_decoding_options,
+        bad_targets_and_outputs,
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    domino, trained: Path, tmp_path: Path, refusals: Callable[[Path, Path], Refusals]
+) -> None:
     (tmp_path / "empty.yaml").write_text("")
     misspelt = (trained / "config.yaml").read_text().replace('"steps"', '"step"')
     (tmp_path / "misspelt.yaml").write_text(misspelt)
-    for words, message in bad_input(trained, tmp_path):
+    for words, message in refusals(trained, tmp_path):
         code, out, log = domino(*words)
         assert (code, out) == (2, ""), words
         lines = log.strip().splitlines()

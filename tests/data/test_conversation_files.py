@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from chats import GOOD, chat, make_tokenizer, write
 
-from domino_jax import files
-from domino_jax.data import conversations
 from domino_jax.data.conversations import (
     BadLine,
     Row,
@@ -16,6 +14,7 @@ from domino_jax.data.conversations import (
     load_rows,
     read_messages,
 )
+from domino_jax.files import LINE_BYTES
 from domino_jax.strict import InputError
 
 BAD_LINES = [
@@ -74,16 +73,14 @@ def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
         assert reason in bad.reason
 
 
-def test_read_messages_refuses_a_line_beyond_its_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (files, conversations):
-        monkeypatch.setattr(module, "LINE_BYTES", 2000)
+def test_read_messages_refuses_a_line_beyond_its_bound(tmp_path: Path) -> None:
     path = write(
-        tmp_path / "a.jsonl", {"messages": chat("x" * 9000, "y")}, {**GOOD, "score": float("nan")}
+        tmp_path / "a.jsonl",
+        {"messages": chat("x" * LINE_BYTES, "y")},
+        {**GOOD, "score": float("nan")},
     )
     found = read_messages(path)
-    assert found == ([(2, GOOD["messages"])], [BadLine(1, "more than 2000 bytes")])
+    assert found == ([(2, GOOD["messages"])], [BadLine(1, f"more than {LINE_BYTES} bytes")])
 
 
 def test_read_messages_skips_a_byte_order_mark(tmp_path: Path) -> None:

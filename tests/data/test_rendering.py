@@ -14,16 +14,16 @@ from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, ren
 from domino_jax.strict import InputError
 
 HI = [{"role": "user", "content": "Hi"}]
+PLAIN = "{{ messages[0].content }}"
+JOB = (HI, False, {})  # what the process is asked for: messages, no generation prompt, no kwargs
+NAMES = None  # or for the names that the template reads
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process of its own with limits that a test can wait for."""
-    process = rendering._Process()
-    monkeypatch.setattr(rendering, "SECONDS", 1.0)
-    monkeypatch.setattr(rendering, "MEMORY_BYTES", 2**27)
-    monkeypatch.setattr(rendering, "_process", process)
-    yield
+def quick() -> Iterator[rendering._Process]:
+    """A process with limits that a test can wait for."""
+    process = rendering._Process(seconds=1.0, memory_bytes=2**27)
+    yield process
     process.end()
 
 
@@ -80,7 +80,7 @@ def test_render_tells_what_a_template_refuses() -> None:
     ):
         with pytest.raises(InputError, match=message):
             render(make_tokenizer(template), [Rendering(HI)], {})
-    assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
+    assert render(make_tokenizer(PLAIN), [Rendering(HI)], {}) == ["Hi"]
 
 
 COSTLY = {
@@ -102,28 +102,32 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("template", COSTLY.values(), ids=COSTLY.keys())
-def test_a_template_beyond_its_limits_is_ended(quick: None, template: str) -> None:
-    assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
+def test_a_template_beyond_its_limits_is_ended(quick: rendering._Process, template: str) -> None:
+    assert quick.ask(make_tokenizer(PLAIN), [JOB]) == {"answers": ["Hi"]}
     began = time.monotonic()
     with pytest.raises(
         CostlyTemplate, match=r"the chat template took more than (1 s|128 MiB) for one conversation"
     ):
-        render(make_tokenizer(template), [Rendering(HI)], {})
+        quick.ask(make_tokenizer(template), [JOB])
     assert time.monotonic() - began < 5
-    # Another one starts, and finds out what it reads, which evaluates constants.
-    assert render(make_tokenizer("{{ messages[0].content }}"), [Rendering(HI)], {}) == ["Hi"]
+    # Another one starts.
+    assert quick.ask(make_tokenizer(PLAIN), [JOB]) == {"answers": ["Hi"]}
 
 
-def test_constants_of_a_template_are_under_the_limits_too(quick: None) -> None:
+def test_names_read_are_those_that_a_template_does_not_set() -> None:
     assert names_read(make_tokenizer("{{ budget }}{% set x = 1 %}{{ x }}")) == {"budget"}
+
+
+def test_constants_of_a_template_are_under_the_limits_too(quick: rendering._Process) -> None:
+    """To find out what a template reads evaluates them."""
     with pytest.raises(CostlyTemplate):
-        names_read(make_tokenizer("{{ 9 ** (10 ** 9) }}"))
+        quick.ask(make_tokenizer("{{ 9 ** (10 ** 9) }}"), [NAMES])
 
 
-def test_a_costly_line_ends_the_reading_of_a_file(quick: None, tmp_path: Path) -> None:
+def test_a_costly_line_ends_the_reading_of_a_file(tmp_path: Path) -> None:
     """Each of a million lines would take as long."""
     tokenizer: Any = make_tokenizer(
-        f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['nested loops']}{{% endif %}}"
+        f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['a multiplied string']}{{% endif %}}"
     )
     assert stop_token_ids(tokenizer)
     path = write(tmp_path / "a.jsonl", *({"messages": chat(*"abcd")} for _ in range(1000)))
@@ -133,16 +137,16 @@ def test_a_costly_line_ends_the_reading_of_a_file(quick: None, tmp_path: Path) -
     assert time.monotonic() - began < 10
 
 
-def test_the_process_is_started_again_and_ends_with_its_asker(quick: None) -> None:
-    tokenizer = make_tokenizer("{{ messages[0].content }}")
-    render(tokenizer, [Rendering(HI)], {})
-    running = rendering._process._running
+def test_the_process_is_started_again_and_ends_with_its_asker(quick: rendering._Process) -> None:
+    tokenizer = make_tokenizer(PLAIN)
+    quick.ask(tokenizer, [JOB])
+    running = quick._running
     assert running is not None
     running.kill()
     with pytest.raises(CostlyTemplate):
-        render(tokenizer, [Rendering(HI)], {})
-    assert render(tokenizer, [Rendering(HI)], {}) == ["Hi"]
-    running = rendering._process._running
+        quick.ask(tokenizer, [JOB])
+    assert quick.ask(tokenizer, [JOB]) == {"answers": ["Hi"]}
+    running = quick._running
     assert running is not None and running.stdin is not None
     running.stdin.close()
     assert running.wait(5) == 0

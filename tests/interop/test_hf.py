@@ -20,7 +20,6 @@ from safetensors.numpy import load_file
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.mask import layer_spans
-from domino_jax.interop import hf
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
 from domino_jax.strict import InputError
 
@@ -178,27 +177,22 @@ def test_nemo_takes_the_tensors_as_its_state_dict_and_its_own_export_loads_here(
     chex.assert_trees_all_equal(found, params_of(config), strict=True)
 
 
-def test_shards_have_an_index_and_load_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_have_an_index_and_load_back(tmp_path: Path) -> None:
     import torch
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
-    split = functools.partial(hf.split_state_dict_into_shards_factory, max_shard_size="20KB")
-    monkeypatch.setattr(hf, "split_state_dict_into_shards_factory", split)
-    save_hf_draft(tmp_path / "draft", CONFIG, params_of(CONFIG), dtype="float32")
-    files = sorted(path.name for path in (tmp_path / "draft").glob("*.safetensors"))
-    index = json.loads((tmp_path / "draft" / "model.safetensors.index.json").read_text())
+    path, params = tmp_path / "draft", params_of(CONFIG)
+    save_hf_draft(path, CONFIG, params, dtype="float32", shard_bytes=20_000)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    index = json.loads((path / "model.safetensors.index.json").read_text())
     assert len(files) > 2 and "model.safetensors" not in files
     assert (
         index["weight_map"].keys() == (BACKBONE | HEAD).keys()
         and sorted(set(index["weight_map"].values())) == files
     )
-    chex.assert_trees_all_equal(
-        load_hf_draft(tmp_path / "draft")[1], params_of(CONFIG), strict=True
-    )
-    theirs = Qwen3DFlashDraftModel.from_pretrained(tmp_path / "draft", dtype=torch.float32)
-    np.testing.assert_array_equal(theirs.norm.weight.detach(), params_of(CONFIG)["norm"]["weight"])
+    chex.assert_trees_all_equal(load_hf_draft(path)[1], params, strict=True)
+    theirs = Qwen3DFlashDraftModel.from_pretrained(path, dtype=torch.float32)
+    np.testing.assert_array_equal(theirs.norm.weight.detach(), params["norm"]["weight"])
 
 
 def test_save_writes_into_an_empty_directory_and_refuses_a_used_one(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
-from domino_jax.interop import hf
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
@@ -123,15 +122,10 @@ def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_are_read_both_ways(
-    reader: Any, config: DraftConfig, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: Any, config: DraftConfig, dtype: str, tmp_path: Path
 ) -> None:
-    whole = hf.split_state_dict_into_shards_factory
-    monkeypatch.setattr(
-        hf,
-        "split_state_dict_into_shards_factory",
-        lambda *args, **named: whole(*args, **named, max_shard_size="20KB"),
-    )
-    save_hf_draft(tmp_path / "ours", config, random_params(config), dtype=dtype)
+    params = random_params(config)
+    save_hf_draft(tmp_path / "ours", config, params, dtype=dtype, shard_bytes=20_000)
     theirs = read_strictly(reader, tmp_path / "ours").to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     for name in ("ours", "theirs"):

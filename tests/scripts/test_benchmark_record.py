@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import benchmark_record
 import pytest
-from benchmark_record import record
+from benchmark_record import record, revision, tree_state
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 DEVICE = {"platform": "gpu", "device": "NVIDIA H100"}
@@ -30,6 +29,7 @@ def test_results_are_appended_with_machine_versions_and_command(
         record(path, {"seconds": seconds}, device=DEVICE)
     first, second = lines(path)
     assert [line["figures"] for line in (first, second)] == [{"seconds": 1.5}, {"seconds": 1.25}]
+    assert tree_state(revision()).items() <= first.items()
     assert first["command"] == ["benchmark_step.py", "--rounds", "3"]
     assert first["hardware"]["cores"] == os.cpu_count() and first["hardware"]["processor"]
     assert {name: first["hardware"][name] for name in DEVICE} == DEVICE
@@ -40,20 +40,11 @@ def test_results_are_appended_with_machine_versions_and_command(
 
 
 @pytest.mark.parametrize(
-    ("described", "revision", "clean"),
+    ("described", "name", "clean"),
     [("abc1234", "abc1234", True), ("abc1234-dirty", "abc1234", False), ("unknown",) * 2 + (None,)],
 )
-def test_a_result_says_of_which_tree_it_is(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    described: str,
-    revision: str,
-    clean: bool | None,
-) -> None:
-    monkeypatch.setattr(benchmark_record, "revision", lambda: described)
-    record(tmp_path / "one", {}, device=DEVICE)
-    (line,) = lines(tmp_path / "one")
-    assert (line["revision"], line["clean"]) == (revision, clean)
+def test_a_result_says_of_which_tree_it_is(described: str, name: str, clean: bool | None) -> None:
+    assert tree_state(described) == {"revision": name, "clean": clean}
 
 
 def test_nothing_is_recorded_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

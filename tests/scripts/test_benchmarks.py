@@ -55,18 +55,13 @@ def test_step_flops_count_what_is_useful(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_sides_make_the_same_weights(
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: str,
-) -> None:
+def test_both_sides_make_the_same_weights(dtype: str) -> None:
     torch = pytest.importorskip("torch")
-    import benchmark_weights
-    from benchmark_weights import jax_weight
+    from benchmark_weights import fill_torch, jax_weight
 
-    monkeypatch.setattr(benchmark_weights, "TORCH_PIECE", 5000)
     shape = (30, 700)
     theirs = torch.empty(shape, dtype=getattr(torch, dtype))
-    benchmark_weights.fill_torch("layers.0.mlp.up_proj.weight", theirs)
+    fill_torch("layers.0.mlp.up_proj.weight", theirs, piece=5000)
     ours = jax_weight("layers.0.mlp.up_proj.weight", shape, dtype)
     np.testing.assert_array_equal(np.asarray(ours, np.float32), theirs.float().numpy())
     assert np.std(theirs.float().numpy()) == pytest.approx(0.02, rel=0.01)
@@ -152,7 +147,6 @@ class FakeSide:
     ],
 )
 def test_each_side_runs_alone_where_both_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch,
     lives: tuple[int, ...],
     turns: str,
     has_peer: bool,
@@ -162,13 +156,12 @@ def test_each_side_runs_alone_where_both_do_not_fit(
 
     left = list(lives)
 
-    def start_side(setting: Any, directory: Path, options: Any, name: str) -> FakeSide:
+    def start(name: str) -> FakeSide:
         return FakeSide(name, 99 if name == "ours" else left.pop(0))
 
-    monkeypatch.setattr(benchmark_card, "start_side", start_side)
     setting = Setting("qwen3-8b", 512, "online", tiny=False)
     options = SimpleNamespace(no_peer=False, rounds=3)
-    figures = benchmark_card.measure(setting, Path(), options)
+    figures = benchmark_card.measure(start, setting, options)
     assert figures["turns"] == turns
     assert len(figures["ours"]["all_seconds"]) == 3
     assert ("nemo" in figures) == ("ratio" in figures) == has_peer

@@ -8,9 +8,9 @@ import pytest
 from faults_command import PARTS, table
 from faults_damage import WAYS, break_something
 from faults_growth import Sample, grown
-from faults_place import Bits, Case, Place, all_cases
+from faults_place import Bits, Case, Place, all_cases, cleared, in_turn
 from faults_process import Outcome
-from faults_verdict import crash, damage, interruption, refusal
+from faults_verdict import completion, crash, damage, interruption, refusal
 
 DONE = Outcome(code=0, out="run\n", log="step 6/6\n", seconds=3.0)
 REFUSED = Outcome(
@@ -26,6 +26,7 @@ def changed(outcome: Outcome, **fields: object) -> Outcome:
 def test_verdicts_pass_what_holds() -> None:
     assert [crash(one) for one in (DONE, REFUSED, STOPPED)] == [None] * 3
     assert refusal(REFUSED, names="rows.jsonl") is None
+    assert completion(DONE, start="it") is None
     diverged = changed(REFUSED, code=3, log="stopped: the parameters are not finite\n")
     assert refusal(diverged, code=3) is None
     assert interruption(STOPPED, seconds=1) is None
@@ -53,6 +54,12 @@ def test_verdicts_pass_what_holds() -> None:
 )
 def test_refusal_tells_what_is_no_refusal(broken: Outcome, said: str) -> None:
     assert said in str(refusal(broken, names="rows.jsonl"))
+
+
+def test_completion_tells_what_did_not_end_whole() -> None:
+    said = completion(STOPPED, start="started again, it")
+    assert said == "started again, it ends with code 130: interrupted: all is kept"
+    assert "Traceback" in str(completion(changed(DONE, log="Traceback\n"), start="it"))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +146,23 @@ def test_the_table_counts_what_held() -> None:
         table([("kills", cases, [cases[1]], 7.4)]).splitlines()[-1]
         == "| kills | 2 | 1 | 1 | 1 equal | 7 |"
     )
+
+
+def test_names_take_turns() -> None:
+    def case(index: int, name: str) -> Case:
+        return Case("part", f"{index} {name}", None)
+
+    works = list(in_turn(("train", "export"), 3, case))
+    assert [name for name, _ in works] == ["train", "export", "train"]
+    cases = [work()[0] for _, work in works]
+    assert [one.name for one in cases] == ["0 train", "1 export", "2 train"]
+
+
+def test_a_place_is_kept_where_something_did_not_hold(tmp_path: Path) -> None:
+    place = tmp_path / "case-7"
+    place.mkdir()
+    assert cleared(place, "another state") == "another state (case-7)" and place.is_dir()
+    assert cleared(place, None) is None and not place.exists()
 
 
 def test_a_work_that_fails_did_not_hold() -> None:

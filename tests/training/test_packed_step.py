@@ -3,6 +3,7 @@
 A packed run resumes with the same bits.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,55 +30,55 @@ CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
 LENGTHS, ROOM = (13, 8, 11), 36
 
 
-def test_a_packed_row_equals_its_conversations_alone() -> None:
-    rng = np.random.default_rng(0)
-    rows = [Row(rng.integers(0, 100, n).astype(np.int32), rng.random(n) < 0.8) for n in LENGTHS]
-    params = random_params(CONFIG)
+def frozen_target() -> tuple[Target, Any]:
+    """The target and its stacked parameters, large enough for each layer to show."""
     shape = target_config(CONFIG)
-    target = Target(shape, capture=CONFIG.target_layer_ids, scan_layers=True)
-    frozen = nn.meta.unbox(Target(shape).init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32)))[
-        "params"
-    ]
-    frozen = stack_layers(jax.tree.map(lambda x: x * (4.0 if x.ndim == 2 else 1.0), frozen))
+    variables = Target(shape).init(jax.random.key(2), jnp.zeros((1, 4), jnp.int32))
+    params = nn.meta.unbox(variables)["params"]
+    larger = jax.tree.map(lambda x: x * (4.0 if x.ndim == 2 else 1.0), params)
+    return Target(shape, capture=CONFIG.target_layer_ids, scan_layers=True), stack_layers(larger)
+
+
+def summed_loss(lm_head: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A batch's loss and its weight, both as sums over its blocks, from the tokens on."""
+    target, frozen = frozen_target()
     trainer = build_trainer(CONFIG, loss_decay_gamma=7.0)
-    head = jnp.asarray(rng.standard_normal((CONFIG.vocab_size, CONFIG.hidden_size)), jnp.float32)
 
     @jax.jit
-    def summed(params: Any, batch: dict[str, Any], anchors: jax.Array, keep: jax.Array) -> Any:
-        ids, mask = batch["input_ids"], batch["loss_mask"]
-        packing = {
-            name: batch[name]
-            for name in ("position_ids", "seq_lens", "doc_remaining")
-            if name in batch
-        }
+    def summed(params: Any, batch: dict[str, Any], anchors: jax.Array) -> Any:
+        ids, names = batch["input_ids"], ("position_ids", "seq_lens", "doc_remaining")
+        packing = {name: batch[name] for name in names if name in batch}
         documents = document_ids(batch["seq_lens"], ROOM) if packing else None
-        states = target.apply(
-            {"params": frozen}, ids, batch.get("position_ids"), documents=documents
-        ).features
+        positions = batch.get("position_ids")
+        states = target.apply({"params": frozen}, ids, positions, documents=documents).features
         metrics = trainer.apply(
             {"params": {"draft_model": params}},
             ids,
             states,
-            mask,
-            head,
+            batch["loss_mask"],
+            lm_head,
             frozen["embed_tokens"],
             lambda_base=0.3,
             **packing,
             anchor_positions=anchors,
-            block_keep_mask=keep,
+            block_keep_mask=jnp.ones(anchors.shape, bool),
         )
         return metrics.loss * metrics.loss_weight, metrics.loss_weight
 
-    def measured(packs: Any, anchors: Any) -> Any:
-        batch = next(
-            heldout_batches(
-                rows, packs=packs, batch_size=3 if packs is None else 1, max_length=ROOM
-            )
-        )
-        anchors = jnp.asarray(anchors, jnp.int32)
-        values = jax.value_and_grad(summed, has_aux=True)(
-            params, batch, anchors, jnp.ones(anchors.shape, bool)
-        )
+    return summed
+
+
+def test_a_packed_row_equals_its_conversations_alone() -> None:
+    rng = np.random.default_rng(0)
+    rows = [Row(rng.integers(0, 100, n).astype(np.int32), rng.random(n) < 0.8) for n in LENGTHS]
+    head = jnp.asarray(rng.standard_normal((CONFIG.vocab_size, CONFIG.hidden_size)), jnp.float32)
+    loss_and_gradient = jax.value_and_grad(summed_loss(head), has_aux=True)
+    params = random_params(CONFIG)
+
+    def measured(packs: Any, anchors: list[list[int]]) -> Any:
+        size = len(anchors)
+        batch = next(heldout_batches(rows, packs=packs, batch_size=size, max_length=ROOM))
+        values = loss_and_gradient(params, batch, jnp.asarray(anchors, jnp.int32))
         return jax.tree.map(np.asarray, values)
 
     # The last block of each starts where it just fits, so that its labels reach over the end of its

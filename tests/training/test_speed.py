@@ -10,7 +10,7 @@ import optax
 import pytest
 from tiny import CONFIG, MASK_TOKEN_ID
 
-from domino_jax.chips import CHIPS, Chip
+from domino_jax.chips import Chip
 from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.sharding import make_mesh
 from domino_jax.target.model import Target
@@ -45,7 +45,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def toy_speed(*, kl_weight: float = 0.0, target_runs: bool = True) -> Speed:
+def toy_speed(
+    *, kl_weight: float = 0.0, target_runs: bool = True, chip: Chip | None = None
+) -> Speed:
     """Of a run whose steps have 2 micro-batches of 8 rows."""
     program = Program(
         trainer=build_trainer(draft(), kl_weight=kl_weight),
@@ -53,7 +55,14 @@ def toy_speed(*, kl_weight: float = 0.0, target_runs: bool = True) -> Speed:
         optimizer=optax.sgd(0.1),
         curriculum=optax.constant_schedule(0.5),
     )
-    return Speed(program, make_mesh(), lengths=LENGTHS, step_rows=16, target_runs=target_runs)
+    return Speed(
+        program,
+        make_mesh(),
+        lengths=LENGTHS,
+        step_rows=16,
+        target_runs=target_runs,
+        chip=chip,
+    )
 
 
 def draft() -> Any:
@@ -91,12 +100,10 @@ def test_speeds_count_what_was_there(clock: Clock) -> None:
 )
 def test_mfu_is_of_blocks_and_tokens_that_were_there(
     clock: Clock,
-    monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
     counted: dict[str, Any],
 ) -> None:
-    monkeypatch.setitem(CHIPS, "cpu", Chip(flops=1e6, memory=1, bandwidth=1.0))
-    speed = toy_speed(**settings)
+    speed = toy_speed(**settings, chip=Chip(flops=1e6, memory=1, bandwidth=1.0))
     speed.add(np.array([[0, 1], [2, -1], [3, -1]]))  # 4 conversations of 100 tokens, 21 blocks
     clock.now += 2.0
     figures = speed.figures(SUMS)
