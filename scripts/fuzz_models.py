@@ -51,7 +51,8 @@ def model_parsers(directory: Path) -> list[Parser]:
     import jax
     from tiny import CONFIG, write_target
 
-    from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
+    from domino_jax.config.heads import DominoHeadConfig
+    from domino_jax.config.model import DecoderShape, DraftConfig
     from domino_jax.draft.backbone import DraftModel
     from domino_jax.draft.build import init_variables
     from domino_jax.interop.hf import (

@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config.model import DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DraftConfig
 from domino_jax.kernels.products import project
 from domino_jax.layers.dense import Dense
 from domino_jax.sharding import constrain, logical_axes
