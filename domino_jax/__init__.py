@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from domino_jax.config.model import DominoHeadConfig, DraftConfig
+    from domino_jax.config.heads import DominoHeadConfig
+    from domino_jax.config.model import DraftConfig
     from domino_jax.decoding.evaluate import evaluate
     from domino_jax.decoding.generate import generate
     from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
@@ -66,7 +67,7 @@ _MODULES = {
     "DFlashStepMetrics": "training.step_metrics",
     "DFlashTrainerModule": "training.modules",
     "Decoder": "decoding.speculate",
-    "DominoHeadConfig": "config.model",
+    "DominoHeadConfig": "config.heads",
     "DominoStepMetrics": "training.step_metrics",
     "DominoTrainerModule": "training.domino_module",
     "DraftConfig": "config.model",

@@ -20,15 +20,15 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "length": None,
-    "embed": "fsdp",
+    "embed": "fsdp",  # D, as input or output
     "mlp": "tensor",
     "experts": None,
     "heads": "tensor",
     "kv_heads": "tensor",
     "vocab": "tensor",
-    "features": None,
-    "low_rank": None,
-    "gru": None,
+    "features": None,  # an input joined of several: C*D, D+G
+    "low_rank": None,  # R of a head's correction
+    "gru": None,  # G, alone or once a gate
     "norm": None,
     "layers": None,
 }

@@ -38,7 +38,8 @@ from benchmark_record import add_record_option, hardware, record, revision
 from benchmark_sides import Side, SideEnded, Worker, serve
 from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
-from domino_jax.config.model import DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DraftConfig
 from domino_jax.training.flops import step_flops
 
 CONFIG = DraftConfig(

@@ -9,10 +9,10 @@ must not hold a part of the card itself.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import (
     DecoderConfig,
     DecoderShape,
-    DominoHeadConfig,
     DraftConfig,
     default_target_layer_ids,
 )

@@ -152,7 +152,8 @@ def _domino_draft() -> Any:
     """The config of a Domino draft of the tiny target."""
     from tiny import CONFIG
 
-    from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
+    from domino_jax.config.heads import DominoHeadConfig
+    from domino_jax.config.model import DecoderShape, DraftConfig
 
     shape = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(DecoderShape)}
     return DraftConfig(

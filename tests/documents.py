@@ -41,6 +41,17 @@ def programs(text: str) -> Mapping[str, str]:
     return named
 
 
+def fields_of(split: str) -> set[str]:
+    """The fields that docs/library.md names for one kind of record of a run."""
+    named = {"step", "split"}
+    text = section(page("docs/library.md"), "What a run writes")
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \|", text, flags=re.MULTILINE)
+    for names, where in rows:
+        if split in where.split(", "):
+            named |= set(re.findall(r"\w+", names))
+    return named
+
+
 def apply_listings(text: str, directory: Path) -> None:
     """Applies the diffs of a text to a copy of the package, as its reader would."""
     for listing in blocks(text, "diff"):

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.config.model import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import hf_tensors, save_hf_draft

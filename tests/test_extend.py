@@ -14,6 +14,7 @@ import pytest
 import tiny
 from documents import TOP, apply_listings, commands, page, programs, section
 from safetensors.flax import load_file
+from test_architecture import complaints
 
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
@@ -91,9 +92,16 @@ def test_a_loss_of_ones_own_trains_from_python_and_from_the_command(place: Simpl
     assert np.isfinite(json.loads(line)["loss"])
 
 
+def extend(text: str, package: Path) -> None:
+    """Applies the listings of a section; the package then keeps its own rules still."""
+    apply_listings(text, package)
+    top = package / "domino_jax"
+    assert not [wrong for path in top.rglob("*.py") for wrong in complaints(path, top)]
+
+
 @needs_git
 def test_a_head_of_ones_own_trains_goes_out_and_comes_back(place: SimpleNamespace) -> None:
-    apply_listings(HEAD, place.package)
+    extend(HEAD, place.package)
     names = write(HEAD, place.directory)
     told = run(place.directory, place.package, names, commands(HEAD))
     assert "8 tokens, tau" in told
@@ -113,7 +121,7 @@ def test_a_target_of_ones_own_trains_and_decodes(place: SimpleNamespace) -> None
         settings.write_text(json.dumps(renamed))
         read_decoder_config(settings.parent, dtype="float32")
 
-    apply_listings(TARGET, place.package)
+    extend(TARGET, place.package)
     (place.directory / "sandwich.py").write_text(
         "import dataclasses, json, pathlib, tiny\n"
         "tiny.CONFIG = dataclasses.replace(tiny.CONFIG, attention_output_norm=True)\n"

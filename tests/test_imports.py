@@ -30,7 +30,8 @@ import tiny
 
 import domino_jax
 from domino_jax.cli import main
-from domino_jax.config.model import DecoderShape, DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DecoderShape, DraftConfig
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables

@@ -55,7 +55,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
                  the target's last layer
       specforge  sliding layers that look both ways inside the block;
                  scaled embeddings or logits
-      all        plain DFlash drafts with shift_label
+      all        plain DFlash drafts with shift_label; heads other than Domino's
     """
     check_new(directory)  # before the run is read
     keeps(f"{directory} is whole or was not made; the same command starts over")

@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from domino_jax.config.heads import HEADS, HeadConfig, head_kind
 from domino_jax.config.keys import REQUIRED, check_keys, key
 from domino_jax.config.model import (
-    SIZE_LIMIT,
     SLIDING_ATTENTION,
     DecoderConfig,
     DecoderShape,
-    DominoHeadConfig,
     DraftConfig,
     default_target_layer_ids,
-    head_kind,
 )
+from domino_jax.config.sizes import SIZE_LIMIT
 from domino_jax.strict import require
 
 LENGTH_LIMIT = 2**24  # of the sides of an array
@@ -95,6 +94,15 @@ class DraftRecipe:
         )
 
 
+# A run sets the fields of its head by their names.
+_NAMES = {f.name for f in dataclasses.fields(DraftRecipe)}
+for _kind in HEADS.values():
+    _lacking = sorted({f.name for f in dataclasses.fields(_kind)} - _NAMES)
+    assert not _lacking, (
+        f"config/draft.py: DraftRecipe lacks {_lacking}, fields of {_kind.__name__}; add keys"
+    )
+
+
 def make_draft_config(
     recipe: DraftRecipe, target: DecoderConfig, *, special_ids: Mapping[str, int | None], dtype: str
 ) -> DraftConfig:
@@ -139,7 +147,7 @@ def make_draft_config(
     return DraftConfig(**fields | {"dtype": dtype})
 
 
-def _head_of(recipe: DraftRecipe) -> DominoHeadConfig | None:
+def _head_of(recipe: DraftRecipe) -> HeadConfig | None:
     if recipe.projector_type is None:
         return None
     kind = head_kind(recipe.projector_type, place="draft")

@@ -7,8 +7,10 @@ that only check a file answer before it is there.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, cast
+from typing import Any
 
+from domino_jax.config.heads import HEADS, DominoHeadConfig, HeadConfig, head_kind
+from domino_jax.config.sizes import check_positive, check_size
 from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_tree, require, shown
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
@@ -27,14 +29,6 @@ _ROPE_READS = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 }
 ROPE_TYPES = tuple(_ROPE_NEEDS)
-# Above every model that anybody published; what no file can hold is refused before it is looked
-# for.
-SIZE_LIMITS = {
-    "num_hidden_layers": 10_000,
-    "max_position_embeddings": 2**31,
-    "original_max_position_embeddings": 2**31,
-}
-SIZE_LIMIT = 2**24
 _EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
 
@@ -75,7 +69,7 @@ class RopeScaling:
             # `truncate` is a bool, which is an int to Python.
             number = isinstance(value, int | float) and not isinstance(value, bool)
             require(not number or value > 0, f"{field.name} must be positive, found {value}")
-            _check_size(field.name, value)
+            check_size(field.name, value)
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
         # Equal ones would divide by 0 where Llama 3.1 blends between the two.
@@ -117,7 +111,7 @@ class DecoderShape:
         """Refuses shapes that no decoder can have."""
         # Not `fields(self)`: a subclass's own fields may be 0, and it checks them.
         for name in SIZES:
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         # Rounded to 0 in float32 it would make NaN of a zero vector.
         eps = self.rms_norm_eps
         require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
@@ -167,40 +161,12 @@ class DecoderConfig(DecoderShape):
             require(not given, f"{', '.join(given)} without num_experts")
             return
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         require(
             self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok {self.num_experts_per_tok} must not exceed "
             f"num_experts {self.num_experts}",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DominoHeadConfig:
-    """The widths of a Domino head: R of its correction and G of its GRU (`draft/head.py`)."""
-
-    projector_type: ClassVar[str] = "domino"
-
-    emb_dim: int = 256
-    gru_hidden_dim: int = 1024
-
-    def __post_init__(self) -> None:
-        """Refuses widths that no head can have."""
-        for field in fields(self):
-            _check_positive(field.name, getattr(self, field.name))
-
-    def training_products(self, width: int) -> int:
-        """Multiplications of one prediction, forward and backward, before the last product.
-
-        Args:
-            width: D. The GRU's inputs are frozen embeddings, which need no gradient.
-        """
-        gru = 3 * self.gru_hidden_dim * (2 * width + 3 * self.gru_hidden_dim)
-        return gru + 3 * self.emb_dim * (width + self.gru_hidden_dim)
-
-
-# By the name that checkpoints and runs give them. Each has `emb_dim`, the width of its correction.
-HEADS = {kind.projector_type: kind for kind in (DominoHeadConfig,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +193,7 @@ class DraftConfig(DecoderShape):
     mask_token_id: int
     num_target_layers: int
     target_layer_ids: tuple[int, ...]
-    head: DominoHeadConfig | None = dataclasses.field(default_factory=DominoHeadConfig)
+    head: HeadConfig | None = dataclasses.field(default_factory=DominoHeadConfig)
     pure_draft_prefix_len: int = 0
     shift_label: bool = False
     sliding_window: int | None = None
@@ -243,7 +209,7 @@ class DraftConfig(DecoderShape):
         # An unshifted block of one holds its anchor, and has nothing to predict.
         require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
         for name in ("num_target_layers", "block_size"):
-            _check_size(name, getattr(self, name))
+            check_size(name, getattr(self, name))
         require(
             0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
@@ -291,7 +257,7 @@ class DraftConfig(DecoderShape):
             f"sliding_window {window} must be at least block_size {self.block_size}",
         )
         if window is not None:
-            _check_size("sliding_window", window)
+            check_size("sliding_window", window)
         require(
             self.sliding_in_block in ("bidirectional", "causal"),
             "sliding_in_block must be 'bidirectional' or 'causal', "
@@ -312,6 +278,15 @@ class DraftConfig(DecoderShape):
     def num_predictions(self) -> int:
         """Positions of a block that predict a token: K with `shift_label`, else K - 1."""
         return self.block_size if self.shift_label else self.block_size - 1
+
+
+# A draft and its head are stored as one flat mapping, in which one would overwrite the other.
+_NAMES = {"projector_type"} | {f.name for f in fields(DraftConfig)}
+for _kind in HEADS.values():
+    _shared = sorted(_NAMES & {f.name for f in fields(_kind)})
+    assert not _shared, (
+        f"config/heads.py: {_kind.__name__} has fields {_shared}, as DraftConfig has; rename them"
+    )
 
 
 def draft_tree(config: DraftConfig) -> dict[str, Any]:
@@ -335,34 +310,6 @@ def draft_from_tree(tree: Mapping[str, Any], *, place: str) -> DraftConfig:
     widths = {f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest}
     head = from_tree(kind, widths, place=place)
     return from_tree(DraftConfig, rest | {"head": head}, place=place)
-
-
-def head_kind(name: object, *, place: str) -> type[DominoHeadConfig]:
-    """The class of the head with this name.
-
-    Raises:
-        InputError: there is none.
-    """
-    known = ", ".join(map(repr, HEADS))
-    found = HEADS.get(name) if isinstance(name, str) else None
-    require(
-        found is not None, f"{place}: projector_type must be {known} or null, found {shown(name)}"
-    )
-    return cast(type[DominoHeadConfig], found)
-
-
-def _check_positive(name: str, value: int) -> None:
-    """Refuses a count that is not positive, or beyond any model's."""
-    require(value > 0, f"{name} must be positive, found {value}")
-    _check_size(name, value)
-
-
-def _check_size(name: str, value: object) -> None:
-    """Refuses a number beyond any that a model has; other types pass."""
-    # A bool is an int to `isinstance`, and no size.
-    limit = SIZE_LIMITS.get(name, SIZE_LIMIT)
-    if type(value) is int:
-        require(value <= limit, f"{name} must be at most {limit}, found {value}")
 
 
 def _check_scale(name: str, value: float, expected: str) -> None:

@@ -66,7 +66,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base)."""
+    """Anchors, objective and the curriculum (N, gamma, lambda_base of `training/loss.py`)."""
 
     num_anchors: int = key(
         512, "N, blocks that a row trains at most", unit="anchors", least=1, below=LENGTH_LIMIT

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from domino_jax.config.model import SIZE_LIMIT
+from domino_jax.config.sizes import SIZE_LIMIT
 from domino_jax.data.conversations import Row
 from domino_jax.data.template import settings_text
 from domino_jax.files import checked_file, read_json, write_error, write_whole

@@ -85,7 +85,8 @@ class SetFigures:
         tokens: of all answers.
         tau_head_off: with a Domino head switched off; None without one.
         tokens_per_second_head_off: likewise.
-        comparison: of greedy outputs with those of the target alone; None where tokens were drawn.
+        comparison: of greedy outputs with those of the target alone, head on and head off added up;
+            None where tokens were drawn.
     """
 
     prompts: int

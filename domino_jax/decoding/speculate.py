@@ -313,7 +313,7 @@ def _draft(
     )
     hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
     base = output_logits(cfg, vocabulary_logits(hidden, lm_head_weight(weights.target)))
-    # As in training: the GRU reads every token, from the anchor on, corrected or not.
+    # As in training: the head reads every token, from the anchor on, corrected or not.
     tokens, probs = [], []
     previous, known = bonus, model.head.initial_state(bonus.shape[0]) if decoder.use_head else None
     for index in range(decoder.proposals):

@@ -194,6 +194,20 @@ class DraftModel(nn.Module):
         """
         return hidden if self.cfg.shift_label else hidden[:, :, 1:]
 
+    def corrections(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
+        """The head's factors of teacher-forced predictions, 0 for the pure prefix.
+
+        Args:
+            hidden: [..., M, D], states of the predictions.
+            previous: [..., M, D], embeddings of the tokens just before them.
+        Returns:
+            [..., M, R].
+        """
+        # Not cut before the head: later predictions need what it remembers of these tokens.
+        low_rank = self.head(hidden, previous)
+        corrected = jnp.arange(hidden.shape[-2]) >= self.cfg.pure_draft_prefix_len
+        return jnp.where(corrected[:, None], low_rank, 0)
+
 
 def output_logits(cfg: DraftConfig, logits: jax.Array) -> jax.Array:
     """What the target's head makes of its product, elementwise.

@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config.model import DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DraftConfig
 from domino_jax.kernels.products import project
 from domino_jax.layers.dense import Dense
 from domino_jax.sharding import constrain, logical_axes
@@ -41,12 +42,16 @@ class Head(Protocol):
             hidden: [..., M, D], backbone states of the predictions.
             previous: [..., M, D], embeddings of the tokens just before them.
         Returns:
-            [..., M, R]; zero for the first `pure_draft_prefix_len` predictions, so that their
-            correction is exactly 0.
+            [..., M, R], of all predictions: `DraftModel.corrections` and decoding leave the first
+            `pure_draft_prefix_len` uncorrected.
         """
 
     def initial_state(self, count: int) -> Any:
-        """What the head remembers of `count` blocks before their first token, float32."""
+        """What the head remembers of `count` blocks before their first token.
+
+        Any tree of float32 arrays. Its shapes may change from step to step, since the loop over a
+        block is unrolled; no position is given, a head that needs one counts its steps.
+        """
 
     def step(self, state: Any, previous: jax.Array) -> Any:
         """What it remembers after one more token, given its embedding [count, D]."""
@@ -148,10 +153,7 @@ class DominoHead(nn.Module):
 
     def __call__(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
         """As `Head.__call__`: [..., M, D] twice -> [..., M, R]."""
-        # Not cut before the GRU: later predictions need its state after the uncorrected ones.
-        low_rank = self.correction(hidden, self.prefix_gru(previous))
-        corrected = jnp.arange(hidden.shape[-2]) >= self.cfg.pure_draft_prefix_len
-        return jnp.where(corrected[:, None], low_rank, 0)
+        return self.correction(hidden, self.prefix_gru(previous))
 
     def initial_state(self, count: int) -> jax.Array:
         """The GRU's state before a block's first token, zeros [count, G]."""

@@ -121,6 +121,11 @@ def _other_prefix(config: DraftConfig, _: str) -> str | None:
     )
 
 
+def _unknown_head(config: DraftConfig, _: str) -> str | None:
+    name = config.projector_type
+    return None if name in (None, "domino") else f"projector_type is {name}"
+
+
 def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
     return (
         f"dtype is {dtype}" if config.projector_type == "domino" and dtype != "bfloat16" else None
@@ -131,6 +136,7 @@ _UNNORMED = "before the target's final norm, this draft was trained on it after"
 
 # As the versions do that `engine_refusals` names: a later one may read what is refused here.
 _RULES = (
+    _Rule(ENGINES, _unknown_head, "it does not know this head and would draft without it"),
     _Rule(
         ("vllm", "zlab"),
         _when(lambda config: config.projector_type == "domino", "projector_type is domino"),

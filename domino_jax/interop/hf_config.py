@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from domino_jax.config.heads import head_kind
 from domino_jax.config.model import (
     FULL_ATTENTION,
     SIZES,
     SLIDING_ATTENTION,
     DraftConfig,
     RopeScaling,
-    head_kind,
 )
 from domino_jax.formats.rope_keys import read_rope_scaling
 from domino_jax.strict import InputError, from_tree, shown
@@ -132,8 +132,10 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     head = None
     if projector is not None:
         kind = head_kind(projector, place=place)
-        widths = [field.name for field in dataclasses.fields(kind)]
-        head = {name: value(name, nested, tree, kind=int) for name in widths}
+        # Its own annotations say what each must be.
+        names = [field.name for field in dataclasses.fields(kind)]
+        widths = {name: _agreed(place, name, nested, tree) for name in names}
+        head = from_tree(kind, widths, place=place)
         optional["pure_draft_prefix_len"] = value(
             "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
         )
@@ -148,7 +150,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             block_size=value("block_size", nested, tree, kind=int),
             mask_token_id=value("mask_token_id", nested, kind=int),
             target_layer_ids=tuple(layer_ids),
-            head=None if head is None else kind(**head),
+            head=head,
             **optional,
         )
     except InputError as error:
@@ -162,19 +164,25 @@ def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place:
             raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
 
 
-def _value(
-    place: str, key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]
-) -> Any:
+def _agreed(place: str, key: str, *sections: Mapping[str, Any]) -> Any:
     """What the sections say under a key, where they agree."""
     found = [section[key] for section in sections if section.get(key) is not None]
     if not found:
         raise InputError(f"{place}: {key} is missing")
     if any(other != found[0] for other in found):
         raise InputError(f"{place}: {key} contradicts itself: {shown(found)}")
-    # true is an int in Python, and no size.
-    if not isinstance(found[0], kind) or (isinstance(found[0], bool) and kind is not bool):
-        raise InputError(f"{place}: {key} is {shown(found[0])}, expected {kind}")
     return found[0]
+
+
+def _value(
+    place: str, key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]
+) -> Any:
+    """The same, of this type."""
+    found = _agreed(place, key, *sections)
+    # true is an int in Python, and no size.
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+        raise InputError(f"{place}: {key} is {shown(found)}, expected {kind}")
+    return found
 
 
 def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> bool:

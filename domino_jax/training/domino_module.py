@@ -69,17 +69,17 @@ class DominoTrainerModule(DFlashTrainerModule):
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
         blocks = self._blocks(input_ids, loss_mask, anchors, packing)
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
-        head = self.draft_model.head
         weights = position_weights(blocks.mask, gamma=self.loss_decay_gamma)
         lambda_base = jnp.asarray(lambda_base, jnp.float32)  # it is returned among the metrics
         with jax.named_scope(HEAD):
             # Teacher-forced: the head reads the real tokens before, at inference the drafted ones.
-            low_rank = head(hidden, frozen_rows(embed_tokens, blocks.previous_ids))
+            previous = frozen_rows(embed_tokens, blocks.previous_ids)
+            low_rank = self.draft_model.corrections(hidden, previous)
         wanted = self._wanted_states(target_states, anchors)
         labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
         loss = self._dual_loss(
             States(hidden, low_rank),
-            Tables(lm_head, head.expansion),
+            Tables(lm_head, self.draft_model.head.expansion),
             labels,
             lambda_base=lambda_base,
         )

@@ -1,4 +1,4 @@
-"""The loss of a draft in plain jnp, to be read and changed: the contract's step 8.
+"""The loss of a draft in plain jnp, to be read and changed (Domino, arXiv:2605.29707).
 
 The kernel that trains is shaped by memory and speed; what it computes is read here, and JAX
 differentiates it. A block of K positions is drafted at once and verified left to right, and what

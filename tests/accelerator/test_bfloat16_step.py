@@ -12,7 +12,8 @@ import optax
 import pytest
 from reference import target_config
 
-from domino_jax.config.model import DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target

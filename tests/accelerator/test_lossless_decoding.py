@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from reference import target_config
 
-from domino_jax.config.model import DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DraftConfig
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
 from domino_jax.draft.backbone import DraftModel

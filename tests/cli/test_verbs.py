@@ -44,7 +44,7 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     code, out, log = domino(
         "evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6
     )
-    assert code == 0 and "tau, head off" in out
+    assert code == 0 and "tau, head off" in out and "tokens compared, head on and off" in out
     assert "\nprompts: compiling\n" in log and log.endswith(
         f"saving {tmp_path / 'run' / 'evaluation.json'}\n"
     )

@@ -7,8 +7,6 @@ import pytest
 from trees import DECODER, DRAFT, LLAMA3
 
 from domino_jax.config.model import (
-    SIZE_LIMIT,
-    SIZE_LIMITS,
     DecoderConfig,
     DraftConfig,
     RopeScaling,
@@ -16,6 +14,7 @@ from domino_jax.config.model import (
     draft_from_tree,
     draft_tree,
 )
+from domino_jax.config.sizes import SIZE_LIMIT, SIZE_LIMITS
 from domino_jax.strict import InputError
 
 SLIDING = ("sliding_attention",) * DECODER["num_hidden_layers"]

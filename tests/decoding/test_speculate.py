@@ -155,7 +155,7 @@ def test_a_cycle_drafts_what_training_would_predict(
     if config.projector_type:
         previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
         logits += vocabulary_logits(
-            bound.head(hidden, embedding[previous][:, None]), bound.head.expansion
+            bound.corrections(hidden, embedding[previous][:, None]), bound.head.expansion
         )
     assert np.asarray(drafted).tolist() == np.argmax(logits, axis=-1)[:, 0].tolist()
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from domino_jax.config.model import DecoderConfig, DecoderShape, DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
 from domino_jax.decoding.speculate import Decoder, Weights, finish, required_slots, start
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables

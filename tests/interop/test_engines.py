@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from reference import dflash_config, draft_config
 
+from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DraftConfig
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 
@@ -107,6 +108,21 @@ def test_sglang_takes_a_domino_head_in_bfloat16_only() -> None:
     assert not engine_refusals(
         dflash_config(), "sglang", dtype="float32"
     )  # cast to the server's type
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherHead(DominoHeadConfig):
+    """A head of one's own."""
+
+    projector_type = "other"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_engine_takes_a_head_that_it_does_not_know(engine: str) -> None:
+    config = draft_config(head=OtherHead(emb_dim=8), shift_label=False)
+    assert engine_refusals(config, engine) == [
+        "projector_type is other: it does not know this head and would draft without it"
+    ]
 
 
 def test_an_unknown_engine_is_an_error() -> None:

@@ -12,8 +12,11 @@ from exports import CONFIG, PLAIN, SHIFTED_DFLASH, SLIDING, params_of
 from reference import dflash_config, draft_config
 from transformers import Qwen3Config
 
+from domino_jax.config.heads import HEADS
 from domino_jax.config.model import DraftConfig, RopeScaling
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
+from domino_jax.interop.hf_config import config_from_json, config_json
+from domino_jax.strict import InputError
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,31 @@ def test_config_json_of_a_shifted_dflash_draft_says_so_under_both_names(tmp_path
     # vLLM looks inside, speculators write it at the top.
     assert tree["sample_from_anchor"] is tree["dflash_config"]["sample_from_anchor"] is True
     assert load_hf_draft(tmp_path / "draft")[0] == SHIFTED_DFLASH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedHead:
+    """A head whose fields are of every plain type."""
+
+    projector_type = "mixed"
+
+    emb_dim: int = 12
+    decay: float = 0.5
+    gated: bool = True
+    activation: str = "silu"
+
+
+def test_fields_of_a_head_of_any_plain_type_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HEADS, "mixed", MixedHead)
+    config = draft_config(head=MixedHead(decay=2.0, gated=False, activation="relu"))
+    tree = json.loads(json.dumps(config_json(config, "float32")))
+    assert config_from_json(tree, place="file") == config
+    tree["dflash_config"]["decay"] = "slow"
+    with pytest.raises(InputError, match="file: decay: expected float, found 'slow'"):
+        config_from_json(tree, place="file")
+    del tree["dflash_config"]["decay"]
+    with pytest.raises(InputError, match="file: decay is missing"):
+        config_from_json(tree, place="file")
 
 
 # What this project wrote before plain DFlash could be shifted.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from reference import compare_with_nemo, draft_config
 
-from domino_jax.config.model import DominoHeadConfig
+from domino_jax.config.heads import DominoHeadConfig
 
 DRAWS = 48
 QUICK_DRAWS = 8

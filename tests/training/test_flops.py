@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from domino_jax.config.model import DecoderConfig, DominoHeadConfig, DraftConfig
+from domino_jax.config.heads import DominoHeadConfig
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.stages import STAGES, UPDATE

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from documents import fields_of
 from safetensors.numpy import load_file, save_file
 from test_metrics import strictly
 from tiny import WORDS, Heard, quiet, run_config, write_target
@@ -207,6 +208,7 @@ def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
         [outcome(1, *BAD, rows=[3, 0, 5]), outcome(2, *EMPTY, rows=range(20))]
     )
     assert first.record == {"reason": "nonfinite", "lines": [13, 10, 15]}
+    assert first.record.keys() == fields_of("skipped") - {"step", "split", "rows"}
     assert str(first.place) == "lines 13, 10, 15 of a.jsonl"
     assert (
         second.words.startswith("no anchor in its batch; lines 10, 11,")
@@ -234,3 +236,4 @@ def test_a_spike_names_its_size_and_its_lines() -> None:
         == "loss 9.000 is 3.0 times the window's median; lines 13, 10 of a.jsonl"
     )
     assert watch().spike_record(spike) == {"loss": 9.0, "median": 3.0, "lines": [13, 10]}
+    assert watch().spike_record(spike).keys() == fields_of("spike") - {"step", "split", "rows"}

@@ -1,0 +1,28 @@
+"""A size beyond any that a model has should be refused before memory is asked for it.
+
+What is wrong in a file is often a digit too many. The limits lie above every model that anybody
+published. No jax here.
+"""
+
+from domino_jax.strict import require
+
+SIZE_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
+}
+SIZE_LIMIT = 2**24  # of every other size
+
+
+def check_positive(name: str, value: int) -> None:
+    """Refuses a count that is not positive, or beyond any model's."""
+    require(value > 0, f"{name} must be positive, found {value}")
+    check_size(name, value)
+
+
+def check_size(name: str, value: object) -> None:
+    """Refuses a number beyond any that a model has; other types pass."""
+    # A bool is an int to `isinstance`, and no size.
+    limit = SIZE_LIMITS.get(name, SIZE_LIMIT)
+    if type(value) is int:
+        require(value <= limit, f"{name} must be at most {limit}, found {value}")
