@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -130,7 +130,8 @@ class Plan:
         return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-class Models(NamedTuple):
+@dataclass(frozen=True)
+class Models:
     """The two models of a run, without weights."""
 
     target: DecoderConfig
@@ -152,7 +153,8 @@ def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
     return Models(target, draft)
 
 
-class PlannedStep(NamedTuple):
+@dataclass(frozen=True)
+class PlannedStep:
     """A step ready to be compiled for its devices."""
 
     program: Program
@@ -277,7 +279,8 @@ def _compiled_plan(
     )
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """What a compiler gave: the program's text and memory, or its refusal."""
 
     text: str = ""

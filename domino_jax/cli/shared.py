@@ -4,9 +4,9 @@ Options, progress on stderr, and reading a target or a run, checked against each
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 from rich.console import Console
@@ -147,7 +147,8 @@ target_option = click.option(
 )
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
 
     config: Any
@@ -155,7 +156,8 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-class Drafter(NamedTuple):
+@dataclass(frozen=True)
+class Drafter:
     """A draft of a run; `config` is the record's in the chosen compute type."""
 
     record: DraftRecord
@@ -191,7 +193,7 @@ def load_run(
     step: int | None,
     max_new_tokens: int,
 ) -> tuple[Loaded, Drafter]:
-    """Reads a draft of a run and its target.
+    """Reads a run: its target as loaded, and its draft, in this order.
 
     Args:
         run: the run directory.
@@ -204,11 +206,11 @@ def load_run(
             one that the draft was trained for.
     """
     reporter.say(f"loading the draft of {run}")
-    record, params, step = load_draft(run, reporter=reporter, step=step)
+    stored = load_draft(run, reporter=reporter, step=step)
+    record = stored.record
     compute = dtype or record.config.dtype
-    reporter.say(
-        f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}"
-    )
+    as_trained = "" if dtype else ", as it was trained"
+    reporter.say(f"step {stored.step} of {run}, computed in {compute}{as_trained}")
     path = resolve_target(record.target, reporter=reporter)
     # Hashing reads all of the weights, so it runs beside their loading.
     with hashed_beside(path) as target_sha256:
@@ -231,7 +233,7 @@ def load_run(
             )
     config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
-    return loaded, Drafter(record, config, params, step)
+    return loaded, Drafter(record, config, stored.params, stored.step)
 
 
 def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:

@@ -222,12 +222,15 @@ def _advance(
     decoder: Decoder, weights: Weights, state: DecodeState, cycles: jax.Array
 ) -> DecodeState:
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-        return (carry[0] < cycles) & ~jnp.all(carry[1].finished)
+        done, state = carry
+        return (done < cycles) & ~jnp.all(state.finished)
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        return carry[0] + 1, _cycle(decoder, weights, carry[1])
+        done, state = carry
+        return done + 1, _cycle(decoder, weights, state)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
+    return state
 
 
 def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:

@@ -165,7 +165,9 @@ class DominoHead(nn.Module):
 
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
         """The GRU state after one more token, [rows, G] and embedding [rows, D] -> [rows, G]."""
-        return self.prefix_gru.next_state(state, self.prefix_gru.input_gates(previous))[0]
+        gates = self.prefix_gru.input_gates(previous)
+        state, _ = self.prefix_gru.next_state(state, gates)
+        return state
 
 
 # What computes each kind of head, and the names of its tensors in a checkpoint by path in its tree.

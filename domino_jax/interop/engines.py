@@ -6,14 +6,15 @@ at the config of a draft alone: no weight is read.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 
 ENGINES = ("sglang", "vllm", "nemo", "specforge", "zlab")
 
 
-class _Rule(NamedTuple):
+@dataclass(frozen=True)
+class _Rule:
     """Engines that misread a draft for which `found` returns what it found."""
 
     engines: tuple[str, ...]

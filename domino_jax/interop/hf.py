@@ -140,7 +140,10 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
 
 
 def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
-    """`load_hf_draft` with arrays in the host's memory, for whoever splits them over devices."""
+    """`load_hf_draft`, config and parameters, for whoever splits them over devices.
+
+    The arrays lie in the host's memory.
+    """
     path = Path(path)
     # Other trainers write no checksums, and a model card may come after ours.
     found = damage(path, unlisted=None) if (path / CHECKSUMS).exists() else None

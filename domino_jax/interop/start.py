@@ -32,7 +32,8 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
             expected.
     """
     check_start(path, config)
-    return read_hf_draft(path)[1]
+    _, params = read_hf_draft(path)
+    return params
 
 
 def check_start(path: str | Path, config: DraftConfig) -> None:

@@ -16,7 +16,8 @@ the backward of each part reads.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,8 @@ _SPAN_AXES = ContextSpan(*[cast(Any, ("batch", None, None))] * 2)
 _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """One way to compute it.
 
     `forward(operands, span, causal=)` gives the output and its log-sum-exp float32, both in the
@@ -110,7 +112,8 @@ def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _attend(operands: Operands, span: ContextSpan, causal: bool, form: Form | None) -> jax.Array:
-    return _forward(operands, span, causal, form)[0]
+    out, _ = _forward(operands, span, causal, form)
+    return out
 
 
 def _forward(

@@ -11,6 +11,7 @@ neighbouring blocks ends its walk over the context at its largest anchor.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 
 
-class TileSize(NamedTuple):
+@dataclass(frozen=True)
+class TileSize:
     """The rows of queries and columns of keys that one tile of scores has at most.
 
     `mib` bounds its float32 scores of all key-value heads; a group's heads are rows of their own.
@@ -34,16 +36,15 @@ class TileSize(NamedTuple):
         if self.mib is None:
             return self
         heads, length = operands.keys.shape[1:3]
-        return self._replace(
-            rows=min(self.rows, self.mib * 2**20 // (4 * heads * min(self.keys, length)))
-        )
+        row_bytes = 4 * heads * min(self.keys, length)
+        return replace(self, rows=min(self.rows, self.mib * 2**20 // row_bytes))
 
 
 TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
 # For a GPU: the fewer launches the better, as far as memory goes; the backward pass holds twice as
 # many scores. With Qwen3-8B's heads, S 3072, N 512 and K 16 that is 3 tiles and 5.
 WHOLE_CONTEXT = TileSize(rows=2**30, keys=2**30, mib=1026)
-WHOLE_CONTEXT_BACKWARD = WHOLE_CONTEXT._replace(mib=618)
+WHOLE_CONTEXT_BACKWARD = replace(WHOLE_CONTEXT, mib=618)
 
 
 class _Softmax(NamedTuple):
@@ -137,7 +138,8 @@ def _walk(
     return jax.lax.fori_loop(tile.begin, tile.stop, add, start)
 
 
-class _KeyTile(NamedTuple):
+@dataclass(frozen=True)
+class _KeyTile:
     """A tile of keys and values [KV, size, head_dim], where it begins, and the bound of each score.
 
     `bound` is [1, rows, size]. A score that its query does not see is bounded by the lowest number,
@@ -210,7 +212,8 @@ def forward(
     return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
 
 
-class _OwnGradients(NamedTuple):
+@dataclass(frozen=True)
+class _OwnGradients:
     """The own block's share of the queries' gradient, and its keys' and values'; float32."""
 
     queries: jax.Array
@@ -246,43 +249,62 @@ class _BackwardTile(NamedTuple):
     cotangent: jax.Array
 
 
-_Sums = tuple[jax.Array, jax.Array]  # of the gradients of keys and values, over tiles of queries
+class _ContextSums(NamedTuple):
+    """Sums over tiles of queries: the gradients of the context's keys and values."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class _TileSums(NamedTuple):
+    """What one tile of queries adds up: its own gradient, and into the sums of the context."""
+
+    queries: jax.Array
+    context: _ContextSums
 
 
 def _add_tile(
-    sums: _Sums, item: _BackwardTile, *, operands: Operands, size: TileSize, transposed: bool
-) -> tuple[_Sums, jax.Array]:
-    """Adds a tile of queries to the sums; the queries' own gradient beside them."""
+    sums: _ContextSums,
+    item: _BackwardTile,
+    *,
+    operands: Operands,
+    size: TileSize,
+    transposed: bool,
+) -> tuple[_ContextSums, jax.Array]:
+    """The sums with a tile of queries added, and the gradient of those queries."""
     tile, log_sum, slope, cotangent = item
     scale, dtype = tile.queries.shape[-1] ** -0.5, tile.queries.dtype
     axis = 3 if transposed else 2  # of the positions in the sums
-    factors = (tile.queries, cotangent)
+    by_query, by_output = tile.queries, cotangent
     if transposed:
         with jax.named_scope("cpu_transposed"):
-            factors = (tile.queries.swapaxes(1, 2), cotangent.swapaxes(1, 2))
+            by_query = tile.queries.swapaxes(1, 2)
+            by_output = cotangent.swapaxes(1, 2)
     equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
 
-    def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        queries, *sums = carry
+    def add(index: jax.Array, carry: _TileSums) -> _TileSums:
         key_tile = _key_tile(tile, index, operands, size)
         scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
         weights = jnp.exp(jnp.minimum(scores, key_tile.bound) - log_sum)
         slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
         slopes = (weights * (slopes - slope) * scale).astype(dtype)
-        queries += _product("krs,ksd->krd", slopes, key_tile.keys)
+        queries = carry.queries + _product("krs,ksd->krd", slopes, key_tile.keys)
         at: list[Any] = [tile.row, 0, 0, 0]
         at[axis] = key_tile.begin
-        for place, (factor, tile_part) in enumerate(
-            zip(factors, (slopes, weights.astype(dtype)), strict=True)
-        ):
-            new = _product(equation, factor, tile_part)[None]
-            old = jax.lax.dynamic_slice(sums[place], at, new.shape)
-            sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)
-        return queries, *sums
 
-    start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
-    queries, keys, values = _walk(tile, add, start, operands=operands, size=size)
-    return (keys, values), queries
+        def added(total: jax.Array, factor: jax.Array, of_keys: jax.Array) -> jax.Array:
+            new = _product(equation, factor, of_keys)[None]
+            old = jax.lax.dynamic_slice(total, at, new.shape)
+            return jax.lax.dynamic_update_slice(total, old + new, at)
+
+        weights = weights.astype(dtype)
+        keys = added(carry.context.keys, by_query, slopes)
+        values = added(carry.context.values, by_output, weights)
+        return _TileSums(queries, _ContextSums(keys, values))
+
+    start = _TileSums(jnp.zeros(tile.queries.shape, jnp.float32), sums)
+    whole = _walk(tile, add, start, operands=operands, size=size)
+    return whole.context, whole.queries
 
 
 def backward(
@@ -316,9 +338,8 @@ def backward(
     zeros = jnp.zeros(shape, jnp.float32)
     figures = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
     add_tile = functools.partial(_add_tile, operands=operands, size=size, transposed=transposed)
-    sums, queries = jax.lax.scan(
-        add_tile, (zeros, zeros), _BackwardTile(_tiles(operands, span, size), *figures)
-    )
+    tiles = _BackwardTile(_tiles(operands, span, size), *figures)
+    sums, queries = jax.lax.scan(add_tile, _ContextSums(zeros, zeros), tiles)
     keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
     queries = _from_tiles(queries, operands.queries) + own.queries
     gradients = Operands(queries, keys, values, own.keys, own.values)

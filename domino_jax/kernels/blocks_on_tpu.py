@@ -15,6 +15,7 @@ slope) then lies along lanes, which a TPU broadcasts over the keys for nothing.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -171,16 +172,21 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         log_sum[...] = largest[...] + jnp.log(total[...])
 
 
+class _OfKeys(NamedTuple):
+    """What a tile of keys adds to the gradients, of the queries and of its keys and values."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
 def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     at, (cotangent, log_sum, slope) = _Inputs(*refs[:8]), refs[8:11]
     gradients = Operands(*refs[11:])
     place, part, tile, step = _place(cut), pl.program_id(2), pl.program_id(3), pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
-    def of_tile(
-        keys: jax.Array, values: jax.Array, seen: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What a tile of keys adds to the gradients of queries, keys and values."""
+    def of_keys(keys: jax.Array, values: jax.Array, seen: jax.Array) -> _OfKeys:
         # Chosen after the exponential, which may overflow where a query does not see the key.
         # Queries that fill up a tile have a cotangent of 0, and so add nothing.
         weights = jnp.where(
@@ -188,7 +194,7 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         )
         slopes = weights * (_turned(values, cotangent[...]) - slope[...]) * scale
         slopes, weights = slopes.astype(keys.dtype), weights.astype(keys.dtype)
-        return (
+        return _OfKeys(
             _over_first(slopes, keys),
             _plain(slopes, at.queries[...]),
             _plain(weights, cotangent[...]),
@@ -205,19 +211,21 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     def _own_block() -> None:
         # Of the first part of the context alone; the sums of the others begin with nothing.
         seen = (at.own_seen[...] != 0) & (part == 0)
-        parts = of_tile(at.own_keys[...], at.own_values[...], seen)
-        gradients.queries[...], gradients.own_keys[...], gradients.own_values[...] = parts
+        new = of_keys(at.own_keys[...], at.own_values[...], seen)
+        gradients.queries[...] = new.queries
+        gradients.own_keys[...] = new.keys
+        gradients.own_values[...] = new.values
 
     @pl.when(step < counts[place])
     def _context() -> None:
         index = order[place * cut.part_tiles + step]
         begin = (part * cut.part_tiles + index) * cut.keys
         seen = _seen(at, begin, (cut.keys, cut.rows))
-        queries, keys, values = of_tile(at.keys[...], at.values[...], seen)
-        gradients.queries[...] += queries
+        new = of_keys(at.keys[...], at.values[...], seen)
+        gradients.queries[...] += new.queries
         held = pl.ds(pl.multiple_of(index * cut.keys, cut.keys), cut.keys)
-        gradients.keys[held, :] += keys
-        gradients.values[held, :] += values
+        gradients.keys[held, :] += new.keys
+        gradients.values[held, :] += new.values
 
 
 def _call(kernel: Any, cut: Cut, operands: Operands, **arguments: Any) -> Any:
@@ -262,7 +270,8 @@ def forward(
     """
     batch, heads, blocks, rows, width = operands.queries.shape
     # One part, whatever the context: nothing of it is held here, and each softmax runs over it all.
-    cut = cut_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
+    whole = replace(size, context=operands.keys.shape[2] + size.keys)
+    cut = cut_of(operands, whole)
     inputs = _inputs(operands, span, cut, causal=causal)
     specs, queries = _in_specs(cut, inputs), cut.tiles * cut.rows
     run = _call(

@@ -5,6 +5,7 @@ up; which of them some query sees is known on the device alone, and told to the 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from domino_jax.kernels.operands import ContextSpan, Operands
 LANES = 128  # of a vector register: queries and keys of a tile come in multiples of it
 
 
-class KernelTile(NamedTuple):
+@dataclass(frozen=True)
+class KernelTile:
     """Queries and keys of one tile of scores, and the context whose gradient stays in memory.
 
     `rows` is a wish: a tile holds whole blocks and a multiple of `LANES` rows.
@@ -29,7 +31,8 @@ class KernelTile(NamedTuple):
 TILE = KernelTile()
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """How one call is cut.
 
     `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries, and

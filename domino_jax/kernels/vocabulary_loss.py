@@ -123,7 +123,8 @@ class _Gradients(NamedTuple):
     labelled: jax.Array | None = None
 
 
-class _Softmax(NamedTuple):
+@dataclass(frozen=True)
+class _Softmax:
     """Logits [..., V] and what makes a softmax of them."""
 
     logits: jax.Array
@@ -164,25 +165,52 @@ class _Softmax(NamedTuple):
         return dense, jnp.ones_like(own)
 
 
+class _WholeGradients(NamedTuple):
+    """Of all states and of `expansion`, [V, R] or None, with the labels' part."""
+
+    states: States
+    expansion: jax.Array | None
+
+
+class _OfRows(NamedTuple):
+    """What belongs to predictions: it stays on the device that has their rows."""
+
+    final: TokenLoss
+    base: TokenLoss
+    states: States
+
+
+class _OverRows(NamedTuple):
+    """Sums over rows, which are added up over the devices."""
+
+    total: jax.Array
+    final_sum: jax.Array
+    base_sum: jax.Array
+    expansion: jax.Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocabulary_loss(
     form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
 ) -> VocabularyLoss:
-    return _of_devices(form, states, tables, labels, lam)[0]
+    loss, _ = _of_devices(form, states, tables, labels, lam)
+    return loss
 
 
 def _forward(
     form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
-) -> tuple[VocabularyLoss, Any]:
+) -> tuple[VocabularyLoss, _WholeGradients]:
     return _of_devices(replace(form, with_gradient=True), states, tables, labels, lam)
 
 
 def _of_devices(
     form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
-) -> tuple[VocabularyLoss, Any]:
+) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
-    def of_rows(states: States, labels: Labels, tables: Tables, lam: jax.Array) -> tuple[Any, Any]:
+    def of_device(
+        states: States, labels: Labels, tables: Tables, lam: jax.Array
+    ) -> tuple[_OfRows, _OverRows]:
         # A kernel of a TPU's or a GPU's own becomes a branch here.
         loss, gradients = jax.lax.platform_dependent(
             states,
@@ -192,21 +220,25 @@ def _of_devices(
             cpu=functools.partial(_in_pieces, replace(form, transposed=True)),
             default=functools.partial(_in_pieces, form),
         )
-        return (loss.final, loss.base, gradients[0]), (
-            loss.total,
-            loss.final_sum,
-            loss.base_sum,
-            gradients[1],
-        )
+        of_rows = _OfRows(loss.final, loss.base, gradients.states)
+        sums = _OverRows(loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+        return of_rows, sums
 
-    run = split_over_batch(of_rows, by_row=(True, True, False, False))
-    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(
-        states, labels, tables, lam
+    run = split_over_batch(of_device, by_row=(True, True, False, False))
+    of_rows, over_rows = run(states, labels, tables, lam)
+    loss = VocabularyLoss(
+        total=over_rows.total,
+        final_sum=over_rows.final_sum,
+        base_sum=over_rows.base_sum,
+        final=of_rows.final,
+        base=of_rows.base,
     )
-    return VocabularyLoss(total, final_sum, base_sum, final, base), (of_states, expansion)
+    return loss, _WholeGradients(of_rows.states, over_rows.expansion)
 
 
-def _backward(_: Any, gradients: Any, cotangent: VocabularyLoss) -> tuple[Any, ...]:
+def _backward(
+    _: Any, gradients: _WholeGradients, cotangent: VocabularyLoss
+) -> tuple[States, Tables, None, None]:
     # The gradients of `total` are there since the forward pass; it is all that carries one.
     states, expansion = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
     return states, Tables(None, expansion), None, None  # type: ignore[arg-type]
@@ -217,7 +249,7 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 def _in_pieces(
     form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
-) -> tuple[VocabularyLoss, Any]:
+) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
@@ -241,14 +273,15 @@ def _in_pieces(
         return sums, (loss.final, loss.base, gradients._replace(expansion=None))
 
     def add(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, outs = carry
         new, out = one(jax.tree.map(lambda x: x[index], parts))
-        outs = jax.tree.map(lambda whole, x: whole.at[index].set(x), carry[1], out)
-        return jax.tree.map(jnp.add, carry[0], new), outs
+        outs = jax.tree.map(lambda whole, x: whole.at[index].set(x), outs, out)
+        return jax.tree.map(jnp.add, sums, new), outs
 
     parts = jax.tree.map(split, (states, labels))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
-    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), shapes[1])
+    of_sums, of_outs = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_sums)
+    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), of_outs)
     # A loop with a traced end, though it stacks nothing by itself: a scan would need a conditional
     # to skip the last pieces, and XLA on CPU ran a conditional's products on one core (2.0 s a step
     # against 1.14 s).
@@ -257,12 +290,13 @@ def _in_pieces(
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
     loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final, base)
-    return loss, _with_labels(
-        gradients._replace(expansion=expanded), states, labels, transposed=form.transposed
-    )
+    gradients = gradients._replace(expansion=expanded)
+    return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
 
 
-def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, transposed: bool) -> Any:
+def _with_labels(
+    gradients: _Gradients, states: States, labels: Labels, *, transposed: bool
+) -> _WholeGradients:
     """The gradients of states and expansion, with the labels' part added once for all pieces."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
@@ -273,7 +307,8 @@ def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, trans
         expansion = expansion.at[labels.target_ids].add(
             -gradients.labelled[..., None] * states.low_rank
         )
-    return States(gradients.hidden, gradients.low_rank), expansion  # type: ignore[arg-type]
+    of_states = States(gradients.hidden, gradients.low_rank)  # type: ignore[arg-type]
+    return _WholeGradients(of_states, expansion)
 
 
 def _piece(

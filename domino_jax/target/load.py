@@ -12,8 +12,9 @@ Decoding wants the layers apart, on one device; both are filled by the same read
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,7 +46,8 @@ ParameterPath = tuple[str, ...]  # in a tree of parameters
 Bounds = tuple[tuple[int, int], ...]  # first entry and end of a part, for each axis
 
 
-class LoadedTarget(NamedTuple):
+@dataclass(frozen=True)
+class LoadedTarget:
     """A target read from disk: `path`, its `config` and the unboxed parameter tree of `Target`."""
 
     path: Path

@@ -54,6 +54,17 @@ class _Place(NamedTuple):
     documents: jax.Array | None = None
 
 
+class _LayersRun(NamedTuple):
+    """What all layers give: `x` [B, T, D] of the last one, outputs of the captured ones, a cache.
+
+    `captured` are C of [B, T, D], in the order of `Target.capture`.
+    """
+
+    x: jax.Array
+    captured: list[jax.Array]
+    cache: LayerCaches | None
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm causal attention and SwiGLU (or a mixture of them), each added to its input."""
 
@@ -217,7 +228,7 @@ class Target(nn.Module):
 
     def _unrolled(
         self, x: jax.Array, tables: Rotary, at: _Place, cache: tuple[Cache, ...] | None
-    ) -> tuple[jax.Array, list[jax.Array], tuple[Cache, ...] | None]:
+    ) -> _LayersRun:
         outputs: dict[int, jax.Array] = {}
         layers: list[Any] = []
         for index in range(self.layers_run):
@@ -226,11 +237,10 @@ class Target(nn.Module):
             layers.append(layer_cache)
             if index in self.capture:
                 outputs[index] = x
-        return x, [outputs[index] for index in self.capture], tuple(layers) if cache else None
+        captured = [outputs[index] for index in self.capture]
+        return _LayersRun(x, captured, tuple(layers) if cache else None)
 
-    def _scanned(
-        self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None
-    ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
+    def _scanned(self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None) -> _LayersRun:
         count = len(self.capture)
         # The last slot takes the outputs nobody asked for, so that no layer's state outlives the
         # next one.
@@ -249,7 +259,7 @@ class Target(nn.Module):
         (x, captured, cache), _ = layers(
             (x, captured, cache), (jnp.arange(slots.size), slots), tables, at
         )
-        return x, list(captured[:count]), cache
+        return _LayersRun(x, list(captured[:count]), cache)
 
 
 def _positions(tokens: jax.Array, documents: jax.Array | None) -> jax.Array:

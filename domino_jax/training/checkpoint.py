@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -281,12 +282,22 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
         checkpoints.save(0, args=ocp.args.Composite(**items))
 
 
+@dataclass(frozen=True)
+class StoredDraft:
+    """A draft of a run: its record, its parameters, and the step that it was saved at.
+
+    `params` are the average where one is kept.
+    """
+
+    record: DraftRecord
+    params: Any
+    step: int
+
+
 def load_draft(
     run_dir: str | Path, *, reporter: Reporter = STDERR, step: int | None = None
-) -> tuple[DraftRecord, Any, int]:
-    """The newest undamaged draft of a run: its record, its parameters and its step.
-
-    The parameters are the average where one is kept.
+) -> StoredDraft:
+    """The newest undamaged draft of a run.
 
     Args:
         run_dir: the run's directory.
@@ -318,7 +329,7 @@ def load_draft(
         directory, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as checkpoints:
         restored = _restored(checkpoints, found, {item: ocp.args.StandardRestore(shapes)})
-    return record, restored[item], found
+    return StoredDraft(record, restored[item], found)
 
 
 def _directory(run_dir: str | Path) -> Path:

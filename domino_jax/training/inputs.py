@@ -8,8 +8,9 @@ batch row is one row, or with packing several that share its S positions:
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     import grain  # at run time where rows are read: a machine that only steps may lack it
 
 
-class InputRows(NamedTuple):
+@dataclass(frozen=True)
+class InputRows:
     """The rows of a run, and which of them share a batch row (None without packing)."""
 
     rows: Sequence[Row]

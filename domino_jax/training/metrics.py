@@ -14,8 +14,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,8 @@ def metric_means(sums: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in means.items()}
 
 
-class LogMark(NamedTuple):
+@dataclass(frozen=True)
+class LogMark:
     """Where a log stands: the bytes of `metrics.jsonl` and their sha256, in hex."""
 
     bytes: int

@@ -33,7 +33,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 def updates_done(opt_state: Any) -> jax.Array:
     """int32 [], the updates that a state of `make_optimizer` has seen: its schedule's argument."""
     # Adam's moments and the schedule count apart. Both count every update, so the first serves.
-    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+    _, count = optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0]
+    return count
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -55,7 +55,8 @@ from domino_jax.training.start import state_at_start
 from domino_jax.training.step import Program, TrainState
 
 
-class Resumed(NamedTuple):
+@dataclass(frozen=True)
+class Resumed:
     """The checkpoint that a run is resumed from."""
 
     step: int

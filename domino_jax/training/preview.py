@@ -8,7 +8,8 @@ reads it, with the tokens that the loss counts marked.
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,8 @@ MARKS = "⟦⟧"
 SUPERVISED = "bold green"
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """Text of tokens that stand together; `supervised` where the loss counts them."""
 
     text: str

@@ -38,9 +38,7 @@ _FREE = (
 _PLACES = ("target", "data.train", "data.features", "data.heldout", "draft.init_from")
 
 
-def check_settings(
-    place: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]
-) -> None:
+def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuses settings that would train something else than the run was started with.
 
     Args:

@@ -176,7 +176,8 @@ def _over_micro_batches(
     return _Total(grads, sums, jnp.float32(1))  # weighed one by one
 
 
-class _Outcome(NamedTuple):
+@dataclass(frozen=True)
+class _Outcome:
     """Whether loss and gradient were finite, whether the update was taken; the gradient's norm."""
 
     finite: jax.Array
