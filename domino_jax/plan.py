@@ -73,7 +73,7 @@ class Plan:
         device_kind: of its devices.
         devices: how many.
         mesh: devices along each axis.
-        batch_size: rows of a micro-batch over all devices.
+        batch_size: batch rows of a micro-batch, over all devices.
         grad_accumulation: micro-batches of a step.
         memory_bytes: published of the device; a system may keep some of it.
         fits: whether the compiler took it and its peak is within that memory.
@@ -84,7 +84,7 @@ class Plan:
         buffers: the largest arrays that operations write.
         launches: kernels and library calls on a GPU, at most; None on a TPU.
         bytes_moved: between memory and cores, see `compiled.bytes_moved`.
-        useful_flops: of a step on all devices by stage, every row full (`training.flops`).
+        useful_flops: of a step on all devices by stage, every batch row full (`training.flops`).
         executed_flops: likewise, at most (`arithmetic`).
         float32_flops: of those, products of float32 with float32.
         seconds_of_flops: executed FLOPs at the chip's peak.
@@ -345,8 +345,8 @@ def _useful_flops(config: RunConfig, models: Models, program: Program) -> dict[s
         depth=program.target.layers_run,
         target_logits=config.loss.kl_weight > 0,
     )
-    rows = config.data.batch_size * config.optimizer.grad_accumulation
-    return {stage: flops * rows for stage, flops in parts.items()}
+    batch_rows = config.data.batch_size * config.optimizer.grad_accumulation
+    return {stage: flops * batch_rows for stage, flops in parts.items()}
 
 
 def with_batch(config: RunConfig, batch_size: int) -> RunConfig:

@@ -198,8 +198,8 @@ def shard_path(directory: str | Path, index: int) -> Path:
     return Path(directory) / f"shard-{index:05d}.arrayrecord"
 
 
-def is_whole(directory: str | Path, index: int, rows: int) -> bool:
-    """Whether shard `index` is there with all of its `rows`.
+def is_whole(directory: str | Path, index: int, count: int) -> bool:
+    """Whether shard `index` is there with all of its `count` rows.
 
     It is read once, which checks the hash of each record.
     """
@@ -211,20 +211,22 @@ def is_whole(directory: str | Path, index: int, rows: int) -> bool:
     try:
         records = ArrayRecordDataSource([str(path)])
         # No record is empty: what counts is that each of them could be read.
-        return len(records) == rows and all(records[number] for number in range(rows))
+        return len(records) == count and all(records[number] for number in range(count))
     except RuntimeError:
         return False
 
 
 def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...]:
     """Rows per shard, in their order; each but the last takes `shard_bytes` or just above."""
-    sizes, held, rows = [], 0, 0
+    sizes = []
+    held = count = 0
     for size in row_bytes:
-        held, rows = held + size, rows + 1
+        held += size
+        count += 1
         if held >= shard_bytes:
-            sizes.append(rows)
-            held = rows = 0
-    return tuple([*sizes, rows] if rows else sizes)
+            sizes.append(count)
+            held = count = 0
+    return tuple([*sizes, count] if count else sizes)
 
 
 def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
@@ -288,9 +290,10 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
     manifest = from_tree(Manifest, read_json(path), place=str(path))
     # Here and not in `Manifest`, which may have no shards as long as they are not planned.
-    held, rows = sum(manifest.shard_rows), len(manifest.row_lengths)
-    if held != rows:
-        raise InputError(f"{path}: shard_rows holds {held} rows, row_lengths {rows}")
+    held = sum(manifest.shard_rows)
+    count = len(manifest.row_lengths)
+    if held != count:
+        raise InputError(f"{path}: shard_rows holds {held} rows, row_lengths {count}")
     return manifest
 
 

@@ -51,12 +51,16 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
     [(0, 1), (2, 3), (4,)]
     """
     check_fits(lengths, max_length=max_length)
+
+    def longest_first(number: int) -> tuple[int, int]:
+        # Rows of one length by number: every process and every start must find the same packs.
+        return -lengths[number], number
+
     # Open packs by the room they have left.
     by_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]
     rooms: list[int] = []  # the rooms at which there is one, ascending
     packs: list[list[int]] = []
-    # Rows of one length by number: every process and every start must find the same packs.
-    for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for number in sorted(range(len(lengths)), key=longest_first):
         place = bisect.bisect_left(rooms, lengths[number])
         if place == len(rooms):
             packs.append([])
@@ -107,18 +111,18 @@ def document_arrays(
         start of the padding, `seq_lens` int32 [B, documents], filled up with 0, and `doc_remaining`
         int32 [B, S], how many tokens follow in the same document, 0 on padding.
     """
-    rows = len(seq_lens)
+    sequences = len(seq_lens)
     arrays = {
-        "position_ids": np.zeros((rows, max_length), np.int32),
-        "seq_lens": np.zeros((rows, documents), np.int32),
-        "doc_remaining": np.zeros((rows, max_length), np.int32),
+        "position_ids": np.zeros((sequences, max_length), np.int32),
+        "seq_lens": np.zeros((sequences, documents), np.int32),
+        "doc_remaining": np.zeros((sequences, max_length), np.int32),
     }
-    for row, lengths in enumerate(seq_lens):
-        arrays["seq_lens"][row, : len(lengths)] = lengths
+    for slot, lengths in enumerate(seq_lens):
+        arrays["seq_lens"][slot, : len(lengths)] = lengths
         bounds = [0, *itertools.accumulate(lengths)]
         for begin, end in itertools.pairwise(bounds):
-            arrays["position_ids"][row, begin:end] = np.arange(end - begin)
-            arrays["doc_remaining"][row, begin:end] = np.arange(end - begin)[::-1]
+            arrays["position_ids"][slot, begin:end] = np.arange(end - begin)
+            arrays["doc_remaining"][slot, begin:end] = np.arange(end - begin)[::-1]
         # Padding counts as one more document, see `draft.blocks.document_ids`.
-        arrays["position_ids"][row, bounds[-1] :] = np.arange(max_length - bounds[-1])
+        arrays["position_ids"][slot, bounds[-1] :] = np.arange(max_length - bounds[-1])
     return arrays

@@ -77,7 +77,7 @@ def row_batches(
     import grain
 
     index, count = _process(process_index, process_count)
-    units = _enough_units(rows, packs, step_rows=batch_size * count)
+    units = _enough_units(rows, packs, step_units=batch_size * count)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0..{2**32 - 1}, found {seed}")
     data = grain.MapDataset.source(units)
@@ -144,17 +144,17 @@ def _units(rows: Sequence[Row], packs: Sequence[Pack] | None) -> Sequence[Pack]:
 
 
 def _enough_units(
-    rows: Sequence[Row], packs: Sequence[Pack] | None, *, step_rows: int
+    rows: Sequence[Row], packs: Sequence[Pack] | None, *, step_units: int
 ) -> Sequence[Pack]:
     units = _units(rows, packs)
-    if len(units) < step_rows:
+    if len(units) < step_units:
         what = "rows" if packs is None else f"rows packed from {len(rows)} conversations"
-        raise InputError(f"{len(units)} {what} cannot fill a batch of {step_rows}")
+        raise InputError(f"{len(units)} {what} cannot fill a batch of {step_units}")
     return units
 
 
-def _steps(units: Sequence[Pack], step_rows: int) -> int:
-    return -(-len(units) // step_rows)
+def _steps(units: Sequence[Pack], step_units: int) -> int:
+    return -(-len(units) // step_units)
 
 
 def _batch_maker(

@@ -27,7 +27,7 @@ STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One finished row: `tokens` int32 [n] without the prompt, how it ended, and what it took.
+    """One finished answer: `tokens` int32 [n] without the prompt, how it ended, and what it took.
 
     `stopped`: a stop token ended it, and not the limit.
     """
@@ -80,7 +80,7 @@ def generate(
     Args:
         decoder: what decodes.
         weights: its parameters.
-        prompts: token ids per row.
+        prompts: token ids of each.
         max_new_tokens: per answer.
         slots: cache positions, see `speculate.start`; None for as few as these prompts need.
         seed: of the sampler.
@@ -155,8 +155,16 @@ def _answers(
     tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
     committed, verifications = np.asarray(state.committed), np.asarray(state.verifications)
     answers = []
-    for row, prompt in enumerate(prompts):
-        ids = tokens[row, len(prompt) : lengths[row]]
+    for index, prompt in enumerate(prompts):
+        ids = tokens[index, len(prompt) : lengths[index]]
         stopped = int(ids[-1]) in decoder.stop_ids
-        answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
+        answers.append(
+            Answer(
+                ids,
+                stopped,
+                committed=int(committed[index]),
+                verifications=int(verifications[index]),
+                seconds=seconds,
+            )
+        )
     return answers

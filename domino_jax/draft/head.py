@@ -84,11 +84,11 @@ class PrefixGRU(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., M, D] -> [..., M, G]
         """States after each input, float32, starting from zero."""
-        rows = constrain(x.reshape(-1, *x.shape[-2:]), "batch", None, None)
+        blocks = constrain(x.reshape(-1, *x.shape[-2:]), "batch", None, None)
         # The inputs are known: all steps in one product, outside the scan.
-        gates = self.input_gates(rows).swapaxes(0, 1)
+        gates = self.input_gates(blocks).swapaxes(0, 1)
         gates = constrain(gates, None, "batch", None)
-        start = jnp.zeros((rows.shape[0], self.hidden_dim), jnp.float32)
+        start = jnp.zeros((blocks.shape[0], self.hidden_dim), jnp.float32)
         scan = nn.scan(
             PrefixGRU.next_state, variable_broadcast="params", split_rngs={"params": False}
         )
@@ -101,7 +101,7 @@ class PrefixGRU(nn.Module):
         return project(x.astype(self.dtype), weight, dtype=jnp.float32)
 
     def next_state(self, state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One step, [rows, G] and [rows, 3 G] -> the next state twice.
+        """One step, [count, G] and [count, 3 G] -> the next state twice.
 
         A scan takes it as its carry and as its output.
         """
@@ -164,7 +164,7 @@ class DominoHead(nn.Module):
         )
 
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
-        """The GRU state after one more token, [rows, G] and embedding [rows, D] -> [rows, G]."""
+        """The GRU state after one more token, [count, G] and [count, D] -> [count, G]."""
         gates = self.prefix_gru.input_gates(previous)
         state, _ = self.prefix_gru.next_state(state, gates)
         return state

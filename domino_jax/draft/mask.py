@@ -99,7 +99,7 @@ def block_mask(
         causal: whether a query sees only its own and earlier positions of its block.
     Returns:
         bool [B, N*K, S + N*K], True where attention is allowed. An unused slot still sees itself,
-        so that no softmax row is empty.
+        so that no softmax is empty.
     """
     batch, count = anchors.shape
     size = count * block_size

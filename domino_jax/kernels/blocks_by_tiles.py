@@ -22,28 +22,29 @@ from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 
 @dataclass(frozen=True)
 class TileSize:
-    """The rows of queries and columns of keys that one tile of scores has at most.
+    """The queries and the keys that one tile of scores has at most.
 
-    `mib` bounds its float32 scores of all key-value heads; a group's heads are rows of their own.
+    `mib` bounds its float32 scores of all key-value heads. Each head of a group has queries of its
+    own.
     """
 
-    rows: int
+    queries: int
     keys: int
     mib: int | None = None
 
     def within_memory(self, operands: Operands) -> "TileSize":
-        """The same with no more rows than the MiB allow."""
+        """The same with no more queries than the MiB allow."""
         if self.mib is None:
             return self
         heads, length = operands.keys.shape[1:3]
-        row_bytes = 4 * heads * min(self.keys, length)
-        return replace(self, rows=min(self.rows, self.mib * 2**20 // row_bytes))
+        query_bytes = 4 * heads * min(self.keys, length)
+        return replace(self, queries=min(self.queries, self.mib * 2**20 // query_bytes))
 
 
-TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
+TILE = TileSize(queries=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
 # For a GPU: the fewer launches the better, as far as memory goes; the backward pass holds twice as
 # many scores. With Qwen3-8B's heads, S 3072, N 512 and K 16 that is 3 tiles and 5.
-WHOLE_CONTEXT = TileSize(rows=2**30, keys=2**30, mib=1026)
+WHOLE_CONTEXT = TileSize(queries=2**30, keys=2**30, mib=1026)
 WHOLE_CONTEXT_BACKWARD = replace(WHOLE_CONTEXT, mib=618)
 
 
@@ -67,63 +68,66 @@ def _own_scores(operands: Operands, causal: bool) -> jax.Array:  # [B, KV, N, G*
     scores *= operands.queries.shape[-1] ** -0.5
     if not causal:
         return scores
-    rows, size = scores.shape[-2:]
-    # The rows of a block go through its positions once for each head of the group.
-    seen = jnp.tile(jnp.tri(size, dtype=bool), (rows // size, 1))
+    queries, size = scores.shape[-2:]
+    # The queries of a block go through its positions once for each head of the group.
+    seen = jnp.tile(jnp.tri(size, dtype=bool), (queries // size, 1))
     return jnp.where(seen, scores, LOWEST)
 
 
 class _Tiles(NamedTuple):
-    """The queries in tiles, [B * tiles, KV, rows, head_dim], and where each tile walks.
+    """The queries in tiles, [B * tiles, KV, queries, head_dim], and where each tile walks.
 
-    `first` and `end` [B * tiles, 1, rows, 1] are the span of each query, `row` [B * tiles] is the
-    sequence of the batch that a tile belongs to, and `begin` to `stop` are the key tiles that some
-    query of it sees.
+    `first` and `end` [B * tiles, 1, queries, 1] are the span of each, `sequence` [B * tiles] is the
+    one of the batch that a tile belongs to, and `begin` to `stop` are the key tiles that some query
+    of it sees.
     """
 
     queries: jax.Array
     first: jax.Array
     end: jax.Array
-    row: jax.Array
+    sequence: jax.Array
     begin: jax.Array
     stop: jax.Array
 
 
 def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
-    rows = operands.queries.shape[3]
+    block_queries = operands.queries.shape[3]
     queries = _in_tiles(operands.queries, size)
-    first, end = (_in_tiles(_per_row(x, rows), size) for x in span)
-    row = jnp.arange(queries.shape[0]) // (queries.shape[0] // operands.queries.shape[0])
+    first, end = (_in_tiles(_per_query(x, block_queries), size) for x in span)
+    tiles = queries.shape[0] // operands.queries.shape[0]
+    sequence = jnp.arange(queries.shape[0]) // tiles
     keys = min(size.keys, operands.keys.shape[2])
     # Of this tile alone: a long sequence must not make the short ones of its batch walk its length.
     # One that sees nothing begins after its stop, so that its loop has no turn.
     seen = end > first
     begin = jnp.min(jnp.where(seen, first, jnp.iinfo(jnp.int32).max), axis=(1, 2, 3)) // keys
     stop = -(-jnp.max(jnp.where(seen, end, 0), axis=(1, 2, 3)) // keys)
-    return _Tiles(queries, first, end, row, begin, stop)
+    return _Tiles(queries, first, end, sequence, begin, stop)
 
 
-def _per_row(x: jax.Array, rows: int) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, N, G * K, 1]
-    x = jnp.tile(x, (1, 1, rows // x.shape[2]))
+# [B, N, 1 or K] -> [B, 1, N, G * K, 1]
+def _per_query(x: jax.Array, block_queries: int) -> jax.Array:
+    x = jnp.tile(x, (1, 1, block_queries // x.shape[2]))
     return x[:, None, ..., None]
 
 
 # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
 def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:
-    batch, heads, blocks, rows, width = x.shape
-    tile_blocks = max(min(size.rows // rows, blocks), 1)
+    batch, heads, blocks, block_queries, width = x.shape
+    tile_blocks = max(min(size.queries // block_queries, blocks), 1)
     count = -(-blocks // tile_blocks)
     # Blocks that fill up the last tile see nothing.
     x = jnp.pad(x, ((0, 0), (0, 0), (0, count * tile_blocks - blocks), (0, 0), (0, 0)))
-    x = x.reshape(batch, heads, count, tile_blocks * rows, width).swapaxes(1, 2)
-    return x.reshape(batch * count, heads, tile_blocks * rows, width)
+    tile_queries = tile_blocks * block_queries
+    x = x.reshape(batch, heads, count, tile_queries, width).swapaxes(1, 2)
+    return x.reshape(batch * count, heads, tile_queries, width)
 
 
 # And back, to the axes of `like` [B, KV, N, r, _].
 def _from_tiles(x: jax.Array, like: jax.Array) -> jax.Array:
-    batch, heads, blocks, rows, _ = like.shape
+    batch, heads, blocks, block_queries, _ = like.shape
     x = x.reshape(batch, -1, heads, *x.shape[2:]).swapaxes(1, 2)
-    return x.reshape(batch, heads, -1, rows, x.shape[-1])[:, :, :blocks]
+    return x.reshape(batch, heads, -1, block_queries, x.shape[-1])[:, :, :blocks]
 
 
 def _walk(
@@ -142,9 +146,9 @@ def _walk(
 class _KeyTile:
     """A tile of keys and values [KV, size, head_dim], where it begins, and the bound of each score.
 
-    `bound` is [1, rows, size]. A score that its query does not see is bounded by the lowest number,
-    any other by the highest. (A choice between scores and a constant would have XLA write out that
-    constant for a whole tile of all heads.)
+    `bound` is [1, queries, size]. A score that its query does not see is bounded by the lowest
+    number, any other by the highest. (A choice between scores and a constant would have XLA write
+    out that constant for a whole tile of all heads.)
     """
 
     begin: jax.Array
@@ -163,7 +167,7 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
     seen = (jnp.maximum(tile.first, index * count) <= columns) & (columns < tile.end)
 
     def part(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (tile.row, 0, begin, 0), (1, heads, count, width))[0]
+        return jax.lax.dynamic_slice(x, (tile.sequence, 0, begin, 0), (1, heads, count, width))[0]
 
     return _KeyTile(
         begin, jnp.where(seen, -LOWEST, LOWEST), part(operands.keys), part(operands.values)
@@ -203,7 +207,7 @@ def forward(
             return _Softmax(largest, total, kept * carry.out + out)
 
         whole = _walk(tile, add, own, operands=operands, size=size)
-        # Rows that fill up a tile hold nothing, and are cut off below.
+        # Queries that fill up a tile hold nothing, and are cut off below.
         total = jnp.where(whole.total > 0, whole.total, 1.0)
         return (whole.out / total).astype(dtype), whole.largest + jnp.log(total)
 
@@ -240,7 +244,7 @@ class _BackwardTile(NamedTuple):
     """What the backward pass reads of a tile of queries.
 
     Beside the tile the log-sum-exp of its scores, the sum of cotangent times output, and the
-    cotangent, [B * tiles, KV, rows, _] each.
+    cotangent, [B * tiles, KV, queries, _] each.
     """
 
     tile: _Tiles
@@ -289,7 +293,7 @@ def _add_tile(
         slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
         slopes = (weights * (slopes - slope) * scale).astype(dtype)
         queries = carry.queries + _product("krs,ksd->krd", slopes, key_tile.keys)
-        at: list[Any] = [tile.row, 0, 0, 0]
+        at: list[Any] = [tile.sequence, 0, 0, 0]
         at[axis] = key_tile.begin
 
         def added(total: jax.Array, factor: jax.Array, of_keys: jax.Array) -> jax.Array:

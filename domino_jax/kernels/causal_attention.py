@@ -40,8 +40,8 @@ def definition(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> 
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
     # Group and length merge into one axis, so that each key-value head has one plain product.
-    rows = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
-    scores = jnp.einsum("bkrd,bksd->bkrs", rows, k, preferred_element_type=jnp.float32)
+    queries = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
+    scores = jnp.einsum("bkrd,bksd->bkrs", queries, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1) * width**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -351,10 +351,10 @@ def _piece(
         return loss, _Gradients(hidden_gradient)
     dense = dense.astype(states.low_rank.dtype)
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
-    rows = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
+    scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
     # On a CPU [R, V]: the other way round the large factor would be transposed first.
     equation = "bnmr,bnmv->rv" if form.transposed else "bnmv,bnmr->vr"
-    factors = (rows, dense) if form.transposed else (dense, rows)
+    factors = (scaled, dense) if form.transposed else (dense, scaled)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     return loss, _Gradients(
         hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll

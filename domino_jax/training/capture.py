@@ -198,8 +198,8 @@ def _agreed(
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
     missing = []
-    for index, rows in enumerate(manifest.shard_rows):
-        if not is_whole(directory, index, rows):
+    for index, count in enumerate(manifest.shard_rows):
+        if not is_whole(directory, index, count):
             missing.append(index)
             path = shard_path(directory, index)
             if path.exists():  # shards are renamed when they are whole, so this one broke later

@@ -190,7 +190,7 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        rows: Any,
+        batches: Any,
         draft: DraftRecord,
         run: RunRecord,
         *,
@@ -200,7 +200,7 @@ class Checkpoints:
 
         Args:
             state: of the run.
-            rows: iterator whose position is saved.
+            batches: iterator whose position is saved.
             draft: what a reader of the draft needs.
             run: what the run is resumed with.
             heldout: figures of the held-out pass of this step, by which the best is kept.
@@ -214,7 +214,7 @@ class Checkpoints:
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "data": grain.checkpoint.CheckpointSave(rows),
+            "data": grain.checkpoint.CheckpointSave(batches),
             DRAFT: ocp.args.JsonSave(draft.as_json()),
             RUN: ocp.args.JsonSave(run.as_json()),
         }
@@ -226,7 +226,7 @@ class Checkpoints:
             self._writing = step
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, step: int, state: TrainState, rows: Any) -> tuple[TrainState, Any]:
+    def restore(self, step: int, state: TrainState, batches: Any) -> tuple[TrainState, Any]:
         """A checkpoint that `sound_checkpoint` found, laid out like `state`.
 
         The iterator comes with it, where it was.
@@ -243,7 +243,7 @@ class Checkpoints:
             "optimizer": ocp.args.StandardRestore(
                 {"step": abstract.step, "opt_state": abstract.opt_state}
             ),
-            "data": grain.checkpoint.CheckpointRestore(rows),
+            "data": grain.checkpoint.CheckpointRestore(batches),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)

@@ -167,7 +167,7 @@ def evaluation_batches(
     return heldout_batches(inputs.rows, batch_size=size, max_length=max_length, packs=inputs.packs)
 
 
-def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
+def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
     """Puts the batch rows of this process on the devices: [A * B, ...] -> `Batch` of [A, B, ...].
 
     The result holds those of all processes. What says where rows come from stays on the host.
@@ -180,7 +180,7 @@ def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int)
             layout, x.reshape(micro_batches, -1, *x.shape[1:])
         )
 
-    return Batch(**{name: put(x) for name, x in rows.items() if name in Batch._fields})
+    return Batch(**{name: put(x) for name, x in arrays.items() if name in Batch._fields})
 
 
 def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:

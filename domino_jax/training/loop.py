@@ -70,12 +70,13 @@ def train(
     )
     # Everything is traced under the mesh: without one, layouts are asked for in vain.
     with jax.set_mesh(run.mesh), kept as checkpoints:
-        rows, state = run.batches(), run.state
+        batches = run.batches()
+        state = run.state
         if run.resumed is not None:
-            state, rows = checkpoints.restore(run.resumed.step, state, rows)
+            state, batches = checkpoints.restore(run.resumed.step, state, batches)
             reporter.say(f"resuming at step {run.resumed.step} of {run.last_step}")
         training = _Training(
-            run, state, rows, checkpoints, stop_requested=stop_requested, reporter=reporter
+            run, state, batches, checkpoints, stop_requested=stop_requested, reporter=reporter
         )
         with training.log:
             diverged = training.run_steps()
@@ -99,7 +100,7 @@ class _Training:
         self,
         run: Run,
         state: TrainState,
-        rows: Any,
+        batches: Any,
         checkpoints: Checkpoints,
         *,
         stop_requested: Callable[[], bool],
@@ -107,7 +108,10 @@ class _Training:
     ) -> None:
         stored = None if run.resumed is None else run.resumed.record
         data, settings = run.config.data, run.config.train
-        self._run, self._state, self._rows, self._checkpoints = run, state, rows, checkpoints
+        self._run = run
+        self._state = state
+        self._batches = batches
+        self._checkpoints = checkpoints
         self._stop_requested, self._reporter = stop_requested, reporter
         self._step = self._began_at = int(state.step)
         self._speed = Speed(
@@ -159,7 +163,7 @@ class _Training:
         with self._reporter.bar("step", total=last_step, done=self._step) as bar, trace:
             compiled, stop = None, False
             while self._step < last_step and not stop:
-                taken = next(self._rows)
+                taken = next(self._batches)
                 batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
                 if compiled is None:  # the first batch has all shapes, those of packing too
                     compiled = _compiled_step(run, self._state, batch, reporter=self._reporter)
@@ -247,8 +251,8 @@ class _Training:
                 log=self.log.mark(),
                 heldout_due=self._heldout_due,
             )
-            # Before the next rows are taken: the saved position in the data is this step's.
-            self._checkpoints.save(self._state, self._rows, run.record, record, heldout=heldout)
+            # Before the next batch is taken: the saved position in the data is this step's.
+            self._checkpoints.save(self._state, self._batches, run.record, record, heldout=heldout)
 
 
 def _compiled_step(

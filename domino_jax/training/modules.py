@@ -236,7 +236,7 @@ class DFlashTrainerModule(nn.Module):
         spans = layer_spans(
             self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None
         )
-        noise = frozen_rows(embed_tokens, blocks.noise_ids)
+        noise = frozen_embeddings(embed_tokens, blocks.noise_ids)
         # The target is frozen, whoever ran it: no caller has to remember to cut its gradient off.
         states = self.draft_model(
             jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans
@@ -267,13 +267,13 @@ class DFlashTrainerModule(nn.Module):
 
     def _objective(self) -> Objective:
         # Options are bound here: the kernel calls an objective with arrays and knows no names.
-        row, cfg = objective_named(self.loss_type), self.draft_model.cfg
+        entry = objective_named(self.loss_type)
         options = checked_options(self.loss_type, self.loss_options)
         return Objective(
-            factor=_with_options(row.factor, options),
+            factor=_with_options(entry.factor, options),
             kl_weight=self.kl_weight,
-            output_logits=functools.partial(output_logits, cfg),
-            cost=_with_options(row.cost, options),
+            output_logits=functools.partial(output_logits, self.draft_model.cfg),
+            cost=_with_options(entry.cost, options),
         )
 
     @jax.named_scope(VOCABULARY_LOSS)
@@ -322,9 +322,9 @@ def packing_of(
 
 
 # [V, D], [B, N, x] -> [B, N, x, D]
-def frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+def frozen_embeddings(table: jax.Array, ids: jax.Array) -> jax.Array:
     """The target's embeddings of tokens, [V, D] and [B, N, x] -> [B, N, x, D], without gradient."""
     # Split by rows of the batch here: what follows would else be split like the table, and gathered
     # again.
-    rows = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
-    return constrain(rows, "batch", None, None, None)
+    embeddings = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
+    return constrain(embeddings, "batch", None, None, None)

@@ -129,7 +129,7 @@ def check_objective(
     Raises:
         InputError: what was found and what was expected.
     """
-    row = objective_named(name)
+    entry = objective_named(name)
     checked_options(name, options)  # for its refusals
     require(
         normalize in (None, *DIVISORS),
@@ -137,12 +137,12 @@ def check_objective(
     )
     # A decay on top would weigh positions twice.
     require(
-        not row.weighs_positions or gamma is None or gamma <= 0,
+        not entry.weighs_positions or gamma is None or gamma <= 0,
         f"loss_type {name} brings its own weights of positions; loss_decay_gamma must be null, "
         f"found {gamma}",
     )
     require(
-        row.prefix_lengths is None or not domino,
+        entry.prefix_lengths is None or not domino,
         f"loss_type {name} is for plain DFlash drafts; draft.projector_type must be null",
     )
 

@@ -74,7 +74,7 @@ def print_preview(run: RunInputs, console: Console) -> None:
     marked = "green" if console.is_terminal else MARKS
     console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)}"))
     console.print(Text(f"what the loss counts: {marked}"))
-    console.print(_row(spans, coloured=console.is_terminal))
+    console.print(_marked(spans, coloured=console.is_terminal))
 
 
 def supervised_spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Iterator[Span]:
@@ -105,20 +105,20 @@ def escaped(text: str) -> str:
     return shown.replace("\\n", "\\n\n")
 
 
-def _row(spans: Iterable[Span], *, coloured: bool) -> Text:
-    row = Text()
+def _marked(spans: Iterable[Span], *, coloured: bool) -> Text:
+    marked = Text()
     for span in spans:
         text, left_out = span.text, len(span.text) - LONGEST_SPAN
         if left_out > 0:  # its ends stay: they are where the mask begins and stops
             half = LONGEST_SPAN // 2
             text = f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
         if not span.supervised:
-            row.append(escaped(text))
+            marked.append(escaped(text))
         elif coloured:
-            row.append(escaped(text), style=SUPERVISED)
+            marked.append(escaped(text), style=SUPERVISED)
         else:
-            row.append(f"{MARKS[0]}{escaped(text)}{MARKS[1]}")
-    return row
+            marked.append(f"{MARKS[0]}{escaped(text)}{MARKS[1]}")
+    return marked
 
 
 def _where(run: RunInputs, numbers: list[int]) -> str:

@@ -64,9 +64,9 @@ def chunk_blocks(config: RunConfig, draft: DraftConfig, mesh: Mesh) -> int:
     """
     mib = config.loss.logits_mib
     assert mib is not None, "a run is resolved before its program is made"
-    rows = config.data.batch_size // parts_of("batch", mesh)
+    device_rows = config.data.batch_size // parts_of("batch", mesh)
     vocabulary = -(-draft.vocab_size // parts_of("vocab", mesh))
-    block = rows * draft.num_predictions * vocabulary * 4
+    block = device_rows * draft.num_predictions * vocabulary * 4
     # One block at least, however large. As few pieces as there may be, then evened out: the last
     # one would else be mostly padding.
     pieces = -(-config.loss.num_anchors // max(int(mib * MIB // block), 1))
@@ -194,24 +194,24 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
     """
     data = config.data
     leading = (config.optimizer.grad_accumulation, data.batch_size)
-    rows = (*leading, data.max_length)
+    by_token = (*leading, data.max_length)
 
     def of(shape: tuple[int, ...], dtype: Any) -> Any:
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-    batch = Batch(of(rows, np.int32), of(rows, np.bool_))
+    batch = Batch(of(by_token, np.int32), of(by_token, np.bool_))
     if data.packing:
-        packed = {"position_ids": of(rows, np.int32), "doc_remaining": of(rows, np.int32)}
+        packed = {"position_ids": of(by_token, np.int32), "doc_remaining": of(by_token, np.int32)}
         batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
     if data.features is not None:
         width = draft.hidden_size
         # As captures store them unless told otherwise.
         batch = batch._replace(
-            features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16)
+            features=of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
         )
         if config.loss.kl_weight > 0:
-            batch = batch._replace(target_states=of((*rows, width), jnp.bfloat16))
+            batch = batch._replace(target_states=of((*by_token, width), jnp.bfloat16))
     return batch
 
 

@@ -76,8 +76,8 @@ class Window:
 
         `sums` is what `train_step` returned, and stays on the device.
         """
-        rows = [int(number) for number in row_numbers.flat if number >= 0]
-        self._outcomes.append(StepOutcome(step, rows, sums))
+        numbers = [int(number) for number in row_numbers.flat if number >= 0]
+        self._outcomes.append(StepOutcome(step, numbers, sums))
 
     def fetch(self) -> list[StepOutcome]:
         """All outcomes, on the host; waits for the device."""
