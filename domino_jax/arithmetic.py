@@ -2,8 +2,8 @@
 
 So every matrix product of a traced step is counted, by stage, before a compiler rewrites them and
 on all devices together. A loop counts its turns, a kernel its grid, a choice between platforms the
-planned one, any other choice its dearest branch: a tile that a kernel skips because of the data is
-counted, so this is what is executed *at most*.
+planned one, any other choice its most expensive branch: a tile that a kernel skips because of the
+data is counted, so this is what is executed *at most*.
 """
 
 import math
@@ -81,7 +81,7 @@ class _Walk:
             yield Product(flops, at.times, _is_float32(equation), f"{at.path}/{name}")
             return
         if name == "cond":
-            yield from self._dearest(equation, at)
+            yield from self._most_expensive(equation, at)
             return
         turns = 1
         if name == "scan":
@@ -97,7 +97,7 @@ class _Walk:
         for jaxpr in _inside(params):
             yield from self.of_jaxpr(jaxpr, _Place(at.path, at.times * turns))
 
-    def _dearest(self, equation: Any, at: _Place) -> Iterator[Product]:
+    def _most_expensive(self, equation: Any, at: _Place) -> Iterator[Product]:
         branches = equation.params["branches"]
         # `jax.lax.platform_dependent` is traced as a choice, of which a program keeps one branch.
         platforms = equation.params.get("branches_platforms")

@@ -212,8 +212,8 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
 
     names = sorted(listed)
     with ThreadPoolExecutor() as threads:
-        for name, whole in zip(names, threads.map(sound, names), strict=True):
-            if not whole:
+        for name, intact in zip(names, threads.map(sound, names), strict=True):
+            if not intact:
                 return f"{name} does not match its checksum"
     return None
 

@@ -12,8 +12,8 @@ from domino_jax.strict import InputError, shown
 
 @click.command("config")
 @click.argument("key", required=False)
-@click.option("--list", "whole", is_flag=True, help="Print every key, one a line.")
-def config_verb(key: str | None, whole: bool) -> None:
+@click.option("--list", "every", is_flag=True, help="Print every key, one a line.")
+def config_verb(key: str | None, every: bool) -> None:
     """Explain KEY of a run's configuration, or all keys of a section.
 
     \b
@@ -27,7 +27,7 @@ def config_verb(key: str | None, whole: bool) -> None:
     keeps("nothing was written", at_once=True)
     keys = list(described(RunConfig))
     if key is None:
-        if not whole:
+        if not every:
             raise InputError("give a KEY, for example train.steps, or --list for all of them")
         _print(keys)
         return

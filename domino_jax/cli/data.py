@@ -85,7 +85,7 @@ def regenerate(
     answers written by anyone else cost acceptance. Stopped and started again it resumes where it
     was.
     """
-    keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
+    keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)

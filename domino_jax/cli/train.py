@@ -46,7 +46,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         return
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
-        f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on",
+        f"the checkpoints in {settings.run_dir} stay as they are; the same command resumes",
         at_once=True,
     )
     # Without a safe point: training ends by itself, once its step is saved.
@@ -103,7 +103,7 @@ def capture(
             f"DIRECTORY is {str(directory)!r}, which looks like an override; "
             "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
         )
-    keeps(f"shards that were written to {directory} stay; the same command goes on")
+    keeps(f"shards that were written to {directory} stay; the same command resumes")
     capture_states(
         load_config(config, overrides),
         directory,

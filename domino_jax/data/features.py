@@ -123,7 +123,7 @@ class FeatureRows(Sequence[Row]):
         if missing:
             raise InputError(
                 f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are "
-                f"missing ({missing[0]}); `domino capture` with the same words goes on"
+                f"missing ({missing[0]}); `domino capture` with the same words resumes"
             )
         # A link to another file of this machine would be read like a shard.
         for path in shards:

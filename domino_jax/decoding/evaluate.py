@@ -180,11 +180,11 @@ def _compared(
     """All drafted ways against the plain one; None where tokens were drawn."""
     if decoder.temperature > 0:
         return None
-    whole = Comparison(0, 0, ())
+    total = Comparison(0, 0, ())
     for name, drafted in answers.items():
         if name != "plain":
-            whole += compare(weights, decoder.target, prompts, answers["plain"], drafted)
-    return whole
+            total += compare(weights, decoder.target, prompts, answers["plain"], drafted)
+    return total
 
 
 def compare(

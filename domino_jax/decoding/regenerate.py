@@ -198,9 +198,10 @@ def _read_answer(
     """The prompt's line and whether the answer is finished; refuses one of another start."""
     if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
         raise InputError(_NO_ANSWER)
-    made_with, wanted = record["generator"], asdict(settings)
-    if settings_text(made_with) != settings_text(wanted):
-        raise InputError(f"made with {made_with}, not {wanted}")
+    made_with = record["generator"]
+    asked = asdict(settings)
+    if settings_text(made_with) != settings_text(asked):
+        raise InputError(f"made with {made_with}, not {asked}")
     line, finished = record.get("prompt_line"), record.get("finished")
     messages = record.get("messages")
     # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.

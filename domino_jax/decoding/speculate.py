@@ -371,9 +371,9 @@ def accept_sampled(
     refused = jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0)))
     rest = jnp.maximum(target_probs - refused, 0.0)
     rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]
-    whole = jnp.take_along_axis(target_probs, accepted[:, None, None], axis=1)[:, 0]
+    target = jnp.take_along_axis(target_probs, accepted[:, None, None], axis=1)[:, 0]
     # p == q up to rounding leaves nothing to draw from; then p is the right distribution.
-    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, whole)
+    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, target)
     following = jax.random.categorical(next_key, jnp.log(rest), axis=-1)
     return accepted, following.astype(jnp.int32)
 

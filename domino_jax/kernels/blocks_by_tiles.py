@@ -4,7 +4,7 @@ Tiles of plain products run on every platform, forward and backward. Anchors are
 neighbouring blocks ends its walk over the context at its largest anchor.
 
     key tiles    0   1   2   3   4     a walk ends where the tile's own queries say: a loop whose
-    blocks 0-7   x   x   .   .   .     length the device only knows when it runs. Where that is dear
+    blocks 0-7   x   x   .   .   .     length the device only knows when it runs. Where that costs
     blocks 8-15  x   x   x   x   .     (a GPU waits for the answer), a tile of keys is the whole
                                        context and nothing is walked.
 """
@@ -206,10 +206,11 @@ def forward(
             out = _product("krs,ksd->krd", weights.astype(dtype), key_tile.values)
             return _Softmax(largest, total, kept * carry.out + out)
 
-        whole = _walk(tile, add, own, operands=operands, size=size)
+        softmax = _walk(tile, add, own, operands=operands, size=size)
         # Queries that fill up a tile hold nothing, and are cut off below.
-        total = jnp.where(whole.total > 0, whole.total, 1.0)
-        return (whole.out / total).astype(dtype), whole.largest + jnp.log(total)
+        total = jnp.where(softmax.total > 0, softmax.total, 1.0)
+        out = (softmax.out / total).astype(dtype)
+        return out, softmax.largest + jnp.log(total)
 
     tiles = _tiles(operands, span, size)
     out, log_sum = jax.lax.map(of_tile, (tiles, jax.tree.map(lambda x: _in_tiles(x, size), own)))
@@ -307,8 +308,8 @@ def _add_tile(
         return _TileSums(queries, _ContextSums(keys, values))
 
     start = _TileSums(jnp.zeros(tile.queries.shape, jnp.float32), sums)
-    whole = _walk(tile, add, start, operands=operands, size=size)
-    return whole.context, whole.queries
+    sums_of_tile = _walk(tile, add, start, operands=operands, size=size)
+    return sums_of_tile.context, sums_of_tile.queries
 
 
 def backward(

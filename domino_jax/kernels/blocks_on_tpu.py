@@ -112,23 +112,23 @@ def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
     return _Inputs(tile, key, key, own, own, seen, query, query)
 
 
-def _turned(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
+def _times_transposed(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
     return _product(left, right, ((1,), (1,)))
 
 
-def _plain(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, m], [m, d] -> [n, d]
+def _times(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, m], [m, d] -> [n, d]
     return _product(left, right, ((1,), (0,)))
 
 
-def _over_first(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, b] -> [a, b]
+def _transposed_times(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, b] -> [a, b]
     return _product(left, right, ((0,), (0,)))
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
     # The command sets the precision of all products to "highest", for float32. Mosaic refuses that
     # of bfloat16 operands ("Bad lhs type"), so those say what they want.
-    whole = left.dtype == right.dtype == jnp.float32
-    precision = None if whole else jax.lax.Precision.DEFAULT
+    float32 = left.dtype == right.dtype == jnp.float32
+    precision = None if float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(left, right, (axes, ((), ())), precision, jnp.float32)
 
 
@@ -146,16 +146,16 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     # Never empty: the online softmax begins with it.
     @pl.when(step == 0)
     def _own_block() -> None:
-        scores = _turned(at.own_keys[...], at.queries[...]) * scale
+        scores = _times_transposed(at.own_keys[...], at.queries[...]) * scale
         scores = jnp.where(at.own_seen[...] != 0, scores, LOWEST)
         largest[...] = jnp.max(scores, axis=0, keepdims=True)
         weights = jnp.exp(scores - largest[...])
         total[...] = jnp.sum(weights, axis=0, keepdims=True)
-        summed[...] = _over_first(at.own_values[...], weights.astype(at.own_values.dtype))
+        summed[...] = _transposed_times(at.own_values[...], weights.astype(at.own_values.dtype))
 
     @pl.when(step < counts[place])
     def _context() -> None:
-        scores = _turned(at.keys[...], at.queries[...]) * scale
+        scores = _times_transposed(at.keys[...], at.queries[...]) * scale
         # An index within the part is one of the whole context: the forward pass has one part.
         tile = order[place * cut.part_tiles + step]
         scores = jnp.where(_seen(at, tile * cut.keys, scores.shape), scores, LOWEST)
@@ -163,7 +163,7 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         weights, kept = jnp.exp(scores - new), jnp.exp(largest[...] - new)
         largest[...] = new
         total[...] = kept * total[...] + jnp.sum(weights, axis=0, keepdims=True)
-        summed[...] = kept * summed[...] + _over_first(
+        summed[...] = kept * summed[...] + _transposed_times(
             at.values[...], weights.astype(at.values.dtype)
         )
 
@@ -191,14 +191,14 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         # Chosen after the exponential, which may overflow where a query does not see the key.
         # Queries that fill up a tile have a cotangent of 0, and so add nothing.
         weights = jnp.where(
-            seen, jnp.exp(_turned(keys, at.queries[...]) * scale - log_sum[...]), 0.0
+            seen, jnp.exp(_times_transposed(keys, at.queries[...]) * scale - log_sum[...]), 0.0
         )
-        slopes = weights * (_turned(values, cotangent[...]) - slope[...]) * scale
+        slopes = weights * (_times_transposed(values, cotangent[...]) - slope[...]) * scale
         slopes, weights = slopes.astype(keys.dtype), weights.astype(keys.dtype)
         return _OfKeys(
-            _over_first(slopes, keys),
-            _plain(slopes, at.queries[...]),
-            _plain(weights, cotangent[...]),
+            _transposed_times(slopes, keys),
+            _times(slopes, at.queries[...]),
+            _times(weights, cotangent[...]),
         )
 
     # The block of these two is the same for all tiles and steps of a part: it stays in memory, and
@@ -271,8 +271,8 @@ def forward(
     """
     batch, heads, blocks, block_queries, width = operands.queries.shape
     # One part, whatever the context: nothing of it is held here, and each softmax runs over it all.
-    whole = replace(size, context=operands.keys.shape[2] + size.keys)
-    cut = cut_of(operands, whole)
+    one_part = replace(size, context=operands.keys.shape[2] + size.keys)
+    cut = cut_of(operands, one_part)
     inputs = _inputs(operands, span, cut, causal=causal)
     specs = _in_specs(cut, inputs)
     count = cut.tiles * cut.queries

@@ -115,8 +115,10 @@ def on_tpu(
     by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
     # The command sets the precision of all products to "highest", for float32. Mosaic refuses that
     # of bfloat16 operands ("Bad lhs type").
-    whole = q.dtype == jnp.float32
-    with contextlib.nullcontext() if whole else jax.default_matmul_precision("default"):
+    precision: Any = contextlib.nullcontext()
+    if q.dtype != jnp.float32:
+        precision = jax.default_matmul_precision("default")
+    with precision:
         out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
     return out.reshape(batch, heads, -1, width)[:, :, :length].astype(v.dtype)
 

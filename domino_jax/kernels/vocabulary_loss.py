@@ -143,25 +143,25 @@ class _Softmax:
     def log_sum(self) -> jax.Array:
         return self.sums.largest + jnp.log(self.sums.total)
 
-    def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
+    def loss(self, ids: jax.Array, target: "_Softmax | None") -> TokenLoss:
         divergence = None
-        if wanted is not None:
-            apart = (
-                jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums.total
-            )
-            divergence = apart - wanted.log_sum + self.log_sum
+        if target is not None:
+            gaps = target.exps * (target.logits - self.logits)
+            mean_gap = jnp.sum(gaps, axis=-1) / target.sums.total
+            divergence = mean_gap - target.log_sum + self.log_sum
         return TokenLoss(self.log_sum - at_place(self.logits, ids), self.sums.place, divergence)
 
-    def slope(self, by: _Slopes, wanted: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
+    def slope(self, by: _Slopes, target: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
         """The gradient without the labels' part: [..., V], and a factor of each prediction.
 
         The factor is not multiplied in yet.
         """
         # Two softmaxes have no one factor, so theirs are multiplied in.
-        if wanted is None or by.divergence is None:
+        if target is None or by.divergence is None:
             return self.exps, by.nll / self.sums.total
-        own, target = (by.nll + by.divergence) / self.sums.total, by.divergence / wanted.sums.total
-        dense = own[..., None] * self.exps - target[..., None] * wanted.exps
+        own = (by.nll + by.divergence) / self.sums.total
+        targets = by.divergence / target.sums.total
+        dense = own[..., None] * self.exps - targets[..., None] * target.exps
         return dense, jnp.ones_like(own)
 
 
@@ -191,32 +191,32 @@ class _OverRows(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocabulary_loss(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> VocabularyLoss:
-    loss, _ = _of_devices(form, states, tables, labels, lam)
+    loss, _ = _of_devices(form, states, tables, labels, lambda_base)
     return loss
 
 
 def _forward(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _WholeGradients]:
-    return _of_devices(replace(form, with_gradient=True), states, tables, labels, lam)
+    return _of_devices(replace(form, with_gradient=True), states, tables, labels, lambda_base)
 
 
 def _of_devices(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
     def of_device(
-        states: States, labels: Labels, tables: Tables, lam: jax.Array
+        states: States, labels: Labels, tables: Tables, lambda_base: jax.Array
     ) -> tuple[_OfRows, _OverRows]:
         # A kernel of a TPU's or a GPU's own becomes a branch here.
         loss, gradients = jax.lax.platform_dependent(
             states,
             tables,
             labels,
-            lam,
+            lambda_base,
             cpu=functools.partial(_in_pieces, replace(form, transposed=True)),
             default=functools.partial(_in_pieces, form),
         )
@@ -225,7 +225,7 @@ def _of_devices(
         return of_rows, sums
 
     run = split_over_batch(of_device, by_row=(True, True, False, False))
-    of_rows, over_rows = run(states, labels, tables, lam)
+    of_rows, over_rows = run(states, labels, tables, lambda_base)
     loss = VocabularyLoss(
         total=over_rows.total,
         final_sum=over_rows.final_sum,
@@ -248,12 +248,12 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 
 def _in_pieces(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
-    piece = functools.partial(_piece, form, tables=tables, lam=lam)
+    piece = functools.partial(_piece, form, tables=tables, lambda_base=lambda_base)
     blocks, chunk_blocks = states.hidden.shape[1], form.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = piece(states, labels)
@@ -289,7 +289,8 @@ def _in_pieces(
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
-    loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final, base)
+    total = _total(final_sum, base_sum, lambda_base)
+    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
     gradients = gradients._replace(expansion=expanded)
     return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
 
@@ -312,36 +313,36 @@ def _with_labels(
 
 
 def _piece(
-    form: _Form, states: States, labels: Labels, *, tables: Tables, lam: jax.Array
+    form: _Form, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
     objective, ids = form.objective, labels.target_ids
     product = head_logits(states.hidden, tables.lm_head)
-    base_logits, pull_output = jax.vjp(objective.output_logits, product)
-    wanted = None
+    base_logits, output_vjp = jax.vjp(objective.output_logits, product)
+    target = None
     if labels.target_states is not None:
-        wanted = _Softmax.of(
+        target = _Softmax.of(
             objective.output_logits(head_logits(labels.target_states, tables.lm_head))
         )
     base = final = _Softmax.of(base_logits)
     if states.low_rank is not None and tables.expansion is not None:
         final = _Softmax.of(base_logits + head_logits(states.low_rank, tables.expansion))
-    base_loss, final_loss = base.loss(ids, wanted), final.loss(ids, wanted)
+    base_loss, final_loss = base.loss(ids, target), final.loss(ids, target)
     base_sum, base_slopes = _sum_and_slopes(base_loss, labels, objective)
     final_sum, final_slopes = _sum_and_slopes(final_loss, labels, objective)
     loss = VocabularyLoss(
-        _total(final_sum, base_sum, lam), final_sum, base_sum, final_loss, base_loss
+        _total(final_sum, base_sum, lambda_base), final_sum, base_sum, final_loss, base_loss
     )
     if not form.with_gradient:
         return loss, _Gradients()
 
-    base_slopes = jax.tree.map(lambda x: lam * x, base_slopes)
-    final_slopes = jax.tree.map(lambda x: (1.0 - lam) * x, final_slopes)
-    dense, scale = final.slope(final_slopes, wanted)
-    dense_base, scale_base = base.slope(base_slopes, wanted)
+    base_slopes = jax.tree.map(lambda x: lambda_base * x, base_slopes)
+    final_slopes = jax.tree.map(lambda x: (1.0 - lambda_base) * x, final_slopes)
+    dense, scale = final.slope(final_slopes, target)
+    dense_base, scale_base = base.slope(base_slopes, target)
     # The corrected logits' part is scaled outside its products; both parts are added up for the one
     # with the head.
-    (slope,) = pull_output(scale[..., None] * dense + scale_base[..., None] * dense_base)
+    (slope,) = output_vjp(scale[..., None] * dense + scale_base[..., None] * dense_base)
     # What the head does to its product is elementwise: the labels' own logits are enough here.
     labelled = base_slopes.nll + final_slopes.nll
     (labelled,) = jax.vjp(objective.output_logits, at_place(product, ids))[1](labelled)
@@ -361,8 +362,8 @@ def _piece(
     )
 
 
-def _total(final_sum: jax.Array, base_sum: jax.Array, lam: jax.Array) -> jax.Array:
-    return (1.0 - lam) * final_sum + lam * base_sum
+def _total(final_sum: jax.Array, base_sum: jax.Array, lambda_base: jax.Array) -> jax.Array:
+    return (1.0 - lambda_base) * final_sum + lambda_base * base_sum
 
 
 def _sum_and_slopes(
@@ -373,8 +374,8 @@ def _sum_and_slopes(
     def total(nll: jax.Array, divergence: jax.Array | None) -> jax.Array:
         return weighted_sum(TokenLoss(nll, token.prediction, divergence), labels, objective)
 
-    value, pull = jax.vjp(total, token.nll, token.divergence)
-    return value, _Slopes(*pull(jnp.ones_like(value)))
+    value, vjp = jax.vjp(total, token.nll, token.divergence)
+    return value, _Slopes(*vjp(jnp.ones_like(value)))
 
 
 def _states_gradient(

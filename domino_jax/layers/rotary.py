@@ -128,5 +128,5 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
         An array like `x`; the arithmetic is float32.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * tables.cos[:, None] + turned * tables.sin[:, None]).astype(x.dtype)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * tables.cos[:, None] + rotated * tables.sin[:, None]).astype(x.dtype)

@@ -268,7 +268,7 @@ class Checkpoints:
             what = "checkpoints" if step is None else f"checkpoint {step}"
             raise InputError(
                 f"{self._directory}: {what} could not be written: {_reason(error)}; {whole}; "
-                "once it can be written, the same command goes on"
+                "once it can be written, the same command resumes"
             ) from error
 
 

@@ -75,8 +75,8 @@ class DominoTrainerModule(DFlashTrainerModule):
         with jax.named_scope(HEAD):
             # Teacher-forced: the head reads the real tokens before, at inference the drafted ones.
             low_rank = head(hidden, frozen_embeddings(embed_tokens, blocks.previous_ids))
-        wanted = self._wanted_states(target_states, anchors)
-        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
+        label_states = self._label_states(target_states, anchors)
+        labels = Labels(blocks.target_ids, blocks.mask, weights, label_states)
         loss = self._dual_loss(
             States(hidden, low_rank),
             Tables(lm_head, head.expansion),

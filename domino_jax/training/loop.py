@@ -192,7 +192,7 @@ class _Training:
                     self._save(figures)
         if self._step < last_step or self._heldout_due:
             raise Interrupted(
-                f"stopped at step {self._step} of {last_step}; the same command goes on from there"
+                f"stopped at step {self._step} of {last_step}; the same command resumes there"
             )
         return None
 

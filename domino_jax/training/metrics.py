@@ -225,7 +225,7 @@ def _bytes_until(path: Path, at: LogMark, *, reporter: Reporter) -> bytes:
     if LogMark(len(kept), hashlib.sha256(kept).hexdigest()) != at:
         raise InputError(
             f"{path}: its first {at.bytes} bytes are not those that the checkpoint was saved with; "
-            "put them back, or remove the file to go on with a log that begins anew"
+            "put them back, or remove the file to resume with a log that begins anew"
         )
     return kept
 

@@ -158,8 +158,8 @@ class DFlashTrainerModule(nn.Module):
         weights = position_weights(
             blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths
         )
-        wanted = self._wanted_states(target_states, anchors)
-        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
+        label_states = self._label_states(target_states, anchors)
+        labels = Labels(blocks.target_ids, blocks.mask, weights, label_states)
         loss = self._dual_loss(States(hidden), Tables(lm_head), labels)
         divisor = self._divisor(weights, blocks)
         # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
@@ -243,7 +243,7 @@ class DFlashTrainerModule(nn.Module):
         )
         return self.draft_model.prediction_states(states)
 
-    def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
+    def _label_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
         """The target's states that predict the labels, [B, S, D] -> [B, N, M, D].
 
         None where nothing reads them.

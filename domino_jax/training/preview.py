@@ -183,8 +183,8 @@ def _supervised_share(part: InputRows) -> str:
 
 def _steps(run: RunInputs) -> Iterator[tuple[str, str]]:
     epochs = run.last_step * run.step_rows / run.rows.epoch_rows
-    goes_on = "" if run.resumed is None else f"; the run goes on at step {run.resumed.step}"
-    yield "steps", f"{run.last_step:,} of {run.step_rows} rows: {epochs:.3g} epochs{goes_on}"
+    resumed = "" if run.resumed is None else f"; the run resumes at step {run.resumed.step}"
+    yield "steps", f"{run.last_step:,} of {run.step_rows} rows: {epochs:.3g} epochs{resumed}"
     sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     yield "mesh", f"{sizes}: {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
 

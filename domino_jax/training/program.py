@@ -87,7 +87,10 @@ def make_program(
     """
     loss, device = config.loss, mesh.devices.flat[0]
     # The target's own distribution needs its last layer; without it the captured ones are enough.
-    whole = loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
+    reads_logits = loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
+    depth = max(draft.target_layer_ids) + 1
+    if reads_logits:
+        depth = target.num_hidden_layers
     return Program(
         trainer=build_trainer(
             draft,
@@ -98,7 +101,7 @@ def make_program(
         target=scanned_target(
             target,
             capture=draft.target_layer_ids,
-            depth=target.num_hidden_layers if whole else max(draft.target_layer_ids) + 1,
+            depth=depth,
             mesh=mesh,
             packed=config.data.packing,
         ),
@@ -150,7 +153,7 @@ def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState
     """
     params = draft_layout(draft, mesh)
     split = jax.tree.map(lambda x: x.sharding, params)
-    whole = NamedSharding(mesh, partition_spec())
+    replicated = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(functools.partial(initial_state, program), params)
     # Only optax knows which leaves of its state are like parameters.
     moments = tree_map_params(
@@ -158,9 +161,10 @@ def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState
         lambda _, s: s,
         shapes.opt_state,
         split,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
-    shardings = TrainState(whole, split, moments, split if program.ema_decay is not None else None)
+    average = None if program.ema_decay is None else split
+    shardings = TrainState(replicated, split, moments, average)
     return _laid_out(shapes, shardings)
 
 

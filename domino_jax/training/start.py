@@ -63,8 +63,8 @@ def state_at_start(
     if layers_from is not None:
         # Apart, because a draft names each of its layers; in float32, because they become masters.
         apart = Target(replace(program.target.cfg, dtype="float32"))
-        wanted = _copied(config, layout.params)
-        top = load_sharded_target(layers_from, apart, mesh, only=wanted).params
+        copied = _copied(config, layout.params)
+        top = load_sharded_target(layers_from, apart, mesh, only=copied).params
         # Jitted with its layout: no device holds more than its share.
         start = jax.jit(functools.partial(draft_from_target, config), out_shardings=layout.params)
         params = start(params, top)

@@ -83,7 +83,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
         try:
             train(config, reporter=quiet(), stop_requested=Stop(at))
         except Interrupted as stopped:
-            assert "the same command goes on from there" in str(stopped)
+            assert "the same command resumes there" in str(stopped)
     train(config, reporter=quiet())
     assert_same_run(whole, tmp_path / "run", step=11)
     # The average is what leaves the run.
