@@ -240,12 +240,14 @@ def _compiled_plan(
     step: PlannedStep,
 ) -> Plan:
     kind = compiler.devices[0].device_kind
-    chip, count = CHIPS[kind], len(compiler.devices)
+    chip = CHIPS[kind]
+    count = len(compiler.devices)
     # Which piece holds the last supervised block only data knows: at most the loss runs all.
     pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)
     platform = compiler.devices[0].platform
     products = arithmetic.products(step.traced, platform=platform, unknown_turns=pieces)
     executed = arithmetic.flops_by_stage(products)
+    float32 = [product.flops * product.times for product in products if product.float32]
     began = time.monotonic()
     outcome = compile_step(step.lowered, place, compiler)
     seconds = time.monotonic() - began
@@ -270,7 +272,7 @@ def _compiled_plan(
         bytes_moved=moved,
         useful_flops=_useful_flops(config, models, step.program),
         executed_flops=executed,
-        float32_flops=float(sum(x.flops * x.times for x in products if x.float32)),
+        float32_flops=float(sum(float32)),
         seconds_of_flops=sum(executed.values()) / count / chip.flops,
         seconds_of_bytes=None if moved is None else moved / chip.bandwidth,
         compile_seconds=seconds,

@@ -32,7 +32,8 @@ def training_summary(run: Path) -> dict[str, Any]:
 
 def evaluation_table(report: dict[str, Any]) -> Table:
     """The table of an `evaluation.json`: a column per prompt set, the training figures below."""
-    evaluator, training = report["evaluator"], report["training"]
+    evaluator = report["evaluator"]
+    training = report["training"]
     title = (
         f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, "
         f"{evaluator['proposals']} proposals, temperature {evaluator['temperature']}, "
@@ -51,10 +52,8 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         return lambda figures: f"{figures[key]:.{digits}f}" if key in figures else "-"
 
     row("prompts", figure("prompts", 0))
-    row(
-        "tau, head on" if any("tau_head_off" in figures for figures in columns) else "tau",
-        figure("tau", 3),
-    )
+    with_head = any("tau_head_off" in figures for figures in columns)
+    row("tau, head on" if with_head else "tau", figure("tau", 3))
     row("tau, head off", figure("tau_head_off", 3))
     row("tokens/s speculative", figure("tokens_per_second", 1))
     row("tokens/s plain", figure("tokens_per_second_plain", 1))
@@ -67,7 +66,9 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         )
     if "heldout" in training:
         heldout = training["heldout"]
-        base = f", base {heldout['base_accept_len']:.3f}" if "base_accept_len" in heldout else ""
+        base = ""
+        if "base_accept_len" in heldout:
+            base = f", base {heldout['base_accept_len']:.3f}"
         table.caption = (
             f"{table.caption}; held-out accept_len (teacher-forced) "
             f"{heldout['accept_len']:.3f}{base}"

@@ -42,7 +42,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         checked = check(settings, reporter=reporter, set_aside=False)
         # Asked for only where captured states are read: it takes a pass over the target's files.
         fingerprint = functools.partial(target_fingerprint, checked.target)
-        print_preview(read_inputs(checked, target_sha256=fingerprint, reporter=reporter), results())
+        run = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
+        print_preview(run, results())
         return
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
@@ -50,7 +51,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         at_once=True,
     )
     # Without a safe point: training ends by itself, once its step is saved.
-    click.echo(train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested))
+    directory = train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested)
+    click.echo(directory)
 
 
 @click.command()

@@ -133,4 +133,5 @@ def _hear_failed_saves_once() -> None:
         if threading.current_thread() is threading.main_thread():
             told(*error)
 
-    sys.excepthook, sys.unraisablehook = hook, lambda _: None
+    sys.excepthook = hook
+    sys.unraisablehook = lambda _: None

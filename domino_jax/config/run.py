@@ -39,7 +39,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    seed: int = key(0, "of parameters, order and anchors", least=0, below=SEED_LIMIT)
+    seed: int = key(
+        0,
+        "of parameters, order and anchors",
+        least=0,
+        below=SEED_LIMIT,
+    )
     dtype: str = key(
         "bfloat16",
         "type of products and activations; master weights are float32",

@@ -28,7 +28,11 @@ class DataConfig:
         None, "JSONL of conversations to measure on; the target runs for them either way"
     )
     max_length: int = key(
-        3072, "S; longer conversations are cut", unit="tokens", least=1, below=LENGTH_LIMIT
+        3072,
+        "S; longer conversations are cut",
+        unit="tokens",
+        least=1,
+        below=LENGTH_LIMIT,
     )
     batch_size: int = key(
         16,
@@ -69,7 +73,11 @@ class LossConfig:
     """Anchors, objective and the curriculum (contract terms: N, gamma, lambda_base)."""
 
     num_anchors: int = key(
-        512, "N, blocks that a row trains at most", unit="anchors", least=1, below=LENGTH_LIMIT
+        512,
+        "N, blocks that a row trains at most",
+        unit="anchors",
+        least=1,
+        below=LENGTH_LIMIT,
     )
     anchor_rule: str = key(
         "nemo",
@@ -94,9 +102,17 @@ class LossConfig:
         least=0,
         most=1,
     )
-    lambda_start: float = key(1.0, "lambda_base of the first step", least=0, most=1)
+    lambda_start: float = key(
+        1.0,
+        "lambda_base of the first step",
+        least=0,
+        most=1,
+    )
     decay_ratio: float = key(
-        1.0, "share of the steps after which lambda_base is 0", least=0, most=1
+        1.0,
+        "share of the steps after which lambda_base is 0",
+        least=0,
+        most=1,
     )
     logits_mib: float | None = key(
         None,
@@ -114,15 +130,51 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
-    b1: float = key(0.9, "decay of the mean of gradients", least=0, below=1)
-    b2: float = key(0.95, "decay of the mean of their squares", least=0, below=1)
-    weight_decay: float = key(0.0, "decoupled weight decay", least=0)
-    clip_norm: float = key(1.0, "gradients of a larger global norm are scaled down", above=0)
-    warmup_ratio: float = key(0.04, "share of the steps with a rising rate", least=0, most=1)
-    final_ratio: float = key(0.1, "last learning rate over the peak", least=0, most=1)
+    learning_rate: float = key(
+        6e-4,
+        "peak of the learning rate",
+        above=0,
+    )
+    b1: float = key(
+        0.9,
+        "decay of the mean of gradients",
+        least=0,
+        below=1,
+    )
+    b2: float = key(
+        0.95,
+        "decay of the mean of their squares",
+        least=0,
+        below=1,
+    )
+    weight_decay: float = key(
+        0.0,
+        "decoupled weight decay",
+        least=0,
+    )
+    clip_norm: float = key(
+        1.0,
+        "gradients of a larger global norm are scaled down",
+        above=0,
+    )
+    warmup_ratio: float = key(
+        0.04,
+        "share of the steps with a rising rate",
+        least=0,
+        most=1,
+    )
+    final_ratio: float = key(
+        0.1,
+        "last learning rate over the peak",
+        least=0,
+        most=1,
+    )
     grad_accumulation: int = key(
-        1, "batches that are added up for one update", unit="batches", least=1, below=LENGTH_LIMIT
+        1,
+        "batches that are added up for one update",
+        unit="batches",
+        least=1,
+        below=LENGTH_LIMIT,
     )
     ema_decay: float | None = key(
         None,
@@ -141,22 +193,46 @@ class TrainConfig:
     """Length of the run and what happens along the way."""
 
     epochs: int = key(
-        3, "length of the run where steps is null", unit="epochs", least=1, below=COUNT_LIMIT
+        3,
+        "length of the run where steps is null",
+        unit="epochs",
+        least=1,
+        below=COUNT_LIMIT,
     )
     steps: int | None = key(
-        None, "length of the run; null: epochs", unit="steps", least=1, below=COUNT_LIMIT
+        None,
+        "length of the run; null: epochs",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     log_every: int = key(
-        10, "steps of one line of metrics.jsonl", unit="steps", least=1, below=COUNT_LIMIT
+        10,
+        "steps of one line of metrics.jsonl",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     eval_every: int = key(
-        200, "steps between held-out passes", unit="steps", least=1, below=COUNT_LIMIT
+        200,
+        "steps between held-out passes",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     checkpoint_every: int = key(
-        200, "steps between checkpoints", unit="steps", least=1, below=COUNT_LIMIT
+        200,
+        "steps between checkpoints",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     keep_checkpoints: int = key(
-        2, "newest checkpoints that stay", unit="checkpoints", least=1, below=COUNT_LIMIT
+        2,
+        "newest checkpoints that stay",
+        unit="checkpoints",
+        least=1,
+        below=COUNT_LIMIT,
     )
     keep_best: str | None = key(
         None,
@@ -171,7 +247,11 @@ class TrainConfig:
         below=COUNT_LIMIT,
     )
     max_bad_steps: int = key(
-        20, "skipped steps in a row that end the run", unit="steps", least=1, below=COUNT_LIMIT
+        20,
+        "skipped steps in a row that end the run",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     tensorboard: bool = key(False, "also write TensorBoard files")
     profile: tuple[int, int] | None = key(
@@ -210,10 +290,18 @@ class MeshConfig:
         special=(-1,),
     )
     fsdp: int = key(
-        1, "devices that share parameters and batch", unit="devices", least=1, below=COUNT_LIMIT
+        1,
+        "devices that share parameters and batch",
+        unit="devices",
+        least=1,
+        below=COUNT_LIMIT,
     )
     tensor: int = key(
-        1, "devices that share the tensors of a layer", unit="devices", least=1, below=COUNT_LIMIT
+        1,
+        "devices that share the tensors of a layer",
+        unit="devices",
+        least=1,
+        below=COUNT_LIMIT,
     )
 
     def __post_init__(self) -> None:

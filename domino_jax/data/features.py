@@ -72,14 +72,11 @@ class Manifest:
             found = getattr(self, name)
             require(1 <= found <= SIZE_LIMIT, f"{name} must lie in 1..{SIZE_LIMIT}, found {found}")
         layers = list(self.target_layer_ids)
-        rising = (
-            bool(layers)
-            and layers[0] >= 0
-            and layers == sorted(set(layers))
-            and layers[-1] < SIZE_LIMIT
-        )
-        require(rising, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
-        lengths, limit = self.row_lengths, self.max_length
+        rising = bool(layers) and layers == sorted(set(layers))
+        inside = rising and layers[0] >= 0 and layers[-1] < SIZE_LIMIT
+        require(inside, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
+        lengths = self.row_lengths
+        limit = self.max_length
         require(bool(lengths), "row_lengths is empty")
         require(
             min(lengths) >= 1 and max(lengths) <= limit,
@@ -150,13 +147,9 @@ class FeatureRows(Sequence[Row]):
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
         try:
-            tensors: dict[str, Any] = {
-                name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(
-                    tensor["shape"]
-                )
-                for name, tensor in deserialize(self._records[number])
-            }
-            row = Row(**tensors)
+            stored = deserialize(self._records[number])
+            arrays: dict[str, Any] = {name: _array(tensor) for name, tensor in stored}
+            row = Row(**arrays)
             self._check_row(number, row)
         except InputError:  # a ValueError as well, which says already what is wrong
             raise
@@ -166,15 +159,17 @@ class FeatureRows(Sequence[Row]):
 
     def _check_row(self, number: int, row: Row) -> None:
         """Refuses arrays that are not what the manifest says of each row."""
-        manifest, length = self.manifest, self.lengths[number]
+        manifest = self.manifest
+        length = self.lengths[number]
         widths = {"features": manifest.hidden_size * len(manifest.target_layer_ids)}
         if manifest.target_states:
             widths["target_states"] = manifest.hidden_size
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "input_ids": (np.int32, (length,)),
             "loss_mask": (np.bool_, (length,)),
-            **{name: (manifest.dtype, (length, width)) for name, width in widths.items()},
         }
+        for name, width in widths.items():
+            expected[name] = (manifest.dtype, (length, width))
         arrays = row.arrays
         if set(arrays) != set(expected):
             raise InputError(
@@ -191,6 +186,11 @@ class FeatureRows(Sequence[Row]):
         _require_finite(
             row, place=f"{self._directory}: row {number}", remedy="capture the rows again"
         )
+
+
+def _array(tensor: Mapping[str, Any]) -> np.ndarray:
+    values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
+    return values.reshape(tensor["shape"])
 
 
 def shard_path(directory: str | Path, index: int) -> Path:
@@ -250,7 +250,8 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
                 _require_finite(
                     row, place=place, remedy="leave the line out, or capture in float32"
                 )
-                record = save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()})
+                arrays = {name: np.ascontiguousarray(x) for name, x in row.arrays.items()}
+                record = save(arrays)
                 with _write_errors(path):
                     writer.write(record)
         finally:

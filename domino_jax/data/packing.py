@@ -91,9 +91,8 @@ def padding_share(lengths: Sequence[int], packs: Sequence[Pack], *, max_length: 
     >>> padding_share([5, 3, 4], [(0, 1), (2,)], max_length=8)
     0.25
     """
-    return 1.0 - sum(lengths[number] for pack in packs for number in pack) / (
-        len(packs) * max_length
-    )
+    tokens = sum(lengths[number] for pack in packs for number in pack)
+    return 1.0 - tokens / (len(packs) * max_length)
 
 
 def document_arrays(

@@ -24,7 +24,8 @@ class Template:
     """As much of a tokenizer as transformers' rendering asks for."""
 
     def __init__(self, text: str, special_tokens_map: dict[str, str]) -> None:
-        self.text, self.special_tokens_map = text, special_tokens_map
+        self.text = text
+        self.special_tokens_map = special_tokens_map
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The text of the template."""

@@ -67,7 +67,8 @@ class ChatTemplate:
 
 def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
     """The template of a tokenizer, told `kwargs`."""
-    return ChatTemplate(hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(), kwargs)
+    digest = hashlib.sha256(tokenizer.chat_template.encode())
+    return ChatTemplate(digest.hexdigest(), kwargs)
 
 
 def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:

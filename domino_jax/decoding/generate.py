@@ -130,7 +130,8 @@ class TextStream:
     """Writes the text of an answer that grows, whole characters at a time."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        self._tokenizer, self._write = tokenizer, write
+        self._tokenizer = tokenizer
+        self._write = write
         self._shown = ""
 
     def show(self, ids: np.ndarray) -> None:
@@ -152,8 +153,10 @@ class TextStream:
 def _answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
-    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
-    committed, verifications = np.asarray(state.committed), np.asarray(state.verifications)
+    tokens = np.asarray(state.tokens)
+    lengths = np.asarray(state.lengths)
+    committed = np.asarray(state.committed)
+    verifications = np.asarray(state.verifications)
     answers = []
     for index, prompt in enumerate(prompts):
         ids = tokens[index, len(prompt) : lengths[index]]

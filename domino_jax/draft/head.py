@@ -76,7 +76,8 @@ class PrefixGRU(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         gates = 3 * self.hidden_dim
-        inputs, recurrent = logical_axes(init, "gru", "embed"), logical_axes(init, "gru", "gru")
+        inputs = logical_axes(init, "gru", "embed")
+        recurrent = logical_axes(init, "gru", "gru")
         self.weight_ih_l0 = self.param("weight_ih_l0", inputs, (gates, self.input_dim), jnp.float32)
         self.weight_hh_l0 = self.param(
             "weight_hh_l0", recurrent, (gates, self.hidden_dim), jnp.float32
@@ -159,9 +160,8 @@ class DominoHead(nn.Module):
 
     def correction(self, hidden: jax.Array, state: jax.Array) -> jax.Array:
         """`silu(W1 [h ; g])`, [..., D] and [..., G] -> [..., R] in the compute dtype."""
-        return nn.silu(
-            self.embed_proj_0(jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1))
-        )
+        both = jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1)
+        return nn.silu(self.embed_proj_0(both))
 
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
         """The GRU state after one more token, [count, G] and [count, D] -> [count, G]."""

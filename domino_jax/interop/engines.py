@@ -109,7 +109,8 @@ def _transform(name: str) -> Callable[[DraftConfig, str], str | None]:
 
 
 def _last_layer(config: DraftConfig, _: str) -> str | None:
-    last, layers = config.num_target_layers - 1, config.target_layer_ids
+    last = config.num_target_layers - 1
+    layers = config.target_layer_ids
     return f"target_layer_ids ends with the last layer, {last}" if last in layers else None
 
 

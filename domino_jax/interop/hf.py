@@ -219,9 +219,8 @@ def _check_reads_back(
 ) -> None:
     stored, params = read_hf_draft(directory)
     found = hf_tensors(stored, params)
-    equal = all(
-        np.array_equal(found[name], np.asarray(x, np.float32)) for name, x in tensors.items()
-    )
+    written = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+    equal = all(np.array_equal(found[name], x) for name, x in written.items())
     if not equal or config_json(stored, "float32") != config_json(config, "float32"):
         raise RuntimeError(f"{directory}: what was written does not read back as the same draft")
 

@@ -41,7 +41,8 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
     top: dict[str, Any] = {}
     # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a
     # full one is not.
-    if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
+    sliding = SLIDING_ATTENTION in config.attention_types
+    if not sliding or config.sliding_in_block != "causal":
         top["is_causal"] = dflash["causal"] = False
     if config.shift_label and config.head is None:
         top[SHIFTED_DFLASH] = dflash[SHIFTED_DFLASH] = True
@@ -148,13 +149,17 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
         )
     try:
+        sizes = {key: value(key, tree, kind=int) for key in _INTEGERS}
+        eps = value("rms_norm_eps", tree, kind=(float, int))
+        theta = value("rope_theta", tree, rope, kind=(float, int))
+        scaled = None
+        if scaling:
+            scaled = from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
         return DraftConfig(
-            **{key: value(key, tree, kind=int) for key in _INTEGERS},
-            rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
-            rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
-            rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
-            if scaling
-            else None,
+            **sizes,
+            rms_norm_eps=eps,
+            rope_theta=float(theta),
+            rope_scaling=scaled,
             block_size=value("block_size", nested, tree, kind=int),
             mask_token_id=value("mask_token_id", nested, kind=int),
             target_layer_ids=tuple(layer_ids),
@@ -223,8 +228,10 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) 
     if SLIDING_ATTENTION not in kinds:
         if tree.get("is_causal"):
             raise InputError(f"{place}: is_causal is true; a block without windows looks both ways")
-        plain = set(kinds) <= {FULL_ATTENTION} and len(kinds) in (0, tree.get("num_hidden_layers"))
-        return {} if plain else {"layer_types": tuple(kinds)}
+        full = set(kinds) <= {FULL_ATTENTION}
+        if full and len(kinds) in (0, tree.get("num_hidden_layers")):
+            return {}
+        return {"layer_types": tuple(kinds)}
     window = tree.get("sliding_window")
     # Hugging Face drops the window unless use_sliding_window is true: the layer would see all.
     if tree.get("use_sliding_window") is not True or type(window) is not int:
@@ -239,6 +246,8 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) 
             "only sliding ones can be causal"
         )
     # vLLM asks `is_causal`, then `dflash_config.causal`; z-lab and SGLang know the first only.
-    said = tree.get("is_causal") if tree.get("is_causal") is not None else nested.get("causal")
+    said = tree.get("is_causal")
+    if said is None:
+        said = nested.get("causal")
     in_block = "bidirectional" if said is False else "causal"
     return {"layer_types": tuple(kinds), "sliding_window": window, "sliding_in_block": in_block}

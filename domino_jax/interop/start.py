@@ -38,7 +38,8 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
 
 def check_start(path: str | Path, config: DraftConfig) -> None:
     """Refuses a checkpoint of another draft, as `starting_params` does; no weight is read."""
-    ours, theirs = _meaning(config), _meaning(read_hf_config(path))
+    ours = _meaning(config)
+    theirs = _meaning(read_hf_config(path))
     different = [
         f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
         for name in (*ours, *(theirs.keys() - ours.keys()))

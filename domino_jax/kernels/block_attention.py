@@ -51,9 +51,11 @@ def definition(
     places = jnp.arange(length)
     seen = (span.first[..., None] <= places) & (places < span.end[..., None])  # [B, N, Q, S]
     far = jnp.where(seen[:, None, None], far * width**-0.5, LOWEST)
-    near = jnp.where(jnp.tri(size, dtype=bool) | (not causal), near * width**-0.5, LOWEST)
+    seen_own = jnp.tri(size, dtype=bool) | (not causal)
+    near = jnp.where(seen_own, near * width**-0.5, LOWEST)
 
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1).astype(q.dtype)
+    scores = jnp.concatenate([far, near], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bkgnqs,bksd->bkgnqd", weights[..., :length], context[1])
     out += jnp.einsum("bkgnqc,bkncd->bkgnqd", weights[..., length:], own_values)
     return out.reshape(batch, heads, queries, width)
@@ -85,8 +87,12 @@ class Form:
 def by_tiles(size: TileSize, *, backward: TileSize | None = None, transposed: bool) -> Form:
     """Plain products over tiles; see `blocks_by_tiles.backward` for `transposed`."""
     return Form(
-        functools.partial(blocks_by_tiles.forward, size=size),
-        functools.partial(blocks_by_tiles.backward, size=backward or size, transposed=transposed),
+        forward=functools.partial(blocks_by_tiles.forward, size=size),
+        backward=functools.partial(
+            blocks_by_tiles.backward,
+            size=backward or size,
+            transposed=transposed,
+        ),
     )
 
 
@@ -167,7 +173,8 @@ def block_attention(
     Source: DFlash (arXiv:2602.06036), section 4.2.
     """
     batch, _, queries, width = q.shape
-    kv_heads, blocks = context[0].shape[1], span.end.shape[1]
+    kv_heads = context[0].shape[1]
+    blocks = span.end.shape[1]
     out = _attend(_operands(q, context, own, span), span, causal, form)
     out = out.reshape(batch, kv_heads, blocks, -1, queries // blocks, width).swapaxes(2, 3)
     return out.reshape(q.shape)
@@ -180,7 +187,8 @@ def _operands(
     span: ContextSpan,
 ) -> Operands:
     batch, _, queries, width = q.shape
-    kv_heads, blocks = context[0].shape[1], span.end.shape[1]
+    kv_heads = context[0].shape[1]
+    blocks = span.end.shape[1]
 
     # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]: the heads of a group beside their
     # block, since they see the same keys.

@@ -100,8 +100,10 @@ def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
     # Of this tile alone: a long sequence must not make the short ones of its batch walk its length.
     # One that sees nothing begins after its stop, so that its loop has no turn.
     seen = end > first
-    begin = jnp.min(jnp.where(seen, first, jnp.iinfo(jnp.int32).max), axis=(1, 2, 3)) // keys
-    stop = -(-jnp.max(jnp.where(seen, end, 0), axis=(1, 2, 3)) // keys)
+    lowest = jnp.where(seen, first, jnp.iinfo(jnp.int32).max)
+    begin = jnp.min(lowest, axis=(1, 2, 3)) // keys
+    highest = jnp.where(seen, end, 0)
+    stop = -(-jnp.max(highest, axis=(1, 2, 3)) // keys)
     return _Tiles(queries, first, end, sequence, begin, stop)
 
 
@@ -169,9 +171,8 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
     def part(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(x, (tile.sequence, 0, begin, 0), (1, heads, count, width))[0]
 
-    return _KeyTile(
-        begin, jnp.where(seen, -LOWEST, LOWEST), part(operands.keys), part(operands.values)
-    )
+    bound = jnp.where(seen, -LOWEST, LOWEST)
+    return _KeyTile(begin, bound, part(operands.keys), part(operands.values))
 
 
 def forward(
@@ -186,7 +187,8 @@ def forward(
     Source: FlashAttention (arXiv:2205.14135).
     """
     size = size.within_memory(operands)
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    scale = operands.queries.shape[-1] ** -0.5
+    dtype = operands.queries.dtype
     near = _own_scores(operands, causal)
     largest = jnp.max(near, axis=-1, keepdims=True)
     weights = jnp.exp(near - largest)
@@ -201,7 +203,8 @@ def forward(
             scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
             scores = jnp.minimum(scores, key_tile.bound)
             largest = jnp.maximum(carry.largest, jnp.max(scores, axis=-1, keepdims=True))
-            weights, kept = jnp.exp(scores - largest), jnp.exp(carry.largest - largest)
+            weights = jnp.exp(scores - largest)
+            kept = jnp.exp(carry.largest - largest)
             total = kept * carry.total + jnp.sum(weights, axis=-1, keepdims=True)
             out = _product("krs,ksd->krd", weights.astype(dtype), key_tile.values)
             return _Softmax(largest, total, kept * carry.out + out)
@@ -213,7 +216,8 @@ def forward(
         return out, softmax.largest + jnp.log(total)
 
     tiles = _tiles(operands, span, size)
-    out, log_sum = jax.lax.map(of_tile, (tiles, jax.tree.map(lambda x: _in_tiles(x, size), own)))
+    own_tiles = jax.tree.map(lambda x: _in_tiles(x, size), own)
+    out, log_sum = jax.lax.map(of_tile, (tiles, own_tiles))
     return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
 
 
@@ -230,7 +234,8 @@ def _own_gradients(
     saved: Saved, cotangent: jax.Array, slope: jax.Array, *, causal: bool
 ) -> _OwnGradients:
     operands = saved.operands
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    scale = operands.queries.shape[-1] ** -0.5
+    dtype = operands.queries.dtype
     weights = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
     slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
     slopes = (weights * (slopes - slope) * scale).astype(dtype)
@@ -278,9 +283,11 @@ def _add_tile(
 ) -> tuple[_ContextSums, jax.Array]:
     """The sums with a tile of queries added, and the gradient of those queries."""
     tile, log_sum, slope, cotangent = item
-    scale, dtype = tile.queries.shape[-1] ** -0.5, tile.queries.dtype
+    scale = tile.queries.shape[-1] ** -0.5
+    dtype = tile.queries.dtype
     axis = 3 if transposed else 2  # of the positions in the sums
-    by_query, by_output = tile.queries, cotangent
+    by_query = tile.queries
+    by_output = cotangent
     if transposed:
         with jax.named_scope("cpu_transposed"):
             by_query = tile.queries.swapaxes(1, 2)

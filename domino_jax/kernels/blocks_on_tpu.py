@@ -96,7 +96,8 @@ def _by_lane(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]
 
 
 def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
-    width, own_shape = inputs.queries.shape[-1], inputs.own_seen.shape
+    width = inputs.queries.shape[-1]
+    own_shape = inputs.own_seen.shape
 
     def by_key(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, counts: Any) -> tuple[Any, ...]:
         # Past the end of the list the tile stays what it was, and is not read again.
@@ -139,8 +140,10 @@ def _seen(at: _Inputs, begin: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
-    at, (out, log_sum, largest, total, summed) = _Inputs(*refs[:8]), refs[8:]
-    place, step = _place(cut), pl.program_id(4)
+    at = _Inputs(*refs[:8])
+    (out, log_sum, largest, total, summed) = refs[8:]
+    place = _place(cut)
+    step = pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
     # Never empty: the online softmax begins with it.
@@ -160,7 +163,8 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         tile = order[place * cut.part_tiles + step]
         scores = jnp.where(_seen(at, tile * cut.keys, scores.shape), scores, LOWEST)
         new = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
-        weights, kept = jnp.exp(scores - new), jnp.exp(largest[...] - new)
+        weights = jnp.exp(scores - new)
+        kept = jnp.exp(largest[...] - new)
         largest[...] = new
         total[...] = kept * total[...] + jnp.sum(weights, axis=0, keepdims=True)
         summed[...] = kept * summed[...] + _transposed_times(
@@ -182,9 +186,13 @@ class _OfKeys(NamedTuple):
 
 
 def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
-    at, (cotangent, log_sum, slope) = _Inputs(*refs[:8]), refs[8:11]
+    at = _Inputs(*refs[:8])
+    (cotangent, log_sum, slope) = refs[8:11]
     gradients = Operands(*refs[11:])
-    place, part, tile, step = _place(cut), pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    place = _place(cut)
+    part = pl.program_id(2)
+    tile = pl.program_id(3)
+    step = pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
     def of_keys(keys: jax.Array, values: jax.Array, seen: jax.Array) -> _OfKeys:
@@ -194,7 +202,8 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
             seen, jnp.exp(_times_transposed(keys, at.queries[...]) * scale - log_sum[...]), 0.0
         )
         slopes = weights * (_times_transposed(values, cotangent[...]) - slope[...]) * scale
-        slopes, weights = slopes.astype(keys.dtype), weights.astype(keys.dtype)
+        slopes = slopes.astype(keys.dtype)
+        weights = weights.astype(keys.dtype)
         return _OfKeys(
             _transposed_times(slopes, keys),
             _times(slopes, at.queries[...]),
@@ -312,23 +321,27 @@ def backward(
     """The gradients; arguments and result as `blocks_by_tiles.backward`, the derivation too."""
     operands, span = saved.operands, saved.span
     batch, heads, blocks, block_queries, width = operands.queries.shape
-    length, own = operands.keys.shape[2], operands.own_keys.shape[3]
+    length = operands.keys.shape[2]
+    own = operands.own_keys.shape[3]
     cut = cut_of(operands, size)
     inputs = _inputs(operands, span, cut, causal=causal)
-    specs, outputs = _in_specs(cut, inputs), _gradient_outputs(operands, cut)
+    specs = _in_specs(cut, inputs)
+    outputs = _gradient_outputs(operands, cut)
     more = ((0, 0), (0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0))
 
     def lanes(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * queries]
         return jnp.pad(x, more).reshape(batch, heads, 1, -1)
 
+    out_specs = [spec for spec, _ in outputs]
+    out_shapes = [shape for _, shape in outputs]
     query = pl.BlockSpec((None, None, 1, cut.queries), _by_lane)
     run = _call(
         _backward_kernel,
         cut,
         operands,
         in_specs=[*specs, specs.queries, query, query],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
+        out_specs=out_specs,
+        out_shape=out_shapes,
         interpret=interpret,
         name="block_attention_backward",
     )

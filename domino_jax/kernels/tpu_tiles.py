@@ -88,9 +88,8 @@ def seen_tiles(span: ContextSpan, cut: Cut) -> SeenTiles:
         x = jnp.pad(x, ((0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0)))
         return x.reshape(batch, cut.tiles, -1, 1)
 
-    first, end = (
-        by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span
-    )
+    shape = jnp.broadcast_shapes(span.first.shape, span.end.shape)
+    first, end = (by_tile(jnp.broadcast_to(x, shape)) for x in span)
     begin = jnp.arange(cut.parts * cut.part_tiles) * cut.keys
     # A span may be empty inside a tile: a block at its document's first token needs none of it.
     seen = jnp.any((first < end) & (first < begin + cut.keys) & (end > begin), axis=2)

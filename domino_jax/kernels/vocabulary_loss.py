@@ -77,10 +77,8 @@ def vocabulary_loss(
         labels = labels._replace(target_states=None)
     lambda_base = jnp.asarray(lambda_base, jnp.float32)
     # Laid out here, once: split as a parameter is, the head would be gathered for every piece.
-    head = constrain(
-        jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None
-    )
-    tables = tables._replace(lm_head=head)
+    head = jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype)
+    tables = tables._replace(lm_head=constrain(head, "vocab", None))
     return _vocabulary_loss(_Form(objective, chunk_blocks), states, tables, labels, lambda_base)
 
 
@@ -254,7 +252,8 @@ def _in_pieces(
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
     piece = functools.partial(_piece, form, tables=tables, lambda_base=lambda_base)
-    blocks, chunk_blocks = states.hidden.shape[1], form.chunk_blocks
+    blocks = states.hidden.shape[1]
+    chunk_blocks = form.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = piece(states, labels)
         return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
@@ -316,18 +315,19 @@ def _piece(
     form: _Form, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
-    objective, ids = form.objective, labels.target_ids
+    objective = form.objective
+    ids = labels.target_ids
     product = head_logits(states.hidden, tables.lm_head)
     base_logits, output_vjp = jax.vjp(objective.output_logits, product)
     target = None
     if labels.target_states is not None:
-        target = _Softmax.of(
-            objective.output_logits(head_logits(labels.target_states, tables.lm_head))
-        )
+        target_product = head_logits(labels.target_states, tables.lm_head)
+        target = _Softmax.of(objective.output_logits(target_product))
     base = final = _Softmax.of(base_logits)
     if states.low_rank is not None and tables.expansion is not None:
         final = _Softmax.of(base_logits + head_logits(states.low_rank, tables.expansion))
-    base_loss, final_loss = base.loss(ids, target), final.loss(ids, target)
+    base_loss = base.loss(ids, target)
+    final_loss = final.loss(ids, target)
     base_sum, base_slopes = _sum_and_slopes(base_loss, labels, objective)
     final_sum, final_slopes = _sum_and_slopes(final_loss, labels, objective)
     loss = VocabularyLoss(
@@ -345,8 +345,10 @@ def _piece(
     (slope,) = output_vjp(scale[..., None] * dense + scale_base[..., None] * dense_base)
     # What the head does to its product is elementwise: the labels' own logits are enough here.
     labelled = base_slopes.nll + final_slopes.nll
-    (labelled,) = jax.vjp(objective.output_logits, at_place(product, ids))[1](labelled)
-    slope, ones = slope.astype(states.hidden.dtype), jnp.ones_like(scale)
+    _, label_vjp = jax.vjp(objective.output_logits, at_place(product, ids))
+    (labelled,) = label_vjp(labelled)
+    slope = slope.astype(states.hidden.dtype)
+    ones = jnp.ones_like(scale)
     hidden_gradient = _states_gradient(slope, ones, tables.lm_head, labelled, ids)
     if states.low_rank is None or tables.expansion is None:
         return loss, _Gradients(hidden_gradient)

@@ -78,10 +78,8 @@ class DecoderLayer(nn.Module):
         """Runs one layer over whole rows or, with a cache, over a run of tokens behind it."""
         attention = AttentionProjections(self.cfg, self.cfg.attention_bias, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
-        queries, (keys, values) = (
-            attention.queries(normed, tables),
-            attention.keys_values(normed, tables),
-        )
+        queries = attention.queries(normed, tables)
+        (keys, values) = attention.keys_values(normed, tables)
         if cache is None:
             heads = causal_attention(
                 queries, keys, values, documents=at.documents, form=self.attention
@@ -104,7 +102,8 @@ class _CapturingLayer(nn.Module):
     def __call__(
         self, carry: Any, item: tuple[jax.Array, jax.Array], tables: Rotary, at: _Place
     ) -> tuple[Any, None]:
-        (x, captured, caches), (layer, slot) = carry, item
+        (x, captured, caches) = carry
+        (layer, slot) = item
         cache = None
         if caches is not None:
             cache = jax.tree.map(
@@ -207,9 +206,9 @@ class Target(nn.Module):
         layers = tuple(
             empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run)
         )
-        return (
-            jax.tree.map(lambda *layer: jnp.stack(layer), *layers) if self.scan_layers else layers
-        )
+        if not self.scan_layers:
+            return layers
+        return jax.tree.map(lambda *layer: jnp.stack(layer), *layers)
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
         """The tokens' embeddings; declares the head too, where it is not the same table."""
@@ -244,9 +243,8 @@ class Target(nn.Module):
         count = len(self.capture)
         # The last slot takes the outputs nobody asked for, so that no layer's state outlives the
         # next one.
-        slots = jnp.array(
-            [self.capture.index(i) if i in self.capture else count for i in range(self.layers_run)]
-        )
+        slot_of = {layer: slot for slot, layer in enumerate(self.capture)}
+        slots = jnp.array([slot_of.get(layer, count) for layer in range(self.layers_run)])
         layers = nn.scan(
             _CapturingLayer,
             variable_axes={"params": 0},

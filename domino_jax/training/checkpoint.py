@@ -35,7 +35,9 @@ from domino_jax.strict import InputError
 from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
 from domino_jax.training.step import TrainState
 
-CHECKPOINTS, NEWEST, SET_ASIDE = "checkpoints", "newest_checkpoint.json", "set_aside"
+CHECKPOINTS = "checkpoints"
+NEWEST = "newest_checkpoint.json"
+SET_ASIDE = "set_aside"
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
 HELDOUT = "heldout"
 
@@ -117,7 +119,8 @@ def sound_checkpoint(
     Raises:
         InputError: checkpoints were saved and none can be used, or not `only`.
     """
-    directory, run_dir = _directory(run_dir), Path(run_dir)
+    directory = _directory(run_dir)
+    run_dir = Path(run_dir)
     recorded = _recorded_step(run_dir)
     steps = _steps(directory)
     if only is not None and only not in steps:

@@ -41,7 +41,8 @@ def step_flops(
     Returns:
         FLOPs by the stage they belong to (`stages.STAGES`); stages without any are left out.
     """
-    width, vocabulary = draft.hidden_size, draft.vocab_size
+    width = draft.hidden_size
+    vocabulary = draft.vocab_size
     predictions = anchors * draft.num_predictions
     # Twice, not three times: the target's states are frozen and want no gradient.
     fc = 2 * length * len(draft.target_layer_ids) * width * width

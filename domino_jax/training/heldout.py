@@ -39,7 +39,8 @@ class HeldOut:
         self, state: TrainState, *, stop_requested: Callable[[], bool]
     ) -> dict[str, float] | None:
         """The figures, or None where the run was asked to stop between two batches."""
-        run, data = self._run, self._run.config.data
+        run = self._run
+        data = self._run.config.data
         assert run.heldout is not None
         # The average where there is one: it is what is exported.
         params = state.params if state.ema is None else state.ema
@@ -55,6 +56,9 @@ class HeldOut:
             # The one micro-batch that there is.
             taken = device_batch(run.mesh, arrays, micro_batches=1)
             batch = jax.tree.map(lambda x: x[0], taken)
-            sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))
-            total = {name: total[name] + value for name, value in sums.items()} if total else sums
+            batch_key = jax.random.fold_in(key, index)
+            sums = self._sums(params, run.target_params, batch, batch_key)
+            if total:
+                sums = {name: total[name] + value for name, value in sums.items()}
+            total = sums
         return metric_means(jax.device_get(total))

@@ -50,11 +50,10 @@ class InputRows:
     def fingerprint(self) -> str:
         """How many rows, and the sha256 in hex of their ids and masks or of their manifest."""
         # A capture's manifest has the hash of its rows, which lie beside gigabytes of states.
-        digest = (
-            self.rows.fingerprint
-            if isinstance(self.rows, FeatureRows)
-            else rows_fingerprint(self.rows)
-        )
+        if isinstance(self.rows, FeatureRows):
+            digest = self.rows.fingerprint
+        else:
+            digest = rows_fingerprint(self.rows)
         return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
@@ -131,9 +130,10 @@ def read_features(
 
 
 def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
-    return InputRows(
-        rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None
-    )
+    packs = None
+    if data.packing:
+        packs = pack_rows(row_lengths(rows), max_length=data.max_length)
+    return InputRows(rows, packs)
 
 
 def training_batches(
@@ -180,7 +180,8 @@ def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: in
             layout, x.reshape(micro_batches, -1, *x.shape[1:])
         )
 
-    return Batch(**{name: put(x) for name, x in arrays.items() if name in Batch._fields})
+    known = {name: x for name, x in arrays.items() if name in Batch._fields}
+    return Batch(**{name: put(x) for name, x in known.items()})
 
 
 def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:

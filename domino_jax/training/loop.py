@@ -107,12 +107,14 @@ class _Training:
         reporter: Reporter,
     ) -> None:
         stored = None if run.resumed is None else run.resumed.record
-        data, settings = run.config.data, run.config.train
+        data = run.config.data
+        settings = run.config.train
         self._run = run
         self._state = state
         self._batches = batches
         self._checkpoints = checkpoints
-        self._stop_requested, self._reporter = stop_requested, reporter
+        self._stop_requested = stop_requested
+        self._reporter = reporter
         self._step = self._began_at = int(state.step)
         self._speed = Speed(
             run.program,
@@ -144,7 +146,9 @@ class _Training:
 
         Returns the first of too many consecutive non-finite steps where the run had to stop.
         """
-        run, settings, last_step = self._run, self._run.config.train, self._run.last_step
+        run = self._run
+        settings = self._run.config.train
+        last_step = self._run.last_step
         if self._heldout_due:
             # Nothing of this start is to be saved yet: a signal may end the process.
             self._evaluate(stop_requested=lambda: False)
@@ -198,9 +202,11 @@ class _Training:
 
     def _tell(self, bar: Bar) -> None:
         """Writes and tells the window's line and what stands out in it."""
-        run, outcomes = self._run, self._window.fetch()
+        run = self._run
+        outcomes = self._window.fetch()
         # The window's steps have run: that waited for them. Only those of this start were timed.
-        timing = self._speed.figures(total([one for one in outcomes if one.step > self._began_at]))
+        timed = [outcome for outcome in outcomes if outcome.step > self._began_at]
+        timing = self._speed.figures(total(timed))
         sums = total(outcomes)
         figures = _training_figures(
             run, sums, step=self._step, updates=int(updates_done(self._state.opt_state))
@@ -261,7 +267,8 @@ def _compiled_step(
     """The program of a step, which consumes its state."""
     # Compiled ahead: another shape later in the run is an error, not a silent second compilation.
     began = time.monotonic()
-    compiled = lowered_step(run.program, StepArguments(state, run.target_params, batch)).compile()
+    arguments = StepArguments(state, run.target_params, batch)
+    compiled = lowered_step(run.program, arguments).compile()
     reporter.say(f"step compiled in {time.monotonic() - began:.1f} s")
     return compiled
 
@@ -279,5 +286,7 @@ def _training_figures(
 
 
 def _formatted(figures: dict[str, float]) -> str:
-    base = f" (base {figures['base_accept_len']:.2f})" if "base_accept_len" in figures else ""
+    base = ""
+    if "base_accept_len" in figures:
+        base = f" (base {figures['base_accept_len']:.2f})"
     return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}"

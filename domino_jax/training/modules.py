@@ -91,7 +91,8 @@ class DFlashTrainerModule(nn.Module):
         cfg = self.draft_model.cfg
         # Fields of the reference's modules, which the draft's config knows too.
         for name in ("block_size", "mask_token_id"):
-            here, there = getattr(self, name), getattr(cfg, name)
+            here = getattr(self, name)
+            there = getattr(cfg, name)
             require(here == there, f"{name} is {here} here and {there} in the draft's config")
         rules = ", ".join(ANCHOR_RULES)
         require(
@@ -228,19 +229,15 @@ class DFlashTrainerModule(nn.Module):
     ) -> jax.Array:
         """The backbone's states of the blocks' predictions, [B, N, M, D]."""
         batch, length = hidden_states.shape[:2]
-        positions = (
-            packing.position_ids
-            if packing
-            else jnp.broadcast_to(jnp.arange(length), (batch, length))
-        )
-        spans = layer_spans(
-            self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None
-        )
+        if packing:
+            positions, seq_lens = packing.position_ids, packing.seq_lens
+        else:
+            positions, seq_lens = jnp.broadcast_to(jnp.arange(length), (batch, length)), None
+        spans = layer_spans(self.draft_model.cfg, *anchors, seq_lens=seq_lens)
         noise = frozen_embeddings(embed_tokens, blocks.noise_ids)
         # The target is frozen, whoever ran it: no caller has to remember to cut its gradient off.
-        states = self.draft_model(
-            jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans
-        )
+        features = jax.lax.stop_gradient(hidden_states)
+        states = self.draft_model(features, positions, noise, blocks.positions, spans)
         return self.draft_model.prediction_states(states)
 
     def _label_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:

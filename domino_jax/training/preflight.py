@@ -53,7 +53,8 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
     check_conversations("data.train", config.data.train)
     check_conversations("data.heldout", config.data.heldout)
     # A run that has a checkpoint never reads its start again, so that may be gone.
-    features, start = config.data.features, config.draft.init_from
+    features = config.data.features
+    start = config.draft.init_from
     if features is not None and not (Path(features) / MANIFEST).is_file():
         found = _instead(Path(features), lacking=MANIFEST)
         raise InputError(
@@ -112,7 +113,8 @@ def checkpoint_bytes(config: RunConfig, draft: DraftConfig) -> int:
     Parameters, two moments, and the average if one is kept.
     """
     copies = 1 + 2 + int(config.optimizer.ema_decay is not None)
-    return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft)))
+    sizes = [leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft))]
+    return 4 * copies * sum(sizes)
 
 
 def checkpoints_at_once(config: RunConfig) -> int:

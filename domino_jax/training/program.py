@@ -52,7 +52,9 @@ def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
     loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
     if loss.logits_mib is None:
         chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-        mib = CPU_LOGITS_MIB if chip is None else float(round(chip.memory * LOGITS_SHARE / MIB))
+        mib = CPU_LOGITS_MIB
+        if chip is not None:
+            mib = float(round(chip.memory * LOGITS_SHARE / MIB))
         loss = replace(loss, logits_mib=mib)
     return replace(config, loss=loss)
 
@@ -85,7 +87,8 @@ def make_program(
         mesh: of devices that are here, or of a topology that is only described.
         total_steps: which the schedules are stretched over.
     """
-    loss, device = config.loss, mesh.devices.flat[0]
+    loss = config.loss
+    device = mesh.devices.flat[0]
     # The target's own distribution needs its last layer; without it the captured ones are enough.
     reads_logits = loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
     depth = max(draft.target_layer_ids) + 1
@@ -180,11 +183,9 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
     laid_out = _laid_out(
         nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype
     )
-    return (
-        {name: leaf for name, leaf in laid_out.items() if name in TABLES}
-        if tables_only
-        else laid_out
-    )
+    if not tables_only:
+        return laid_out
+    return {name: leaf for name, leaf in laid_out.items() if name in TABLES}
 
 
 def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents: int = 8) -> Batch:

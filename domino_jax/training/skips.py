@@ -98,7 +98,9 @@ class StepWatch:
             stored: `as_json` of an earlier start.
         """
         self.diverged_at: Skip | None = None
-        self._rows, self._source, self._max_bad_steps = rows, source, max_bad_steps
+        self._rows = rows
+        self._source = source
+        self._max_bad_steps = max_bad_steps
         # Counted on from the checkpoint: a run that is restarted at each bad step would never stop.
         self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
         self._first_bad: list[Any] | None = stored["first_bad"] if stored else None

@@ -64,12 +64,10 @@ class Window:
     """Outcomes that no line tells yet."""
 
     def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._outcomes = [
-            StepOutcome(
-                one["step"], one["rows"], {k: np.float32(x) for k, x in one["sums"].items()}
-            )
-            for one in stored
-        ]
+        self._outcomes = []
+        for one in stored:
+            sums = {name: np.float32(x) for name, x in one["sums"].items()}
+            self._outcomes.append(StepOutcome(one["step"], one["rows"], sums))
 
     def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
         """Takes note of a step: its rows, int [...] with -1 for none, and its sums.
