@@ -215,6 +215,7 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
         except InputError:
             return False
 
+    # Contents last: reading every byte is what costs, and a missing file needs none of it.
     names = sorted(listed)
     with ThreadPoolExecutor() as threads:
         for name, intact in zip(names, threads.map(sound, names), strict=True):

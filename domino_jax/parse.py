@@ -97,6 +97,7 @@ def _number(text: str) -> float:
 
 
 def _short(text: str) -> str:
+    # Before it is converted, which takes long for many digits; no setting has as many.
     if len(text) > NUMBER_CHARACTERS:
         raise ValueError(
             f"a number of {len(text)} characters, expected at most {NUMBER_CHARACTERS}"

@@ -65,6 +65,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
             f"in {training['steps']} steps"
         )
     if "heldout" in training:
+        # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
         heldout = training["heldout"]
         base = ""
         if "base_accept_len" in heldout:

@@ -255,4 +255,5 @@ def split_over_devices(
 
 
 def _is_axes(leaf: tuple[Any, ...]) -> bool:
+    # None stands for an axis that is never split, and so is a name too.
     return all(axis is None or isinstance(axis, str) for axis in leaf)

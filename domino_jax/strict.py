@@ -112,6 +112,7 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
     missing = [name for name in needed if name not in values]
     if missing:
         raise InputError(f"{place}: missing {', '.join(missing)}")
+    # A dataclass checks its values without knowing where they stand.
     try:
         return kind(**values)
     except InputError as error:

@@ -62,6 +62,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
     reporter.say(f"loading the draft of {run}")
     stored = load_draft(run, reporter=reporter, step=step)
     record = stored.record
+    # Before anything is written: what an engine misreads is not worth exporting for it.
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
     if refusals:
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
@@ -120,6 +121,7 @@ def import_(
     reporter.say(f"saving {run}")
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
     record = DraftRecord(config, target_name, template, *hashes)
+    # Half a run directory would be taken for a run by every other verb.
     with whole_directory(run) as beside:
         try:
             save_draft(beside, params, record)

@@ -39,6 +39,7 @@ def target(source: str, directory: Path | None) -> None:
     into DIRECTORY.
     """
     keeps("the target is whole or was not made; the same command starts over")
+    # By its name: of the three sources this one alone needs a place to go to.
     if source.endswith(".gguf"):
         if directory is None:
             raise InputError(

@@ -52,6 +52,7 @@ class FiniteRange(click.FloatRange):
 
 def _temperature(_: click.Context, option: click.Parameter, value: float) -> float:
     low, high = _TEMPERATURES
+    # 0 is no temperature but the word for none, so it lies outside of the range.
     if value != 0 and not low <= value <= high:
         raise InputError(f"{option.opts[0]}: expected 0, or {low:g} to {high:g}, found {value}")
     return value
@@ -238,6 +239,7 @@ def load_run(
 
 def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
     """Raises `InputError` unless the draft can serve this target."""
+    # What decodes knows best what fits; nothing is decoded, and no weight is looked at.
     try:
         make_decoder(target, DraftModel(config))
     except ValueError as error:
@@ -254,5 +256,6 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
 
 def results() -> Console:
     """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
+    # Into a file rich would fold tables at 80 characters, for a screen that is not there.
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))

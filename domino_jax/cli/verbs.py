@@ -49,6 +49,7 @@ class _Group(click.Group):
             raise  # nobody reads what is printed, see `run`
         except OSError as error:
             raise click.UsageError(_system_words(error)) from error
+        # These two are no errors of the user's: they have codes of their own, and no "error:".
         except Interrupted as error:
             print(error, file=sys.stderr)
             ctx.exit(EXIT_CODE)

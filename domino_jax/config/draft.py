@@ -59,6 +59,7 @@ class DraftRecipe:
         least=1,
         below=LENGTH_LIMIT,
     )
+    # No default: which token a vocabulary can spare differs from target to target.
     mask_token_id: int = key(
         REQUIRED,
         "token that stands where a block is to be predicted; no eos, pad or bos of the target",
@@ -90,6 +91,7 @@ class DraftRecipe:
         least=0,
         most=SIZE_LIMIT,
     )
+    # Null and not a value: Domino and plain DFlash differ in it, and so do their readers.
     shift_label: bool | None = key(
         None, "block position k predicts token k + 1; null: true with a head, false without"
     )
@@ -129,6 +131,7 @@ class DraftRecipe:
     def __post_init__(self) -> None:
         """Refuses what no draft can have; the rest depends on the target."""
         check_keys(self)
+        # Which of two starts would win is not for a reader to guess.
         require(
             not (self.init_from and self.init_layers_from_target),
             "init_from and init_layers_from_target are two starts; give one",
@@ -148,6 +151,7 @@ def make_draft_config(
     Raises:
         InputError: the mask token is a special token, or the recipe does not fit the target.
     """
+    # A text may hold such a token, where the draft would then see a place to be predicted.
     for name, token in special_ids.items():
         require(
             token != recipe.mask_token_id,
@@ -170,10 +174,12 @@ def make_draft_config(
     fields: dict[str, Any] = {name: getattr(target, name) for name in shape}
     for f in dataclasses.fields(DraftConfig):
         chosen = getattr(recipe, f.name, None)
+        # Null is what the target has, which stands there already.
         if chosen is not None:
             fields[f.name] = chosen
     fields["head"] = _head_of(recipe)  # null is plain DFlash, nothing left open
     fields.setdefault("shift_label", fields["head"] is not None)
+    # A window without types is meant for all layers: none would use it otherwise.
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
     fields |= {"num_target_layers": target.num_hidden_layers, "target_layer_ids": layers}

@@ -81,12 +81,14 @@ class Key:
             return not self.choices or value in self.choices
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             return True
+        # Both kinds of bounds: what a key does not give is infinite and excludes nothing.
         within = self.least <= value <= self.most and self.above < value < self.below
         return within or value in self.special
 
 
 def _number(value: float) -> str:
     """A limit as a person reads it."""
+    # 2**31 reads as the limit that it is, 2147483648 as a number that somebody chose.
     power = math.log2(value) if value >= 2**20 else 0.5
     return f"2**{power:.0f}" if power.is_integer() else f"{value:g}"
 
@@ -118,9 +120,11 @@ def check_keys(section: Any) -> None:
     for field in dataclasses.fields(section):
         known = field.metadata.get(_KEY)
         value = getattr(section, field.name)
+        # A section inside a section has no key: it has checked itself.
         if known is not None:
             may_be_null = types.NoneType in typing.get_args(hints[field.name])
             null = " or null" if may_be_null else ""
+            # As a YAML file has it, not as a tuple of Python.
             found = shown(list(value) if isinstance(value, tuple) else value)
             expected = f"{known.bounds}{null}"
             require(known.allows(value), f"{field.name} must be {expected}, found {found}")

@@ -86,6 +86,7 @@ class LossConfig:
     )
     loss_type: str = key("dflash", "objective; those known stand in training/objectives.py")
     options: Scalars = key({}, "the objective's own parameters")
+    # Null has a meaning of its own here, so the default is a word and not null.
     loss_decay_gamma: float | Literal["default"] | None = key(
         "default",
         "decay of the position weights; default: the objective's own, null: none",
@@ -108,12 +109,14 @@ class LossConfig:
         least=0,
         most=1,
     )
+    # Over the whole run, as in the paper; the half that `get_lambda_base` has is its own default.
     decay_ratio: float = key(
         1.0,
         "share of the steps after which lambda_base is 0",
         least=0,
         most=1,
     )
+    # A bound of memory and so of speed: pieces change the order of sums and nothing else.
     logits_mib: float | None = key(
         None,
         "float32 logits that a device holds at once; null: what suits the device",
@@ -135,6 +138,7 @@ class OptimizerConfig:
         "peak of the learning rate",
         above=0,
     )
+    # Below 1, both of them: what corrects the bias of a mean divides by 1 minus its power.
     b1: float = key(
         0.9,
         "decay of the mean of gradients",
@@ -152,6 +156,7 @@ class OptimizerConfig:
         "decoupled weight decay",
         least=0,
     )
+    # Above 0: a bound of 0 would take every gradient away, in silence.
     clip_norm: float = key(
         1.0,
         "gradients of a larger global norm are scaled down",
@@ -176,6 +181,7 @@ class OptimizerConfig:
         least=1,
         below=LENGTH_LIMIT,
     )
+    # Between the ends: 0 is the draft itself, and 1 the draft of step 0 for ever.
     ema_decay: float | None = key(
         None,
         "decay of an average of the draft, which is then exported; null: none",
@@ -239,6 +245,7 @@ class TrainConfig:
         "also keep the checkpoint with the longest held-out acceptance; null: do not",
         choices=("heldout",),
     )
+    # Apart from `steps`, which the schedules are stretched over: a longer run must not bend them.
     extend: int = key(
         0,
         "train so much further once the run has ended, at its last rate and lambda_base",
@@ -246,6 +253,7 @@ class TrainConfig:
         least=0,
         below=COUNT_LIMIT,
     )
+    # Many, and not the first: a single bad batch is no divergence, and is told in any case.
     max_bad_steps: int = key(
         20,
         "skipped steps in a row that end the run",
@@ -265,11 +273,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuses a run that may not begin."""
         check_keys(self)
+        # Figures belong to a checkpoint: a pass between two of them could keep neither.
         require(
             self.keep_best is None or self.eval_every % self.checkpoint_every == 0,
             "keep_best needs a checkpoint at each evaluation: eval_every "
             f"{self.eval_every} must be a multiple of checkpoint_every {self.checkpoint_every}",
         )
+        # Its type bounds the entries of a list, not how many there are.
         profile = self.profile
         require(
             profile is None or len(profile) == 2,
@@ -281,6 +291,7 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis of the mesh."""
 
+    # -1 by default: a configuration need not know the machine that it will run on.
     data: int = key(
         -1,
         "devices that hold the whole draft; -1: those that the other axes leave",

@@ -32,6 +32,7 @@ from domino_jax.finite import require_finite
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 MANIFEST = "manifest.json"
+# By the names of safetensors, and no more of them than a capture may hold.
 _TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -308,6 +309,7 @@ def check_manifest(directory: str | Path, manifest: Manifest, asked: Mapping[str
     Raises:
         InputError: each field that differs, with what was captured and what is asked.
     """
+    # As text: to Python true equals 1, and a list from JSON never equals a tuple.
     differing = [
         f"{name} is {_shown(getattr(manifest, name))}, asked for is {_shown(value)}"
         for name, value in asked.items()
@@ -335,6 +337,7 @@ def _require_finite(row: Row, *, place: str, remedy: str) -> None:
 
 
 def _shown(value: Any) -> str:
+    # Twelve digits tell two hashes apart, and leave room on the line for what else differs.
     if isinstance(value, str) and len(value) == 64:
         return f"sha256 {value[:12]}"
     if isinstance(value, dict):

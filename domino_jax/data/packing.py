@@ -72,6 +72,7 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
                 del rooms[place]
         pack.append(number)
         room -= lengths[number]
+        # Listed once, however many packs have this room: the search is by rooms.
         if not by_room[room]:
             bisect.insort(rooms, room)
         by_room[room].append(pack)
@@ -81,6 +82,7 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
 def check_fits(lengths: Sequence[int], *, max_length: int) -> None:
     """Raises `ValueError` where a row is longer than `max_length`."""
     longest = max(lengths, default=0)
+    # A `ValueError`: whoever encodes rows cuts them, so this is no fault of the user's.
     if longest > max_length:
         raise ValueError(f"a row has {longest} tokens, more than max_length {max_length}")
 

@@ -87,6 +87,7 @@ def row_batches(
     # Repeated before they are batched: a batch may reach into the next epoch, and none is short.
     batches = data.repeat(ENDLESS // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
+        # Cut before the processes share them out, so that all of them end at the same step.
         batches = batches[: _steps(units, batch_size * count) * count]
     return _iterator(batches, index, count, read_ahead=read_ahead)
 
@@ -124,6 +125,7 @@ def heldout_batches(
     if not rows:
         raise InputError("no held-out rows")
     units = _units(rows, packs)
+    # Empty sequences and not fewer batches: every process has to step as often as the others.
     missing = _steps(units, batch_size * count) * batch_size * count - len(units)
     data = grain.MapDataset.source([*units, *[()] * missing])
     make = _batch_maker(rows, packs, max_length=max_length, from_disk=False)

@@ -87,6 +87,7 @@ def generate(
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
     """
+    # A caller of many batches gives one number for all: another one is another program.
     if slots is None:
         slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
     began = time.perf_counter()

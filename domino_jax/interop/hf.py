@@ -69,6 +69,7 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
         for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }
     check_tensors(found, expected, place=Path("params"))
+    # In the model's order whatever the tree's is: one draft, one file, one checksum.
     return {name: found[name] for name in expected}
 
 
@@ -186,6 +187,7 @@ def recorded_template(path: str | Path) -> ChatTemplate | None:
     place = Path(path) / "config.json"
     tree = read_json(place)
     found = tree.get(TEMPLATE_KEY)
+    # No error: other trainers write no such key.
     if found is None:
         return None
     if not isinstance(found, str):
@@ -202,6 +204,7 @@ def _with_current_names(
         both are there.
     """
     names = {
+        # Before these two names alone: another tensor below that prefix stays, and is refused.
         name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name)
         for name in tensors
     }
@@ -239,6 +242,7 @@ def _tensor_name(path: tuple[str, ...], config: DraftConfig) -> str:
     first, *rest = path
     if first == "head":
         return HEAD_TENSORS[type(config.head)][tuple(rest)]
+    # Linen joins the name of a list and its index by "_", checkpoints by a dot.
     return ".".join([re.sub(r"^layers_(\d+)$", r"layers.\1", first), *rest])
 
 

@@ -70,6 +70,7 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_sliding_window": config.sliding_window is not None,
         "sliding_window": config.sliding_window,
+        # So many that Qwen3's older rule lets no layer slide: `layer_types` alone decides.
         "max_window_layers": config.num_hidden_layers,
         "layer_types": list(config.attention_types),
         "tie_word_embeddings": False,
@@ -83,6 +84,7 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
 
 def _rope_json(config: DraftConfig) -> dict[str, Any]:
     """The rotary embedding in the new schema and, when it is scaled, in the old one too."""
+    # The new schema even for a plain one: some readers look nowhere else for the base.
     if config.rope_scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     # Without defaults: each type of scaling has keys of its own.
@@ -104,6 +106,7 @@ _PLAIN = {
     "partial_rotary_factor": 1.0,
 }
 _PLAIN_DFLASH = {"causal": False}
+# Without defaults: a guessed width would be told later, as a tensor of the wrong shape.
 _INTEGERS = (
     "vocab_size",
     "hidden_size",
@@ -166,6 +169,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             head=None if head is None else kind(**head),
             **optional,
         )
+    # `DraftConfig` knows its fields and no file; what `value` raised names the file already.
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
@@ -173,6 +177,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
 
 def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place: str) -> None:
     for key, only in plain.items():
+        # Null as well, which writers put where they have nothing to say.
         if section.get(key, only) not in (only, None):
             raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
 

@@ -31,6 +31,7 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
         InputError: an unusable checkpoint, or every field in which it is another draft, found and
             expected.
     """
+    # From config.json, before gigabytes of weights are read for a refusal.
     check_start(path, config)
     _, params = read_hf_draft(path)
     return params
@@ -42,6 +43,7 @@ def check_start(path: str | Path, config: DraftConfig) -> None:
     theirs = _meaning(read_hf_config(path))
     different = [
         f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
+        # Theirs too: a field that only they have is another draft as well.
         for name in (*ours, *(theirs.keys() - ours.keys()))
         if theirs.get(name) != ours.get(name)
     ]

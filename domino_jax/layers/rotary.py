@@ -130,6 +130,7 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
     Returns:
         An array like `x`; the arithmetic is float32.
     """
+    # A pair is (i, i + head_dim / 2) here, and not two neighbours as in GGUF files of Llama.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return (x * tables.cos[:, None] + rotated * tables.sin[:, None]).astype(x.dtype)

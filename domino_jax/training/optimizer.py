@@ -21,6 +21,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     A step whose update is skipped does not count, as in the reference, whose scheduler steps with
     its optimiser: after skipped steps the schedule lags behind `TrainState.step`.
     """
+    # By updates and not by steps: Adam counts the same, and both are saved with its state.
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,

@@ -81,6 +81,7 @@ def check_place(run_dir: str | Path) -> None:
     place = nearest_existing(run_dir)
     if not place.is_dir():
         raise InputError(f"run_dir: {run_dir}: {place} is not a directory; give another run_dir")
+    # To write a directory is not enough: a file in it is reached only if it may be entered.
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(
             f"run_dir: {run_dir}: {place} may not be written by this user; give another run_dir"

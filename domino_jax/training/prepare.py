@@ -279,6 +279,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
         f"{list(record.config.target_layer_ids)}",
     )
+    # A new object of a later class: who holds a `Run` knows that all of it is there.
     known = vars(run) | {"record": record, "inputs": inputs}
     return Run(**known, target_params=target.params, state=state)
 

@@ -201,5 +201,6 @@ def _shapes(run: RunInputs, first: Mapping[str, np.ndarray]) -> Iterator[tuple[s
     for name in Batch._fields:
         laid = getattr(layout, name)
         if laid is not None:
+            # What has to fit is the share of a device, which a mesh of several makes smaller.
             own = list(laid.sharding.shard_shape(laid.shape))
             yield f"batch: {name}", f"{first[name].dtype} {list(laid.shape)} a step, {own} a device"

@@ -245,6 +245,7 @@ def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lower
 
 
 def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    # A type of its own for the target, which is held in the type that it computes in.
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding),
         shapes,

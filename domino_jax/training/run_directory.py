@@ -61,6 +61,7 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
         return
     words = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(changed))
     remedy = "use another run_dir"
+    # The one change that many want, and for which there is another key.
     if changed <= {"train.steps", "train.epochs"}:
         remedy = (
             "the schedules are stretched over them: train.extend=N trains N steps further at the "

@@ -75,6 +75,7 @@ def state_at_start(
 
 def _placed(params: Any, layout: Any) -> Any:
     """Arrays of the host on the devices, to each its share; a process fills its own devices."""
+    # By callback: each device asks for its own part of what the host holds.
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
         params,

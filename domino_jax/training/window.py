@@ -41,6 +41,7 @@ class StepOutcome:
     @property
     def updated(self) -> bool:
         """Whether the step moved the draft."""
+        # As the step itself counted it: the state is not looked at again.
         return bool(self.sums["updates"])
 
     @property
@@ -92,6 +93,7 @@ class Window:
 
 def total(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
     """The sums of some steps added up in float32, in their order."""
+    # In this order: a resumed run must add up to the same bits.
     first, *others = outcomes
     sums = dict(first.sums)
     for outcome in others:
