@@ -2,8 +2,8 @@
 
 So every matrix product of a traced step is counted, by stage, before a compiler rewrites them and
 on all devices together. A loop counts its turns, a kernel its grid, a choice between platforms the
-planned one, any other choice its dearest branch: a tile that a kernel skips because of the data is
-counted, so this is what is executed *at most*.
+planned one, any other choice its most expensive branch: a tile that a kernel skips because of the
+data is counted, so this is what is executed *at most*.
 """
 
 import math
@@ -66,7 +66,8 @@ class _Walk:
     """Goes through a program's equations and those inside them."""
 
     def __init__(self, platforms: tuple[str, ...], unknown_turns: int) -> None:
-        self._platforms, self._unknown_turns = platforms, unknown_turns
+        self._platforms = platforms
+        self._unknown_turns = unknown_turns
 
     def of_jaxpr(self, jaxpr: Any, at: _Place) -> Iterator[Product]:
         for equation in jaxpr.eqns:
@@ -75,13 +76,14 @@ class _Walk:
             yield from self._of_equation(equation, _Place(path, at.times))
 
     def _of_equation(self, equation: Any, at: _Place) -> Iterator[Product]:
-        name, params = equation.primitive.name, equation.params
+        name = equation.primitive.name
+        params = equation.params
         flops = _flops(equation)
         if flops is not None:
             yield Product(flops, at.times, _is_float32(equation), f"{at.path}/{name}")
             return
         if name == "cond":
-            yield from self._dearest(equation, at)
+            yield from self._most_expensive(equation, at)
             return
         turns = 1
         if name == "scan":
@@ -93,11 +95,12 @@ class _Walk:
             turns = math.prod(params["grid_mapping"].grid)
         elif name == "shard_map":
             # Its program is that of one device; axes that were manual outside are counted there.
-            turns = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+            sides = [params["mesh"].shape[axis] for axis in params["newly_manual_axes"]]
+            turns = math.prod(sides)
         for jaxpr in _inside(params):
             yield from self.of_jaxpr(jaxpr, _Place(at.path, at.times * turns))
 
-    def _dearest(self, equation: Any, at: _Place) -> Iterator[Product]:
+    def _most_expensive(self, equation: Any, at: _Place) -> Iterator[Product]:
         branches = equation.params["branches"]
         # `jax.lax.platform_dependent` is traced as a choice, of which a program keeps one branch.
         platforms = equation.params.get("branches_platforms")
@@ -110,8 +113,12 @@ class _Walk:
             )
             yield from self.of_jaxpr(chosen.jaxpr, at)
             return
+
+        def flops(found: list[Product]) -> int:
+            return sum(product.flops * product.times for product in found)
+
         found = [list(self.of_jaxpr(branch.jaxpr, at)) for branch in branches]
-        yield from max(found, key=lambda ones: sum(one.flops * one.times for one in ones))
+        yield from max(found, key=flops)
 
 
 def _inside(params: dict[str, Any]) -> Iterator[Any]:
@@ -134,14 +141,17 @@ def _is_float32(equation: Any) -> bool:
 
 def _flops(equation: Any) -> int | None:
     """FLOPs of a product, None for an equation that is none."""
-    name, params = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    params = equation.params
     if name in ("dot_general", "ragged_dot_general"):
         numbers = params.get("dimension_numbers")
         if numbers is None:
             numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         (contracted, _), _ = numbers
-        left, result = equation.invars[0].aval, equation.outvars[0].aval
-        return 2 * result.size * math.prod(left.shape[axis] for axis in contracted)
+        left = equation.invars[0].aval
+        result = equation.outvars[0].aval
+        sizes = [left.shape[axis] for axis in contracted]
+        return 2 * result.size * math.prod(sizes)
     # cuDNN's: two products of every query with every key. Forward alone, for the target is frozen.
     if name.startswith("dot_product_attention_fwd"):
         queries, keys = (variable.aval.shape for variable in equation.invars[:2])

@@ -117,7 +117,8 @@ class CompiledProgram:
         computation = self.computations[name]
         yield _Visit(computation, times, loop, fused)
         for operation in computation.operations.values():
-            opcode, attributes = operation.opcode, operation.attributes
+            opcode = operation.opcode
+            attributes = operation.attributes
             if opcode == "while":
                 turns = self._turns(computation, operation)
                 inside = operation.path or operation.name
@@ -191,7 +192,8 @@ def _operation(line: str) -> Operation | None:
     rest = line[found.end() :]
     # The shape of a tuple holds spaces: it ends where its parenthesis does.
     end = _closed(rest) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
+    shape = rest[:end]
+    rest = rest[end:].lstrip()
     opcode, _, rest = rest.partition("(")
     end = _closed("(" + rest) - 1
     inside = rest[: end - 1]
@@ -250,11 +252,13 @@ def array_bytes(shape: str, *, main_memory: bool = False) -> list[int]:
         main_memory: leave out what lies in a TPU's fast memory, `S(1)` and above.
     """
     # Bits are multiplied before they become bytes: two of s4 share one.
-    return [
-        _bits(kind) * math.prod(int(size) for size in sizes.split(",") if size) // 8
-        for kind, sizes, layout in _ARRAY.findall(shape)
-        if not (main_memory and re.search(r"S\([1-9]", layout))
-    ]
+    found = []
+    for kind, sizes, layout in _ARRAY.findall(shape):
+        if main_memory and re.search(r"S\([1-9]", layout):
+            continue
+        count = math.prod(int(size) for size in sizes.split(",") if size)
+        found.append(_bits(kind) * count // 8)
+    return found
 
 
 def _bits(kind: str) -> int:
@@ -285,7 +289,8 @@ def collectives(program: CompiledProgram) -> list[Collective]:
             given = sum(sum(_operand_bytes(name, operations)) for name in origin.operands)
             # The whole array comes out of an all-gather, but goes into a reduce-scatter.
             arrays = tuple(array_bytes(operation.shape))
-            path, size = operation.path or origin.path, max(sum(arrays), given)
+            path = operation.path or origin.path
+            size = max(sum(arrays), given)
             found.append(Collective(kind, size, visit.times, visit.loop, path, arrays))
     return found
 
@@ -373,7 +378,8 @@ def _read(operation: Operation, place: int, whole: int, program: CompiledProgram
     inside = program.computations[operation.called].operations.values()
     given = [x.name for x in inside if x.opcode == "parameter" and x.literal == str(place)]
     used = [(x, at) for x in inside for at, name in enumerate(x.operands) if name in given]
-    return min(whole, sum(_read(user, at, whole, program) for user, at in used))
+    read = [_read(user, at, whole, program) for user, at in used]
+    return min(whole, sum(read))
 
 
 def _written(operation: Operation, origin: Operation, program: CompiledProgram) -> int:
@@ -383,7 +389,8 @@ def _written(operation: Operation, origin: Operation, program: CompiledProgram) 
     root: Operation | None = origin
     if origin.opcode.startswith("fusion") and origin.called is not None:
         computation = program.computations[origin.called]
-        operations, root = computation.operations, computation.operations.get(computation.root)
+        operations = computation.operations
+        root = computation.operations.get(computation.root)
         while root is not None and root.opcode == "bitcast":
             root = operations.get(root.operands[0])
     if root is None or root.opcode != "dynamic-update-slice" or not operations:

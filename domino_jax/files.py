@@ -172,11 +172,14 @@ def write_checksums(directory: Path) -> None:
         InputError: a file cannot be read.
         OSError: SHA256SUMS cannot be written.
     """
-    names = _files_below(directory)
+
+    def line(name: str) -> str:
+        return f"{file_sha256(directory / name)}  {name}\n"
+
     with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
-        hashes = threads.map(lambda name: file_sha256(directory / name), names)
-        lines = [f"{digest}  {name}\n" for name, digest in zip(names, hashes, strict=True)]
-    write_whole(directory / CHECKSUMS, "".join(lines))
+        lines = threads.map(line, _files_below(directory))
+        text = "".join(lines)
+    write_whole(directory / CHECKSUMS, text)
 
 
 def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | None:
@@ -196,13 +199,15 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
     except InputError as error:
         return str(error)
     found = set(_files_below(directory))
-    found = (
-        found & listed.keys()
-        if unlisted is None
-        else {name for name in found if name not in unlisted}
-    )
-    for name in sorted(listed.keys() ^ found):
-        return f"{name} is {'missing' if name in listed else f'not listed in {CHECKSUMS}'}"
+    if unlisted is None:
+        found &= listed.keys()
+    else:
+        found = {name for name in found if name not in unlisted}
+    differing = sorted(listed.keys() ^ found)
+    if differing:
+        name = differing[0]
+        what = "missing" if name in listed else f"not listed in {CHECKSUMS}"
+        return f"{name} is {what}"
 
     def sound(name: str) -> bool:
         try:
@@ -210,10 +215,11 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
         except InputError:
             return False
 
+    # Contents last: reading every byte is what costs, and a missing file needs none of it.
     names = sorted(listed)
     with ThreadPoolExecutor() as threads:
-        for name, whole in zip(names, threads.map(sound, names), strict=True):
-            if not whole:
+        for name, intact in zip(names, threads.map(sound, names), strict=True):
+            if not intact:
                 return f"{name} does not match its checksum"
     return None
 

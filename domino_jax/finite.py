@@ -27,10 +27,8 @@ def all_finite(values: np.ndarray) -> bool:
     infinity = int(np.array(np.inf, values.dtype).view(f"uint{width}"))
     # The largest signed integer is that of the entries without a sign, the largest unsigned one
     # that of those with it.
-    positive, negative = (
-        int(values.view(f"int{width}").max()),
-        int(values.view(f"uint{width}").max()),
-    )
+    positive = int(values.view(f"int{width}").max())
+    negative = int(values.view(f"uint{width}").max())
     return positive < infinity and negative < infinity + 2 ** (width - 1)
 
 
@@ -50,7 +48,8 @@ def require_finite(values: np.ndarray, *, place: str, remedy: str) -> None:
     """
     if not all_finite(values):
         # Counted only now: the slow way, which a sound array is spared.
-        count, dtype = count_non_finite(values), str(values.dtype)
+        count = count_non_finite(values)
+        dtype = str(values.dtype)
         raise not_finite(place, count, of=values.size, dtype=dtype, remedy=remedy)
 
 

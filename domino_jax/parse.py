@@ -79,7 +79,8 @@ def parse_yaml(text: str, *, place: str) -> Any:
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        counts = Counter(key for key, _ in pairs)
+        ((twice, _),) = counts.most_common(1)
         raise ValueError(f"the key {shown(twice)} is given twice")
     return mapping
 
@@ -96,6 +97,7 @@ def _number(text: str) -> float:
 
 
 def _short(text: str) -> str:
+    # Before it is converted, which takes long for many digits; no setting has as many.
     if len(text) > NUMBER_CHARACTERS:
         raise ValueError(
             f"a number of {len(text)} characters, expected at most {NUMBER_CHARACTERS}"
@@ -114,11 +116,9 @@ def _deeper_than(value: Any, depth: int) -> bool:
         holders = [item for item in level if isinstance(item, dict | list)]
         if not holders:
             return False
-        level = [
-            child
-            for item in holders
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
+        level = []
+        for holder in holders:
+            level += holder.values() if isinstance(holder, dict) else holder
     return True
 
 
@@ -162,8 +162,9 @@ class _BoundedLoader(yaml.SafeLoader):
         if len(node.value) > NUMBER_CHARACTERS:
             found = f"a number of {len(node.value)} characters"
             raise self._refusal(f"{found}, expected at most {NUMBER_CHARACTERS}", node)
-        kind = self.construct_yaml_int if node.tag == f"{_TAG}int" else self.construct_yaml_float
-        return kind(node)
+        if node.tag == f"{_TAG}int":
+            return self.construct_yaml_int(node)
+        return self.construct_yaml_float(node)
 
     @staticmethod
     def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
@@ -180,16 +181,20 @@ _PLAIN = {
     "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
-_BoundedLoader.yaml_implicit_resolvers = {
-    None: [(f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()]
+_RESOLVERS = [
+    (f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()
+]
+_CONSTRUCTORS: dict[str, Any] = {
+    "null": yaml.SafeLoader.construct_yaml_null,
+    "bool": yaml.SafeLoader.construct_yaml_bool,
+    "str": yaml.SafeLoader.construct_yaml_str,
+    "seq": yaml.SafeLoader.construct_yaml_seq,
+    "map": yaml.SafeLoader.construct_yaml_map,
+    "int": _BoundedLoader.construct_number,
+    "float": _BoundedLoader.construct_number,
 }
+# Under None: whatever character a plain scalar begins with.
+_BoundedLoader.yaml_implicit_resolvers = {None: _RESOLVERS}
 _BoundedLoader.yaml_constructors = {
-    f"{_TAG}{kind}": constructor
-    for kind, constructor in (
-        *(
-            (kind, getattr(yaml.SafeLoader, f"construct_yaml_{kind}"))
-            for kind in ("null", "bool", "str", "seq", "map")
-        ),
-        *((kind, _BoundedLoader.construct_number) for kind in ("int", "float")),
-    )
+    f"{_TAG}{kind}": constructor for kind, constructor in _CONSTRUCTORS.items()
 }

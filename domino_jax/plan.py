@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -74,7 +74,7 @@ class Plan:
         device_kind: of its devices.
         devices: how many.
         mesh: devices along each axis.
-        batch_size: rows of a micro-batch over all devices.
+        batch_size: batch rows of a micro-batch, over all devices.
         grad_accumulation: micro-batches of a step.
         memory_bytes: published of the device; a system may keep some of it.
         fits: whether the compiler took it and its peak is within that memory.
@@ -85,7 +85,7 @@ class Plan:
         buffers: the largest arrays that operations write.
         launches: kernels and library calls on a GPU, at most; None on a TPU.
         bytes_moved: between memory and cores, see `compiled.bytes_moved`.
-        useful_flops: of a step on all devices by stage, every row full (`training.flops`).
+        useful_flops: of a step on all devices by stage, every batch row full (`training.flops`).
         executed_flops: likewise, at most (`arithmetic`).
         float32_flops: of those, products of float32 with float32.
         seconds_of_flops: executed FLOPs at the chip's peak.
@@ -131,7 +131,8 @@ class Plan:
         return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-class Models(NamedTuple):
+@dataclass(frozen=True)
+class Models:
     """The two models of a run, without weights."""
 
     target: DecoderConfig
@@ -153,7 +154,8 @@ def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
     return Models(target, draft)
 
 
-class PlannedStep(NamedTuple):
+@dataclass(frozen=True)
+class PlannedStep:
     """A step ready to be compiled for its devices."""
 
     program: Program
@@ -239,12 +241,14 @@ def _compiled_plan(
     step: PlannedStep,
 ) -> Plan:
     kind = compiler.devices[0].device_kind
-    chip, count = CHIPS[kind], len(compiler.devices)
+    chip = CHIPS[kind]
+    count = len(compiler.devices)
     # Which piece holds the last supervised block only data knows: at most the loss runs all.
     pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)
     platform = compiler.devices[0].platform
     products = arithmetic.products(step.traced, platform=platform, unknown_turns=pieces)
     executed = arithmetic.flops_by_stage(products)
+    float32 = [product.flops * product.times for product in products if product.float32]
     began = time.monotonic()
     outcome = compile_step(step.lowered, place, compiler)
     seconds = time.monotonic() - began
@@ -269,7 +273,7 @@ def _compiled_plan(
         bytes_moved=moved,
         useful_flops=_useful_flops(config, models, step.program),
         executed_flops=executed,
-        float32_flops=float(sum(x.flops * x.times for x in products if x.float32)),
+        float32_flops=float(sum(float32)),
         seconds_of_flops=sum(executed.values()) / count / chip.flops,
         seconds_of_bytes=None if moved is None else moved / chip.bandwidth,
         compile_seconds=seconds,
@@ -278,7 +282,8 @@ def _compiled_plan(
     )
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """What a compiler gave: the program's text and memory, or its refusal."""
 
     text: str = ""
@@ -343,8 +348,8 @@ def _useful_flops(config: RunConfig, models: Models, program: Program) -> dict[s
         depth=program.target.layers_run,
         target_logits=reads_target(config.loss),
     )
-    rows = config.data.batch_size * config.optimizer.grad_accumulation
-    return {stage: flops * rows for stage, flops in parts.items()}
+    batch_rows = config.data.batch_size * config.optimizer.grad_accumulation
+    return {stage: flops * batch_rows for stage, flops in parts.items()}
 
 
 def largest_batch(

@@ -25,7 +25,7 @@ def plan_table(plans: Sequence[Plan]) -> Table:
             table.add_row(name, *(text or "-" for text in cells))
 
     row("devices", lambda plan: f"{plan.devices} x {plan.device_kind}")
-    row("mesh", lambda plan: " ".join(f"{axis} {size}" for axis, size in plan.mesh.items()))
+    row("mesh", _mesh)
     row("batch x accumulation", lambda plan: f"{plan.batch_size} x {plan.grad_accumulation}")
     row("fits", lambda plan: "yes" if plan.fits else "NO")
     row("peak memory of published", _memory)
@@ -33,7 +33,7 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     for kind in sorted({kind for plan in plans for kind in plan.exchanges}):
         row(kind, _exchange_of(kind))
     row("launches, at most", lambda plan: f"{plan.launches:,}" if plan.launches else None)
-    row("TFLOP useful / executed", lambda plan: _flops(*_totals(plan)))
+    row("TFLOP useful / executed", _all_flops)
     # Not a set: stages stand in the order in which a step comes to them.
     for stage in {stage: None for plan in plans for stage in plan.executed_flops}:
         row(f"  {stage}", _stage_of(stage))
@@ -46,12 +46,18 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     return table
 
 
+def _mesh(plan: Plan) -> str:
+    return " ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+
+
 def _size(size: int | None) -> str | None:
     if size is None:
         return None
     if size >= GIB / 10:
         return f"{size / GIB:.2f} GiB"
-    return f"{size / MIB:.1f} MiB" if size >= MIB / 10 else f"{size / 2**10:.1f} KiB"
+    if size >= MIB / 10:
+        return f"{size / MIB:.1f} MiB"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def _memory(plan: Plan) -> str:
@@ -72,13 +78,16 @@ def _exchange_of(kind: str) -> Callable[[Plan], str | None]:
     return cell
 
 
-def _totals(plan: Plan) -> tuple[float, float]:
-    return sum(plan.useful_flops.values()), sum(plan.executed_flops.values())
+def _all_flops(plan: Plan) -> str:
+    useful = sum(plan.useful_flops.values())
+    executed = sum(plan.executed_flops.values())
+    return _flops(useful, executed)
 
 
 def _stage_of(stage: str) -> Callable[[Plan], str]:
     def cell(plan: Plan) -> str:
-        useful, executed = plan.useful_flops.get(stage, 0.0), plan.executed_flops.get(stage, 0.0)
+        useful = plan.useful_flops.get(stage, 0.0)
+        executed = plan.executed_flops.get(stage, 0.0)
         return _flops(useful, executed)
 
     return cell
@@ -89,7 +98,8 @@ def _flops(useful: float, executed: float) -> str:
 
 
 def _tera(flops: float) -> str:
-    return f"{flops / TERA:.2f}" if flops >= TERA / 10 or not flops else f"{flops / TERA:.1g}"
+    digits = ".2f" if flops >= TERA / 10 or not flops else ".1g"
+    return f"{flops / TERA:{digits}}"
 
 
 def _milliseconds(seconds: float) -> str:

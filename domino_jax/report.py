@@ -32,7 +32,8 @@ def training_summary(run: Path) -> dict[str, Any]:
 
 def evaluation_table(report: dict[str, Any]) -> Table:
     """The table of an `evaluation.json`: a column per prompt set, the training figures below."""
-    evaluator, training = report["evaluator"], report["training"]
+    evaluator = report["evaluator"]
+    training = report["training"]
     title = (
         f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, "
         f"{evaluator['proposals']} proposals, temperature {evaluator['temperature']}, "
@@ -65,8 +66,11 @@ def evaluation_table(report: dict[str, Any]) -> Table:
             f"in {training['steps']} steps"
         )
     if "heldout" in training:
+        # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
         heldout = training["heldout"]
-        base = f", base {heldout['base_accept_len']:.3f}" if "base_accept_len" in heldout else ""
+        base = ""
+        if "base_accept_len" in heldout:
+            base = f", base {heldout['base_accept_len']:.3f}"
         table.caption = (
             f"{table.caption}; held-out accept_len (teacher-forced) "
             f"{heldout['accept_len']:.3f}{base}"

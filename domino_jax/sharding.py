@@ -78,7 +78,8 @@ def partition_spec(*axes: str | None) -> PartitionSpec:
     unknown = [axis for axis in axes if axis is not None and axis not in RULES]
     if unknown:
         raise KeyError(f"unknown logical axes {unknown}; known: {sorted(RULES)}")
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    split = [None if axis is None else RULES[axis] for axis in axes]
+    return PartitionSpec(*split)
 
 
 def logical_axes(init: Any, *axes: str) -> Any:
@@ -138,9 +139,13 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
     def sharding(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.Partitioned):
             return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, _fitted(partition_spec(*leaf.names), leaf.value.shape, mesh))
+        spec = partition_spec(*leaf.names)
+        return NamedSharding(mesh, _fitted(spec, leaf.value.shape, mesh))
 
-    return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.Partitioned)
+
+    return jax.tree.map(sharding, boxed, is_leaf=is_box)
 
 
 def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
@@ -157,7 +162,8 @@ def _fitted(
         left = tuple(name for name in names if name not in mesh.manual_axes)
         return left if left and size % _parts(left, mesh) == 0 else None
 
-    return PartitionSpec(*(fitted(axes, size) for axes, size in zip(spec, shape, strict=True)))
+    sides = [fitted(axes, size) for axes, size in zip(spec, shape, strict=True)]
+    return PartitionSpec(*sides)
 
 
 def split_over_batch(
@@ -178,13 +184,13 @@ def split_over_batch(
 
     def split(*arguments: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        rows = jax.tree.leaves([x for x, own in zip(arguments, by_row, strict=True) if own])[
-            0
-        ].shape[0]
+        with_rows = [x for x, own in zip(arguments, by_row, strict=True) if own]
+        rows = jax.tree.leaves(with_rows)[0].shape[0]
         if mesh.empty or parts_of("batch") == 1 or rows % parts_of("batch"):
             return function(*arguments)
         (names,) = partition_spec("batch")
-        own, shared = PartitionSpec(names), PartitionSpec()
+        own = PartitionSpec(names)
+        shared = PartitionSpec()
 
         def run(*arguments: Any) -> Any:
             of_rows, sums = function(*arguments)
@@ -192,13 +198,14 @@ def split_over_batch(
 
         # Unchecked: a loop that begins with zeros, the same on all devices, ends with what differs
         # between them, which the check takes for a mistake.
-        return jax.shard_map(
+        on_each = jax.shard_map(
             run,
             in_specs=tuple(own if of_rows else shared for of_rows in by_row),
             out_specs=(own, shared),
             axis_names={names} if isinstance(names, str) else set(names),
             check_vma=False,
-        )(*arguments)
+        )
+        return on_each(*arguments)
 
     return split
 
@@ -250,4 +257,5 @@ def split_over_devices(
 
 
 def _is_axes(leaf: tuple[Any, ...]) -> bool:
+    # None stands for an axis that is never split, and so is a name too.
     return all(axis is None or isinstance(axis, str) for axis in leaf)

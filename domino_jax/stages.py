@@ -42,7 +42,8 @@ def scope_of(path: str) -> str:
     if "/" not in path:  # an argument of the step, or nothing
         return path.replace("\\", "") or "the compiler's own"
     names = _names(path)
-    told = [name for name in names if re.fullmatch(r"[\w\-]+", name) and name not in _MACHINERY]
+    plain = [name for name in names if re.fullmatch(r"[\w\-]+", name)]
+    told = [name for name in plain if name not in _MACHINERY]
     stage = stage_of(path)
     tail = [name for name in told[-3:] if name != stage]
     words = "/".join(([stage] if stage else []) + tail) or "the compiler's own"

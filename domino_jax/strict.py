@@ -20,7 +20,8 @@ Scalars = Mapping[str, Scalar]
 LINE_CHARACTERS = 490  # of a message; with "error: " before it, a line of less than 500
 SHOWN_CHARACTERS = 100  # of a value inside a message
 # Every number of a configuration ends as one on a device.
-FLOAT32_SMALLEST, FLOAT32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+FLOAT32_SMALLEST = 2.0**-126
+FLOAT32_LARGEST = (2 - 2.0**-23) * 2.0**127
 
 
 class InputError(ValueError):
@@ -42,12 +43,22 @@ def one_line(text: str) -> str:
     # What is left out below is not looked at: a message may quote megabytes.
     if len(text) > 2 * LINE_CHARACTERS:
         text = f"{text[:LINE_CHARACTERS]}{text[-LINE_CHARACTERS:]}"
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    text = printable(text)
     if len(text) <= LINE_CHARACTERS:
         return text
     end = LINE_CHARACTERS // 3
     return f"{text[: LINE_CHARACTERS - end - 5]} ... {text[-end:]}"
+
+
+def printable(text: str) -> str:
+    """Text with escapes in the place of what a terminal would obey or not show."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def shown(value: Any) -> str:
@@ -65,7 +76,8 @@ def text_problem(text: str) -> str | None:
     """
     if "\0" in text:
         return "holds a NUL character"
-    return "is not valid Unicode" if any("\ud800" <= c <= "\udfff" for c in text) else None
+    halves = any("\ud800" <= c <= "\udfff" for c in text)
+    return "is not valid Unicode" if halves else None
 
 
 def require(holds: bool, message: str) -> None:
@@ -96,15 +108,11 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
             known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
             raise InputError(f"{place}: unknown key {shown(key)}; {known}")
         values[key] = _typed(hints[key], value, place=f"{place}: {key}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
+    needed = [name for name, f in fields.items() if not _has_default(f)]
+    missing = [name for name in needed if name not in values]
     if missing:
         raise InputError(f"{place}: missing {', '.join(missing)}")
+    # A dataclass checks its values without knowing where they stand.
     try:
         return kind(**values)
     except InputError as error:
@@ -138,6 +146,11 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
     return dict(value)
 
 
+def _has_default(field: "dataclasses.Field[Any]") -> bool:
+    defaults = (field.default, field.default_factory)
+    return any(default is not dataclasses.MISSING for default in defaults)
+
+
 def _typed(hint: Any, value: Any, *, place: str) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
@@ -145,12 +158,11 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
         options = [option for option in typing.get_args(hint) if option is not types.NoneType]
         if dataclasses.is_dataclass(value) and type(value) in options:
             return value
-        words = [
-            word for option in options for word in typing.get_args(option) if isinstance(word, str)
-        ]
+        literals = [option for option in options if typing.get_origin(option) is typing.Literal]
+        words = [word for literal in literals for word in typing.get_args(literal)]
         if value in words:  # Literal["default"], for example
             return value
-        (hint,) = [option for option in options if typing.get_origin(option) is not typing.Literal]
+        (hint,) = [option for option in options if option not in literals]
     if hint == Scalars:
         return scalars(value, place=place)
     if dataclasses.is_dataclass(hint):

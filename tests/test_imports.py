@@ -66,7 +66,7 @@ assert int(state.step) == 1 and np.isfinite(sums["loss_sum"]), sums
 
 template = chat_template(load_tokenizer(directory), {})
 save_draft(run, state.params, DraftRecord(config, str(directory), template))
-assert load_draft(run)[2] == 0
+assert load_draft(run).step == 0
 for words in (["--help"], ["generate", str(run), "a b c", "--max-new-tokens", "8"]):
     sys.argv = ["domino", *words]
     try:

@@ -60,14 +60,22 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
     check_new(directory)  # before the run is read
     keeps(f"{directory} is whole or was not made; the same command starts over")
     reporter.say(f"loading the draft of {run}")
-    record, params, step = load_draft(run, reporter=reporter, step=step)
+    stored = load_draft(run, reporter=reporter, step=step)
+    record = stored.record
+    # Before anything is written: what an engine misreads is not worth exporting for it.
     refusals = engine_refusals(record.config, engine, dtype=dtype) if engine else []
     if refusals:
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
     reporter.say(f"saving {directory}")
-    save_hf_draft(directory, record.config, params, dtype=dtype, chat_template=record.chat_template)
+    save_hf_draft(
+        directory,
+        record.config,
+        stored.params,
+        dtype=dtype,
+        chat_template=record.chat_template,
+    )
     keeps(f"{directory} is complete")
-    reporter.say(f"step {step} of {run} exported and read back, {dtype}")
+    reporter.say(f"step {stored.step} of {run} exported and read back, {dtype}")
     if engine:
         reporter.say(proposals_note(record.config, engine))
     click.echo(directory)
@@ -113,6 +121,7 @@ def import_(
     reporter.say(f"saving {run}")
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
     record = DraftRecord(config, target_name, template, *hashes)
+    # Half a run directory would be taken for a run by every other verb.
     with whole_directory(run) as beside:
         try:
             save_draft(beside, params, record)

@@ -12,8 +12,8 @@ from domino_jax.strict import InputError, shown
 
 @click.command("config")
 @click.argument("key", required=False)
-@click.option("--list", "whole", is_flag=True, help="Print every key, one a line.")
-def config_verb(key: str | None, whole: bool) -> None:
+@click.option("--list", "every", is_flag=True, help="Print every key, one a line.")
+def config_verb(key: str | None, every: bool) -> None:
     """Explain KEY of a run's configuration, or all keys of a section.
 
     \b
@@ -27,7 +27,7 @@ def config_verb(key: str | None, whole: bool) -> None:
     keeps("nothing was written", at_once=True)
     keys = list(described(RunConfig))
     if key is None:
-        if not whole:
+        if not every:
             raise InputError("give a KEY, for example train.steps, or --list for all of them")
         _print(keys)
         return
@@ -50,7 +50,8 @@ def config_verb(key: str | None, whole: bool) -> None:
 
 def _print(keys: list[Described]) -> None:
     """A line for each key: its name, its default, its meaning."""
-    names, defaults = max(len(one.name) for one in keys), max(len(one.default) for one in keys)
+    names = max(len(one.name) for one in keys)
+    defaults = max(len(one.default) for one in keys)
     for one in keys:
         click.echo(f"{one.name:{names}}  {one.default:{defaults}}  {one.key.meaning}")
 
@@ -58,4 +59,5 @@ def _print(keys: list[Described]) -> None:
 def _takes(one: Described) -> str:
     """Type, unit and bounds of a key, formatted."""
     unit = f" ({one.key.unit})" if one.key.unit else ""
-    return ", ".join(part for part in (f"{one.kind}{unit}", one.key.bounds) if part)
+    parts = (f"{one.kind}{unit}", one.key.bounds)
+    return ", ".join(part for part in parts if part)

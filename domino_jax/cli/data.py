@@ -39,6 +39,7 @@ def target(source: str, directory: Path | None) -> None:
     into DIRECTORY.
     """
     keeps("the target is whole or was not made; the same command starts over")
+    # By its name: of the three sources this one alone needs a place to go to.
     if source.endswith(".gguf"):
         if directory is None:
             raise InputError(
@@ -85,7 +86,7 @@ def regenerate(
     answers written by anyone else cost acceptance. Stopped and started again it resumes where it
     was.
     """
-    keeps(f"answered batches are kept in {answers}.partial; the same command goes on")
+    keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)

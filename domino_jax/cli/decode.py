@@ -174,6 +174,7 @@ def evaluate(
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         dtype=drafter.config.dtype,
+        # For the speeds, which mean nothing without it.
         device=f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
     )
     # Before the table, which a closed pipe may refuse.
@@ -191,6 +192,7 @@ def _prompts(
 ) -> list[np.ndarray]:
     """The first prompts of a file as token ids; tells which lines were left out."""
     usable, bad_lines = read_messages(path)
+    # Told and passed over: a set is measured on what can be used of it.
     for bad in bad_lines:
         reporter.say(f"{path}:{bad.line}: {bad.reason}")
     prompts = []

@@ -55,7 +55,7 @@ def plan_verb(
     # Before minutes of compiling, not after them.
     if file is not None and not file.parent.is_dir():
         raise InputError(f"--json {file}: no directory {file.parent}; make it first")
-    keeps("plans that were finished are kept; the same command goes on")
+    keeps("plans that were finished are kept; the same command resumes")
     # Before jax looks for devices: this machine's own are none of a plan's business.
     jax.config.update("jax_platforms", "cpu")
     compilers = [compiler_for(place) for place in asked]

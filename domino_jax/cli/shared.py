@@ -4,9 +4,9 @@ Options, progress on stderr, and reading a target or a run, checked against each
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 from rich.console import Console
@@ -52,6 +52,7 @@ class FiniteRange(click.FloatRange):
 
 def _temperature(_: click.Context, option: click.Parameter, value: float) -> float:
     low, high = _TEMPERATURES
+    # 0 is no temperature but the word for none, so it lies outside of the range.
     if value != 0 and not low <= value <= high:
         raise InputError(f"{option.opts[0]}: expected 0, or {low:g} to {high:g}, found {value}")
     return value
@@ -147,7 +148,8 @@ target_option = click.option(
 )
 
 
-class Loaded(NamedTuple):
+@dataclass(frozen=True)
+class Loaded:
     """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
 
     config: Any
@@ -155,7 +157,8 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
-class Drafter(NamedTuple):
+@dataclass(frozen=True)
+class Drafter:
     """A draft of a run; `config` is the record's in the chosen compute type."""
 
     record: DraftRecord
@@ -191,7 +194,7 @@ def load_run(
     step: int | None,
     max_new_tokens: int,
 ) -> tuple[Loaded, Drafter]:
-    """Reads a draft of a run and its target.
+    """Reads a run: its target as loaded, and its draft, in this order.
 
     Args:
         run: the run directory.
@@ -204,11 +207,11 @@ def load_run(
             one that the draft was trained for.
     """
     reporter.say(f"loading the draft of {run}")
-    record, params, step = load_draft(run, reporter=reporter, step=step)
+    stored = load_draft(run, reporter=reporter, step=step)
+    record = stored.record
     compute = dtype or record.config.dtype
-    reporter.say(
-        f"step {step} of {run}, computed in {compute}{'' if dtype else ', as it was trained'}"
-    )
+    as_trained = "" if dtype else ", as it was trained"
+    reporter.say(f"step {stored.step} of {run}, computed in {compute}{as_trained}")
     path = resolve_target(record.target, reporter=reporter)
     # Hashing reads all of the weights, so it runs beside their loading.
     with hashed_beside(path) as target_sha256:
@@ -231,11 +234,12 @@ def load_run(
             )
     config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
-    return loaded, Drafter(record, config, params, step)
+    return loaded, Drafter(record, config, stored.params, stored.step)
 
 
 def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
     """Raises `InputError` unless the draft can serve this target."""
+    # What decodes knows best what fits; nothing is decoded, and no weight is looked at.
     try:
         make_decoder(target, DraftModel(config))
     except ValueError as error:
@@ -252,5 +256,6 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
 
 def results() -> Console:
     """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
+    # Into a file rich would fold tables at 80 characters, for a screen that is not there.
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))

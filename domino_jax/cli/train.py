@@ -42,15 +42,17 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         checked = check(settings, reporter=reporter, set_aside=False)
         # Asked for only where captured states are read: it takes a pass over the target's files.
         fingerprint = functools.partial(target_fingerprint, checked.target)
-        print_preview(read_inputs(checked, target_sha256=fingerprint, reporter=reporter), results())
+        run = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
+        print_preview(run, results())
         return
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
-        f"the checkpoints in {settings.run_dir} stay as they are; the same command goes on",
+        f"the checkpoints in {settings.run_dir} stay as they are; the same command resumes",
         at_once=True,
     )
     # Without a safe point: training ends by itself, once its step is saved.
-    click.echo(train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested))
+    directory = train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested)
+    click.echo(directory)
 
 
 @click.command()
@@ -103,7 +105,7 @@ def capture(
             f"DIRECTORY is {str(directory)!r}, which looks like an override; "
             "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
         )
-    keeps(f"shards that were written to {directory} stay; the same command goes on")
+    keeps(f"shards that were written to {directory} stay; the same command resumes")
     capture_states(
         load_config(config, overrides),
         directory,

@@ -49,6 +49,7 @@ class _Group(click.Group):
             raise  # nobody reads what is printed, see `run`
         except OSError as error:
             raise click.UsageError(_system_words(error)) from error
+        # These two are no errors of the user's: they have codes of their own, and no "error:".
         except Interrupted as error:
             print(error, file=sys.stderr)
             ctx.exit(EXIT_CODE)
@@ -133,4 +134,5 @@ def _hear_failed_saves_once() -> None:
         if threading.current_thread() is threading.main_thread():
             told(*error)
 
-    sys.excepthook, sys.unraisablehook = hook, lambda _: None
+    sys.excepthook = hook
+    sys.unraisablehook = lambda _: None

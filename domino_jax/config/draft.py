@@ -28,19 +28,37 @@ LENGTH_LIMIT = 2**24  # of the sides of an array
 class DraftRecipe:
     """The draft to train; what is left null is the target's."""
 
-    num_hidden_layers: int = key(5, "layers of the draft", least=1, below=LENGTH_LIMIT)
+    num_hidden_layers: int = key(
+        5,
+        "layers of the draft",
+        least=1,
+        below=LENGTH_LIMIT,
+    )
     num_attention_heads: int | None = key(
-        None, "query heads; null: the target's", least=1, most=SIZE_LIMIT
+        None,
+        "query heads; null: the target's",
+        least=1,
+        most=SIZE_LIMIT,
     )
     num_key_value_heads: int | None = key(
-        None, "key and value heads; null: the target's", least=1, most=SIZE_LIMIT
+        None,
+        "key and value heads; null: the target's",
+        least=1,
+        most=SIZE_LIMIT,
     )
     head_dim: int | None = key(
-        None, "width of a head; null: the target's", least=1, most=SIZE_LIMIT
+        None,
+        "width of a head; null: the target's",
+        least=1,
+        most=SIZE_LIMIT,
     )
     block_size: int = key(
-        16, "K, tokens of a block, its clean first one included", least=1, below=LENGTH_LIMIT
+        16,
+        "K, tokens of a block, its clean first one included",
+        least=1,
+        below=LENGTH_LIMIT,
     )
+    # No default: which token a vocabulary can spare differs from target to target.
     mask_token_id: int = key(
         REQUIRED,
         "token that stands where a block is to be predicted; no eos, pad or bos of the target",
@@ -54,11 +72,25 @@ class DraftRecipe:
         most=SIZE_LIMIT,
     )
     projector_type: str | None = key("domino", "head over the base logits; null: plain DFlash")
-    emb_dim: int = key(256, "R, width of the head's low-rank correction", least=1, most=SIZE_LIMIT)
-    gru_hidden_dim: int = key(1024, "G, width of the Domino head's GRU", least=1, most=SIZE_LIMIT)
-    pure_draft_prefix_len: int = key(
-        1, "first predictions of a block that the head leaves alone", least=0, most=SIZE_LIMIT
+    emb_dim: int = key(
+        256,
+        "R, width of the head's low-rank correction",
+        least=1,
+        most=SIZE_LIMIT,
     )
+    gru_hidden_dim: int = key(
+        1024,
+        "G, width of the Domino head's GRU",
+        least=1,
+        most=SIZE_LIMIT,
+    )
+    pure_draft_prefix_len: int = key(
+        1,
+        "first predictions of a block that the head leaves alone",
+        least=0,
+        most=SIZE_LIMIT,
+    )
+    # Null and not a value: Domino and plain DFlash differ in it, and so do their readers.
     shift_label: bool | None = key(
         None, "block position k predicts token k + 1; null: true with a head, false without"
     )
@@ -77,10 +109,20 @@ class DraftRecipe:
         "how sliding layers look inside the block; causal is SpecForge's rule",
         choices=("bidirectional", "causal"),
     )
-    input_embedding_scale: float = key(1.0, "multiplies the embedded block", above=0)
-    output_multiplier: float = key(1.0, "multiplies base logits", above=0)
+    input_embedding_scale: float = key(
+        1.0,
+        "multiplies the embedded block",
+        above=0,
+    )
+    output_multiplier: float = key(
+        1.0,
+        "multiplies base logits",
+        above=0,
+    )
     final_logit_softcapping: float | None = key(
-        None, "bounds base logits c: c * tanh(logits / c); null: none", above=0
+        None,
+        "bounds base logits c: c * tanh(logits / c); null: none",
+        above=0,
     )
     init_layers_from_target: bool = key(False, "start as the target's last layers and norm")
     init_from: str | None = key(None, "directory of a draft checkpoint to start from")
@@ -88,6 +130,7 @@ class DraftRecipe:
     def __post_init__(self) -> None:
         """Refuses what no draft can have; the rest depends on the target."""
         check_keys(self)
+        # Which of two starts would win is not for a reader to guess.
         require(
             not (self.init_from and self.init_layers_from_target),
             "init_from and init_layers_from_target are two starts; give one",
@@ -116,6 +159,7 @@ def make_draft_config(
     Raises:
         InputError: the mask token is a special token, or the recipe does not fit the target.
     """
+    # A text may hold such a token, where the draft would then see a place to be predicted.
     for name, token in special_ids.items():
         require(
             token != recipe.mask_token_id,
@@ -123,7 +167,8 @@ def make_draft_config(
         )
     layers = recipe.target_layer_ids
     if layers is None:
-        depth, count = target.num_hidden_layers, recipe.num_hidden_layers
+        depth = target.num_hidden_layers
+        count = recipe.num_hidden_layers
         layers = default_target_layer_ids(depth, count)
         # `DraftConfig` refuses these too, but names a setting that nobody has given.
         require(
@@ -137,10 +182,12 @@ def make_draft_config(
     fields: dict[str, Any] = {name: getattr(target, name) for name in shape}
     for f in dataclasses.fields(DraftConfig):
         chosen = getattr(recipe, f.name, None)
+        # Null is what the target has, which stands there already.
         if chosen is not None:
             fields[f.name] = chosen
     fields["head"] = _head_of(recipe)  # null is plain DFlash, nothing left open
     fields.setdefault("shift_label", fields["head"] is not None)
+    # A window without types is meant for all layers: none would use it otherwise.
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
     fields |= {"num_target_layers": target.num_hidden_layers, "target_layer_ids": layers}

@@ -65,9 +65,12 @@ class Key:
                 "at most": self.most,
                 "below": self.below,
             }
-            told = [f"{word} {_number(end)}" for word, end in ends.items() if math.isfinite(end)]
-            words += [" and ".join(told)] if told else []
-        words += [f"one of {', '.join(self.choices)}"] if self.choices else []
+            given = {word: end for word, end in ends.items() if math.isfinite(end)}
+            if given:
+                told = [f"{word} {_number(end)}" for word, end in given.items()]
+                words.append(" and ".join(told))
+        if self.choices:
+            words.append(f"one of {', '.join(self.choices)}")
         return " or ".join(words)
 
     def allows(self, value: Any) -> bool:
@@ -78,12 +81,14 @@ class Key:
             return not self.choices or value in self.choices
         if value is None or isinstance(value, bool) or not isinstance(value, int | float):
             return True
+        # Both kinds of bounds: what a key does not give is infinite and excludes nothing.
         within = self.least <= value <= self.most and self.above < value < self.below
         return within or value in self.special
 
 
 def _number(value: float) -> str:
     """A limit as a person reads it."""
+    # 2**31 reads as the limit that it is, 2147483648 as a number that somebody chose.
     power = math.log2(value) if value >= 2**20 else 0.5
     return f"2**{power:.0f}" if power.is_integer() else f"{value:g}"
 
@@ -113,13 +118,16 @@ def check_keys(section: Any) -> None:
     """
     hints = typing.get_type_hints(type(section))
     for field in dataclasses.fields(section):
-        known, value = field.metadata.get(_KEY), getattr(section, field.name)
+        known = field.metadata.get(_KEY)
+        value = getattr(section, field.name)
+        # A section inside a section has no key: it has checked itself.
         if known is not None:
-            null = " or null" if types.NoneType in typing.get_args(hints[field.name]) else ""
+            may_be_null = types.NoneType in typing.get_args(hints[field.name])
+            null = " or null" if may_be_null else ""
+            # As a YAML file has it, not as a tuple of Python.
             found = shown(list(value) if isinstance(value, tuple) else value)
-            require(
-                known.allows(value), f"{field.name} must be {known.bounds}{null}, found {found}"
-            )
+            expected = f"{known.bounds}{null}"
+            require(known.allows(value), f"{field.name} must be {expected}, found {found}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,8 @@ def described(kind: type, prefix: str = "") -> Iterator[Described]:
     """Every key of a configuration and its sections, in the order of a file."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        hint, name = hints[field.name], f"{prefix}{field.name}"
+        hint = hints[field.name]
+        name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hint):
             yield from described(typing.cast(type, hint), f"{name}.")
         else:

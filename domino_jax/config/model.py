@@ -13,7 +13,8 @@ from domino_jax.config.heads import HEADS, DominoHeadConfig, HeadConfig, head_ki
 from domino_jax.config.sizes import check_positive, check_size
 from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_tree, require, shown
 
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
 
 # Turns within the pretraining length above which YaRN leaves a frequency alone, and below which it
 # stretches it fully.
@@ -71,13 +72,15 @@ class RopeScaling:
             require(not number or value > 0, f"{field.name} must be positive, found {value}")
             check_size(field.name, value)
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
-        low, high = self.low_freq_factor, self.high_freq_factor
+        low = self.low_freq_factor
+        high = self.high_freq_factor
         # Equal ones would divide by 0 where Llama 3.1 blends between the two.
         require(
             low is None or high is None or low < high,
             f"low_freq_factor {low} must be below high_freq_factor {high}",
         )
-        fast, slow = self.beta_fast or YARN_BETA_FAST, self.beta_slow or YARN_BETA_SLOW
+        fast = self.beta_fast or YARN_BETA_FAST
+        slow = self.beta_slow or YARN_BETA_SLOW
         require(fast >= slow, f"beta_fast {fast} must not be below beta_slow {slow}")
         require(
             (self.mscale is None) == (self.mscale_all_dim is None),
@@ -115,7 +118,8 @@ class DecoderShape:
         # Rounded to 0 in float32 it would make NaN of a zero vector.
         eps = self.rms_norm_eps
         require(FLOAT32_SMALLEST <= eps < 1, f"rms_norm_eps must lie between 0 and 1, found {eps}")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        heads = self.num_attention_heads
+        kv_heads = self.num_key_value_heads
         require(
             heads % kv_heads == 0,
             f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}",
@@ -214,14 +218,16 @@ class DraftConfig(DecoderShape):
             0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
         )
-        layers, last = list(self.target_layer_ids), self.num_target_layers - 1
+        layers = list(self.target_layer_ids)
+        last = self.num_target_layers - 1
         require(
             len(layers) > 0 and all(0 <= layer <= last for layer in layers),
             f"target_layer_ids {shown(layers)} must lie in 0..{last}",
         )
         require(layers == sorted(set(layers)), f"target_layer_ids {shown(layers)} must rise")
         if self.head is not None:
-            prefix, count = self.pure_draft_prefix_len, self.num_predictions
+            prefix = self.pure_draft_prefix_len
+            count = self.num_predictions
             require(
                 0 <= prefix < count,
                 f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct",

@@ -39,7 +39,12 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    seed: int = key(0, "of parameters, order and anchors", least=0, below=SEED_LIMIT)
+    seed: int = key(
+        0,
+        "of parameters, order and anchors",
+        least=0,
+        below=SEED_LIMIT,
+    )
     dtype: str = key(
         "bfloat16",
         "type of products and activations; master weights are float32",
@@ -53,6 +58,7 @@ class RunConfig:
             self.train.keep_best is None or self.data.heldout is not None,
             "train.keep_best is 'heldout', but data.heldout is missing",
         )
+        # A block begins inside its row and ends there: in a shorter row no anchor is ever drawn.
         require(
             self.data.max_length > self.draft.block_size,
             f"data.max_length {self.data.max_length} must exceed "
@@ -72,6 +78,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: unreadable file, unknown key (with the nearest valid name), wrong type or
             contradicting values.
     """
+    # Bounded before it is read: by mistake the path may be that of a checkpoint.
     tree = parse_yaml(read_text(Path(path), limit=YAML_CHARACTERS), place=str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
@@ -81,6 +88,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         names = name.split(".")
         if not equals or not name:
             raise InputError(f"{place}: expected key=value, for example train.steps=100")
+        # No deeper than a file may be: what reads the tree goes down by recursion.
         if len(names) > DEPTH:
             raise InputError(f"{place}: a key of {len(names)} parts, expected at most {DEPTH}")
         _assign(tree, names, parse_yaml(value, place=place), place)
@@ -94,6 +102,7 @@ def dump_config(config: RunConfig) -> str:
 
 def _assign(tree: dict[str, Any], names: list[str], value: Any, place: str) -> None:
     for name in names[:-1]:
+        # A file holds only what differs, so the section may not be there yet.
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
             raise InputError(f"{place}: {shown(name)} is a value, not a section")

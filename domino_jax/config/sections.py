@@ -28,7 +28,11 @@ class DataConfig:
         None, "JSONL of conversations to measure on; the target runs for them either way"
     )
     max_length: int = key(
-        3072, "S; longer conversations are cut", unit="tokens", least=1, below=LENGTH_LIMIT
+        3072,
+        "S; longer conversations are cut",
+        unit="tokens",
+        least=1,
+        below=LENGTH_LIMIT,
     )
     batch_size: int = key(
         16,
@@ -69,7 +73,11 @@ class LossConfig:
     """Anchors, objective and the curriculum (N, gamma, lambda_base of `training/loss.py`)."""
 
     num_anchors: int = key(
-        512, "N, blocks that a row trains at most", unit="anchors", least=1, below=LENGTH_LIMIT
+        512,
+        "N, blocks that a row trains at most",
+        unit="anchors",
+        least=1,
+        below=LENGTH_LIMIT,
     )
     anchor_rule: str = key(
         "nemo",
@@ -78,6 +86,7 @@ class LossConfig:
     )
     loss_type: str = key("dflash", "objective; those known stand in training/objectives.py")
     options: Scalars = key({}, "the objective's own parameters")
+    # Null has a meaning of its own here, so the default is a word and not null.
     loss_decay_gamma: float | Literal["default"] | None = key(
         "default",
         "decay of the position weights; default: the objective's own, null: none",
@@ -94,10 +103,20 @@ class LossConfig:
         least=0,
         most=1,
     )
-    lambda_start: float = key(1.0, "lambda_base of the first step", least=0, most=1)
-    decay_ratio: float = key(
-        1.0, "share of the steps after which lambda_base is 0", least=0, most=1
+    lambda_start: float = key(
+        1.0,
+        "lambda_base of the first step",
+        least=0,
+        most=1,
     )
+    # Over the whole run, as in the paper; the half that `get_lambda_base` has is its own default.
+    decay_ratio: float = key(
+        1.0,
+        "share of the steps after which lambda_base is 0",
+        least=0,
+        most=1,
+    )
+    # A bound of memory and so of speed: pieces change the order of sums and nothing else.
     logits_mib: float | None = key(
         None,
         "float32 logits that a device holds at once; null: what suits the device",
@@ -114,16 +133,55 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
-    b1: float = key(0.9, "decay of the mean of gradients", least=0, below=1)
-    b2: float = key(0.95, "decay of the mean of their squares", least=0, below=1)
-    weight_decay: float = key(0.0, "decoupled weight decay, of norms too", least=0)
-    clip_norm: float = key(1.0, "gradients of a larger global norm are scaled down", above=0)
-    warmup_ratio: float = key(0.04, "share of the steps with a rising rate", least=0, most=1)
-    final_ratio: float = key(0.1, "last learning rate over the peak", least=0, most=1)
-    grad_accumulation: int = key(
-        1, "batches that are added up for one update", unit="batches", least=1, below=LENGTH_LIMIT
+    learning_rate: float = key(
+        6e-4,
+        "peak of the learning rate",
+        above=0,
     )
+    # Below 1, both of them: what corrects the bias of a mean divides by 1 minus its power.
+    b1: float = key(
+        0.9,
+        "decay of the mean of gradients",
+        least=0,
+        below=1,
+    )
+    b2: float = key(
+        0.95,
+        "decay of the mean of their squares",
+        least=0,
+        below=1,
+    )
+    weight_decay: float = key(
+        0.0,
+        "decoupled weight decay, of norms too",
+        least=0,
+    )
+    # Above 0: a bound of 0 would take every gradient away, in silence.
+    clip_norm: float = key(
+        1.0,
+        "gradients of a larger global norm are scaled down",
+        above=0,
+    )
+    warmup_ratio: float = key(
+        0.04,
+        "share of the steps with a rising rate",
+        least=0,
+        most=1,
+    )
+    final_ratio: float = key(
+        0.1,
+        "last learning rate over the peak",
+        least=0,
+        most=1,
+    )
+    grad_accumulation: int = key(
+        1,
+        "batches that are added up for one update",
+        unit="batches",
+        least=1,
+        below=LENGTH_LIMIT,
+    )
+    # Between the ends: 0 is the draft itself, and 1 the draft of step 0 for ever.
     ema_decay: float | None = key(
         None,
         "decay of an average of the draft, which is then exported; null: none",
@@ -141,28 +199,53 @@ class TrainConfig:
     """Length of the run and what happens along the way."""
 
     epochs: int = key(
-        3, "length of the run where steps is null", unit="epochs", least=1, below=COUNT_LIMIT
+        3,
+        "length of the run where steps is null",
+        unit="epochs",
+        least=1,
+        below=COUNT_LIMIT,
     )
     steps: int | None = key(
-        None, "length of the run; null: epochs", unit="steps", least=1, below=COUNT_LIMIT
+        None,
+        "length of the run; null: epochs",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     log_every: int = key(
-        10, "steps of one line of metrics.jsonl", unit="steps", least=1, below=COUNT_LIMIT
+        10,
+        "steps of one line of metrics.jsonl",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     eval_every: int = key(
-        200, "steps between held-out passes", unit="steps", least=1, below=COUNT_LIMIT
+        200,
+        "steps between held-out passes",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     checkpoint_every: int = key(
-        200, "steps between checkpoints", unit="steps", least=1, below=COUNT_LIMIT
+        200,
+        "steps between checkpoints",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     keep_checkpoints: int = key(
-        2, "newest checkpoints that stay", unit="checkpoints", least=1, below=COUNT_LIMIT
+        2,
+        "newest checkpoints that stay",
+        unit="checkpoints",
+        least=1,
+        below=COUNT_LIMIT,
     )
     keep_best: str | None = key(
         None,
         "also keep the checkpoint with the longest held-out acceptance; null: do not",
         choices=("heldout",),
     )
+    # Apart from `steps`, which the schedules are stretched over: a longer run must not bend them.
     extend: int = key(
         0,
         "train so much further once the run has ended, at its last rate and lambda_base",
@@ -170,8 +253,13 @@ class TrainConfig:
         least=0,
         below=COUNT_LIMIT,
     )
+    # Many, and not the first: a single bad batch is no divergence, and is told in any case.
     max_bad_steps: int = key(
-        20, "skipped steps in a row that end the run", unit="steps", least=1, below=COUNT_LIMIT
+        20,
+        "skipped steps in a row that end the run",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
     )
     tensorboard: bool = key(False, "also write TensorBoard files")
     profile: tuple[int, int] | None = key(
@@ -185,11 +273,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuses a run that may not begin."""
         check_keys(self)
+        # Figures belong to a checkpoint: a pass between two of them could keep neither.
         require(
             self.keep_best is None or self.eval_every % self.checkpoint_every == 0,
             "keep_best needs a checkpoint at each evaluation: eval_every "
             f"{self.eval_every} must be a multiple of checkpoint_every {self.checkpoint_every}",
         )
+        # Its type bounds the entries of a list, not how many there are.
         profile = self.profile
         require(
             profile is None or len(profile) == 2,
@@ -201,6 +291,7 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each axis of the mesh."""
 
+    # -1 by default: a configuration need not know the machine that it will run on.
     data: int = key(
         -1,
         "devices that hold the whole draft; -1: those that the other axes leave",
@@ -210,10 +301,18 @@ class MeshConfig:
         special=(-1,),
     )
     fsdp: int = key(
-        1, "devices that share parameters and batch", unit="devices", least=1, below=COUNT_LIMIT
+        1,
+        "devices that share parameters and batch",
+        unit="devices",
+        least=1,
+        below=COUNT_LIMIT,
     )
     tensor: int = key(
-        1, "devices that share the tensors of a layer", unit="devices", least=1, below=COUNT_LIMIT
+        1,
+        "devices that share the tensors of a layer",
+        unit="devices",
+        least=1,
+        below=COUNT_LIMIT,
     )
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ answer begins and ends, so what it renders is compared and never imitated.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ THINK_BEGIN, THINK_END = "<think>", "</think>"
 Messages = list[dict[str, Any]]
 
 
-class BadLine(NamedTuple):
+@dataclass(frozen=True, order=True)
+class BadLine:
     """A line of a file that cannot be used; `line` counts from 1."""
 
     line: int
@@ -41,7 +42,8 @@ class MessageSet(NamedTuple):
     bad_lines: list[BadLine]
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Row:
     """One conversation in tokens.
 
     `input_ids` is int32 [n], `loss_mask` bool [n], True where the target itself wrote the token. A
@@ -59,8 +61,8 @@ class Row(NamedTuple):
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What the row says of its tokens, [n, ...] each, by name."""
-        fields = self._replace(line=None)._asdict()
-        return {name: values for name, values in fields.items() if values is not None}
+        held = vars(self).items()
+        return {name: x for name, x in held if name != "line" and x is not None}
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def load_rows(
         if row is None:
             bad_lines.append(BadLine(line, f"no token of {what} among the first {max_length}"))
         else:
-            rows.append(row._replace(line=line))
+            rows.append(replace(row, line=line))
             unfinished += not finished
     bad_lines.sort()  # those that were not read stand before those that were not encoded
     if not rows:
@@ -204,7 +206,8 @@ def encode_prompt(
     if messages[-1]["role"] == "assistant":
         raise InputError("the last message is an answer; a prompt ends with a message of the user")
     (text,) = render(tokenizer, [Rendering(messages, generation_prompt=True)], chat_template_kwargs)
-    return _tokenize(text, tokenizer)[0]
+    ids, _ = _tokenize(text, tokenizer)
+    return ids
 
 
 def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from domino_jax.finite import require_finite
 from domino_jax.strict import InputError, Scalars, from_tree, require, shown
 
 MANIFEST = "manifest.json"
+# By the names of safetensors, and no more of them than a capture may hold.
 _TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -72,14 +73,11 @@ class Manifest:
             found = getattr(self, name)
             require(1 <= found <= SIZE_LIMIT, f"{name} must lie in 1..{SIZE_LIMIT}, found {found}")
         layers = list(self.target_layer_ids)
-        rising = (
-            bool(layers)
-            and layers[0] >= 0
-            and layers == sorted(set(layers))
-            and layers[-1] < SIZE_LIMIT
-        )
-        require(rising, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
-        lengths, limit = self.row_lengths, self.max_length
+        rising = bool(layers) and layers == sorted(set(layers))
+        inside = rising and layers[0] >= 0 and layers[-1] < SIZE_LIMIT
+        require(inside, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
+        lengths = self.row_lengths
+        limit = self.max_length
         require(bool(lengths), "row_lengths is empty")
         require(
             min(lengths) >= 1 and max(lengths) <= limit,
@@ -123,7 +121,7 @@ class FeatureRows(Sequence[Row]):
         if missing:
             raise InputError(
                 f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are "
-                f"missing ({missing[0]}); `domino capture` with the same words goes on"
+                f"missing ({missing[0]}); `domino capture` with the same words resumes"
             )
         # A link to another file of this machine would be read like a shard.
         for path in shards:
@@ -150,13 +148,9 @@ class FeatureRows(Sequence[Row]):
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
         try:
-            tensors: dict[str, Any] = {
-                name: np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(
-                    tensor["shape"]
-                )
-                for name, tensor in deserialize(self._records[number])
-            }
-            row = Row(**tensors)
+            stored = deserialize(self._records[number])
+            arrays: dict[str, Any] = {name: _array(tensor) for name, tensor in stored}
+            row = Row(**arrays)
             self._check_row(number, row)
         except InputError:  # a ValueError as well, which says already what is wrong
             raise
@@ -166,15 +160,17 @@ class FeatureRows(Sequence[Row]):
 
     def _check_row(self, number: int, row: Row) -> None:
         """Refuses arrays that are not what the manifest says of each row."""
-        manifest, length = self.manifest, self.lengths[number]
+        manifest = self.manifest
+        length = self.lengths[number]
         widths = {"features": manifest.hidden_size * len(manifest.target_layer_ids)}
         if manifest.target_states:
             widths["target_states"] = manifest.hidden_size
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "input_ids": (np.int32, (length,)),
             "loss_mask": (np.bool_, (length,)),
-            **{name: (manifest.dtype, (length, width)) for name, width in widths.items()},
         }
+        for name, width in widths.items():
+            expected[name] = (manifest.dtype, (length, width))
         arrays = row.arrays
         if set(arrays) != set(expected):
             raise InputError(
@@ -193,13 +189,18 @@ class FeatureRows(Sequence[Row]):
         )
 
 
+def _array(tensor: Mapping[str, Any]) -> np.ndarray:
+    values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
+    return values.reshape(tensor["shape"])
+
+
 def shard_path(directory: str | Path, index: int) -> Path:
     """Where shard `index`, counted from 0, lies."""
     return Path(directory) / f"shard-{index:05d}.arrayrecord"
 
 
-def is_whole(directory: str | Path, index: int, rows: int) -> bool:
-    """Whether shard `index` is there with all of its `rows`.
+def is_whole(directory: str | Path, index: int, count: int) -> bool:
+    """Whether shard `index` is there with all of its `count` rows.
 
     It is read once, which checks the hash of each record.
     """
@@ -211,20 +212,22 @@ def is_whole(directory: str | Path, index: int, rows: int) -> bool:
     try:
         records = ArrayRecordDataSource([str(path)])
         # No record is empty: what counts is that each of them could be read.
-        return len(records) == rows and all(records[number] for number in range(rows))
+        return len(records) == count and all(records[number] for number in range(count))
     except RuntimeError:
         return False
 
 
 def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...]:
     """Rows per shard, in their order; each but the last takes `shard_bytes` or just above."""
-    sizes, held, rows = [], 0, 0
+    sizes = []
+    held = count = 0
     for size in row_bytes:
-        held, rows = held + size, rows + 1
+        held += size
+        count += 1
         if held >= shard_bytes:
-            sizes.append(rows)
-            held = rows = 0
-    return tuple([*sizes, rows] if rows else sizes)
+            sizes.append(count)
+            held = count = 0
+    return tuple([*sizes, count] if count else sizes)
 
 
 def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
@@ -248,7 +251,8 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
                 _require_finite(
                     row, place=place, remedy="leave the line out, or capture in float32"
                 )
-                record = save({name: np.ascontiguousarray(x) for name, x in row.arrays.items()})
+                arrays = {name: np.ascontiguousarray(x) for name, x in row.arrays.items()}
+                record = save(arrays)
                 with _write_errors(path):
                     writer.write(record)
         finally:
@@ -288,9 +292,10 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
     manifest = from_tree(Manifest, read_json(path), place=str(path))
     # Here and not in `Manifest`, which may have no shards as long as they are not planned.
-    held, rows = sum(manifest.shard_rows), len(manifest.row_lengths)
-    if held != rows:
-        raise InputError(f"{path}: shard_rows holds {held} rows, row_lengths {rows}")
+    held = sum(manifest.shard_rows)
+    count = len(manifest.row_lengths)
+    if held != count:
+        raise InputError(f"{path}: shard_rows holds {held} rows, row_lengths {count}")
     return manifest
 
 
@@ -304,6 +309,7 @@ def check_manifest(directory: str | Path, manifest: Manifest, asked: Mapping[str
     Raises:
         InputError: each field that differs, with what was captured and what is asked.
     """
+    # As text: to Python true equals 1, and a list from JSON never equals a tuple.
     differing = [
         f"{name} is {_shown(getattr(manifest, name))}, asked for is {_shown(value)}"
         for name, value in asked.items()
@@ -331,6 +337,7 @@ def _require_finite(row: Row, *, place: str, remedy: str) -> None:
 
 
 def _shown(value: Any) -> str:
+    # Twelve digits tell two hashes apart, and leave room on the line for what else differs.
     if isinstance(value, str) and len(value) == 64:
         return f"sha256 {value[:12]}"
     if isinstance(value, dict):

@@ -51,12 +51,16 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
     [(0, 1), (2, 3), (4,)]
     """
     check_fits(lengths, max_length=max_length)
+
+    def longest_first(number: int) -> tuple[int, int]:
+        # Rows of one length by number: every process and every start must find the same packs.
+        return -lengths[number], number
+
     # Open packs by the room they have left.
     by_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]
     rooms: list[int] = []  # the rooms at which there is one, ascending
     packs: list[list[int]] = []
-    # Rows of one length by number: every process and every start must find the same packs.
-    for number in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for number in sorted(range(len(lengths)), key=longest_first):
         place = bisect.bisect_left(rooms, lengths[number])
         if place == len(rooms):
             packs.append([])
@@ -68,6 +72,7 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
                 del rooms[place]
         pack.append(number)
         room -= lengths[number]
+        # Listed once, however many packs have this room: the search is by rooms.
         if not by_room[room]:
             bisect.insort(rooms, room)
         by_room[room].append(pack)
@@ -77,6 +82,7 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
 def check_fits(lengths: Sequence[int], *, max_length: int) -> None:
     """Raises `ValueError` where a row is longer than `max_length`."""
     longest = max(lengths, default=0)
+    # A `ValueError`: whoever encodes rows cuts them, so this is no fault of the user's.
     if longest > max_length:
         raise ValueError(f"a row has {longest} tokens, more than max_length {max_length}")
 
@@ -87,9 +93,8 @@ def padding_share(lengths: Sequence[int], packs: Sequence[Pack], *, max_length: 
     >>> padding_share([5, 3, 4], [(0, 1), (2,)], max_length=8)
     0.25
     """
-    return 1.0 - sum(lengths[number] for pack in packs for number in pack) / (
-        len(packs) * max_length
-    )
+    tokens = sum(lengths[number] for pack in packs for number in pack)
+    return 1.0 - tokens / (len(packs) * max_length)
 
 
 def document_arrays(
@@ -107,18 +112,18 @@ def document_arrays(
         start of the padding, `seq_lens` int32 [B, documents], filled up with 0, and `doc_remaining`
         int32 [B, S], how many tokens follow in the same document, 0 on padding.
     """
-    rows = len(seq_lens)
+    sequences = len(seq_lens)
     arrays = {
-        "position_ids": np.zeros((rows, max_length), np.int32),
-        "seq_lens": np.zeros((rows, documents), np.int32),
-        "doc_remaining": np.zeros((rows, max_length), np.int32),
+        "position_ids": np.zeros((sequences, max_length), np.int32),
+        "seq_lens": np.zeros((sequences, documents), np.int32),
+        "doc_remaining": np.zeros((sequences, max_length), np.int32),
     }
-    for row, lengths in enumerate(seq_lens):
-        arrays["seq_lens"][row, : len(lengths)] = lengths
+    for slot, lengths in enumerate(seq_lens):
+        arrays["seq_lens"][slot, : len(lengths)] = lengths
         bounds = [0, *itertools.accumulate(lengths)]
         for begin, end in itertools.pairwise(bounds):
-            arrays["position_ids"][row, begin:end] = np.arange(end - begin)
-            arrays["doc_remaining"][row, begin:end] = np.arange(end - begin)[::-1]
+            arrays["position_ids"][slot, begin:end] = np.arange(end - begin)
+            arrays["doc_remaining"][slot, begin:end] = np.arange(end - begin)[::-1]
         # Padding counts as one more document, see `draft.blocks.document_ids`.
-        arrays["position_ids"][row, bounds[-1] :] = np.arange(max_length - bounds[-1])
+        arrays["position_ids"][slot, bounds[-1] :] = np.arange(max_length - bounds[-1])
     return arrays

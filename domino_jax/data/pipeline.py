@@ -77,7 +77,7 @@ def row_batches(
     import grain
 
     index, count = _process(process_index, process_count)
-    units = _enough_units(rows, packs, step_rows=batch_size * count)
+    units = _enough_units(rows, packs, step_units=batch_size * count)
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0..{2**32 - 1}, found {seed}")
     data = grain.MapDataset.source(units)
@@ -87,6 +87,7 @@ def row_batches(
     # Repeated before they are batched: a batch may reach into the next epoch, and none is short.
     batches = data.repeat(ENDLESS // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
+        # Cut before the processes share them out, so that all of them end at the same step.
         batches = batches[: _steps(units, batch_size * count) * count]
     return _iterator(batches, index, count, read_ahead=read_ahead)
 
@@ -124,6 +125,7 @@ def heldout_batches(
     if not rows:
         raise InputError("no held-out rows")
     units = _units(rows, packs)
+    # Empty sequences and not fewer batches: every process has to step as often as the others.
     missing = _steps(units, batch_size * count) * batch_size * count - len(units)
     data = grain.MapDataset.source([*units, *[()] * missing])
     make = _batch_maker(rows, packs, max_length=max_length, from_disk=False)
@@ -144,17 +146,17 @@ def _units(rows: Sequence[Row], packs: Sequence[Pack] | None) -> Sequence[Pack]:
 
 
 def _enough_units(
-    rows: Sequence[Row], packs: Sequence[Pack] | None, *, step_rows: int
+    rows: Sequence[Row], packs: Sequence[Pack] | None, *, step_units: int
 ) -> Sequence[Pack]:
     units = _units(rows, packs)
-    if len(units) < step_rows:
+    if len(units) < step_units:
         what = "rows" if packs is None else f"rows packed from {len(rows)} conversations"
-        raise InputError(f"{len(units)} {what} cannot fill a batch of {step_rows}")
+        raise InputError(f"{len(units)} {what} cannot fill a batch of {step_units}")
     return units
 
 
-def _steps(units: Sequence[Pack], step_rows: int) -> int:
-    return -(-len(units) // step_rows)
+def _steps(units: Sequence[Pack], step_units: int) -> int:
+    return -(-len(units) // step_units)
 
 
 def _batch_maker(
@@ -162,12 +164,13 @@ def _batch_maker(
 ) -> Callable[[Sequence[Pack]], dict[str, np.ndarray]]:
     lengths = row_lengths(rows)
     check_fits(lengths, max_length=max_length)
+    # Of all packs, not of those of a batch: every batch has one shape.
+    documents = 1 if packs is None else max(len(pack) for pack in packs)
     source = _Source(
         rows=rows,
         lengths=lengths,
         max_length=max_length,
-        # Of all packs, not of those of a batch: every batch has one shape.
-        documents=1 if packs is None else max(len(pack) for pack in packs),
+        documents=documents,
         packed=packs is not None,
         threads=ThreadPoolExecutor(READING_THREADS) if from_disk else None,
     )
@@ -186,6 +189,15 @@ def _iterator(
     # Rows that lie in memory need no reading threads: a batch takes microseconds.
     options = grain.ReadOptions(num_threads=read_ahead, prefetch_buffer_size=read_ahead)
     return iter(batches[index::count].to_iter_dataset(options))
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A row by its number, the sequence of the batch that it lies in, and where it begins there."""
+
+    number: int
+    slot: int
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -216,30 +228,28 @@ class _Source:
             "row_numbers": np.full((len(units), self.documents), -1, np.int32),
         }
         seq_lens: list[list[int]] = []
-        # The number of each row, its slot and where it begins there.
-        places: list[tuple[int, int, int]] = []
+        places: list[_Placed] = []
         for slot, pack in enumerate(units):
             batch["row_numbers"][slot, : len(pack)] = pack
             seq_lens.append([self.lengths[number] for number in pack])
             begins = np.cumsum([0, *seq_lens[-1]])
-            places += [
-                (number, slot, int(begin)) for number, begin in zip(pack, begins[:-1], strict=True)
-            ]
+            for number, begin in zip(pack, begins[:-1], strict=True):
+                places.append(_Placed(number, slot, int(begin)))
 
-        def put(place: tuple[int, int, int]) -> None:
-            number, slot, begin = place
-            for name, values in self.rows[number].arrays.items():
+        def put(place: _Placed) -> None:
+            for name, values in self.rows[place.number].arrays.items():
                 if name not in batch:
-                    batch[name] = np.zeros(
-                        (len(units), self.max_length, *values.shape[1:]), values.dtype
-                    )
-                batch[name][slot, begin : begin + len(values)] = values
+                    shape = (len(units), self.max_length, *values.shape[1:])
+                    batch[name] = np.zeros(shape, values.dtype)
+                end = place.begin + len(values)
+                batch[name][place.slot, place.begin : end] = values
 
         # One row first: it makes the arrays, which several threads would make at once.
         for place in places[:1]:
             put(place)
         # The states of one row are a hundred megabytes. `list` runs all and raises what one raised.
-        list((map if self.threads is None else self.threads.map)(put, places[1:]))
+        each = map if self.threads is None else self.threads.map
+        list(each(put, places[1:]))
         if self.packed:
             batch |= document_arrays(seq_lens, max_length=self.max_length, documents=self.documents)
         return batch

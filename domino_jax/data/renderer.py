@@ -24,7 +24,8 @@ class Template:
     """As much of a tokenizer as transformers' rendering asks for."""
 
     def __init__(self, text: str, special_tokens_map: dict[str, str]) -> None:
-        self.text, self.special_tokens_map = text, special_tokens_map
+        self.text = text
+        self.special_tokens_map = special_tokens_map
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The text of the template."""
@@ -55,6 +56,7 @@ def main(seconds: float, memory_bytes: int) -> None:
     _limit_memory(memory_bytes)
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        # Only with its first request: it may be long, and is the same for all that follow.
         if "template" in request:
             template = Template(**request["template"])
         answers: list[Any] = []
@@ -67,6 +69,7 @@ def main(seconds: float, memory_bytes: int) -> None:
             reply = {"costly": True}
         except Exception as error:  # a template is a program of its own: it may raise anything
             reply = {"error": " ".join(str(error).split())[:200]}
+        # Between two requests nobody renders, and the wait for the next may be long.
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()

@@ -67,7 +67,8 @@ class ChatTemplate:
 
 def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
     """The template of a tokenizer, told `kwargs`."""
-    return ChatTemplate(hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(), kwargs)
+    digest = hashlib.sha256(tokenizer.chat_template.encode())
+    return ChatTemplate(digest.hexdigest(), kwargs)
 
 
 def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
@@ -102,12 +103,14 @@ def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
     Raises:
         InputError: each such name, with the nearest one that is read, or all of them.
     """
+    # Nothing to look up, so the process that renders need not be started.
     if not kwargs:
         return
     read = _settings(tokenizer)
     for name in kwargs:
         if name in read:
             continue
+        # Told by its nearest name where there is one: most of these are misspelt.
         near = difflib.get_close_matches(name, read, n=1)
         known = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
         known = f"did you mean {near[0]!r}?" if near else known

@@ -48,7 +48,8 @@ class BatchLog:
         """
         self.finished: dict[int, bool] = {}
         self._path, self._read_record = path, read
-        self._digest, self._length = hashlib.sha256(), 0
+        self._digest = hashlib.sha256()
+        self._length = 0
         if path.exists():
             self._read()
         # Unbuffered: what a full disk refused is dropped, not tried again when the file is closed.
@@ -106,7 +107,9 @@ class BatchLog:
 
     def _read(self) -> None:
         """Takes what is attested; `_length` is where it ends."""
-        digest, batch, number = hashlib.sha256(), [], 0
+        digest = hashlib.sha256()
+        batch = []
+        number = 0
         nothing = _attestation(digest)
         for number, line in read_lines(self._path):
             batch.append((number, line))
@@ -121,7 +124,8 @@ class BatchLog:
                 for one in batch[:-1]:
                     self._take(*one)
                 self._length += sum(len(text) for _, text in batch)
-                self._digest, batch = digest.copy(), []
+                self._digest = digest.copy()
+                batch = []
                 self._digest.update(line)
             digest.update(line)
         # Part of the first line is a start that was killed while it wrote it; anything else without

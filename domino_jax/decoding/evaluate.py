@@ -150,14 +150,15 @@ def evaluate(
             bar.tell(done)
 
     speed = {name: _tokens_per_second(of_way) for name, of_way in answers.items()}
-    drafted, head_off = answers["speculative"], answers.get("head_off")
+    drafted = answers["speculative"]
+    head_off = answers.get("head_off")
     return SetFigures(
         prompts=len(prompts),
         tau=_tau(drafted),
         tokens_per_second=speed["speculative"],
         tokens_per_second_plain=speed["plain"],
-        verifications=sum(answer.verifications for answer in drafted),
-        tokens=sum(len(answer.tokens) for answer in drafted),
+        verifications=_verifications(drafted),
+        tokens=_tokens(drafted),
         tau_head_off=None if head_off is None else _tau(head_off),
         tokens_per_second_head_off=speed.get("head_off"),
         comparison=_compared(decoder, weights, prompts, answers),
@@ -184,11 +185,11 @@ def _compared(
     """All drafted ways against the plain one; None where tokens were drawn."""
     if decoder.temperature > 0:
         return None
-    whole = Comparison(0, 0, (), TIES[decoder.target.cfg.dtype])
+    total = Comparison(0, 0, (), TIES[decoder.target.cfg.dtype])
     for name, drafted in answers.items():
         if name != "plain":
-            whole += compare(weights, decoder.target, prompts, answers["plain"], drafted)
-    return whole
+            total += compare(weights, decoder.target, prompts, answers["plain"], drafted)
+    return total
 
 
 def compare(
@@ -215,7 +216,8 @@ def compare(
     """
     compared = equal = 0
     differences = []
-    for index, (prompt, left, right) in enumerate(zip(prompts, plain, speculative, strict=True)):
+    pairs = zip(prompts, plain, speculative, strict=True)
+    for index, (prompt, left, right) in enumerate(pairs):
         shorter = min(len(left.tokens), len(right.tokens))
         unequal = np.flatnonzero(left.tokens[:shorter] != right.tokens[:shorter])
         if len(unequal) == 0 and len(left.tokens) == len(right.tokens):
@@ -226,18 +228,20 @@ def compare(
         position = int(unequal[0]) if len(unequal) else shorter
         compared += position + 1
         equal += position
-        left_token, right_token = (
-            int(side.tokens[position]) if position < len(side.tokens) else -1
-            for side in (left, right)
-        )
+        left_token = _token_at(left, position)
+        right_token = _token_at(right, position)
         gap = None
         if -1 not in (left_token, right_token):
-            logits = next_logits(
-                target, weights.target, np.concatenate([prompt, left.tokens[:position]])
-            )
+            read = np.concatenate([prompt, left.tokens[:position]])
+            logits = next_logits(target, weights.target, read)
             gap = float(abs(logits[left_token] - logits[right_token]))
         differences.append(Difference(index, position, left_token, right_token, gap))
     return Comparison(compared, equal, tuple(differences), TIES[target.cfg.dtype])
+
+
+def _token_at(answer: Answer, position: int) -> int:
+    """A token of an answer, -1 where it has ended."""
+    return int(answer.tokens[position]) if position < len(answer.tokens) else -1
 
 
 def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:
@@ -264,10 +268,19 @@ def _compile(
             generate(way, weights, [prompt], max_new_tokens=2, slots=slots)
 
 
+def _verifications(answers: Sequence[Answer]) -> int:
+    return sum(answer.verifications for answer in answers)
+
+
+def _tokens(answers: Sequence[Answer]) -> int:
+    return sum(len(answer.tokens) for answer in answers)
+
+
 def _tau(answers: Sequence[Answer]) -> float:
-    verifications = sum(answer.verifications for answer in answers)
-    return sum(answer.committed for answer in answers) / max(verifications, 1)
+    committed = sum(answer.committed for answer in answers)
+    return committed / max(_verifications(answers), 1)
 
 
 def _tokens_per_second(answers: Sequence[Answer]) -> float:
-    return sum(len(answer.tokens) for answer in answers) / sum(answer.seconds for answer in answers)
+    seconds = sum(answer.seconds for answer in answers)
+    return _tokens(answers) / seconds

@@ -35,6 +35,7 @@ class Evaluator:
 
     def as_json(self) -> dict[str, Any]:
         """As `evaluation.json` holds it."""
+        # Not `asdict`, which would take the template apart: it has a form of its own.
         rest = {name: value for name, value in vars(self).items() if name != "chat_template"}
         return {"target": self.target, **self.chat_template.as_json(), **rest}
 

@@ -27,7 +27,7 @@ STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One finished row: `tokens` int32 [n] without the prompt, how it ended, and what it took.
+    """One finished answer: `tokens` int32 [n] without the prompt, how it ended, and what it took.
 
     `stopped`: a stop token ended it, and not the limit.
     """
@@ -80,13 +80,14 @@ def generate(
     Args:
         decoder: what decodes.
         weights: its parameters.
-        prompts: token ids per row.
+        prompts: token ids of each.
         max_new_tokens: per answer.
         slots: cache positions, see `speculate.start`; None for as few as these prompts need.
         seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
     """
+    # A caller of many batches gives one number for all: another one is another program.
     if slots is None:
         slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
     began = time.perf_counter()
@@ -130,7 +131,8 @@ class TextStream:
     """Writes the text of an answer that grows, whole characters at a time."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        self._tokenizer, self._write = tokenizer, write
+        self._tokenizer = tokenizer
+        self._write = write
         self._shown = ""
 
     def show(self, ids: np.ndarray) -> None:
@@ -152,11 +154,21 @@ class TextStream:
 def _answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
-    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
-    committed, verifications = np.asarray(state.committed), np.asarray(state.verifications)
+    tokens = np.asarray(state.tokens)
+    lengths = np.asarray(state.lengths)
+    committed = np.asarray(state.committed)
+    verifications = np.asarray(state.verifications)
     answers = []
-    for row, prompt in enumerate(prompts):
-        ids = tokens[row, len(prompt) : lengths[row]]
+    for index, prompt in enumerate(prompts):
+        ids = tokens[index, len(prompt) : lengths[index]]
         stopped = int(ids[-1]) in decoder.stop_ids
-        answers.append(Answer(ids, stopped, int(committed[row]), int(verifications[row]), seconds))
+        answers.append(
+            Answer(
+                ids,
+                stopped,
+                committed=int(committed[index]),
+                verifications=int(verifications[index]),
+                seconds=seconds,
+            )
+        )
     return answers

@@ -148,7 +148,8 @@ def _by_length(usable: Mapping[int, Messages], tokenizer: Any, kwargs: Scalars) 
     """The prompts, the shortest first, so that those of a batch share their padding."""
     prompts = []
     for line, messages in usable.items():
-        prompts.append(_Prompt(line, messages, encode_prompt(messages, tokenizer, kwargs)))
+        ids = encode_prompt(messages, tokenizer, kwargs)
+        prompts.append(_Prompt(line, messages, ids))
     # Ties in the order of lines: another start must put the same prompts together into batches.
     return sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.line))
 
@@ -198,10 +199,12 @@ def _read_answer(
     """The prompt's line and whether the answer is finished; refuses one of another start."""
     if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
         raise InputError(_NO_ANSWER)
-    made_with, wanted = record["generator"], asdict(settings)
-    if settings_text(made_with) != settings_text(wanted):
-        raise InputError(f"made with {made_with}, not {wanted}")
-    line, finished = record.get("prompt_line"), record.get("finished")
+    made_with = record["generator"]
+    asked = asdict(settings)
+    if settings_text(made_with) != settings_text(asked):
+        raise InputError(f"made with {made_with}, not {asked}")
+    line = record.get("prompt_line")
+    finished = record.get("finished")
     messages = record.get("messages")
     # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.
     if type(line) is not int or type(finished) is not bool:

@@ -40,7 +40,7 @@ class Decoder:
         proposals: drafted tokens per verification, 0 for plain decoding.
         use_head: whether the Domino head corrects the backbone's logits.
         temperature: 0 takes the likeliest token, else tokens follow softmax(logits / temperature).
-        stop_ids: token ids that end a row.
+        stop_ids: token ids that end an answer.
     """
 
     target: Target
@@ -59,22 +59,22 @@ class Weights(NamedTuple):
 
 
 class _Prompts(NamedTuple):
-    """Prompts int32 [B, T], filled up at their ends, and the lengths of them and of whole rows."""
+    """Prompts int32 [B, T], filled up at their ends, and their lengths, now and at most."""
 
     tokens: jax.Array
     lengths: jax.Array  # int32 [B]
-    limits: jax.Array  # int32 [B], the length that ends a row
+    limits: jax.Array  # int32 [B], the length that ends an answer
 
 
 class DecodeState(NamedTuple):
-    """Rows in the middle of decoding; `committed` and `verifications` give tau.
+    """Prompts in the middle of being answered; `committed` and `verifications` give tau.
 
     Caches hold what lies before the last committed token; the rest is stale and never seen.
     """
 
     tokens: jax.Array  # int32 [B, L], from the prompt on
     lengths: jax.Array  # int32 [B], committed tokens; the target has not read the last one yet
-    limits: jax.Array  # int32 [B], the length that ends a row
+    limits: jax.Array  # int32 [B], the length that ends an answer
     finished: jax.Array  # bool [B]
     committed: jax.Array  # int32 [B]
     verifications: jax.Array  # int32 [B]
@@ -141,7 +141,7 @@ def start(
     Args:
         decoder: what decodes.
         weights: its parameters.
-        prompts: token ids of each row, at least one each.
+        prompts: token ids, at least one each.
         max_new_tokens: tokens of each answer at most.
         slots: cache positions, at least `required_slots`; a run that keeps them compiles once.
         seed: of the sampler.
@@ -156,12 +156,13 @@ def start(
             f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed"
         )
     padded = np.zeros((len(prompts), _bucketed(longest)), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    for index, prompt in enumerate(prompts):
+        padded[index, : len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     reader = replace(decoder, proposals=0, use_head=False)  # however the draft is used: one program
-    rows = _Prompts(*map(jnp.asarray, (padded, lengths, lengths + max_new_tokens)))
-    return _prefill(reader, weights, rows, jax.random.key(seed), slots=slots)
+    limits = lengths + max_new_tokens
+    read = _Prompts(jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits))
+    return _prefill(reader, weights, read, jax.random.key(seed), slots=slots)
 
 
 def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
@@ -170,14 +171,14 @@ def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) ->
 
 
 def advance(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> DecodeState:
-    """Runs up to `cycles` cycles, fewer when all rows finish; the state given is consumed."""
+    """Runs up to `cycles` cycles, fewer when all answers end; the state given is consumed."""
     return _advance(decoder, weights, state, jnp.int32(cycles))  # traced: one program for any
 
 
 def stream(
     decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int
 ) -> Iterator[DecodeState]:
-    """Yields the state after every `cycles` cycles until all rows end; each is consumed next."""
+    """Yields the state after every `cycles` cycles until all answers end; each is consumed next."""
     yield state
     while not bool(np.all(state.finished)):
         state = advance(decoder, weights, state, cycles=cycles)
@@ -185,15 +186,15 @@ def stream(
 
 
 def finish(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
-    """Runs until all rows are finished."""
+    """Runs until all answers are finished."""
     return advance(decoder, weights, state, cycles=np.iinfo(np.int32).max)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots"))
 def _prefill(
-    decoder: Decoder, weights: Weights, rows: _Prompts, key: jax.Array, *, slots: int
+    decoder: Decoder, weights: Weights, read: _Prompts, key: jax.Array, *, slots: int
 ) -> DecodeState:
-    prompts, lengths, limits = rows
+    prompts, lengths, limits = read
     batch, padded = prompts.shape
     cache = decoder.target.empty_cache(batch=batch, slots=slots)
     out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)
@@ -222,12 +223,15 @@ def _advance(
     decoder: Decoder, weights: Weights, state: DecodeState, cycles: jax.Array
 ) -> DecodeState:
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-        return (carry[0] < cycles) & ~jnp.all(carry[1].finished)
+        done, state = carry
+        return (done < cycles) & ~jnp.all(state.finished)
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        return carry[0] + 1, _cycle(decoder, weights, carry[1])
+        done, state = carry
+        return done + 1, _cycle(decoder, weights, state)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
+    return state
 
 
 def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
@@ -255,7 +259,7 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
     until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), accepted) + 1
     count = jnp.where(state.finished, 0, jnp.minimum(until_stop, state.limits - state.lengths))
     lengths = state.lengths + count
-    active = (~state.finished).astype(jnp.int32)  # shapes are static: finished rows run along
+    active = (~state.finished).astype(jnp.int32)  # shapes are static: finished ones run along
     draft_cache = state.draft_cache
     if decoder.draft is not None:
         draft_cache = _remember(decoder, weights, draft_cache, out.features, anchors)
@@ -279,7 +283,7 @@ def _remember(
     features: jax.Array,
     begin: jax.Array,
 ) -> tuple[Cache, ...]:
-    """Adds the target's states at `begin ..` of each row, [B, T, C*D], to the draft's context."""
+    """Adds the target's states at `begin ..`, [B, T, C*D], to the draft's context."""
     positions = begin[:, None] + jnp.arange(features.shape[1], dtype=jnp.int32)
     variables = {"params": weights.draft}
     new = decoder.draft.apply(  # type: ignore[union-attr]
@@ -367,9 +371,9 @@ def accept_sampled(
     refused = jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0)))
     rest = jnp.maximum(target_probs - refused, 0.0)
     rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]
-    whole = jnp.take_along_axis(target_probs, accepted[:, None, None], axis=1)[:, 0]
+    target = jnp.take_along_axis(target_probs, accepted[:, None, None], axis=1)[:, 0]
     # p == q up to rounding leaves nothing to draw from; then p is the right distribution.
-    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, whole)
+    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, target)
     following = jax.random.categorical(next_key, jnp.log(rest), axis=-1)
     return accepted, following.astype(jnp.int32)
 

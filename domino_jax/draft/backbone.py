@@ -27,8 +27,8 @@ from domino_jax.layers.rotary import Rotary, rotary
 from domino_jax.sharding import constrain
 from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
-# What a layer that recomputes keeps for its backward pass: products, which are dear to repeat, and
-# what attention gives, which is a loop or a kernel and so no product to the first policy.
+# What a layer that recomputes keeps for its backward pass: products, which are expensive to repeat,
+# and what attention gives, which is a loop or a kernel and so no product to the first policy.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names(RESULT)
 )
@@ -77,8 +77,8 @@ def _run_forward(layer: DraftLayer, *arguments: Any) -> tuple[jax.Array, Any]:
     return nn.vjp(_run, layer, *arguments)
 
 
-def _run_backward(pull: Any, cotangent: jax.Array) -> Any:
-    gradients = pull(cotangent)
+def _run_backward(vjp: Any, cotangent: jax.Array) -> Any:
+    gradients = vjp(cotangent)
     # The spans are integers: their gradients are of float0, which no operation takes.
     of_floats = [x for x in jax.tree.leaves(gradients) if x.dtype != jax.dtypes.float0]
     ordered = iter(jax.lax.optimization_barrier(of_floats))

@@ -88,12 +88,11 @@ def anchor_candidates(
     length = loss_mask.shape[1]
     if rule == "nemo":
         # A row shorter than a block keeps position 0, as in the reference: its labels end early.
-        candidates, needed = (
-            supervised & (jnp.arange(length) <= max(length - block_size, 0)),
-            block_size - 1,
-        )
+        candidates = supervised & (jnp.arange(length) <= max(length - block_size, 0))
+        needed = block_size - 1
     elif rule == "specforge":
-        candidates, needed = supervised & jnp.pad(supervised[:, 1:], ((0, 0), (0, 1))), 1
+        candidates = supervised & jnp.pad(supervised[:, 1:], ((0, 0), (0, 1)))
+        needed = 1
     else:
         raise ValueError(f"anchor_rule must be 'nemo' or 'specforge', found {rule!r}")
     return candidates if doc_remaining is None else candidates & (doc_remaining >= needed)
@@ -195,7 +194,8 @@ def sample_prefix_lengths(
     Source: NeMo AutoModel 0.7.0, `DFlashTrainerModule._sample_prefix_lengths`.
     """
     lengths = jnp.arange(min(2, block_size - 1), block_size, dtype=jnp.int32)
-    return lengths[jax.random.categorical(key, lengths * jnp.log(weight_base), shape=shape)]
+    drawn = jax.random.categorical(key, lengths * jnp.log(weight_base), shape=shape)
+    return lengths[drawn]
 
 
 def document_ids(seq_lens: jax.Array, length: int) -> jax.Array:
@@ -211,7 +211,8 @@ def document_ids(seq_lens: jax.Array, length: int) -> jax.Array:
     # The first document that ends after a position is its own, so never an empty one. What stands
     # after the last of them gets a number that no document has.
     ends = jnp.cumsum(seq_lens, axis=1)
-    return jnp.sum(ends[:, None, :] <= jnp.arange(length)[None, :, None], axis=-1).astype(jnp.int32)
+    ended = ends[:, None, :] <= jnp.arange(length)[None, :, None]
+    return jnp.sum(ended, axis=-1).astype(jnp.int32)
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:  # [B, S], [B, ...] -> [B, ...]

@@ -35,7 +35,8 @@ def init_variables(model: DraftModel, key: jax.Array) -> dict:
         states = jnp.zeros((1, 1, len(cfg.target_layer_ids) * cfg.hidden_size), cfg.dtype)
         block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)
         positions = jnp.zeros((1, 1, cfg.block_size), jnp.int32)
-        start, used = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        start = jnp.zeros((1, 1), jnp.int32)
+        used = jnp.ones((1, 1), bool)
         hidden = module(states, start, block, positions, layer_spans(cfg, start, used))
         if cfg.head is not None:
             predictions = module.prediction_states(hidden)

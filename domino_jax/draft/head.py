@@ -81,7 +81,8 @@ class PrefixGRU(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         gates = 3 * self.hidden_dim
-        inputs, recurrent = logical_axes(init, "gru", "embed"), logical_axes(init, "gru", "gru")
+        inputs = logical_axes(init, "gru", "embed")
+        recurrent = logical_axes(init, "gru", "gru")
         self.weight_ih_l0 = self.param("weight_ih_l0", inputs, (gates, self.input_dim), jnp.float32)
         self.weight_hh_l0 = self.param(
             "weight_hh_l0", recurrent, (gates, self.hidden_dim), jnp.float32
@@ -89,11 +90,11 @@ class PrefixGRU(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., M, D] -> [..., M, G]
         """States after each input, float32, starting from zero."""
-        rows = constrain(x.reshape(-1, *x.shape[-2:]), "batch", None, None)
+        blocks = constrain(x.reshape(-1, *x.shape[-2:]), "batch", None, None)
         # The inputs are known: all steps in one product, outside the scan.
-        gates = self.input_gates(rows).swapaxes(0, 1)
+        gates = self.input_gates(blocks).swapaxes(0, 1)
         gates = constrain(gates, None, "batch", None)
-        start = jnp.zeros((rows.shape[0], self.hidden_dim), jnp.float32)
+        start = jnp.zeros((blocks.shape[0], self.hidden_dim), jnp.float32)
         scan = nn.scan(
             PrefixGRU.next_state, variable_broadcast="params", split_rngs={"params": False}
         )
@@ -106,7 +107,7 @@ class PrefixGRU(nn.Module):
         return project(x.astype(self.dtype), weight, dtype=jnp.float32)
 
     def next_state(self, state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One step, [rows, G] and [rows, 3 G] -> the next state twice.
+        """One step, [count, G] and [count, 3 G] -> the next state twice.
 
         A scan takes it as its carry and as its output.
         """
@@ -161,13 +162,14 @@ class DominoHead(nn.Module):
 
     def correction(self, hidden: jax.Array, state: jax.Array) -> jax.Array:
         """`silu(W1 [h ; g])`, [..., D] and [..., G] -> [..., R] in the compute dtype."""
-        return nn.silu(
-            self.embed_proj_0(jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1))
-        )
+        both = jnp.concatenate([hidden, state.astype(hidden.dtype)], axis=-1)
+        return nn.silu(self.embed_proj_0(both))
 
     def step(self, state: jax.Array, previous: jax.Array) -> jax.Array:
-        """The GRU state after one more token, [rows, G] and embedding [rows, D] -> [rows, G]."""
-        return self.prefix_gru.next_state(state, self.prefix_gru.input_gates(previous))[0]
+        """The GRU state after one more token, [count, G] and [count, D] -> [count, G]."""
+        gates = self.prefix_gru.input_gates(previous)
+        state, _ = self.prefix_gru.next_state(state, gates)
+        return state
 
 
 # What computes each kind of head, and the names of its tensors in a checkpoint by path in its tree.

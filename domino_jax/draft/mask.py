@@ -99,18 +99,18 @@ def block_mask(
         causal: whether a query sees only its own and earlier positions of its block.
     Returns:
         bool [B, N*K, S + N*K], True where attention is allowed. An unused slot still sees itself,
-        so that no softmax row is empty.
+        so that no softmax is empty.
     """
     batch, count = anchors.shape
     size = count * block_size
     span = context_span(anchors, keep, seq_lens=seq_lens, block_size=block_size, window=window)
     places = jnp.arange(context_len)
     context = (span.first[..., None] <= places) & (places < span.end[..., None])  # [B, N, Q, S]
-    context = jnp.broadcast_to(context, (batch, count, block_size, context_len)).reshape(
-        batch, size, context_len
-    )
+    context = jnp.broadcast_to(context, (batch, count, block_size, context_len))
+    context = context.reshape(batch, size, context_len)
     position = jnp.arange(size)
     own = position[:, None] // block_size == position[None, :] // block_size
     if causal:
         own &= position[None, :] <= position[:, None]
-    return jnp.concatenate([context, jnp.broadcast_to(own, (batch, size, size))], axis=-1)
+    own = jnp.broadcast_to(own, (batch, size, size))
+    return jnp.concatenate([context, own], axis=-1)

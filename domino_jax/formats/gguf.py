@@ -199,7 +199,8 @@ def _check_header(file: BufferedReader, size: int) -> None:
     version = header.number("I")
     if version not in (2, 3):
         raise ValueError(f"version {version}, expected 2 or 3")
-    tensors, keys = header.count(), header.count()
+    tensors = header.count()
+    keys = header.count()
     for _ in range(keys):
         header.text(_NAME_BYTES)
         header.value(header.number("I"))

@@ -39,10 +39,8 @@ def gguf_tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
     """The byte-level BPE tokenizer that a GGUF file describes, with its special tokens."""
     import gguf
 
-    model, pre = (
-        source.metadata.get("tokenizer.ggml.model"),
-        source.metadata.get("tokenizer.ggml.pre"),
-    )
+    model = source.metadata.get("tokenizer.ggml.model")
+    pre = source.metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise InputError(
             f"{source.path}: tokenizer {shown(model)} with pre-tokenizer {shown(pre)}; "
@@ -50,10 +48,8 @@ def gguf_tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
         )
     if source.metadata.get("tokenizer.ggml.add_eos_token"):
         raise InputError(f"{source.path}: tokenizer.ggml.add_eos_token is True; supported: False")
-    tokens, types = (
-        source.entries("tokenizer.ggml.tokens", str),
-        source.entries("tokenizer.ggml.token_type", int),
-    )
+    tokens = source.entries("tokenizer.ggml.tokens", str)
+    types = source.entries("tokenizer.ggml.token_type", int)
     if len(types) != vocab_size:
         raise InputError(
             f"{source.path}: {vocab_size} tokens but {len(types)} entries of "
@@ -96,28 +92,30 @@ def gguf_tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
 def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
     if pre == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        own_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return pre_tokenizers.Sequence([digits, own_words])
     words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
     # The words are cut already: the pattern that ByteLevel has, GPT-2's, would cut them again.
-    return pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, as_bytes])
 
 
 def tokenizer_config(source: GgufSource) -> dict[str, Any]:
     """tokenizer_config.json: the special tokens and the chat template."""
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    named = {key: token for key, role in roles.items() if (token := source.token(role)) is not None}
+    tokens = {key: source.token(role) for key, role in roles.items()}
+    named = {key: token for key, token in tokens.items() if token is not None}
     template = source.optional("tokenizer.chat_template", str)
-    return {
+    architecture = source.metadata["general.architecture"]
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": source.need(
-            f"{source.metadata['general.architecture']}.context_length", int
-        ),
+        "model_max_length": source.need(f"{architecture}.context_length", int),
         "clean_up_tokenization_spaces": False,
         **named,
-        **({} if template is None else {"chat_template": template}),
     }
+    if template is not None:
+        config["chat_template"] = template
+    return config
 
 
 def token_ids(source: GgufSource) -> dict[str, int]:

@@ -27,17 +27,17 @@ def read_rope_theta(tree: Mapping[str, Any], *, place: str) -> Any:
     Raises:
         InputError: two places that differ.
     """
-    found = {"rope_theta": tree["rope_theta"]} if tree.get("rope_theta") is not None else {}
+    found = {}
+    if tree.get("rope_theta") is not None:
+        found["rope_theta"] = tree["rope_theta"]
     for key in ("rope_scaling", "rope_parameters"):
         inner = tree.get(key)
         if isinstance(inner, dict) and inner.get("rope_theta") is not None:
             found[f"{key}.rope_theta"] = inner["rope_theta"]
     theta = next(iter(found.values()), 10_000.0)
     if any(value != theta for value in found.values()):
-        raise InputError(
-            f"{place}: {' and '.join(f'{key} {shown(value)}' for key, value in found.items())} "
-            "contradict"
-        )
+        said = " and ".join(f"{key} {shown(value)}" for key, value in found.items())
+        raise InputError(f"{place}: {said} contradict")
     return theta
 
 
@@ -75,9 +75,8 @@ def _rope_section(tree: Mapping[str, Any], key: str, place: str) -> dict[str, An
     read = ("rope_theta", "rope_type", "type")
     # A null stands for an absent key, except that transformers reads a null `truncate` as false: it
     # stays here and is refused further on.
-    section = {
-        k: v for k, v in inner.items() if k not in read and (v is not None or k == "truncate")
-    }
+    section = {k: v for k, v in inner.items() if k not in read}
+    section = {k: v for k, v in section.items() if v is not None or k == "truncate"}
     # Some writers say it where nothing is partial: 1 rotates whole heads, as is done here.
     if section.get("partial_rotary_factor") == 1:
         del section["partial_rotary_factor"]

@@ -78,7 +78,8 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
             index that disagrees with its shards, or a link out of the model, see `checked_file`.
     """
     directory = Path(directory)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
     # One file is taken before an index, as by transformers.
     if single.exists():
         return _open_file(checked_file(directory, single.name))
@@ -97,7 +98,8 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
         # Both ways: a tensor that the index leaves out would be dropped unseen.
         differing = set(held) ^ {name for name, file in places.items() if file == shard}
         if differing:
-            place, said = directory / shard, f"than {index.name} says"
+            place = directory / shard
+            said = f"than {index.name} says"
             raise InputError(f"{place}: holds other tensors {said}: {_some(differing)}")
         tensors |= held
     return tensors
@@ -138,12 +140,14 @@ def check_tensors(
         InputError: missing, unexpected or mis-shaped tensors, by name, found and expected.
     """
     counts = f"expected {len(shapes)}, found {len(tensors)}"
-    missing, unexpected = set(shapes) - set(tensors), set(tensors) - set(shapes)
+    missing = set(shapes) - set(tensors)
+    unexpected = set(tensors) - set(shapes)
     for word, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise InputError(f"{place}: {word} tensor: {_some(names)}; {counts}")
     for name, shape in shapes.items():
-        found, expected = list(tensors[name].shape), list(shape)
+        found = list(tensors[name].shape)
+        expected = list(shape)
         if found != expected:
             raise InputError(f"{place}: tensor {name} has shape {found}, expected {expected}")
 
@@ -161,9 +165,8 @@ def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) 
     Raises:
         InputError: with both numbers.
     """
-    found = len(
-        {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
-    )
+    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    found = len({name.split(".")[0] for name in inside})
     if found != count:
         raise InputError(
             f"{place}: tensors of {found} layers, config.json says num_hidden_layers {count}"
@@ -182,8 +185,10 @@ def equal_tensors(
     """
     if one.shape != other.shape:
         return False
-    chunks = _chunks(one.shape, chunk_bytes)
-    return all(np.array_equal(one.read(rows), other.read(rows), equal_nan=True) for rows in chunks)
+    for rows in _chunks(one.shape, chunk_bytes):
+        if not np.array_equal(one.read(rows), other.read(rows), equal_nan=True):
+            return False
+    return True
 
 
 def not_finite_tensor(tensor: StoredTensor, *, dtype: str) -> InputError:

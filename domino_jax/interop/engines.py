@@ -6,14 +6,15 @@ at the config of a draft alone: no weight is read.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 
 ENGINES = ("sglang", "vllm", "nemo", "specforge", "zlab")
 
 
-class _Rule(NamedTuple):
+@dataclass(frozen=True)
+class _Rule:
     """Engines that misread a draft for which `found` returns what it found."""
 
     engines: tuple[str, ...]
@@ -50,6 +51,7 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
         NeMo AutoModel 0.7.0 (`HFDFlashTargetModel`), SpecForge 0.2.0 (`DFlashCapturePolicy`),
         z-lab's dflash 0.1.0.
     """
+    # Not an `InputError`: the command line offers these names alone, so a script is wrong here.
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, found {engine!r}")
     rules = [rule for rule in _RULES if engine in rule.engines]
@@ -108,7 +110,9 @@ def _transform(name: str) -> Callable[[DraftConfig, str], str | None]:
 
 
 def _last_layer(config: DraftConfig, _: str) -> str | None:
-    last, layers = config.num_target_layers - 1, config.target_layer_ids
+    # Ids rise, so only the last of them can be it.
+    last = config.num_target_layers - 1
+    layers = config.target_layer_ids
     return f"target_layer_ids ends with the last layer, {last}" if last in layers else None
 
 

@@ -70,6 +70,7 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
         for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }
     check_tensors(found, expected, place=Path("params"))
+    # In the model's order whatever the tree's is: one draft, one file, one checksum.
     return {name: found[name] for name in expected}
 
 
@@ -143,7 +144,10 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
 
 
 def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
-    """`load_hf_draft` with arrays in the host's memory, for whoever splits them over devices."""
+    """`load_hf_draft`, config and parameters, for whoever splits them over devices.
+
+    The arrays lie in the host's memory.
+    """
     path = Path(path)
     # Other trainers write no checksums, and a model card may come after ours.
     found = damage(path, unlisted=None) if (path / CHECKSUMS).exists() else None
@@ -186,6 +190,7 @@ def recorded_template(path: str | Path) -> ChatTemplate | None:
     place = Path(path) / "config.json"
     tree = read_json(place)
     found = tree.get(TEMPLATE_KEY)
+    # No error: other trainers write no such key.
     if found is None:
         return None
     if not isinstance(found, str):
@@ -202,6 +207,7 @@ def _with_current_names(
         both are there.
     """
     names = {
+        # Before these two names alone: another tensor below that prefix stays, and is refused.
         name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name)
         for name in tensors
     }
@@ -219,9 +225,8 @@ def _check_reads_back(
 ) -> None:
     stored, params = read_hf_draft(directory)
     found = hf_tensors(stored, params)
-    equal = all(
-        np.array_equal(found[name], np.asarray(x, np.float32)) for name, x in tensors.items()
-    )
+    written = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+    equal = all(np.array_equal(found[name], x) for name, x in written.items())
     if not equal or config_json(stored, "float32") != config_json(config, "float32"):
         raise RuntimeError(f"{directory}: what was written does not read back as the same draft")
 
@@ -240,6 +245,7 @@ def _tensor_name(path: tuple[str, ...], config: DraftConfig) -> str:
     first, *rest = path
     if first == "head":
         return HEAD_TENSORS[type(config.head)][tuple(rest)]
+    # Linen joins the name of a list and its index by "_", checkpoints by a dot.
     return ".".join([re.sub(r"^layers_(\d+)$", r"layers.\1", first), *rest])
 
 

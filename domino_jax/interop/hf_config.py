@@ -42,7 +42,8 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
     top: dict[str, Any] = {}
     # Each speaks for all layers. Without both keys a sliding layer is causal inside the block and a
     # full one is not.
-    if not (SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == "causal"):
+    sliding = SLIDING_ATTENTION in config.attention_types
+    if not sliding or config.sliding_in_block != "causal":
         top["is_causal"] = dflash["causal"] = False
     if config.shift_label and config.head is None:
         top[SHIFTED_DFLASH] = dflash[SHIFTED_DFLASH] = True
@@ -70,6 +71,7 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_sliding_window": config.sliding_window is not None,
         "sliding_window": config.sliding_window,
+        # So many that Qwen3's older rule lets no layer slide: `layer_types` alone decides.
         "max_window_layers": config.num_hidden_layers,
         "layer_types": list(config.attention_types),
         "tie_word_embeddings": False,
@@ -83,6 +85,7 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
 
 def _rope_json(config: DraftConfig) -> dict[str, Any]:
     """The rotary embedding in the new schema and, when it is scaled, in the old one too."""
+    # The new schema even for a plain one: some readers look nowhere else for the base.
     if config.rope_scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     # Without defaults: each type of scaling has keys of its own.
@@ -140,19 +143,24 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
         )
     try:
+        sizes = {key: value(key, tree, kind=int) for key in (*SIZES, "num_target_layers")}
+        eps = value("rms_norm_eps", tree, kind=(float, int))
+        theta = value("rope_theta", tree, rope, kind=(float, int))
+        scaled = None
+        if scaling:
+            scaled = from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
         return DraftConfig(
-            **{key: value(key, tree, kind=int) for key in (*SIZES, "num_target_layers")},
-            rms_norm_eps=value("rms_norm_eps", tree, kind=(float, int)),
-            rope_theta=float(value("rope_theta", tree, rope, kind=(float, int))),
-            rope_scaling=from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
-            if scaling
-            else None,
+            **sizes,
+            rms_norm_eps=eps,
+            rope_theta=float(theta),
+            rope_scaling=scaled,
             block_size=value("block_size", nested, tree, kind=int),
             mask_token_id=value("mask_token_id", nested, kind=int),
             target_layer_ids=tuple(layer_ids),
             head=head,
             **optional,
         )
+    # `DraftConfig` knows its fields and no file; what `value` raised names the file already.
     except InputError as error:
         message = str(error)
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
@@ -160,6 +168,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
 
 def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place: str) -> None:
     for key, only in plain.items():
+        # Null as well, which writers put where they have nothing to say.
         if section.get(key, only) not in (only, None):
             raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
 
@@ -221,8 +230,10 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) 
     if SLIDING_ATTENTION not in kinds:
         if tree.get("is_causal"):
             raise InputError(f"{place}: is_causal is true; a block without windows looks both ways")
-        plain = set(kinds) <= {FULL_ATTENTION} and len(kinds) in (0, tree.get("num_hidden_layers"))
-        return {} if plain else {"layer_types": tuple(kinds)}
+        full = set(kinds) <= {FULL_ATTENTION}
+        if full and len(kinds) in (0, tree.get("num_hidden_layers")):
+            return {}
+        return {"layer_types": tuple(kinds)}
     window = tree.get("sliding_window")
     # Hugging Face drops the window unless use_sliding_window is true: the layer would see all.
     if tree.get("use_sliding_window") is not True or type(window) is not int:
@@ -237,6 +248,8 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) 
             "only sliding ones can be causal"
         )
     # vLLM asks `is_causal`, then `dflash_config.causal`; z-lab and SGLang know the first only.
-    said = tree.get("is_causal") if tree.get("is_causal") is not None else nested.get("causal")
+    said = tree.get("is_causal")
+    if said is None:
+        said = nested.get("causal")
     in_block = "bidirectional" if said is False else "causal"
     return {"layer_types": tuple(kinds), "sliding_window": window, "sliding_in_block": in_block}

@@ -31,15 +31,19 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
         InputError: an unusable checkpoint, or every field in which it is another draft, found and
             expected.
     """
+    # From config.json, before gigabytes of weights are read for a refusal.
     check_start(path, config)
-    return read_hf_draft(path)[1]
+    _, params = read_hf_draft(path)
+    return params
 
 
 def check_start(path: str | Path, config: DraftConfig) -> None:
     """Refuses a checkpoint of another draft, as `starting_params` does; no weight is read."""
-    ours, theirs = _meaning(config), _meaning(read_hf_config(path))
+    ours = _meaning(config)
+    theirs = _meaning(read_hf_config(path))
     different = [
         f"{name} is {theirs.get(name)!r}, expected {ours.get(name)!r}"
+        # Theirs too: a field that only they have is another draft as well.
         for name in (*ours, *(theirs.keys() - ours.keys()))
         if theirs.get(name) != ours.get(name)
     ]

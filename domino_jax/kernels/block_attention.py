@@ -16,7 +16,8 @@ the backward of each part reads.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,11 @@ def definition(
     places = jnp.arange(length)
     seen = (span.first[..., None] <= places) & (places < span.end[..., None])  # [B, N, Q, S]
     far = jnp.where(seen[:, None, None], far * width**-0.5, LOWEST)
-    near = jnp.where(jnp.tri(size, dtype=bool) | (not causal), near * width**-0.5, LOWEST)
+    seen_own = jnp.tri(size, dtype=bool) | (not causal)
+    near = jnp.where(seen_own, near * width**-0.5, LOWEST)
 
-    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1), axis=-1).astype(q.dtype)
+    scores = jnp.concatenate([far, near], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     out = jnp.einsum("bkgnqs,bksd->bkgnqd", weights[..., :length], context[1])
     out += jnp.einsum("bkgnqc,bkncd->bkgnqd", weights[..., length:], own_values)
     return out.reshape(batch, heads, queries, width)
@@ -69,7 +72,8 @@ _SPAN_AXES = ContextSpan(*[cast(Any, ("batch", None, None))] * 2)
 _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """One way to compute it.
 
     `forward(operands, span, causal=)` gives the output and its log-sum-exp float32, both in the
@@ -83,8 +87,12 @@ class Form(NamedTuple):
 def by_tiles(size: TileSize, *, backward: TileSize | None = None, transposed: bool) -> Form:
     """Plain products over tiles; see `blocks_by_tiles.backward` for `transposed`."""
     return Form(
-        functools.partial(blocks_by_tiles.forward, size=size),
-        functools.partial(blocks_by_tiles.backward, size=backward or size, transposed=transposed),
+        forward=functools.partial(blocks_by_tiles.forward, size=size),
+        backward=functools.partial(
+            blocks_by_tiles.backward,
+            size=backward or size,
+            transposed=transposed,
+        ),
     )
 
 
@@ -110,7 +118,8 @@ def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _attend(operands: Operands, span: ContextSpan, causal: bool, form: Form | None) -> jax.Array:
-    return _forward(operands, span, causal, form)[0]
+    out, _ = _forward(operands, span, causal, form)
+    return out
 
 
 def _forward(
@@ -164,7 +173,8 @@ def block_attention(
     Source: DFlash (arXiv:2602.06036), section 4.2.
     """
     batch, _, queries, width = q.shape
-    kv_heads, blocks = context[0].shape[1], span.end.shape[1]
+    kv_heads = context[0].shape[1]
+    blocks = span.end.shape[1]
     out = _attend(_operands(q, context, own, span), span, causal, form)
     out = out.reshape(batch, kv_heads, blocks, -1, queries // blocks, width).swapaxes(2, 3)
     return out.reshape(q.shape)
@@ -177,7 +187,8 @@ def _operands(
     span: ContextSpan,
 ) -> Operands:
     batch, _, queries, width = q.shape
-    kv_heads, blocks = context[0].shape[1], span.end.shape[1]
+    kv_heads = context[0].shape[1]
+    blocks = span.end.shape[1]
 
     # [B, KV * x, N * K, head_dim] -> [B, KV, N, x * K, head_dim]: the heads of a group beside their
     # block, since they see the same keys.

@@ -4,13 +4,14 @@ Tiles of plain products run on every platform, forward and backward. Anchors are
 neighbouring blocks ends its walk over the context at its largest anchor.
 
     key tiles    0   1   2   3   4     a walk ends where the tile's own queries say: a loop whose
-    blocks 0-7   x   x   .   .   .     length the device only knows when it runs. Where that is dear
+    blocks 0-7   x   x   .   .   .     length the device only knows when it runs. Where that costs
     blocks 8-15  x   x   x   x   .     (a GPU waits for the answer), a tile of keys is the whole
                                        context and nothing is walked.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,31 +20,32 @@ import jax.numpy as jnp
 from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 
 
-class TileSize(NamedTuple):
-    """The rows of queries and columns of keys that one tile of scores has at most.
+@dataclass(frozen=True)
+class TileSize:
+    """The queries and the keys that one tile of scores has at most.
 
-    `mib` bounds its float32 scores of all key-value heads; a group's heads are rows of their own.
+    `mib` bounds its float32 scores of all key-value heads. Each head of a group has queries of its
+    own.
     """
 
-    rows: int
+    queries: int
     keys: int
     mib: int | None = None
 
     def within_memory(self, operands: Operands) -> "TileSize":
-        """The same with no more rows than the MiB allow."""
+        """The same with no more queries than the MiB allow."""
         if self.mib is None:
             return self
         heads, length = operands.keys.shape[1:3]
-        return self._replace(
-            rows=min(self.rows, self.mib * 2**20 // (4 * heads * min(self.keys, length)))
-        )
+        query_bytes = 4 * heads * min(self.keys, length)
+        return replace(self, queries=min(self.queries, self.mib * 2**20 // query_bytes))
 
 
-TILE = TileSize(rows=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
+TILE = TileSize(queries=768, keys=512)  # a tile of scores, 1.5 MiB, stays in a core's cache
 # For a GPU: the fewer launches the better, as far as memory goes; the backward pass holds twice as
 # many scores. With Qwen3-8B's heads, S 3072, N 512 and K 16 that is 3 tiles and 5.
-WHOLE_CONTEXT = TileSize(rows=2**30, keys=2**30, mib=1026)
-WHOLE_CONTEXT_BACKWARD = WHOLE_CONTEXT._replace(mib=618)
+WHOLE_CONTEXT = TileSize(queries=2**30, keys=2**30, mib=1026)
+WHOLE_CONTEXT_BACKWARD = replace(WHOLE_CONTEXT, mib=618)
 
 
 class _Softmax(NamedTuple):
@@ -66,63 +68,68 @@ def _own_scores(operands: Operands, causal: bool) -> jax.Array:  # [B, KV, N, G*
     scores *= operands.queries.shape[-1] ** -0.5
     if not causal:
         return scores
-    rows, size = scores.shape[-2:]
-    # The rows of a block go through its positions once for each head of the group.
-    seen = jnp.tile(jnp.tri(size, dtype=bool), (rows // size, 1))
+    queries, size = scores.shape[-2:]
+    # The queries of a block go through its positions once for each head of the group.
+    seen = jnp.tile(jnp.tri(size, dtype=bool), (queries // size, 1))
     return jnp.where(seen, scores, LOWEST)
 
 
 class _Tiles(NamedTuple):
-    """The queries in tiles, [B * tiles, KV, rows, head_dim], and where each tile walks.
+    """The queries in tiles, [B * tiles, KV, queries, head_dim], and where each tile walks.
 
-    `first` and `end` [B * tiles, 1, rows, 1] are the span of each query, `row` [B * tiles] is the
-    sequence of the batch that a tile belongs to, and `begin` to `stop` are the key tiles that some
-    query of it sees.
+    `first` and `end` [B * tiles, 1, queries, 1] are the span of each, `sequence` [B * tiles] is the
+    one of the batch that a tile belongs to, and `begin` to `stop` are the key tiles that some query
+    of it sees.
     """
 
     queries: jax.Array
     first: jax.Array
     end: jax.Array
-    row: jax.Array
+    sequence: jax.Array
     begin: jax.Array
     stop: jax.Array
 
 
 def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
-    rows = operands.queries.shape[3]
+    block_queries = operands.queries.shape[3]
     queries = _in_tiles(operands.queries, size)
-    first, end = (_in_tiles(_per_row(x, rows), size) for x in span)
-    row = jnp.arange(queries.shape[0]) // (queries.shape[0] // operands.queries.shape[0])
+    first, end = (_in_tiles(_per_query(x, block_queries), size) for x in span)
+    tiles = queries.shape[0] // operands.queries.shape[0]
+    sequence = jnp.arange(queries.shape[0]) // tiles
     keys = min(size.keys, operands.keys.shape[2])
     # Of this tile alone: a long sequence must not make the short ones of its batch walk its length.
     # One that sees nothing begins after its stop, so that its loop has no turn.
     seen = end > first
-    begin = jnp.min(jnp.where(seen, first, jnp.iinfo(jnp.int32).max), axis=(1, 2, 3)) // keys
-    stop = -(-jnp.max(jnp.where(seen, end, 0), axis=(1, 2, 3)) // keys)
-    return _Tiles(queries, first, end, row, begin, stop)
+    lowest = jnp.where(seen, first, jnp.iinfo(jnp.int32).max)
+    begin = jnp.min(lowest, axis=(1, 2, 3)) // keys
+    highest = jnp.where(seen, end, 0)
+    stop = -(-jnp.max(highest, axis=(1, 2, 3)) // keys)
+    return _Tiles(queries, first, end, sequence, begin, stop)
 
 
-def _per_row(x: jax.Array, rows: int) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, N, G * K, 1]
-    x = jnp.tile(x, (1, 1, rows // x.shape[2]))
+# [B, N, 1 or K] -> [B, 1, N, G * K, 1]
+def _per_query(x: jax.Array, block_queries: int) -> jax.Array:
+    x = jnp.tile(x, (1, 1, block_queries // x.shape[2]))
     return x[:, None, ..., None]
 
 
 # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
 def _in_tiles(x: jax.Array, size: TileSize) -> jax.Array:
-    batch, heads, blocks, rows, width = x.shape
-    tile_blocks = max(min(size.rows // rows, blocks), 1)
+    batch, heads, blocks, block_queries, width = x.shape
+    tile_blocks = max(min(size.queries // block_queries, blocks), 1)
     count = -(-blocks // tile_blocks)
     # Blocks that fill up the last tile see nothing.
     x = jnp.pad(x, ((0, 0), (0, 0), (0, count * tile_blocks - blocks), (0, 0), (0, 0)))
-    x = x.reshape(batch, heads, count, tile_blocks * rows, width).swapaxes(1, 2)
-    return x.reshape(batch * count, heads, tile_blocks * rows, width)
+    tile_queries = tile_blocks * block_queries
+    x = x.reshape(batch, heads, count, tile_queries, width).swapaxes(1, 2)
+    return x.reshape(batch * count, heads, tile_queries, width)
 
 
 # And back, to the axes of `like` [B, KV, N, r, _].
 def _from_tiles(x: jax.Array, like: jax.Array) -> jax.Array:
-    batch, heads, blocks, rows, _ = like.shape
+    batch, heads, blocks, block_queries, _ = like.shape
     x = x.reshape(batch, -1, heads, *x.shape[2:]).swapaxes(1, 2)
-    return x.reshape(batch, heads, -1, rows, x.shape[-1])[:, :, :blocks]
+    return x.reshape(batch, heads, -1, block_queries, x.shape[-1])[:, :, :blocks]
 
 
 def _walk(
@@ -137,12 +144,13 @@ def _walk(
     return jax.lax.fori_loop(tile.begin, tile.stop, add, start)
 
 
-class _KeyTile(NamedTuple):
+@dataclass(frozen=True)
+class _KeyTile:
     """A tile of keys and values [KV, size, head_dim], where it begins, and the bound of each score.
 
-    `bound` is [1, rows, size]. A score that its query does not see is bounded by the lowest number,
-    any other by the highest. (A choice between scores and a constant would have XLA write out that
-    constant for a whole tile of all heads.)
+    `bound` is [1, queries, size]. A score that its query does not see is bounded by the lowest
+    number, any other by the highest. (A choice between scores and a constant would have XLA write
+    out that constant for a whole tile of all heads.)
     """
 
     begin: jax.Array
@@ -161,11 +169,10 @@ def _key_tile(tile: _Tiles, index: jax.Array, operands: Operands, size: TileSize
     seen = (jnp.maximum(tile.first, index * count) <= columns) & (columns < tile.end)
 
     def part(x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (tile.row, 0, begin, 0), (1, heads, count, width))[0]
+        return jax.lax.dynamic_slice(x, (tile.sequence, 0, begin, 0), (1, heads, count, width))[0]
 
-    return _KeyTile(
-        begin, jnp.where(seen, -LOWEST, LOWEST), part(operands.keys), part(operands.values)
-    )
+    bound = jnp.where(seen, -LOWEST, LOWEST)
+    return _KeyTile(begin, bound, part(operands.keys), part(operands.values))
 
 
 def forward(
@@ -180,7 +187,8 @@ def forward(
     Source: FlashAttention (arXiv:2205.14135).
     """
     size = size.within_memory(operands)
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    scale = operands.queries.shape[-1] ** -0.5
+    dtype = operands.queries.dtype
     near = _own_scores(operands, causal)
     largest = jnp.max(near, axis=-1, keepdims=True)
     weights = jnp.exp(near - largest)
@@ -195,22 +203,26 @@ def forward(
             scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
             scores = jnp.minimum(scores, key_tile.bound)
             largest = jnp.maximum(carry.largest, jnp.max(scores, axis=-1, keepdims=True))
-            weights, kept = jnp.exp(scores - largest), jnp.exp(carry.largest - largest)
+            weights = jnp.exp(scores - largest)
+            kept = jnp.exp(carry.largest - largest)
             total = kept * carry.total + jnp.sum(weights, axis=-1, keepdims=True)
             out = _product("krs,ksd->krd", weights.astype(dtype), key_tile.values)
             return _Softmax(largest, total, kept * carry.out + out)
 
-        whole = _walk(tile, add, own, operands=operands, size=size)
-        # Rows that fill up a tile hold nothing, and are cut off below.
-        total = jnp.where(whole.total > 0, whole.total, 1.0)
-        return (whole.out / total).astype(dtype), whole.largest + jnp.log(total)
+        softmax = _walk(tile, add, own, operands=operands, size=size)
+        # Queries that fill up a tile hold nothing, and are cut off below.
+        total = jnp.where(softmax.total > 0, softmax.total, 1.0)
+        out = (softmax.out / total).astype(dtype)
+        return out, softmax.largest + jnp.log(total)
 
     tiles = _tiles(operands, span, size)
-    out, log_sum = jax.lax.map(of_tile, (tiles, jax.tree.map(lambda x: _in_tiles(x, size), own)))
+    own_tiles = jax.tree.map(lambda x: _in_tiles(x, size), own)
+    out, log_sum = jax.lax.map(of_tile, (tiles, own_tiles))
     return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
 
 
-class _OwnGradients(NamedTuple):
+@dataclass(frozen=True)
+class _OwnGradients:
     """The own block's share of the queries' gradient, and its keys' and values'; float32."""
 
     queries: jax.Array
@@ -222,7 +234,8 @@ def _own_gradients(
     saved: Saved, cotangent: jax.Array, slope: jax.Array, *, causal: bool
 ) -> _OwnGradients:
     operands = saved.operands
-    scale, dtype = operands.queries.shape[-1] ** -0.5, operands.queries.dtype
+    scale = operands.queries.shape[-1] ** -0.5
+    dtype = operands.queries.dtype
     weights = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
     slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
     slopes = (weights * (slopes - slope) * scale).astype(dtype)
@@ -237,7 +250,7 @@ class _BackwardTile(NamedTuple):
     """What the backward pass reads of a tile of queries.
 
     Beside the tile the log-sum-exp of its scores, the sum of cotangent times output, and the
-    cotangent, [B * tiles, KV, rows, _] each.
+    cotangent, [B * tiles, KV, queries, _] each.
     """
 
     tile: _Tiles
@@ -246,43 +259,64 @@ class _BackwardTile(NamedTuple):
     cotangent: jax.Array
 
 
-_Sums = tuple[jax.Array, jax.Array]  # of the gradients of keys and values, over tiles of queries
+class _ContextSums(NamedTuple):
+    """Sums over tiles of queries: the gradients of the context's keys and values."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class _TileSums(NamedTuple):
+    """What one tile of queries adds up: its own gradient, and into the sums of the context."""
+
+    queries: jax.Array
+    context: _ContextSums
 
 
 def _add_tile(
-    sums: _Sums, item: _BackwardTile, *, operands: Operands, size: TileSize, transposed: bool
-) -> tuple[_Sums, jax.Array]:
-    """Adds a tile of queries to the sums; the queries' own gradient beside them."""
+    sums: _ContextSums,
+    item: _BackwardTile,
+    *,
+    operands: Operands,
+    size: TileSize,
+    transposed: bool,
+) -> tuple[_ContextSums, jax.Array]:
+    """The sums with a tile of queries added, and the gradient of those queries."""
     tile, log_sum, slope, cotangent = item
-    scale, dtype = tile.queries.shape[-1] ** -0.5, tile.queries.dtype
+    scale = tile.queries.shape[-1] ** -0.5
+    dtype = tile.queries.dtype
     axis = 3 if transposed else 2  # of the positions in the sums
-    factors = (tile.queries, cotangent)
+    by_query = tile.queries
+    by_output = cotangent
     if transposed:
         with jax.named_scope("cpu_transposed"):
-            factors = (tile.queries.swapaxes(1, 2), cotangent.swapaxes(1, 2))
+            by_query = tile.queries.swapaxes(1, 2)
+            by_output = cotangent.swapaxes(1, 2)
     equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
 
-    def add(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        queries, *sums = carry
+    def add(index: jax.Array, carry: _TileSums) -> _TileSums:
         key_tile = _key_tile(tile, index, operands, size)
         scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
         weights = jnp.exp(jnp.minimum(scores, key_tile.bound) - log_sum)
         slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
         slopes = (weights * (slopes - slope) * scale).astype(dtype)
-        queries += _product("krs,ksd->krd", slopes, key_tile.keys)
-        at: list[Any] = [tile.row, 0, 0, 0]
+        queries = carry.queries + _product("krs,ksd->krd", slopes, key_tile.keys)
+        at: list[Any] = [tile.sequence, 0, 0, 0]
         at[axis] = key_tile.begin
-        for place, (factor, tile_part) in enumerate(
-            zip(factors, (slopes, weights.astype(dtype)), strict=True)
-        ):
-            new = _product(equation, factor, tile_part)[None]
-            old = jax.lax.dynamic_slice(sums[place], at, new.shape)
-            sums[place] = jax.lax.dynamic_update_slice(sums[place], old + new, at)
-        return queries, *sums
 
-    start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
-    queries, keys, values = _walk(tile, add, start, operands=operands, size=size)
-    return (keys, values), queries
+        def added(total: jax.Array, factor: jax.Array, of_keys: jax.Array) -> jax.Array:
+            new = _product(equation, factor, of_keys)[None]
+            old = jax.lax.dynamic_slice(total, at, new.shape)
+            return jax.lax.dynamic_update_slice(total, old + new, at)
+
+        weights = weights.astype(dtype)
+        keys = added(carry.context.keys, by_query, slopes)
+        values = added(carry.context.values, by_output, weights)
+        return _TileSums(queries, _ContextSums(keys, values))
+
+    start = _TileSums(jnp.zeros(tile.queries.shape, jnp.float32), sums)
+    sums_of_tile = _walk(tile, add, start, operands=operands, size=size)
+    return sums_of_tile.context, sums_of_tile.queries
 
 
 def backward(
@@ -316,9 +350,8 @@ def backward(
     zeros = jnp.zeros(shape, jnp.float32)
     figures = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
     add_tile = functools.partial(_add_tile, operands=operands, size=size, transposed=transposed)
-    sums, queries = jax.lax.scan(
-        add_tile, (zeros, zeros), _BackwardTile(_tiles(operands, span, size), *figures)
-    )
+    tiles = _BackwardTile(_tiles(operands, span, size), *figures)
+    sums, queries = jax.lax.scan(add_tile, _ContextSums(zeros, zeros), tiles)
     keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
     queries = _from_tiles(queries, operands.queries) + own.queries
     gradients = Operands(queries, keys, values, own.keys, own.values)

@@ -10,11 +10,12 @@ One Pallas kernel a direction reads only the key tiles that its queries see:
                                       made on the device and prefetched, so that a tile that nobody
                                       sees is neither read nor multiplied
 
-Scores are kept transposed, [keys, rows]: what belongs to a query (its span, largest score, sum,
+Scores are kept transposed, [keys, queries]: what belongs to a query (its span, largest score, sum,
 slope) then lies along lanes, which a TPU broadcasts over the keys for nothing.
 """
 
 import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +29,9 @@ from domino_jax.kernels.tpu_tiles import TILE, Cut, KernelTile, cut_of, seen_til
 
 
 class _Inputs(NamedTuple):
-    """What both kernels read, cut and filled up; figures of queries lie along lanes, [.., 1, rows].
+    """What both kernels read, cut and filled up; figures of queries lie along lanes, [.., 1, n].
 
-    `own_seen` int32 [blocks * K, rows] says which keys of the tile of own keys a query sees, of
+    `own_seen` int32 [blocks * K, queries] says which keys of the tile of own keys a query sees, of
     every tile the same.
     """
 
@@ -45,7 +46,7 @@ class _Inputs(NamedTuple):
 
 
 def _inputs(operands: Operands, span: ContextSpan, cut: Cut, *, causal: bool) -> _Inputs:
-    batch, heads, blocks, rows, width = operands.queries.shape
+    batch, heads, blocks, block_queries, width = operands.queries.shape
     size = operands.own_keys.shape[3]
     more_blocks = cut.tiles * cut.blocks - blocks
     more_keys = cut.parts * cut.part_tiles * cut.keys - operands.keys.shape[2]
@@ -57,15 +58,16 @@ def _inputs(operands: Operands, span: ContextSpan, cut: Cut, *, causal: bool) ->
     def by_position(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, more_keys), (0, 0)))
 
-    def by_query(x: jax.Array) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, tiles * rows]
-        x = jnp.tile(x, (1, 1, rows // x.shape[2]))
+    def by_query(x: jax.Array) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, tiles * queries]
+        x = jnp.tile(x, (1, 1, block_queries // x.shape[2]))
         return jnp.pad(x, ((0, 0), (0, more_blocks), (0, 0))).reshape(batch, 1, -1)
 
-    # A block's rows go through its positions once for each head of the group.
-    key, row = np.arange(cut.blocks * size)[:, None], np.arange(cut.rows)
-    own_seen = key // size == row // rows
+    # A block's queries go through its positions once for each head of the group.
+    key = np.arange(cut.blocks * size)[:, None]
+    query = np.arange(cut.queries)
+    own_seen = key // size == query // block_queries
     if causal:
-        own_seen &= key % size <= row % size
+        own_seen &= key % size <= query % size
     return _Inputs(
         by_block(operands.queries),
         by_position(operands.keys),
@@ -94,7 +96,8 @@ def _by_lane(b: Any, h: Any, p: Any, t: Any, s: Any, *_: Any) -> tuple[Any, ...]
 
 
 def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
-    width, own_shape = inputs.queries.shape[-1], inputs.own_seen.shape
+    width = inputs.queries.shape[-1]
+    own_shape = inputs.own_seen.shape
 
     def by_key(b: Any, h: Any, p: Any, t: Any, s: Any, order: Any, counts: Any) -> tuple[Any, ...]:
         # Past the end of the list the tile stays what it was, and is not read again.
@@ -102,66 +105,69 @@ def _in_specs(cut: Cut, inputs: _Inputs) -> _Inputs:
         step = jnp.minimum(s, jnp.maximum(counts[place] - 1, 0))
         return b, h, p * cut.part_tiles + order[place * cut.part_tiles + step], 0
 
-    tile = pl.BlockSpec((None, None, cut.rows, width), _by_tile)
+    tile = pl.BlockSpec((None, None, cut.queries, width), _by_tile)
     key = pl.BlockSpec((None, None, cut.keys, width), by_key)
     own = pl.BlockSpec((None, None, own_shape[0], width), _by_tile)
     seen = pl.BlockSpec(own_shape, lambda *_: (0, 0))
-    query = pl.BlockSpec((None, 1, cut.rows), lambda b, h, p, t, s, *_: (b, 0, t))
+    query = pl.BlockSpec((None, 1, cut.queries), lambda b, h, p, t, s, *_: (b, 0, t))
     return _Inputs(tile, key, key, own, own, seen, query, query)
 
 
-def _turned(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
+def _times_transposed(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, d], [m, d] -> [n, m]
     return _product(left, right, ((1,), (1,)))
 
 
-def _plain(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, m], [m, d] -> [n, d]
+def _times(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, m], [m, d] -> [n, d]
     return _product(left, right, ((1,), (0,)))
 
 
-def _over_first(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, b] -> [a, b]
+def _transposed_times(left: jax.Array, right: jax.Array) -> jax.Array:  # [n, a], [n, b] -> [a, b]
     return _product(left, right, ((0,), (0,)))
 
 
 def _product(left: jax.Array, right: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
     # The command sets the precision of all products to "highest", for float32. Mosaic refuses that
     # of bfloat16 operands ("Bad lhs type"), so those say what they want.
-    whole = left.dtype == right.dtype == jnp.float32
-    precision = None if whole else jax.lax.Precision.DEFAULT
+    float32 = left.dtype == right.dtype == jnp.float32
+    precision = None if float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(left, right, (axes, ((), ())), precision, jnp.float32)
 
 
 def _seen(at: _Inputs, begin: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Which keys of a context tile that begins at a position the queries see, bool [keys, rows]."""
+    """Which keys of a context tile the queries see, bool [keys, queries]; `begin` is its place."""
     position = begin + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (at.first[...] <= position) & (position < at.end[...])
 
 
 def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
-    at, (out, log_sum, largest, total, summed) = _Inputs(*refs[:8]), refs[8:]
-    place, step = _place(cut), pl.program_id(4)
+    at = _Inputs(*refs[:8])
+    (out, log_sum, largest, total, summed) = refs[8:]
+    place = _place(cut)
+    step = pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
     # Never empty: the online softmax begins with it.
     @pl.when(step == 0)
     def _own_block() -> None:
-        scores = _turned(at.own_keys[...], at.queries[...]) * scale
+        scores = _times_transposed(at.own_keys[...], at.queries[...]) * scale
         scores = jnp.where(at.own_seen[...] != 0, scores, LOWEST)
         largest[...] = jnp.max(scores, axis=0, keepdims=True)
         weights = jnp.exp(scores - largest[...])
         total[...] = jnp.sum(weights, axis=0, keepdims=True)
-        summed[...] = _over_first(at.own_values[...], weights.astype(at.own_values.dtype))
+        summed[...] = _transposed_times(at.own_values[...], weights.astype(at.own_values.dtype))
 
     @pl.when(step < counts[place])
     def _context() -> None:
-        scores = _turned(at.keys[...], at.queries[...]) * scale
+        scores = _times_transposed(at.keys[...], at.queries[...]) * scale
         # An index within the part is one of the whole context: the forward pass has one part.
         tile = order[place * cut.part_tiles + step]
         scores = jnp.where(_seen(at, tile * cut.keys, scores.shape), scores, LOWEST)
         new = jnp.maximum(largest[...], jnp.max(scores, axis=0, keepdims=True))
-        weights, kept = jnp.exp(scores - new), jnp.exp(largest[...] - new)
+        weights = jnp.exp(scores - new)
+        kept = jnp.exp(largest[...] - new)
         largest[...] = new
         total[...] = kept * total[...] + jnp.sum(weights, axis=0, keepdims=True)
-        summed[...] = kept * summed[...] + _over_first(
+        summed[...] = kept * summed[...] + _transposed_times(
             at.values[...], weights.astype(at.values.dtype)
         )
 
@@ -171,27 +177,37 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         log_sum[...] = largest[...] + jnp.log(total[...])
 
 
+class _OfKeys(NamedTuple):
+    """What a tile of keys adds to the gradients, of the queries and of its keys and values."""
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+
+
 def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
-    at, (cotangent, log_sum, slope) = _Inputs(*refs[:8]), refs[8:11]
+    at = _Inputs(*refs[:8])
+    (cotangent, log_sum, slope) = refs[8:11]
     gradients = Operands(*refs[11:])
-    place, part, tile, step = _place(cut), pl.program_id(2), pl.program_id(3), pl.program_id(4)
+    place = _place(cut)
+    part = pl.program_id(2)
+    tile = pl.program_id(3)
+    step = pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
-    def of_tile(
-        keys: jax.Array, values: jax.Array, seen: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What a tile of keys adds to the gradients of queries, keys and values."""
+    def of_keys(keys: jax.Array, values: jax.Array, seen: jax.Array) -> _OfKeys:
         # Chosen after the exponential, which may overflow where a query does not see the key.
         # Queries that fill up a tile have a cotangent of 0, and so add nothing.
         weights = jnp.where(
-            seen, jnp.exp(_turned(keys, at.queries[...]) * scale - log_sum[...]), 0.0
+            seen, jnp.exp(_times_transposed(keys, at.queries[...]) * scale - log_sum[...]), 0.0
         )
-        slopes = weights * (_turned(values, cotangent[...]) - slope[...]) * scale
-        slopes, weights = slopes.astype(keys.dtype), weights.astype(keys.dtype)
-        return (
-            _over_first(slopes, keys),
-            _plain(slopes, at.queries[...]),
-            _plain(weights, cotangent[...]),
+        slopes = weights * (_times_transposed(values, cotangent[...]) - slope[...]) * scale
+        slopes = slopes.astype(keys.dtype)
+        weights = weights.astype(keys.dtype)
+        return _OfKeys(
+            _transposed_times(slopes, keys),
+            _times(slopes, at.queries[...]),
+            _times(weights, cotangent[...]),
         )
 
     # The block of these two is the same for all tiles and steps of a part: it stays in memory, and
@@ -205,19 +221,21 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     def _own_block() -> None:
         # Of the first part of the context alone; the sums of the others begin with nothing.
         seen = (at.own_seen[...] != 0) & (part == 0)
-        parts = of_tile(at.own_keys[...], at.own_values[...], seen)
-        gradients.queries[...], gradients.own_keys[...], gradients.own_values[...] = parts
+        new = of_keys(at.own_keys[...], at.own_values[...], seen)
+        gradients.queries[...] = new.queries
+        gradients.own_keys[...] = new.keys
+        gradients.own_values[...] = new.values
 
     @pl.when(step < counts[place])
     def _context() -> None:
         index = order[place * cut.part_tiles + step]
         begin = (part * cut.part_tiles + index) * cut.keys
-        seen = _seen(at, begin, (cut.keys, cut.rows))
-        queries, keys, values = of_tile(at.keys[...], at.values[...], seen)
-        gradients.queries[...] += queries
+        seen = _seen(at, begin, (cut.keys, cut.queries))
+        new = of_keys(at.keys[...], at.values[...], seen)
+        gradients.queries[...] += new.queries
         held = pl.ds(pl.multiple_of(index * cut.keys, cut.keys), cut.keys)
-        gradients.keys[held, :] += keys
-        gradients.values[held, :] += values
+        gradients.keys[held, :] += new.keys
+        gradients.values[held, :] += new.values
 
 
 def _call(kernel: Any, cut: Cut, operands: Operands, **arguments: Any) -> Any:
@@ -260,32 +278,35 @@ def forward(
         size: of the tiles.
         interpret: run the kernel without a TPU, for tests.
     """
-    batch, heads, blocks, rows, width = operands.queries.shape
+    batch, heads, blocks, block_queries, width = operands.queries.shape
     # One part, whatever the context: nothing of it is held here, and each softmax runs over it all.
-    cut = cut_of(operands, size._replace(context=operands.keys.shape[2] + size.keys))
+    one_part = replace(size, context=operands.keys.shape[2] + size.keys)
+    cut = cut_of(operands, one_part)
     inputs = _inputs(operands, span, cut, causal=causal)
-    specs, queries = _in_specs(cut, inputs), cut.tiles * cut.rows
+    specs = _in_specs(cut, inputs)
+    count = cut.tiles * cut.queries
     run = _call(
         _forward_kernel,
         cut,
         operands,
         in_specs=list(specs),
-        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, cut.rows), _by_lane)],
+        out_specs=[specs.queries, pl.BlockSpec((None, None, 1, cut.queries), _by_lane)],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, queries, width), operands.queries.dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, count, width), operands.queries.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, count), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((1, cut.rows), jnp.float32),
-            pltpu.VMEM((1, cut.rows), jnp.float32),
-            pltpu.VMEM((width, cut.rows), jnp.float32),
+            pltpu.VMEM((1, cut.queries), jnp.float32),
+            pltpu.VMEM((1, cut.queries), jnp.float32),
+            pltpu.VMEM((width, cut.queries), jnp.float32),
         ],
         interpret=interpret,
         name="block_attention_forward",
     )
     out, log_sum = run(*seen_tiles(span, cut), *inputs)
-    out = out.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
-    return out, log_sum.reshape(batch, heads, -1, rows, 1)[:, :, :blocks]
+    out = out.reshape(batch, heads, -1, block_queries, width)[:, :, :blocks]
+    log_sum = log_sum.reshape(batch, heads, -1, block_queries, 1)[:, :, :blocks]
+    return out, log_sum
 
 
 @functools.partial(jax.jit, static_argnames=("causal", "size", "interpret"))
@@ -299,24 +320,28 @@ def backward(
 ) -> Operands:
     """The gradients; arguments and result as `blocks_by_tiles.backward`, the derivation too."""
     operands, span = saved.operands, saved.span
-    batch, heads, blocks, rows, width = operands.queries.shape
-    length, own = operands.keys.shape[2], operands.own_keys.shape[3]
+    batch, heads, blocks, block_queries, width = operands.queries.shape
+    length = operands.keys.shape[2]
+    own = operands.own_keys.shape[3]
     cut = cut_of(operands, size)
     inputs = _inputs(operands, span, cut, causal=causal)
-    specs, outputs = _in_specs(cut, inputs), _gradient_outputs(operands, cut)
+    specs = _in_specs(cut, inputs)
+    outputs = _gradient_outputs(operands, cut)
     more = ((0, 0), (0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0))
 
-    def lanes(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * rows]
+    def lanes(x: jax.Array) -> jax.Array:  # [B, KV, N, G*K] -> [B, KV, 1, tiles * queries]
         return jnp.pad(x, more).reshape(batch, heads, 1, -1)
 
-    query = pl.BlockSpec((None, None, 1, cut.rows), _by_lane)
+    out_specs = [spec for spec, _ in outputs]
+    out_shapes = [shape for _, shape in outputs]
+    query = pl.BlockSpec((None, None, 1, cut.queries), _by_lane)
     run = _call(
         _backward_kernel,
         cut,
         operands,
         in_specs=[*specs, specs.queries, query, query],
-        out_specs=[spec for spec, _ in outputs],
-        out_shape=[shape for _, shape in outputs],
+        out_specs=out_specs,
+        out_shape=out_shapes,
         interpret=interpret,
         name="block_attention_backward",
     )
@@ -326,12 +351,12 @@ def backward(
     found = Operands(*run(*seen_tiles(span, cut), *inputs, *figures))
 
     # Each part of the context has written what it adds to a query's and an own key's gradient.
-    def by_block(x: jax.Array, rows: int) -> jax.Array:
+    def by_block(x: jax.Array, size: int) -> jax.Array:
         x = x[:, :, 0] if cut.parts == 1 else jnp.sum(x, axis=2)
-        return x.reshape(batch, heads, -1, rows, width)[:, :, :blocks]
+        return x.reshape(batch, heads, -1, size, width)[:, :, :blocks]
 
     gradients = Operands(
-        by_block(found.queries, rows),
+        by_block(found.queries, block_queries),
         found.keys[:, :, :length],
         found.values[:, :, :length],
         by_block(found.own_keys, own),
@@ -348,10 +373,10 @@ def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
     """
     batch, heads, _, _, width = operands.queries.shape
 
-    def of_tile(rows: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
-        shape = (batch, heads, cut.parts, cut.tiles * rows, width)
+    def of_tile(count: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        shape = (batch, heads, cut.parts, cut.tiles * count, width)
         spec = pl.BlockSpec(
-            (None, None, None, rows, width), lambda b, h, p, t, s, *_: (b, h, p, t, 0)
+            (None, None, None, count, width), lambda b, h, p, t, s, *_: (b, h, p, t, 0)
         )
         return spec, jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -359,5 +384,5 @@ def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
     spec = pl.BlockSpec((None, None, held, width), lambda b, h, p, t, s, *_: (b, h, p, 0))
     context: Any = spec, jax.ShapeDtypeStruct((batch, heads, cut.parts * held, width), jnp.float32)
     own: Any = of_tile(cut.blocks * operands.own_keys.shape[3])
-    queries: Any = of_tile(cut.rows)
+    queries: Any = of_tile(cut.queries)
     return Operands(queries, context, context, own, own)

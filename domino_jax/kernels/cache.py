@@ -31,9 +31,11 @@ def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     # A vmap of the update becomes a scatter, which costs more than the slice that one row needs.
     if cache.shape[0] == 1:
         return jax.lax.dynamic_update_slice(cache, new, (0, 0, start[0], 0))
-    return jax.vmap(lambda row, run, at: jax.lax.dynamic_update_slice(row, run, (0, at, 0)))(
-        cache, new, start
-    )
+
+    def written(row: jax.Array, run: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(row, run, (0, at, 0))
+
+    return jax.vmap(written)(cache, new, start)
 
 
 def write_definition(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
@@ -71,7 +73,8 @@ def _write_merged(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.A
             return _written(cache, new, start)
         merged = cache.reshape(-1, *cache.shape[2:])
         new = new.astype(cache.dtype).reshape(-1, *new.shape[2:])
-        return jax.lax.dynamic_update_slice(merged, new, (0, start[0], 0)).reshape(cache.shape)
+        merged = jax.lax.dynamic_update_slice(merged, new, (0, start[0], 0))
+        return merged.reshape(cache.shape)
 
     with jax.named_scope("cpu_cache"):
         return Cache(written(cache.keys, keys), written(cache.values, values))

@@ -40,8 +40,8 @@ def definition(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array) -> 
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
     # Group and length merge into one axis, so that each key-value head has one plain product.
-    rows = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
-    scores = jnp.einsum("bkrd,bksd->bkrs", rows, k, preferred_element_type=jnp.float32)
+    queries = q.reshape(batch, kv_heads, heads // kv_heads * length, width)
+    scores = jnp.einsum("bkrd,bksd->bkrs", queries, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1) * width**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -62,7 +62,9 @@ def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) ->
 
 def whole(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
     """The definition with all scores at once, best on a CPU at the lengths that it can train."""
-    return definition(q, k, v, mask=causal_mask(jnp.arange(q.shape[2]), q.shape[2], documents))
+    length = q.shape[2]
+    mask = causal_mask(jnp.arange(length), length, documents)
+    return definition(q, k, v, mask=mask)
 
 
 def by_query_tiles(
@@ -103,7 +105,8 @@ def on_tpu(
     # does not scale its scores, so the queries are scaled.
     more = -length % tile
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in (q * width**-0.5, k, v))
-    mask = splash_masks.MultiHeadMask([splash_masks.CausalMask((length + more,) * 2)] * groups)
+    of_head = splash_masks.CausalMask((length + more,) * 2)
+    mask = splash_masks.MultiHeadMask([of_head] * groups)
     sizes = splash.BlockSizes(block_q=tile, block_kv=tile)
     attend: Any = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
     segments = None
@@ -115,8 +118,10 @@ def on_tpu(
     by_row = jax.vmap(by_head, in_axes=(0, 0, 0, None if segments is None else 0))
     # The command sets the precision of all products to "highest", for float32. Mosaic refuses that
     # of bfloat16 operands ("Bad lhs type").
-    whole = q.dtype == jnp.float32
-    with contextlib.nullcontext() if whole else jax.default_matmul_precision("default"):
+    precision: Any = contextlib.nullcontext()
+    if q.dtype != jnp.float32:
+        precision = jax.default_matmul_precision("default")
+    with precision:
         out = by_row(q.reshape(batch, kv_heads, groups, -1, width), k, v, segments)
     return out.reshape(batch, heads, -1, width)[:, :, :length].astype(v.dtype)
 
@@ -125,9 +130,8 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """cuDNN's attention; bfloat16 or float16 on an NVIDIA GPU only, and no documents."""
     # Positions before heads, as that function takes them.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(
-        1, 2
-    )
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return out.swapaxes(1, 2)
 
 
 def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
@@ -143,13 +147,11 @@ def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
         packed: whether rows hold several documents.
     """
     # Widths that JAX lets cuDNN take on every GPU; those up to 256 need a Hopper or a later one.
-    fits = (
-        platform in ("gpu", "cuda")
-        and dtype == "bfloat16"
-        and head_dim <= 128
-        and head_dim % 8 == 0
-    )
-    return CUDNN if fits and not packed else PORTABLE
+    fits = head_dim <= 128 and head_dim % 8 == 0
+    on_gpu = platform in ("gpu", "cuda")
+    if on_gpu and fits and dtype == "bfloat16" and not packed:
+        return CUDNN
+    return PORTABLE
 
 
 # Positions stay whole whatever the layout says of "length": a query sees all before it.
@@ -187,9 +189,10 @@ def causal_attention(
     by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
     # Axes are named array by array, so documents that are not there are left out, not None.
     packed = () if documents is None else (documents,)
+    of_documents = () if documents is None else (_DOCUMENTS,)
     run = split_over_devices(
         functools.partial(_of_device, form=form),
-        inputs=(_HEADS, _HEADS, _HEADS, *(_DOCUMENTS for _ in packed)),
+        inputs=(_HEADS, _HEADS, _HEADS, *of_documents),
         outputs=_HEADS,
     )
     return run(by_kv_head, k, v, *packed).reshape(q.shape)

@@ -59,8 +59,9 @@ def _product_backward(
 ) -> tuple[jax.Array, jax.Array]:
     # In the type of the operands: a float32 cotangent would make float32 products, at a fraction of
     # the speed.
-    _, pull = jax.vjp(definition, *saved)
-    return pull(cotangent.astype(saved[0].dtype))
+    x, _ = saved
+    _, vjp = jax.vjp(definition, *saved)
+    return vjp(cotangent.astype(x.dtype))
 
 
 _product.defvjp(_product_forward, _product_backward)

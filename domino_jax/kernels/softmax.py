@@ -51,19 +51,22 @@ def in_one_pass(logits: jax.Array) -> SoftmaxSums:
     # The start must change nothing, even merged with itself: lowest minus lowest is 0, where minus
     # infinity would give NaN. Its place comes after all others, so that it never is the first.
     start = SoftmaxSums(
-        jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0), jnp.int32(jnp.iinfo(jnp.int32).max)
+        largest=jnp.float32(jnp.finfo(jnp.float32).min),
+        total=jnp.float32(0),
+        place=jnp.int32(jnp.iinfo(jnp.int32).max),
     )
 
     def merge(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        left, right = SoftmaxSums(*left), SoftmaxSums(*right)
+        left = SoftmaxSums(*left)
+        right = SoftmaxSums(*right)
         largest = jnp.maximum(left.largest, right.largest)
-        total = left.total * jnp.exp(left.largest - largest) + right.total * jnp.exp(
-            right.largest - largest
-        )
+        left_total = left.total * jnp.exp(left.largest - largest)
+        right_total = right.total * jnp.exp(right.largest - largest)
+        total = left_total + right_total
         # On a tie the lower place, since a reduction merges in any order.
-        first = (left.largest > right.largest) | (
-            (left.largest == right.largest) & (left.place < right.place)
-        )
+        above = left.largest > right.largest
+        tie = left.largest == right.largest
+        first = above | (tie & (left.place < right.place))
         return largest, total, jnp.where(first, left.place, right.place)
 
     for axis in (logits.ndim - 1, logits.ndim - 2):

@@ -121,8 +121,10 @@ def token_loss(
     divergence = None
     if target_logits is not None:
         target_log_probs = jax.nn.log_softmax(target_logits, axis=-1)
-        divergence = jnp.sum(jnp.exp(target_log_probs) * (target_log_probs - log_probs), axis=-1)
-    return TokenLoss(-at_place(log_probs, target_ids), most_likely(logits), divergence)
+        target_probs = jnp.exp(target_log_probs)
+        divergence = jnp.sum(target_probs * (target_log_probs - log_probs), axis=-1)
+    nll = -at_place(log_probs, target_ids)
+    return TokenLoss(nll, most_likely(logits), divergence)
 
 
 def weighted_sum(token: TokenLoss, labels: Labels, objective: Objective) -> jax.Array:

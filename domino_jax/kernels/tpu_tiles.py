@@ -5,6 +5,7 @@ up; which of them some query sees is known on the device alone, and told to the 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -15,13 +16,14 @@ from domino_jax.kernels.operands import ContextSpan, Operands
 LANES = 128  # of a vector register: queries and keys of a tile come in multiples of it
 
 
-class KernelTile(NamedTuple):
+@dataclass(frozen=True)
+class KernelTile:
     """Queries and keys of one tile of scores, and the context whose gradient stays in memory.
 
-    `rows` is a wish: a tile holds whole blocks and a multiple of `LANES` rows.
+    `queries` is a wish: a tile holds whole blocks and a multiple of `LANES` queries.
     """
 
-    rows: int = 512
+    queries: int = 512
     keys: int = 512
     context: int = 4096
 
@@ -29,15 +31,16 @@ class KernelTile(NamedTuple):
 TILE = KernelTile()
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True)
+class Cut:
     """How one call is cut.
 
-    `blocks` to a tile of `rows` queries, `keys` to a tile of the context, `tiles` of queries, and
-    the context in `parts` of `part_tiles` tiles each.
+    A tile of `queries` has `blocks`, a tile of the context `keys`. There are `tiles` of queries,
+    and the context is in `parts` of `part_tiles` tiles each.
     """
 
     blocks: int
-    rows: int
+    queries: int
     keys: int
     tiles: int
     parts: int
@@ -46,21 +49,22 @@ class Cut(NamedTuple):
 
 def cut_of(operands: Operands, size: KernelTile) -> Cut:
     """The cut of a call; both axes are filled up to whole tiles."""
-    blocks, rows = operands.queries.shape[2:4]
+    blocks, block_queries = operands.queries.shape[2:4]
     length = operands.keys.shape[2]
-    unit = LANES // math.gcd(LANES, rows)  # the fewest blocks that fill whole registers
-    tile_blocks = unit * max(min(size.rows // (unit * rows), -(-blocks // unit)), 1)
+    unit = LANES // math.gcd(LANES, block_queries)  # the fewest blocks that fill registers
+    wished = size.queries // (unit * block_queries)
+    tile_blocks = unit * max(min(wished, -(-blocks // unit)), 1)
     keys = min(size.keys, -(-length // LANES) * LANES)
     key_tiles = -(-length // keys)
     # A part is what the backward pass holds the gradient of; it cannot be less than a tile.
     parts = -(-key_tiles * keys // max(size.context, keys))
     return Cut(
-        tile_blocks,
-        tile_blocks * rows,
-        keys,
-        -(-blocks // tile_blocks),
-        parts,
-        -(-key_tiles // parts),
+        blocks=tile_blocks,
+        queries=tile_blocks * block_queries,
+        keys=keys,
+        tiles=-(-blocks // tile_blocks),
+        parts=parts,
+        part_tiles=-(-key_tiles // parts),
     )
 
 
@@ -84,9 +88,8 @@ def seen_tiles(span: ContextSpan, cut: Cut) -> SeenTiles:
         x = jnp.pad(x, ((0, 0), (0, cut.tiles * cut.blocks - blocks), (0, 0)))
         return x.reshape(batch, cut.tiles, -1, 1)
 
-    first, end = (
-        by_tile(jnp.broadcast_to(x, jnp.broadcast_shapes(*(s.shape for s in span)))) for x in span
-    )
+    shape = jnp.broadcast_shapes(span.first.shape, span.end.shape)
+    first, end = (by_tile(jnp.broadcast_to(x, shape)) for x in span)
     begin = jnp.arange(cut.parts * cut.part_tiles) * cut.keys
     # A span may be empty inside a tile: a block at its document's first token needs none of it.
     seen = jnp.any((first < end) & (first < begin + cut.keys) & (end > begin), axis=2)

@@ -77,10 +77,8 @@ def vocabulary_loss(
         labels = labels._replace(target_states=None)
     lambda_base = jnp.asarray(lambda_base, jnp.float32)
     # Laid out here, once: split as a parameter is, the head would be gathered for every piece.
-    head = constrain(
-        jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype), "vocab", None
-    )
-    tables = tables._replace(lm_head=head)
+    head = jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype)
+    tables = tables._replace(lm_head=constrain(head, "vocab", None))
     return _vocabulary_loss(_Form(objective, chunk_blocks), states, tables, labels, lambda_base)
 
 
@@ -123,7 +121,8 @@ class _Gradients(NamedTuple):
     labelled: jax.Array | None = None
 
 
-class _Softmax(NamedTuple):
+@dataclass(frozen=True)
+class _Softmax:
     """Logits [..., V] and what makes a softmax of them."""
 
     logits: jax.Array
@@ -142,71 +141,102 @@ class _Softmax(NamedTuple):
     def log_sum(self) -> jax.Array:
         return self.sums.largest + jnp.log(self.sums.total)
 
-    def loss(self, ids: jax.Array, wanted: "_Softmax | None") -> TokenLoss:
+    def loss(self, ids: jax.Array, target: "_Softmax | None") -> TokenLoss:
         divergence = None
-        if wanted is not None:
-            apart = (
-                jnp.sum(wanted.exps * (wanted.logits - self.logits), axis=-1) / wanted.sums.total
-            )
-            divergence = apart - wanted.log_sum + self.log_sum
+        if target is not None:
+            gaps = target.exps * (target.logits - self.logits)
+            mean_gap = jnp.sum(gaps, axis=-1) / target.sums.total
+            divergence = mean_gap - target.log_sum + self.log_sum
         return TokenLoss(self.log_sum - at_place(self.logits, ids), self.sums.place, divergence)
 
-    def slope(self, by: _Slopes, wanted: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
+    def slope(self, by: _Slopes, target: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
         """The gradient without the labels' part: [..., V], and a factor of each prediction.
 
         The factor is not multiplied in yet.
         """
         # Two softmaxes have no one factor, so theirs are multiplied in.
-        if wanted is None or by.divergence is None:
+        if target is None or by.divergence is None:
             return self.exps, by.nll / self.sums.total
-        own, target = (by.nll + by.divergence) / self.sums.total, by.divergence / wanted.sums.total
-        dense = own[..., None] * self.exps - target[..., None] * wanted.exps
+        own = (by.nll + by.divergence) / self.sums.total
+        targets = by.divergence / target.sums.total
+        dense = own[..., None] * self.exps - targets[..., None] * target.exps
         return dense, jnp.ones_like(own)
+
+
+class _WholeGradients(NamedTuple):
+    """Of all states and of `expansion`, [V, R] or None, with the labels' part."""
+
+    states: States
+    expansion: jax.Array | None
+
+
+class _OfRows(NamedTuple):
+    """What belongs to predictions: it stays on the device that has their rows."""
+
+    final: TokenLoss
+    base: TokenLoss
+    states: States
+
+
+class _OverRows(NamedTuple):
+    """Sums over rows, which are added up over the devices."""
+
+    total: jax.Array
+    final_sum: jax.Array
+    base_sum: jax.Array
+    expansion: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocabulary_loss(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> VocabularyLoss:
-    return _of_devices(form, states, tables, labels, lam)[0]
+    loss, _ = _of_devices(form, states, tables, labels, lambda_base)
+    return loss
 
 
 def _forward(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
-) -> tuple[VocabularyLoss, Any]:
-    return _of_devices(replace(form, with_gradient=True), states, tables, labels, lam)
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+) -> tuple[VocabularyLoss, _WholeGradients]:
+    return _of_devices(replace(form, with_gradient=True), states, tables, labels, lambda_base)
 
 
 def _of_devices(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
-) -> tuple[VocabularyLoss, Any]:
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
-    def of_rows(states: States, labels: Labels, tables: Tables, lam: jax.Array) -> tuple[Any, Any]:
+    def of_device(
+        states: States, labels: Labels, tables: Tables, lambda_base: jax.Array
+    ) -> tuple[_OfRows, _OverRows]:
         # A kernel of a TPU's or a GPU's own becomes a branch here.
         loss, gradients = jax.lax.platform_dependent(
             states,
             tables,
             labels,
-            lam,
+            lambda_base,
             cpu=functools.partial(_in_pieces, replace(form, transposed=True)),
             default=functools.partial(_in_pieces, form),
         )
-        return (loss.final, loss.base, gradients[0]), (
-            loss.total,
-            loss.final_sum,
-            loss.base_sum,
-            gradients[1],
-        )
+        of_rows = _OfRows(loss.final, loss.base, gradients.states)
+        sums = _OverRows(loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+        return of_rows, sums
 
-    run = split_over_batch(of_rows, by_row=(True, True, False, False))
-    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(
-        states, labels, tables, lam
+    run = split_over_batch(of_device, by_row=(True, True, False, False))
+    of_rows, over_rows = run(states, labels, tables, lambda_base)
+    loss = VocabularyLoss(
+        total=over_rows.total,
+        final_sum=over_rows.final_sum,
+        base_sum=over_rows.base_sum,
+        final=of_rows.final,
+        base=of_rows.base,
     )
-    return VocabularyLoss(total, final_sum, base_sum, final, base), (of_states, expansion)
+    return loss, _WholeGradients(of_rows.states, over_rows.expansion)
 
 
-def _backward(_: Any, gradients: Any, cotangent: VocabularyLoss) -> tuple[Any, ...]:
+def _backward(
+    _: Any, gradients: _WholeGradients, cotangent: VocabularyLoss
+) -> tuple[States, Tables, None, None]:
     # The gradients of `total` are there since the forward pass; it is all that carries one.
     states, expansion = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
     return states, Tables(None, expansion), None, None  # type: ignore[arg-type]
@@ -216,13 +246,14 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 
 def _in_pieces(
-    form: _Form, states: States, tables: Tables, labels: Labels, lam: jax.Array
-) -> tuple[VocabularyLoss, Any]:
+    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
-    piece = functools.partial(_piece, form, tables=tables, lam=lam)
-    blocks, chunk_blocks = states.hidden.shape[1], form.chunk_blocks
+    piece = functools.partial(_piece, form, tables=tables, lambda_base=lambda_base)
+    blocks = states.hidden.shape[1]
+    chunk_blocks = form.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = piece(states, labels)
         return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
@@ -241,14 +272,15 @@ def _in_pieces(
         return sums, (loss.final, loss.base, gradients._replace(expansion=None))
 
     def add(index: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, outs = carry
         new, out = one(jax.tree.map(lambda x: x[index], parts))
-        outs = jax.tree.map(lambda whole, x: whole.at[index].set(x), carry[1], out)
-        return jax.tree.map(jnp.add, carry[0], new), outs
+        outs = jax.tree.map(lambda whole, x: whole.at[index].set(x), outs, out)
+        return jax.tree.map(jnp.add, sums, new), outs
 
     parts = jax.tree.map(split, (states, labels))
-    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[0])
-    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), shapes[1])
+    of_sums, of_outs = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_sums)
+    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), of_outs)
     # A loop with a traced end, though it stacks nothing by itself: a scan would need a conditional
     # to skip the last pieces, and XLA on CPU ran a conditional's products on one core (2.0 s a step
     # against 1.14 s).
@@ -256,13 +288,15 @@ def _in_pieces(
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
-    loss = VocabularyLoss(_total(final_sum, base_sum, lam), final_sum, base_sum, final, base)
-    return loss, _with_labels(
-        gradients._replace(expansion=expanded), states, labels, transposed=form.transposed
-    )
+    total = _total(final_sum, base_sum, lambda_base)
+    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
+    gradients = gradients._replace(expansion=expanded)
+    return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
 
 
-def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, transposed: bool) -> Any:
+def _with_labels(
+    gradients: _Gradients, states: States, labels: Labels, *, transposed: bool
+) -> _WholeGradients:
     """The gradients of states and expansion, with the labels' part added once for all pieces."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
@@ -273,61 +307,65 @@ def _with_labels(gradients: _Gradients, states: States, labels: Labels, *, trans
         expansion = expansion.at[labels.target_ids].add(
             -gradients.labelled[..., None] * states.low_rank
         )
-    return States(gradients.hidden, gradients.low_rank), expansion  # type: ignore[arg-type]
+    of_states = States(gradients.hidden, gradients.low_rank)  # type: ignore[arg-type]
+    return _WholeGradients(of_states, expansion)
 
 
 def _piece(
-    form: _Form, states: States, labels: Labels, *, tables: Tables, lam: jax.Array
+    form: _Form, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
-    objective, ids = form.objective, labels.target_ids
+    objective = form.objective
+    ids = labels.target_ids
     product = head_logits(states.hidden, tables.lm_head)
-    base_logits, pull_output = jax.vjp(objective.output_logits, product)
-    wanted = None
+    base_logits, output_vjp = jax.vjp(objective.output_logits, product)
+    target = None
     if labels.target_states is not None:
-        wanted = _Softmax.of(
-            objective.output_logits(head_logits(labels.target_states, tables.lm_head))
-        )
+        target_product = head_logits(labels.target_states, tables.lm_head)
+        target = _Softmax.of(objective.output_logits(target_product))
     base = final = _Softmax.of(base_logits)
     if states.low_rank is not None and tables.expansion is not None:
         final = _Softmax.of(base_logits + head_logits(states.low_rank, tables.expansion))
-    base_loss, final_loss = base.loss(ids, wanted), final.loss(ids, wanted)
+    base_loss = base.loss(ids, target)
+    final_loss = final.loss(ids, target)
     base_sum, base_slopes = _sum_and_slopes(base_loss, labels, objective)
     final_sum, final_slopes = _sum_and_slopes(final_loss, labels, objective)
     loss = VocabularyLoss(
-        _total(final_sum, base_sum, lam), final_sum, base_sum, final_loss, base_loss
+        _total(final_sum, base_sum, lambda_base), final_sum, base_sum, final_loss, base_loss
     )
     if not form.with_gradient:
         return loss, _Gradients()
 
-    base_slopes = jax.tree.map(lambda x: lam * x, base_slopes)
-    final_slopes = jax.tree.map(lambda x: (1.0 - lam) * x, final_slopes)
-    dense, scale = final.slope(final_slopes, wanted)
-    dense_base, scale_base = base.slope(base_slopes, wanted)
+    base_slopes = jax.tree.map(lambda x: lambda_base * x, base_slopes)
+    final_slopes = jax.tree.map(lambda x: (1.0 - lambda_base) * x, final_slopes)
+    dense, scale = final.slope(final_slopes, target)
+    dense_base, scale_base = base.slope(base_slopes, target)
     # The corrected logits' part is scaled outside its products; both parts are added up for the one
     # with the head.
-    (slope,) = pull_output(scale[..., None] * dense + scale_base[..., None] * dense_base)
+    (slope,) = output_vjp(scale[..., None] * dense + scale_base[..., None] * dense_base)
     # What the head does to its product is elementwise: the labels' own logits are enough here.
     labelled = base_slopes.nll + final_slopes.nll
-    (labelled,) = jax.vjp(objective.output_logits, at_place(product, ids))[1](labelled)
-    slope, ones = slope.astype(states.hidden.dtype), jnp.ones_like(scale)
+    _, label_vjp = jax.vjp(objective.output_logits, at_place(product, ids))
+    (labelled,) = label_vjp(labelled)
+    slope = slope.astype(states.hidden.dtype)
+    ones = jnp.ones_like(scale)
     hidden_gradient = _states_gradient(slope, ones, tables.lm_head, labelled, ids)
     if states.low_rank is None or tables.expansion is None:
         return loss, _Gradients(hidden_gradient)
     dense = dense.astype(states.low_rank.dtype)
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
-    rows = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
+    scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
     # On a CPU [R, V]: the other way round the large factor would be transposed first.
     equation = "bnmr,bnmv->rv" if form.transposed else "bnmv,bnmr->vr"
-    factors = (rows, dense) if form.transposed else (dense, rows)
+    factors = (scaled, dense) if form.transposed else (dense, scaled)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     return loss, _Gradients(
         hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll
     )
 
 
-def _total(final_sum: jax.Array, base_sum: jax.Array, lam: jax.Array) -> jax.Array:
-    return (1.0 - lam) * final_sum + lam * base_sum
+def _total(final_sum: jax.Array, base_sum: jax.Array, lambda_base: jax.Array) -> jax.Array:
+    return (1.0 - lambda_base) * final_sum + lambda_base * base_sum
 
 
 def _sum_and_slopes(
@@ -338,8 +376,8 @@ def _sum_and_slopes(
     def total(nll: jax.Array, divergence: jax.Array | None) -> jax.Array:
         return weighted_sum(TokenLoss(nll, token.prediction, divergence), labels, objective)
 
-    value, pull = jax.vjp(total, token.nll, token.divergence)
-    return value, _Slopes(*pull(jnp.ones_like(value)))
+    value, vjp = jax.vjp(total, token.nll, token.divergence)
+    return value, _Slopes(*vjp(jnp.ones_like(value)))
 
 
 def _states_gradient(

@@ -42,15 +42,18 @@ class AttentionProjections(nn.Module):
     def queries(self, x: jax.Array, tables: Rotary) -> jax.Array:
         """Rotated queries, [B, T, D] -> [B, H, T, head_dim]."""
         q = self._heads(self.q_proj(x))
-        return rotate(
-            self.q_norm(q).swapaxes(1, 2) if self.cfg.qk_norm else q.swapaxes(1, 2), tables
-        )
+        if self.cfg.qk_norm:
+            q = self.q_norm(q)
+        return rotate(q.swapaxes(1, 2), tables)
 
     def keys_values(self, x: jax.Array, tables: Rotary) -> tuple[jax.Array, jax.Array]:
         """Rotated keys and values, [B, T, D] -> two [B, KV, T, head_dim]."""
         k = self._heads(self.k_proj(x))
-        k = rotate(self.k_norm(k).swapaxes(1, 2) if self.cfg.qk_norm else k.swapaxes(1, 2), tables)
-        return k, self._heads(self.v_proj(x)).swapaxes(1, 2)
+        if self.cfg.qk_norm:
+            k = self.k_norm(k)
+        k = rotate(k.swapaxes(1, 2), tables)
+        v = self._heads(self.v_proj(x)).swapaxes(1, 2)
+        return k, v
 
     def output(self, heads: jax.Array) -> jax.Array:
         """Joins the heads, [B, H, T, head_dim] -> [B, T, D]."""

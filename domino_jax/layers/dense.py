@@ -43,7 +43,8 @@ class Dense(nn.Module):
         if not self.use_bias:
             return product
         zeros = logical_axes(nn.initializers.zeros, self.axes[0])
-        return product + self.param("bias", zeros, (self.features,), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", zeros, (self.features,), jnp.float32)
+        return product + bias.astype(self.dtype)
 
 
 @jax.checkpoint

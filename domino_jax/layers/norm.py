@@ -21,5 +21,6 @@ class RMSNorm(nn.Module):
         )
         # In bfloat16 a mean over 4096 squares would stop growing long before the end.
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
         return scaled(x32, weight.astype(jnp.float32)).astype(x.dtype)

@@ -53,7 +53,8 @@ def rotary_frequencies(cfg: DecoderShape) -> RotaryFrequencies:
         kept: np.ndarray | float = 0.0  # share of each frequency that is not divided by the factor
         original = scaling.original_max_position_embeddings or 0
         if scaling.rope_type == "llama3":
-            low, high = scaling.low_freq_factor or 0.0, scaling.high_freq_factor or 0.0
+            low = scaling.low_freq_factor or 0.0
+            high = scaling.high_freq_factor or 0.0
             turns = original * frequencies / (2 * math.pi)
             kept = np.clip((turns - low) / (high - low), 0, 1)
         elif scaling.rope_type == "yarn":
@@ -80,9 +81,11 @@ def _yarn_ramp(cfg: DecoderShape, scaling: RopeScaling, original: int) -> np.nda
     first = pair_with(scaling.beta_fast or YARN_BETA_FAST)
     last = pair_with(scaling.beta_slow or YARN_BETA_SLOW)
     if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
+        first = math.floor(first)
+        last = math.ceil(last)
     # transformers bounds the end by head_dim - 1, though there are only half as many pairs.
-    first, last = max(first, 0), min(last, cfg.head_dim - 1)
+    first = max(first, 0)
+    last = min(last, cfg.head_dim - 1)
     # A ramp without width is a step, as in transformers.
     width = last - first if last != first else 0.001
     return np.clip((np.arange(cfg.head_dim // 2) - first) / width, 0, 1)
@@ -127,6 +130,7 @@ def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
     Returns:
         An array like `x`; the arithmetic is float32.
     """
+    # A pair is (i, i + head_dim / 2) here, and not two neighbours as in GGUF files of Llama.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * tables.cos[:, None] + turned * tables.sin[:, None]).astype(x.dtype)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x * tables.cos[:, None] + rotated * tables.sin[:, None]).astype(x.dtype)

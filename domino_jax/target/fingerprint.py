@@ -53,4 +53,5 @@ def hashed_beside(directory: str | Path) -> Iterator[Callable[[], str]]:
 
 def _hashed(paths: list[Path]) -> str:
     with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
-        return hashlib.sha256(" ".join(threads.map(file_sha256, paths)).encode()).hexdigest()
+        hashes = " ".join(threads.map(file_sha256, paths))
+    return hashlib.sha256(hashes.encode()).hexdigest()

@@ -12,8 +12,9 @@ Decoding wants the layers apart, on one device; both are filled by the same read
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -45,7 +46,8 @@ ParameterPath = tuple[str, ...]  # in a tree of parameters
 Bounds = tuple[tuple[int, int], ...]  # first entry and end of a part, for each axis
 
 
-class LoadedTarget(NamedTuple):
+@dataclass(frozen=True)
+class LoadedTarget:
     """A target read from disk: `path`, its `config` and the unboxed parameter tree of `Target`."""
 
     path: Path
@@ -137,11 +139,12 @@ def stored_shapes(config: DecoderConfig, *, found: int, place: Path) -> dict[str
     # With room to spare: what is missing or unexpected is told by name, see `check_tensors`.
     if count > 2 * found + 1000:
         raise InputError(f"{place}: config.json describes {count} tensors, the files hold {found}")
-    return {
-        name: shape[pattern.count("*") :]
-        for pattern, shape in stacked.values()
-        for _, name in _stored_names(pattern, [range(size) for size in shape])
-    }
+    shapes = {}
+    for pattern, shape in stacked.values():
+        stored = shape[pattern.count("*") :]
+        for _, name in _stored_names(pattern, [range(size) for size in shape]):
+            shapes[name] = stored
+    return shapes
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -204,7 +207,8 @@ def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTenso
     # Old checkpoints store rotary buffers beside the weights.
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
         del tensors[name]
-    table, copy = tensors.get("model.embed_tokens.weight"), None
+    table = tensors.get("model.embed_tokens.weight")
+    copy = None
     if config.tie_word_embeddings and table is not None:
         copy = tensors.pop("lm_head.weight", None)
     check_tensors(

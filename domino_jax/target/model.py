@@ -54,6 +54,17 @@ class _Place(NamedTuple):
     documents: jax.Array | None = None
 
 
+class _LayersRun(NamedTuple):
+    """What all layers give: `x` [B, T, D] of the last one, outputs of the captured ones, a cache.
+
+    `captured` are C of [B, T, D], in the order of `Target.capture`.
+    """
+
+    x: jax.Array
+    captured: list[jax.Array]
+    cache: LayerCaches | None
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm causal attention and SwiGLU (or a mixture of them), each added to its input."""
 
@@ -67,10 +78,8 @@ class DecoderLayer(nn.Module):
         """Runs one layer over whole rows or, with a cache, over a run of tokens behind it."""
         attention = AttentionProjections(self.cfg, self.cfg.attention_bias, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
-        queries, (keys, values) = (
-            attention.queries(normed, tables),
-            attention.keys_values(normed, tables),
-        )
+        queries = attention.queries(normed, tables)
+        (keys, values) = attention.keys_values(normed, tables)
         if cache is None:
             heads = causal_attention(
                 queries, keys, values, documents=at.documents, form=self.attention
@@ -93,7 +102,8 @@ class _CapturingLayer(nn.Module):
     def __call__(
         self, carry: Any, item: tuple[jax.Array, jax.Array], tables: Rotary, at: _Place
     ) -> tuple[Any, None]:
-        (x, captured, caches), (layer, slot) = carry, item
+        (x, captured, caches) = carry
+        (layer, slot) = item
         cache = None
         if caches is not None:
             cache = jax.tree.map(
@@ -196,9 +206,9 @@ class Target(nn.Module):
         layers = tuple(
             empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run)
         )
-        return (
-            jax.tree.map(lambda *layer: jnp.stack(layer), *layers) if self.scan_layers else layers
-        )
+        if not self.scan_layers:
+            return layers
+        return jax.tree.map(lambda *layer: jnp.stack(layer), *layers)
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
         """The tokens' embeddings; declares the head too, where it is not the same table."""
@@ -217,7 +227,7 @@ class Target(nn.Module):
 
     def _unrolled(
         self, x: jax.Array, tables: Rotary, at: _Place, cache: tuple[Cache, ...] | None
-    ) -> tuple[jax.Array, list[jax.Array], tuple[Cache, ...] | None]:
+    ) -> _LayersRun:
         outputs: dict[int, jax.Array] = {}
         layers: list[Any] = []
         for index in range(self.layers_run):
@@ -226,17 +236,15 @@ class Target(nn.Module):
             layers.append(layer_cache)
             if index in self.capture:
                 outputs[index] = x
-        return x, [outputs[index] for index in self.capture], tuple(layers) if cache else None
+        captured = [outputs[index] for index in self.capture]
+        return _LayersRun(x, captured, tuple(layers) if cache else None)
 
-    def _scanned(
-        self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None
-    ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
+    def _scanned(self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None) -> _LayersRun:
         count = len(self.capture)
         # The last slot takes the outputs nobody asked for, so that no layer's state outlives the
         # next one.
-        slots = jnp.array(
-            [self.capture.index(i) if i in self.capture else count for i in range(self.layers_run)]
-        )
+        slot_of = {layer: slot for slot, layer in enumerate(self.capture)}
+        slots = jnp.array([slot_of.get(layer, count) for layer in range(self.layers_run)])
         layers = nn.scan(
             _CapturingLayer,
             variable_axes={"params": 0},
@@ -249,7 +257,7 @@ class Target(nn.Module):
         (x, captured, cache), _ = layers(
             (x, captured, cache), (jnp.arange(slots.size), slots), tables, at
         )
-        return x, list(captured[:count]), cache
+        return _LayersRun(x, list(captured[:count]), cache)
 
 
 def _positions(tokens: jax.Array, documents: jax.Array | None) -> jax.Array:

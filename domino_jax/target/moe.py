@@ -47,7 +47,8 @@ def routes(logits: jax.Array, *, count: int, normalise: bool) -> Routes:
     Source: Qwen3 (arXiv:2505.09388), as transformers computes it.
     """
     # In float32, as transformers has it: rounded to bfloat16, close shares tie and choose others.
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), count)
+    shares = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(shares, count)
     if normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routes(experts.astype(jnp.int32), weights)
@@ -65,7 +66,9 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, to: Routes) -> jax.Array:  # [M, D] -> [M, D]
         """Sends each token through its experts and sums what they return by weight, in float32."""
         cfg = self.cfg
-        count, wide, narrow = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size
+        count = cfg.num_experts
+        wide = cfg.moe_intermediate_size
+        narrow = cfg.hidden_size
         # Sorted by expert, the rows of one expert are a run: one product per run, whatever its
         # length.
         chosen = to.experts.reshape(-1)

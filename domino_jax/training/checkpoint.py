@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from domino_jax.strict import InputError
 from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
 from domino_jax.training.step import TrainState
 
-CHECKPOINTS, NEWEST, SET_ASIDE = "checkpoints", "newest_checkpoint.json", "set_aside"
+CHECKPOINTS = "checkpoints"
+NEWEST = "newest_checkpoint.json"
+SET_ASIDE = "set_aside"
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
 HELDOUT = "heldout"
 
@@ -116,7 +119,8 @@ def sound_checkpoint(
     Raises:
         InputError: checkpoints were saved and none can be used, or not `only`.
     """
-    directory, run_dir = _directory(run_dir), Path(run_dir)
+    directory = _directory(run_dir)
+    run_dir = Path(run_dir)
     recorded = _recorded_step(run_dir)
     steps = _steps(directory)
     if only is not None and only not in steps:
@@ -189,7 +193,7 @@ class Checkpoints:
     def save(
         self,
         state: TrainState,
-        rows: Any,
+        batches: Any,
         draft: DraftRecord,
         run: RunRecord,
         *,
@@ -199,7 +203,7 @@ class Checkpoints:
 
         Args:
             state: of the run.
-            rows: iterator whose position is saved.
+            batches: iterator whose position is saved.
             draft: what a reader of the draft needs.
             run: what the run is resumed with.
             heldout: figures of the held-out pass of this step, by which the best is kept.
@@ -213,7 +217,7 @@ class Checkpoints:
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "data": grain.checkpoint.CheckpointSave(rows),
+            "data": grain.checkpoint.CheckpointSave(batches),
             DRAFT: ocp.args.JsonSave(draft.as_json()),
             RUN: ocp.args.JsonSave(run.as_json()),
         }
@@ -225,7 +229,7 @@ class Checkpoints:
             self._writing = step
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, step: int, state: TrainState, rows: Any) -> tuple[TrainState, Any]:
+    def restore(self, step: int, state: TrainState, batches: Any) -> tuple[TrainState, Any]:
         """A checkpoint that `sound_checkpoint` found, laid out like `state`: arrays or shapes.
 
         The iterator comes with it, where it was.
@@ -242,7 +246,7 @@ class Checkpoints:
             "optimizer": ocp.args.StandardRestore(
                 {"step": abstract.step, "opt_state": abstract.opt_state}
             ),
-            "data": grain.checkpoint.CheckpointRestore(rows),
+            "data": grain.checkpoint.CheckpointRestore(batches),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
@@ -267,7 +271,7 @@ class Checkpoints:
             what = "checkpoints" if step is None else f"checkpoint {step}"
             raise InputError(
                 f"{self._directory}: {what} could not be written: {_reason(error)}; {whole}; "
-                "once it can be written, the same command goes on"
+                "once it can be written, the same command resumes"
             ) from error
 
 
@@ -281,12 +285,22 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
         checkpoints.save(0, args=ocp.args.Composite(**items))
 
 
+@dataclass(frozen=True)
+class StoredDraft:
+    """A draft of a run: its record, its parameters, and the step that it was saved at.
+
+    `params` are the average where one is kept.
+    """
+
+    record: DraftRecord
+    params: Any
+    step: int
+
+
 def load_draft(
     run_dir: str | Path, *, reporter: Reporter = STDERR, step: int | None = None
-) -> tuple[DraftRecord, Any, int]:
-    """The newest undamaged draft of a run: its record, its parameters and its step.
-
-    The parameters are the average where one is kept.
+) -> StoredDraft:
+    """The newest undamaged draft of a run.
 
     Args:
         run_dir: the run's directory.
@@ -318,7 +332,7 @@ def load_draft(
         directory, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as checkpoints:
         restored = _restored(checkpoints, found, {item: ocp.args.StandardRestore(shapes)})
-    return record, restored[item], found
+    return StoredDraft(record, restored[item], found)
 
 
 def _directory(run_dir: str | Path) -> Path:

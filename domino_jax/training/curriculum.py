@@ -30,7 +30,8 @@ def get_lambda_base(
     """
     # At least 1, or a ratio of 0 would divide by zero. The weight is then 0 from step 1 on.
     decay_steps = max(1, int(total_steps * decay_ratio))
-    return max(0.0, min(1.0, lambda_start * (1.0 - min(global_step / decay_steps, 1.0))))
+    done = min(global_step / decay_steps, 1.0)
+    return max(0.0, min(1.0, lambda_start * (1.0 - done)))
 
 
 def lambda_base_schedule(
@@ -42,5 +43,6 @@ def lambda_base_schedule(
     """
     # Of the traced counter: as a number of Python's the weight would be a constant of the program,
     # and every step would compile another one.
-    linear = optax.linear_schedule(lambda_start, 0.0, max(1, int(total_steps * decay_ratio)))
+    decay_steps = max(1, int(total_steps * decay_ratio))
+    linear = optax.linear_schedule(lambda_start, 0.0, decay_steps)
     return lambda step: jnp.clip(jnp.asarray(linear(step), jnp.float32), 0.0, 1.0)

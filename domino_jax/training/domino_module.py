@@ -17,7 +17,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.kernels.token_loss import Labels, States, Tables
 from domino_jax.stages import HEAD
 from domino_jax.training.loss import position_weights
-from domino_jax.training.modules import DFlashTrainerModule, frozen_rows, packing_of
+from domino_jax.training.modules import DFlashTrainerModule, frozen_embeddings, packing_of
 from domino_jax.training.step_metrics import DominoStepMetrics, prediction_metrics
 
 
@@ -73,10 +73,10 @@ class DominoTrainerModule(DFlashTrainerModule):
         lambda_base = jnp.asarray(lambda_base, jnp.float32)  # it is returned among the metrics
         with jax.named_scope(HEAD):
             # Teacher-forced: the head reads the real tokens before, at inference the drafted ones.
-            previous = frozen_rows(embed_tokens, blocks.previous_ids)
+            previous = frozen_embeddings(embed_tokens, blocks.previous_ids)
             low_rank = self.draft_model.corrections(hidden, previous)
-        wanted = self._wanted_states(target_states, anchors)
-        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
+        label_states = self._label_states(target_states, anchors)
+        labels = Labels(blocks.target_ids, blocks.mask, weights, label_states)
         loss = self._dual_loss(
             States(hidden, low_rank),
             Tables(lm_head, self.draft_model.head.expansion),

@@ -41,7 +41,8 @@ def step_flops(
     Returns:
         FLOPs by the stage they belong to (`stages.STAGES`); stages without any are left out.
     """
-    width, vocabulary = draft.hidden_size, draft.vocab_size
+    width = draft.hidden_size
+    vocabulary = draft.vocab_size
     predictions = anchors * draft.num_predictions
     # Twice, not three times: the target's states are frozen and want no gradient.
     fc = 2 * length * len(draft.target_layer_ids) * width * width
@@ -82,6 +83,7 @@ def _kv_width(config: DecoderShape) -> int:
 def _layer_weights(config: DecoderShape) -> int:
     """Weights of a layer that a token is multiplied with; of experts, those that it is sent to."""
     width = config.hidden_size
+    # q and o are as wide as the query heads, k and v as those that the queries share.
     attention = width * 2 * (_heads_width(config) + _kv_width(config))
     if not isinstance(config, DecoderConfig) or config.num_experts == 0:
         return attention + 3 * width * config.intermediate_size

@@ -39,20 +39,26 @@ class HeldOut:
         self, state: TrainState, *, stop_requested: Callable[[], bool]
     ) -> dict[str, float] | None:
         """The figures, or None where the run was asked to stop between two batches."""
-        run, data = self._run, self._run.config.data
+        run = self._run
+        data = self._run.config.data
         assert run.heldout is not None
         # The average where there is one: it is what is exported.
         params = state.params if state.ema is None else state.ema
         key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
-        # As many rows as a micro-batch of a step: what fits there fits here.
+        # As many batch rows as a micro-batch of a step: what fits there fits here.
         batches = evaluation_batches(
             run.heldout, batch_size=data.batch_size, max_length=data.max_length
         )
         total: dict[str, Any] = {}
-        for index, rows in enumerate(batches):
+        for index, arrays in enumerate(batches):
             if stop_requested():
                 return None
-            batch = jax.tree.map(lambda x: x[0], device_batch(run.mesh, rows, micro_batches=1))
-            sums = self._sums(params, run.target_params, batch, jax.random.fold_in(key, index))
-            total = {name: total[name] + value for name, value in sums.items()} if total else sums
+            # The one micro-batch that there is.
+            taken = device_batch(run.mesh, arrays, micro_batches=1)
+            batch = jax.tree.map(lambda x: x[0], taken)
+            batch_key = jax.random.fold_in(key, index)
+            sums = self._sums(params, run.target_params, batch, batch_key)
+            if total:
+                sums = {name: total[name] + value for name, value in sums.items()}
+            total = sums
         return metric_means(jax.device_get(total))

@@ -8,8 +8,9 @@ batch row is one row, or with packing several that share its S positions:
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     import grain  # at run time where rows are read: a machine that only steps may lack it
 
 
-class InputRows(NamedTuple):
+@dataclass(frozen=True)
+class InputRows:
     """The rows of a run, and which of them share a batch row (None without packing)."""
 
     rows: Sequence[Row]
@@ -49,11 +51,10 @@ class InputRows(NamedTuple):
     def fingerprint(self) -> str:
         """How many rows, and the sha256 in hex of their ids and masks or of their manifest."""
         # A capture's manifest has the hash of its rows, which lie beside gigabytes of states.
-        digest = (
-            self.rows.fingerprint
-            if isinstance(self.rows, FeatureRows)
-            else rows_fingerprint(self.rows)
-        )
+        if isinstance(self.rows, FeatureRows):
+            digest = self.rows.fingerprint
+        else:
+            digest = rows_fingerprint(self.rows)
         return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
@@ -132,9 +133,10 @@ def read_features(
 
 
 def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
-    return InputRows(
-        rows, pack_rows(row_lengths(rows), max_length=data.max_length) if data.packing else None
-    )
+    packs = None
+    if data.packing:
+        packs = pack_rows(row_lengths(rows), max_length=data.max_length)
+    return InputRows(rows, packs)
 
 
 def training_batches(
@@ -168,7 +170,7 @@ def evaluation_batches(
     return heldout_batches(inputs.rows, batch_size=size, max_length=max_length, packs=inputs.packs)
 
 
-def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
+def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
     """Puts the batch rows of this process on the devices: [A * B, ...] -> `Batch` of [A, B, ...].
 
     The result holds those of all processes. What says where rows come from stays on the host.
@@ -181,11 +183,13 @@ def device_batch(mesh: Mesh, rows: dict[str, np.ndarray], *, micro_batches: int)
             layout, x.reshape(micro_batches, -1, *x.shape[1:])
         )
 
-    return Batch(**{name: put(x) for name, x in rows.items() if name in Batch._fields})
+    known = {name: x for name, x in arrays.items() if name in Batch._fields}
+    return Batch(**{name: put(x) for name, x in known.items()})
 
 
 def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
     """The draft that a run trains for this target (see `make_draft_config`)."""
+    # Of a role that the tokenizer does not fill it is None, which no id equals.
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
     return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
 
@@ -200,6 +204,7 @@ def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> 
         mesh = make_mesh(
             data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices
         )
+    # The sizes are the user's; `make_mesh` serves scripts as well and knows no section.
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     # Devices that split a model's tensors work on the same batch rows.

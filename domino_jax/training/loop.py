@@ -71,12 +71,13 @@ def train(
     )
     # Everything is traced under the mesh: without one, layouts are asked for in vain.
     with jax.set_mesh(run.mesh), kept as checkpoints:
-        rows, state = run.batches(), run.state
+        batches = run.batches()
+        state = run.state
         if run.resumed is not None:
-            state, rows = checkpoints.restore(run.resumed.step, state, rows)
+            state, batches = checkpoints.restore(run.resumed.step, state, batches)
             reporter.say(f"resuming at step {run.resumed.step} of {run.last_step}")
         training = _Training(
-            run, state, rows, checkpoints, stop_requested=stop_requested, reporter=reporter
+            run, state, batches, checkpoints, stop_requested=stop_requested, reporter=reporter
         )
         with training.log:
             diverged = training.run_steps()
@@ -100,16 +101,21 @@ class _Training:
         self,
         run: Run,
         state: TrainState,
-        rows: Any,
+        batches: Any,
         checkpoints: Checkpoints,
         *,
         stop_requested: Callable[[], bool],
         reporter: Reporter,
     ) -> None:
         stored = None if run.resumed is None else run.resumed.record
-        data, settings = run.config.data, run.config.train
-        self._run, self._state, self._rows, self._checkpoints = run, state, rows, checkpoints
-        self._stop_requested, self._reporter = stop_requested, reporter
+        data = run.config.data
+        settings = run.config.train
+        self._run = run
+        self._state = state
+        self._batches = batches
+        self._checkpoints = checkpoints
+        self._stop_requested = stop_requested
+        self._reporter = reporter
         self._step = self._began_at = int(state.step)
         self._speed = Speed(
             run.program,
@@ -142,7 +148,9 @@ class _Training:
 
         Returns the first of too many consecutive non-finite steps where the run had to stop.
         """
-        run, settings, last_step = self._run, self._run.config.train, self._run.last_step
+        run = self._run
+        settings = self._run.config.train
+        last_step = self._run.last_step
         if self._heldout_due:
             # Nothing of this start is to be saved yet: a signal may end the process.
             self._evaluate(stop_requested=lambda: False)
@@ -161,7 +169,7 @@ class _Training:
         with self._reporter.bar("step", total=last_step, done=self._step) as bar, trace:
             compiled, stop = None, False
             while self._step < last_step and not stop:
-                taken = next(self._rows)
+                taken = next(self._batches)
                 batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
                 if compiled is None:  # the first batch has all shapes, those of packing too
                     compiled = _compiled_step(run, self._state, batch, reporter=self._reporter)
@@ -190,15 +198,17 @@ class _Training:
                     self._save(figures)
         if self._step < last_step or self._heldout_due:
             raise Interrupted(
-                f"stopped at step {self._step} of {last_step}; the same command goes on from there"
+                f"stopped at step {self._step} of {last_step}; the same command resumes there"
             )
         return None
 
     def _tell(self, bar: Bar) -> None:
         """Writes and tells the window's line and what stands out in it."""
-        run, outcomes = self._run, self._window.fetch()
+        run = self._run
+        outcomes = self._window.fetch()
         # The window's steps have run: that waited for them. Only those of this start were timed.
-        timing = self._speed.figures(total([one for one in outcomes if one.step > self._began_at]))
+        timed = [outcome for outcome in outcomes if outcome.step > self._began_at]
+        timing = self._speed.figures(total(timed))
         sums = total(outcomes)
         figures = _training_figures(
             run, sums, step=self._step, updates=int(updates_done(self._state.opt_state))
@@ -249,8 +259,8 @@ class _Training:
                 log=self.log.mark(),
                 heldout_due=self._heldout_due,
             )
-            # Before the next rows are taken: the saved position in the data is this step's.
-            self._checkpoints.save(self._state, self._rows, run.record, record, heldout=heldout)
+            # Before the next batch is taken: the saved position in the data is this step's.
+            self._checkpoints.save(self._state, self._batches, run.record, record, heldout=heldout)
 
 
 def _compiled_step(
@@ -259,7 +269,8 @@ def _compiled_step(
     """The program of a step, which consumes its state."""
     # Compiled ahead: another shape later in the run is an error, not a silent second compilation.
     began = time.monotonic()
-    compiled = lowered_step(run.program, StepArguments(state, run.target_params, batch)).compile()
+    arguments = StepArguments(state, run.target_params, batch)
+    compiled = lowered_step(run.program, arguments).compile()
     reporter.say(f"step compiled in {time.monotonic() - began:.1f} s")
     return compiled
 
@@ -277,5 +288,7 @@ def _training_figures(
 
 
 def _formatted(figures: dict[str, float]) -> str:
-    base = f" (base {figures['base_accept_len']:.2f})" if "base_accept_len" in figures else ""
+    base = ""
+    if "base_accept_len" in figures:
+        base = f" (base {figures['base_accept_len']:.2f})"
     return f"loss {figures['loss']:.3f}  accept_len {figures['accept_len']:.2f}{base}"

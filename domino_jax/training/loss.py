@@ -99,7 +99,8 @@ def dual_loss(
         final_logits = base_logits + head_logits(states.low_rank, tables.expansion)
 
     target_logits = None
-    if labels.target_states is not None and (objective.kl_weight > 0 or objective.cost is not None):
+    reads_target = objective.kl_weight > 0 or objective.cost is not None
+    if labels.target_states is not None and reads_target:
         target_logits = objective.output_logits(head_logits(labels.target_states, lm_head))
         # Labels, not predictions: an objective may not lower its cost by moving them.
         target_logits = jax.lax.stop_gradient(target_logits)
@@ -150,7 +151,8 @@ def compute_accept_len(
     >>> compute_accept_len(drafted, target, jnp.ones((1, 2, 3), bool)).tolist()
     [[2.0, 0.0]]
     """
-    accepted = jnp.cumprod(((pred_ids == target_ids) | ~valid_mask).astype(jnp.int32), axis=-1)
+    passes = (pred_ids == target_ids) | ~valid_mask
+    accepted = jnp.cumprod(passes.astype(jnp.int32), axis=-1)
     return jnp.sum(accepted * valid_mask, axis=-1).astype(jnp.float32)
 
 
@@ -165,8 +167,7 @@ def acceptance_stats(
     """
     used = jnp.any(valid_mask, axis=-1)
     # A block that predicts nothing accepts nothing, but its bonus token alone would count as 1.
-    total = jnp.sum(
-        jnp.where(used, compute_accept_len(pred_ids, target_ids, valid_mask) + 1.0, 0.0)
-    )
+    with_bonus = compute_accept_len(pred_ids, target_ids, valid_mask) + 1.0
+    total = jnp.sum(jnp.where(used, with_bonus, 0.0))
     blocks = jnp.sum(used.astype(jnp.float32))
     return AcceptanceStats(total / jnp.maximum(blocks, 1.0), total, blocks)

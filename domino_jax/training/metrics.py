@@ -14,8 +14,9 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ def metric_sums(metrics: DFlashStepMetrics) -> dict[str, jax.Array]:
     for mean, (name, divisor) in MEANS.items():
         if name in measured:
             sums[name] = measured[name]
+        # A loss is measured as its mean alone.
         elif mean in measured:
             sums[name] = measured[mean] * measured[divisor]
     sums["batches"] = jnp.float32(1)
@@ -79,13 +81,16 @@ def metric_means(sums: dict[str, Any]) -> dict[str, float]:
         means = dict.fromkeys(means, math.nan)
     counts = ["valid_tokens", "valid_blocks", "batches_without_anchor"]
     if "updates" in sums:  # a held-out pass has none
-        means["grad_norm"] = sums["grad_norm"] / sums["updates"] if sums["updates"] else math.nan
+        means["grad_norm"] = math.nan
+        if sums["updates"]:
+            means["grad_norm"] = sums["grad_norm"] / sums["updates"]
         counts += ["updates", "skipped_nonfinite"]
     means |= {name: sums[name] for name in counts}
     return {name: float(value) for name, value in means.items()}
 
 
-class LogMark(NamedTuple):
+@dataclass(frozen=True)
+class LogMark:
     """Where a log stands: the bytes of `metrics.jsonl` and their sha256, in hex."""
 
     bytes: int
@@ -123,15 +128,19 @@ class MetricsLog:
             InputError: `metrics.jsonl` is not what it was, or TensorBoard is not installed.
         """
         self._board = _tensorboard(directory) if tensorboard else None
-        kept = b"" if at is None else _bytes_until(directory / METRICS, at, reporter=reporter)
-        self._hash, self._count = hashlib.sha256(kept), len(kept)
+        kept = b""
+        if at is not None:
+            kept = _bytes_until(directory / METRICS, at, reporter=reporter)
+        self._hash = hashlib.sha256(kept)
+        self._count = len(kept)
         # Nothing depends on times, so they carry no mark: a step number is enough to drop them.
-        timing = [line for line in _parsable(directory / TIMING) if line.get("step", 0) <= step]
+        timing = []
+        if at is not None:
+            records = _parsable(directory / TIMING)
+            timing = [_json_line(one) for one in records if one.get("step", 0) <= step]
         # Written whole first and then appended to: a start that is killed here cuts no line in two.
         write_whole(directory / METRICS, kept.decode("utf-8"))
-        write_whole(
-            directory / TIMING, "".join(_json_line(line) for line in timing if at is not None)
-        )
+        write_whole(directory / TIMING, "".join(timing))
         self._files = {name: (directory / name).open("ab") for name in (METRICS, TIMING)}
 
     def __enter__(self) -> "MetricsLog":
@@ -192,9 +201,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(
-        read_text(path, limit=LOG_BYTES).splitlines(keepends=True), start=1
-    ):
+    lines = read_text(path, limit=LOG_BYTES).splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
         if line.endswith("\n"):
             record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
             # Its type and not `isinstance`, to which true is an integer.
@@ -219,11 +227,13 @@ def _bytes_until(path: Path, at: LogMark, *, reporter: Reporter) -> bytes:
     if not path.exists() and at.bytes:
         reporter.say(f"{path} is gone: the log begins anew, without the records up to here")
         return b""
-    kept = read_text(path, limit=LOG_BYTES).encode()[: at.bytes] if path.exists() else b""
+    kept = b""
+    if path.exists():
+        kept = read_text(path, limit=LOG_BYTES).encode()[: at.bytes]
     if LogMark(len(kept), hashlib.sha256(kept).hexdigest()) != at:
         raise InputError(
             f"{path}: its first {at.bytes} bytes are not those that the checkpoint was saved with; "
-            "put them back, or remove the file to go on with a log that begins anew"
+            "put them back, or remove the file to resume with a log that begins anew"
         )
     return kept
 
@@ -232,7 +242,8 @@ def _parsable(path: Path) -> Iterator[dict[str, Any]]:
     """The records that can be read of a file that nothing depends on."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
         with contextlib.suppress(InputError):
             record = parse_json(line, place=str(path), nonfinite=True)
             if isinstance(record, dict) and line.endswith("\n"):

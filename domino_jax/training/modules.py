@@ -91,8 +91,10 @@ class DFlashTrainerModule(nn.Module):
         cfg = self.draft_model.cfg
         # Fields of the reference's modules, which the draft's config knows too.
         for name in ("block_size", "mask_token_id"):
-            here, there = getattr(self, name), getattr(cfg, name)
+            here = getattr(self, name)
+            there = getattr(cfg, name)
             require(here == there, f"{name} is {here} here and {there} in the draft's config")
+        # The modules are public: what a run's config has checked, a script has not.
         rules = ", ".join(ANCHOR_RULES)
         require(
             self.anchor_rule in ANCHOR_RULES,
@@ -159,8 +161,8 @@ class DFlashTrainerModule(nn.Module):
         weights = position_weights(
             blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths
         )
-        wanted = self._wanted_states(target_states, anchors)
-        labels = Labels(blocks.target_ids, blocks.mask, weights, wanted)
+        label_states = self._label_states(target_states, anchors)
+        labels = Labels(blocks.target_ids, blocks.mask, weights, label_states)
         loss = self._dual_loss(States(hidden), Tables(lm_head), labels)
         divisor = self._divisor(weights, blocks)
         # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
@@ -229,22 +231,18 @@ class DFlashTrainerModule(nn.Module):
     ) -> jax.Array:
         """The backbone's states of the blocks' predictions, [B, N, M, D]."""
         batch, length = hidden_states.shape[:2]
-        positions = (
-            packing.position_ids
-            if packing
-            else jnp.broadcast_to(jnp.arange(length), (batch, length))
-        )
-        spans = layer_spans(
-            self.draft_model.cfg, *anchors, seq_lens=packing.seq_lens if packing else None
-        )
-        noise = frozen_rows(embed_tokens, blocks.noise_ids)
+        if packing:
+            positions, seq_lens = packing.position_ids, packing.seq_lens
+        else:
+            positions, seq_lens = jnp.broadcast_to(jnp.arange(length), (batch, length)), None
+        spans = layer_spans(self.draft_model.cfg, *anchors, seq_lens=seq_lens)
+        noise = frozen_embeddings(embed_tokens, blocks.noise_ids)
         # The target is frozen, whoever ran it: no caller has to remember to cut its gradient off.
-        states = self.draft_model(
-            jax.lax.stop_gradient(hidden_states), positions, noise, blocks.positions, spans
-        )
+        features = jax.lax.stop_gradient(hidden_states)
+        states = self.draft_model(features, positions, noise, blocks.positions, spans)
         return self.draft_model.prediction_states(states)
 
-    def _wanted_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
+    def _label_states(self, target_states: jax.Array | None, anchors: Anchors) -> jax.Array | None:
         """The target's states that predict the labels, [B, S, D] -> [B, N, M, D].
 
         None where nothing reads them.
@@ -267,13 +265,13 @@ class DFlashTrainerModule(nn.Module):
 
     def _objective(self) -> Objective:
         # Options are bound here: the kernel calls an objective with arrays and knows no names.
-        row, cfg = objective_named(self.loss_type), self.draft_model.cfg
+        entry = objective_named(self.loss_type)
         options = checked_options(self.loss_type, self.loss_options)
         return Objective(
-            factor=_with_options(row.factor, options),
+            factor=_with_options(entry.factor, options),
             kl_weight=self.kl_weight,
-            output_logits=functools.partial(output_logits, cfg),
-            cost=_with_options(row.cost, options),
+            output_logits=functools.partial(output_logits, self.draft_model.cfg),
+            cost=_with_options(entry.cost, options),
         )
 
     @jax.named_scope(VOCABULARY_LOSS)
@@ -317,9 +315,9 @@ def packing_of(
 
 
 # [V, D], [B, N, x] -> [B, N, x, D]
-def frozen_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+def frozen_embeddings(table: jax.Array, ids: jax.Array) -> jax.Array:
     """The target's embeddings of tokens, [V, D] and [B, N, x] -> [B, N, x, D], without gradient."""
     # Split by rows of the batch here: what follows would else be split like the table, and gathered
     # again.
-    rows = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
-    return constrain(rows, "batch", None, None, None)
+    embeddings = jax.lax.stop_gradient(jnp.take(table, ids, axis=0))
+    return constrain(embeddings, "batch", None, None, None)

@@ -160,7 +160,7 @@ def check_objective(
     Raises:
         InputError: what was found and what was expected.
     """
-    row = objective_named(name)
+    entry = objective_named(name)
     checked_options(name, options)  # for its refusals
     require(
         normalize in (None, *DIVISORS),
@@ -168,16 +168,16 @@ def check_objective(
     )
     # A decay on top would weigh positions twice.
     require(
-        not row.weighs_positions or gamma is None or gamma <= 0,
+        not entry.weighs_positions or gamma is None or gamma <= 0,
         f"loss_type {name} brings its own weights of positions; loss_decay_gamma must be null, "
         f"found {gamma}",
     )
     require(
-        row.prefix_lengths is None or not domino,
+        entry.prefix_lengths is None or not domino,
         f"loss_type {name} is for plain DFlash drafts; draft.projector_type must be null",
     )
     require(
-        row.cost is None or kl_weight == 0,
+        entry.cost is None or kl_weight == 0,
         f"loss_type {name} has a cost of its own, which no divergence is mixed into; kl_weight "
         f"must be 0, found {kl_weight}",
     )
@@ -191,7 +191,8 @@ def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
     Raises:
         InputError: as `check_objective`, with the place.
     """
-    name, gamma = loss.loss_type, loss.loss_decay_gamma
+    name = loss.loss_type
+    gamma = loss.loss_decay_gamma
     try:
         own = objective_named(name)
         if gamma == "default":
@@ -305,16 +306,20 @@ def dpace_weights(
         float32 [B, N, M].
     Source: D-PACE (arXiv:2605.18810), equations 7 and 8; SpecForge 0.2.0 has the same three forms.
     """
-    alpha, mask = options.dpace_alpha, labels.mask > 0
+    alpha = options.dpace_alpha
+    mask = labels.mask > 0
     # Left to flow, the gradient would lower the loss by making the draft less sure of itself.
     confidence = jnp.exp(-jax.lax.stop_gradient(token.nll))
     smooth = jnp.where(mask, (1.0 - alpha) * confidence + alpha, 1.0)
     prefix = jnp.cumprod(smooth, axis=-1)
     if form == "confidence":
         return prefix
-    rest = jnp.flip(jnp.cumsum(jnp.flip(prefix * mask, axis=-1), axis=-1), axis=-1)
+    backwards = jnp.flip(prefix * mask, axis=-1)
+    rest = jnp.flip(jnp.cumsum(backwards, axis=-1), axis=-1)
+    if form == "whole":
+        return rest
     # Without smoothing a product may underflow to 0, and all that is added up from there with it.
-    return rest if form == "whole" else rest / jnp.maximum(prefix, jnp.finfo(jnp.float32).tiny)
+    return rest / jnp.maximum(prefix, jnp.finfo(jnp.float32).tiny)
 
 
 def accept_until_fail(token: TokenLoss, labels: Labels, options: NoOptions) -> jax.Array:

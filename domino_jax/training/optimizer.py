@@ -23,6 +23,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     """
     # One update at least is left to the cosine, which optax could not build otherwise.
     warmup = min(round(total_steps * config.warmup_ratio), total_steps - 1)
+    # By updates and not by steps: Adam counts the same, and both are saved with its state.
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -35,7 +36,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 def updates_done(opt_state: Any) -> jax.Array:
     """int32 [], the updates that a state of `make_optimizer` has seen: its schedule's argument."""
     # Adam's moments and the schedule count apart. Both count every update, so the first serves.
-    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+    _, count = optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0]
+    return count
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

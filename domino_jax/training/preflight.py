@@ -53,7 +53,8 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
     check_conversations("data.train", config.data.train)
     check_conversations("data.heldout", config.data.heldout)
     # A run that has a checkpoint never reads its start again, so that may be gone.
-    features, start = config.data.features, config.draft.init_from
+    features = config.data.features
+    start = config.draft.init_from
     if features is not None and not (Path(features) / MANIFEST).is_file():
         found = _instead(Path(features), lacking=MANIFEST)
         raise InputError(
@@ -89,6 +90,7 @@ def check_place(run_dir: str | Path) -> None:
     place = nearest_existing(run_dir)
     if not place.is_dir():
         raise InputError(f"run_dir: {run_dir}: {place} is not a directory; give another run_dir")
+    # To write a directory is not enough: a file in it is reached only if it may be entered.
     if not os.access(place, os.W_OK | os.X_OK):
         raise InputError(
             f"run_dir: {run_dir}: {place} may not be written by this user; give another run_dir"
@@ -121,7 +123,8 @@ def checkpoint_bytes(config: RunConfig, draft: DraftConfig) -> int:
     Parameters, two moments, and the average if one is kept.
     """
     copies = 1 + 2 + int(config.optimizer.ema_decay is not None)
-    return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft)))
+    sizes = [leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft))]
+    return 4 * copies * sum(sizes)
 
 
 def checkpoints_at_once(config: RunConfig) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -25,7 +25,13 @@ from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
-from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target
+from domino_jax.target.load import (
+    TABLES,
+    ParameterPath,
+    load_sharded_target,
+    load_tokenizer,
+    open_target,
+)
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
 from domino_jax.training.inputs import (
@@ -57,7 +63,8 @@ from domino_jax.training.start import state_at_start
 from domino_jax.training.step import Program, TrainState
 
 
-class Resumed(NamedTuple):
+@dataclass(frozen=True)
+class Resumed:
     """The checkpoint that a run is resumed from."""
 
     step: int
@@ -182,20 +189,23 @@ def read_inputs(
     Raises:
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
-    config, data, tokenizer = run.config, run.config.data, run.tokenizer
-    reporter.say(
-        f"loading rows {' and '.join(x for x in (data.train, data.features, data.heldout) if x)}"
-    )
+    config = run.config
+    data = run.config.data
+    tokenizer = run.tokenizer
+    sources = [place for place in (data.train, data.features, data.heldout) if place]
+    reporter.say(f"loading rows {' and '.join(sources)}")
     if data.train is None:
         rows = read_features(
             config, run.target, tokenizer, run.record.config, target_sha256=target_sha256()
         )
     else:
         rows = read_rows(data.train, tokenizer, data, reporter=reporter)
-    heldout = read_rows(data.heldout, tokenizer, data, reporter=reporter) if data.heldout else None
     inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
-    inputs |= {"data.train" if data.train else "data.features": rows.fingerprint}
-    inputs |= {"data.heldout": heldout.fingerprint} if heldout else {}
+    inputs["data.train" if data.train else "data.features"] = rows.fingerprint
+    heldout = None
+    if data.heldout:
+        heldout = read_rows(data.heldout, tokenizer, data, reporter=reporter)
+        inputs["data.heldout"] = heldout.fingerprint
     if run.resumed is not None:
         # Without the target, whose hash may not be there yet: `prepare` compares it.
         check_inputs(
@@ -209,7 +219,8 @@ def read_inputs(
             f"{step_rows} (data.batch_size {data.batch_size} x optimizer.grad_accumulation "
             f"{config.optimizer.grad_accumulation})"
         )
-    total_steps = config.train.steps or max(config.train.epochs * rows.epoch_rows // step_rows, 1)
+    epochs_rows = config.train.epochs * rows.epoch_rows
+    total_steps = config.train.steps or max(epochs_rows // step_rows, 1)
     program = make_program(
         config, run.target_config, run.record.config, run.mesh, total_steps=total_steps
     )
@@ -241,8 +252,11 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         reporter.say(f"loading target {run.target}")
         target_runs = config.data.features is None or config.data.heldout is not None
         # Captured states stand for the layers; head and embedding are read either way.
-        only = (lambda path: True) if target_runs else (lambda path: path[0] in TABLES)
-        target = load_sharded_target(run.target, run.program.target, run.mesh, only=only)
+
+        def read(path: ParameterPath) -> bool:
+            return target_runs or path[0] in TABLES
+
+        target = load_sharded_target(run.target, run.program.target, run.mesh, only=read)
         began = time.monotonic()
         record = dataclasses.replace(run.record, target_sha256=target_sha256())
         reporter.say(
@@ -282,6 +296,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
         f"{list(record.config.target_layer_ids)}",
     )
+    # A new object of a later class: who holds a `Run` knows that all of it is there.
     known = vars(run) | {"record": record, "inputs": inputs}
     return Run(**known, target_params=target.params, state=state)
 

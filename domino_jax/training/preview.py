@@ -8,7 +8,8 @@ reads it, with the tokens that the loss counts marked.
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from domino_jax.config.run import dump_config
 from domino_jax.data.features import FeatureRows
 from domino_jax.data.packing import row_lengths
 from domino_jax.draft.build import boxed_parameters
+from domino_jax.strict import printable
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
 from domino_jax.training.inputs import InputRows
@@ -39,7 +41,8 @@ MARKS = "⟦⟧"
 SUPERVISED = "bold green"
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """Text of tokens that stand together; `supervised` where the loss counts them."""
 
     text: str
@@ -58,9 +61,8 @@ def print_preview(run: RunInputs, console: Console) -> None:
     # The run's own first batch, shuffled and packed as training will see it.
     first = next(run.batches())
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, words in itertools.chain(
-        _models(run), _disk(run), _data(run), _steps(run), _shapes(run, first)
-    ):
+    told = itertools.chain(_models(run), _disk(run), _data(run), _steps(run), _shapes(run, first))
+    for name, words in told:
         figures.add_row(Text(name, overflow="fold"), Text(words, overflow="fold"))
     console.print(figures)
 
@@ -72,7 +74,7 @@ def print_preview(run: RunInputs, console: Console) -> None:
     marked = "green" if console.is_terminal else MARKS
     console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)}"))
     console.print(Text(f"what the loss counts: {marked}"))
-    console.print(_row(spans, coloured=console.is_terminal))
+    console.print(_marked(spans, coloured=console.is_terminal))
 
 
 def supervised_spans(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> Iterator[Span]:
@@ -99,34 +101,35 @@ def escaped(text: str) -> str:
 
     A line still ends after its `\\n`.
     """
-    shown = "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
-    return shown.replace("\\n", "\\n\n")
+    return printable(text).replace("\\n", "\\n\n")
 
 
-def _row(spans: Iterable[Span], *, coloured: bool) -> Text:
-    row = Text()
+def _marked(spans: Iterable[Span], *, coloured: bool) -> Text:
+    marked = Text()
     for span in spans:
-        text, left_out = span.text, len(span.text) - LONGEST_SPAN
+        text = span.text
+        left_out = len(span.text) - LONGEST_SPAN
         if left_out > 0:  # its ends stay: they are where the mask begins and stops
             half = LONGEST_SPAN // 2
             text = f"{text[:half]} [... {left_out:,} characters ...] {text[-half:]}"
         if not span.supervised:
-            row.append(escaped(text))
+            marked.append(escaped(text))
         elif coloured:
-            row.append(escaped(text), style=SUPERVISED)
+            marked.append(escaped(text), style=SUPERVISED)
         else:
-            row.append(f"{MARKS[0]}{escaped(text)}{MARKS[1]}")
-    return row
+            marked.append(f"{MARKS[0]}{escaped(text)}{MARKS[1]}")
+    return marked
 
 
 def _where(run: RunInputs, numbers: list[int]) -> str:
     """Where the rows of a batch row come from."""
-    data, rows, several = run.config.data, run.rows.rows, "s" if len(numbers) > 1 else ""
+    data = run.config.data
+    several = "s" if len(numbers) > 1 else ""
     if data.train is None:
-        return f"row{several} {', '.join(str(number + 1) for number in numbers)} of {data.features}"
-    return (
-        f"line{several} {', '.join(str(rows[number].line) for number in numbers)} of {data.train}"
-    )
+        places = ", ".join(str(number + 1) for number in numbers)
+        return f"row{several} {places} of {data.features}"
+    places = ", ".join(str(run.rows.rows[number].line) for number in numbers)
+    return f"line{several} {places} of {data.train}"
 
 
 def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
@@ -142,14 +145,18 @@ def _counts(boxed: Mapping[str, Any]) -> str:
     """How many parameters there are, and how many in each part."""
     parts: dict[str, int] = {}
     for name, tree in boxed.items():
-        part = "layers" if name.startswith("layers") else "norms" if name.endswith("norm") else name
-        parts[part] = parts.get(part, 0) + sum(leaf.size for leaf in jax.tree.leaves(tree))
+        part = "norms" if name.endswith("norm") else name
+        if name.startswith("layers"):
+            part = "layers"
+        sizes = [leaf.size for leaf in jax.tree.leaves(tree)]
+        parts[part] = parts.get(part, 0) + sum(sizes)
     by_part = ", ".join(f"{name} {count:,}" for name, count in parts.items())
     return f"{sum(parts.values()):,}: {by_part}"
 
 
 def _disk(run: RunInputs) -> Iterator[tuple[str, str]]:
-    one, count = checkpoint_bytes(run.config, run.record.config), checkpoints_at_once(run.config)
+    one = checkpoint_bytes(run.config, run.record.config)
+    count = checkpoints_at_once(run.config)
     free = free_bytes(run.directory)
     yield (
         "a checkpoint",
@@ -172,17 +179,18 @@ def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
 def _supervised_share(part: InputRows) -> str:
     captured = isinstance(part.rows, FeatureRows)
     # Rows of conversations are in memory: all of them count.
-    masks = [row.loss_mask for row in itertools.islice(part.rows, SAMPLED if captured else None)]
-    share = sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
-    return (
-        f"{share:.1%} of them supervised{f' (of the first {len(masks)} rows)' if captured else ''}"
-    )
+    sample = itertools.islice(part.rows, SAMPLED if captured else None)
+    masks = [row.loss_mask for row in sample]
+    supervised = sum(int(mask.sum()) for mask in masks)
+    share = supervised / sum(mask.size for mask in masks)
+    which = f" (of the first {len(masks)} rows)" if captured else ""
+    return f"{share:.1%} of them supervised{which}"
 
 
 def _steps(run: RunInputs) -> Iterator[tuple[str, str]]:
     epochs = run.last_step * run.step_rows / run.rows.epoch_rows
-    goes_on = "" if run.resumed is None else f"; the run goes on at step {run.resumed.step}"
-    yield "steps", f"{run.last_step:,} of {run.step_rows} rows: {epochs:.3g} epochs{goes_on}"
+    resumed = "" if run.resumed is None else f"; the run resumes at step {run.resumed.step}"
+    yield "steps", f"{run.last_step:,} of {run.step_rows} rows: {epochs:.3g} epochs{resumed}"
     sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     yield "mesh", f"{sizes}: {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
 
@@ -193,5 +201,6 @@ def _shapes(run: RunInputs, first: Mapping[str, np.ndarray]) -> Iterator[tuple[s
     for name in Batch._fields:
         laid = getattr(layout, name)
         if laid is not None:
+            # What has to fit is the share of a device, which a mesh of several makes smaller.
             own = list(laid.sharding.shard_shape(laid.shape))
             yield f"batch: {name}", f"{first[name].dtype} {list(laid.shape)} a step, {own} a device"

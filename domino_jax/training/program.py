@@ -52,7 +52,9 @@ def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
     loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
     if loss.logits_mib is None:
         chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-        mib = CPU_LOGITS_MIB if chip is None else float(round(chip.memory * LOGITS_SHARE / MIB))
+        mib = CPU_LOGITS_MIB
+        if chip is not None:
+            mib = float(round(chip.memory * LOGITS_SHARE / MIB))
         loss = replace(loss, logits_mib=mib)
     return replace(config, loss=loss)
 
@@ -64,9 +66,9 @@ def chunk_blocks(config: RunConfig, draft: DraftConfig, mesh: Mesh) -> int:
     """
     mib = config.loss.logits_mib
     assert mib is not None, "a run is resolved before its program is made"
-    rows = config.data.batch_size // parts_of("batch", mesh)
+    device_rows = config.data.batch_size // parts_of("batch", mesh)
     vocabulary = -(-draft.vocab_size // parts_of("vocab", mesh))
-    block = rows * draft.num_predictions * vocabulary * 4
+    block = device_rows * draft.num_predictions * vocabulary * 4
     # One block at least, however large. As few pieces as there may be, then evened out: the last
     # one would else be mostly padding.
     pieces = -(-config.loss.num_anchors // max(int(mib * MIB // block), 1))
@@ -85,9 +87,12 @@ def make_program(
         mesh: of devices that are here, or of a topology that is only described.
         total_steps: which the schedules are stretched over.
     """
-    loss, device = config.loss, mesh.devices.flat[0]
+    loss = config.loss
+    device = mesh.devices.flat[0]
     # The target's own distribution needs its last layer; without it the captured ones are enough.
-    whole = reads_target(loss)
+    depth = max(draft.target_layer_ids) + 1
+    if reads_target(loss):
+        depth = target.num_hidden_layers
     return Program(
         trainer=build_trainer(
             draft,
@@ -98,7 +103,7 @@ def make_program(
         target=scanned_target(
             target,
             capture=draft.target_layer_ids,
-            depth=target.num_hidden_layers if whole else max(draft.target_layer_ids) + 1,
+            depth=depth,
             mesh=mesh,
             packed=config.data.packing,
         ),
@@ -150,7 +155,7 @@ def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState
     """
     params = draft_layout(draft, mesh)
     split = jax.tree.map(lambda x: x.sharding, params)
-    whole = NamedSharding(mesh, partition_spec())
+    replicated = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(functools.partial(initial_state, program), params)
     # Only optax knows which leaves of its state are like parameters.
     moments = tree_map_params(
@@ -158,9 +163,10 @@ def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState
         lambda _, s: s,
         shapes.opt_state,
         split,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
-    shardings = TrainState(whole, split, moments, split if program.ema_decay is not None else None)
+    average = None if program.ema_decay is None else split
+    shardings = TrainState(replicated, split, moments, average)
     return _laid_out(shapes, shardings)
 
 
@@ -176,11 +182,9 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
     laid_out = _laid_out(
         nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype
     )
-    return (
-        {name: leaf for name, leaf in laid_out.items() if name in TABLES}
-        if tables_only
-        else laid_out
-    )
+    if not tables_only:
+        return laid_out
+    return {name: leaf for name, leaf in laid_out.items() if name in TABLES}
 
 
 def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents: int = 8) -> Batch:
@@ -194,24 +198,24 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
     """
     data = config.data
     leading = (config.optimizer.grad_accumulation, data.batch_size)
-    rows = (*leading, data.max_length)
+    by_token = (*leading, data.max_length)
 
     def of(shape: tuple[int, ...], dtype: Any) -> Any:
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-    batch = Batch(of(rows, np.int32), of(rows, np.bool_))
+    batch = Batch(of(by_token, np.int32), of(by_token, np.bool_))
     if data.packing:
-        packed = {"position_ids": of(rows, np.int32), "doc_remaining": of(rows, np.int32)}
+        packed = {"position_ids": of(by_token, np.int32), "doc_remaining": of(by_token, np.int32)}
         batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
     if data.features is not None:
         width = draft.hidden_size
         # As captures store them unless told otherwise.
         batch = batch._replace(
-            features=of((*rows, width * len(draft.target_layer_ids)), jnp.bfloat16)
+            features=of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
         )
         if reads_target(config.loss):
-            batch = batch._replace(target_states=of((*rows, width), jnp.bfloat16))
+            batch = batch._replace(target_states=of((*by_token, width), jnp.bfloat16))
     return batch
 
 
@@ -240,6 +244,7 @@ def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lower
 
 
 def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    # A type of its own for the target, which is held in the type that it computes in.
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding),
         shapes,

@@ -82,8 +82,7 @@ class RunRecord:
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
-        # By name: JSON would make a list of a NamedTuple.
-        return vars(self) | {"log": self.log._asdict()}
+        return vars(self) | {"log": vars(self.log)}
 
 
 def read_run_record(place: Path) -> RunRecord:

@@ -58,12 +58,15 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
     except InputError as error:
         raise InputError(f"{error}: {OTHER_VERSION}") from error
     # With the defaults of keys that the other start did not know.
-    before, now = _comparable(dataclasses.asdict(started_as)), _comparable(settings)
-    changed = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)}
+    before = _comparable(dataclasses.asdict(started_as))
+    now = _comparable(settings)
+    keys = before.keys() | now.keys()
+    changed = {key for key in keys if before.get(key) != now.get(key)}
     if not changed:
         return
     words = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(changed))
     remedy = "use another run_dir"
+    # The one change that many want, and for which there is another key.
     if changed <= {"train.steps", "train.epochs"}:
         remedy = (
             "the schedules are stretched over them: train.extend=N trains N steps further at the "
@@ -125,9 +128,8 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -98,7 +98,9 @@ class StepWatch:
             stored: `as_json` of an earlier start.
         """
         self.diverged_at: Skip | None = None
-        self._rows, self._source, self._max_bad_steps = rows, source, max_bad_steps
+        self._rows = rows
+        self._source = source
+        self._max_bad_steps = max_bad_steps
         # Counted on from the checkpoint: a run that is restarted at each bad step would never stop.
         self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
         self._first_bad: list[Any] | None = stored["first_bad"] if stored else None
@@ -135,15 +137,16 @@ class StepWatch:
         self._bad_in_a_row += 1
         if self._bad_in_a_row == self._max_bad_steps and self.diverged_at is None:
             assert self._first_bad is not None
-            step, rows = self._first_bad
-            self.diverged_at = Skip(step, NONFINITE, self._place(rows))
+            step, numbers = self._first_bad
+            self.diverged_at = Skip(step, NONFINITE, self._place(numbers))
 
-    def _place(self, rows: Sequence[int]) -> Place:
+    def _place(self, numbers: Sequence[int]) -> Place:
         # All lines or none: one message never counts two things.
-        lines = [line for line in (self._rows[number].line for number in rows) if line is not None]
-        if len(lines) == len(rows):
+        known = [self._rows[number].line for number in numbers]
+        lines = [line for line in known if line is not None]
+        if len(lines) == len(numbers):
             return Place(self._source, "lines", lines)
-        return Place(self._source, "rows", [number + 1 for number in rows])
+        return Place(self._source, "rows", [number + 1 for number in numbers])
 
 
 def divergence(

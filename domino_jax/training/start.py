@@ -57,22 +57,25 @@ def state_at_start(
         lambda: nn.meta.unbox(init_variables(DraftModel(config), key))["params"],
         out_shardings=layout.params,
     )
-    params = (
-        fresh() if init_from is None else _placed(starting_params(init_from, config), layout.params)
-    )
+    if init_from is None:
+        params = fresh()
+    else:
+        params = _placed(starting_params(init_from, config), layout.params)
     if layers_from is not None:
         # Apart, because a draft names each of its layers; in float32, because they become masters.
         apart = Target(replace(program.target.cfg, dtype="float32"))
-        wanted = _copied(config, layout.params)
-        top = load_sharded_target(layers_from, apart, mesh, only=wanted).params
+        copied = _copied(config, layout.params)
+        top = load_sharded_target(layers_from, apart, mesh, only=copied).params
         # Jitted with its layout: no device holds more than its share.
-        start = jax.jit(functools.partial(draft_from_target, config), out_shardings=layout.params)
-        params = start(params, top)
-    return jax.jit(lambda tree: initial_state(program, tree), out_shardings=layout)(params)
+        with_top = functools.partial(draft_from_target, config)
+        params = jax.jit(with_top, out_shardings=layout.params)(params, top)
+    state = functools.partial(initial_state, program)
+    return jax.jit(state, out_shardings=layout)(params)
 
 
 def _placed(params: Any, layout: Any) -> Any:
     """Arrays of the host on the devices, to each its share; a process fills its own devices."""
+    # By callback: each device asks for its own part of what the host holds.
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
         params,
@@ -101,13 +104,18 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
     first = _first_copied(config)
     copied = {"norm": target_params["norm"]}
     for index in range(config.num_hidden_layers):
-        name, layer = f"layers_{index}", target_params[f"layers_{first + index}"]
+        name = f"layers_{index}"
+        layer = target_params[f"layers_{first + index}"]
         # By the draft's own names: what only one of the two has is neither lost nor added.
-        fresh, known = flatten_dict(params[name]), flatten_dict(layer)
-        copied[name] = unflatten_dict({path: known.get(path, leaf) for path, leaf in fresh.items()})
+        fresh = flatten_dict(params[name])
+        known = flatten_dict(layer)
+        leaves = {path: known.get(path, leaf) for path, leaf in fresh.items()}
+        copied[name] = unflatten_dict(leaves)
     copied["hidden_norm"] = target_params[f"layers_{first}"]["input_layernorm"]
-    width, captured = config.hidden_size, len(config.target_layer_ids)
-    copied["fc"] = {"weight": jnp.eye(width, captured * width, k=(captured - 1) * width)}
+    width = config.hidden_size
+    captured = len(config.target_layer_ids)
+    last = (captured - 1) * width
+    copied["fc"] = {"weight": jnp.eye(width, captured * width, k=last)}
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**params, **copied})
 
 

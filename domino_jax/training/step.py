@@ -139,7 +139,8 @@ def train_step(
     counts |= {"updates": outcome.updated.astype(jnp.float32)}
     counts |= {"skipped_nonfinite": (~outcome.finite).astype(jnp.float32)}
     measured = total.sums | {"grad_norm": outcome.grad_norm}
-    return state, {name: jnp.where(outcome.finite, x, 0.0) for name, x in measured.items()} | counts
+    measured = {name: jnp.where(outcome.finite, x, 0.0) for name, x in measured.items()}
+    return state, measured | counts
 
 
 class _Total(NamedTuple):
@@ -176,7 +177,8 @@ def _over_micro_batches(
     return _Total(grads, sums, jnp.float32(1))  # weighed one by one
 
 
-class _Outcome(NamedTuple):
+@dataclass(frozen=True)
+class _Outcome:
     """Whether loss and gradient were finite, whether the update was taken; the gradient's norm."""
 
     finite: jax.Array
@@ -214,7 +216,8 @@ def _update(program: Program, state: TrainState, total: _Total) -> tuple[TrainSt
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether every element of a tree of arrays is finite, bool []."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+    of_arrays = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(of_arrays))
 
 
 def batch_metrics(
@@ -232,9 +235,9 @@ def batch_metrics(
     """
     input_ids = constrain(batch.input_ids, "batch", "length")
     if batch.features is None:
-        documents = (
-            None if batch.seq_lens is None else document_ids(batch.seq_lens, input_ids.shape[1])
-        )
+        documents = None
+        if batch.seq_lens is not None:
+            documents = document_ids(batch.seq_lens, input_ids.shape[1])
         with jax.named_scope(TARGET):
             out = program.target.apply(
                 {"params": target_params},
@@ -242,12 +245,12 @@ def batch_metrics(
                 batch.position_ids,
                 documents=documents,
             )
-        features, target_states = out.features, out.hidden
+        features = out.features
+        target_states = out.hidden
     else:
         # Captures may be stored in another type than the one that the run computes in.
-        features = constrain(batch.features, "batch", "length", None).astype(
-            program.target.cfg.dtype
-        )
+        features = constrain(batch.features, "batch", "length", None)
+        features = features.astype(program.target.cfg.dtype)
         target_states = batch.target_states
     return program.trainer.apply(
         {"params": {"draft_model": params}},

@@ -41,7 +41,9 @@ class Trace:
             paused: `Speed.paused`; starting and stopping takes time that is not training's.
             reporter: is told where the trace is.
         """
-        self._directory, self._paused, self._reporter = run_dir / "profile", paused, reporter
+        self._directory = run_dir / "profile"
+        self._paused = paused
+        self._reporter = reporter
         self._first, self._last = 0, 0  # steps count from 1
         self._running, self._reached = False, 0
         if profile is None:
@@ -49,7 +51,8 @@ class Trace:
         first, count = profile
         last = first + count - 1
         # An earlier start may have run some of them, and this one may end before the rest.
-        self._first, self._last = max(first, coming.start), min(last, coming.stop - 1)
+        self._first = max(first, coming.start)
+        self._last = min(last, coming.stop - 1)
         if self._first > self._last:
             reporter.say(
                 f"train.profile: no trace of steps {first} to {last}: this start goes "

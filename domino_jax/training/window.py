@@ -41,6 +41,7 @@ class StepOutcome:
     @property
     def updated(self) -> bool:
         """Whether the step moved the draft."""
+        # As the step itself counted it: the state is not looked at again.
         return bool(self.sums["updates"])
 
     @property
@@ -64,20 +65,18 @@ class Window:
     """Outcomes that no line tells yet."""
 
     def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:
-        self._outcomes = [
-            StepOutcome(
-                one["step"], one["rows"], {k: np.float32(x) for k, x in one["sums"].items()}
-            )
-            for one in stored
-        ]
+        self._outcomes = []
+        for one in stored:
+            sums = {name: np.float32(x) for name, x in one["sums"].items()}
+            self._outcomes.append(StepOutcome(one["step"], one["rows"], sums))
 
     def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
         """Takes note of a step: its rows, int [...] with -1 for none, and its sums.
 
         `sums` is what `train_step` returned, and stays on the device.
         """
-        rows = [int(number) for number in row_numbers.flat if number >= 0]
-        self._outcomes.append(StepOutcome(step, rows, sums))
+        numbers = [int(number) for number in row_numbers.flat if number >= 0]
+        self._outcomes.append(StepOutcome(step, numbers, sums))
 
     def fetch(self) -> list[StepOutcome]:
         """All outcomes, on the host; waits for the device."""
@@ -94,6 +93,7 @@ class Window:
 
 def total(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
     """The sums of some steps added up in float32, in their order."""
+    # In this order: a resumed run must add up to the same bits.
     first, *others = outcomes
     sums = dict(first.sums)
     for outcome in others:

@@ -24,5 +24,5 @@ def test_one_epoch_trains_measures_and_saves(tmp_path: Path) -> None:
     losses = [line["loss"] for line in lines]
     assert len(losses) == 4  # 24 rows in batches of 8, and one held-out pass
     assert all(map(math.isfinite, losses))
-    record, _, step = load_draft(run)
-    assert step == 3 and record.config.dtype == "bfloat16"
+    draft = load_draft(run)
+    assert draft.step == 3 and draft.record.config.dtype == "bfloat16"

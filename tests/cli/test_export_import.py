@@ -20,9 +20,9 @@ def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path
     assert (code, out) == (0, f"{exported}\n")
     assert log.startswith(f"loading the draft of {trained / 'run'}\nsaving {exported}\n")
     assert domino("import", exported, run, "--target", trained / "target")[0] == 0
-    (before, params, _), (after, imported, step) = load_draft(trained / "run"), load_draft(run)
-    assert before.config == after.config and step == 0
-    for ours, theirs in zip(*map(jax.tree.leaves, (params, imported)), strict=True):
+    before, after = load_draft(trained / "run"), load_draft(run)
+    assert before.record.config == after.record.config and after.step == 0
+    for ours, theirs in zip(*map(jax.tree.leaves, (before.params, after.params)), strict=True):
         assert np.array_equal(ours, theirs)
     again = tmp_path / "again"
     assert domino("export", run, again, "--dtype", "float32")[0] == 0
@@ -31,7 +31,7 @@ def test_export_and_import_give_equal_bits(domino, trained: Path, tmp_path: Path
     assert (again / "model.safetensors").read_bytes() == (
         exported / "model.safetensors"
     ).read_bytes()
-    assert load_hf_draft(again)[0] == before.config
+    assert load_hf_draft(again)[0] == before.record.config
 
 
 def test_export_for_an_engine_refuses_what_it_would_misread(
@@ -52,9 +52,10 @@ def test_export_for_an_engine_refuses_what_it_would_misread(
 def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(
     domino, trained: Path, tmp_path: Path
 ) -> None:
-    record, params, _ = load_draft(trained / "run")
-    params["norm"]["weight"] = params["norm"]["weight"].at[2].set(np.inf)
-    save_draft(tmp_path / "run", params, record)
+    draft = load_draft(trained / "run")
+    norm = draft.params["norm"]
+    norm["weight"] = norm["weight"].at[2].set(np.inf)
+    save_draft(tmp_path / "run", draft.params, draft.record)
     code, out, log = domino("export", tmp_path / "run", tmp_path / "draft")
     assert (code, out) == (2, "") and "Traceback" not in log and not (tmp_path / "draft").exists()
     assert (

@@ -29,12 +29,12 @@ from domino_jax.training.records import DraftRecord
 TOP = Path(__file__).parent.parent.parent
 LINES = {
     "regenerate": (
-        "interrupted: answered batches are kept in answers.jsonl.partial; the same command goes on"
+        "interrupted: answered batches are kept in answers.jsonl.partial; the same command resumes"
     ),
     "evaluate": "interrupted: run/evaluation.json was not written; the same command starts over",
     "generate": "interrupted: nothing is kept of the answer; the same command starts over",
-    "capture": "interrupted: shards that were written to states stay; the same command goes on",
-    "train": "interrupted: the checkpoints in new stay as they are; the same command goes on",
+    "capture": "interrupted: shards that were written to states stay; the same command resumes",
+    "train": "interrupted: the checkpoints in new stay as they are; the same command resumes",
 }
 
 
@@ -223,7 +223,7 @@ def test_training_saves_its_step(place: Path) -> None:
     assert process.returncode == 130, errors
     assert [line for line in told if "interrupted" in line] == [SAVING]
     stopped = last.removeprefix("stopped at step ").split()[0]
-    assert last == f"stopped at step {stopped} of 100000; the same command goes on from there"
+    assert last == f"stopped at step {stopped} of 100000; the same command resumes there"
     assert (place / "stopped" / "checkpoints" / stopped).is_dir()
 
 

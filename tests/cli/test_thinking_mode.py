@@ -70,7 +70,7 @@ def test_answers_run_and_checkpoint_record_it(place: Path) -> None:
         assert json.loads(line)["generator"]["chat_template_kwargs"] == OFF
     resolved = yaml.safe_load((place / "run" / "config.yaml").read_text())
     assert resolved["data"]["chat_template_kwargs"] == OFF
-    assert load_draft(place / "run")[0].chat_template.kwargs == OFF
+    assert load_draft(place / "run").record.chat_template.kwargs == OFF
 
 
 def test_training_refuses_answers_of_another_setting(place: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_exchange_keeps_the_setting(place: Path, tmp_path: Path) -> None:
     recorded = recorded_template(exported)
     assert recorded is not None and recorded.kwargs == OFF
     domino("import", exported, tmp_path / "imported", *target)
-    assert load_draft(tmp_path / "imported")[0].chat_template == recorded
+    assert load_draft(tmp_path / "imported").record.chat_template == recorded
     domino("import", exported, tmp_path / "told", *target, *TOLD)
     line = refused("import", exported, tmp_path / "other", *target, *OTHERWISE)
     assert line.endswith(
@@ -154,9 +154,9 @@ def test_exchange_keeps_the_setting(place: Path, tmp_path: Path) -> None:
     )
     assert not (tmp_path / "other").exists()
     domino("import", exported, tmp_path / "foreign", *target, *TOLD)
-    assert load_draft(tmp_path / "foreign")[0].chat_template.kwargs == OFF
+    assert load_draft(tmp_path / "foreign").record.chat_template.kwargs == OFF
     domino("import", exported, tmp_path / "silent", *target)
-    assert load_draft(tmp_path / "silent")[0].chat_template.kwargs == {}
+    assert load_draft(tmp_path / "silent").record.chat_template.kwargs == {}
 
 
 def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) ->
     line = refused("import", exported, tmp_path / "other", "--target", place / "target", *TOLD)
     assert "trained with chat_template_kwargs {}, " in line
     domino("import", exported, tmp_path / "back", "--target", place / "target")
-    assert load_draft(tmp_path / "back")[0].chat_template.kwargs == {}
+    assert load_draft(tmp_path / "back").record.chat_template.kwargs == {}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     assert figures["prompts"] == 2 and figures["tokens_compared"] == figures["tokens_equal"]
     assert figures["file"] == str(prompts) and report["training"]["steps"] == 6
     # A tau says nothing without these.
-    template = load_draft(tmp_path / "run")[0].chat_template
+    template = load_draft(tmp_path / "run").record.chat_template
     measured = {"target": str(target), "chat_template": template.sha256, "step": 6}
     measured |= {"block_size": 4, "proposals": 4, "temperature": 0.0, "max_new_tokens": 6}
     assert measured.items() <= report["evaluator"].items()

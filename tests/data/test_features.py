@@ -71,7 +71,7 @@ def test_states_that_are_not_finite_are_neither_written_nor_read(
     states = getattr(rows[3], field).copy()
     states[0, :2] = np.nan, -np.inf
     shard_path(tmp_path, 1).unlink()
-    bad = rows[3]._replace(**{field: states}, line=17)
+    bad = replace(rows[3], **{field: states}, line=17)
     counted = f"{field}: 2 of {states.size} entries are not finite in bfloat16; "
     with pytest.raises(InputError) as caught:
         write_shard(tmp_path, 1, [bad])

@@ -33,8 +33,8 @@ def checkpoint(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 export of a short run."""
     directory = tmp_path_factory.mktemp("first")
     run = train(load_config(run_config(directory, target)), reporter=quiet())
-    record, params, _ = load_draft(run)
-    save_hf_draft(directory / "draft", record.config, params, dtype="float32")
+    draft = load_draft(run)
+    save_hf_draft(directory / "draft", draft.record.config, draft.params, dtype="float32")
     return directory / "draft"
 
 

@@ -1,5 +1,6 @@
 """Block attention: the definition equals dense attention, and the tiled form the definition."""
 
+import dataclasses
 import functools
 import re
 from typing import Any, NamedTuple
@@ -162,7 +163,9 @@ def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: flo
 @pytest.mark.parametrize("seed", CASES)
 def test_tiled_form_equals_the_definition(seed: int, form: str) -> None:
     case = random_case(seed)
-    size = case.size._replace(keys=WHOLE_CONTEXT.keys) if form == "whole context" else case.size
+    size = case.size
+    if form == "whole context":
+        size = dataclasses.replace(size, keys=WHOLE_CONTEXT.keys)
     check_against_the_definition(
         case, kernel.by_tiles(size, transposed=form == "cpu"), gradient=GRADIENT
     )
@@ -172,10 +175,13 @@ def test_tiled_form_equals_the_definition(seed: int, form: str) -> None:
 def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
     case = random_case(seed, longest=600)
     interpreted: dict[str, Any] = {
-        "size": KernelTile(rows=128, keys=128, context=256),
+        "size": KernelTile(queries=128, keys=128, context=256),
         "interpret": True,
     }
-    form = kernel.Form(*(functools.partial(run, **interpreted) for run in kernel.FORMS["tpu"]))
+    form = kernel.Form(
+        functools.partial(blocks_on_tpu.forward, **interpreted),
+        functools.partial(blocks_on_tpu.backward, **interpreted),
+    )
     check_against_the_definition(case, form, gradient=KERNEL_GRADIENT)
 
 
@@ -183,7 +189,7 @@ def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
 def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed: int) -> None:
     case = random_case(seed, longest=3000)
     operands = kernel._operands(*case.inputs, case.span)
-    cut = cut_of(operands, KernelTile(rows=128, keys=128, context=1024))
+    cut = cut_of(operands, KernelTile(queries=128, keys=128, context=1024))
     first, end = (np.asarray(x) for x in case.span)
     needed = 0
     for row, tile, key in np.ndindex(first.shape[0], cut.tiles, cut.parts * cut.part_tiles):
@@ -219,7 +225,8 @@ def test_a_tile_of_the_whole_context_has_the_rows_that_memory_allows() -> None:
         *inputs, context_span(jnp.array([[3, 5], [1, 2]]), jnp.ones((2, 2), bool))
     )
     a_row = 4 * KV_HEADS * LENGTH  # bytes of its scores
-    assert WHOLE_CONTEXT._replace(mib=1).within_memory(operands).rows == 2**20 // a_row
+    small = dataclasses.replace(WHOLE_CONTEXT, mib=1)
+    assert small.within_memory(operands).queries == 2**20 // a_row
     assert TileSize(5, 7, mib=1).within_memory(operands) == TileSize(5, 7, mib=1)
     assert TileSize(5, 7).within_memory(operands) == TileSize(5, 7)
 
@@ -229,7 +236,7 @@ def test_a_short_row_walks_its_own_length() -> None:
     span = context_span(jnp.array([[90, 95], [3, 5]]), jnp.ones((2, 2), bool))
     inputs = random_inputs(rows=2, length=96, queries=2 * SIZE)
     tiles = blocks_by_tiles._tiles(kernel._operands(*inputs, span), span, TileSize(9, 10))
-    assert tiles.row.tolist() == [0, 0, 1, 1]
+    assert tiles.sequence.tolist() == [0, 0, 1, 1]
     assert tiles.stop.tolist() == [9, 10, 1, 1]
 
 

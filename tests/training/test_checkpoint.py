@@ -103,7 +103,7 @@ def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> N
     assert len(said) == 1 and f"{place}/run/checkpoints/6: damaged, not used: " in said[0]
     # Readers move nothing: the run may be training.
     assert (
-        load_draft(place / "run", reporter=Heard(lines=said))[2] == 4
+        load_draft(place / "run", reporter=Heard(lines=said)).step == 4
         and (place / "run" / "checkpoints" / "6").is_dir()
     )
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_an_older_version_is_taken_unchecked_and_told(place: Pat
 
 
 def test_one_step_can_be_asked_for(place: Path) -> None:
-    assert load_draft(place / "run", reporter=quiet(), step=4)[2] == 4
+    assert load_draft(place / "run", reporter=quiet(), step=4).step == 4
     with pytest.raises(InputError, match="no checkpoint 5; there are 6, 4, 2"):
         load_draft(place / "run", reporter=quiet(), step=5)
     damaged(place / "run" / "checkpoints" / "4", "flip")
@@ -295,7 +295,7 @@ def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
     best = max(heldout, key=lambda step: (heldout[step], step))
     kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
     assert kept == {best, 12}
-    assert load_draft(place / "best", reporter=quiet(), step=best)[2] == best
+    assert load_draft(place / "best", reporter=quiet(), step=best).step == best
 
 
 @pytest.mark.parametrize(
@@ -342,11 +342,12 @@ def other_tokens(target: Path) -> None:
 def test_a_draft_is_not_used_with_another_target(
     place: Path, domino: Any, change: Callable[[Path], Any], named: str
 ) -> None:
-    record, params, _ = load_draft(place / "run", reporter=quiet())
+    draft = load_draft(place / "run", reporter=quiet())
+    record = draft.record
     target = place / "target"
     hashes = target_fingerprint(target), tokenizer_fingerprint(target, load_tokenizer(target))
     assert hashes == (record.target_sha256, record.tokenizer_sha256)
-    save_draft(place / "alone", params, dataclasses.replace(record, target=str(target)))
+    save_draft(place / "alone", draft.params, dataclasses.replace(record, target=str(target)))
     change(place if change is other_weights else target)
     code, _, errors = domino("generate", place / "alone", "a", "--max-new-tokens", 2)
     assert code == 2 and f"{named} has changed since" in errors.splitlines()[-1], errors

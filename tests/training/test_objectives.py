@@ -207,7 +207,7 @@ def test_divergence_is_taken_from_the_state_that_predicts_the_label() -> None:
             (*batch.input_ids.shape, config.hidden_size)
         )
         module = build_trainer(config, kl_weight=1.0)
-        wanted = module._wanted_states(jnp.asarray(states), Anchors(*map(jnp.asarray, anchors)))
+        wanted = module._label_states(jnp.asarray(states), Anchors(*map(jnp.asarray, anchors)))
         for b in range(3):
             for n in range(11):
                 for m in range(config.num_predictions):

@@ -141,7 +141,7 @@ def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(
     path = run_config(tmp_path, target)
     train(load_config(path), reporter=quiet())
     code, out, _ = domino("train", path, "--dry-run", "train.extend=4")
-    assert code == 0 and "10 of 8 rows: 3.33 epochs; the run goes on at step 6" in out
+    assert code == 0 and "10 of 8 rows: 3.33 epochs; the run resumes at step 6" in out
     code, out, log = domino("train", path, "--dry-run", "draft.emb_dim=4")
     assert (code, out) == (2, "") and "draft.emb_dim 8 -> 4" in log
 

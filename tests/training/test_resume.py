@@ -102,11 +102,11 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
         try:
             train(config, reporter=quiet(), stop_requested=Stop(at))
         except Interrupted as stopped:
-            assert "the same command goes on from there" in str(stopped)
+            assert "the same command resumes there" in str(stopped)
     train(config, reporter=quiet())
     assert_same_run(whole, tmp_path / "run", step=11)
     # The average is what leaves the run.
-    exported = load_draft(tmp_path / "run")[1]
+    exported = load_draft(tmp_path / "run").params
     raw = final_bits(tmp_path / "run", 11)["params"]
     assert any(
         not np.array_equal(a, b)
@@ -121,7 +121,7 @@ def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):
             train(config, reporter=quiet(), stop_requested=Stop(0))
-        assert load_draft(tmp_path / "run")[2] == step
+        assert load_draft(tmp_path / "run").step == step
     assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
 
 
@@ -179,7 +179,7 @@ def test_an_unfinished_save_is_never_picked_up(target: Path, tmp_path: Path) -> 
     train(config, reporter=quiet())
     leftover = tmp_path / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
     (leftover / "params").mkdir(parents=True)
-    assert load_draft(tmp_path / "run")[2] == 6
+    assert load_draft(tmp_path / "run").step == 6
     heard = Heard()
     train(config, reporter=heard)
     assert "resuming at step 6 of 6" in heard.text

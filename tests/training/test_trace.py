@@ -52,7 +52,7 @@ def test_a_profiled_run_has_the_same_numbers(
     assert f"steps 3 to 4 are traced in {place}" in said[1]
     assert f"tensorboard --logdir {place}" in said[1]
     assert (plain / "metrics.jsonl").read_bytes() == (profiled / "metrics.jsonl").read_bytes()
-    chex.assert_trees_all_equal(*(load_draft(run)[1] for run in runs))
+    chex.assert_trees_all_equal(*(load_draft(run).params for run in runs))
 
     # What this machine's chip would give, everywhere that figures are shown.
     timing = [json.loads(line) for line in (profiled / "timing.jsonl").read_text().splitlines()]
