@@ -95,11 +95,10 @@ def test_rows_come_back_bit_by_bit(tmp_path: Path, target_states: bool) -> None:
     assert list(found.lengths) == list(LENGTHS)
     assert found.manifest.token_bytes == (5 + 2 * 9 if target_states else 5 + 2 * 6)
     for ours, theirs in zip(found, rows, strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None and other is not None:
-                assert one.dtype == other.dtype
-                np.testing.assert_array_equal(one, other)
+        assert ours.arrays.keys() == theirs.arrays.keys()
+        for name, values in theirs.arrays.items():
+            assert ours.arrays[name].dtype == values.dtype
+            np.testing.assert_array_equal(ours.arrays[name], values)
 
 
 def test_batches_pad_the_states(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import chex
 import numpy as np
 import pytest
 from tiny import CONFIG, Heard, Interrupted, quiet, run_config, write_target
@@ -184,7 +185,7 @@ def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Pat
         x.name for x in (place / "float32").iterdir()
     )
     for ours, whole in zip(FeatureRows(directory), FeatureRows(place / "float32"), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(ours, whole, strict=True))
+        chex.assert_trees_all_equal(ours.arrays, whole.arrays)
     again = captured(path, directory, target_states=True)
     assert "0 GB of it still to be written" in again[0]
     assert again[1:] == ["every shard is there"]
@@ -212,10 +213,7 @@ def test_a_shard_is_whole_where_all_its_bits_are(place: Path, tmp_path: Path) ->
         found.append(is_whole(directory, 0, rows))
         if found[-1]:  # in the padding
             for number, row in enumerate(expected):
-                assert all(
-                    np.array_equal(a, b)
-                    for a, b in zip(FeatureRows(directory)[number], row, strict=True)
-                )
+                chex.assert_trees_all_equal(FeatureRows(directory)[number].arrays, row.arrays)
     assert 10 < found.count(False) < len(found)
 
 

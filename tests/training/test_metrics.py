@@ -82,7 +82,7 @@ def test_a_mark_goes_on_counting(tmp_path: Path) -> None:
         log.write(3, "train", {"loss": 0.125})
         again = log.mark()
     content = (tmp_path / "metrics.jsonl").read_bytes()
-    assert again == (len(content), hashlib.sha256(content).hexdigest())
+    assert again == LogMark(len(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.pitfall(
