@@ -18,7 +18,7 @@ import numpy as np
 
 from domino_jax.data.conversations import Row
 from domino_jax.data.packing import Pack, check_fits, document_arrays, row_lengths, single_packs
-from domino_jax.strict import InputError
+from domino_jax.strict import InputError, require
 
 if TYPE_CHECKING:
     import grain  # at run time where it is used: steps and decoding do without
@@ -78,8 +78,7 @@ def row_batches(
 
     index, count = _process(process_index, process_count)
     units = _enough_units(rows, packs, step_units=batch_size * count)
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed must lie in 0..{2**32 - 1}, found {seed}")
+    require(0 <= seed < 2**32, f"seed must lie in 0..{2**32 - 1}, found {seed}")
     data = grain.MapDataset.source(units)
     if shuffle:
         data = data.shuffle(seed=seed)

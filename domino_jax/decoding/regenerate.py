@@ -108,18 +108,13 @@ def regenerate(
     check_length(answerer.decoder, longest.ids, place=f"{prompts_path}:{longest.line}")
     # Of all prompts, not of those that are left: another start must run the same program.
     slots = required_slots(answerer.decoder, len(longest.ids), settings.max_new_tokens)
+    answers_path.parent.mkdir(parents=True, exist_ok=True)
     partial = answers_path.with_name(answers_path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    read = functools.partial(
-        _read_answer, settings=settings, prompts=usable, prompts_path=prompts_path
-    )
+    read = functools.partial(_read_answer, settings=settings, prompts=usable, place=prompts_path)
     with BatchLog(partial, read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt.line not in finished]
-        if finished:
-            reporter.say(f"{len(finished)}/{len(prompts)} prompts are answered already")
-        if left:
-            reporter.say("compiling")
+        reporter.say(f"{len(finished)}/{len(prompts)} prompts are answered; compiling")
         written, began = 0, time.monotonic()
         with reporter.bar("prompts", total=len(prompts), done=len(finished)) as bar:
             for first in range(0, len(left), settings.batch_size):
@@ -194,7 +189,7 @@ def _lines(
 
 
 def _read_answer(
-    record: Any, settings: AnswerSettings, prompts: dict[int, Messages], prompts_path: Path
+    record: Any, settings: AnswerSettings, prompts: dict[int, Messages], place: Path
 ) -> tuple[int, bool]:
     """The prompt's line and whether the answer is finished; refuses one of another start."""
     if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
@@ -212,5 +207,5 @@ def _read_answer(
     if not isinstance(messages, list) or not messages:
         raise InputError(_NO_ANSWER)
     if messages[:-1] != prompts.get(line):
-        raise InputError(f"answers another prompt than line {line} of {prompts_path}")
+        raise InputError(f"answers another prompt than line {line} of {place}")
     return line, finished

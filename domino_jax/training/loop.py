@@ -12,11 +12,13 @@ a step is noted, told, measured and saved in one order, and a resumed run begins
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from domino_jax.chips import CHIPS
 from domino_jax.config.run import RunConfig
@@ -135,6 +137,7 @@ class _Training:
         self._heldout = HeldOut(run) if run.heldout else None
         self._heldout_due = stored is not None and stored.heldout_due
         self._finite = jax.jit(all_finite)
+        self._begun: deque[Any] = deque(maxlen=2)  # sums of the last steps, perhaps still to come
         self.log = MetricsLog(
             run.directory,
             at=stored.log if stored else None,
@@ -169,13 +172,13 @@ class _Training:
         with self._reporter.bar("step", total=last_step, done=self._step) as bar, trace:
             compiled, stop = None, False
             while self._step < last_step and not stop:
-                taken = next(self._batches)
-                batch = device_batch(run.mesh, taken, micro_batches=micro_batches)
+                taken, batch = self._next(micro_batches=micro_batches)
                 if compiled is None:  # the first batch has all shapes, those of packing too
                     compiled = _compiled_step(run, self._state, batch, reporter=self._reporter)
                     self._speed.begin()  # compiling is no training time
                 trace.before(self._step + 1, self._state)
                 self._state, sums = compiled(self._state, run.target_params, batch)
+                self._begun.append(sums)
                 # The step has only begun. Up to the line of the log nothing asks for its result, so
                 # the next batch is made while the device works.
                 self._step += 1
@@ -201,6 +204,14 @@ class _Training:
                 f"stopped at step {self._step} of {last_step}; the same command resumes there"
             )
         return None
+
+    def _next(self, *, micro_batches: int) -> tuple[dict[str, np.ndarray], Batch]:
+        """The rows of the next step, and their batch on the devices."""
+        if self._run.config.data.features is not None and len(self._begun) == 2:
+            # A batch of captured states is gigabytes: one may wait beside the one in use, no more.
+            jax.block_until_ready(self._begun[0])
+        taken = next(self._batches)
+        return taken, device_batch(self._run.mesh, taken, micro_batches=micro_batches)
 
     def _tell(self, bar: Bar) -> None:
         """Writes and tells the window's line and what stands out in it."""

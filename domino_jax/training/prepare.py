@@ -251,9 +251,9 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         config, resumed = run.config, run.resumed
         reporter.say(f"loading target {run.target}")
         target_runs = config.data.features is None or config.data.heldout is not None
-        # Captured states stand for the layers; head and embedding are read either way.
 
         def read(path: ParameterPath) -> bool:
+            # Captured states stand for the layers; head and embedding are read either way.
             return target_runs or path[0] in TABLES
 
         target = load_sharded_target(run.target, run.program.target, run.mesh, only=read)
@@ -280,6 +280,16 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     text = dump_config(config)
     write_config(run.directory, text)
     reporter.say(text)
+    # A new object of a later class: who holds a `Run` knows that all of it is there.
+    known = vars(run) | {"record": record, "inputs": inputs}
+    whole = Run(**known, target_params=target.params, state=state)
+    _tell(whole, reporter)
+    return whole
+
+
+def _tell(run: Run, reporter: Reporter) -> None:
+    """What is about to be trained, on what, and how long."""
+    config, record = run.config, run.record
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             reporter.say(f"{name}: {part.summary(max_length=config.data.max_length)}")
@@ -296,9 +306,6 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
         f"{list(record.config.target_layer_ids)}",
     )
-    # A new object of a later class: who holds a `Run` knows that all of it is there.
-    known = vars(run) | {"record": record, "inputs": inputs}
-    return Run(**known, target_params=target.params, state=state)
 
 
 def _resumable(
