@@ -108,25 +108,23 @@ def regenerate(
     check_length(answerer.decoder, longest.ids, place=f"{prompts_path}:{longest.line}")
     # Of all prompts, not of those that are left: another start must run the same program.
     slots = required_slots(answerer.decoder, len(longest.ids), settings.max_new_tokens)
-    partial = answers_path.with_name(answers_path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    answers_path.parent.mkdir(parents=True, exist_ok=True)
     read = functools.partial(
         _read_answer, settings=settings, prompts=usable, prompts_path=prompts_path
     )
-    with BatchLog(partial, read) as log:
+    with BatchLog(answers_path.with_name(f"{answers_path.name}.partial"), read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt.line not in finished]
         if finished:
             reporter.say(f"{len(finished)}/{len(prompts)} prompts are answered already")
         if left:
             reporter.say("compiling")
-        written, began = 0, time.monotonic()
+        written = 0
+        began = time.monotonic()
         with reporter.bar("prompts", total=len(prompts), done=len(finished)) as bar:
             for first in range(0, len(left), settings.batch_size):
                 batch = left[first : first + settings.batch_size]
-                answers = _answers(answerer, batch, settings=settings, slots=slots)
-                # On disk first: the reporter may end the work.
-                log.add(_lines(batch, answers, answerer.tokenizer, settings))
+                answers = _logged_answers(log, answerer, batch, settings=settings, slots=slots)
                 written += sum(len(answer.tokens) for answer in answers)
                 for prompt, answer in zip(batch, answers, strict=True):
                     finished[prompt.line] = answer.stopped
@@ -152,6 +150,21 @@ def _by_length(usable: Mapping[int, Messages], tokenizer: Any, kwargs: Scalars) 
         prompts.append(_Prompt(line, messages, ids))
     # Ties in the order of lines: another start must put the same prompts together into batches.
     return sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.line))
+
+
+def _logged_answers(
+    log: BatchLog,
+    answerer: Answerer,
+    batch: Sequence[_Prompt],
+    *,
+    settings: AnswerSettings,
+    slots: int,
+) -> list[Answer]:
+    """The answers of a batch; they are on disk when this returns."""
+    answers = _answers(answerer, batch, settings=settings, slots=slots)
+    # Before anybody is told of them: the reporter may end the work.
+    log.add(_lines(batch, answers, answerer.tokenizer, settings))
+    return answers
 
 
 def _answers(
