@@ -62,6 +62,11 @@ def flops_by_stage(found: list[Product]) -> dict[str, float]:
     return {stage: float(flops) for stage, flops in total.items()}
 
 
+def float32_flops(found: list[Product]) -> float:
+    """FLOPs of all products of float32 with float32."""
+    return float(sum(product.flops * product.times for product in found if product.float32))
+
+
 class _Walk:
     """Goes through a program's equations and those inside them."""
 

@@ -233,22 +233,15 @@ def _key(step: PlannedStep, place: Place, compiler: Compiler) -> str:
 
 
 def _compiled_plan(
-    config: RunConfig,
-    models: Models,
-    place: Place,
-    compiler: Compiler,
-    *,
-    step: PlannedStep,
+    config: RunConfig, models: Models, place: Place, compiler: Compiler, *, step: PlannedStep
 ) -> Plan:
-    kind = compiler.devices[0].device_kind
-    chip = CHIPS[kind]
+    device = compiler.devices[0]
+    chip = CHIPS[device.device_kind]
     count = len(compiler.devices)
     # Which piece holds the last supervised block only data knows: at most the loss runs all.
     pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)
-    platform = compiler.devices[0].platform
-    products = arithmetic.products(step.traced, platform=platform, unknown_turns=pieces)
+    products = arithmetic.products(step.traced, platform=device.platform, unknown_turns=pieces)
     executed = arithmetic.flops_by_stage(products)
-    float32 = [product.flops * product.times for product in products if product.float32]
     began = time.monotonic()
     outcome = compile_step(step.lowered, place, compiler)
     seconds = time.monotonic() - began
@@ -257,7 +250,7 @@ def _compiled_plan(
     peak = outcome.peak_bytes
     return Plan(
         place=place.name,
-        device_kind=kind,
+        device_kind=device.device_kind,
         devices=count,
         mesh=step.mesh,
         batch_size=config.data.batch_size,
@@ -273,7 +266,7 @@ def _compiled_plan(
         bytes_moved=moved,
         useful_flops=_useful_flops(config, models, step.program),
         executed_flops=executed,
-        float32_flops=float(sum(float32)),
+        float32_flops=arithmetic.float32_flops(products),
         seconds_of_flops=sum(executed.values()) / count / chip.flops,
         seconds_of_bytes=None if moved is None else moved / chip.bandwidth,
         compile_seconds=seconds,

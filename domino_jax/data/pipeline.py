@@ -86,7 +86,6 @@ def row_batches(
     # Repeated before they are batched: a batch may reach into the next epoch, and none is short.
     batches = data.repeat(ENDLESS // len(units)).batch(batch_size, batch_fn=make)
     if not repeat:
-        # Cut before the processes share them out, so that all of them end at the same step.
         batches = batches[: _steps(units, batch_size * count) * count]
     return _iterator(batches, index, count, read_ahead=read_ahead)
 

@@ -119,9 +119,7 @@ def regenerate(
         with reporter.bar("prompts", total=len(prompts), done=len(finished)) as bar:
             for first in range(0, len(left), settings.batch_size):
                 batch = left[first : first + settings.batch_size]
-                answers = _answers(answerer, batch, settings=settings, slots=slots)
-                # On disk first: the reporter may end the work.
-                log.add(_lines(batch, answers, answerer.tokenizer, settings))
+                answers = _logged_answers(log, answerer, batch, settings=settings, slots=slots)
                 written += sum(len(answer.tokens) for answer in answers)
                 for prompt, answer in zip(batch, answers, strict=True):
                     finished[prompt.line] = answer.stopped
@@ -147,6 +145,21 @@ def _by_length(usable: Mapping[int, Messages], tokenizer: Any, kwargs: Scalars) 
         prompts.append(_Prompt(line, messages, ids))
     # Ties in the order of lines: another start must put the same prompts together into batches.
     return sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.line))
+
+
+def _logged_answers(
+    log: BatchLog,
+    answerer: Answerer,
+    batch: Sequence[_Prompt],
+    *,
+    settings: AnswerSettings,
+    slots: int,
+) -> list[Answer]:
+    """The answers of a batch; they are on disk when this returns."""
+    answers = _answers(answerer, batch, settings=settings, slots=slots)
+    # Before anybody is told of them: the reporter may end the work.
+    log.add(_lines(batch, answers, answerer.tokenizer, settings))
+    return answers
 
 
 def _answers(

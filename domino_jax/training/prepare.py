@@ -250,13 +250,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
         run = read_inputs(checked, target_sha256=target_sha256, reporter=reporter)
         config, resumed = run.config, run.resumed
         reporter.say(f"loading target {run.target}")
-        target_runs = config.data.features is None or config.data.heldout is not None
-
-        def read(path: ParameterPath) -> bool:
-            # Captured states stand for the layers; head and embedding are read either way.
-            return target_runs or path[0] in TABLES
-
-        target = load_sharded_target(run.target, run.program.target, run.mesh, only=read)
+        target_params = _target_params(run)
         began = time.monotonic()
         record = dataclasses.replace(run.record, target_sha256=target_sha256())
         reporter.say(
@@ -282,7 +276,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     reporter.say(text)
     # A new object of a later class: who holds a `Run` knows that all of it is there.
     known = vars(run) | {"record": record, "inputs": inputs}
-    whole = Run(**known, target_params=target.params, state=state)
+    whole = Run(**known, target_params=target_params, state=state)
     _tell(whole, reporter)
     return whole
 
@@ -306,6 +300,18 @@ def _tell(run: Run, reporter: Reporter) -> None:
         f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
         f"{list(record.config.target_layer_ids)}",
     )
+
+
+def _target_params(run: RunInputs) -> Any:
+    """The target's parameters that the steps and the held-out passes of a run read."""
+    data = run.config.data
+    target_runs = data.features is None or data.heldout is not None
+
+    def read(path: ParameterPath) -> bool:
+        # Captured states stand for the layers; head and embedding are read either way.
+        return target_runs or path[0] in TABLES
+
+    return load_sharded_target(run.target, run.program.target, run.mesh, only=read).params
 
 
 def _resumable(
