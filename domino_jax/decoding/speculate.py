@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.config.model import DraftConfig
+from domino_jax.decoding.acceptance import accept_greedy, accept_sampled
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels import cache as kv_cache
@@ -332,50 +333,6 @@ def _draft(
         if decoder.temperature > 0:
             probs.append(jax.nn.softmax(logits / decoder.temperature, axis=-1))
     return jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1) if probs else base  # greedy: unread
-
-
-def accept_greedy(drafted: jax.Array, choices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The longest prefix of the draft that the target itself would have written.
-
-    Args:
-        drafted: int32 [B, P].
-        choices: int32 [B, P + 1], the target's token after each prefix of the draft.
-    Returns:
-        Accepted tokens int32 [B] and the target's token after them, int32 [B].
-    """
-    accepted = jnp.sum(jnp.cumprod((drafted == choices[:, :-1]).astype(jnp.int32), axis=1), axis=1)
-    return accepted, jnp.take_along_axis(choices, accepted[:, None], axis=1)[:, 0]
-
-
-def accept_sampled(
-    key: jax.Array, drafted: jax.Array, draft_probs: jax.Array, target_probs: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Speculative sampling: accepted tokens and the next follow the target's distribution exactly.
-
-    Args:
-        key: a PRNG key.
-        drafted: int32 [B, P], drawn from `draft_probs`.
-        draft_probs: float32 [B, P, V].
-        target_probs: float32 [B, P + 1, V], the target's after each prefix of the draft.
-    Returns:
-        Accepted tokens int32 [B] and the token after them, int32 [B]: token i is kept with
-        probability min(1, p / q); the first refused is redrawn from the positive part of p - q.
-    Source: Leviathan et al. (arXiv:2211.17192), algorithm 1.
-    """
-    accept_key, next_key = jax.random.split(key)
-    p = jnp.take_along_axis(target_probs[:, :-1], drafted[..., None], axis=-1)[..., 0]
-    q = jnp.take_along_axis(draft_probs, drafted[..., None], axis=-1)[..., 0]
-    kept = jax.random.uniform(accept_key, drafted.shape) * q < p  # no division: q may be 0
-    accepted = jnp.sum(jnp.cumprod(kept.astype(jnp.int32), axis=1), axis=1)
-    # After the whole draft nothing was refused: q is zero there, and the draw is from p itself.
-    refused = jnp.pad(draft_probs, ((0, 0), (0, 1), (0, 0)))
-    rest = jnp.maximum(target_probs - refused, 0.0)
-    rest = jnp.take_along_axis(rest, accepted[:, None, None], axis=1)[:, 0]
-    target = jnp.take_along_axis(target_probs, accepted[:, None, None], axis=1)[:, 0]
-    # p == q up to rounding leaves nothing to draw from; then p is the right distribution.
-    rest = jnp.where(jnp.sum(rest, axis=-1, keepdims=True) > 0, rest, target)
-    following = jax.random.categorical(next_key, jnp.log(rest), axis=-1)
-    return accepted, following.astype(jnp.int32)
 
 
 def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # [B, V] -> [B]

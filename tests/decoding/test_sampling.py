@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import chi2, chisquare, ncx2
 from toy_models import PROMPTS, TARGET, answers, draft_config, models
 
-from domino_jax.decoding.speculate import accept_sampled, make_decoder
+from domino_jax.decoding.acceptance import accept_sampled
+from domino_jax.decoding.speculate import make_decoder
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import Target, lm_head_weight
 

@@ -11,10 +11,10 @@ from doubles import slow_after
 from tiny import stack_layers
 from toy_models import PROMPTS, TARGET, answers, draft_config, models
 
+from domino_jax.decoding.acceptance import accept_greedy
 from domino_jax.decoding.speculate import (
     Weights,
     _draft,
-    accept_greedy,
     finish,
     make_decoder,
     number_of_proposals,
