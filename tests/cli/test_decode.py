@@ -10,7 +10,13 @@ from tiny import seal
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--plain",), ("--no-head",), ("--temperature", 0.8, "--proposals", "serving")]
+    "options",
+    [
+        (),
+        pytest.param(("--plain",), marks=pytest.mark.slow),
+        pytest.param(("--no-head",), marks=pytest.mark.slow),
+        ("--temperature", 0.8, "--proposals", "serving"),
+    ],
 )
 def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object, ...]) -> None:
     code, out, log = domino("generate", trained / "run", "a b c", "--max-new-tokens", 8, *options)
@@ -29,6 +35,7 @@ def test_a_prompt_that_cannot_be_read_is_refused(
     assert (code, out) == (2, "") and message in log
 
 
+@pytest.mark.slow  # a CPU takes a minute for bfloat16
 def test_decoding_computes_as_the_run_was_trained(domino, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = (f"run_dir={run}", "dtype=bfloat16", "train.steps=1", "data.heldout=null")

@@ -101,7 +101,7 @@ MOMENTS = (
 
 @pytest.mark.parametrize(
     ("verb", "moment", "words"),
-    slow_after(4, MOMENTS),
+    slow_after(2, MOMENTS),
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_ctrl_c_ends_with_one_line(

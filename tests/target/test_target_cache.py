@@ -34,7 +34,7 @@ def assert_rows_equal(actual: TargetOutput, expected: TargetOutput, rows: list[s
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", *SCALED)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", slow_after(1, [2, 1]))
 def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch: int) -> None:
     tokens = random_tokens(batch, 9)
     apart = Target(loaded.config, capture=(0, 3))

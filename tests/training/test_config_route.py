@@ -31,12 +31,11 @@ class Route:
 
     def __init__(self) -> None:
         self.files: list[str] = []
-        self._lowered = False
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         path = Path(code.co_filename)
-        if self._lowered or event != "call" or not path.is_relative_to(PACKAGE):
+        if event != "call" or not path.is_relative_to(PACKAGE):
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         given = [frame.f_locals.get(name) for name in names if name != "self"]
@@ -44,7 +43,8 @@ class Route:
             module = module_name(path)
             if not self.files or self.files[-1] != module:
                 self.files.append(module)
-        self._lowered = code.co_name == "lowered_step"
+        if code.co_name == "lowered_step":
+            sys.setprofile(None)  # what follows is traced, with a million calls
 
     @property
     def climbs(self) -> int:

@@ -62,10 +62,13 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         # Nothing is published of this chip.
         assert line.keys() == fields_of("timing") - {"mfu", "peak_memory_bytes"}
     assert list((directory / "tensorboard").iterdir())
-    # As it was resolved: where none were given, the objective's own decay and a CPU's memory.
+    # As it was resolved: where none were given, the objective's own settings and a CPU's memory.
     stored, given = load_config(directory / "config.yaml"), load_config(path)
     resolved = dataclasses.replace(
-        given.loss, loss_decay_gamma=7.0, logits_mib=program.CPU_LOGITS_MIB
+        given.loss,
+        loss_decay_gamma=7.0,
+        normalize="weights",
+        logits_mib=program.CPU_LOGITS_MIB,
     )
     assert stored == dataclasses.replace(given, loss=resolved)
 
