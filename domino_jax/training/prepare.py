@@ -22,6 +22,7 @@ from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
 from domino_jax.progress import Reporter
+from domino_jax.sharding import parts_of
 from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
@@ -287,6 +288,16 @@ def _tell(run: Run, reporter: Reporter) -> None:
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             reporter.say(f"{name}: {part.summary(max_length=config.data.max_length)}")
+    parts = parts_of("kv_heads", run.mesh)
+    for name, heads in (
+        ("target", run.target_config.num_key_value_heads),
+        ("draft", record.config.num_key_value_heads),
+    ):
+        if heads % parts:
+            reporter.say(
+                f"the {name}'s {heads} key-value heads do not divide over mesh.tensor {parts}: "
+                "each of these devices attends with all of them"
+            )
     cost = objective_named(config.loss.loss_type).cost
     if cost is not None:
         predictions = config.loss.num_anchors * record.config.num_predictions

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import CONFIG, TEMPLATE, quiet, run_config
+from tiny import CONFIG, TEMPLATE, Heard, quiet, run_config
 
 from domino_jax.config.run import dump_config, load_config
 from domino_jax.target.fingerprint import target_fingerprint
@@ -48,7 +48,9 @@ def test_a_dry_run_tells_all_and_creates_nothing(
     }
     assert all(len(line) <= 100 or line.startswith("  ") for line in out.splitlines())
 
-    run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), reporter=quiet())
+    heard = Heard()
+    run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), reporter=heard)
+    assert "the target's 1 key-value heads do not divide over mesh.tensor 2" in heard.text
     assert out.startswith(dump_config(run.config))
     figures = {
         name: words for name, words in re.findall(r"^(\S.*?)  +(\S.*?) *$", out, re.MULTILINE)
