@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from domino_jax.parse import parse_json
 from domino_jax.strict import InputError
@@ -38,8 +38,9 @@ _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _unfinished: set[Path] = set()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes UTF-8 text beside its place, flushes it to disk and renames it.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Gives a file beside its place, flushes it to disk and renames it once the body has ended.
 
     The mode follows the umask.
 
@@ -48,15 +49,21 @@ def write_whole(path: Path, text: str) -> None:
     """
     beside = path.with_name(path.name + BESIDE)
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            yield file
             file.flush()
-            # Before the rename, which may reach the disk earlier than the text does.
+            # Before the rename, which may reach the disk earlier than the bytes do.
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes UTF-8 text as a `whole_file`."""
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def open_regular(path: Path) -> BufferedReader:

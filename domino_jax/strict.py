@@ -9,7 +9,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -80,6 +80,12 @@ def text_problem(text: str) -> str | None:
     return "is not valid Unicode" if halves else None
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the known name that is nearest to a misspelt one, "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
 def require(holds: bool, message: str) -> None:
     """Raises `InputError` with the message unless the condition holds."""
     if not holds:
@@ -104,9 +110,8 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
-            raise InputError(f"{place}: unknown key {shown(key)}; {known}")
+            remedy = did_you_mean(str(key), fields) or f"known: {', '.join(fields)}"
+            raise InputError(f"{place}: unknown key {shown(key)}; {remedy}")
         values[key] = _typed(hints[key], value, place=f"{place}: {key}")
     needed = [name for name, f in fields.items() if not _has_default(f)]
     missing = [name for name in needed if name not in values]

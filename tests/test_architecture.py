@@ -1,10 +1,7 @@
 """The rules a reader relies on: who may import whom; how long, named and documented things are."""
 
 import ast
-import io
-import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -70,11 +67,8 @@ WITHOUT_JAX = {
 }
 MESH_AXES = {"fsdp", "tensor"}
 MAX_LINES = 400
+MAX_COLUMNS = 100  # ruff lets a line with a pragma be longer
 MAX_FUNCTION_LINES = 60
-# Over the whole package. Below the first a reader is left to ask why, above the second a line says
-# several things at once.
-MIN_COMMENT_SHARE = 0.04
-MAX_CODE_CHARACTERS = 38
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
@@ -137,11 +131,14 @@ def wrong_imports(source: str, module: str) -> list[str]:
 
 
 def too_long(source: str, module: str) -> list[str]:
-    """Files and functions that should be split."""
+    """Files, lines and functions that should be split."""
     found = []
     count = len(source.splitlines())
     if count > MAX_LINES:
         found.append(f"{module}: {count} lines, at most {MAX_LINES}")
+    for number, line in enumerate(source.splitlines(), start=1):
+        if len(line) > MAX_COLUMNS:
+            found.append(f"{module}:{number}: {len(line)} columns, at most {MAX_COLUMNS}")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -186,54 +183,6 @@ def mesh_axis_names(source: str, module: str) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Density:
-    """What the lines of a source hold.
-
-    Attributes:
-        lines: all of them, empty ones and docstrings included.
-        comments: those with a comment, alone or behind code.
-        code: those with code.
-        characters: of the code's lines, without indentation, comments behind code included.
-    """
-
-    lines: int
-    comments: int
-    code: int
-    characters: int
-
-    @property
-    def comment_share(self) -> float:
-        """Lines with a comment, of all."""
-        return self.comments / self.lines
-
-    @property
-    def code_characters(self) -> float:
-        """Characters of a line of code, on average."""
-        return self.characters / self.code
-
-
-def density(source: str) -> Density:
-    """Counts the lines of a source from its tokens."""
-    lines = source.splitlines()
-    comments: set[int] = set()
-    code: set[int] = set()
-    layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    statement_begins = True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments.add(token.start[0])
-        elif token.type in layout:
-            statement_begins = True
-        elif token.type not in (tokenize.NL, tokenize.ENDMARKER):
-            # A statement that begins with text is a docstring.
-            if not (statement_begins and token.type == tokenize.STRING):
-                code.update(range(token.start[0], token.end[0] + 1))
-            statement_begins = False
-    characters = sum(len(lines[number - 1].strip()) for number in code)
-    return Density(len(lines), len(comments), len(code), characters)
-
-
 CHECKS = (wrong_imports, too_long, undocumented, mesh_axis_names)
 
 
@@ -249,13 +198,6 @@ def complaints(path: Path, package: Path = PACKAGE) -> list[str]:
 )
 def test_package_file_keeps_the_rules(path: Path) -> None:
     assert not complaints(path)
-
-
-def test_package_says_why_and_one_thing_a_line() -> None:
-    sources = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
-    whole = density("".join(sources))
-    assert whole.comment_share >= MIN_COMMENT_SHARE
-    assert whole.code_characters <= MAX_CODE_CHARACTERS
 
 
 def test_package_files_are_found() -> None:
@@ -340,12 +282,14 @@ def test_wrong_imports_allows_what_stands_below(module: str, source: str) -> Non
     assert not wrong_imports(source, module)
 
 
-def test_too_long_refuses_long_files_and_functions() -> None:
+def test_too_long_refuses_long_files_lines_and_functions() -> None:
     assert not too_long("x = 1\n" * MAX_LINES, "layers.dense")
     assert len(too_long("x = 1\n" * (MAX_LINES + 1), "layers.dense")) == 1
     assert not too_long("def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1), "layers.dense")
     method = "class C:\n    def f(self):\n" + "        x = 1\n" * MAX_FUNCTION_LINES
     assert len(too_long(method, "layers.dense")) == 1
+    pragma = f"x = {'1' * 90}  # type: ignore[assignment]\n"
+    assert len(too_long(pragma, "layers.dense")) == 1
 
 
 def test_undocumented_refuses_each_kind() -> None:
@@ -353,39 +297,6 @@ def test_undocumented_refuses_each_kind() -> None:
     assert len(undocumented(bare, "layers.dense")) == 4  # module, C, C.f, h
     told = '"""M."""\nclass C:\n    """C."""\n    def f(self):\n        """F."""\n'
     assert not undocumented(told, "layers.dense")
-
-
-def test_density_counts_comments_and_code_and_no_docstring() -> None:
-    source = (
-        '"""A module,\n'
-        'of two lines."""\n'
-        "\n"
-        "# Why.\n"
-        "def f(x):\n"
-        '    """A function."""\n'
-        "    # Why,\n"
-        "    # and why else.\n"
-        '    text = """one\n'
-        '    two"""\n'
-        "    return g(\n"
-        '        "# no comment",\n'
-        "        x,  # why\n"
-        "    )\n"
-    )
-    code = (
-        "def f(x):",
-        'text = """one',
-        'two"""',
-        "return g(",
-        '"# no comment",',
-        "x,  # why",
-        ")",
-    )
-    found = density(source)
-    assert found == Density(lines=14, comments=4, code=len(code), characters=sum(map(len, code)))
-    assert found.comment_share == 4 / 14
-    assert density(source + source).code_characters == found.code_characters
-    assert density('"""M."""\n').code == 0
 
 
 def test_mesh_axis_names_refuses_them_elsewhere() -> None:

@@ -1,13 +1,11 @@
 """Sixty keys are more than a person remembers: the verb `config` says what each of them means."""
 
-import difflib
-
 import click
 
 from domino_jax.cli.interrupts import keeps
 from domino_jax.config.keys import Described, described
 from domino_jax.config.run import RunConfig
-from domino_jax.strict import InputError, shown
+from domino_jax.strict import InputError, did_you_mean, shown
 
 
 @click.command("config")
@@ -36,8 +34,8 @@ def config_verb(key: str | None, every: bool) -> None:
         names = [one.name for one in keys]
         # A section is known by the dot behind it, and a key often by its last part.
         last = [name for name in names if name.rpartition(".")[2] == key]
-        near = last or difflib.get_close_matches(key, names, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else "`domino config --list` prints all"
+        near = f"did you mean {last[0]!r}?" if last else did_you_mean(key, names)
+        remedy = near or "`domino config --list` prints all"
         raise InputError(f"no key {shown(key)} in a configuration; {remedy}")
     if len(found) > 1:
         _print(found)

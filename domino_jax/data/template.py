@@ -6,7 +6,6 @@ fails. So whatever depends on a rendering (answers, captured states, checkpoints
 records the setting, and `ChatTemplate` and `settings_text` say for all of them what is the same.
 """
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -16,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from domino_jax.data.rendering import names_read
-from domino_jax.strict import InputError, Scalars, scalars
+from domino_jax.strict import InputError, Scalars, did_you_mean, scalars
 
 KWARGS = "chat_template_kwargs"  # its name in every file
 NO_KWARGS: Scalars = MappingProxyType({})
@@ -111,10 +110,9 @@ def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
         if name in read:
             continue
         # Told by its nearest name where there is one: most of these are misspelt.
-        near = difflib.get_close_matches(name, read, n=1)
-        known = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
-        known = f"did you mean {near[0]!r}?" if near else known
-        raise InputError(f"{KWARGS}: the chat template does not read {name!r}; {known}")
+        settings = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
+        remedy = did_you_mean(name, read) or settings
+        raise InputError(f"{KWARGS}: the chat template does not read {name!r}; {remedy}")
 
 
 def _settings(tokenizer: Any) -> set[str]:

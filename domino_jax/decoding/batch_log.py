@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from domino_jax.files import read_lines
+from domino_jax.files import read_lines, whole_file
 from domino_jax.parse import parse_json
 from domino_jax.strict import InputError, require
 
@@ -93,16 +93,8 @@ class BatchLog:
         Raises:
             OSError: they could not be written; the log is as it was.
         """
-        beside = path.with_name(f"{path.name}.new")
-        try:
-            with self._path.open("rb") as file, beside.open("wb") as whole:
-                whole.writelines(line for line in file if not line.startswith(_ATTESTS))
-                whole.flush()
-                os.fsync(whole.fileno())  # before the rename, which may reach the disk first
-            beside.replace(path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        with self._path.open("rb") as file, whole_file(path) as whole:
+            whole.writelines(line for line in file if not line.startswith(_ATTESTS))
         self._path.unlink()
 
     def _read(self) -> None:

@@ -95,8 +95,8 @@ def register_objective(
         raise ValueError(f"objective {name!r} is already there")
     if normalize not in DIVISORS:
         raise ValueError(f"normalize must be one of {', '.join(DIVISORS)}, found {normalize!r}")
-    frozen = dataclasses.is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    if not frozen:
+    made_with = getattr(options, "__dataclass_params__", None)
+    if made_with is None or not made_with.frozen:
         raise ValueError(f"options must be a frozen dataclass, found {options!r}")
     OBJECTIVES[name] = NamedObjective(
         options, factor, cost, prefix_lengths, normalize, loss_decay_gamma, weighs_positions
