@@ -11,7 +11,7 @@ import pytest
 from reference import draft_config, target_config
 from tiny import Heard
 
-from domino_jax.decoding.evaluate import compare, evaluate, next_logits
+from domino_jax.decoding.evaluate import Difference, compare, evaluate, next_logits
 from domino_jax.decoding.generate import Answer
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
@@ -100,6 +100,17 @@ def test_compare_takes_a_missing_token_for_a_difference(
     found = compare(weights, TARGET, PROMPTS[:1], [answer(*left)], [answer(*right)])
     assert (found.tokens_compared, found.tokens_equal) == (3, 2)
     assert found.differences[0].logit_gap is None and -1 in astuple(found.differences[0])
+
+
+@pytest.mark.parametrize(("dtype", "lossless"), [("float32", False), ("bfloat16", True)])
+def test_a_tie_is_as_wide_as_the_type_is_coarse(
+    weights: Weights, dtype: str, lossless: bool
+) -> None:
+    target = replace(TARGET, cfg=replace(TARGET.cfg, dtype=dtype))
+    found = compare(weights, target, PROMPTS[:1], [answer(4, 5)], [answer(4, 5)])
+    assert found.lossless
+    apart = replace(found, differences=(Difference(0, 1, 5, 9, logit_gap=0.1),))
+    assert apart.lossless == lossless
 
 
 def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
