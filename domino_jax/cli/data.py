@@ -1,6 +1,7 @@
 """A drafter learns to predict one target, so it is trained on that target's own answers.
 
-The verb `target` makes a directory of the target, `regenerate` lets it answer prompts.
+The verb `target` makes a directory of the target, `prompts` lets it write requests, `regenerate`
+answer them.
 """
 
 from pathlib import Path
@@ -9,6 +10,8 @@ import click
 
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import (
+    TEMPERATURES,
+    FiniteRange,
     dtype_option,
     load_named_target,
     new_tokens_option,
@@ -19,6 +22,7 @@ from domino_jax.cli.shared import (
     template_option,
 )
 from domino_jax.data.conversations import stop_token_ids
+from domino_jax.decoding.prompts import PromptSettings, user_turn, write_prompts
 from domino_jax.decoding.regenerate import Answerer, AnswerSettings
 from domino_jax.decoding.regenerate import regenerate as regenerate_answers
 from domino_jax.decoding.speculate import Weights, make_decoder
@@ -115,3 +119,87 @@ def regenerate(
             "--max-new-tokens sets the limit"
         )
     click.echo(answers)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@target_option
+@click.option("--count", type=click.IntRange(1, 2**31 - 1), required=True, help="Prompts to write.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 2**16),
+    default=64,
+    show_default=True,
+    help="Rows drawn together.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1, 2**20),
+    default=128,
+    show_default=True,
+    help="Length of a prompt at most; longer ones are left out.",
+)
+@click.option(
+    "--temperature",
+    type=FiniteRange(*TEMPERATURES),
+    default=0.9,
+    show_default=True,
+    help="Higher: more various and less sensible.",
+)
+@click.option(
+    "--language",
+    default=None,
+    metavar="CODE",
+    help="Leave out what is told to be in another language than this one (ISO 639-1, as en); needs "
+    "domino-jax[language].",
+)
+@seed_option
+@dtype_option
+@template_option
+def prompts(
+    out: Path,
+    target_name: str,
+    count: int,
+    batch_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    language: str | None,
+    seed: int,
+    dtype: str,
+    chat_template_kwargs: Scalars | None,
+) -> None:
+    """Let the target write prompts into OUT: training data for who has none.
+
+    Given the opening of a user's turn, a chat model writes a request. Those that end, ask for
+    something and are not repeated are kept; `domino regenerate OUT ANSWERS` answers them. Stopped
+    and started again it resumes where it was.
+    """
+    keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
+    loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
+    kwargs = chat_template_kwargs or {}
+    stops = {user_turn(loaded.tokenizer, kwargs).end, *stop_token_ids(loaded.tokenizer, kwargs)}
+    decoder = make_decoder(
+        Target(loaded.config), temperature=temperature, stop_ids=tuple(sorted(stops))
+    )
+    drawn = write_prompts(
+        decoder,
+        Weights(loaded.params),
+        loaded.tokenizer,
+        out,
+        settings=PromptSettings(
+            target=target_name,
+            count=count,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            dtype=dtype,
+            batch_size=batch_size,
+            language=language,
+            chat_template_kwargs=kwargs,
+        ),
+        reporter=reporter,
+    )
+    keeps(f"{out} is complete")
+    left_out = ", ".join(f"{count} {reason}" for reason, count in drawn.left_out.items())
+    reporter.say(f"saved {count} prompts; {drawn.drawn} drawn by this start, left out: {left_out}")
+    click.echo(out)

@@ -34,7 +34,7 @@ reporter = Reporter(logs, safe_point=safe_point)
 WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 # A softmax over logits divided by less would round to the largest one, or overflow.
-_TEMPERATURES = (1e-3, 1e3)
+TEMPERATURES = (1e-3, 1e3)
 
 
 class FiniteRange(click.FloatRange):
@@ -51,7 +51,7 @@ class FiniteRange(click.FloatRange):
 
 
 def _temperature(_: click.Context, option: click.Parameter, value: float) -> float:
-    low, high = _TEMPERATURES
+    low, high = TEMPERATURES
     # 0 is no temperature but the word for none, so it lies outside of the range.
     if value != 0 and not low <= value <= high:
         raise InputError(f"{option.opts[0]}: expected 0, or {low:g} to {high:g}, found {value}")

@@ -15,7 +15,7 @@ import jax
 from domino_jax import __version__
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.config import config_verb
-from domino_jax.cli.data import regenerate, target
+from domino_jax.cli.data import prompts, regenerate, target
 from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
@@ -78,7 +78,8 @@ def cli(ctx: click.Context) -> None:
 
     \b
     A drafter from nothing to a served checkpoint:
-      domino regenerate PROMPTS ANSWERS   the target answers your prompts: the training data
+      domino prompts OUT                  the target writes prompts, where you have none
+      domino regenerate PROMPTS ANSWERS   the target answers prompts: the training data
       domino config --list                every key of CONFIG, and what it means
       domino plan CONFIG --on v5p:2x2x2   what a step would take there, before you pay
       domino train CONFIG                 trains the drafter; run it again to resume after a stop
@@ -99,7 +100,18 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-_VERBS = (target, regenerate, config_verb, capture, plan_verb, train, generate, evaluate, export)
+_VERBS = (
+    target,
+    prompts,
+    regenerate,
+    config_verb,
+    capture,
+    plan_verb,
+    train,
+    generate,
+    evaluate,
+    export,
+)
 for _verb in (*_VERBS, import_):
     cli.add_command(_verb)
 

@@ -29,10 +29,12 @@ STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 class Answer:
     """One finished answer: `tokens` int32 [n] without the prompt, how it ended, and what it took.
 
-    `stopped`: a stop token ended it, and not the limit.
+    `drafted`, bool [n]: the draft proposed the token and the target stood for it; the others are
+    the target's own. `stopped`: a stop token ended it, and not the limit.
     """
 
     tokens: np.ndarray
+    drafted: np.ndarray
     stopped: bool
     committed: int
     verifications: int
@@ -154,17 +156,19 @@ class TextStream:
 def _answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
-    tokens = np.asarray(state.tokens)
+    tokens, drafted = np.asarray(state.tokens), np.asarray(state.drafted)
     lengths = np.asarray(state.lengths)
     committed = np.asarray(state.committed)
     verifications = np.asarray(state.verifications)
     answers = []
     for index, prompt in enumerate(prompts):
-        ids = tokens[index, len(prompt) : lengths[index]]
+        own = slice(len(prompt), lengths[index])
+        ids = tokens[index, own]
         stopped = int(ids[-1]) in decoder.stop_ids
         answers.append(
             Answer(
                 ids,
+                drafted[index, own],
                 stopped,
                 committed=int(committed[index]),
                 verifications=int(verifications[index]),

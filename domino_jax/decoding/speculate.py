@@ -74,6 +74,7 @@ class DecodeState(NamedTuple):
     """
 
     tokens: jax.Array  # int32 [B, L], from the prompt on
+    drafted: jax.Array  # bool [B, L], committed tokens that were proposed; the rest is the target's
     lengths: jax.Array  # int32 [B], committed tokens; the target has not read the last one yet
     limits: jax.Array  # int32 [B], the length that ends an answer
     finished: jax.Array  # bool [B]
@@ -211,11 +212,12 @@ def _prefill(
             decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths)
         )
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
-    tokens = _write_tokens(tokens, first[:, None], lengths)
+    tokens = _written(tokens, first[:, None], lengths)
+    drafted = jnp.zeros(tokens.shape, bool)
     zeros = jnp.zeros_like(lengths)  # the first token costs no verification: tau leaves it out
     finished = _is_stop(decoder, first) | (lengths + 1 >= limits)
     return DecodeState(
-        tokens, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key
+        tokens, drafted, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key
     )
 
 
@@ -265,7 +267,8 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
     if decoder.draft is not None:
         draft_cache = _remember(decoder, weights, draft_cache, out.features, anchors)
     return DecodeState(
-        tokens=_write_tokens(state.tokens, new, state.lengths),
+        tokens=_written(state.tokens, new, state.lengths),
+        drafted=_written(state.drafted, index < accepted[:, None], state.lengths),
         lengths=lengths,
         limits=state.limits,
         finished=state.finished | jnp.any(stops, axis=1) | (lengths >= state.limits),
@@ -345,9 +348,10 @@ def _is_stop(decoder: Decoder, tokens: jax.Array) -> jax.Array:
     return jnp.isin(tokens, jnp.array(decoder.stop_ids, jnp.int32))
 
 
-def _write_tokens(tokens: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
+def _written(old: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
+    """[B, L] with [B, n] from `begin`, [B], on."""
     return jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))(
-        tokens, new, begin, 0
+        old, new, begin, 0
     )
 
 

@@ -33,7 +33,8 @@ def weights() -> Weights:
 def answer(
     *tokens: int, committed: int = 1, verifications: int = 1, seconds: float = 1.0
 ) -> Answer:
-    return Answer(np.array(tokens, np.int32), False, committed, verifications, seconds)
+    ids = np.array(tokens, np.int32)
+    return Answer(ids, np.zeros(len(ids), bool), False, committed, verifications, seconds)
 
 
 def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
