@@ -1,0 +1,74 @@
+"""How drafts are counted, in one place: training, evaluation and pages may not differ in it.
+
+An answer is the target's first token, which costs no verification, then cycles: the drafted tokens
+that were kept (d), and the target's own (t). The last cycle may be cut by a stop or the limit:
+
+    t | d d t | t | d d d t | d d        4 verifications, 9 committed: tau = 9 / 4
+        2 kept  0   3         2, cut     kept at least 1, 2, 3: 3/4, 3/4, 1/4
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from domino_jax.decoding.generate import Answer
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How far drafts hold, by position of the block; the first proposal comes first.
+
+    Attributes:
+        marginal: share of the verifications that kept this proposal.
+        conditional: the same among those that kept all before it and were not cut before it; None
+            where there is none.
+    """
+
+    marginal: tuple[float, ...]
+    conditional: tuple[float | None, ...]
+
+
+def tau(answers: Sequence[Answer]) -> float:
+    """Tokens committed per verification by the target, its own token included."""
+    committed = sum(answer.committed for answer in answers)
+    return committed / max(verifications(answers), 1)
+
+
+def verifications(answers: Sequence[Answer]) -> int:
+    """Blocks that the target verified."""
+    return sum(answer.verifications for answer in answers)
+
+
+def acceptance(answers: Sequence[Answer], proposals: int) -> Acceptance:
+    """How far the drafts of answers hold.
+
+    Args:
+        answers: decoded with a draft.
+        proposals: P, the tokens of each draft.
+    Returns:
+        P figures of each kind.
+    """
+    kept = np.zeros(proposals, int)  # cycles that kept position i
+    decided = np.zeros(proposals, int)  # cycles that kept or refused it
+    for answer in answers:
+        for length, cut in _cycles(answer):
+            kept[:length] += 1
+            decided[: length if cut else length + 1] += 1
+    total = max(verifications(answers), 1)
+    return Acceptance(
+        marginal=tuple(float(count / total) for count in kept),
+        conditional=tuple(
+            float(count / of) if of else None for count, of in zip(kept, decided, strict=True)
+        ),
+    )
+
+
+def _cycles(answer: Answer) -> list[tuple[int, bool]]:
+    """Drafted tokens that each cycle of an answer kept, and whether it was cut behind them."""
+    drafted = answer.drafted[1:]  # the first token is the prompt's
+    own = np.flatnonzero(~drafted)
+    begins = np.concatenate([[0], own + 1])
+    cycles = [(int(end - begin), False) for begin, end in zip(begins, own, strict=False)]
+    left = len(drafted) - int(begins[-1])
+    return [*cycles, (left, True)] if left else cycles
