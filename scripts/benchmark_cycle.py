@@ -1,6 +1,5 @@
-"""Seconds of the parts of a speculative cycle, of a target's passes alone, and of batches."""
+"""Seconds of a speculative cycle by part, of a target's passes alone, and of batches."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.decoding import speculate
+from domino_jax.decoding.cycle import cycle_times
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import Decoder, Weights, required_slots
 from domino_jax.kernels.largest import most_likely
@@ -44,31 +43,14 @@ def target_pass(
 
 
 def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str, float]:
-    """Median seconds of a cycle and of its parts; `rest` is acceptance, commits, caches' writes."""
-    slots = context + 256
-    prompt = np.ones(context, np.int32)
-    state = speculate.start(decoder, weights, [prompt], max_new_tokens=128, slots=slots)
-    bonus, key = state.tokens[:, context], jax.random.key(0)
-
-    def drafting(use_head: bool) -> float:
-        way = dataclasses.replace(decoder, use_head=use_head)
-        run = jax.jit(lambda state, weights: speculate._draft(way, weights, state, bonus, key)[0])
-        return timed(lambda: (None, run(state, weights)), ())
-
-    draft = drafting(False)
-    head = drafting(True) - draft if decoder.use_head else 0.0
-    verify = timed(
-        *target_pass(decoder.target, weights.target, size=decoder.proposals + 1, context=context)
-    )
-    one = jax.jit(lambda state: speculate._cycle(decoder, weights, state), donate_argnums=0)
-
-    whole = timed(lambda state: (one(state), None), (state,))
+    """Median seconds of a cycle and of its parts, as `domino evaluate` times them."""
+    times = cycle_times(decoder, weights, context=context, rounds=ROUNDS)
     return {
-        "cycle": whole,
-        "draft": draft,
-        "head": head,
-        "verify": verify,
-        "rest": whole - draft - head - verify,
+        "cycle": times.whole / 1e3,
+        "draft": times.draft / 1e3,
+        "head": times.head / 1e3,
+        "verify": times.verification / 1e3,
+        "rest": times.rest / 1e3,
     }
 
 

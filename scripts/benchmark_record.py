@@ -9,13 +9,14 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from domino_jax.decoding.evaluation import processor
 
 PACKAGES = ("jax", "jaxlib", "numpy")
 DIRTY, UNKNOWN = "-dirty", "unknown"
@@ -64,13 +65,6 @@ def tree_state(described: str) -> dict[str, Any]:
 def hardware() -> str:
     """Cores and their name."""
     return f"{os.cpu_count()} x {processor()}"
-
-
-def processor() -> str:
-    """The name of the cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def revision() -> str:

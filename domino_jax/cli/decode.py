@@ -3,17 +3,22 @@
 The verb `generate` shows it in one answer, `evaluate` measures it and keeps it with the run.
 """
 
+import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
 import numpy as np
+import platformdirs
 from rich.console import Console
 
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
+    Drafter,
+    Loaded,
     load_run,
     new_tokens_option,
     proposals_option,
@@ -25,15 +30,27 @@ from domino_jax.cli.shared import (
     template_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.decoding.cycle import cycle_times
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
-from domino_jax.decoding.evaluation import EVALUATION, Evaluator, write_evaluation
-from domino_jax.decoding.generate import TextStream, check_length, stream_answer
-from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
+from domino_jax.decoding.evaluate import plain_answers
+from domino_jax.decoding.evaluation import (
+    EVALUATION,
+    Evaluator,
+    earlier_sets,
+    measured,
+    write_evaluation,
+)
+from domino_jax.decoding.generate import Answer, TextStream, check_length, pieces, stream_answer
+from domino_jax.decoding.known_answers import known_answers, prompts_sha256
+from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import LINE_BYTES
+from domino_jax.files import LINE_BYTES, file_sha256
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
+
+EXAMPLES = 3  # answers of each set that are kept, with who wrote each token
+CYCLE_CONTEXT = 256  # tokens behind the cycle that is timed
 
 
 @click.command()
@@ -118,7 +135,21 @@ def generate(
 @click.option(
     "--limit", type=click.IntRange(1), default=None, help="Only the first prompts of each file."
 )
-@proposals_option
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 2**16),
+    default=32,
+    show_default=True,
+    help="Prompts decoded together; what is timed is decoded one by one.",
+)
+@click.option(
+    "--timed",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Prompts of each file that are timed; 0: no time is measured.",
+)
+@click.option("--append", is_flag=True, help="Keep the sets that evaluation.json holds already.")
 @new_tokens_option
 @temperature_option
 @seed_option
@@ -129,7 +160,9 @@ def evaluate(
     run: Path,
     prompt_files: tuple[Path, ...],
     limit: int | None,
-    proposals: str,
+    batch_size: int,
+    timed: int,
+    append: bool,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -139,67 +172,150 @@ def evaluate(
 ) -> None:
     """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
 
-    Every prompt is decoded plainly, speculatively and with the Domino head off, in one run: tokens
-    per verification (tau), tokens per second, and whether the outputs are the same token by token.
+    Every prompt is answered with K - 1 proposals, as serving engines do (the headline), with all
+    that a block predicts, with the Domino head off, by prompt look-up (n-grams, the floor) and by
+    the target alone: tokens per verification (tau) with 95 % intervals over prompts, acceptance by
+    position, tokens per second, and whether the outputs are the same token by token. A file of
+    answered conversations is asked again without its last answers.
     """
     place = run / EVALUATION
+    names = [_set_name(path) for path in prompt_files]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two files of prompts would both be called {name} in {place}")
     keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
-    template = drafter.record.chat_template
-    decoder = make_decoder(
-        Target(loaded.config),
-        DraftModel(drafter.config),
-        proposals=proposals,
-        temperature=temperature,
-        stop_ids=stop_token_ids(loaded.tokenizer, template.kwargs),
-    )
-    weights = Weights(loaded.params, drafter.params)
-    sets = {}
-    for path in prompt_files:
-        prompts = _prompts(path, limit, decoder, loaded.tokenizer, template.kwargs)
-        reporter.say(f"{path.stem}: compiling")
-        figures = evaluate_set(
-            decoder, weights, prompts, max_new_tokens=max_new_tokens, seed=seed, reporter=reporter
-        )
-        sets[path.stem] = {"file": str(path)} | figures.as_json()
-    reporter.say(f"saving {place}")
     evaluator = Evaluator(
         target=drafter.record.target,
-        chat_template=template,
+        target_sha256=drafter.target_sha256,
+        chat_template=drafter.record.chat_template,
         step=drafter.step,
         block_size=drafter.config.block_size,
-        proposals=decoder.proposals,
+        head=drafter.config.projector_type,
         temperature=temperature,
+        seed=seed,
         max_new_tokens=max_new_tokens,
         dtype=drafter.config.dtype,
-        # For the speeds, which mean nothing without it.
-        device=f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}",
     )
+    sets = earlier_sets(place, evaluator) if append else {}
+    measurement = _Measurement(loaded, drafter, evaluator, batch_size=batch_size, timed=timed)
+    for name, path in zip(names, prompt_files, strict=True):
+        sets[name] = measurement.of_set(name, path, limit)
+    cycle = measurement.cycle() if timed and temperature == 0 else None
+    reporter.say(f"saving {place}")
     # Before the table, which a closed pipe may refuse.
-    record = write_evaluation(place, evaluator, training=training_summary(run), sets=sets)
+    record = write_evaluation(
+        place, evaluator, training=training_summary(run), cycle=cycle, sets=sets
+    )
     keeps(f"{place} is written")
     Console().print(evaluation_table(record))
-    for name, figures_of_set in sets.items():
-        for difference in figures_of_set.get("differences", ()):
-            click.echo(f"{name}: first difference {difference}")
+    for name in names:
+        for way, figures in sets[name]["ways"].items():
+            for difference in figures.get("differences", ()):
+                click.echo(f"{name}, {way}: first difference {difference}")
     click.echo(place)
 
 
-def _prompts(
-    path: Path, limit: int | None, decoder: Decoder, tokenizer: Any, kwargs: Scalars
-) -> list[np.ndarray]:
-    """The first prompts of a file as token ids; tells which lines were left out."""
-    usable, bad_lines = read_messages(path)
-    # Told and passed over: a set is measured on what can be used of it.
-    for bad in bad_lines:
-        reporter.say(f"{path}:{bad.line}: {bad.reason}")
-    prompts = []
-    for line, messages in usable[:limit]:
-        prompts.append(encode_prompt(messages, tokenizer, kwargs))
-        check_length(decoder, prompts[-1], place=f"{path}:{line}")
-    return prompts
+class _Measurement:
+    """A drafter measured on one file of prompts after the other."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        drafter: Drafter,
+        evaluator: Evaluator,
+        *,
+        batch_size: int,
+        timed: int,
+    ) -> None:
+        self._loaded = loaded
+        self._evaluator = evaluator
+        self._batch_size = batch_size
+        self._timed = timed
+        self._kwargs = evaluator.chat_template.kwargs
+        self._weights = Weights(loaded.params, drafter.params)
+        self._decoder = make_decoder(
+            Target(loaded.config),
+            DraftModel(drafter.config),
+            proposals="serving",
+            temperature=evaluator.temperature,
+            stop_ids=stop_token_ids(loaded.tokenizer, self._kwargs),
+        )
+        self._device = f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}"
+
+    def of_set(self, name: str, path: Path, limit: int | None) -> dict[str, Any]:
+        """The record of a file."""
+        texts, prompts = self._prompts(path, limit)
+        plain = self._plain(prompts) if self._evaluator.temperature == 0 else None
+        reporter.say(f"{name}: compiling")
+        figures = evaluate_set(
+            self._decoder,
+            self._weights,
+            prompts,
+            max_new_tokens=self._evaluator.max_new_tokens,
+            batch_size=self._batch_size,
+            timed=self._timed,
+            plain=plain,
+            seed=self._evaluator.seed,
+            reporter=reporter,
+        )
+        examples = [
+            {"prompt": text, "pieces": pieces(self._loaded.tokenizer, answer)}
+            for text, answer in zip(texts[:EXAMPLES], figures.answers, strict=False)
+        ]
+        source = {"file": str(path), "sha256": file_sha256(path)}
+        where = {"measured": measured(self._device)}
+        return source | figures.as_json() | {"examples": examples} | where
+
+    def cycle(self) -> dict[str, Any]:
+        """The record of a cycle's times, in the middle of an answer."""
+        reporter.say("timing the parts of a cycle")
+        times = cycle_times(self._decoder, self._weights, context=CYCLE_CONTEXT)
+        return times.as_json() | {"measured": measured(self._device)}
+
+    def _plain(self, prompts: list[np.ndarray]) -> Sequence[Answer]:
+        """The target's own answers, decoded once for all drafts."""
+        identity = {
+            "target": self._evaluator.target_sha256,
+            "prompts": prompts_sha256(prompts),
+            "stop_ids": list(self._decoder.stop_ids),
+            "max_new_tokens": self._evaluator.max_new_tokens,
+            "dtype": self._evaluator.dtype,
+            "device": self._device,
+            "jax": jax.__version__,
+        }
+        compute = functools.partial(
+            plain_answers,
+            self._decoder,
+            self._weights,
+            prompts,
+            max_new_tokens=self._evaluator.max_new_tokens,
+            batch_size=self._batch_size,
+            reporter=reporter,
+        )
+        cache = platformdirs.user_cache_path("domino_jax") / "answers"
+        return known_answers(cache, identity, compute)
+
+    def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
+        """The first prompts of a file as text and as token ids; tells which lines are left out."""
+        usable, bad_lines = read_messages(path)
+        # Told and passed over: a set is measured on what can be used of it.
+        for bad in bad_lines:
+            reporter.say(f"{path}:{bad.line}: {bad.reason}")
+        texts, prompts = [], []
+        for line, messages in usable[:limit]:
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            prompts.append(encode_prompt(asked, self._loaded.tokenizer, self._kwargs))
+            check_length(self._decoder, prompts[-1], place=f"{path}:{line}")
+            texts.append(asked[-1]["content"])
+        return texts, prompts
+
+
+def _set_name(path: Path) -> str:
+    """`configs/prompts/everyday.jsonl` -> everyday."""
+    return path.name.split(".jsonl")[0]
 
 
 def _standard_input() -> str:

@@ -159,12 +159,16 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Drafter:
-    """A draft of a run; `config` is the record's in the chosen compute type."""
+    """A draft of a run; `config` is the record's in the chosen compute type.
+
+    `target_sha256` is the fingerprint of the target that it is used with.
+    """
 
     record: DraftRecord
     config: DraftConfig
     params: Any
     step: int
+    target_sha256: str
 
 
 def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
@@ -234,7 +238,7 @@ def load_run(
             )
     config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)
-    return loaded, Drafter(record, config, stored.params, stored.step)
+    return loaded, Drafter(record, config, stored.params, stored.step, now["target"])
 
 
 def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:

@@ -1,115 +1,127 @@
 """A long acceptance length says nothing where the output has changed: both are measured together.
 
-Nor does a speed beside one of another day. So what a drafter gains on a set of prompts is measured
-in one run, each prompt decoded each way in turn, and greedy outputs are compared:
+Nor does one of another day, or another set. So what a drafter gains on a set of prompts is measured
+in one run; acceptance in batches, which is quick, and time one prompt after the other, which is how
+a user waits:
 
-    prompt -> plain, the target alone -> tokens and seconds -.
-           -> speculative             -> tokens and seconds --> tau, speed-up, first differences
-           -> its head off, if Domino -> tokens and seconds -'
+    prompts -> plain, the target alone      -.   every token of the others is held against it
+            -> serving, K - 1 proposals      |
+            -> block, all that it predicts   +-> tau, intervals, acceptance by position, gains
+            -> head_off, if Domino           |
+            -> ngram, copied from the text  -'
+    some    -> plain and serving in turns, batch 1 -> tokens/s
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from domino_jax.decoding import counts
+from domino_jax.decoding.compare import Comparison, compare
+from domino_jax.decoding.counts import Acceptance
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import Decoder, Weights, required_slots
-from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.decoding.intervals import Gain, PerPrompt, gain, tau_interval
+from domino_jax.decoding.ngram import look_up
+from domino_jax.decoding.speculate import Decoder, Weights, number_of_proposals, required_slots
 from domino_jax.progress import STDERR, Reporter
-from domino_jax.target.model import Target, lm_head_weight
 
-# Two logits closer than this may change places between one-token and block-wise arithmetic. In
-# bfloat16 states have eight bits, and logits of 16 to 32 follow them by a quarter.
-TIES = {"float32": 1e-3, "bfloat16": 0.25}
+# Ways to decode. The headline is what serving engines do.
+SERVING, BLOCK, HEAD_OFF, NGRAM = "serving", "block", "head_off", "ngram"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The first place where two greedy outputs differ, and how far apart the target's logits are.
+@dataclass(frozen=True, kw_only=True)
+class WayFigures:
+    """What one way of drafting gains on a set of prompts.
 
-    `logit_gap` is between both tokens; a token is -1, and the gap None, where that output had
-    already ended.
+    Attributes:
+        proposals: drafted tokens per verification, at most.
+        tau: tokens committed per verification, the target's own included; the first token of an
+            answer costs none and is not counted.
+        interval: of tau, 95 % over prompts; None for one prompt.
+        committed: tokens that were counted.
+        verifications: blocks that the target verified.
+        acceptance: by position.
+        per_prompt: of each prompt.
+        comparison: of greedy outputs with the target's own; None where tokens were drawn, and for
+            what is computed from the target's own outputs.
+        gain: of the headline over this way; None for itself.
     """
 
-    prompt: int
-    position: int
-    plain_token: int
-    speculative_token: int
-    logit_gap: float | None
+    proposals: int
+    tau: float
+    interval: tuple[float, float] | None
+    committed: int
+    verifications: int
+    acceptance: Acceptance
+    per_prompt: PerPrompt
+    comparison: Comparison | None = None
+    gain: Gain | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As `evaluation.json` holds it: without what was not measured, the comparison flat."""
+        figures = asdict(replace(self, comparison=None))
+        known = {name: value for name, value in figures.items() if value is not None}
+        return known | (self.comparison.as_json() if self.comparison else {})
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Greedy outputs, compared token by token up to the first difference of each prompt."""
+class Speed:
+    """Tokens per second at batch 1, reading the prompt included, of the first prompts of a set."""
 
-    tokens_compared: int
-    tokens_equal: int
-    differences: tuple[Difference, ...]
-    tie: float
+    prompts: int
+    tokens_per_second: float
+    tokens_per_second_plain: float
 
     @property
-    def lossless(self) -> bool:
-        """Whether every difference is a tie of the target's logits, closer than `tie`."""
-        # An output that ended early is no tie: its missing token has no logit to compare.
-        gaps = [one.logit_gap for one in self.differences]
-        return all(gap is not None and gap < self.tie for gap in gaps)
-
-    def __add__(self, other: "Comparison") -> "Comparison":
-        return Comparison(
-            self.tokens_compared + other.tokens_compared,
-            self.tokens_equal + other.tokens_equal,
-            self.differences + other.differences,
-            self.tie,
-        )
+    def speed_up(self) -> float:
+        """With the draft over the target alone."""
+        return self.tokens_per_second / self.tokens_per_second_plain
 
     def as_json(self) -> dict[str, Any]:
-        """As evaluations record it."""
-        return asdict(self) | {"lossless": self.lossless}
+        """As `evaluation.json` holds it."""
+        return asdict(self) | {"speed_up": self.speed_up}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetFigures:
-    """What a draft gains on a set of prompts, batch 1.
+    """What a draft gains on a set of prompts.
 
     Attributes:
         prompts: how many there are.
-        tau: tokens committed per verification by the target, its own token included.
-        tokens_per_second: with the draft, reading the prompt included.
-        tokens_per_second_plain: of the target alone.
-        verifications: blocks that the target verified.
         tokens: of all answers.
-        tau_head_off: with a Domino head switched off; None without one.
-        tokens_per_second_head_off: likewise.
-        comparison: of greedy outputs with those of the target alone, head on and head off added up;
-            None where tokens were drawn.
+        ways: by name; `serving` is there always.
+        speed: None where nothing was timed.
+        answers: those of `serving`, in the order of the prompts.
     """
 
     prompts: int
-    tau: float
-    tokens_per_second: float
-    tokens_per_second_plain: float
-    verifications: int
     tokens: int
-    tau_head_off: float | None = None
-    tokens_per_second_head_off: float | None = None
-    comparison: Comparison | None = None
+    ways: Mapping[str, WayFigures]
+    speed: Speed | None
+    answers: Sequence[Answer]
 
     @property
-    def speed_up(self) -> float:
-        """Tokens per second over those of the target alone."""
-        return self.tokens_per_second / self.tokens_per_second_plain
+    def tau(self) -> float:
+        """The headline: K - 1 proposals, head on."""
+        return self.ways[SERVING].tau
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Of all ways that were decoded, added up; None where tokens were drawn."""
+        compared = [way.comparison for way in self.ways.values() if way.comparison is not None]
+        return functools.reduce(Comparison.__add__, compared) if compared else None
 
     def as_json(self) -> dict[str, Any]:
-        """As `evaluation.json` holds it: flat, without what was not measured."""
-        figures = vars(self) | {"speed_up": self.speed_up}
-        compared = figures.pop("comparison")
-        known = {name: value for name, value in figures.items() if value is not None}
-        return known | (compared.as_json() if compared is not None else {})
+        """As `evaluation.json` holds it."""
+        return {
+            "prompts": self.prompts,
+            "tokens": self.tokens,
+            "ways": {name: way.as_json() for name, way in self.ways.items()},
+            **({"speed": self.speed.as_json()} if self.speed else {}),
+        }
 
 
 def evaluate(
@@ -118,169 +130,235 @@ def evaluate(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
+    batch_size: int = 32,
+    timed: int = 4,
+    plain: Sequence[Answer] | None = None,
     seed: int = 0,
     reporter: Reporter = STDERR,
 ) -> SetFigures:
-    """Decodes each prompt plainly, with the whole draft and, for Domino, with its head off.
-
-    One prompt at a time (batch 1), all ways in one run.
+    """Decodes prompts in all ways that a draft has, and holds the outputs against the target's own.
 
     Args:
-        decoder: target and draft.
+        decoder: target and draft; the ways take their own numbers of proposals.
         weights: parameters of both.
         prompts: token ids of each prompt.
         max_new_tokens: per answer.
+        batch_size: prompts decoded together; at temperature 0 no figure depends on it.
+        timed: the first so many prompts are decoded once more, one by one; 0: nothing is timed.
+        plain: the target's own greedy answers, see `plain_answers`; None decodes them.
         seed: of the sampler; unused at temperature 0.
-        reporter: is told each prompt that is done.
+        reporter: is told each batch.
     """
-    decoders = _ways(decoder)
-    # One number for all prompts and ways: any other would be another program to compile.
-    slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
+    ways = _ways(decoder)
+    greedy = decoder.temperature == 0
+    longest = max(map(len, prompts))
+    # One number for all ways: any other would be another program to compile. Programs are warmed
+    # up by answers of two tokens.
+    slots = max(required_slots(way, longest, max(max_new_tokens, 2)) for way in ways.values())
     run = functools.partial(
-        generate, weights=weights, max_new_tokens=max_new_tokens, slots=slots, seed=seed
+        _in_batches,
+        weights=weights,
+        prompts=prompts,
+        settings=_Batches(batch_size, max_new_tokens, slots, seed),
     )
-    _compile(decoders, weights, prompts, slots)
-
-    answers: dict[str, list[Answer]] = {name: [] for name in decoders}
-    with reporter.bar("prompts", total=len(prompts)) as bar:
-        for done, prompt in enumerate(prompts, start=1):
-            # The ways take turns: where a machine slows down, it slows all of them.
-            for kind, way in decoders.items():
-                answers[kind] += run(way, prompts=[prompt])
-            bar.tell(done)
-
-    speed = {name: _tokens_per_second(of_way) for name, of_way in answers.items()}
-    drafted = answers["speculative"]
-    head_off = answers.get("head_off")
+    answers: dict[str, Sequence[Answer]] = {}
+    with reporter.bar("answers", total=len(ways) * len(prompts)) as bar:
+        for done, (name, way) in enumerate(ways.items()):
+            tell = functools.partial(_tell, bar.tell, name, done * len(prompts))
+            answers[name] = run(way, tell=tell)
+    if greedy and plain is None:
+        plain = plain_answers(
+            decoder,
+            weights,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            reporter=reporter,
+        )
+    drafted = {name: way.proposals for name, way in ways.items()}
+    if greedy and plain is not None:
+        # As many proposals as the headline has: both cost the target the same block.
+        drafted[NGRAM] = drafted[SERVING]
+        answers[NGRAM] = [
+            look_up(prompt, answer, proposals=drafted[NGRAM])
+            for prompt, answer in zip(prompts, plain, strict=True)
+        ]
+    headline = _per_prompt(answers[SERVING])
+    figures = {}
+    for name, of_way in answers.items():
+        compared = None
+        if greedy and plain is not None and name != NGRAM:
+            compared = compare(weights, decoder.target, prompts, plain, of_way)
+        figures[name] = _figures(of_way, drafted[name], headline, name=name, comparison=compared)
+    speed = None
+    if timed:
+        speed = _speed(
+            ways[SERVING],
+            weights,
+            prompts[:timed],
+            settings=_Batches(1, max_new_tokens, slots, seed),
+            reporter=reporter,
+        )
     return SetFigures(
         prompts=len(prompts),
-        tau=_tau(drafted),
-        tokens_per_second=speed["speculative"],
-        tokens_per_second_plain=speed["plain"],
-        verifications=_verifications(drafted),
-        tokens=_tokens(drafted),
-        tau_head_off=None if head_off is None else _tau(head_off),
-        tokens_per_second_head_off=speed.get("head_off"),
-        comparison=_compared(decoder, weights, prompts, answers),
+        tokens=sum(len(answer.tokens) for answer in answers[SERVING]),
+        ways=figures,
+        speed=speed,
+        answers=answers[SERVING],
     )
 
 
-def _ways(decoder: Decoder) -> dict[str, Decoder]:
-    """The ways to decode a prompt: the target alone, the whole draft, the draft without head."""
-    # Plain decoding captures nothing: it must not pay for states that only a draft reads.
-    alone = replace(decoder.target, capture=())
-    plain = replace(decoder, target=alone, draft=None, proposals=0, use_head=False)
-    ways = {"plain": plain, "speculative": decoder}
-    if decoder.use_head:
-        ways["head_off"] = replace(decoder, use_head=False)
-    return ways
-
-
-def _compared(
+def plain_answers(
     decoder: Decoder,
     weights: Weights,
     prompts: Sequence[np.ndarray],
-    answers: Mapping[str, Sequence[Answer]],
-) -> Comparison | None:
-    """All drafted ways against the plain one; None where tokens were drawn."""
-    if decoder.temperature > 0:
-        return None
-    total = Comparison(0, 0, (), TIES[decoder.target.cfg.dtype])
-    for name, drafted in answers.items():
-        if name != "plain":
-            total += compare(weights, decoder.target, prompts, answers["plain"], drafted)
-    return total
-
-
-def compare(
-    weights: Weights,
-    target: Target,
-    prompts: Sequence[np.ndarray],
-    plain: Sequence[Answer],
-    speculative: Sequence[Answer],
-) -> Comparison:
-    """Compares speculative greedy answers with plain ones.
-
-    After a first difference the two texts are answers to different prefixes, so a prompt is
-    compared up to there.
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    reporter: Reporter = STDERR,
+) -> list[Answer]:
+    """The target's own greedy answers, which every draft is held against.
 
     Args:
+        decoder: of any draft; the target alone decodes.
         weights: parameters of the target.
-        target: the target.
         prompts: token ids of each prompt.
-        plain: answers of the target alone.
-        speculative: answers with a draft.
-    Returns:
-        `Comparison`; `logit_gap` is the absolute difference of the target's two logits after the
-        common prefix.
+        max_new_tokens: per answer.
+        batch_size: prompts decoded together.
+        reporter: is told each batch.
     """
-    compared = equal = 0
-    differences = []
-    pairs = zip(prompts, plain, speculative, strict=True)
-    for index, (prompt, left, right) in enumerate(pairs):
-        shorter = min(len(left.tokens), len(right.tokens))
-        unequal = np.flatnonzero(left.tokens[:shorter] != right.tokens[:shorter])
-        if len(unequal) == 0 and len(left.tokens) == len(right.tokens):
-            compared += shorter
-            equal += shorter
-            continue
-        # Equal as far as both go: the first difference is where one of them has ended.
-        position = int(unequal[0]) if len(unequal) else shorter
-        compared += position + 1
-        equal += position
-        left_token = _token_at(left, position)
-        right_token = _token_at(right, position)
-        gap = None
-        if -1 not in (left_token, right_token):
-            read = np.concatenate([prompt, left.tokens[:position]])
-            logits = next_logits(target, weights.target, read)
-            gap = float(abs(logits[left_token] - logits[right_token]))
-        differences.append(Difference(index, position, left_token, right_token, gap))
-    return Comparison(compared, equal, tuple(differences), TIES[target.cfg.dtype])
+    alone = _alone(replace(decoder, temperature=0.0))
+    slots = required_slots(alone, max(map(len, prompts)), max_new_tokens)
+    with reporter.bar("answers", total=len(prompts)) as bar:
+        return _in_batches(
+            alone,
+            weights=weights,
+            prompts=prompts,
+            settings=_Batches(batch_size, max_new_tokens, slots, 0),
+            tell=functools.partial(_tell, bar.tell, "plain", 0),
+        )
 
 
-def _token_at(answer: Answer, position: int) -> int:
-    """A token of an answer, -1 where it has ended."""
-    return int(answer.tokens[position]) if position < len(answer.tokens) else -1
+@dataclass(frozen=True)
+class _Batches:
+    """How prompts are decoded; what is compiled depends on the first three."""
+
+    size: int
+    max_new_tokens: int
+    slots: int
+    seed: int
 
 
-def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """The target's logits after a sequence, int32 [n] -> float32 [V], by one pass over it."""
-
-    # Compiled for each length, and without a cache: it is called for differences, which are rare.
-    @jax.jit
-    def logits(params: Any, tokens: jax.Array) -> jax.Array:
-        out = Target(target.cfg).apply({"params": params}, tokens)
-        return vocabulary_logits(out.hidden[0, -1], lm_head_weight(params))
-
-    return np.asarray(logits(params, jnp.asarray(tokens)[None]))
+def _tell(tell: Callable[[int, str], None], name: str, before: int, done: int) -> None:
+    tell(before + done, name)
 
 
-def _compile(
-    decoders: dict[str, Decoder], weights: Weights, prompts: Sequence[np.ndarray], slots: int
-) -> None:
-    """Runs every program once, so that no measured time holds a compilation."""
+def _alone(decoder: Decoder) -> Decoder:
+    """The target of a decoder without its draft."""
+    # It captures nothing: it must not pay for states that only a draft reads.
+    target = replace(decoder.target, capture=())
+    return replace(decoder, target=target, draft=None, proposals=0, use_head=False)
+
+
+def _ways(decoder: Decoder) -> dict[str, Decoder]:
+    """The ways to decode with a draft; one that would be another one's double is left out."""
+    assert decoder.draft is not None
+    config = decoder.draft.cfg
+    serving = replace(decoder, proposals=number_of_proposals(config, SERVING))
+    block = replace(decoder, proposals=number_of_proposals(config, BLOCK))
+    ways = {SERVING: serving}
+    if block.proposals != serving.proposals:
+        ways[BLOCK] = block
+    if decoder.use_head:
+        ways[HEAD_OFF] = replace(serving, use_head=False)
+    return ways
+
+
+def _in_batches(
+    decoder: Decoder,
+    *,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    settings: _Batches,
+    tell: Callable[[int], None],
+) -> list[Answer]:
+    """The answers to all prompts, in their order."""
+    # Like lengths share their padding, so that few lengths are compiled.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    size = min(settings.size, len(prompts))
+    answers: dict[int, Answer] = {}
+    for first in range(0, len(order), size):
+        batch = order[first : first + size]
+        # Short of prompts, the last batch repeats one: another size is another compilation.
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        found = generate(
+            decoder,
+            weights,
+            [prompts[index] for index in filled],
+            max_new_tokens=settings.max_new_tokens,
+            slots=settings.slots,
+            seed=settings.seed + first,
+        )
+        answers |= dict(zip(batch, found, strict=False))
+        tell(len(answers))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _per_prompt(answers: Sequence[Answer]) -> PerPrompt:
+    return PerPrompt(
+        tuple(answer.committed for answer in answers),
+        tuple(answer.verifications for answer in answers),
+    )
+
+
+def _figures(
+    answers: Sequence[Answer],
+    proposals: int,
+    headline: PerPrompt,
+    *,
+    name: str,
+    comparison: Comparison | None,
+) -> WayFigures:
+    per_prompt = _per_prompt(answers)
+    return WayFigures(
+        proposals=proposals,
+        tau=counts.tau(answers),
+        interval=tau_interval(per_prompt),
+        committed=sum(per_prompt.committed),
+        verifications=counts.verifications(answers),
+        acceptance=counts.acceptance(answers, proposals),
+        per_prompt=per_prompt,
+        comparison=comparison,
+        gain=None if name == SERVING else gain(headline, per_prompt),
+    )
+
+
+def _speed(
+    serving: Decoder,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    *,
+    settings: _Batches,
+    reporter: Reporter,
+) -> Speed:
+    """Tokens per second of the target with its draft and alone, in turns."""
+    run = functools.partial(generate, weights=weights, slots=settings.slots, seed=settings.seed)
+    ways = {"plain": _alone(serving), SERVING: serving}
     # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
-    lengths = {required_slots(decoders["plain"], len(prompt), 0): prompt for prompt in prompts}
-    for way in decoders.values():
-        for prompt in lengths.values():
-            # Two tokens: the pass over the prompt gives the first, so the loop is run for another.
-            generate(way, weights, [prompt], max_new_tokens=2, slots=slots)
-
-
-def _verifications(answers: Sequence[Answer]) -> int:
-    return sum(answer.verifications for answer in answers)
-
-
-def _tokens(answers: Sequence[Answer]) -> int:
-    return sum(len(answer.tokens) for answer in answers)
-
-
-def _tau(answers: Sequence[Answer]) -> float:
-    committed = sum(answer.committed for answer in answers)
-    return committed / max(_verifications(answers), 1)
-
-
-def _tokens_per_second(answers: Sequence[Answer]) -> float:
-    seconds = sum(answer.seconds for answer in answers)
-    return _tokens(answers) / seconds
+    buckets = {required_slots(ways["plain"], len(prompt), 0): prompt for prompt in prompts}
+    for way in ways.values():
+        for prompt in buckets.values():
+            # Two tokens: the pass over the prompt gives the first, so the loop runs for another.
+            run(way, prompts=[prompt], max_new_tokens=2)
+    taken = dict.fromkeys(ways, 0.0)
+    written = dict.fromkeys(ways, 0)
+    with reporter.bar("timed", total=len(prompts)) as bar:
+        for done, prompt in enumerate(prompts, start=1):
+            # In turns: where a machine slows down, it slows both.
+            for name, way in ways.items():
+                (answer,) = run(way, prompts=[prompt], max_new_tokens=settings.max_new_tokens)
+                taken[name] += answer.seconds
+                written[name] += len(answer.tokens)
+            bar.tell(done)
+    speed = {name: written[name] / taken[name] for name in ways}
+    return Speed(len(prompts), speed[SERVING], speed["plain"])

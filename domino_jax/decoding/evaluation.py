@@ -2,21 +2,28 @@
 
 So `evaluation.json` of a run holds both, with what training said of the same draft:
 
-    {"evaluator": {target, chat template, step, block, proposals, ...},
+    {"evaluator": {target, chat template, step, block, seed, ...},
      "training":  {first and last loss, held-out figures},
-     "sets":      {name: {file, figures of `SetFigures`}, ...}}
+     "cycle":     {milliseconds of a cycle by part, break-even tau, where and when},
+     "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when}, ...}}
 """
 
+import importlib.metadata
 import json
+import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from domino_jax.data.template import ChatTemplate
-from domino_jax.files import write_whole
+from domino_jax.data.template import ChatTemplate, settings_text
+from domino_jax.files import read_json, write_whole
+from domino_jax.strict import InputError
 
 EVALUATION = "evaluation.json"  # its name in a run directory
+PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +31,15 @@ class Evaluator:
     """What figures depend on besides the draft and the prompts."""
 
     target: str
+    target_sha256: str | None
     chat_template: ChatTemplate
     step: int
     block_size: int
-    proposals: int
+    head: str | None
     temperature: float
+    seed: int
     max_new_tokens: int
     dtype: str
-    device: str
 
     def as_json(self) -> dict[str, Any]:
         """As `evaluation.json` holds it."""
@@ -40,11 +48,57 @@ class Evaluator:
         return {"target": self.target, **self.chat_template.as_json(), **rest}
 
 
+def measured(device: str) -> dict[str, Any]:
+    """When and where a figure was measured: without it, no speed means anything.
+
+    Args:
+        device: what computed, as jax calls it.
+    """
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} x {processor()}",
+        "device": device,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """The name of this machine's cores."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def earlier_sets(path: Path, evaluator: Evaluator) -> dict[str, Any]:
+    """The sets that an evaluation holds already; none where there is no file.
+
+    Raises:
+        InputError: they were measured otherwise: with another checkpoint or length, for example.
+    """
+    if not path.exists():
+        return {}
+    record = read_json(path)
+    known, now = record.get("evaluator"), evaluator.as_json()
+    if not isinstance(known, dict) or not isinstance(record.get("sets"), dict):
+        raise InputError(f"{path}: not an evaluation; remove it, or leave --append out")
+    for name, value in now.items():
+        # As text: JSON has lists where Python may have tuples.
+        if settings_text(known.get(name)) != settings_text(value):
+            raise InputError(
+                f"{path}: was measured with {name} {settings_text(known.get(name))}, this is "
+                f"{settings_text(value)}; leave --append out to replace it"
+            )
+    return dict(record["sets"])
+
+
 def write_evaluation(
     path: Path,
     evaluator: Evaluator,
     *,
     training: Mapping[str, Any],
+    cycle: Mapping[str, Any] | None,
     sets: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Writes an evaluation, whole, and returns what was written.
@@ -53,8 +107,9 @@ def write_evaluation(
         path: the file.
         evaluator: of all sets.
         training: figures of the run's log.
-        sets: name -> `file` and the figures of `SetFigures.as_json`.
+        cycle: `CycleTimes.as_json` and where it was measured; None where nothing was timed.
+        sets: name -> its file and the figures of `SetFigures.as_json`.
     """
-    record = {"evaluator": evaluator.as_json(), "training": training, "sets": sets}
-    write_whole(path, json.dumps(record, indent=2) + "\n")
+    record = {"evaluator": evaluator.as_json(), "training": training, "cycle": cycle, "sets": sets}
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     return record

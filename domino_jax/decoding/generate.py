@@ -153,6 +153,22 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def pieces(tokenizer: Any, answer: Answer) -> list[tuple[str, bool]]:
+    """The text of an answer in pieces, and whether the draft proposed each of them.
+
+    A piece is a token, or several that make one character; those are the last one's.
+    """
+    found: list[tuple[str, bool]] = []
+    text = ""
+    for count, drafted in enumerate(answer.drafted.tolist(), start=1):
+        # All of it each time: the text of a token depends on those before it.
+        grown = tokenizer.decode(answer.tokens[:count], skip_special_tokens=True)
+        if not grown.endswith("\ufffd"):
+            found.append((grown[len(text) :], drafted))
+            text = grown
+    return found
+
+
 def _answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:

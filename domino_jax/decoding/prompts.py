@@ -84,8 +84,8 @@ def user_turn(tokenizer: Any, chat_template_kwargs: Scalars) -> UserTurn:
     ends = [token for token in after if token in tokenizer.added_tokens_decoder]
     if not found or not opening or not ends:
         raise InputError(
-            "the chat template does not show where a user's turn begins and ends; prompts cannot be "
-            "drawn from this target"
+            "the chat template does not show where a user's turn begins and ends; this target "
+            "cannot write prompts"
         )
     ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
     return UserTurn(np.array(ids, np.int32), ends[0])

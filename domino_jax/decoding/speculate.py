@@ -231,31 +231,69 @@ def _advance(
 
     def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
         done, state = carry
-        return done + 1, _cycle(decoder, weights, state)
+        return done + 1, cycle(decoder, weights, state)
 
     _, state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))
     return state
 
 
-def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
-    """Draft, verify, accept, commit."""
-    anchors = state.lengths - 1
+class Drafts(NamedTuple):
+    """The bonus token and the drafted ones, int32 [B, 1 + P], and what those were drawn from."""
+
+    block: jax.Array
+    probs: jax.Array  # float32 [B, P, V] when sampling
+
+
+class Verified(NamedTuple):
+    """What the target says of a block: float32 [B, 1 + P, V], states for the draft, its cache."""
+
+    logits: jax.Array
+    features: jax.Array
+    cache: LayerCaches
+
+
+def cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
+    """Draft, verify, commit."""
     key, draft_key, accept_key = jax.random.split(state.key, 3)
-    bonus = jnp.take_along_axis(state.tokens, anchors[:, None], axis=1)
-    drafted, draft_probs = _draft(decoder, weights, state, bonus[:, 0], draft_key)
+    drafts = draft_block(decoder, weights, state, draft_key)
+    verified = verify(decoder, weights, state, drafts.block)
+    return commit(decoder, weights, state._replace(key=key), drafts, verified, accept_key)
+
+
+def draft_block(decoder: Decoder, weights: Weights, state: DecodeState, key: jax.Array) -> Drafts:
+    """The bonus token and what is drafted behind it."""
+    bonus = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
+    drafted, probs = _draft(decoder, weights, state, bonus[:, 0], key)
     # The bonus token goes first: its logits choose the token that d1 is verified against.
-    block = jnp.concatenate([bonus, drafted], axis=1)
-    positions = anchors[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
+    return Drafts(jnp.concatenate([bonus, drafted], axis=1), probs)
+
+
+def verify(decoder: Decoder, weights: Weights, state: DecodeState, block: jax.Array) -> Verified:
+    """One pass of the target over a block."""
+    positions = (state.lengths - 1)[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
     out = decoder.target.apply(
         {"params": weights.target}, block, positions, cache=state.target_cache
     )
     logits = vocabulary_logits(out.hidden, lm_head_weight(weights.target))
+    return Verified(logits, out.features, out.cache)
+
+
+def commit(
+    decoder: Decoder,
+    weights: Weights,
+    state: DecodeState,
+    drafts: Drafts,
+    verified: Verified,
+    key: jax.Array,
+) -> DecodeState:
+    """The state behind a verified block: the accepted tokens, then the target's own."""
+    block, logits = drafts.block, verified.logits
     if decoder.temperature > 0:
         target_probs = jax.nn.softmax(logits / decoder.temperature, axis=-1)
-        accepted, following = accept_sampled(accept_key, drafted, draft_probs, target_probs)
+        accepted, following = accept_sampled(key, block[:, 1:], drafts.probs, target_probs)
     else:
-        accepted, following = accept_greedy(drafted, most_likely(logits))
-    # The accepted tokens, then the target's own; the next cycle overwrites what follows.
+        accepted, following = accept_greedy(block[:, 1:], most_likely(logits))
+    # What is written behind the target's own token is overwritten by the next cycle.
     index = jnp.arange(block.shape[1])
     new = jnp.where(index < accepted[:, None], jnp.roll(block, -1, axis=1), following[:, None])
     stops = _is_stop(decoder, new) & (index <= accepted[:, None])
@@ -265,18 +303,16 @@ def _cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
     active = (~state.finished).astype(jnp.int32)  # shapes are static: finished ones run along
     draft_cache = state.draft_cache
     if decoder.draft is not None:
-        draft_cache = _remember(decoder, weights, draft_cache, out.features, anchors)
-    return DecodeState(
+        draft_cache = _remember(decoder, weights, draft_cache, verified.features, state.lengths - 1)
+    return state._replace(
         tokens=_written(state.tokens, new, state.lengths),
         drafted=_written(state.drafted, index < accepted[:, None], state.lengths),
         lengths=lengths,
-        limits=state.limits,
         finished=state.finished | jnp.any(stops, axis=1) | (lengths >= state.limits),
         committed=state.committed + count,
         verifications=state.verifications + active,
-        target_cache=out.cache,
+        target_cache=verified.cache,
         draft_cache=draft_cache,
-        key=key,
     )
 
 

@@ -92,7 +92,7 @@ MOMENTS = (
         ("prompts.jsonl", "answers.jsonl", "--target", "target", "--max-new-tokens", "4000"),
     ),
     ("evaluate", "compiling", ("run", "prompts.jsonl", "--max-new-tokens", "2000")),
-    ("evaluate", "prompts 1/30", ("run", "prompts.jsonl", "--max-new-tokens", "200")),
+    ("evaluate", "answers 30/", ("run", "prompts.jsonl", "--max-new-tokens", "200")),
     ("generate", "compiling", ("run", "a b c", "--max-new-tokens", "20000")),
     ("capture", "loading", ("config.yaml", "states")),
     ("train", "training: ", ("config.yaml", "run_dir=new", "train.steps=100000")),

@@ -14,6 +14,7 @@ from tiny import run_config, write_conversations, write_target
 from domino_jax import __version__
 from domino_jax.config.keys import described
 from domino_jax.config.run import RunConfig
+from domino_jax.files import file_sha256
 from domino_jax.training.checkpoint import load_draft
 
 TOP = Path(__file__).parent.parent.parent
@@ -44,20 +45,24 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     code, out, log = domino(
         "evaluate", tmp_path / "run", prompts, "--limit", 2, "--max-new-tokens", 6
     )
-    assert code == 0 and "tau, head off" in out and "tokens compared, head on and off" in out
+    assert code == 0 and "n-gram" in out
     assert "\nprompts: compiling\n" in log and log.endswith(
         f"saving {tmp_path / 'run' / 'evaluation.json'}\n"
     )
     report = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     figures = report["sets"]["prompts"]
-    assert figures["prompts"] == 2 and figures["tokens_compared"] == figures["tokens_equal"]
-    assert figures["file"] == str(prompts) and report["training"]["steps"] == 6
+    assert figures["prompts"] == 2 and report["training"]["steps"] == 6
+    for name in ("serving", "block", "head_off"):
+        assert figures["ways"][name]["lossless"] and figures["ways"][name]["tokens_compared"]
+    assert figures["file"] == str(prompts) and figures["sha256"] == file_sha256(prompts)
+    assert len(figures["examples"]) == 2 and figures["speed"]["prompts"] == 2
+    assert report["cycle"]["break_even_tau"] > 0 and report["cycle"]["measured"]["versions"]["jax"]
     # A tau says nothing without these.
     template = load_draft(tmp_path / "run").record.chat_template
     measured = {"target": str(target), "chat_template": template.sha256, "step": 6}
-    measured |= {"block_size": 4, "proposals": 4, "temperature": 0.0, "max_new_tokens": 6}
+    measured |= {"block_size": 4, "head": "domino", "temperature": 0.0, "max_new_tokens": 6}
     assert measured.items() <= report["evaluator"].items()
-    assert "step 6, block 4, 4 proposals, temperature 0.0, 6 new tokens" in " ".join(out.split())
+    assert "step 6, block 4, temperature 0.0, 6 new tokens" in " ".join(out.split())
 
 
 # Words of a command and what its message holds.
@@ -217,6 +222,7 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path) -> None:
     "verb",
     [
         "target",
+        "prompts",
         "regenerate",
         "capture",
         "plan",

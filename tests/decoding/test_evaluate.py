@@ -1,6 +1,7 @@
 """The evaluation's figures follow from the answers; no difference between outputs is hidden."""
 
-from dataclasses import astuple, replace
+import json
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,7 @@ import pytest
 from reference import draft_config, target_config
 from tiny import Heard
 
-from domino_jax.decoding.evaluate import Difference, compare, evaluate, next_logits
-from domino_jax.decoding.generate import Answer
+from domino_jax.decoding.evaluate import evaluate
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
@@ -30,88 +30,75 @@ def weights() -> Weights:
     return Weights(jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, target), draft)
 
 
-def answer(
-    *tokens: int, committed: int = 1, verifications: int = 1, seconds: float = 1.0
-) -> Answer:
-    ids = np.array(tokens, np.int32)
-    return Answer(ids, np.zeros(len(ids), bool), False, committed, verifications, seconds)
-
-
-def test_evaluate_counts_and_finds_equal_outputs(weights: Weights) -> None:
+def test_every_way_writes_the_same_text_and_says_what_it_took(weights: Weights) -> None:
     heard = Heard()
     decoder = make_decoder(TARGET, DraftModel(CONFIG))
-    figures = evaluate(decoder, weights, PROMPTS, max_new_tokens=10, reporter=heard)
-    assert heard.lines == ["prompts 1/3", "prompts 2/3", "prompts 3/3"] and figures.prompts == 3
+    figures = evaluate(
+        decoder, weights, PROMPTS, max_new_tokens=10, batch_size=2, timed=1, reporter=heard
+    )
+    told = [line.split("  ")[0] for line in heard.lines]
+    # Two batches for each way, then the target alone, then what is timed.
+    of_ways = [f"answers {count}/9" for count in (2, 3, 5, 6, 8, 9)]
+    assert told == [*of_ways, "answers 2/3", "answers 3/3", "timed 1/1"]
     compared = figures.comparison
     assert compared is not None and compared.lossless and compared.differences == ()
-    # Head on and off.
-    assert figures.tokens == 30 and compared.tokens_compared == compared.tokens_equal == 60
-    assert figures.tau == pytest.approx(27 / figures.verifications)
-    assert figures.tau_head_off is not None and figures.tau_head_off >= 1
-    assert figures.speed_up == pytest.approx(
-        figures.tokens_per_second / figures.tokens_per_second_plain
+    assert figures.prompts == 3 and figures.tokens == 30
+    assert compared.tokens_compared == compared.tokens_equal == 3 * 30
+    assert list(figures.ways) == ["serving", "block", "head_off", "ngram"]
+    assert [way.proposals for way in figures.ways.values()] == [4, 5, 4, 4]
+    for way in figures.ways.values():
+        # The first token of an answer costs no verification.
+        assert way.committed == sum(way.per_prompt.committed) == 27
+        assert way.tau == pytest.approx(27 / way.verifications) and way.tau >= 1
+        assert way.interval is not None and way.interval[0] <= way.tau <= way.interval[1]
+    headline = figures.ways["serving"]
+    assert figures.tau == headline.tau and headline.gain is None
+    for name in ("block", "head_off", "ngram"):
+        gain = figures.ways[name].gain
+        assert gain is not None
+        assert gain.ratio == pytest.approx(headline.tau / figures.ways[name].tau)
+    speed = figures.speed
+    assert speed is not None and speed.prompts == 1
+    assert speed.speed_up == pytest.approx(speed.tokens_per_second / speed.tokens_per_second_plain)
+
+
+def test_acceptance_does_not_depend_on_the_batch(weights: Weights) -> None:
+    decoder = make_decoder(TARGET, DraftModel(CONFIG))
+    one, all_at_once = (
+        evaluate(decoder, weights, PROMPTS, max_new_tokens=10, batch_size=size, timed=0)
+        for size in (1, 8)
     )
-    # Flat, and what readers of `evaluation.json` know.
-    assert set(figures.as_json()) == {
-        *("prompts", "tau", "tau_head_off", "tokens", "verifications", "speed_up"),
-        *("tokens_per_second", "tokens_per_second_plain", "tokens_per_second_head_off"),
-        *("tokens_compared", "tokens_equal", "differences", "tie", "lossless"),
-    }
+    assert one.as_json() == all_at_once.as_json()
+    assert "speed" not in one.as_json()
 
 
-def test_evaluate_has_no_head_off_without_a_head(weights: Weights) -> None:
+def test_the_record_of_a_set_is_plain_json(weights: Weights) -> None:
+    decoder = make_decoder(TARGET, DraftModel(CONFIG))
+    figures = evaluate(decoder, weights, PROMPTS[:2], max_new_tokens=6, timed=1).as_json()
+    assert json.loads(json.dumps(figures)).keys() == {"prompts", "tokens", "ways", "speed"}
+    of_way = {"proposals", "tau", "interval", "committed", "verifications", "acceptance"}
+    compared = {"tokens_compared", "tokens_equal", "differences", "tie", "lossless"}
+    assert set(figures["ways"]["serving"]) == {*of_way, "per_prompt", *compared}
+    assert set(figures["ways"]["ngram"]) == {*of_way, "per_prompt", "gain"}
+    assert set(figures["ways"]["ngram"]["gain"]) == {"ratio", "interval"}
+
+
+def test_dflash_has_neither_a_head_to_switch_off_nor_another_block(weights: Weights) -> None:
     config = replace(CONFIG, head=None, shift_label=False, pure_draft_prefix_len=0)
     draft = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(1)))["params"]
     decoder = make_decoder(TARGET, DraftModel(config))
-    figures = evaluate(decoder, weights._replace(draft=draft), PROMPTS[:1], max_new_tokens=4)
-    assert figures.tau_head_off is None and figures.tau >= 1
-    assert "tau_head_off" not in figures.as_json()
+    figures = evaluate(
+        decoder, weights._replace(draft=draft), PROMPTS[:1], max_new_tokens=4, timed=0
+    )
+    assert list(figures.ways) == ["serving", "ngram"] and figures.tau >= 1
+    assert figures.ways["serving"].interval is None  # of one prompt nothing can be drawn
 
 
-def test_evaluate_compares_no_samples(weights: Weights) -> None:
+def test_samples_are_not_compared(weights: Weights) -> None:
     decoder = make_decoder(TARGET, DraftModel(CONFIG), temperature=1.0)
-    figures = evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4)
-    assert figures.comparison is None and "lossless" not in figures.as_json()
-
-
-def test_compare_reports_the_first_difference_with_its_logit_gap(weights: Weights) -> None:
-    found = compare(
-        weights,
-        TARGET,
-        PROMPTS[:2],
-        [answer(4, 5, 6), answer(7, 8)],
-        [answer(4, 9, 6), answer(7, 8)],
-    )
-    assert (found.tokens_compared, found.tokens_equal) == (4, 3)
-    (difference,) = found.differences
-    assert (difference.prompt, difference.position) == (0, 1)
-    assert (difference.plain_token, difference.speculative_token) == (5, 9)
-    hidden = TARGET.apply({"params": weights.target}, jnp.array([[1, 2, 3, 4]])).hidden[0, -1]
-    logits = weights.target["lm_head"] @ hidden
-    assert difference.logit_gap == pytest.approx(float(abs(logits[5] - logits[9])), rel=1e-4)
-    np.testing.assert_allclose(
-        next_logits(TARGET, weights.target, np.array([1, 2, 3, 4])), logits, rtol=1e-4, atol=1e-4
-    )
-
-
-@pytest.mark.parametrize(("left", "right"), [((4, 5), (4, 5, 6)), ((4, 5, 6), (4, 5))])
-def test_compare_takes_a_missing_token_for_a_difference(
-    weights: Weights, left: tuple[int, ...], right: tuple[int, ...]
-) -> None:
-    found = compare(weights, TARGET, PROMPTS[:1], [answer(*left)], [answer(*right)])
-    assert (found.tokens_compared, found.tokens_equal) == (3, 2)
-    assert found.differences[0].logit_gap is None and -1 in astuple(found.differences[0])
-
-
-@pytest.mark.parametrize(("dtype", "lossless"), [("float32", False), ("bfloat16", True)])
-def test_a_tie_is_as_wide_as_the_type_is_coarse(
-    weights: Weights, dtype: str, lossless: bool
-) -> None:
-    target = replace(TARGET, cfg=replace(TARGET.cfg, dtype=dtype))
-    found = compare(weights, target, PROMPTS[:1], [answer(4, 5)], [answer(4, 5)])
-    assert found.lossless
-    apart = replace(found, differences=(Difference(0, 1, 5, 9, logit_gap=0.1),))
-    assert apart.lossless == lossless
+    figures = evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4, timed=0)
+    assert figures.comparison is None and "ngram" not in figures.ways
+    assert "lossless" not in figures.as_json()["ways"]["serving"]
 
 
 def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +110,7 @@ def test_a_wrong_verifier_is_noticed(weights: Weights, monkeypatch: pytest.Monke
     monkeypatch.setattr("domino_jax.decoding.speculate.accept_greedy", take_all)
     jax.clear_caches()
     figures = evaluate(
-        make_decoder(TARGET, DraftModel(CONFIG)), weights, PROMPTS, max_new_tokens=10
+        make_decoder(TARGET, DraftModel(CONFIG)), weights, PROMPTS, max_new_tokens=10, timed=0
     )
     jax.clear_caches()
     compared = figures.comparison

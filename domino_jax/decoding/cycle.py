@@ -1,0 +1,196 @@
+"""Tau alone does not say what drafting is worth: that depends on what a cycle costs on a machine.
+
+So the parts of a cycle are timed apart, each as the program that it is within the cycle, and held
+against the whole cycle and against a step of the target alone, in turns:
+
+    draft          the backbone over its block, and the base logits
+    head           what the Domino head adds to that
+    verification   the target's pass over the block, with its logits
+    rest           acceptance, commits, the draft's context
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from domino_jax.decoding.speculate import (
+    Decoder,
+    DecodeState,
+    Drafts,
+    Verified,
+    Weights,
+    commit,
+    cycle,
+    draft_block,
+    required_slots,
+    start,
+    verify,
+)
+
+ROUNDS = 20
+WARM = 3  # rounds that are not counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleTimes:
+    """Median milliseconds of one cycle at batch 1 and of its parts.
+
+    Attributes:
+        context: tokens behind the cycle.
+        proposals: drafted tokens of it.
+        draft: drafting without the head.
+        head: what the head adds; 0 without one.
+        verification: the target's pass.
+        rest: what remains.
+        whole: the cycle, as one program.
+        plain: a step of the target alone.
+    """
+
+    context: int
+    proposals: int
+    draft: float
+    head: float
+    verification: float
+    rest: float
+    whole: float
+    plain: float
+
+    @property
+    def sum(self) -> float:
+        """Of the parts; how far it is from `whole` says how far to trust them."""
+        return self.draft + self.head + self.verification + self.rest
+
+    @property
+    def break_even_tau(self) -> float:
+        """The tau above which drafting pays on this machine."""
+        return self.whole / self.plain
+
+    def speed_up(self, tau: float) -> float:
+        """What a tau is worth on this machine: tokens per second over those of the target alone."""
+        return tau / self.break_even_tau
+
+    def speed_up_if_one_step(self, tau: float) -> float:
+        """The same where verifying a block costs one step, as on accelerators at small batches."""
+        return tau * self.plain / (self.whole - self.verification + self.plain)
+
+    def as_json(self) -> dict[str, Any]:
+        """As `evaluation.json` holds it."""
+        return asdict(self) | {"sum": self.sum, "break_even_tau": self.break_even_tau}
+
+
+def cycle_times(
+    decoder: Decoder, weights: Weights, *, context: int, rounds: int = ROUNDS
+) -> CycleTimes:
+    """Times the parts of a cycle, in turns.
+
+    Args:
+        decoder: target and draft, at temperature 0.
+        weights: parameters of both.
+        context: tokens behind the cycle.
+        rounds: times that each part runs, beside those for warming up.
+    """
+    # Nothing ends: a cycle that has nothing left to do must not be timed.
+    endless = replace(decoder, stop_ids=())
+    alone = replace(decoder.target, capture=())
+    plain = replace(endless, target=alone, draft=None, proposals=0, use_head=False)
+    committed = (rounds + WARM) * (decoder.proposals + 1)
+    begin = functools.partial(
+        start,
+        weights=weights,
+        prompts=[np.ones(context, np.int32)],
+        max_new_tokens=committed + 1,
+        slots=required_slots(decoder, context, committed + 1),
+    )
+    drafts, verified = _given(endless, weights, begin(endless))
+    given = drafts, verified.logits, verified.features
+    steps: dict[str, tuple[Decoder, _Step]] = {
+        "whole": (endless, _whole),
+        "plain": (plain, _whole),
+        "draft": (replace(endless, use_head=False), _draft_alone),
+        "with_head": (endless, _draft_alone),
+        "verification": (endless, _verification),
+        "rest": (endless, _rest),
+    }
+    runs = {
+        name: _repeated(functools.partial(step, way), weights, begin(way), given)
+        for name, (way, step) in steps.items()
+    }
+    times = _timed(runs, rounds=rounds)
+    head = times.pop("with_head") - times["draft"] if decoder.use_head else 0.0
+    times.pop("with_head", None)
+    return CycleTimes(context=context, proposals=decoder.proposals, head=head, **times)
+
+
+# What a part is given beside the state: drafts, and what the target said of them.
+_Given = tuple[Drafts, jax.Array, jax.Array]
+# A part as a program: the state, which is consumed, and whatever else it computes.
+_Step = Callable[[Decoder, Weights, DecodeState, _Given], tuple[DecodeState, Any]]
+
+
+def _whole(
+    decoder: Decoder, weights: Weights, state: DecodeState, _: _Given
+) -> tuple[DecodeState, Any]:
+    return cycle(decoder, weights, state), None
+
+
+def _draft_alone(
+    decoder: Decoder, weights: Weights, state: DecodeState, _: _Given
+) -> tuple[DecodeState, Any]:
+    return state, draft_block(decoder, weights, state, state.key).block
+
+
+def _verification(
+    decoder: Decoder, weights: Weights, state: DecodeState, given: _Given
+) -> tuple[DecodeState, Any]:
+    verified = verify(decoder, weights, state, given[0].block)
+    return state._replace(target_cache=verified.cache), (verified.logits, verified.features)
+
+
+def _rest(
+    decoder: Decoder, weights: Weights, state: DecodeState, given: _Given
+) -> tuple[DecodeState, Any]:
+    drafts, logits, features = given
+    verified = Verified(logits, features, state.target_cache)
+    return commit(decoder, weights, state, drafts, verified, state.key), None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _given(decoder: Decoder, weights: Weights, state: DecodeState) -> tuple[Drafts, Verified]:
+    drafts = draft_block(decoder, weights, state, state.key)
+    return drafts, verify(decoder, weights, state, drafts.block)
+
+
+def _repeated(
+    step: Callable[..., tuple[DecodeState, Any]],
+    weights: Weights,
+    state: DecodeState,
+    given: _Given,
+) -> Callable[[], None]:
+    """Runs a part once more, on the state that it left."""
+    # Arguments, all of them: what is known when a program is compiled, XLA computes there.
+    compiled = jax.jit(step, donate_argnums=1)
+    states = [state]
+
+    def run() -> None:
+        state, rest = jax.block_until_ready(compiled(weights, states.pop(), given))
+        del rest
+        states.append(state)
+
+    return run
+
+
+def _timed(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(WARM + rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            taken[name].append(1e3 * (time.perf_counter() - began))
+    return {name: median(times[WARM:]) for name, times in taken.items()}

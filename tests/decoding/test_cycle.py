@@ -1,0 +1,45 @@
+"""The parts of a cycle are the cycle's, and what a tau is worth follows from their times."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from reference import draft_config, target_config
+
+from domino_jax.decoding.cycle import CycleTimes, cycle_times
+from domino_jax.decoding.speculate import Weights, make_decoder
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.draft.build import init_variables
+from domino_jax.target.model import Target
+
+CONFIG = draft_config(num_target_layers=4, target_layer_ids=(0, 2))
+TARGET = Target(target_config(CONFIG))
+TIMES = CycleTimes(
+    context=64,
+    proposals=3,
+    draft=3.0,
+    head=1.0,
+    verification=20.0,
+    rest=1.0,
+    whole=26.0,
+    plain=13.0,
+)
+
+
+def test_what_a_tau_is_worth() -> None:
+    assert TIMES.sum == 25 and TIMES.break_even_tau == 2
+    assert TIMES.speed_up(3.0) == 1.5
+    # 26 - 20 + 13 = 19 ms a cycle against 13 ms a token.
+    assert TIMES.speed_up_if_one_step(1.9) == pytest.approx(1.3)
+    assert TIMES.as_json()["break_even_tau"] == 2 and TIMES.as_json()["sum"] == 25
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_every_part_is_timed(use_head: bool) -> None:
+    target = nn.meta.unbox(TARGET.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
+    draft = nn.meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(1)))["params"]
+    decoder = make_decoder(TARGET, DraftModel(CONFIG), proposals="serving", use_head=use_head)
+    times = cycle_times(decoder, Weights(target, draft), context=20, rounds=2)
+    assert times.proposals == 4 and times.context == 20
+    assert min(times.draft, times.verification, times.rest, times.whole, times.plain) > 0
+    assert use_head or times.head == 0
