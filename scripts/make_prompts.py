@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Family -> its options. Chosen for short questions that a 135M chat model answers in sentences of a
 # regular form (not in a bare number, which leaves nothing to draft) and mostly within 128 tokens.
@@ -36,6 +36,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MAX_CHARACTERS = 240  # a prompt's; about 70 tokens
 PROMPTS = Path(__file__).parent.parent / "configs" / "prompts"
 
+T = TypeVar("T")
 Record = dict[str, Any]
 Files = Mapping[str, Sequence[Record]]  # name -> its lines
 
@@ -86,14 +87,14 @@ def humaneval_prompts() -> list[Record]:
     ]
 
 
-def interleaved(groups: Sequence[Sequence[Record]]) -> list[Record]:
-    """All records, each group spread evenly, so that any stretch holds a share of every group."""
+def interleaved(groups: Sequence[Sequence[T]]) -> list[T]:
+    """All members, each group spread evenly, so that any stretch holds a share of every group."""
     places = [
-        ((index + 0.5) / len(group), order, record)
+        ((index + 0.5) / len(group), order, member)
         for order, group in enumerate(groups)
-        for index, record in enumerate(group)
+        for index, member in enumerate(group)
     ]
-    return [record for _, _, record in sorted(places, key=lambda place: place[:2])]
+    return [member for _, _, member in sorted(places, key=lambda place: place[:2])]
 
 
 def shares(total: int, parts: int) -> list[int]:
