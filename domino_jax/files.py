@@ -12,12 +12,14 @@ tidies up before jax is there.
 """
 
 import errno
+import gzip
 import hashlib
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Container, Iterator
+import zlib
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
@@ -32,6 +34,8 @@ BESIDE = ".new"  # what the name of a file ends with until it is whole
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
 TEXT_BYTES = 2**26
 LINE_BYTES = 2**26  # of one line of a JSONL file
+# A packed file's text, as a multiple of its size: text reaches 10 to 50, zeros reach 1000.
+MAX_UNPACKING = 200
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
 _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -130,21 +134,46 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
 def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
     """The lines of a regular file of any size with their numbers from 1, line ends included.
 
-    Of a line longer than `limit` bytes one byte more than that is given, without its end.
+    A file named `.gz` is unpacked as it is read. Of a line longer than `limit` bytes one byte more
+    than that is given, without its end.
 
     Raises:
-        InputError: as `open_regular`, or it cannot be read.
+        InputError: as `open_regular`, it cannot be read, or it is packed and damaged or a bomb.
     """
     with open_regular(path) as file:
+        read = _unpacked_lines(file, path, spare=limit) if path.suffix == ".gz" else file.readline
         try:
             number = 0
-            while line := file.readline(limit + 1):
+            while line := read(limit + 1):
                 number += 1
                 yield number, line
                 while len(line) > limit and not line.endswith(b"\n"):
-                    line = file.readline(limit + 1)
+                    line = read(limit + 1)
+        # Before OSError, of which a bad header is one.
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: damaged, or not gzip: {error}") from error
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def _unpacked_lines(file: BinaryIO, path: Path, *, spare: int) -> Callable[[int], bytes]:
+    """A `readline` of the text in a gzip file, which refuses to unpack a bomb.
+
+    A line is bounded by its reader, but what becomes of a thousand million short ones is not.
+    """
+    text = gzip.GzipFile(fileobj=file)
+    most = spare + MAX_UNPACKING * os.fstat(file.fileno()).st_size
+
+    def readline(size: int) -> bytes:
+        line = text.readline(size)
+        if text.tell() > most:
+            raise InputError(
+                f"{path}: unpacks to more than {MAX_UNPACKING} times its size; "
+                "unpack it yourself if it is meant so"
+            )
+        return line
+
+    return readline
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 Conversations, captured states, unfinished answers and logs.
 """
 
+import gzip
 import hashlib
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fuzz_cases import Parser, as_json, json_cases
+import fuzz_mutations as mutations
+from fuzz_cases import Case, Parser, as_json, json_cases
 
 ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "Hello."}]
@@ -18,6 +21,7 @@ def data_parsers(directory: Path) -> list[Parser]:
     """Those that read rows, captures, answers and logs."""
     return [
         _conversations(directory),
+        _packed_conversations(directory),
         _manifest(directory),
         _partial_answers(directory),
         _metrics(directory),
@@ -71,6 +75,25 @@ def _conversations(directory: Path) -> Parser:
         read=read,
         wrong=_wrong_lines,
         words=words,
+    )
+
+
+def _packed_conversations(directory: Path) -> Parser:
+    """A file of lines as gzip packs it, damaged anywhere."""
+    from domino_jax.data.conversations import read_messages
+
+    path = directory / "rows.jsonl.gz"
+    packed = gzip.compress(as_json(_answer_line()) + b"\n", mtime=0)
+
+    def cases(rng: random.Random) -> Case:
+        return Case(mutations.mutated_bytes(rng, packed))
+
+    def read(content: bytes) -> Any:
+        path.write_bytes(content)
+        return read_messages(path)
+
+    return Parser(
+        name="packed data", weight=8, good=packed, cases=cases, read=read, wrong=_wrong_lines
     )
 
 

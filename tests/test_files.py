@@ -1,9 +1,11 @@
 """Files: whole or as they were, read within bounds; directories likewise."""
 
 import errno
+import gzip
 import os
 import stat
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,56 @@ def test_read_lines_counts_and_cuts_what_is_too_long(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             next(read_lines(tmp_path / name))
+
+
+def test_read_lines_unpacks_gzip(tmp_path: Path) -> None:
+    text = b"ab\n\n123456789012\nabc\nend"
+    (tmp_path / "x.jsonl").write_bytes(text)
+    plain = list(read_lines(tmp_path / "x.jsonl", limit=4))
+    # Several members one behind the other are one text, also for gzip's own tools.
+    members = gzip.compress(text[:5]) + gzip.compress(text[5:])
+    for packed in (gzip.compress(text), members):
+        (tmp_path / "x.jsonl.gz").write_bytes(packed)
+        assert list(read_lines(tmp_path / "x.jsonl.gz", limit=4)) == plain
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b""))
+    assert list(read_lines(tmp_path / "x.jsonl.gz")) == []
+
+
+def test_damaged_gzip_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    lines = [b"%d %d\n" % (number, number**7) for number in range(40)]
+    whole = gzip.compress(b"".join(lines), mtime=0)
+    damaged = [whole[:end] for end in range(1, len(whole))]
+    # Not the header's flags, time and system: most of their bits say nothing of the text.
+    for place in [0, 1, 2, *range(10, len(whole))]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << (place % 8)
+        damaged.append(bytes(flipped))
+    damaged += [b"".join(lines), whole + b"rest"]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"x\.jsonl\.gz: damaged, or not gzip: .+") as caught:
+            list(read_lines(path))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"\n", b"x" * 1000], ids=["of lines", "of one line"])
+def test_a_gzip_bomb_is_refused_before_it_fills_memory(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(text * (2**19 // len(text)))
+    limit = 2**12
+    allowed = limit + 200 * path.stat().st_size
+    taken = 0
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"x\.jsonl\.gz: unpacks to more than 200 times"):
+            for _, line in read_lines(path, limit=limit):
+                taken += len(line)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken <= allowed and peak < 2**20
 
 
 def test_a_link_may_stay_in_its_model(tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ def regenerate(
 ) -> None:
     """Let the target answer PROMPTS into ANSWERS, the training data of a drafter.
 
-    PROMPTS is JSONL of {"messages": [...]}. A drafter must learn the words of its own target;
-    answers written by anyone else cost acceptance. Stopped and started again it resumes where it
-    was.
+    PROMPTS is JSONL or JSONL.gz of {"messages": [...]}. A drafter must learn the words of its own
+    target; answers written by anyone else cost acceptance. Stopped and started again it resumes
+    where it was.
     """
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)

@@ -20,12 +20,12 @@ ANCHOR_RULES = ("nemo", "specforge")
 class DataConfig:
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
 
-    train: str | None = key(None, "JSONL of conversations that the target answered")
+    train: str | None = key(None, "JSONL or JSONL.gz of conversations that the target answered")
     features: str | None = key(
         None, "directory of `domino capture`, instead of train: its states spare the target's pass"
     )
     heldout: str | None = key(
-        None, "JSONL of conversations to measure on; the target runs for them either way"
+        None, "JSONL or JSONL.gz to measure on; the target runs for them either way"
     )
     max_length: int = key(
         3072,

@@ -85,7 +85,7 @@ class RowSet(NamedTuple):
 
 
 def read_messages(path: str | Path) -> MessageSet:
-    """Reads conversations or prompts; further keys of a line are allowed and ignored.
+    """Reads conversations or prompts, packed (`.gz`) or not; further keys of a line are ignored.
 
     Args:
         path: JSONL of {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are skipped.

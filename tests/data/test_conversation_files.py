@@ -1,5 +1,6 @@
 """Files of conversations: usable lines become rows, the others are told by number."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from domino_jax.data.conversations import (
     load_rows,
     read_messages,
 )
+from domino_jax.data.features import rows_fingerprint
 from domino_jax.files import LINE_BYTES
 from domino_jax.strict import InputError
 
@@ -103,6 +105,32 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
         load_rows(
             write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")}), tokenizer, max_length=100
         )
+
+
+def test_a_packed_file_is_the_same_data(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    plain = write(tmp_path / "a.jsonl", GOOD, b"{", {"messages": chat("Bye", "See you.")})
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_messages(packed) == read_messages(plain)
+    of_plain = load_rows(plain, tokenizer, max_length=100)
+    of_packed = load_rows(packed, tokenizer, max_length=100)
+    # What a run remembers of its data is what it reads: how that is packed is nobody's business.
+    assert rows_fingerprint(of_packed.rows) == rows_fingerprint(of_plain.rows)
+    assert of_packed.bad_lines == of_plain.bad_lines
+    assert [row.line for row in of_packed.rows] == [1, 3]
+
+
+def test_a_damaged_packed_file_gives_no_rows(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    plain = write(tmp_path / "a.jsonl", *[GOOD] * 50)
+    packed = tmp_path / "a.jsonl.gz"
+    cut = gzip.compress(plain.read_bytes())[:-20]
+    for read in (read_messages, lambda path: load_rows(path, tokenizer, max_length=100)):
+        for content in (cut, plain.read_bytes()):
+            packed.write_bytes(content)
+            with pytest.raises(InputError, match=r"a\.jsonl\.gz: damaged, or not gzip: "):
+                read(packed)
 
 
 def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:

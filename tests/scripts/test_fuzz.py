@@ -18,6 +18,7 @@ NAMES = (
         "lines of data",
     ),
     *(
+        "packed data",
         "capture manifest",
         "partial answers",
         "metrics.jsonl",

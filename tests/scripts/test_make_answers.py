@@ -1,0 +1,221 @@
+"""The script that makes the committed answers: nested sizes, nothing of what is evaluated on."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import make_answers
+import pytest
+from make_prompts import essence, leaks, prompt_record, read_records, text_of, write_records
+from tiny import write_target
+
+from domino_jax.data.conversations import load_rows, read_messages
+from domino_jax.target.load import load_tokenizer
+
+RECORD = make_answers.ANSWERS / "record.json"
+SIZES = (120, 240, 480)
+
+
+def letters(number: int, count: int) -> str:
+    return " ".join("abcdefghij"[number // 10**place % 10] for place in range(count))
+
+
+def write_answers(path: Path, prompts: list[dict[str, Any]], target: Path) -> None:
+    """As `regenerate`: in another order than the prompts', without their labels."""
+    generator = {"target": str(target), "max_new_tokens": 8, "chat_template_kwargs": {}}
+    lines = []
+    for number, prompt in enumerate(prompts, start=1):
+        words = letters(7 * number, 1 + number % 8)
+        answer = {"role": "assistant", "content": words}
+        line = {
+            "messages": [*prompt["messages"], answer],
+            "prompt_line": number,
+            "finished": number % 8 > 0,
+            "generator": generator,
+        }
+        lines.append(line)
+    write_records(path, sorted(lines, key=lambda line: len(line["messages"][1]["content"])))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    target = write_target(tmp_path / "target")
+    drawn = {"target": str(target), "count": 60, "language": None, "seed": 0}
+    own = [
+        {**prompt_record(letters(number, 3)), "draw": number, "generator": drawn}
+        for number in range(60)
+    ]
+    # Held out once more in another dress, among the last eight; and one that is evaluated on.
+    own[5]["messages"][0]["content"] = f"{letters(55, 3).upper()}!"
+    own[6]["messages"][0]["content"] = "What is the capital of Australia ?"
+    families = [
+        prompt_record(f"k {letters(number, 3)}", family="xyz"[number % 3]) for number in range(60)
+    ]
+    for name, prompts in (("own", own), ("families", families)):
+        write_records(tmp_path / f"{name}.jsonl", prompts)
+        write_answers(tmp_path / f"{name}-answers.jsonl", prompts, target)
+    return tmp_path
+
+
+def make(place: Path, monkeypatch: pytest.MonkeyPatch, *more_own: str, **changed: object) -> Path:
+    words: dict[str, Any] = {"heldout": 8, "tokens": SIZES, "out": place / "out", **changed}
+    argv = ["make_answers.py"]
+    for name in ("own", *more_own, "families"):
+        option = "--families" if name == "families" else "--own"
+        argv += [option, str(place / f"{name}.jsonl"), str(place / f"{name}-answers.jsonl")]
+    for name, value in words.items():
+        values = value if isinstance(value, tuple) else (value,)
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    monkeypatch.setattr(sys, "argv", argv)
+    make_answers.main()
+    return Path(words["out"])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def test_sizes_are_nested_and_hold_every_family_alike(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make(place, monkeypatch)
+    tokenizer = load_tokenizer(place / "target")
+    record = json.loads((out / "record.json").read_text())
+    parts = [lines(out / f"train-{size}.jsonl.gz") for size in SIZES]
+    for size, part in zip(SIZES, parts, strict=True):
+        path = out / f"train-{size}.jsonl.gz"
+        rows = load_rows(path, tokenizer, max_length=512)
+        counts = [int(row.loss_mask.sum()) for row in rows.rows]
+        assert size <= sum(counts) < size + counts[-1]
+        said = record["files"][path.name]
+        families = Counter(line["family"] for line in part)
+        assert said == {
+            "lines": len(part),
+            "answer_tokens": sum(counts),
+            "unfinished": rows.unfinished,
+            "families": families,
+            "unpacked_sha256": hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest(),
+        }
+        for family, whole in {"own": 50, "x": 20, "y": 20, "z": 20}.items():
+            assert families[family] == pytest.approx(len(part) * whole / 110, abs=1)
+    assert parts[2][: len(parts[1])] == parts[1] and parts[1][: len(parts[0])] == parts[0]
+    assert all(set(line) == {"messages", "finished", "family"} for line in parts[2])
+
+
+def test_what_is_held_out_or_evaluated_on_is_not_trained_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make(place, monkeypatch)
+    heldout = lines(out / "heldout-own.jsonl.gz")
+    assert [text_of(line) for line in heldout] == [letters(number, 3) for number in range(52, 60)]
+    prompts = read_records(out / "heldout-own-prompts.jsonl")
+    assert [line["messages"] for line in prompts] == [line["messages"][:-1] for line in heldout]
+    trained = {essence(line) for line in lines(out / "train-480.jsonl.gz")}
+    assert not trained & {essence(line) for line in heldout}
+    assert "what is the capital of australia" not in trained
+    record = json.loads((out / "record.json").read_text())
+    assert record["left_out"] == {"unusable": 0, "evaluated on": 2}
+
+
+def test_own_prompts_may_come_in_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [prompt_record(letters(number, 3)) for number in range(50, 80)]
+    write_records(place / "more.jsonl", more)
+    write_answers(place / "more-answers.jsonl", more, place / "target")
+    out = make(place, monkeypatch, "more")
+    heldout = [text_of(line) for line in lines(out / "heldout-own.jsonl.gz")]
+    assert heldout == [letters(number, 3) for number in range(72, 80)]
+    record = json.loads((out / "record.json").read_text())
+    # Drawn in both parts: 50 to 59, and 55 in another dress.
+    assert record["left_out"] == {"unusable": 0, "evaluated on": 1, "repeated": 11}
+    assert len(record["sources"]) == 3
+    assert "--own own.jsonl own-answers.jsonl --own more.jsonl more-ans" in record["command"]
+
+
+def test_bytes_depend_on_the_answers_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = make(place, monkeypatch)
+    other = make(place, monkeypatch, out=place / "other")
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+    # The header's flags and time: no name, no date.
+    assert (one / "train-120.jsonl.gz").read_bytes()[3:8] == bytes(5)
+
+
+def test_the_record_tells_sources_and_commands(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((make(place, monkeypatch) / "record.json").read_text())
+    target = str(place / "target")
+    own, families = record["sources"]
+    assert own["commands"] == [
+        f"domino prompts own.jsonl --target {target} --count 60 --seed 0",
+        f"domino regenerate own.jsonl own-answers.jsonl --target {target} --max-new-tokens 8",
+    ]
+    assert len(families["commands"]) == 1
+    digest = hashlib.sha256((place / "own.jsonl").read_bytes()).hexdigest()
+    assert own["sha256"]["own.jsonl"] == digest
+    assert record["target"] == target and record["command"].endswith(
+        "--heldout 8 --tokens 120 240 480 --max-length 512"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokens": (10**6,)}, "--tokens 1000000: the answers to train on have "),
+        ({"heldout": 60}, "--heldout 60: there are 60 own prompts"),
+        ({"max_length": 4}, "no usable line"),
+    ],
+)
+def test_what_cannot_be_made_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        make(place, monkeypatch, **changed)
+    assert not (place / "out").exists()
+
+
+def test_sources_that_do_not_fit_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, answers = place / "own.jsonl", place / "own-answers.jsonl"
+    records = read_records(prompts)
+    write_records(prompts, [records[1], records[0], *records[2:]])
+    with pytest.raises(SystemExit, match=r"own-answers\.jsonl:\d+: answers another prompt than"):
+        make(place, monkeypatch)
+    write_records(prompts, records)
+    made = read_records(answers)
+    made[3]["generator"] = {**made[3]["generator"], "seed": 1}
+    write_records(answers, made)
+    with pytest.raises(SystemExit, match=r"own-answers\.jsonl: lines of several settings"):
+        make(place, monkeypatch)
+    write_answers(answers, records, place / "other")
+    with pytest.raises(SystemExit, match="expected those of one target"):
+        make(place, monkeypatch)
+
+
+def test_size_names() -> None:
+    assert [make_answers.size_name(size) for size in (100_000, 1_500)] == ["100k", "1500"]
+
+
+@pytest.mark.skipif(not RECORD.is_file(), reason="no answers are committed")
+def test_committed_answers_are_what_their_record_says() -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    texts = {}
+    for name, said in record["files"].items():
+        path = RECORD.parent / name
+        texts[name] = gzip.decompress(path.read_bytes())
+        assert hashlib.sha256(texts[name]).hexdigest() == said["unpacked_sha256"], name
+        found = read_messages(path)
+        assert not found.bad_lines and len(found.conversations) == said["lines"]
+        assert Counter(line["family"] for line in lines(path)) == said["families"]
+    sizes = sorted((text for name, text in texts.items() if name.startswith("train-")), key=len)
+    for smaller, larger in itertools.pairwise(sizes):
+        assert larger.startswith(smaller)
+    evaluated = {"heldout-own": lines(RECORD.parent / "heldout-own.jsonl.gz")}
+    for name in make_answers.EVALUATED:
+        evaluated[name] = read_records(make_answers.PROMPTS / f"{name}.jsonl")
+    largest = [json.loads(line) for line in sizes[-1].splitlines()]
+    assert not leaks({"train": largest}, evaluated)
