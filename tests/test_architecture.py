@@ -26,6 +26,7 @@ TABLE = (
     (2, "target", "moe model decoder_keys load gguf resolve fingerprint"),
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
+    (2.7, "decoding", "filters"),
     (2.7, "decoding", "acceptance speculate batch_log generate regenerate evaluate evaluation"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "metrics window optimizer step program records checkpoint run_directory"),

@@ -23,6 +23,8 @@ from domino_jax.cli.shared import (
     step_option,
     temperature_option,
     template_option,
+    top_k_option,
+    top_p_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
@@ -44,6 +46,8 @@ from domino_jax.target.model import Target
 @proposals_option
 @new_tokens_option
 @temperature_option
+@top_k_option
+@top_p_option
 @seed_option
 @run_dtype_option
 @template_option
@@ -56,6 +60,8 @@ def generate(
     proposals: str,
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
     dtype: str | None,
     chat_template_kwargs: Scalars | None,
@@ -76,26 +82,25 @@ def generate(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
     kwargs = drafter.record.chat_template.kwargs
-    stops = stop_token_ids(loaded.tokenizer, kwargs)
-    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
-    if not plain:
-        decoder = make_decoder(
-            Target(loaded.config),
-            DraftModel(drafter.config),
-            proposals=proposals,
-            use_head=not no_head,
-            temperature=temperature,
-            stop_ids=stops,
-        )
+    decoder = make_decoder(
+        Target(loaded.config),
+        None if plain else DraftModel(drafter.config),
+        proposals=proposals,
+        use_head=not no_head,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
+    )
+    ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
+    check_length(decoder, ids, place="the prompt")
 
     def write(piece: str) -> None:
         safe_point()  # a piece of text is a place to end, as a line of `say` is
         click.echo(piece, nl=False)
 
-    ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
-    check_length(decoder, ids, place="the prompt")
-    reporter.say("compiling")
     text_stream = TextStream(loaded.tokenizer, write)
+    reporter.say("compiling")
     answer = stream_answer(
         decoder,
         Weights(loaded.params, drafter.params),

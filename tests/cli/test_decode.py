@@ -15,7 +15,7 @@ from tiny import seal
         (),
         pytest.param(("--plain",), marks=pytest.mark.slow),
         pytest.param(("--no-head",), marks=pytest.mark.slow),
-        ("--temperature", 0.8, "--proposals", "serving"),
+        ("--temperature", 0.8, "--proposals", "serving", "--top-k", 9, "--top-p", 0.9),
     ],
 )
 def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object, ...]) -> None:
