@@ -27,9 +27,10 @@ from domino_jax.cli.shared import (
     top_p_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.decoding.counts import acceptance
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
 from domino_jax.decoding.evaluation import EVALUATION, Evaluator, write_evaluation
-from domino_jax.decoding.generate import TextStream, check_length, stream_answer
+from domino_jax.decoding.generate import Answer, TextStream, check_length, stream_answer
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import LINE_BYTES
@@ -69,7 +70,7 @@ def generate(
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed.
 
-    Ends with tau and tokens/s.
+    Ends with tau, the share of drafted tokens that were kept, and tokens/s without compilation.
     """
     if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
         raise InputError(f"{run}: not a run directory (no checkpoints/ in it)")
@@ -111,8 +112,16 @@ def generate(
     )
     text_stream.end(answer.tokens)
     click.echo()
-    speed = f"{answer.tokens_per_second:.1f} tokens/s (compilation included)"
-    reporter.say(f"{len(answer.tokens)} tokens, tau {answer.tau:.2f}, {speed}")
+    reporter.say(_figures(answer, decoder.proposals))
+
+
+def _figures(answer: Answer, proposals: int) -> str:
+    """What an answer took, in a line."""
+    figures = [f"{len(answer.tokens)} tokens", f"tau {answer.tau:.2f}"]
+    if proposals:  # plain decoding drafts nothing
+        kept = np.mean(acceptance([answer], proposals).marginal)
+        figures.append(f"{kept:.0%} of drafted tokens kept")
+    return ", ".join([*figures, f"{answer.tokens_per_second:.1f} tokens/s"])
 
 
 @click.command()

@@ -118,15 +118,23 @@ def stream_answer(
         show: receives the tokens of the answer so far, every few cycles.
         seed: of the sampler.
     Returns:
-        The whole `Answer`.
+        The whole `Answer`; its `seconds` hold no compilation.
     """
     slots = required_slots(decoder, len(prompt), max_new_tokens)
-    began = time.perf_counter()
-    first = start(decoder, weights, [prompt], max_new_tokens=max_new_tokens, slots=slots, seed=seed)
-    for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
-        show(np.asarray(state.tokens[0, len(prompt) : int(state.lengths[0])]))
-    (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
-    return answer
+
+    def answered(count: int, show: Callable[[np.ndarray], None]) -> Answer:
+        began = time.perf_counter()
+        first = start(decoder, weights, [prompt], max_new_tokens=count, slots=slots, seed=seed)
+        for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
+            # Read whole: a part of an array on a device is a program for each length.
+            written = slice(len(prompt), np.asarray(state.lengths)[0])
+            show(np.asarray(state.tokens)[0, written])
+        (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
+        return answer
+
+    # Compiles every program. The pass over the prompt gives one token, so the loop runs for two.
+    answered(min(2, max_new_tokens), lambda *_: None)
+    return answered(max_new_tokens, show)
 
 
 class TextStream:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,17 @@ from tiny import seal
 def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object, ...]) -> None:
     code, out, log = domino("generate", trained / "run", "a b c", "--max-new-tokens", 8, *options)
     assert code == 0 and out.strip() and "tau" in log
+
+
+# So hot that target and draft are nearly uniform: much of what is drafted is kept.
+HOT = ("--temperature", 1000, "--max-new-tokens", 24)
+
+
+def test_generate_ends_with_one_line_of_figures(domino, trained: Path) -> None:
+    last = domino("generate", trained / "run", "a b c", *HOT)[2].splitlines()[-1]
+    line = r"\d+ tokens, tau (\d\.\d\d), (\d+)% of drafted tokens kept, \d+\.\d tokens/s"
+    found = re.fullmatch(line, last)
+    assert found and 1 < float(found[1]) <= 5 and 0 < int(found[2]) <= 100
 
 
 @pytest.mark.parametrize(
