@@ -16,7 +16,7 @@ OTHER_TESTS = {"accelerator", "parity", "scripts"}
 TABLE = (
     (0, "", "strict parse files finite chips stages"),
     (0.2, "config", "keys sizes heads model draft sections run"),
-    (0.3, "", "sharding progress"),
+    (0.3, "", "sharding progress marks"),
     (1, "kernels", "causal_attention cache products scale largest softmax operands"),
     (1, "kernels", "blocks_by_tiles tpu_tiles blocks_on_tpu block_attention token_loss"),
     (1, "kernels", "vocabulary_loss"),

@@ -34,6 +34,7 @@ from domino_jax.decoding.generate import Answer, TextStream, check_length, strea
 from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import LINE_BYTES
+from domino_jax.marks import MARKS, has_colours, marked
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
@@ -44,6 +45,11 @@ from domino_jax.target.model import Target
 @click.argument("prompt", required=False)
 @click.option("--plain", is_flag=True, help="Decode without the drafter, to compare.")
 @click.option("--no-head", is_flag=True, help="Switch the Domino head off.")
+@click.option(
+    "--color",
+    is_flag=True,
+    help="Mark what was drafted and kept: green on a terminal, in brackets elsewhere.",
+)
 @proposals_option
 @new_tokens_option
 @temperature_option
@@ -58,6 +64,7 @@ def generate(
     prompt: str | None,
     plain: bool,
     no_head: bool,
+    color: bool,
     proposals: str,
     max_new_tokens: int,
     temperature: float,
@@ -72,6 +79,8 @@ def generate(
 
     Ends with tau, the share of drafted tokens that were kept, and tokens/s without compilation.
     """
+    if plain and color:
+        raise InputError("--color marks what was drafted; --plain drafts nothing")
     if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
         raise InputError(f"{run}: not a run directory (no checkpoints/ in it)")
     text = prompt if prompt is not None else _standard_input()
@@ -95,12 +104,7 @@ def generate(
     )
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
     check_length(decoder, ids, place="the prompt")
-
-    def write(piece: str) -> None:
-        safe_point()  # a piece of text is a place to end, as a line of `say` is
-        click.echo(piece, nl=False)
-
-    text_stream = TextStream(loaded.tokenizer, write)
+    text_stream = _text_stream(loaded.tokenizer, color=color)
     reporter.say("compiling")
     answer = stream_answer(
         decoder,
@@ -110,9 +114,27 @@ def generate(
         show=text_stream.show,
         seed=seed,
     )
-    text_stream.end(answer.tokens)
+    text_stream.end(answer.tokens, answer.drafted)
     click.echo()
     reporter.say(_figures(answer, decoder.proposals))
+
+
+def _text_stream(tokenizer: Any, *, color: bool) -> TextStream:
+    """Writes an answer to stdout; with `color` what was drafted is marked, and a legend told."""
+    coloured = color and has_colours(Console())
+    if color:
+        reporter.say(
+            f"drafted and kept: {'green' if coloured else MARKS}; the rest: the target's own"
+        )
+
+    def write(piece: str, drafted: bool) -> None:
+        safe_point()  # a piece of text is a place to end, as a line of `say` is
+        if piece and drafted:
+            piece = marked(piece, coloured=coloured)
+        # Colours that FORCE_COLOR asks for reach a pipe too, where click takes them out.
+        click.echo(piece, nl=False, color=coloured or None)
+
+    return TextStream(tokenizer, write, apart=color)
 
 
 def _figures(answer: Answer, proposals: int) -> str:

@@ -28,6 +28,27 @@ def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object
 HOT = ("--temperature", 1000, "--max-new-tokens", 24)
 
 
+def test_color_marks_what_was_drafted_and_changes_no_text(
+    domino, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("generate", trained / "run", "a b c", *HOT)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, whole, log = domino(*words)
+    assert "drafted and kept" not in log
+    code, bracketed, log = domino(*words, "--color")
+    assert code == 0 and "drafted and kept: ⟦⟧; the rest: the target's own\n" in log
+    assert 0 < bracketed.count("⟦") == bracketed.count("⟧") < 24
+    assert re.sub("[⟦⟧]", "", bracketed) == whole
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, coloured, log = domino(*words, "--color")
+    assert "drafted and kept: green; " in log
+    assert coloured == bracketed.replace("⟦", "\x1b[1;32m").replace("⟧", "\x1b[0m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert domino(*words, "--color")[1] == bracketed
+
+
 def test_generate_ends_with_one_line_of_figures(domino, trained: Path) -> None:
     last = domino("generate", trained / "run", "a b c", *HOT)[2].splitlines()[-1]
     line = r"\d+ tokens, tau (\d\.\d\d), (\d+)% of drafted tokens kept, \d+\.\d tokens/s"

@@ -118,6 +118,7 @@ def bad_decoding_options(trained: Path, elsewhere: Path) -> Refusals:
         ((*words, "--top-k", 0, "--temperature", 1), "--top-k"),
         ((*words, "--top-p", 0, "--temperature", 1), "--top-p"),
         ((*words, "--top-p", "nan", "--temperature", 1), "nan is not a finite number"),
+        ((*words, "--plain", "--color"), "--plain drafts nothing"),
         ((*words, "--seed", -1), "--seed"),
         ((*words, "--seed", 2**32), "--seed"),
         ((*words, "--chat-template-kwargs", "{a: 1, a: 2}"), "the key 'a' is given twice"),
