@@ -36,6 +36,8 @@ def _settings() -> Any:
         target="t",
         max_new_tokens=8,
         temperature=0.0,
+        top_k=None,
+        top_p=None,
         seed=0,
         dtype="float32",
         batch_size=2,

@@ -20,6 +20,8 @@ from domino_jax.cli.shared import (
     target_option,
     temperature_option,
     template_option,
+    top_k_option,
+    top_p_option,
 )
 from domino_jax.data.conversations import stop_token_ids
 from domino_jax.decoding.prompts import PromptSettings, user_turn, write_prompts
@@ -70,6 +72,8 @@ def target(source: str, directory: Path | None) -> None:
 )
 @new_tokens_option
 @temperature_option
+@top_k_option
+@top_p_option
 @seed_option
 @dtype_option
 @template_option
@@ -80,6 +84,8 @@ def regenerate(
     batch_size: int,
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
     dtype: str,
     chat_template_kwargs: Scalars | None,
@@ -94,7 +100,9 @@ def regenerate(
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
     stops = stop_token_ids(loaded.tokenizer, kwargs)
-    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
+    decoder = make_decoder(
+        Target(loaded.config), temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stops
+    )
     result = regenerate_answers(
         Answerer(decoder, Weights(loaded.params), loaded.tokenizer),
         prompts,
@@ -103,6 +111,8 @@ def regenerate(
             target=target_name,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seed=seed,
             dtype=dtype,
             batch_size=batch_size,
@@ -147,6 +157,8 @@ def regenerate(
     show_default=True,
     help="Higher: more various and less sensible.",
 )
+@top_k_option
+@top_p_option
 @click.option(
     "--language",
     default=None,
@@ -164,6 +176,8 @@ def prompts(
     batch_size: int,
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     language: str | None,
     seed: int,
     dtype: str,
@@ -180,7 +194,11 @@ def prompts(
     kwargs = chat_template_kwargs or {}
     stops = {user_turn(loaded.tokenizer, kwargs).end, *stop_token_ids(loaded.tokenizer, kwargs)}
     decoder = make_decoder(
-        Target(loaded.config), temperature=temperature, stop_ids=tuple(sorted(stops))
+        Target(loaded.config),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_ids=tuple(sorted(stops)),
     )
     drawn = write_prompts(
         decoder,
@@ -192,6 +210,8 @@ def prompts(
             count=count,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seed=seed,
             dtype=dtype,
             batch_size=batch_size,

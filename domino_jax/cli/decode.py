@@ -28,8 +28,11 @@ from domino_jax.cli.shared import (
     step_option,
     temperature_option,
     template_option,
+    top_k_option,
+    top_p_option,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.decoding.counts import acceptance
 from domino_jax.decoding.cycle import cycle_times
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
 from domino_jax.decoding.evaluate import plain_answers
@@ -45,6 +48,7 @@ from domino_jax.decoding.known_answers import known_answers, prompts_sha256
 from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import LINE_BYTES, file_sha256
+from domino_jax.marks import MARKS, has_colours, marked
 from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
@@ -58,9 +62,16 @@ CYCLE_CONTEXT = 256  # tokens behind the cycle that is timed
 @click.argument("prompt", required=False)
 @click.option("--plain", is_flag=True, help="Decode without the drafter, to compare.")
 @click.option("--no-head", is_flag=True, help="Switch the Domino head off.")
+@click.option(
+    "--color",
+    is_flag=True,
+    help="Mark what was drafted and kept: green on a terminal, in brackets elsewhere.",
+)
 @proposals_option
 @new_tokens_option
 @temperature_option
+@top_k_option
+@top_p_option
 @seed_option
 @run_dtype_option
 @template_option
@@ -70,9 +81,12 @@ def generate(
     prompt: str | None,
     plain: bool,
     no_head: bool,
+    color: bool,
     proposals: str,
     max_new_tokens: int,
     temperature: float,
+    top_k: int | None,
+    top_p: float | None,
     seed: int,
     dtype: str | None,
     chat_template_kwargs: Scalars | None,
@@ -80,8 +94,10 @@ def generate(
 ) -> None:
     """Answer PROMPT (or standard input) with the target and the drafter of RUN, streamed.
 
-    Ends with tau and tokens/s.
+    Ends with tau, the share of drafted tokens that were kept, and tokens/s without compilation.
     """
+    if plain and color:
+        raise InputError("--color marks what was drafted; --plain drafts nothing")
     if not (run / "checkpoints").is_dir():  # before anybody types a prompt for it
         raise InputError(f"{run}: not a run directory (no checkpoints/ in it)")
     text = prompt if prompt is not None else _standard_input()
@@ -93,26 +109,20 @@ def generate(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
     kwargs = drafter.record.chat_template.kwargs
-    stops = stop_token_ids(loaded.tokenizer, kwargs)
-    decoder = make_decoder(Target(loaded.config), temperature=temperature, stop_ids=stops)
-    if not plain:
-        decoder = make_decoder(
-            Target(loaded.config),
-            DraftModel(drafter.config),
-            proposals=proposals,
-            use_head=not no_head,
-            temperature=temperature,
-            stop_ids=stops,
-        )
-
-    def write(piece: str) -> None:
-        safe_point()  # a piece of text is a place to end, as a line of `say` is
-        click.echo(piece, nl=False)
-
+    decoder = make_decoder(
+        Target(loaded.config),
+        None if plain else DraftModel(drafter.config),
+        proposals=proposals,
+        use_head=not no_head,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
+    )
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
     check_length(decoder, ids, place="the prompt")
+    text_stream = _text_stream(loaded.tokenizer, color=color)
     reporter.say("compiling")
-    text_stream = TextStream(loaded.tokenizer, write)
     answer = stream_answer(
         decoder,
         Weights(loaded.params, drafter.params),
@@ -121,10 +131,36 @@ def generate(
         show=text_stream.show,
         seed=seed,
     )
-    text_stream.end(answer.tokens)
+    text_stream.end(answer.tokens, answer.drafted)
     click.echo()
-    speed = f"{answer.tokens_per_second:.1f} tokens/s (compilation included)"
-    reporter.say(f"{len(answer.tokens)} tokens, tau {answer.tau:.2f}, {speed}")
+    reporter.say(_figures(answer, decoder.proposals))
+
+
+def _text_stream(tokenizer: Any, *, color: bool) -> TextStream:
+    """Writes an answer to stdout; with `color` what was drafted is marked, and a legend told."""
+    coloured = color and has_colours(Console())
+    if color:
+        reporter.say(
+            f"drafted and kept: {'green' if coloured else MARKS}; the rest: the target's own"
+        )
+
+    def write(piece: str, drafted: bool) -> None:
+        safe_point()  # a piece of text is a place to end, as a line of `say` is
+        if piece and drafted:
+            piece = marked(piece, coloured=coloured)
+        # Colours that FORCE_COLOR asks for reach a pipe too, where click takes them out.
+        click.echo(piece, nl=False, color=coloured or None)
+
+    return TextStream(tokenizer, write, apart=color)
+
+
+def _figures(answer: Answer, proposals: int) -> str:
+    """What an answer took, in a line."""
+    figures = [f"{len(answer.tokens)} tokens", f"tau {answer.tau:.2f}"]
+    if proposals:  # plain decoding drafts nothing
+        kept = np.mean(acceptance([answer], proposals).marginal)
+        figures.append(f"{kept:.0%} of drafted tokens kept")
+    return ", ".join([*figures, f"{answer.tokens_per_second:.1f} tokens/s"])
 
 
 @click.command()

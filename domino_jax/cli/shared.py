@@ -69,9 +69,37 @@ temperature_option = click.option(
     "--temperature",
     type=FiniteRange(0),
     callback=_temperature,
+    is_eager=True,  # before the filters, which ask for it
     default=0.0,
     show_default=True,
     help="0 takes the most likely token.",
+)
+
+
+def _filter(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    if value is not None and context.params.get("temperature") == 0:
+        raise InputError(
+            f"{option.opts[0]}: nothing is drawn at temperature 0; give a --temperature above 0"
+        )
+    return value
+
+
+top_k_option = click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    callback=_filter,
+    default=None,
+    metavar="N",
+    help="Draw from the N likeliest tokens alone.",
+)
+top_p_option = click.option(
+    "--top-p",
+    type=FiniteRange(0, 1, min_open=True),
+    callback=_filter,
+    default=None,
+    metavar="P",
+    help="Draw from the fewest likeliest tokens whose probability is at least P together, after "
+    "--top-k.",
 )
 seed_option = click.option(
     "--seed",

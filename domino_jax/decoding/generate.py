@@ -105,7 +105,7 @@ def stream_answer(
     prompt: np.ndarray,
     *,
     max_new_tokens: int,
-    show: Callable[[np.ndarray], None],
+    show: Callable[[np.ndarray, np.ndarray], None],
     seed: int = 0,
 ) -> Answer:
     """Answers one prompt and passes on the answer as it grows.
@@ -115,38 +115,67 @@ def stream_answer(
         weights: its parameters.
         prompt: token ids, int32 [n].
         max_new_tokens: at most.
-        show: receives the tokens of the answer so far, every few cycles.
+        show: receives the tokens of the answer so far and whether each was drafted, int32 and
+            bool [n], every few cycles.
         seed: of the sampler.
     Returns:
-        The whole `Answer`.
+        The whole `Answer`; its `seconds` hold no compilation.
     """
     slots = required_slots(decoder, len(prompt), max_new_tokens)
-    began = time.perf_counter()
-    first = start(decoder, weights, [prompt], max_new_tokens=max_new_tokens, slots=slots, seed=seed)
-    for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
-        show(np.asarray(state.tokens[0, len(prompt) : int(state.lengths[0])]))
-    (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
-    return answer
+
+    def answered(count: int, show: Callable[[np.ndarray, np.ndarray], None]) -> Answer:
+        began = time.perf_counter()
+        first = start(decoder, weights, [prompt], max_new_tokens=count, slots=slots, seed=seed)
+        for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
+            # Read whole: a part of an array on a device is a program for each length.
+            written = slice(len(prompt), np.asarray(state.lengths)[0])
+            show(np.asarray(state.tokens)[0, written], np.asarray(state.drafted)[0, written])
+        (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
+        return answer
+
+    # Compiles every program. The pass over the prompt gives one token, so the loop runs for two.
+    answered(min(2, max_new_tokens), lambda *_: None)
+    return answered(max_new_tokens, show)
 
 
 class TextStream:
-    """Writes the text of an answer that grows, whole characters at a time."""
+    """Writes the text of an answer that grows, whole characters at a time.
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    Args:
+        tokenizer: of the target.
+        write: receives each piece and whether it was drafted.
+        apart: whether drafted text and the target's own are pieces apart; a character of both is
+            its last token's. Otherwise all is written as the target's own.
+    """
+
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str, bool], None], *, apart: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._write = write
+        self._apart = apart
+        self._read = 0
         self._shown = ""
 
-    def show(self, ids: np.ndarray) -> None:
-        """Writes what is new in the text of an answer's tokens, int32 [n] from its first on."""
-        text = self._text(ids)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest of its bytes
-            self._write(text[len(self._shown) :])
-            self._shown = text
+    def show(self, ids: np.ndarray, drafted: np.ndarray) -> None:
+        """Writes what is new in the text of an answer so far, of all its tokens [n]."""
+        ends = [len(ids)]
+        if self._apart:
+            ends = [*(np.flatnonzero(drafted[1:] != drafted[:-1]) + 1), len(ids)]
+        for end in ends:
+            if end > self._read:
+                # Half of a character waits for the rest of its bytes.
+                whole = self._text(ids[:end]).rstrip("\ufffd")
+                self._piece(whole, drafted[:end])
+                self._read = end
 
-    def end(self, ids: np.ndarray) -> None:
+    def end(self, ids: np.ndarray, drafted: np.ndarray) -> None:
         """Writes what `show` held back: an answer may end within a character."""
-        self._write(self._text(ids)[len(self._shown) :])
+        self._piece(self._text(ids), drafted)
+
+    def _piece(self, text: str, drafted: np.ndarray) -> None:
+        self._write(text[len(self._shown) :], self._apart and bool(drafted[-1]))
+        self._shown = text
 
     def _text(self, ids: np.ndarray) -> str:
         # All of it each time: the text of a token depends on those before it.
@@ -154,19 +183,12 @@ class TextStream:
 
 
 def pieces(tokenizer: Any, answer: Answer) -> list[tuple[str, bool]]:
-    """The text of an answer in pieces, and whether the draft proposed each of them.
-
-    A piece is a token, or several that make one character; those are the last one's.
-    """
+    """The text of an answer in pieces that were drafted, or are the target's own, in turns."""
     found: list[tuple[str, bool]] = []
-    text = ""
-    for count, drafted in enumerate(answer.drafted.tolist(), start=1):
-        # All of it each time: the text of a token depends on those before it.
-        grown = tokenizer.decode(answer.tokens[:count], skip_special_tokens=True)
-        if not grown.endswith("\ufffd"):
-            found.append((grown[len(text) :], drafted))
-            text = grown
-    return found
+    text = TextStream(tokenizer, lambda piece, drafted: found.append((piece, drafted)), apart=True)
+    text.show(answer.tokens, answer.drafted)
+    text.end(answer.tokens, answer.drafted)
+    return [piece for piece in found if piece[0]]
 
 
 def _answers(

@@ -43,6 +43,8 @@ class PromptSettings:
     count: int
     max_new_tokens: int
     temperature: float
+    top_k: int | None
+    top_p: float | None
     seed: int
     dtype: str
     batch_size: int

@@ -39,6 +39,8 @@ class AnswerSettings:
     target: str
     max_new_tokens: int
     temperature: float
+    top_k: int | None
+    top_p: float | None
     seed: int
     dtype: str
     batch_size: int

@@ -20,6 +20,7 @@ import numpy as np
 
 from domino_jax.config.model import DraftConfig
 from domino_jax.decoding.acceptance import accept_greedy, accept_sampled
+from domino_jax.decoding.filters import filtered
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels import cache as kv_cache
@@ -42,6 +43,8 @@ class Decoder:
         use_head: whether the Domino head corrects the backbone's logits.
         temperature: 0 takes the likeliest token, else tokens follow softmax(logits / temperature).
         stop_ids: token ids that end an answer.
+        top_k: draws from this many of the likeliest tokens alone, see `filters`; None from all.
+        top_p: draws from the fewest likeliest ones that are as probable together; None from all.
     """
 
     target: Target
@@ -50,6 +53,8 @@ class Decoder:
     use_head: bool = False
     temperature: float = 0.0
     stop_ids: tuple[int, ...] = ()
+    top_k: int | None = None
+    top_p: float | None = None
 
 
 class Weights(NamedTuple):
@@ -99,17 +104,32 @@ def make_decoder(
     proposals: str = "block",
     use_head: bool = True,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     stop_ids: Sequence[int] = (),
 ) -> Decoder:
     """A `Decoder` for a target alone, or with a draft that says which layers the target captures.
 
     Raises:
-        ValueError: draft and target differ in width, vocabulary or depth.
+        ValueError: draft and target differ in width, vocabulary or depth, or `top_k` or `top_p` are
+            out of their range or given without a temperature.
     """
     cfg = target.cfg
+    if (top_k, top_p) != (None, None) and temperature == 0:
+        raise ValueError("top_k and top_p filter what is drawn: they need a temperature")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, found {top_p}")
+    alone = Decoder(
+        replace(target, capture=()),
+        temperature=temperature,
+        stop_ids=tuple(stop_ids),
+        top_k=top_k,
+        top_p=top_p,
+    )
     if draft is None:
-        plain = replace(target, capture=())
-        return Decoder(plain, temperature=temperature, stop_ids=tuple(stop_ids))
+        return alone
     for name in ("hidden_size", "vocab_size"):
         found, expected = getattr(draft.cfg, name), getattr(cfg, name)
         if found != expected:
@@ -119,13 +139,12 @@ def make_decoder(
         raise ValueError(
             f"the draft reads a target of {layers} layers, this one has {cfg.num_hidden_layers}"
         )
-    return Decoder(
-        replace(target, capture=draft.cfg.target_layer_ids),
-        draft,
+    return replace(
+        alone,
+        target=replace(target, capture=draft.cfg.target_layer_ids),
+        draft=draft,
         proposals=number_of_proposals(draft.cfg, proposals),
         use_head=use_head and draft.cfg.head is not None,
-        temperature=temperature,
-        stop_ids=tuple(stop_ids),
     )
 
 
@@ -289,7 +308,7 @@ def commit(
     """The state behind a verified block: the accepted tokens, then the target's own."""
     block, logits = drafts.block, verified.logits
     if decoder.temperature > 0:
-        target_probs = jax.nn.softmax(logits / decoder.temperature, axis=-1)
+        target_probs = jax.nn.softmax(_drawn_from(decoder, logits), axis=-1)
         accepted, following = accept_sampled(key, block[:, 1:], drafts.probs, target_probs)
     else:
         accepted, following = accept_greedy(block[:, 1:], most_likely(logits))
@@ -370,14 +389,23 @@ def _draft(
         previous = _pick(decoder, jax.random.fold_in(key, index), logits)
         tokens.append(previous)
         if decoder.temperature > 0:
-            probs.append(jax.nn.softmax(logits / decoder.temperature, axis=-1))
+            probs.append(jax.nn.softmax(_drawn_from(decoder, logits), axis=-1))
     return jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1) if probs else base  # greedy: unread
 
 
 def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # [B, V] -> [B]
     if decoder.temperature > 0:
-        return jax.random.categorical(key, logits / decoder.temperature, axis=-1).astype(jnp.int32)
+        drawn = jax.random.categorical(key, _drawn_from(decoder, logits), axis=-1)
+        return drawn.astype(jnp.int32)
     return most_likely(logits)
+
+
+def _drawn_from(decoder: Decoder, logits: jax.Array) -> jax.Array:
+    """The logits that tokens are drawn from, of target and draft alike.
+
+    Exactness needs the target's alone; but a draft that proposes what is filtered out is refused.
+    """
+    return filtered(logits / decoder.temperature, top_k=decoder.top_k, top_p=decoder.top_p)
 
 
 def _is_stop(decoder: Decoder, tokens: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from domino_jax.config.run import dump_config
 from domino_jax.data.features import FeatureRows
 from domino_jax.data.packing import row_lengths
 from domino_jax.draft.build import boxed_parameters
+from domino_jax.marks import MARKS, STYLE
 from domino_jax.strict import printable
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.target.model import Target
@@ -37,8 +38,6 @@ from domino_jax.training.step import Batch
 
 SAMPLED = 64  # rows of a capture whose masks are read: each lies beside megabytes of states
 LONGEST_SPAN = 1200  # characters of a row that are shown in one piece
-MARKS = "⟦⟧"
-SUPERVISED = "bold green"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _marked(spans: Iterable[Span], *, coloured: bool) -> Text:
         if not span.supervised:
             marked.append(escaped(text))
         elif coloured:
-            marked.append(escaped(text), style=SUPERVISED)
+            marked.append(escaped(text), style=STYLE)
         else:
             marked.append(f"{MARKS[0]}{escaped(text)}{MARKS[1]}")
     return marked

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,12 +16,44 @@ from tiny import seal
         (),
         pytest.param(("--plain",), marks=pytest.mark.slow),
         pytest.param(("--no-head",), marks=pytest.mark.slow),
-        ("--temperature", 0.8, "--proposals", "serving"),
+        ("--temperature", 0.8, "--proposals", "serving", "--top-k", 9, "--top-p", 0.9),
     ],
 )
 def test_generate_streams_an_answer(domino, trained: Path, options: tuple[object, ...]) -> None:
     code, out, log = domino("generate", trained / "run", "a b c", "--max-new-tokens", 8, *options)
     assert code == 0 and out.strip() and "tau" in log
+
+
+# So hot that target and draft are nearly uniform: much of what is drafted is kept.
+HOT = ("--temperature", 1000, "--max-new-tokens", 24)
+
+
+def test_color_marks_what_was_drafted_and_changes_no_text(
+    domino, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("generate", trained / "run", "a b c", *HOT)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    _, whole, log = domino(*words)
+    assert "drafted and kept" not in log
+    code, bracketed, log = domino(*words, "--color")
+    assert code == 0 and "drafted and kept: ⟦⟧; the rest: the target's own\n" in log
+    assert 0 < bracketed.count("⟦") == bracketed.count("⟧") < 24
+    assert re.sub("[⟦⟧]", "", bracketed) == whole
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, coloured, log = domino(*words, "--color")
+    assert "drafted and kept: green; " in log
+    assert coloured == bracketed.replace("⟦", "\x1b[1;32m").replace("⟧", "\x1b[0m")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert domino(*words, "--color")[1] == bracketed
+
+
+def test_generate_ends_with_one_line_of_figures(domino, trained: Path) -> None:
+    last = domino("generate", trained / "run", "a b c", *HOT)[2].splitlines()[-1]
+    line = r"\d+ tokens, tau (\d\.\d\d), (\d+)% of drafted tokens kept, \d+\.\d tokens/s"
+    found = re.fullmatch(line, last)
+    assert found and 1 < float(found[1]) <= 5 and 0 < int(found[2]) <= 100
 
 
 @pytest.mark.parametrize(

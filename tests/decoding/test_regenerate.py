@@ -24,6 +24,8 @@ SETTINGS = AnswerSettings(
     target="tiny",
     max_new_tokens=12,
     temperature=0.0,
+    top_k=None,
+    top_p=None,
     seed=0,
     dtype="float32",
     batch_size=4,
@@ -247,11 +249,11 @@ def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny) -> None:
     pieces: list[str] = []
     messages = [{"role": "user", "content": "a b c d"}]
     prompt = encode_prompt(messages, tiny.tokenizer)
-    text = TextStream(tiny.tokenizer, pieces.append)
+    text = TextStream(tiny.tokenizer, lambda piece, _: pieces.append(piece))
     answer = stream_answer(
         tiny.decoder, tiny.weights, prompt, max_new_tokens=20, show=text.show, seed=0
     )
-    text.end(answer.tokens)
+    text.end(answer.tokens, answer.drafted)
     assert "".join(pieces) == tiny.answer_alone(messages, 20)
     assert len([piece for piece in pieces if piece]) > 2
     assert "".join(pieces) == tiny.tokenizer.decode(

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doubles import slow_after
 from scipy.stats import chi2, chisquare, ncx2
-from toy_models import PROMPTS, TARGET, answers, draft_config, models
+from toy_models import PROMPTS, TARGET, answers, draft_config, drawn_from, models
 
+from domino_jax.decoding import speculate
 from domino_jax.decoding.acceptance import accept_sampled
+from domino_jax.decoding.filters import filtered
 from domino_jax.decoding.speculate import make_decoder
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import Target, lm_head_weight
@@ -87,6 +90,64 @@ def test_a_draft_equal_to_the_target_is_always_accepted() -> None:
     assert int(jnp.sum(accepted)) == 1000
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_filtered_tokens_follow_the_target_s_filtered_distribution(seed: int) -> None:
+    """Each keeps tokens that the other does not; p / q and p - q have zeros in both places."""
+    q, p = distributions(seed)
+    q = drawn_from(q, top_k=3, top_p=None)
+    p = np.stack([drawn_from(one, top_k=None, top_p=0.8) for one in p])
+    assert np.any((q > 0) & (p[0] == 0))
+    counts, kept = first_tokens(accept_sampled, q, p), p[0] > 0
+    assert not counts[~kept].any()
+    assert chisquare(counts[kept], ROWS * p[0][kept]).pvalue > SIGNIFICANCE
+
+
+TRIPLES = np.array(list(itertools.product(range(7), repeat=3)), np.int32)
+PROMPT = np.array([1, 2], np.int32)
+SEQUENCES, TEMPERATURE = 8192, 1.5
+
+
+def sampled_triples(target_params: Any, *, use_head: bool = True, **filters: Any) -> np.ndarray:
+    """How often each triple is what the whole loop answers with."""
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(
+        Target(TARGET), draft, use_head=use_head, temperature=TEMPERATURE, **filters
+    )
+    state = answers(decoder, weights, [PROMPT] * SEQUENCES, 3, seed=11)
+    found = np.asarray(state.tokens[:, 2:5])
+    assert int(jnp.sum(state.verifications)) < 2 * SEQUENCES, "nothing was ever accepted"
+    return np.array([np.sum(np.all(found == triple, axis=1)) for triple in TRIPLES])
+
+
+def expected_triples(
+    target_params: Any, *, top_k: int | None = None, top_p: float | None = None
+) -> np.ndarray:
+    """The same by the product of the target's own conditionals, each filtered."""
+    sequences = jnp.concatenate([jnp.broadcast_to(PROMPT, (len(TRIPLES), 2)), TRIPLES], axis=1)
+    hidden = Target(TARGET).apply({"params": target_params}, sequences).hidden
+    logits = vocabulary_logits(hidden, lm_head_weight(target_params)) / TEMPERATURE
+    whole = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
+    expected = np.full(len(TRIPLES), float(SEQUENCES))
+    for number, triple in enumerate(TRIPLES):
+        for place, token in enumerate(triple):
+            drawn = drawn_from(whole[number, place + 1], top_k=top_k, top_p=top_p)
+            expected[number] *= drawn[token]
+    return expected
+
+
+def p_value(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Of Pearson's test; 0 where something was counted that cannot be."""
+    if counts[expected == 0].any():
+        return 0.0
+    # The statistic wants five expected counts a cell: the rest is pooled.
+    cells = [(count, mean) for count, mean in zip(counts, expected, strict=True) if mean >= 5]
+    rest = expected[expected < 5].sum()
+    if rest > 0:
+        cells.append((counts[expected < 5].sum(), rest))
+    found, means = np.array(cells).T
+    return float(chisquare(found, means * found.sum() / means.sum()).pvalue)
+
+
 @pytest.mark.pitfall(
     "a sampled token that equals the mask token is dropped",
     seen="decoding/speculate.py: another token committed in its place",
@@ -96,28 +157,48 @@ def test_sampled_sequences_follow_the_target_s_distribution(
     target_params: Any, use_head: bool
 ) -> None:
     """Whole loop: three sampled tokens against the product of the target's own conditionals."""
-    rows, temperature, prompt = 8192, 1.5, np.array([1, 2], np.int32)
-    draft, weights = models(target_params, draft_config())
-    decoder = make_decoder(Target(TARGET), draft, use_head=use_head, temperature=temperature)
-    state = answers(decoder, weights, [prompt] * rows, 3, seed=11)
-    found = np.asarray(state.tokens[:, 2:5])
-    assert int(jnp.sum(state.verifications)) < 2 * rows, "nothing was ever accepted"
+    counts = sampled_triples(target_params, use_head=use_head)
+    assert p_value(counts, expected_triples(target_params)) > SIGNIFICANCE
 
-    triples = np.array(list(itertools.product(range(7), repeat=3)), np.int32)
-    sequences = jnp.concatenate([jnp.broadcast_to(prompt, (len(triples), 2)), triples], axis=1)
-    hidden = Target(TARGET).apply({"params": target_params}, sequences).hidden
-    logs = jax.nn.log_softmax(
-        vocabulary_logits(hidden, lm_head_weight(target_params)) / temperature, axis=-1
-    )
-    steps = jnp.take_along_axis(logs[:, 1:4], jnp.asarray(triples)[..., None], axis=-1)[..., 0]
-    expected = np.asarray(jnp.exp(jnp.sum(steps, axis=1)), np.float64) * rows
-    counts = np.array([np.sum(np.all(found == triple, axis=1)) for triple in triples])
-    frequent = (
-        expected >= 5
-    )  # Pearson's statistic wants five expected counts a cell: the rest is pooled
-    counts = np.append(counts[frequent], counts[~frequent].sum())
-    expected = np.append(expected[frequent], expected[~frequent].sum())
-    assert chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > SIGNIFICANCE
+
+FILTERS = [{"top_k": 4, "top_p": 0.9}, {"top_k": 3}, {"top_p": 0.8}]
+
+
+@pytest.mark.parametrize("filters", slow_after(1, FILTERS), ids=str)
+def test_filtered_sequences_follow_the_filtered_distribution(
+    target_params: Any, filters: dict[str, Any]
+) -> None:
+    expected = expected_triples(target_params, **filters)
+    assert 0 < np.sum(expected > 0) < len(TRIPLES)
+    assert p_value(sampled_triples(target_params, **filters), expected) > SIGNIFICANCE
+
+
+def left_out_of_the_target(logits: jax.Array, **filters: Any) -> jax.Array:
+    """A wrong filter: of the draft and the first token, but not of what verifies, [B, P + 1, V]."""
+    return logits if logits.ndim == 3 else filtered(logits, **filters)
+
+
+def of_the_whole_block(logits: jax.Array, **filters: Any) -> jax.Array:
+    """A wrong filter: what the first place keeps is kept in all places of a block."""
+    if logits.ndim < 3:
+        return filtered(logits, **filters)
+    return jnp.where(filtered(logits[:, :1], **filters) > -jnp.inf, logits, -jnp.inf)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "filters"),
+    slow_after(1, [(left_out_of_the_target, FILTERS[1]), (of_the_whole_block, FILTERS[2])]),
+)
+def test_a_wrong_filter_fails_the_same_test(
+    target_params: Any, monkeypatch: pytest.MonkeyPatch, wrong: Any, filters: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(speculate, "filtered", wrong)
+    jax.clear_caches()  # the loop may be compiled with the right one
+    try:
+        counts = sampled_triples(target_params, **filters)
+    finally:
+        jax.clear_caches()
+    assert p_value(counts, expected_triples(target_params, **filters)) < SIGNIFICANCE
 
 
 def test_the_same_seed_samples_the_same_tokens(target_params: Any) -> None:

@@ -64,3 +64,18 @@ def answers(
         weights,
         start(decoder, weights, prompts, max_new_tokens=count, slots=slots, seed=seed),
     )
+
+
+def drawn_from(probabilities: np.ndarray, *, top_k: int | None, top_p: float | None) -> np.ndarray:
+    """A distribution without ties, float64 [V], filtered by the words of the definition."""
+    order = np.argsort(-probabilities)[:top_k]
+    kept = np.zeros_like(probabilities)
+    kept[order] = probabilities[order] / probabilities[order].sum()
+    if top_p is None:
+        return kept
+    fewest, together = np.zeros_like(kept), 0.0
+    for token in order:
+        if together < top_p:
+            fewest[token] = kept[token]
+            together += kept[token]
+    return fewest / together
