@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from domino_jax.training.metrics import read_metrics
+from domino_jax.training.log import read_metrics
 
 
 def training_summary(run: Path) -> dict[str, Any]:

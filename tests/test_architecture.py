@@ -28,7 +28,7 @@ TABLE = (
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "acceptance speculate batch_log generate regenerate evaluate evaluation"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
-    (3, "training", "metrics window optimizer step program records checkpoint run_directory"),
+    (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),
     (3, "training", "inputs start preflight prepare preview capture skips speed trace"),
     (3, "training", "heldout loop"),
     (4, "", "compiled arithmetic places plan plan_table report"),
@@ -64,6 +64,7 @@ WITHOUT_JAX = {
     "chips",
     "stages",
     "training.flops",
+    "training.log",
 }
 MESH_AXES = {"fsdp", "tensor"}
 MAX_LINES = 400
