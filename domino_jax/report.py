@@ -1,12 +1,12 @@
 """A run's files are for programs: here a person gets training in figures, evaluation in a table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from domino_jax.training.metrics import read_metrics
+from domino_jax.training.log import read_metrics
 
 
 def training_summary(run: Path) -> dict[str, Any]:
@@ -31,48 +31,75 @@ def training_summary(run: Path) -> dict[str, Any]:
 
 
 def evaluation_table(report: dict[str, Any]) -> Table:
-    """The table of an `evaluation.json`: a column per prompt set, the training figures below."""
+    """The table of an `evaluation.json`: a column per prompt set, what else was measured below."""
     evaluator = report["evaluator"]
-    training = report["training"]
+    head = f"head {evaluator['head']}" if evaluator["head"] else "no head"
     title = (
         f"{evaluator['target']}, step {evaluator['step']}, block {evaluator['block_size']}, "
-        f"{evaluator['proposals']} proposals, temperature {evaluator['temperature']}, "
-        f"{evaluator['max_new_tokens']} new tokens"
+        f"{head}, temperature {evaluator['temperature']}, "
+        f"{evaluator['max_new_tokens']} new tokens, {evaluator['dtype']}"
     )
-    if "dtype" in evaluator:  # older reports do not say
-        title += f", {evaluator['dtype']}"
     table = Table("", *report["sets"], title=title)
     columns = list(report["sets"].values())
 
-    def row(name: str, cell: Callable[[dict[str, Any]], str]) -> None:
-        table.add_row(name, *(cell(figures) for figures in columns))
+    def row(name: str, cell: Callable[[dict[str, Any]], str | None]) -> None:
+        cells = [cell(figures) for figures in columns]
+        # What no set has is left out: a head that could be off, speeds.
+        if any(cells):
+            table.add_row(name, *(text or "-" for text in cells))
 
-    def figure(key: str, digits: int) -> Callable[[dict[str, Any]], str]:
-        # Some may be missing: head off without a Domino head, tokens compared of sampled answers.
-        return lambda figures: f"{figures[key]:.{digits}f}" if key in figures else "-"
+    row("prompts", lambda figures: f"{figures['prompts']}")
+    row("proposals", lambda figures: f"{figures['ways']['serving']['proposals']}")
+    row("tau (95 %)", _tau_of("serving"))
+    row("tau, head off", _tau_of("head_off"))
+    row("tau, block proposals", _tau_of("block"))
+    row("n-gram floor", _tau_of("ngram"))
+    row("tokens/s speculative / plain", _speeds)
+    row("tokens compared / equal", _compared)
+    table.caption = "; ".join(_caption(report))
+    return table
 
-    head = any("tau_head_off" in figures for figures in columns)
-    ways = ", head on and off" if head else ""  # the comparison adds them up
-    row("prompts", figure("prompts", 0))
-    row("tau, head on" if head else "tau", figure("tau", 3))
-    row("tau, head off", figure("tau_head_off", 3))
-    row("tokens/s speculative", figure("tokens_per_second", 1))
-    row("tokens/s plain", figure("tokens_per_second_plain", 1))
-    row(f"tokens compared{ways}", figure("tokens_compared", 0))
-    row(f"tokens equal{ways}", figure("tokens_equal", 0))
+
+def _tau_of(way: str) -> Callable[[dict[str, Any]], str | None]:
+    def cell(figures: dict[str, Any]) -> str | None:
+        measured = figures["ways"].get(way)
+        if measured is None:
+            return None
+        low, high = measured["interval"]
+        return f"{measured['tau']:.3f} ({low:.3f} to {high:.3f})"
+
+    return cell
+
+
+def _speeds(figures: dict[str, Any]) -> str | None:
+    speed = figures.get("speed")
+    if speed is None:
+        return None
+    return f"{speed['tokens_per_second']:.1f} / {speed['tokens_per_second_plain']:.1f}"
+
+
+def _compared(figures: dict[str, Any]) -> str | None:
+    """Of all ways that draft by a model, added up; None of sampled answers."""
+    compared = [way for way in figures["ways"].values() if "tokens_compared" in way]
+    if not compared:
+        return None
+    tokens = sum(way["tokens_compared"] for way in compared)
+    equal = sum(way["tokens_equal"] for way in compared)
+    return f"{tokens} / {equal}"
+
+
+def _caption(report: dict[str, Any]) -> Iterator[str]:
+    training = report["training"]
+    cycle = report["cycle"] or {}  # null where no cycle was timed
+    if cycle.get("break_even_tau") is not None:
+        yield f"break-even tau {cycle['break_even_tau']:.2f} at batch 1 here"
     if "first_loss" in training:
-        table.caption = (
-            f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f} "
-            f"in {training['steps']} steps"
-        )
+        loss = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
+        yield f"{loss} in {training['steps']} steps"
     if "heldout" in training:
         # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
         heldout = training["heldout"]
         base = ""
         if "base_accept_len" in heldout:
             base = f", base {heldout['base_accept_len']:.3f}"
-        table.caption = (
-            f"{table.caption}; held-out accept_len (teacher-forced) "
-            f"{heldout['accept_len']:.3f}{base}"
-        )
-    return table
+        yield f"held-out accept_len (teacher-forced) {heldout['accept_len']:.3f}{base}"

@@ -48,7 +48,7 @@ def cycle_parts(decoder: Decoder, weights: Weights, *, context: int) -> dict[str
     return {
         "cycle": times.whole / 1e3,
         "draft": times.draft / 1e3,
-        "head": times.head / 1e3,
+        "head": (times.head or 0.0) / 1e3,
         "verify": times.verification / 1e3,
         "rest": times.rest / 1e3,
     }

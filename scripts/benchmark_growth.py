@@ -181,7 +181,7 @@ def draw(points: dict[str, Any], powers: dict[str, Any], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: pip install 'domino-jax[plots]'", file=sys.stderr)
+        print("no picture: pip install matplotlib", file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -205,7 +205,7 @@ def _partial_answers(directory: Path) -> Parser:
 
 def _metrics(directory: Path) -> Parser:
     """A line of a run's log."""
-    from domino_jax.training.metrics import METRICS, read_metrics
+    from domino_jax.training.log import METRICS, read_metrics
 
     record = {
         "step": 4,

@@ -12,7 +12,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "domino_jax"
 REFERENCES = ("torch", "nemo_automodel", "dflash")
-OPTIONAL = (*REFERENCES, "grain", "array_record", "gguf", "platformdirs", "hypothesis")
+OPTIONAL = (
+    *REFERENCES,
+    "grain",
+    "array_record",
+    "gguf",
+    "platformdirs",
+    "matplotlib",
+    "hypothesis",
+)
 NEEDS_PACKAGE = "needs {}, which scripts/test installs on Python 3.11"
 NEEDS_ACCELERATOR = "needs a GPU or TPU: JAX_PLATFORMS=cuda pytest -m accelerator"
 

@@ -29,11 +29,12 @@ TABLE = (
     (2.7, "decoding", "filters acceptance speculate generate counts batch_log prompts"),
     (2.7, "decoding", "regenerate compare ngram intervals evaluate cycle known_answers evaluation"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
-    (3, "training", "metrics window optimizer step program records checkpoint run_directory"),
+    (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),
     (3, "training", "inputs start preflight prepare preview capture skips speed trace"),
     (3, "training", "heldout loop"),
     (4, "", "compiled arithmetic places plan plan_table report"),
-    (5, "cli", "interrupts shared config data train plan decode checkpoint verbs"),
+    (4, "page", "sources cells verdict tables charts pictures notes document"),
+    (5, "cli", "interrupts shared config data train plan decode report checkpoint verbs"),
     (6, "", "__main__"),
 )
 # The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the
@@ -65,6 +66,9 @@ WITHOUT_JAX = {
     "chips",
     "stages",
     "training.flops",
+    "training.log",
+    *(f"page.{name}" for name in ("sources", "cells", "verdict", "tables", "charts")),
+    *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }
 MESH_AXES = {"fsdp", "tensor"}
 MAX_LINES = 400

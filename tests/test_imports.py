@@ -1,7 +1,7 @@
 """Steps, decoding and the command run where only the accelerator's own packages are installed.
 
-What feeds a long run (grain, array-record) or makes a target from a file (gguf, platformdirs) is
-often missing on such a machine, so it is imported where it is used.
+What feeds a long run (grain, array-record), makes a target from a file (gguf, platformdirs) or
+draws (matplotlib) is often missing on such a machine, so it is imported where it is used.
 """
 
 import os
@@ -14,7 +14,7 @@ from tiny import write_target
 PROGRAM = """
 import sys
 
-for name in ("grain", "array_record", "gguf", "platformdirs"):
+for name in ("grain", "array_record", "gguf", "platformdirs", "matplotlib"):
     sys.modules[name] = None  # importing it fails now
 
 import dataclasses

@@ -69,7 +69,16 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     commands = [command.replace("--count 20000", "--count 20") for command in commands]
     verbs = [shlex.split(command)[:2] for command in commands]
     assert all(name == "domino" for name, _ in verbs)
-    expected = {"prompts", "regenerate", "train", "capture", "evaluate", "generate", "export", "import"}
+    expected = {
+        "prompts",
+        "regenerate",
+        "train",
+        "capture",
+        "evaluate",
+        "generate",
+        "export",
+        "import",
+    }
     assert expected <= {verb for _, verb in verbs}
 
     (tmp_path / "DIR").mkdir()

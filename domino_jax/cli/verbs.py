@@ -19,6 +19,7 @@ from domino_jax.cli.data import prompts, regenerate, target
 from domino_jax.cli.decode import evaluate, generate
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
+from domino_jax.cli.report import report
 from domino_jax.cli.train import capture, train
 from domino_jax.files import NO_ROOM
 from domino_jax.strict import InputError, one_line, shown, text_problem
@@ -84,6 +85,7 @@ def cli(ctx: click.Context) -> None:
       domino plan CONFIG --on v5p:2x2x2   what a step would take there, before you pay
       domino train CONFIG                 trains the drafter; run it again to resume after a stop
       domino evaluate RUN PROMPTS...      acceptance length, speed, and a token-by-token check
+      domino report RUN [RUN]...          does it pay? one page with pictures
       domino generate RUN "a question"    streams one answer
       domino export RUN DIR               writes the checkpoint that serving engines read
 
@@ -110,6 +112,7 @@ _VERBS = (
     train,
     generate,
     evaluate,
+    report,
     export,
 )
 for _verb in (*_VERBS, import_):

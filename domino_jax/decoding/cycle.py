@@ -45,7 +45,7 @@ class CycleTimes:
         context: tokens behind the cycle.
         proposals: drafted tokens of it.
         draft: drafting without the head.
-        head: what the head adds; 0 without one.
+        head: what the head adds; None without one.
         verification: the target's pass.
         rest: what remains.
         whole: the cycle, as one program.
@@ -55,7 +55,7 @@ class CycleTimes:
     context: int
     proposals: int
     draft: float
-    head: float
+    head: float | None
     verification: float
     rest: float
     whole: float
@@ -64,7 +64,7 @@ class CycleTimes:
     @property
     def sum(self) -> float:
         """Of the parts; how far it is from `whole` says how far to trust them."""
-        return self.draft + self.head + self.verification + self.rest
+        return self.draft + (self.head or 0.0) + self.verification + self.rest
 
     @property
     def break_even_tau(self) -> float:
@@ -122,7 +122,7 @@ def cycle_times(
         for name, (way, step) in steps.items()
     }
     times = _timed(runs, rounds=rounds)
-    head = times.pop("with_head") - times["draft"] if decoder.use_head else 0.0
+    head = times.pop("with_head") - times["draft"] if decoder.use_head else None
     times.pop("with_head", None)
     return CycleTimes(context=context, proposals=decoder.proposals, head=head, **times)
 

@@ -22,14 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.files import read_text, write_whole
-from domino_jax.parse import parse_json
 from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
+from domino_jax.training.log import LOG_BYTES, METRICS, TIMING, read_timing
 from domino_jax.training.step_metrics import DFlashStepMetrics
-
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read whole do not
-
 
 # Each mean of a window, the sum it is made from and what divides it. Those of the base logits are
 # there only where a head makes final ones from them.
@@ -136,7 +132,7 @@ class MetricsLog:
         # Nothing depends on times, so they carry no mark: a step number is enough to drop them.
         timing = []
         if at is not None:
-            records = _parsable(directory / TIMING)
+            records = read_timing(directory)
             timing = [_json_line(one) for one in records if one.get("step", 0) <= step]
         # Written whole first and then appended to: a start that is killed here cuts no line in two.
         write_whole(directory / METRICS, kept.decode("utf-8"))
@@ -188,32 +184,6 @@ class MetricsLog:
         return LogMark(self._count, self._hash.hexdigest())
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The records of a run's `metrics.jsonl`, none if there is no such file.
-
-    A line cut off by a crash is left out. Runs of older versions have times in them, and may hold
-    NaN.
-
-    Raises:
-        InputError: the file cannot be read, or a line of it is no record.
-    """
-    path = directory / METRICS
-    if not path.exists():
-        return []
-    records = []
-    lines = read_text(path, limit=LOG_BYTES).splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
-            record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
-            # Its type and not `isinstance`, to which true is an integer.
-            if not isinstance(record, dict) or type(record.get("step")) is not int:
-                raise InputError(
-                    f"{path}:{number}: expected a record with its step, found {line[:80]!r}"
-                )
-            records.append(record)
-    return records
-
-
 @contextlib.contextmanager
 def _named(file: BinaryIO) -> Iterator[BinaryIO]:
     """Gives an error of the system the name of its file, which it lacks for one that is open."""
@@ -236,18 +206,6 @@ def _bytes_until(path: Path, at: LogMark, *, reporter: Reporter) -> bytes:
             "put them back, or remove the file to resume with a log that begins anew"
         )
     return kept
-
-
-def _parsable(path: Path) -> Iterator[dict[str, Any]]:
-    """The records that can be read of a file that nothing depends on."""
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
-        with contextlib.suppress(InputError):
-            record = parse_json(line, place=str(path), nonfinite=True)
-            if isinstance(record, dict) and line.endswith("\n"):
-                yield record
 
 
 def _json_line(record: dict[str, Any]) -> str:

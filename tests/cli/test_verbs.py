@@ -237,6 +237,7 @@ def test_stages_are_told_and_missing_torch_is_not(trained: Path) -> None:
         "train",
         "generate",
         "evaluate",
+        "report",
         "export",
         "import",
     ],

@@ -17,8 +17,8 @@ from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
 from domino_jax.training.capture import capture
+from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
-from domino_jax.training.metrics import read_metrics
 from domino_jax.training.prepare import prepare
 
 LAYERS = (0, 2)

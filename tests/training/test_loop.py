@@ -14,8 +14,8 @@ from domino_jax.config.run import dump_config, load_config
 from domino_jax.strict import InputError
 from domino_jax.training import heldout, loop, program
 from domino_jax.training.inputs import device_batch
+from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
-from domino_jax.training.metrics import read_metrics
 from domino_jax.training.prepare import prepare
 
 

@@ -10,7 +10,8 @@ import pytest
 from tiny import Heard, quiet
 
 from domino_jax.strict import InputError
-from domino_jax.training.metrics import LogMark, MetricsLog, read_metrics
+from domino_jax.training.log import read_metrics
+from domino_jax.training.metrics import LogMark, MetricsLog
 
 
 def refuse(name: str) -> Any:

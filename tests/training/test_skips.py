@@ -17,8 +17,8 @@ from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.report import training_summary
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
+from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
-from domino_jax.training.metrics import read_metrics
 from domino_jax.training.optimizer import learning_rate_schedule
 from domino_jax.training.skips import Diverged, StepWatch, divergence
 from domino_jax.training.window import Spike, StepOutcome

@@ -1,0 +1,50 @@
+"""The verb `report`: what a run or several have shown, on a page for a person."""
+
+from pathlib import Path
+
+import click
+
+from domino_jax.cli.interrupts import keeps
+from domino_jax.cli.shared import reporter
+from domino_jax.page.document import write_page
+from domino_jax.page.sources import read_runs
+from domino_jax.strict import InputError
+
+PAGE = "report.html"  # its name in a run directory
+
+
+@click.command()
+@click.argument(
+    "runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN [RUN]..."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help=f"Where to write it; {PAGE} of the first RUN where it is not given.",
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Write one page on what RUN has shown: does it pay?
+
+    \b
+    domino report runs/demo
+    domino report runs/domino runs/dflash --out compared.html
+
+    Tau by set against the break-even and the n-gram floor, acceptance by position, the time of a
+    cycle, losses, speed, warnings, decoded answers. Several runs stand side by side; where they
+    differ in data, tau is drawn over it. The page needs no network and no script; each picture is
+    written as PNG too, into the folder of the same name beside it. What a run lacks is left out,
+    and said: `domino evaluate` comes first.
+    """
+    place = out or runs[0] / PAGE
+    # The pictures' folder has the same name without its ending.
+    if place.suffix != ".html":
+        raise InputError(f"--out {place}: expected a name that ends in .html")
+    keeps(f"{place} was not written; the same command starts over")
+    found = read_runs(runs)
+    if not place.parent.is_dir():
+        raise InputError(f"--out {place}: no directory {place.parent}; make it first")
+    reporter.say(f"drawing {place}")
+    write_page(found, place)
+    keeps(f"{place} is written")
+    click.echo(place)

@@ -1,0 +1,352 @@
+"""The page of a run or several: every figure is the file's, all text is escaped, nothing fails."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib  # noqa: F401  (a machine without it skips this file)
+import pytest
+import yaml
+from page_runs import evaluation_of, write_evaluation, write_run
+
+from domino_jax.page import charts, notes, tables
+from domino_jax.page.document import write_page
+from domino_jax.page.sources import Source, read_runs
+from domino_jax.page.verdict import verdicts
+
+TOP = Path(__file__).parent.parent.parent
+EVIL = '<script>alert("x")</script> & "quoted" $x^$ \ud800 \x00'
+SHOWN_EVIL = "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#34;quoted&#34; $x^$"
+VOID = {"meta", "link", "path", "use", "br", "img"}
+
+
+@dataclass
+class Parsed(HTMLParser):
+    """What a page holds, by a parser that repairs nothing."""
+
+    figures: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    tags: set[str] = field(default_factory=set)
+    drafted: list[str] = field(default_factory=list)
+    text: str = ""
+    _open: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
+        if "id" in named and tag not in ("clippath", "path"):
+            self.ids.append(named["id"])
+        if tag == "a":
+            self.links.append(named["href"])
+        if tag not in VOID:
+            self._open.append((tag, named))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self._open.pop()[0] == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        tag, named = self._open[-1] if self._open else ("", {})
+        if tag == "data":
+            self.figures.append((named, data))
+        if tag == "span" and named.get("class") == "drafted":
+            self.drafted.append(data)
+
+
+def page_of(*runs: Path) -> Parsed:
+    """Writes the page of runs and reads it."""
+    out = runs[0] / "report.html"
+    write_page(read_runs(runs), out)
+    parsed = Parsed()
+    parsed.feed(out.read_text(encoding="utf-8"))
+    assert not parsed._open
+    return parsed
+
+
+def stored(home: Path, file: str, pointer: str) -> Any:
+    """What a file of a run holds at a pointer."""
+    text = (home / file).read_text()
+    if file.endswith(".jsonl"):
+        tree: Any = [json.loads(line) for line in text.splitlines()]
+    else:
+        tree = yaml.safe_load(text) if file.endswith(".yaml") else json.loads(text)
+    for step in pointer.split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        tree = tree[int(step)] if isinstance(tree, list) else tree[step]
+    return tree
+
+
+def agrees(shown: str, value: float) -> bool:
+    """Whether a figure is the value, to the digits that it shows."""
+    digits, scale = shown.replace(",", ""), 1.0
+    if digits.endswith("%"):
+        digits, scale = digits[:-1], 100.0
+    elif digits.endswith(" GiB"):
+        digits, scale = digits[:-4], 2.0**-30
+    decimals = len(digits.partition(".")[2])
+    return abs(float(digits) - value * scale) <= 0.5 * 10.0**-decimals + 1e-9
+
+
+def test_every_figure_is_the_one_of_its_file(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "domino")
+    two = write_run(tmp_path / "dflash", head=False, tau=1.27)
+    page = page_of(one, two)
+    keys = set()
+    for named, shown in page.figures:
+        value = stored(tmp_path, named["data-file"], named["data-key"])
+        assert agrees(shown, value) and float(named["value"]) == value, named
+        keys.add((named["data-file"], re.sub(r"\d+", "N", named["data-key"])))
+    everyday = "/sets/everyday/ways"
+    expected = {
+        "domino/evaluation.json": (
+            f"{everyday}/serving/tau",
+            f"{everyday}/serving/interval/N",
+            f"{everyday}/serving/acceptance/conditional/N",
+            f"{everyday}/serving/acceptance/marginal/N",
+            f"{everyday}/ngram/tau",
+            f"{everyday}/head_off/gain/ratio",
+            f"{everyday}/block/tau",
+            "/sets/humaneval/ways/serving/tau",
+            "/sets/everyday/speed/speed_up_if_free",
+            "/cycle/draft",
+            "/cycle/verification",
+            "/cycle/break_even_tau",
+            "/training/data/answer_tokens",
+        ),
+        "domino/metrics.jsonl": ("/N/accept_len", "/N/base_accept_len", "/N/tau", "/N/median"),
+        "domino/timing.jsonl": ("/N/mfu", "/N/peak_memory_bytes"),
+        "domino/config.yaml": ("/optimizer/learning_rate", "/draft/block_size"),
+        "dflash/evaluation.json": (f"{everyday}/serving/tau",),
+    }
+    for file, pointers in expected.items():
+        for pointer in pointers:
+            assert (file, pointer) in keys, (file, pointer)
+    assert not agrees("1.35", 1.3401) and agrees("24%", 0.2449) and not agrees("24%", 0.25)
+
+
+def test_a_page_says_first_whether_it_pays_and_needs_nothing_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "domino")
+    page = page_of(run)
+    words = " ".join(page.text.split())
+    assert "everyday does not pay Tau 1.34 (1.30 to 1.38) is below the break-even of 1.73" in words
+    assert "costs no verification and is not counted" in words
+    assert words.index("Does it pay?") < words.index("Acceptance by position")
+    assert not page.tags & {"script", "img", "iframe"} and len(set(page.ids)) == len(page.ids)
+    for link in page.links:
+        there = link[1:] in page.ids if link.startswith("#") else (run / link).is_file()
+        assert there, link
+    text = (run / "report.html").read_text()
+    assert len(text) < 2e6 and not re.search(r"(src|href)=\"(https?:)?//", text)
+    pieces = evaluation_of(head=True, tau=1.3, break_even=2.0, sets=("a",))["sets"]["a"]
+    drafted = [word for word, own in pieces["examples"][0]["pieces"] if own]
+    assert page.drafted == [*drafted, *drafted]  # of two sets
+    write_page(read_runs([run]), run / "again.html")
+    # The same bytes, but for the name of the pictures' folder.
+    assert (run / "again.html").read_text() == text.replace('href="report/', 'href="again/')
+
+
+@pytest.mark.parametrize(
+    ("tau", "answer"), [(1.8, "pays"), (1.74, "too close to call"), (1.6, "does not pay")]
+)
+def test_a_verdict_asks_for_the_whole_interval(tmp_path: Path, tau: float, answer: str) -> None:
+    (first, second) = verdicts(read_runs([write_run(tmp_path / "run", tau=tau)]))
+    assert (first.answer, first.prompts, second.prompts) == (answer, "everyday", "humaneval")
+
+
+def test_runs_stand_side_by_side_and_tau_is_drawn_over_data(tmp_path: Path) -> None:
+    small = write_run(tmp_path / "a" / "run", answer_tokens=1000)
+    large = write_run(tmp_path / "b" / "run", answer_tokens=4000, tau=1.9)
+    other = write_run(tmp_path / "c" / "run", answer_tokens=4000, head=False)
+    runs = read_runs([small, large, other])
+    assert [run.name for run in runs] == [str(small), str(large), str(other)]  # all called `run`
+    first, second = charts.data_charts(runs)
+    assert isinstance(first, charts.Curves) and first.title == "tau by data, everyday"
+    # A single run of its kind is no curve.
+    (line,) = first.lines
+    assert line.points == ((1000.0, 1.34), (4000.0, 1.9)) and first.kinds == ((0, "domino head"),)
+    assert second.lines[0].points[1] == (4000.0, 1.9 - 0.2)
+    (table, _) = tables.tau_tables(runs)
+    assert len(table.columns) == 3 and all(len(row.cells) == 3 for row in table.rows)
+    page = page_of(small, large, other)
+    assert "Tau by data" in page.text and "needs runs of one kind" not in page.text
+    assert "needs runs of one kind" in page_of(small, other).text
+
+
+def test_text_of_prompts_answers_and_names_is_escaped(tmp_path: Path) -> None:
+    evaluation = evaluation_of(head=True, tau=1.3, break_even=2.0, sets=(EVIL,))
+    evaluation["evaluator"]["target"] = evaluation["cycle"]["measured"]["hardware"] = EVIL
+    evaluation["sets"][EVIL]["examples"] = [{"prompt": EVIL, "pieces": [[EVIL, True]]}]
+    run = write_run(tmp_path / "<b>$1_^", steps=40)
+    write_evaluation(run, evaluation)
+    log = (run / "metrics.jsonl").read_text()
+    skipped = {"step": 17, "split": "skipped", "reason": EVIL}
+    (run / "metrics.jsonl").write_text(f"{log}{json.dumps(skipped)}\n")
+    page = page_of(run)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert "script" not in page.tags and "b" not in page.tags and "<script" not in text
+    assert text.count(SHOWN_EVIL) > 10 and "&lt;b&gt;$1_^" in text
+
+
+def test_what_a_run_lacks_is_left_out_and_said(tmp_path: Path) -> None:
+    imported = tmp_path / "imported"
+    (imported / "checkpoints").mkdir(parents=True)
+    words = " ".join(page_of(imported).text.split())
+    assert f"Left out: {notes.NOT_EVALUATED}." in words
+    assert f"Training, Acceptance while training, Speed and memory of training: {notes.NO_LOG}" in (
+        words
+    )
+    run = write_run(tmp_path / "run", heldout=False)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["cycle"] = None
+    del evaluation["sets"]["everyday"]["examples"], evaluation["sets"]["humaneval"]["examples"]
+    write_evaluation(run, evaluation)
+    words = " ".join(page_of(run).text.split())
+    for reason in (
+        "no cycle was timed, so no break-even is known",
+        "Time of a cycle: no cycle was timed",
+        "Answers: the evaluation kept no answers",
+        "no held-out rows (data.heldout)",
+        "nothing was rolled out while training",
+    ):
+        assert reason in words, reason
+    older = {"evaluator": {"target": "x"}, "training": {}, "sets": {"a": {"tau": 1.3}}}
+    write_evaluation(run, older)
+    (run / "timing.jsonl").unlink()
+    words = " ".join(page_of(run, imported).text.split())
+    assert f"run: {notes.OLDER}" in words and f"imported: {notes.NOT_EVALUATED}" in words
+    assert "Speed and memory of training" in words
+
+
+def test_warnings_name_differences_that_are_no_ties(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    off = evaluation["sets"]["everyday"]["ways"]["head_off"]
+    tie = {"prompt": 3, "position": 7, "plain_token": 1, "speculative_token": 2}
+    off["differences"] = [
+        tie | {"logit_gap": 0.0001},
+        tie | {"logit_gap": 0.5, "prompt": 12},
+        tie | {"logit_gap": None, "prompt": 13},
+    ]
+    write_evaluation(run, evaluation)
+    text = " ".join(page_of(run).text.split())
+    assert "step 17 was skipped: no anchor in its batch; lines 3, 9 of the data" in text
+    assert "step 19: loss 27.125 where the median of its window was 9.871; line 5" in text
+    assert "everyday, head off: the output for prompt 12 (from 0) differs at token 7" in text
+    assert "logits are 0.5 apart, a tie would be below 0.001" in text
+    assert "for prompt 13" in text and "for prompt 3 " not in text
+
+
+def paths(tree: Any, before: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The way to everything in a tree; of a list to its first two entries."""
+    pairs: list[tuple[str | int, Any]] = []
+    if isinstance(tree, dict):
+        pairs = list(tree.items())
+    elif isinstance(tree, list):
+        pairs = list(enumerate(tree[:2]))
+    for key, value in pairs:
+        yield (*before, key)
+        yield from paths(value, (*before, key))
+
+
+def test_whatever_stands_in_an_evaluation_makes_a_page(tmp_path: Path) -> None:
+    """Contents are made for every damage; drawing, which takes longer, for some of them."""
+    run = write_run(tmp_path / "run", sets=("everyday",), steps=40)
+    whole = json.loads((run / "evaluation.json").read_text())
+    files = read_runs([run])[0]
+    damaged = 0
+    for place in paths(whole):
+        for odd in (None, "x", [], {}, [1], {"a": 1}, -1, 10**60, True):
+            tree = copy.deepcopy(whole)
+            inside = tree
+            for step in place[:-1]:
+                inside = inside[step]
+            inside[place[-1]] = odd
+            source = Source("run/evaluation.json", (), tree)
+            one = [type(files)("run", None, files.config, files.metrics, files.timing, source)]
+            verdicts(one), tables.tau_tables(one), tables.position_tables(one)
+            for table in (tables.cycle_table, tables.evaluator_table, tables.training_table):
+                table(one)
+            drawn = (*charts.tau_charts(one), *charts.position_charts(one))
+            for chart in (*drawn, *charts.cycle_charts(one)):
+                assert charts.described(chart, ["run"])
+            notes.warnings(one), notes.answers(one)
+            damaged += 1
+            if damaged % 300 == 0:
+                write_evaluation(run, tree)
+                page_of(run)
+    assert damaged > 900
+
+
+@pytest.mark.parametrize("odd", [1e300, -1.0, 0.0, 1e-300, 10**60, -1e29])
+def test_numbers_that_nobody_measured_are_drawn_or_left_out(tmp_path: Path, odd: float) -> None:
+    run = write_run(tmp_path / "run", sets=("everyday",), steps=40)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    serving = evaluation["sets"]["everyday"]["ways"]["serving"]
+    serving["tau"], serving["interval"] = odd, [1e308, -odd]
+    serving["acceptance"]["marginal"] = [odd, -odd, 1e29]
+    evaluation["cycle"] |= {"break_even_tau": odd, "draft": odd, "plain": -odd}
+    write_evaluation(run, evaluation)
+    lines = [{"step": 10**9, "split": "train", "loss": odd}, {"step": 1, "split": "train"}]
+    text = "".join(json.dumps(line | {"lambda_base": -odd}) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text)
+    assert "Does it pay?" in page_of(run).text
+
+
+def test_a_page_is_made_without_jax(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=40)
+    program = (
+        "import sys; sys.modules['jax'] = None; from pathlib import Path\n"
+        "from domino_jax.page.sources import read_runs\n"
+        "from domino_jax.page.document import write_page\n"
+        "write_page(read_runs([Path(sys.argv[1])]), Path(sys.argv[1]) / 'report.html')\n"
+    )
+    command = [sys.executable, "-c", program, str(run)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    assert (run / "report" / "tau-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_writes_beside_the_first_run_or_where_it_is_told(domino, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=40)
+    code, out, log = domino("report", run)
+    assert (code, out) == (0, f"{run / 'report.html'}\n") and "drawing" in log
+    assert (run / "report.html").is_file() and (run / "report" / "loss.png").is_file()
+    assert domino("report", run, "--out", tmp_path / "x.html")[0] == 0
+    assert (tmp_path / "x" / "loss.png").is_file()
+    assert not list(tmp_path.rglob("*.new"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "Missing argument"),
+        (("nowhere",), "nowhere: not a run directory (none of checkpoints, config.yaml"),
+        (("run", "empty"), "empty: not a run directory"),
+        (("run", "--out", "page"), "expected a name that ends in .html"),
+        (("run", "--out", "gone/x.html"), "no directory gone; make it first"),
+        (("damaged",), "damaged/evaluation.json: not valid JSON"),
+    ],
+)
+def test_bad_words_of_report_are_one_line(
+    domino, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", steps=40)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "evaluation.json").write_text("{")
+    code, out, log = domino("report", *words)
+    assert (code, out) == (2, "") and message in log.splitlines()[-1], log
+    assert not list(tmp_path.rglob("report.html"))
