@@ -264,7 +264,7 @@ def _compiled_plan(
         buffers=read.get("buffers", ()),
         launches=read.get("launches"),
         bytes_moved=moved,
-        useful_flops=_useful_flops(config, models, step.program),
+        useful_flops=_useful_flops(config, models),
         executed_flops=executed,
         float32_flops=arithmetic.float32_flops(products),
         seconds_of_flops=sum(executed.values()) / count / chip.flops,
@@ -332,13 +332,12 @@ def _read(outcome: Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
     }
 
 
-def _useful_flops(config: RunConfig, models: Models, program: Program) -> dict[str, float]:
+def _useful_flops(config: RunConfig, models: Models) -> dict[str, float]:
     parts = step_flops(
         models.draft,
         config.data.max_length,
         config.loss.num_anchors,
         target=models.target if config.data.features is None else None,  # captured before
-        depth=program.target.layers_run,
         target_logits=reads_target(config.loss),
     )
     batch_rows = config.data.batch_size * config.optimizer.grad_accumulation

@@ -65,8 +65,10 @@ def _tau_of(way: str) -> Callable[[dict[str, Any]], str | None]:
         measured = figures["ways"].get(way)
         if measured is None:
             return None
-        low, high = measured["interval"]
-        return f"{measured['tau']:.3f} ({low:.3f} to {high:.3f})"
+        tau = f"{measured['tau']:.3f}"
+        # One prompt has no interval.
+        ends = measured.get("interval")
+        return f"{tau} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else tau
 
     return cell
 

@@ -34,6 +34,9 @@ def _wrong_config(config: Any) -> str | None:
         train.checkpoint_every,
         train.keep_checkpoints,
         train.max_bad_steps,
+        train.rollout_prompts,
+        train.rollout_tokens,
+        train.rollout_every or 1,
         config.draft.num_hidden_layers,
     ]
     counts += [

@@ -41,14 +41,20 @@ def programs(text: str) -> Mapping[str, str]:
     return named
 
 
-def fields_of(split: str) -> set[str]:
-    """The fields that docs/library.md names for one kind of record of a run."""
+def fields_of(split: str, *, proposals: int = 0) -> set[str]:
+    """The fields that docs/library.md names for one kind of record of a run.
+
+    `name_1` to `name_P` are written out for P `proposals`.
+    """
     named = {"step", "split"}
     text = section(page("docs/library.md"), "What a run writes")
     rows = re.findall(r"^\| (`.+?`) \| (.+?) \|", text, flags=re.MULTILINE)
     for names, where in rows:
         if split in where.split(", "):
-            named |= set(re.findall(r"\w+", names))
+            named |= set(re.findall(r"`(\w+)`", names))
+    for last in [name for name in named if name.endswith("_P")]:
+        named.remove(last)
+        named |= {f"{last[:-1]}{position + 1}" for position in range(proposals)}
     return named
 
 

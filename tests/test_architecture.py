@@ -30,7 +30,7 @@ TABLE = (
     (2.7, "decoding", "regenerate compare ngram intervals evaluate cycle known_answers evaluation"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),
-    (3, "training", "inputs start preflight prepare preview capture skips speed trace"),
+    (3, "training", "inputs start preflight prepare rollout preview capture skips speed trace"),
     (3, "training", "heldout loop"),
     (4, "", "compiled arithmetic places plan plan_table report"),
     (4, "page", "sources cells verdict tables charts pictures notes document"),

@@ -54,10 +54,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Refuses sections that cannot train together."""
         check_keys(self)
-        require(
-            self.train.keep_best is None or self.data.heldout is not None,
-            "train.keep_best is 'heldout', but data.heldout is missing",
-        )
+        for name in ("keep_best", "rollout_every"):
+            value = getattr(self.train, name)
+            require(
+                value is None or self.data.heldout is not None,
+                f"train.{name} is {value!r}, but data.heldout is missing",
+            )
         # A block begins inside its row and ends there: in a shorter row no anchor is ever drawn.
         require(
             self.data.max_length > self.draft.block_size,

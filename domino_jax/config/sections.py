@@ -14,6 +14,8 @@ from domino_jax.strict import Scalars, require, shown
 COUNT_LIMIT = 2**31  # of what is counted in int32: steps, rows, devices
 # Those of `draft/blocks.py`, which imports jax.
 ANCHOR_RULES = ("nemo", "specforge")
+# The best checkpoint has the highest such figure, by what `train.keep_best` says.
+BEST_FIGURES = {"heldout": "accept_len", "rollout": "tau"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +228,27 @@ class TrainConfig:
         least=1,
         below=COUNT_LIMIT,
     )
+    rollout_every: int | None = key(
+        None,
+        "steps between rollouts, in which the draft drafts and the target verifies; null: never",
+        unit="steps",
+        least=1,
+        below=COUNT_LIMIT,
+    )
+    rollout_prompts: int = key(
+        32,
+        "conversations of data.heldout that a rollout answers, the first ones",
+        unit="prompts",
+        least=1,
+        below=COUNT_LIMIT,
+    )
+    rollout_tokens: int = key(
+        64,
+        "longest answer of a rollout",
+        unit="tokens",
+        least=1,
+        below=LENGTH_LIMIT,
+    )
     checkpoint_every: int = key(
         200,
         "steps between checkpoints",
@@ -242,8 +265,8 @@ class TrainConfig:
     )
     keep_best: str | None = key(
         None,
-        "also keep the checkpoint with the longest held-out acceptance; null: do not",
-        choices=("heldout",),
+        "also keep the best checkpoint: heldout, by accept_len, or rollout, by tau; null: do not",
+        choices=tuple(BEST_FIGURES),
     )
     # Apart from `steps`, which the schedules are stretched over: a longer run must not bend them.
     extend: int = key(
@@ -274,10 +297,18 @@ class TrainConfig:
         """Refuses a run that may not begin."""
         check_keys(self)
         # Figures belong to a checkpoint: a pass between two of them could keep neither.
+        every = self.checkpoint_every
+        rollouts = "null" if self.rollout_every is None else self.rollout_every
         require(
-            self.keep_best is None or self.eval_every % self.checkpoint_every == 0,
+            self.keep_best != "heldout" or self.eval_every % every == 0,
             "keep_best needs a checkpoint at each evaluation: eval_every "
-            f"{self.eval_every} must be a multiple of checkpoint_every {self.checkpoint_every}",
+            f"{self.eval_every} must be a multiple of checkpoint_every {every}",
+        )
+        require(
+            self.keep_best != "rollout"
+            or (self.rollout_every is not None and self.rollout_every % every == 0),
+            f"keep_best needs a checkpoint at each rollout: rollout_every {rollouts} must be a "
+            f"multiple of checkpoint_every {every}",
         )
         # Its type bounds the entries of a list, not how many there are.
         profile = self.profile

@@ -3,7 +3,7 @@
 An answer is the target's first token, which costs no verification, then cycles: the drafted tokens
 that were kept (d), and the target's own (t). The last cycle may be cut by a stop or the limit:
 
-    t | d d t | t | d d d t | d d        4 verifications, 9 committed: tau = 9 / 4
+    t | d d t | t | d d d t | d d        4 verifications, 10 committed: tau = 10 / 4
         2 kept  0   3         2, cut     kept at least 1, 2, 3: 3/4, 3/4, 1/4
 """
 

@@ -75,6 +75,7 @@ def generate(
     *,
     max_new_tokens: int,
     slots: int | None = None,
+    longest: int = 0,
     seed: int = 0,
 ) -> list[Answer]:
     """Answers a batch of prompts.
@@ -84,16 +85,26 @@ def generate(
         weights: its parameters.
         prompts: token ids of each.
         max_new_tokens: per answer.
-        slots: cache positions, see `speculate.start`; None for as few as these prompts need.
+        slots: cache positions, see `speculate.start`; None for as few as `longest` needs.
+        longest: of the prompts of all batches, which then run through one program; 0 for those of
+            this one.
         seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
     """
     # A caller of many batches gives one number for all: another one is another program.
     if slots is None:
-        slots = required_slots(decoder, max(map(len, prompts)), max_new_tokens)
+        slots = required_slots(decoder, max(longest, *map(len, prompts)), max_new_tokens)
     began = time.perf_counter()
-    state = start(decoder, weights, prompts, max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+    state = start(
+        decoder,
+        weights,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        longest=longest,
+        seed=seed,
+    )
     state = finish(decoder, weights, state)
     np.asarray(state.lengths)  # waits for the device
     return _answers(decoder, state, prompts, seconds=time.perf_counter() - began)

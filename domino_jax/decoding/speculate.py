@@ -155,6 +155,7 @@ def start(
     *,
     max_new_tokens: int,
     slots: int,
+    longest: int = 0,
     seed: int = 0,
 ) -> DecodeState:
     """Reads the prompts and commits the first token of each answer.
@@ -165,11 +166,12 @@ def start(
         prompts: token ids, at least one each.
         max_new_tokens: tokens of each answer at most.
         slots: cache positions, at least `required_slots`; a run that keeps them compiles once.
+        longest: tokens that prompts are filled up to at least, likewise.
         seed: of the sampler.
     Raises:
         ValueError: too few slots or an empty prompt.
     """
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(longest, *map(len, prompts))
     if min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("a prompt without tokens")
     if slots < required_slots(decoder, longest, max_new_tokens):  # XLA would clamp, in silence

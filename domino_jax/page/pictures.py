@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from domino_jax.page.charts import Bars, Chart, Curves, Dots, described
 from domino_jax.strict import InputError, printable
@@ -100,7 +100,9 @@ def drawn(charts: Sequence[Chart], names: Sequence[str]) -> tuple[Picture, ...]:
         "ytick.labelsize": SMALL,
         "axes.labelsize": SMALL,
     }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    # Its own names of settings are typed as literals.
+    chosen = cast(Any, settings)
+    with matplotlib.rc_context(chosen), warnings.catch_warnings():
         # Of letters that its font lacks; on the page the reader's own fonts have them.
         warnings.simplefilter("ignore")
         return tuple(_drawn(chart, names) for chart in charts)

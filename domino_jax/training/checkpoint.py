@@ -7,14 +7,16 @@ is left, a run refuses to begin again.
     run/checkpoints/40/params/ optimizer/ ema/  arrays; the draft alone is read from one of them
                        data/                    position in the shuffled rows
                        draft/ run/              DraftRecord, RunRecord
-                       metrics/                 held-out figures, where the best is kept
+                       metrics/                 the figures that the best is kept by
                        SHA256SUMS               of all of them, written before 40 gets its name
     run/newest_checkpoint.json                  so that a checkpoint that is gone is missed
     run/set_aside/                              checkpoints that were damaged
 """
 
 import asyncio
+import functools
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from domino_jax.config.sections import BEST_FIGURES
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
 from domino_jax.progress import STDERR, Reporter
@@ -39,7 +42,6 @@ CHECKPOINTS = "checkpoints"
 NEWEST = "newest_checkpoint.json"
 SET_ASIDE = "set_aside"
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
-HELDOUT = "heldout"
 
 
 class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -78,26 +80,26 @@ class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def open_checkpoints(
-    run_dir: str | Path, *, keep: int = 2, keep_best: bool = False
+    run_dir: str | Path, *, keep: int = 2, keep_best: str | None = None
 ) -> ocp.CheckpointManager:
     """The checkpoints of a run, to write to.
 
     Args:
         run_dir: the run's directory; it is made where missing.
         keep: the newest so many stay.
-        keep_best: the one with the longest held-out acceptance stays too.
+        keep_best: the best by its figures of this split (`BEST_FIGURES`) stays too.
     """
     policies = ocp.checkpoint_managers
     kept: Any = policies.LatestN(keep)
-    if keep_best:
-        # Steps between two held-out passes have no figures: they stay while they are new.
-        best = policies.BestN(
-            get_metric_fn=_accept_len, n=1, keep_checkpoints_without_metrics=False
-        )
+    figure = None
+    if keep_best is not None:
+        figure = functools.partial(_figure, split=keep_best)
+        # Steps between two such passes have no figures: they stay while they are new.
+        best = policies.BestN(get_metric_fn=figure, n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([kept, best])
     options = ocp.CheckpointManagerOptions(
         preservation_policy=kept,
-        best_fn=_accept_len if keep_best else None,  # without it metrics are not stored
+        best_fn=figure,  # without it metrics are not stored
         create=True,
         cleanup_tmp_directories=True,  # of saves that were killed
         temporary_path_class=_CheckedDirectory,
@@ -153,8 +155,9 @@ def sound_checkpoint(
 class Checkpoints:
     """The checkpoints of a run that trains; what fails while one is written is one line."""
 
-    def __init__(self, run_dir: Path, *, keep: int, keep_best: bool) -> None:
+    def __init__(self, run_dir: Path, *, keep: int, keep_best: str | None) -> None:
         self._directory = _directory(run_dir)
+        self._keep_best = keep_best
         with self._told(None):
             self._manager = open_checkpoints(run_dir, keep=keep, keep_best=keep_best)
         self._writing: int | None = None
@@ -197,7 +200,7 @@ class Checkpoints:
         draft: DraftRecord,
         run: RunRecord,
         *,
-        heldout: dict[str, float] | None,
+        figures: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """Saves a state in the background, under its step.
 
@@ -206,7 +209,7 @@ class Checkpoints:
             batches: iterator whose position is saved.
             draft: what a reader of the draft needs.
             run: what the run is resumed with.
-            heldout: figures of the held-out pass of this step, by which the best is kept.
+            figures: by split, of the passes of this step; the best is kept by one of them.
         Raises:
             InputError: this one or the one before could not be written.
         """
@@ -223,11 +226,11 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        metrics = None if heldout is None else {HELDOUT: heldout}
+        metrics = {split: dict(figures[split]) for split in figures if split == self._keep_best}
         step = int(state.step)
         with self._told(step):
             self._writing = step
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None)
 
     def restore(self, step: int, state: TrainState, batches: Any) -> tuple[TrainState, Any]:
         """A checkpoint that `sound_checkpoint` found, laid out like `state`: arrays or shapes.
@@ -375,8 +378,9 @@ def _put_aside(run_dir: Path, place: Path) -> Path:
     return to
 
 
-def _accept_len(metrics: Any) -> float:
-    return metrics[HELDOUT]["accept_len"]
+def _figure(metrics: Any, *, split: str) -> float:
+    # Below all others: saved when a start kept the best by another split.
+    return metrics.get(split, {}).get(BEST_FIGURES[split], -math.inf)
 
 
 def _reason(error: Exception) -> str:

@@ -25,7 +25,6 @@ def step_flops(
     anchors: float,
     *,
     target: DecoderConfig | None = None,
-    depth: int | None = None,
     target_logits: bool = False,
 ) -> dict[str, float]:
     """Useful FLOPs of one row's training step.
@@ -34,9 +33,9 @@ def step_flops(
         draft: with or without head, shifted or not.
         length: S, tokens of the row without its padding; may be a mean.
         anchors: N, blocks that are trained on; may be a mean.
-        target: the target where it runs in the step; None where its states are given.
-        depth: layers of it that run; None for those that the draft reads, or with `target_logits`
-            for all. That its head is tied changes nothing.
+        target: the target where it runs in the step; None where its states are given. The layers
+            that the draft reads count, or with `target_logits` all. That its head is tied changes
+            nothing.
         target_logits: whether the loss reads the target's distribution (`kl_weight`).
     Returns:
         FLOPs by the stage they belong to (`stages.STAGES`); stages without any are left out.
@@ -62,10 +61,10 @@ def step_flops(
     if target_logits:
         products[VOCABULARY_LOSS] += min(length, predictions) * vocabulary * width
     if target is not None:
-        if depth is None:
-            # Layers behind the last captured one serve the target's distribution alone.
-            last_read = max(draft.target_layer_ids) + 1
-            depth = target.num_hidden_layers if target_logits else last_read
+        # Layers behind the last captured one serve the target's distribution, or rollouts, which
+        # are no part of a step.
+        last_read = max(draft.target_layer_ids) + 1
+        depth = target.num_hidden_layers if target_logits else last_read
         seen = 2 * _heads_width(target) * _mean_seen(length, None)
         products[TARGET] = depth * length * (_layer_weights(target) + seen)
     # Counted up to here: multiplications, each with its addition.

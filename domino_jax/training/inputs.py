@@ -5,6 +5,7 @@ batch row is one row, or with packing several that share its S positions:
 
     file or capture -> rows [n] -> packs -> batch rows [A * B, S] of a process
                                          -> `Batch` [A, B, S] over the mesh, B split, A scanned
+    held-out file   -> prompts [n] of rollouts
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,17 @@ from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig
 from domino_jax.config.sections import DataConfig
-from domino_jax.data.conversations import Row, load_rows
+from domino_jax.data.conversations import Row, encode_prompt, load_rows, read_messages
 from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches
+from domino_jax.decoding.generate import check_length
+from domino_jax.decoding.speculate import make_decoder
 from domino_jax.progress import Reporter
 from domino_jax.sharding import make_mesh, partition_spec, parts_of
 from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import tokenizer_fingerprint
+from domino_jax.target.model import Target
 from domino_jax.training.objectives import reads_target
 from domino_jax.training.step import Batch
 
@@ -130,6 +134,46 @@ def read_features(
             "--with-target-states"
         )
     return _with_packs(rows, data)
+
+
+def read_prompts(
+    config: RunConfig, rows: Sequence[Row], tokenizer: Any, target: DecoderConfig
+) -> list[np.ndarray]:
+    """The prompts of a run's rollouts: held-out conversations, each cut before its last answer.
+
+    Args:
+        config: the run.
+        rows: of `data.heldout`; the first ones count, a line that gave none has no prompt either.
+        tokenizer: the target's.
+        target: the target.
+    Returns:
+        Token ids, int32 [n] each.
+    Raises:
+        InputError: a prompt, or an answer, is longer than any text that the target knows positions
+            for.
+    """
+    data = config.data
+    settings = config.train
+    assert data.heldout is not None
+    positions = target.max_position_embeddings
+    if settings.rollout_tokens > positions:
+        raise InputError(
+            f"train.rollout_tokens {settings.rollout_tokens}: the target has {positions} "
+            "positions; give fewer"
+        )
+    reader = make_decoder(Target(target))
+    # Read once more: a row has its tokens alone, and may be cut before its last answer.
+    conversations = dict(read_messages(data.heldout).conversations)
+    prompts = []
+    for row in rows[: settings.rollout_prompts]:
+        assert row.line is not None, "held-out rows are read from a file"
+        messages = conversations[row.line]
+        roles = [message["role"] for message in messages]
+        last_answer = len(roles) - 1 - roles[::-1].index("assistant")
+        prompt = encode_prompt(messages[:last_answer], tokenizer, data.chat_template_kwargs)
+        check_length(reader, prompt, place=f"{data.heldout}:{row.line}")
+        prompts.append(prompt)
+    return prompts
 
 
 def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:

@@ -5,15 +5,17 @@ a step is noted, told, measured and saved in one order, and a resumed run begins
 
     each step           rows -> batch -> compiled step -> its outcome into the window
     log_every, last     the window's line: skipped steps, spikes, means; the window is empty again
-    eval_every, last    the held-out pass
-    checkpoint_every,   state, position in the rows, window, end of the log; whether a held-out
-    last, a stop        pass is still due
+    eval_every, last    the held-out pass, teacher-forced
+    rollout_every, last the rollout: the draft drafts, the target verifies
+    checkpoint_every,   state, position in the rows, window, end of the log; which of the two
+    last, a stop        are still due
 """
 
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from domino_jax.training.optimizer import learning_rate_schedule, updates_done
 from domino_jax.training.prepare import Run, prepare
 from domino_jax.training.program import StepArguments, lowered_step
 from domino_jax.training.records import RunRecord
+from domino_jax.training.rollout import Rollout, rollout_words
 from domino_jax.training.skips import Diverged, Skip, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
@@ -55,8 +58,8 @@ def train(
         config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and
             checkpoints/.
         reporter: is told the progress.
-        stop_requested: asked after each step and during held-out passes; once it says so, the
-            state is saved and the run ends.
+        stop_requested: asked after each step and during held-out passes and rollouts; once it says
+            so, the state is saved and the run ends.
     Returns:
         The run directory.
     Raises:
@@ -68,9 +71,7 @@ def train(
     """
     run = prepare(config, reporter=reporter)
     settings = run.config.train
-    kept = Checkpoints(
-        run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best is not None
-    )
+    kept = Checkpoints(run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
     # Everything is traced under the mesh: without one, layouts are asked for in vain.
     with jax.set_mesh(run.mesh), kept as checkpoints:
         batches = run.batches()
@@ -94,6 +95,23 @@ def train(
                 )
             )
     return run.directory
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A measurement of the draft between two steps, every so many and at the last.
+
+    Attributes:
+        split: of its records.
+        every: the steps.
+        measure: gives the figures of a state, None where the run was asked to stop.
+        words: what is told of them.
+    """
+
+    split: str
+    every: int
+    measure: Callable[..., Mapping[str, Any] | None]
+    words: Callable[[Any], str]
 
 
 class _Training:
@@ -134,8 +152,10 @@ class _Training:
             max_bad_steps=settings.max_bad_steps,
             stored=stored.watch if stored else None,
         )
-        self._heldout = HeldOut(run) if run.heldout else None
-        self._heldout_due = stored is not None and stored.heldout_due
+        self._passes = list(_passes(run))
+        due = vars(stored) if stored else {}
+        # Those of this start: rollouts may have been switched off since.
+        self._due = [one for one in self._passes if due.get(f"{one.split}_due")]
         self._finite = jax.jit(all_finite)
         self._begun: deque[Any] = deque(maxlen=2)  # sums of the last steps, perhaps still to come
         self.log = MetricsLog(
@@ -154,9 +174,8 @@ class _Training:
         run = self._run
         settings = self._run.config.train
         last_step = self._run.last_step
-        if self._heldout_due:
-            # Nothing of this start is to be saved yet: a signal may end the process.
-            self._evaluate(stop_requested=lambda: False)
+        # Nothing of this start is to be saved yet: a signal may end the process.
+        self._measure(stop_requested=lambda: False)
         if self._step >= last_step:
             self._reporter.say(f"already trained for {self._step} steps")
             return None
@@ -186,20 +205,19 @@ class _Training:
                 bar.update(self._step)
                 self._speed.add(taken["row_numbers"])
                 self._window.add(self._step, taken["row_numbers"], sums)
-                # Line, held-out pass, checkpoint: what is told before a save is never told again.
+                # Line, passes, checkpoint: what is told before a save is never told again.
                 last = self._step == last_step
                 if self._step % settings.log_every == 0 or last:
                     self._tell(bar)
                     if self._watch.diverged_at is not None:
                         return self._watch.diverged_at
-                figures = None
-                if self._heldout and (self._step % settings.eval_every == 0 or last):
-                    figures = self._evaluate(stop_requested=self._stop_requested)
-                # A held-out pass that was cut short is a stop too, made up for by the next start.
-                stop = self._heldout_due or self._stop_requested()
+                self._due = [one for one in self._passes if self._step % one.every == 0 or last]
+                figures = self._measure(stop_requested=self._stop_requested)
+                # A pass that was cut short is a stop too, made up for by the next start.
+                stop = bool(self._due) or self._stop_requested()
                 if self._step % settings.checkpoint_every == 0 or last or stop:
                     self._save(figures)
-        if self._step < last_step or self._heldout_due:
+        if self._step < last_step or self._due:
             raise Interrupted(
                 f"stopped at step {self._step} of {last_step}; the same command resumes there"
             )
@@ -235,23 +253,26 @@ class _Training:
         self._window.clear()
         self._speed.begin()
 
-    def _evaluate(self, *, stop_requested: Callable[[], bool]) -> dict[str, float] | None:
-        """Measures and writes the held-out figures.
+    def _measure(self, *, stop_requested: Callable[[], bool]) -> dict[str, Mapping[str, Any]]:
+        """Measures what is due, in its order, and writes it.
 
-        Returns None where the run was asked to stop: the pass is still due.
+        Returns the figures by split. Where the run was asked to stop, the pass that was cut short
+        and those behind it stay due.
         """
-        assert self._heldout is not None
-        with self._speed.paused(self._state):
-            figures = self._heldout(self._state, stop_requested=stop_requested)
-        self._heldout_due = figures is None
-        if figures is not None:
-            self.log.write(self._step, "heldout", figures)
-            self._reporter.say(
-                f"step {self._step}/{self._run.last_step}  held out: {_formatted(figures)}"
-            )
-        return figures
+        measured: dict[str, Mapping[str, Any]] = {}
+        while self._due:
+            one = self._due[0]
+            with self._speed.paused(self._state):
+                figures = one.measure(self._state, stop_requested=stop_requested)
+            if figures is None:
+                break
+            self._due.pop(0)
+            self.log.write(self._step, one.split, figures)
+            self._reporter.say(f"step {self._step}/{self._run.last_step}  {one.words(figures)}")
+            measured[one.split] = figures
+        return measured
 
-    def _save(self, heldout: dict[str, float] | None) -> None:
+    def _save(self, figures: Mapping[str, Mapping[str, Any]]) -> None:
         run, step = self._run, self._step
         if self._checkpoints.saved(step):
             return
@@ -262,16 +283,27 @@ class _Training:
                 newest = self._checkpoints.newest()
                 raise Diverged(overflow(run.directory, step, newest_checkpoint=newest))
             self._reporter.say(f"saving checkpoint {step}")
+            due = [one.split for one in self._due]
             record = RunRecord(
                 config=dataclasses.asdict(run.config),
                 inputs=run.inputs,
                 outcomes=[outcome.as_json() for outcome in self._window.fetch()],
                 watch=self._watch.as_json(),
                 log=self.log.mark(),
-                heldout_due=self._heldout_due,
+                heldout_due="heldout" in due,
+                rollout_due="rollout" in due,
             )
             # Before the next batch is taken: the saved position in the data is this step's.
-            self._checkpoints.save(self._state, self._batches, run.record, record, heldout=heldout)
+            self._checkpoints.save(self._state, self._batches, run.record, record, figures=figures)
+
+
+def _passes(run: Run) -> Iterator[_Pass]:
+    """What a run measures of its draft, in the order in which it does."""
+    settings = run.config.train
+    if run.heldout is not None:
+        yield _Pass("heldout", settings.eval_every, HeldOut(run), _heldout_words)
+    if settings.rollout_every is not None:
+        yield _Pass("rollout", settings.rollout_every, Rollout(run), rollout_words)
 
 
 def _compiled_step(
@@ -296,6 +328,10 @@ def _training_figures(
         "lambda_base": float(run.program.curriculum(step - 1)),
         "learning_rate": float(rate(max(updates - 1, 0))),
     }
+
+
+def _heldout_words(figures: dict[str, float]) -> str:
+    return f"held out: {_formatted(figures)}"
 
 
 def _formatted(figures: dict[str, float]) -> str:

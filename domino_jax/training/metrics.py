@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -96,7 +96,8 @@ class LogMark:
 class MetricsLog:
     """`metrics.jsonl` and `timing.jsonl` of a run directory and, when asked for, TensorBoard files.
 
-    One record per line: `step`, `split` ("train", "heldout", "skipped" or "spike") and its figures.
+    One record per line: `step`, `split` ("train", "heldout", "rollout", "skipped" or "spike") and
+    its figures.
     `metrics.jsonl` holds what the seed determines: two runs of one configuration write the same
     bytes, however often they are stopped and resumed. What varies between them, times and speeds,
     is in `timing.jsonl`. A figure that is not finite is null there, and `not_finite` names it.
@@ -154,7 +155,7 @@ class MetricsLog:
         self,
         step: int,
         split: str,
-        figures: dict[str, Any],
+        figures: Mapping[str, Any],
         *,
         timing: dict[str, float] | None = None,
     ) -> None:

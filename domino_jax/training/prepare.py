@@ -10,11 +10,12 @@ leave nothing behind.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from domino_jax.config.model import DecoderConfig
@@ -39,6 +40,7 @@ from domino_jax.training.inputs import (
     InputRows,
     draft_of,
     read_features,
+    read_prompts,
     read_rows,
     run_mesh,
     training_batches,
@@ -95,11 +97,12 @@ class RunInputs(CheckedRun):
     """A run whose rows are read.
 
     `total_steps` are those that the schedules are stretched over, `last_step` is where the run
-    ends, `inputs` tells by name what was read.
+    ends, `inputs` tells by name what was read. `prompts`, int32 [n] each, are those of rollouts.
     """
 
     rows: InputRows
     heldout: InputRows | None
+    prompts: Sequence[np.ndarray]
     program: Program
     total_steps: int
     last_step: int
@@ -191,8 +194,7 @@ def read_inputs(
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
     config = run.config
-    data = run.config.data
-    tokenizer = run.tokenizer
+    data, tokenizer = run.config.data, run.tokenizer
     sources = [place for place in (data.train, data.features, data.heldout) if place]
     reporter.say(f"loading rows {' and '.join(sources)}")
     if data.train is None:
@@ -204,9 +206,12 @@ def read_inputs(
     inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
     inputs["data.train" if data.train else "data.features"] = rows.fingerprint
     heldout = None
+    prompts: Sequence[np.ndarray] = ()
     if data.heldout:
         heldout = read_rows(data.heldout, tokenizer, data, reporter=reporter)
         inputs["data.heldout"] = heldout.fingerprint
+        if config.train.rollout_every is not None:
+            prompts = read_prompts(config, heldout.rows, tokenizer, run.target_config)
     if run.resumed is not None:
         # Without the target, whose hash may not be there yet: `prepare` compares it.
         check_inputs(
@@ -229,6 +234,7 @@ def read_inputs(
         **vars(run),
         rows=rows,
         heldout=heldout,
+        prompts=prompts,
         program=program,
         total_steps=total_steps,
         # The schedules are not stretched over the extension: it trains on at their last values.
@@ -314,8 +320,9 @@ def _tell(run: Run, reporter: Reporter) -> None:
 
 
 def _target_params(run: RunInputs) -> Any:
-    """The target's parameters that the steps and the held-out passes of a run read."""
+    """The target's parameters that steps, held-out passes and rollouts of a run read."""
     data = run.config.data
+    # Rollouts too are of held-out rows.
     target_runs = data.features is None or data.heldout is not None
 
     def read(path: ParameterPath) -> bool:

@@ -34,6 +34,7 @@ from domino_jax.training.preflight import (
 )
 from domino_jax.training.prepare import RunInputs
 from domino_jax.training.program import batch_layout
+from domino_jax.training.rollout import prompts_at_once, target_cache_bytes
 from domino_jax.training.step import Batch
 
 SAMPLED = 64  # rows of a capture whose masks are read: each lies beside megabytes of states
@@ -173,6 +174,11 @@ def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
             tokens = sum(row_lengths(part.rows))
             yield name, part.summary(max_length=run.config.data.max_length)
             yield "", f"{tokens:,} tokens, {_supervised_share(part)}"
+    if run.prompts:
+        longest = max(map(len, run.prompts))
+        yield "rollout prompts", f"{len(run.prompts)} of up to {longest:,} tokens"
+        size = target_cache_bytes(run) / GIGABYTE
+        yield "", f"{prompts_at_once(run)} at once: {size:.3g} GB of keys and values of the target"
 
 
 def _supervised_share(part: InputRows) -> str:

@@ -89,9 +89,11 @@ def make_program(
     """
     loss = config.loss
     device = mesh.devices.flat[0]
-    # The target's own distribution needs its last layer; without it the captured ones are enough.
+    # The target's own distribution and its answers need its last layer; without them the captured
+    # ones are enough. With rollouts each step runs the rest too: to cut the stacked layers there
+    # would copy them.
     depth = max(draft.target_layer_ids) + 1
-    if reads_target(loss):
+    if reads_target(loss) or config.train.rollout_every is not None:
         depth = target.num_hidden_layers
     return Program(
         trainer=build_trainer(

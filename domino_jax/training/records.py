@@ -71,6 +71,7 @@ class RunRecord:
         watch: the consecutive non-finite steps up to then (`StepWatch`).
         log: where `metrics.jsonl` stood.
         heldout_due: whether the held-out pass of this step was still to come.
+        rollout_due: whether its rollout was; checkpoints of versions without rollouts do not say.
     """
 
     config: Mapping[str, Any]
@@ -79,6 +80,7 @@ class RunRecord:
     watch: Mapping[str, Any]
     log: LogMark
     heldout_due: bool
+    rollout_due: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""

@@ -31,6 +31,7 @@ _FREE = (
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.keep_best",
+        "train.rollout_",
     ),
     *("train.max_bad_steps", "train.profile", "train.tensorboard", "train.extend"),
     *("mesh", "loss.logits_mib", "run_dir"),

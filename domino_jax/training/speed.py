@@ -113,7 +113,6 @@ class Speed:
             self._tokens / count,
             blocks / count,
             target=program.target.cfg if self._target_runs else None,
-            depth=program.target.layers_run,
             target_logits=reads_target(program.trainer),
         )
         return count * sum(parts.values())

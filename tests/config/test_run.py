@@ -148,6 +148,7 @@ def test_every_key_says_what_it_means() -> None:
             "train.keep_best=heldout",
             "train.keep_best is 'heldout', but data.heldout is missing",
         ),
+        ("train.rollout_every=5", "train.rollout_every is 5, but data.heldout is missing"),
     ],
 )
 def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:

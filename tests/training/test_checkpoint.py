@@ -270,7 +270,7 @@ def test_a_finished_run_is_extended(place: Path) -> None:
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     import orbax.checkpoint as ocp
 
-    with open_checkpoints(tmp_path, keep=1, keep_best=True) as checkpoints:
+    with open_checkpoints(tmp_path, keep=1, keep_best="heldout") as checkpoints:
         for step, accept_len in enumerate((1.5, 3.0, None, 2.0, 2.5, None), start=1):
             items = ocp.args.Composite(draft=ocp.args.JsonSave({"step": step}))
             metrics = None if accept_len is None else {"heldout": {"accept_len": accept_len}}
@@ -278,9 +278,24 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "6"}
 
 
-def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
+def test_what_is_best_may_change_between_two_starts(tmp_path: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    items = ocp.args.Composite(draft=ocp.args.JsonSave({}))
+    with open_checkpoints(tmp_path, keep=1, keep_best="heldout") as checkpoints:
+        checkpoints.save(1, args=items, metrics={"heldout": {"accept_len": 9.0}})
+    with open_checkpoints(tmp_path, keep=1, keep_best="rollout") as checkpoints:
+        for step, tau in ((2, 1.5), (3, 1.25)):
+            checkpoints.save(step, args=items, metrics={"rollout": {"tau": tau}})
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
+
+
+@pytest.mark.parametrize(("by", "figure"), [("heldout", "accept_len"), ("rollout", "tau")])
+def test_a_run_keeps_its_best_checkpoint(place: Path, by: str, figure: str) -> None:
     words = (
-        "train.keep_best=heldout",
+        f"train.keep_best={by}",
+        "train.rollout_every=3",
+        "train.rollout_tokens=8",
         "train.keep_checkpoints=1",
         "train.steps=12",
         "train.checkpoint_every=3",
@@ -291,8 +306,8 @@ def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
     lines = [
         json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()
     ]
-    heldout = {line["step"]: line["accept_len"] for line in lines if line["split"] == "heldout"}
-    best = max(heldout, key=lambda step: (heldout[step], step))
+    measured = {line["step"]: line[figure] for line in lines if line["split"] == by}
+    best = max(measured, key=lambda step: (measured[step], step))
     kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
     assert kept == {best, 12}
     assert load_draft(place / "best", reporter=quiet(), step=best).step == best
@@ -301,7 +316,12 @@ def test_a_run_keeps_its_best_checkpoint(place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("train.keep_best=rollout",), "keep_best must be one of heldout or null, found 'rollout'"),
+        (("train.keep_best=tau",), "must be one of heldout, rollout or null, found 'tau'"),
+        (("train.keep_best=rollout",), "rollout_every null must be a multiple of checkpoint_every"),
+        (
+            ("train.keep_best=rollout", "train.rollout_every=3"),
+            "rollout_every 3 must be a multiple of checkpoint_every 2",
+        ),
         (
             ("train.keep_best=heldout", "data.heldout=null", "train.checkpoint_every=3"),
             "data.heldout is missing",

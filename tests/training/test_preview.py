@@ -33,6 +33,19 @@ def preview_of(run: RunInputs, *, width: int = 100, colours: bool = False) -> st
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_dry_run_tells_what_rollouts_take(target: Path, tmp_path: Path) -> None:
+    path = run_config(tmp_path, target)
+    assert "rollout" not in preview_of(inputs_of(path)).partition("target's parameters")[2]
+    run = inputs_of(path, "train.rollout_every=2", "train.rollout_prompts=4")
+    shown = preview_of(run)
+    assert re.search(rf"rollout prompts +4 of up to {max(map(len, run.prompts))} tokens", shown)
+    # Keys and values of four layers, one head of 8 in float32; 8 prompts, one a device, each with
+    # 64 new tokens and a block of 4.
+    longest = max(map(len, run.prompts))
+    size = 4 * 2 * 8 * 4 * 8 * (longest + 64 + 4) / 1e9
+    assert f"8 at once: {size:.3g} GB of keys and values of the target" in shown
+
+
 def test_a_dry_run_tells_all_and_creates_nothing(
     domino, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def test_what_is_left_open_is_what_the_devices_take() -> None:
     assert CHIPS["NVIDIA H100 80GB HBM3"].memory == 128 * 640 * 2**20
 
 
-def test_a_loss_that_reads_the_targets_logits_has_the_whole_target(
+def test_what_reads_the_targets_logits_has_the_whole_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draft = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
@@ -67,6 +67,10 @@ def test_a_loss_that_reads_the_targets_logits_has_the_whole_target(
     for change, depth in (({}, 4), ({"kl_weight": 0.5}, 6), ({"loss_type": "of_logits"}, 6)):
         config = resolved(replace(CONFIG, loss=replace(CONFIG.loss, **change)), mesh)
         assert make_program(config, target, draft, mesh, total_steps=9).target.layers_run == depth
+    rolled_out = replace(CONFIG.train, rollout_every=5)
+    data = replace(CONFIG.data, heldout="heldout.jsonl")
+    config = resolved(replace(CONFIG, train=rolled_out, data=data), mesh)
+    assert make_program(config, target, draft, mesh, total_steps=9).target.layers_run == 6
 
 
 def on(platform: str, kind: str) -> Any:

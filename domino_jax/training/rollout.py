@@ -1,0 +1,128 @@
+"""Teacher-forced figures follow a row's own text; what a drafter saves shows when it drafts.
+
+So the draft drafts and the target verifies inside the training process, as `domino evaluate` has
+them do with a checkpoint: greedily, the head included, K - 1 proposals of each block. Held-out
+conversations are the prompts, each cut before its last answer:
+
+    prompts -> batches of one shape, the last one filled up -> answers -> tau, shares by position
+               read and answered by one program each                      `decoding.counts`
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from domino_jax.data.conversations import stop_token_ids
+from domino_jax.decoding.counts import acceptance, tau
+from domino_jax.decoding.generate import Answer, generate
+from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.sharding import parts_of
+from domino_jax.training.prepare import Run, RunInputs
+from domino_jax.training.step import TrainState
+
+# tau, shares by position and counts; a share is None where nothing came so far.
+RolloutFigures = dict[str, float | None]
+
+
+class Rollout:
+    """Lets the draft of a run answer its prompts.
+
+    The target stays as training holds it, its layers stacked and split over the mesh; the prompts
+    of a batch are split over the devices as the rows of a step are.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._decoder = rollout_decoder(run)
+
+    def __call__(
+        self, state: TrainState, *, stop_requested: Callable[[], bool]
+    ) -> RolloutFigures | None:
+        """The figures, or None where the run was asked to stop between two batches."""
+        run = self._run
+        # As `HeldOut`: what is exported is measured.
+        params = state.params if state.ema is None else state.ema
+        weights = Weights(run.target_params, params)
+        size = prompts_at_once(run)
+        # Of all batches, though most are shorter: each other bucket would be another program.
+        longest = max(map(len, run.prompts))
+        answers: list[Answer] = []
+        for begin in range(0, len(run.prompts), size):
+            if stop_requested():
+                return None
+            prompts = list(run.prompts[begin : begin + size])
+            # Filled up by repeating one: another number of prompts would be another program.
+            filled = prompts + prompts[:1] * (size - len(prompts))
+            answered = generate(
+                self._decoder,
+                weights,
+                filled,
+                max_new_tokens=run.config.train.rollout_tokens,
+                longest=longest,
+            )
+            answers += answered[: len(prompts)]
+        return rollout_figures(answers, proposals=self._decoder.proposals)
+
+
+def rollout_decoder(run: RunInputs) -> Decoder:
+    """Target and draft of a run as they decode what is measured."""
+    return make_decoder(
+        run.program.target,
+        DraftModel(run.record.config),
+        proposals="serving",
+        stop_ids=stop_token_ids(run.tokenizer, run.config.data.chat_template_kwargs),
+    )
+
+
+def prompts_at_once(run: RunInputs) -> int:
+    """Prompts of a batch, all devices together."""
+    # As many as a micro-batch has rows, which the mesh divides, or fewer where there are fewer.
+    parts = parts_of("batch", run.mesh)
+    needed = -(-len(run.prompts) // parts) * parts
+    return min(run.config.data.batch_size, needed)
+
+
+def target_cache_bytes(run: RunInputs) -> int:
+    """What the target's keys and values of a batch of prompts take, all devices together."""
+    decoder = rollout_decoder(run)
+    longest = max(map(len, run.prompts))
+    slots = required_slots(decoder, longest, run.config.train.rollout_tokens)
+
+    def cache() -> Any:
+        return decoder.target.empty_cache(batch=prompts_at_once(run), slots=slots)
+
+    # Shapes alone: a dry run holds none of it.
+    leaves = jax.tree.leaves(jax.eval_shape(cache))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    return sum(sizes)
+
+
+def rollout_figures(answers: Sequence[Answer], *, proposals: int) -> RolloutFigures:
+    """What a line of the log says of answers.
+
+    Args:
+        answers: decoded with a draft.
+        proposals: P, the tokens of each draft.
+    Returns:
+        `tau`; `marginal_1` to `marginal_P` and `conditional_1` to `conditional_P` (see
+        `counts.Acceptance`); `tokens` and `prompts`, the counts of both.
+    """
+    shares = vars(acceptance(answers, proposals))
+    figures: RolloutFigures = {"tau": tau(answers)}
+    for kind in ("marginal", "conditional"):
+        for position, share in enumerate(shares[kind], start=1):
+            figures[f"{kind}_{position}"] = share
+    tokens = [len(answer.tokens) for answer in answers]
+    return figures | {"tokens": sum(tokens), "prompts": len(answers)}
+
+
+def rollout_words(figures: RolloutFigures) -> str:
+    """What a person watches of it: tau, and the shares of each position."""
+    words = f"rolled out: tau {figures['tau']:.2f}"
+    for kind in ("marginal", "conditional"):
+        shares = [share for name, share in figures.items() if name.startswith(kind)]
+        told = ["-" if share is None else f"{share:.2f}" for share in shares]
+        words += f"  {kind} {' '.join(told)}"
+    return words
