@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from domino_jax.config.heads import DominoHeadConfig
     from domino_jax.config.model import DraftConfig
+    from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
     from domino_jax.decoding.evaluate import evaluate
     from domino_jax.decoding.generate import generate
-    from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
     from domino_jax.draft.backbone import DraftModel
     from domino_jax.draft.build import init_draft
     from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
@@ -66,7 +66,7 @@ __all__ = [
 _MODULES = {
     "DFlashStepMetrics": "training.step_metrics",
     "DFlashTrainerModule": "training.modules",
-    "Decoder": "decoding.speculate",
+    "Decoder": "decoding.decoder",
     "DominoHeadConfig": "config.heads",
     "DominoStepMetrics": "training.step_metrics",
     "DominoTrainerModule": "training.domino_module",
@@ -74,7 +74,7 @@ _MODULES = {
     "DraftModel": "draft.backbone",
     "InputError": "strict",
     "Target": "target.model",
-    "Weights": "decoding.speculate",
+    "Weights": "decoding.decoder",
     "build_trainer": "training.domino_module",
     "compute_accept_len": "training.loss",
     "evaluate": "decoding.evaluate",
@@ -86,7 +86,7 @@ _MODULES = {
     "lm_head_weight": "target.model",
     "load_hf_draft": "interop.hf",
     "load_target": "target.load",
-    "make_decoder": "decoding.speculate",
+    "make_decoder": "decoding.decoder",
     "metric_means": "training.metrics",
     "metric_sums": "training.metrics",
     "register_objective": "training.objectives",

@@ -27,6 +27,11 @@ def training_summary(run: Path) -> dict[str, Any]:
         }
     if heldout:
         summary["heldout"] = heldout[-1]
+    for record in read_metrics(run):
+        if record["split"] == "data":
+            summary["data"] = {
+                name: record[name] for name in record if name not in ("step", "split")
+            }
     return summary
 
 

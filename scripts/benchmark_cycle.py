@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.decoding.cycle import cycle_times
+from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import Decoder, Weights, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.kernels.largest import most_likely
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import Target, lm_head_weight

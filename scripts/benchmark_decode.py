@@ -36,8 +36,9 @@ from benchmark_record import add_record_option, hardware, record, revision
 from benchmark_workloads import SHAPES, draft_config, target_config
 
 from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.interop.hf import save_hf_draft
 from domino_jax.target.model import Target

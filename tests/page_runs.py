@@ -38,7 +38,7 @@ def write_run(
     write_logs(directory, head=head, steps=steps, heldout=heldout)
     evaluation = evaluation_of(head=head, tau=tau, break_even=break_even, sets=sets, steps=steps)
     if answer_tokens is not None:
-        evaluation["training"]["data"] = {"answer_tokens": answer_tokens, "rows": 640}
+        evaluation["training"]["data"] = {"answer_tokens": answer_tokens, "conversations": 640}
     write_evaluation(directory, evaluation)
     return directory
 

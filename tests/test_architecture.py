@@ -26,7 +26,7 @@ TABLE = (
     (2, "target", "moe model decoder_keys load gguf resolve fingerprint"),
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
-    (2.7, "decoding", "filters acceptance speculate generate counts batch_log prompts"),
+    (2.7, "decoding", "filters acceptance decoder speculate generate counts batch_log prompts"),
     (2.7, "decoding", "regenerate compare ngram intervals evaluate cycle known_answers evaluation"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),

@@ -24,10 +24,10 @@ from domino_jax.cli.shared import (
     top_p_option,
 )
 from domino_jax.data.conversations import stop_token_ids
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.prompts import PromptSettings, user_turn, write_prompts
 from domino_jax.decoding.regenerate import Answerer, AnswerSettings
 from domino_jax.decoding.regenerate import regenerate as regenerate_answers
-from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.gguf import convert_gguf
 from domino_jax.target.model import Target

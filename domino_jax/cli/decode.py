@@ -34,6 +34,7 @@ from domino_jax.cli.shared import (
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding.counts import acceptance
 from domino_jax.decoding.cycle import cycle_times
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
 from domino_jax.decoding.evaluate import plain_answers
 from domino_jax.decoding.evaluation import (
@@ -45,7 +46,6 @@ from domino_jax.decoding.evaluation import (
 )
 from domino_jax.decoding.generate import Answer, TextStream, check_length, pieces, stream_answer
 from domino_jax.decoding.known_answers import known_answers, prompts_sha256
-from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import LINE_BYTES, file_sha256
 from domino_jax.marks import MARKS, has_colours, marked

@@ -15,7 +15,7 @@ from domino_jax.cli.interrupts import safe_point
 from domino_jax.config.model import DraftConfig
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.template import chat_template
-from domino_jax.decoding.speculate import make_decoder
+from domino_jax.decoding.decoder import make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.parse import parse_yaml
 from domino_jax.progress import Reporter

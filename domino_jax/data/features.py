@@ -45,7 +45,8 @@ class Manifest:
     `rows_fingerprint`), `hidden_size` is D, `dtype` the stored type, `compute_dtype` the one the
     target ran in, `target_states` whether its states after the final norm are there too.
     `chat_template_kwargs` is what the template was told for the rows, nothing in captures that do
-    not say. `row_lengths` are tokens per row, `shard_rows` rows per shard.
+    not say. `row_lengths` are tokens per row, `shard_rows` rows per shard. `answer_tokens` are
+    those that the target wrote, of all rows; None in captures that do not say.
     """
 
     target: str
@@ -61,6 +62,7 @@ class Manifest:
     row_lengths: tuple[int, ...]
     shard_rows: tuple[int, ...]
     chat_template_kwargs: Scalars = field(default_factory=dict)
+    answer_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no capture can hold; `shard_rows` may be empty until it is planned."""

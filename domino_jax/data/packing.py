@@ -10,7 +10,7 @@ Packed, they share one, in which target and draft see one document at a time (S 
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,11 @@ def row_lengths(rows: Sequence[Any]) -> Sequence[int]:
     """Tokens of each row; rows that lie on disk know theirs without being read."""
     known = getattr(rows, "lengths", None)
     return known if known is not None else [len(row.input_ids) for row in rows]
+
+
+def answer_tokens(rows: Iterable[Any]) -> int:
+    """Tokens that the target wrote, of all rows; what lies on disk is read for it."""
+    return sum(int(row.loss_mask.sum()) for row in rows)
 
 
 def single_packs(count: int) -> list[Pack]:

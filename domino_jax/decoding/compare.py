@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from domino_jax.decoding.decoder import Weights
 from domino_jax.decoding.generate import Answer
-from domino_jax.decoding.speculate import Weights
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import Target, lm_head_weight
 

@@ -19,12 +19,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import (
-    Decoder,
     DecodeState,
     Drafts,
     Verified,
-    Weights,
     commit,
     cycle,
     draft_block,

@@ -22,10 +22,11 @@ import numpy as np
 from domino_jax.decoding import counts
 from domino_jax.decoding.compare import Comparison, compare
 from domino_jax.decoding.counts import Acceptance
+from domino_jax.decoding.decoder import Decoder, Weights, number_of_proposals
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.intervals import Gain, PerPrompt, gain, tau_interval
 from domino_jax.decoding.ngram import look_up
-from domino_jax.decoding.speculate import Decoder, Weights, number_of_proposals, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.progress import STDERR, Reporter
 
 # Ways to decode. The headline is what serving engines do.
@@ -150,7 +151,6 @@ def evaluate(
         reporter: is told each batch.
     """
     ways = _ways(decoder)
-    greedy = decoder.temperature == 0
     longest = max(map(len, prompts))
     # One number for all ways: any other would be another program to compile. Programs are warmed
     # up by answers of two tokens.
@@ -166,7 +166,9 @@ def evaluate(
         for done, (name, way) in enumerate(ways.items()):
             tell = functools.partial(_tell, bar.tell, name, done * len(prompts))
             answers[name] = run(way, tell=tell)
-    if greedy and plain is None:
+    if decoder.temperature > 0:
+        plain = None  # drawn tokens have nothing to be held against
+    elif plain is None:
         plain = plain_answers(
             decoder,
             weights,
@@ -175,21 +177,7 @@ def evaluate(
             batch_size=batch_size,
             reporter=reporter,
         )
-    drafted = {name: way.proposals for name, way in ways.items()}
-    if greedy and plain is not None:
-        # As many proposals as the headline has: both cost the target the same block.
-        drafted[NGRAM] = drafted[SERVING]
-        answers[NGRAM] = [
-            look_up(prompt, answer, proposals=drafted[NGRAM])
-            for prompt, answer in zip(prompts, plain, strict=True)
-        ]
-    headline = _per_prompt(answers[SERVING])
-    figures = {}
-    for name, of_way in answers.items():
-        compared = None
-        if greedy and plain is not None and name != NGRAM:
-            compared = compare(weights, decoder.target, prompts, plain, of_way)
-        figures[name] = _figures(of_way, drafted[name], headline, name=name, comparison=compared)
+    figures = _of_ways(ways, weights, prompts, answers, plain)
     speed = None
     if timed:
         speed = _speed(
@@ -302,6 +290,35 @@ def _in_batches(
         answers |= dict(zip(batch, found, strict=False))
         tell(len(answers))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _of_ways(
+    ways: Mapping[str, Decoder],
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    answers: Mapping[str, Sequence[Answer]],
+    plain: Sequence[Answer] | None,
+) -> dict[str, WayFigures]:
+    """The figures of each way, and of the floor where the target's own answers are known."""
+    target = ways[SERVING].target
+    headline = _per_prompt(answers[SERVING])
+    figures = {}
+    for name, way in ways.items():
+        compared = None
+        if plain is not None:
+            compared = compare(weights, target, prompts, plain, answers[name])
+        figures[name] = _figures(
+            answers[name], way.proposals, headline, name=name, comparison=compared
+        )
+    if plain is not None:
+        # As many proposals as the headline has: both cost the target the same block.
+        proposals = ways[SERVING].proposals
+        copied = [
+            look_up(prompt, answer, proposals=proposals)
+            for prompt, answer in zip(prompts, plain, strict=True)
+        ]
+        figures[NGRAM] = _figures(copied, proposals, headline, name=NGRAM, comparison=None)
+    return figures
 
 
 def _per_prompt(answers: Sequence[Answer]) -> PerPrompt:

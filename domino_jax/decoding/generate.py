@@ -11,15 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from domino_jax.decoding.speculate import (
-    Decoder,
-    DecodeState,
-    Weights,
-    finish,
-    required_slots,
-    start,
-    stream,
-)
+from domino_jax.decoding.decoder import Decoder, Weights
+from domino_jax.decoding.speculate import DecodeState, finish, required_slots, start, stream
 from domino_jax.strict import InputError
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text

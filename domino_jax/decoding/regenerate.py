@@ -20,8 +20,9 @@ from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import settings_text
 from domino_jax.decoding.batch_log import BatchLog
+from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_length, generate
-from domino_jax.decoding.speculate import Decoder, Weights, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError, Scalars
 

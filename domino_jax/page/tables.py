@@ -65,7 +65,7 @@ def training_table(runs: Sequence[RunFiles]) -> Table:
         "block": _block,
         "training data": _training_data,
         "answer tokens": lambda run: figure(answer_tokens(run), COUNT),
-        "rows": _evaluated("training", "data", "rows", form=COUNT),
+        "conversations": _evaluated("training", "data", "conversations", form=COUNT),
         "held-out data": lambda run: words(_file_name(run.config["data"]["heldout"])),
         "steps trained": lambda run: figure(last(run.records("train"))["step"], COUNT),
         "step evaluated": _evaluated("evaluator", "step", form=COUNT),

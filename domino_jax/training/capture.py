@@ -35,7 +35,7 @@ from domino_jax.data.features import (
     write_manifest,
     write_shard,
 )
-from domino_jax.data.packing import row_lengths
+from domino_jax.data.packing import answer_tokens, row_lengths
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.files import BESIDE
 from domino_jax.progress import Reporter
@@ -161,6 +161,7 @@ def _read(config: RunConfig, *, dtype: str, target_states: bool, reporter: Repor
         target_states=target_states,
         row_lengths=tuple(row_lengths(rows)),
         shard_rows=(),
+        answer_tokens=answer_tokens(rows),
     )
     return _Work(path, target_config, rows, manifest, mesh)
 

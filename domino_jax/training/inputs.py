@@ -23,10 +23,17 @@ from domino_jax.config.run import RunConfig
 from domino_jax.config.sections import DataConfig
 from domino_jax.data.conversations import Row, encode_prompt, load_rows, read_messages
 from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerprint
-from domino_jax.data.packing import Pack, pack_rows, padding_share, row_lengths, single_packs
+from domino_jax.data.packing import (
+    Pack,
+    answer_tokens,
+    pack_rows,
+    padding_share,
+    row_lengths,
+    single_packs,
+)
 from domino_jax.data.pipeline import heldout_batches, row_batches
+from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import check_length
-from domino_jax.decoding.speculate import make_decoder
 from domino_jax.progress import Reporter
 from domino_jax.sharding import make_mesh, partition_spec, parts_of
 from domino_jax.strict import InputError
@@ -50,6 +57,18 @@ class InputRows:
     def epoch_rows(self) -> int:
         """Batch rows in one epoch."""
         return len(self.rows) if self.packs is None else len(self.packs)
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """How many conversations there are, and tokens of them that the target wrote."""
+        # Masks of captured rows lie beside gigabytes of states; older captures do not count.
+        known = (
+            self.rows.manifest.answer_tokens
+            if isinstance(self.rows, FeatureRows)
+            else answer_tokens(self.rows)
+        )
+        counted = {} if known is None else {"answer_tokens": known}
+        return {"conversations": len(self.rows), **counted}
 
     @property
     def fingerprint(self) -> str:

@@ -176,6 +176,8 @@ class _Training:
         last_step = self._run.last_step
         # Nothing of this start is to be saved yet: a signal may end the process.
         self._measure(stop_requested=lambda: False)
+        if self._run.resumed is None:
+            self.log.write(0, "data", run.rows.figures)
         if self._step >= last_step:
             self._reporter.say(f"already trained for {self._step} steps")
             return None

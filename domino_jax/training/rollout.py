@@ -15,8 +15,9 @@ import jax
 
 from domino_jax.data.conversations import stop_token_ids
 from domino_jax.decoding.counts import acceptance, tau
+from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.sharding import parts_of
 from domino_jax.training.prepare import Run, RunInputs

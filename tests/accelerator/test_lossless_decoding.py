@@ -11,8 +11,9 @@ from reference import target_config
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DraftConfig
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target

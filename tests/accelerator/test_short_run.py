@@ -21,7 +21,7 @@ def test_one_epoch_trains_measures_and_saves(tmp_path: Path) -> None:
     config = load_config(run_config(tmp_path, target, dtype="bfloat16", train=settings))
     run = train(config, reporter=quiet())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines]
+    losses = [line["loss"] for line in lines if line["step"]]
     assert len(losses) == 4  # 24 rows in batches of 8, and one held-out pass
     assert all(map(math.isfinite, losses))
     draft = load_draft(run)

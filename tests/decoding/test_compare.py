@@ -10,8 +10,8 @@ import pytest
 from reference import draft_config, target_config
 
 from domino_jax.decoding.compare import Difference, compare, next_logits
+from domino_jax.decoding.decoder import Weights
 from domino_jax.decoding.generate import Answer
-from domino_jax.decoding.speculate import Weights
 from domino_jax.target.model import Target
 
 CONFIG = draft_config(num_target_layers=4, target_layer_ids=(0, 2))

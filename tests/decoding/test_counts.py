@@ -10,8 +10,9 @@ import pytest
 from toy_models import PROMPTS, TARGET, draft_config, models
 
 from domino_jax.decoding.counts import acceptance, tau, verifications
+from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import advance, make_decoder, required_slots, start
+from domino_jax.decoding.speculate import advance, required_slots, start
 from domino_jax.target.model import Target
 
 P = 3

@@ -11,6 +11,7 @@ import pytest
 from tiny import WORDS, Heard, Interrupted, quiet, write_target
 
 from domino_jax.data.template import NO_KWARGS
+from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import Answer
 from domino_jax.decoding.prompts import (
     Drawn,
@@ -20,7 +21,6 @@ from domino_jax.decoding.prompts import (
     user_turn,
     write_prompts,
 )
-from domino_jax.decoding.speculate import Decoder, Weights, make_decoder
 from domino_jax.progress import Reporter
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target, load_tokenizer

@@ -12,9 +12,10 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, Interrupted, quiet, write_conversa
 
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import TextStream, generate, stream_answer
 from domino_jax.decoding.regenerate import Answerer, AnswerSettings, Regenerated, regenerate
-from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.progress import Reporter
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.load import load_target, load_tokenizer

@@ -13,8 +13,8 @@ from toy_models import PROMPTS, TARGET, answers, draft_config, drawn_from, model
 
 from domino_jax.decoding import speculate
 from domino_jax.decoding.acceptance import accept_sampled
+from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.filters import filtered
-from domino_jax.decoding.speculate import make_decoder
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import Target, lm_head_weight
 

@@ -12,16 +12,8 @@ from tiny import stack_layers
 from toy_models import PROMPTS, TARGET, answers, draft_config, models
 
 from domino_jax.decoding.acceptance import accept_greedy
-from domino_jax.decoding.speculate import (
-    Weights,
-    _draft,
-    finish,
-    make_decoder,
-    number_of_proposals,
-    required_slots,
-    start,
-    stream,
-)
+from domino_jax.decoding.decoder import Weights, make_decoder, number_of_proposals
+from domino_jax.decoding.speculate import _draft, finish, required_slots, start, stream
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.products import vocabulary_logits

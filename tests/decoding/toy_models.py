@@ -9,7 +9,8 @@ import numpy as np
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
-from domino_jax.decoding.speculate import Decoder, Weights, finish, required_slots, start
+from domino_jax.decoding.decoder import Decoder, Weights
+from domino_jax.decoding.speculate import finish, required_slots, start
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 

@@ -27,15 +27,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.data.conversations import encode_prompt
+from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import (
-    Decoder,
-    Weights,
-    make_decoder,
-    required_slots,
-    start,
-    stream,
-)
+from domino_jax.decoding.speculate import required_slots, start, stream
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft

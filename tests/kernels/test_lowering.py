@@ -18,7 +18,8 @@ import optax
 import pytest
 from reference import draft_config, target_config
 
-from domino_jax.decoding.speculate import Weights, _advance, make_decoder, start
+from domino_jax.decoding.decoder import Weights, make_decoder
+from domino_jax.decoding.speculate import _advance, start
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target

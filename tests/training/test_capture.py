@@ -59,7 +59,7 @@ def losses(place: Path, name: str, *overrides: str) -> np.ndarray:
     run = place / f"run-{name}"
     train(load_config(place / "config.yaml", [f"run_dir={run}", *overrides]), reporter=quiet())
     names = ("loss", "final_loss", "base_loss", "accept_len", "valid_blocks")
-    return np.array([[line[name] for name in names] for line in read_metrics(run)])
+    return np.array([[line[name] for name in names] for line in read_metrics(run) if line["step"]])
 
 
 def offline(directory: Path) -> tuple[str, str]:

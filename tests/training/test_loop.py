@@ -35,6 +35,9 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     places = [said.index(words) for words in begun]
     assert places == sorted(places) and [said.count(words) for words in begun] == [1] * 4
     lines = read_metrics(directory)
+    first = lines[0]
+    assert first["split"] == "data" and first["conversations"] == 24 and first["answer_tokens"] > 24
+    assert first.keys() == fields_of("data")
     training = [line for line in lines if line["split"] == "train"]
     heldout = [line for line in lines if line["split"] == "heldout"]
     assert [line["step"] for line in training] == [20, 40, 60] and [

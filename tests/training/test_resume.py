@@ -122,7 +122,9 @@ def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
         with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):
             train(config, reporter=quiet(), stop_requested=Stop(0))
         assert load_draft(tmp_path / "run").step == step
-    assert not read_metrics(tmp_path / "run")[1:]  # of step 2; a stop writes no line of its own
+    assert not read_metrics(tmp_path / "run")[
+        2:
+    ]  # of the data and of step 2; a stop writes no line of its own
 
 
 @pytest.mark.pitfall(

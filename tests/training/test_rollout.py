@@ -16,8 +16,9 @@ from domino_jax.config.run import load_config
 from domino_jax.data.conversations import encode_prompt, stop_token_ids
 from domino_jax.decoding import speculate
 from domino_jax.decoding.counts import acceptance, tau
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import Weights, make_decoder, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target, load_tokenizer
