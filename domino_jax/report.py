@@ -60,6 +60,9 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     row("tokens/s plain", figure("tokens_per_second_plain", 1))
     row(f"tokens compared{ways}", figure("tokens_compared", 0))
     row(f"tokens equal{ways}", figure("tokens_equal", 0))
+    if any("endpoint" in figures for figures in columns):
+        row("endpoint: tau, over ours, proposals", _endpoint_tau)
+        row("endpoint: tokens compared / equal", _endpoint_text)
     if "first_loss" in training:
         table.caption = (
             f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f} "
@@ -76,3 +79,14 @@ def evaluation_table(report: dict[str, Any]) -> Table:
             f"{heldout['accept_len']:.3f}{base}"
         )
     return table
+
+
+def _endpoint_tau(figures: dict[str, Any]) -> str:
+    # Not every server tells what its drafts took.
+    shown = [figures.get("endpoint", {}).get(key) for key in ("tau", "ratio", "proposals")]
+    return ", ".join("-" if figure is None else f"{figure:.4g}" for figure in shown)
+
+
+def _endpoint_text(figures: dict[str, Any]) -> str:
+    endpoint = figures.get("endpoint")
+    return f"{endpoint['tokens_compared']} / {endpoint['tokens_equal']}" if endpoint else "-"
