@@ -61,6 +61,8 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     row("n-gram floor", _tau_of("ngram"))
     row("tokens/s speculative / plain", _speeds)
     row("tokens compared / equal", _compared)
+    row("endpoint: tau, over ours, proposals", _endpoint_tau)
+    row("endpoint: tokens compared / equal", _endpoint_text)
     table.caption = "; ".join(_caption(report))
     return table
 
@@ -93,6 +95,19 @@ def _compared(figures: dict[str, Any]) -> str | None:
     tokens = sum(way["tokens_compared"] for way in compared)
     equal = sum(way["tokens_equal"] for way in compared)
     return f"{tokens} / {equal}"
+
+
+def _endpoint_tau(figures: dict[str, Any]) -> str | None:
+    # Not every server tells what its drafts took.
+    if "endpoint" not in figures:
+        return None
+    shown = [figures["endpoint"].get(key) for key in ("tau", "ratio", "proposals")]
+    return ", ".join("-" if figure is None else f"{figure:.4g}" for figure in shown)
+
+
+def _endpoint_text(figures: dict[str, Any]) -> str | None:
+    endpoint = figures.get("endpoint")
+    return f"{endpoint['tokens_compared']} / {endpoint['tokens_equal']}" if endpoint else None
 
 
 def _caption(report: dict[str, Any]) -> Iterator[str]:

@@ -28,6 +28,7 @@ TABLE = (
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "filters acceptance decoder speculate generate counts batch_log prompts"),
     (2.7, "decoding", "regenerate compare ngram intervals evaluate cycle known_answers evaluation"),
+    (2.7, "decoding", "responses servers endpoint"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),
     (3, "training", "inputs start preflight prepare rollout preview capture skips speed trace"),

@@ -12,13 +12,13 @@ from typing import Any
 import click
 import jax
 import numpy as np
-import platformdirs
 from rich.console import Console
 
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     Drafter,
     Loaded,
+    endpoint_option,
     load_run,
     new_tokens_option,
     proposals_option,
@@ -30,13 +30,15 @@ from domino_jax.cli.shared import (
     template_option,
     top_k_option,
     top_p_option,
+    user_cache,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding.counts import acceptance
 from domino_jax.decoding.cycle import cycle_times
 from domino_jax.decoding.decoder import Weights, make_decoder
+from domino_jax.decoding.endpoint import beside
+from domino_jax.decoding.evaluate import SERVING, plain_answers
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
-from domino_jax.decoding.evaluate import plain_answers
 from domino_jax.decoding.evaluation import (
     EVALUATION,
     Evaluator,
@@ -46,6 +48,7 @@ from domino_jax.decoding.evaluation import (
 )
 from domino_jax.decoding.generate import Answer, TextStream, check_length, pieces, stream_answer
 from domino_jax.decoding.known_answers import known_answers, prompts_sha256
+from domino_jax.decoding.servers import Server, ask
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.files import LINE_BYTES, file_sha256
 from domino_jax.marks import MARKS, has_colours, marked
@@ -186,6 +189,7 @@ def _figures(answer: Answer, proposals: int) -> str:
     help="Prompts of each file that are timed; 0: no time is measured.",
 )
 @click.option("--append", is_flag=True, help="Keep the sets that evaluation.json holds already.")
+@endpoint_option
 @new_tokens_option
 @temperature_option
 @seed_option
@@ -199,6 +203,7 @@ def evaluate(
     batch_size: int,
     timed: int,
     append: bool,
+    server: Server | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -215,10 +220,7 @@ def evaluate(
     answered conversations is asked again without its last answers.
     """
     place = run / EVALUATION
-    names = [_set_name(path) for path in prompt_files]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two files of prompts would both be called {name} in {place}")
+    names = _set_names(prompt_files, place)
     keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
@@ -238,7 +240,7 @@ def evaluate(
     sets = earlier_sets(place, evaluator) if append else {}
     measurement = _Measurement(loaded, drafter, evaluator, batch_size=batch_size, timed=timed)
     for name, path in zip(names, prompt_files, strict=True):
-        sets[name] = measurement.of_set(name, path, limit)
+        sets[name] = measurement.of_set(name, path, limit, server)
     cycle = measurement.cycle() if timed and temperature == 0 else None
     reporter.say(f"saving {place}")
     # Before the table, which a closed pipe may refuse.
@@ -281,9 +283,19 @@ class _Measurement:
         )
         self._device = f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}"
 
-    def of_set(self, name: str, path: Path, limit: int | None) -> dict[str, Any]:
+    def of_set(
+        self, name: str, path: Path, limit: int | None, server: Server | None
+    ) -> dict[str, Any]:
         """The record of a file."""
         texts, prompts = self._prompts(path, limit)
+        # First: where it fails, nothing was measured in vain.
+        served = server and ask(
+            server,
+            prompts,
+            max_new_tokens=self._evaluator.max_new_tokens,
+            stop_ids=self._decoder.stop_ids,
+            reporter=reporter,
+        )
         plain = self._plain(prompts) if self._evaluator.temperature == 0 else None
         reporter.say(f"{name}: compiling")
         figures = evaluate_set(
@@ -303,7 +315,12 @@ class _Measurement:
         ]
         source = {"file": str(path), "sha256": file_sha256(path)}
         where = {"measured": measured(self._device)}
-        return source | figures.as_json() | {"examples": examples} | where
+        record = source | figures.as_json() | {"examples": examples} | where
+        if served and plain is not None:
+            text_of = functools.partial(self._loaded.tokenizer.decode, skip_special_tokens=True)
+            ours = figures.ways[SERVING].per_prompt
+            record["endpoint"] = beside(served, plain, ours, text_of=text_of).as_json()
+        return record
 
     def cycle(self) -> dict[str, Any]:
         """The record of a cycle's times, in the middle of an answer."""
@@ -331,8 +348,7 @@ class _Measurement:
             batch_size=self._batch_size,
             reporter=reporter,
         )
-        cache = platformdirs.user_cache_path("domino_jax") / "answers"
-        return known_answers(cache, identity, compute)
+        return known_answers(user_cache("answers", verb="evaluate"), identity, compute)
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""
@@ -349,9 +365,13 @@ class _Measurement:
         return texts, prompts
 
 
-def _set_name(path: Path) -> str:
-    """`configs/prompts/everyday.jsonl` -> everyday."""
-    return path.name.split(".jsonl")[0]
+def _set_names(paths: Sequence[Path], place: Path) -> list[str]:
+    """`configs/prompts/everyday.jsonl` -> everyday, each of them once in `place`."""
+    names = [path.name.split(".jsonl")[0] for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two files of prompts would both be called {name} in {place}")
+    return names
 
 
 def _standard_input() -> str:

@@ -10,7 +10,7 @@ import click
 import jax
 
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter, results
+from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.places import Compiler, Place, compiler_for, parse_place
 from domino_jax.plan import Models, Plan, largest_batch, plan, read_models, write_json
@@ -79,17 +79,9 @@ def plan_verb(
         ctx.exit(1)
 
 
-def _cache() -> Path:
-    # Imported where it is used: machines with an accelerator's packages alone often lack it.
-    try:
-        import platformdirs
-    except ModuleNotFoundError as error:
-        raise InputError("domino plan needs platformdirs: pip install platformdirs") from error
-    return platformdirs.user_cache_path("domino_jax") / "plans"
-
-
 def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
-    return plan(config, models, place, compiler, cache=_cache(), reporter=reporter)
+    cache = user_cache("plans", verb="plan")
+    return plan(config, models, place, compiler, cache=cache, reporter=reporter)
 
 
 def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:

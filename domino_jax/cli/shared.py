@@ -16,6 +16,7 @@ from domino_jax.config.model import DraftConfig
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.template import chat_template
 from domino_jax.decoding.decoder import make_decoder
+from domino_jax.decoding.servers import Server, find_server
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.parse import parse_yaml
 from domino_jax.progress import Reporter
@@ -100,6 +101,25 @@ top_p_option = click.option(
     metavar="P",
     help="Draw from the fewest likeliest tokens whose probability is at least P together, after "
     "--top-k.",
+)
+
+
+def _server(context: click.Context, option: click.Parameter, url: str | None) -> Server | None:
+    """The server of an option, found before anything is loaded for it."""
+    if url is None:
+        return None
+    if context.params.get("temperature") != 0:
+        raise InputError(f"{option.opts[0]}: greedy answers are compared; leave --temperature out")
+    return find_server(url)
+
+
+endpoint_option = click.option(
+    "--endpoint",
+    "server",
+    callback=_server,
+    metavar="URL",
+    help="A server of the exported draft, SGLang, vLLM or OpenAI-style (http://HOST:PORT): ask it "
+    "for the same answers and compare tau and text. It should serve nobody else meanwhile.",
 )
 seed_option = click.option(
     "--seed",
@@ -291,3 +311,13 @@ def results() -> Console:
     # Into a file rich would fold tables at 80 characters, for a screen that is not there.
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))
+
+
+def user_cache(name: str, *, verb: str) -> Path:
+    """A directory of the user's cache, for a verb that keeps there what it would compute again."""
+    # Imported where it is used: machines with an accelerator's packages alone often lack it.
+    try:
+        import platformdirs
+    except ModuleNotFoundError as error:
+        raise InputError(f"domino {verb} needs platformdirs: pip install platformdirs") from error
+    return platformdirs.user_cache_path("domino_jax") / name

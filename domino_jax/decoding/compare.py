@@ -92,14 +92,11 @@ def compare(
     differences = []
     pairs = zip(prompts, plain, speculative, strict=True)
     for index, (prompt, left, right) in enumerate(pairs):
-        shorter = min(len(left.tokens), len(right.tokens))
-        unequal = np.flatnonzero(left.tokens[:shorter] != right.tokens[:shorter])
-        if len(unequal) == 0 and len(left.tokens) == len(right.tokens):
-            compared += shorter
-            equal += shorter
+        position = first_difference(left.tokens, right.tokens)
+        if position is None:
+            compared += len(left.tokens)
+            equal += len(left.tokens)
             continue
-        # Equal as far as both go: the first difference is where one of them has ended.
-        position = int(unequal[0]) if len(unequal) else shorter
         compared += position + 1
         equal += position
         left_token = _token_at(left, position)
@@ -111,6 +108,16 @@ def compare(
             gap = float(abs(logits[left_token] - logits[right_token]))
         differences.append(Difference(index, position, left_token, right_token, gap))
     return Comparison(compared, equal, tuple(differences), TIES[target.cfg.dtype])
+
+
+def first_difference(left: np.ndarray, right: np.ndarray) -> int | None:
+    """Where two outputs part, int32 [n] and [m]; None where they are the same."""
+    shorter = min(len(left), len(right))
+    unequal = np.flatnonzero(left[:shorter] != right[:shorter])
+    if len(unequal):
+        return int(unequal[0])
+    # Equal as far as both go: they part where one of them has ended.
+    return None if len(left) == len(right) else shorter
 
 
 def _token_at(answer: Answer, position: int) -> int:

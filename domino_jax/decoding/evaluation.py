@@ -5,7 +5,8 @@ So `evaluation.json` of a run holds both, with what training said of the same dr
     {"evaluator": {target, chat template, step, block, seed, ...},
      "training":  {first and last loss, held-out figures},
      "cycle":     {milliseconds of a cycle by part, break-even tau, where and when},
-     "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when}, ...}}
+     "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when,
+                          "endpoint": `EndpointFigures`, where a server was asked}, ...}}
 """
 
 import importlib.metadata

@@ -6,8 +6,17 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from stand_in import SGLang, serving
 from tiny import seal
+
+from domino_jax.cli.shared import load_run
+from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.decoding.generate import Answer, generate
+from domino_jax.decoding.speculate import Weights, make_decoder
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.target.model import Target
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,34 @@ def test_decoding_computes_as_the_run_was_trained(domino, trained: Path, tmp_pat
         assert code == 0 and f"4 new tokens, {dtype}" in " ".join(out.split())
         assert ("as it was trained" in log) == (not option)
         assert json.loads((run / "evaluation.json").read_text())["evaluator"]["dtype"] == dtype
+
+
+def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    loaded, drafter = load_run(trained / "run", None, step=None, max_new_tokens=8)
+    decoder = make_decoder(
+        Target(loaded.config), DraftModel(drafter.config), proposals="serving", stop_ids=(0,)
+    )
+
+    def decode(prompt: np.ndarray, limit: int, stop_ids: list[int]) -> Answer:
+        assert limit == 8 and tuple(stop_ids) == decoder.stop_ids
+        weights = Weights(loaded.params, drafter.params)
+        (answer,) = generate(decoder, weights, [prompt], max_new_tokens=limit)
+        return answer
+
+    engine, prompts = SGLang(decode), trained / "prompts.jsonl"
+    words = ("evaluate", tmp_path / "run", prompts, "--max-new-tokens", 8, "--timed", 0)
+    with serving(engine) as url:
+        code, out, log = domino(*words, "--endpoint", url)
+    assert code == 0 and "asked 3/3" in log and "endpoint: tau, over ours" in out
+    usable, _ = read_messages(prompts)
+    asked = [encode_prompt(messages, loaded.tokenizer, {}).tolist() for _, messages in usable]
+    assert [question["input_ids"] for question in engine.asked] == asked
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["prompts"]
+    endpoint, serving_here = figures["endpoint"], figures["ways"]["serving"]
+    assert (endpoint["url"], endpoint["server"]) == (url, "SGLang 0.5.19")
+    assert endpoint["ratio"] == 1 and endpoint["per_prompt"] == serving_here["per_prompt"]
+    assert endpoint["tokens_equal"] == endpoint["tokens_compared"] == figures["tokens"]
 
 
 @pytest.mark.pitfall(

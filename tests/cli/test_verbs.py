@@ -110,7 +110,11 @@ def bad_runs_and_prompts(trained: Path, elsewhere: Path) -> Refusals:
 
 def bad_decoding_options(trained: Path, elsewhere: Path) -> Refusals:
     words = ("generate", trained / "run", "a")
+    endpoint = ("evaluate", trained / "run", trained / "prompts.jsonl", "--endpoint")
     return [
+        ((*endpoint, "localhost:30000"), "expected the address of a server, http://HOST:PORT"),
+        ((*endpoint, "http://127.0.0.1:1"), "http://127.0.0.1:1/server_info: "),
+        ((*endpoint, "http://127.0.0.1:1", "--temperature", 1), "leave --temperature out"),
         ((*words, "--max-new-tokens", 0), "max-new-tokens"),
         ((*words, "--max-new-tokens", 10**11), "max-new-tokens"),
         ((*words, "--max-new-tokens", 129), "has 128 positions; give fewer"),
