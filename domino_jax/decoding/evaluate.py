@@ -155,17 +155,8 @@ def evaluate(
     # One number for all ways: any other would be another program to compile. Programs are warmed
     # up by answers of two tokens.
     slots = max(required_slots(way, longest, max(max_new_tokens, 2)) for way in ways.values())
-    run = functools.partial(
-        _in_batches,
-        weights=weights,
-        prompts=prompts,
-        settings=_Batches(batch_size, max_new_tokens, slots, seed),
-    )
-    answers: dict[str, Sequence[Answer]] = {}
-    with reporter.bar("answers", total=len(ways) * len(prompts)) as bar:
-        for done, (name, way) in enumerate(ways.items()):
-            tell = functools.partial(_tell, bar.tell, name, done * len(prompts))
-            answers[name] = run(way, tell=tell)
+    settings = _Batches(batch_size, max_new_tokens, slots, seed)
+    answers = _answers_of(ways, weights, prompts, settings=settings, reporter=reporter)
     if decoder.temperature > 0:
         plain = None  # drawn tokens have nothing to be held against
     elif plain is None:
@@ -184,7 +175,7 @@ def evaluate(
             ways[SERVING],
             weights,
             prompts[:timed],
-            settings=_Batches(1, max_new_tokens, slots, seed),
+            settings=replace(settings, size=1),
             reporter=reporter,
         )
     return SetFigures(
@@ -260,6 +251,25 @@ def _ways(decoder: Decoder) -> dict[str, Decoder]:
     if decoder.use_head:
         ways[HEAD_OFF] = replace(serving, use_head=False)
     return ways
+
+
+def _answers_of(
+    ways: Mapping[str, Decoder],
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    *,
+    settings: _Batches,
+    reporter: Reporter,
+) -> dict[str, list[Answer]]:
+    """The answers of each way."""
+    answers = {}
+    with reporter.bar("answers", total=len(ways) * len(prompts)) as bar:
+        for done, (name, way) in enumerate(ways.items()):
+            tell = functools.partial(_tell, bar.tell, name, done * len(prompts))
+            answers[name] = _in_batches(
+                way, weights=weights, prompts=prompts, settings=settings, tell=tell
+            )
+    return answers
 
 
 def _in_batches(

@@ -13,8 +13,8 @@ from tiny import seal
 
 from domino_jax.cli.shared import load_run
 from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.target.model import Target
 

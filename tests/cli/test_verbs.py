@@ -62,7 +62,7 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     measured = {"target": str(target), "chat_template": template.sha256, "step": 6}
     measured |= {"block_size": 4, "head": "domino", "temperature": 0.0, "max_new_tokens": 6}
     assert measured.items() <= report["evaluator"].items()
-    assert "step 6, block 4, temperature 0.0, 6 new tokens" in " ".join(out.split())
+    assert "step 6, block 4, head domino, temperature 0.0, 6 new tokens" in " ".join(out.split())
 
 
 # Words of a command and what its message holds.

@@ -11,12 +11,13 @@ from stand_in import NOT_FOUND, VLLM, SGLang, serving
 from tiny import Heard
 from toy_models import PROMPTS, TARGET, draft_config, models
 
+from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.endpoint import EndpointFigures, beside
 from domino_jax.decoding.evaluate import plain_answers
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.intervals import PerPrompt
 from domino_jax.decoding.servers import ask, find_server
-from domino_jax.decoding.speculate import Decoder, Weights, make_decoder, required_slots
+from domino_jax.decoding.speculate import required_slots
 from domino_jax.target.model import Target
 
 TOKENS = 20
