@@ -11,7 +11,7 @@ From prompts and answers in DIR:
     python scripts/make_answers.py --own DIR/own.jsonl DIR/own-answers.jsonl \\
         --families DIR/families.jsonl DIR/family-answers.jsonl --tokens 30000 100000 300000
 
-    own prompts -- the last of them --> heldout-own.jsonl.gz, heldout-own-prompts.jsonl
+    own prompts -- the last of them --> heldout-own.jsonl.gz
         | the others
         +-- every family spread evenly --> train-30k.jsonl.gz < train-100k.jsonl.gz < ...
     families                               each begins like the next, all in the same shares
@@ -40,7 +40,6 @@ from make_prompts import (
     evaluated_in,
     interleaved,
     read_records,
-    write_records,
 )
 
 from domino_jax.data.conversations import load_rows
@@ -214,9 +213,6 @@ def make(
     files = {}
     for name, part in parts.items():
         files[f"{name}.jsonl.gz"] = write_packed(out / f"{name}.jsonl.gz", part)
-    # To evaluate on, which asks for prompts; plain, since a set has the name of its file.
-    prompts = [{"messages": answer.line["messages"][:-1]} for answer in kept_back]
-    write_records(out / "heldout-own-prompts.jsonl", prompts)
     return {
         "target": target,
         "sources": [source_record(source) for source in sources],

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 9999
@@ -70,6 +69,9 @@ def _gain(committed: Any, verifications: Any, other: Any, of_other: Any, axis: i
 def _interval(statistic: Any, sums: Sequence[Sequence[int]]) -> tuple[float, float] | None:
     if len(sums[0]) < 2:
         return None
+    # Here: it takes a second to import, which no other verb should wait for.
+    from scipy import stats
+
     drawn = stats.bootstrap(
         [np.array(one, float) for one in sums],
         statistic,

@@ -113,8 +113,6 @@ def test_what_is_held_out_or_evaluated_on_is_not_trained_on(
     out = make(place, monkeypatch)
     heldout = lines(out / "heldout-own.jsonl.gz")
     assert [text_of(line) for line in heldout] == [letters(number, 3) for number in range(52, 60)]
-    prompts = read_records(out / "heldout-own-prompts.jsonl")
-    assert [line["messages"] for line in prompts] == [line["messages"][:-1] for line in heldout]
     trained = {essence(line) for line in lines(out / "train-480.jsonl.gz")}
     assert not trained & {essence(line) for line in heldout}
     assert "what is the capital of australia" not in trained

@@ -264,7 +264,7 @@ def test_the_size_is_told_first_and_limited(
         (
             ("data.train={place}/heldout.jsonl",),
             {},
-            r"rows is sha256 \w+, asked for is sha256 \w+$",
+            r"rows is sha256 \w+, asked for is sha256 \w+; answer_tokens is 320, asked for is 64$",
         ),
         (
             ("data.train=null", "data.features=x"),
