@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from domino_jax.config.model import DecoderConfig
@@ -57,6 +58,7 @@ from domino_jax.training.preflight import (
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
 
+LENGTH_STEP = 128  # padding that the target runs over, at most; a power of 2, for any mesh
 SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
 
 
@@ -263,7 +265,10 @@ def _load(
 
 
 class _CapturedStates:
-    """Rows -> the same rows with what the target computed for them; one compiled program."""
+    """Rows -> the same rows with what the target computed for them.
+
+    One compiled program for each multiple of `LENGTH_STEP` that a batch is long.
+    """
 
     def __init__(
         self,
@@ -290,10 +295,20 @@ class _CapturedStates:
     def __call__(self, rows: Sequence[Row]) -> Iterator[Row]:
         batches = heldout_batches(rows, batch_size=self._batch_size, max_length=self._max_length)
         for index, batch in enumerate(batches):
-            features, final = jax.device_get(self._states(self._params, self._put(batch)))
             first = index * self._batch_size
             # By the rows and not by the batch, whose last slots may be filled up with empty rows.
-            for slot, row in enumerate(rows[first : first + self._batch_size]):
+            own_rows = rows[first : first + self._batch_size]
+            shorter = self._without_padding(batch, max(len(row.input_ids) for row in own_rows))
+            features, final = jax.device_get(self._states(self._params, self._put(shorter)))
+            for slot, row in enumerate(own_rows):
                 length = len(row.input_ids)
                 own = None if final is None else final[slot, :length]
                 yield replace(row, features=features[slot, :length], target_states=own)
+
+    def _without_padding(self, batch: dict[str, np.ndarray], longest: int) -> dict[str, np.ndarray]:
+        """A batch cut behind its longest row: the target sees nothing that lies behind a token."""
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self._max_length)
+        return {
+            name: array[:, :length] if array.shape[1:] == (self._max_length,) else array
+            for name, array in batch.items()
+        }
