@@ -41,9 +41,10 @@ from domino_jax.decoding.evaluate import SERVING, plain_answers
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
 from domino_jax.decoding.evaluation import (
     EVALUATION,
+    Earlier,
     Evaluator,
-    earlier_sets,
     measured,
+    read_earlier,
     write_evaluation,
 )
 from domino_jax.decoding.generate import Answer, TextStream, check_length, pieces, stream_answer
@@ -188,7 +189,9 @@ def _figures(answer: Answer, proposals: int) -> str:
     show_default=True,
     help="Prompts of each file that are timed; 0: no time is measured.",
 )
-@click.option("--append", is_flag=True, help="Keep the sets that evaluation.json holds already.")
+@click.option(
+    "--append", is_flag=True, help="Keep what evaluation.json holds already of other sets."
+)
 @endpoint_option
 @new_tokens_option
 @temperature_option
@@ -237,11 +240,13 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         dtype=drafter.config.dtype,
     )
-    sets = earlier_sets(place, evaluator) if append else {}
+    earlier = read_earlier(place, evaluator) if append else Earlier({}, None)
+    sets = dict(earlier.sets)
     measurement = _Measurement(loaded, drafter, evaluator, batch_size=batch_size, timed=timed)
     for name, path in zip(names, prompt_files, strict=True):
         sets[name] = measurement.of_set(name, path, limit, server)
-    cycle = measurement.cycle() if timed and temperature == 0 else None
+    # What was timed of the same draft stands until it is timed again.
+    cycle = measurement.cycle() if timed and temperature == 0 else earlier.cycle
     reporter.say(f"saving {place}")
     # Before the table, which a closed pipe may refuse.
     record = write_evaluation(

@@ -72,17 +72,27 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def earlier_sets(path: Path, evaluator: Evaluator) -> dict[str, Any]:
-    """The sets that an evaluation holds already; none where there is no file.
+@dataclass(frozen=True)
+class Earlier:
+    """What an evaluation holds already: its sets, and the times of a cycle where it has them."""
+
+    sets: Mapping[str, Any]
+    cycle: Mapping[str, Any] | None
+
+
+def read_earlier(path: Path, evaluator: Evaluator) -> Earlier:
+    """An evaluation that more sets are added to; an empty one where there is no file.
 
     Raises:
-        InputError: they were measured otherwise: with another checkpoint or length, for example.
+        InputError: it was measured otherwise: with another checkpoint or length, for example.
     """
     if not path.exists():
-        return {}
+        return Earlier({}, None)
     record = read_json(path)
     known, now = record.get("evaluator"), evaluator.as_json()
-    if not isinstance(known, dict) or not isinstance(record.get("sets"), dict):
+    sets, cycle = record.get("sets"), record.get("cycle")
+    # Null where nothing was timed.
+    if not (isinstance(known, dict) and isinstance(sets, dict) and isinstance(cycle or {}, dict)):
         raise InputError(f"{path}: not an evaluation; remove it, or leave --append out")
     for name, value in now.items():
         # As text: JSON has lists where Python may have tuples.
@@ -91,7 +101,7 @@ def earlier_sets(path: Path, evaluator: Evaluator) -> dict[str, Any]:
                 f"{path}: was measured with {name} {settings_text(known.get(name))}, this is "
                 f"{settings_text(value)}; leave --append out to replace it"
             )
-    return dict(record["sets"])
+    return Earlier(sets, cycle)
 
 
 def write_evaluation(
