@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from domino_jax import __version__
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     Drafter,
@@ -343,6 +344,7 @@ class _Measurement:
             "dtype": self._evaluator.dtype,
             "device": self._device,
             "jax": jax.__version__,
+            "domino_jax": __version__,
         }
         compute = functools.partial(
             plain_answers,
