@@ -65,6 +65,8 @@ def begin(place: Path, *words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(TOP)}
     # What ends at any moment must not leave half a program for others to read.
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    # Answers of another test, or of another state of the code, would be taken from the user's.
+    environment["XDG_CACHE_HOME"] = str(place / "cache")
     command = [sys.executable, "-m", "domino_jax", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=place, env=environment, text=True, **pipes)
