@@ -48,7 +48,7 @@ class WayFigures:
         per_prompt: of each prompt.
         comparison: of greedy outputs with the target's own; None where tokens were drawn, and for
             what is computed from the target's own outputs.
-        gain: of the headline over this way; None for itself.
+        gain: of the headline over this way; None for itself, and over a way without a tau.
     """
 
     proposals: int
