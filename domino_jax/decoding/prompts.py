@@ -20,7 +20,7 @@ import numpy as np
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.rendering import Rendering, render
 from domino_jax.data.template import settings_text
-from domino_jax.decoding.batch_log import BatchLog
+from domino_jax.decoding.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import required_slots
@@ -140,18 +140,17 @@ def write_prompts(
         settings: how they are drawn.
         reporter: is told each batch.
     Raises:
-        InputError: the file is there, a partial one of another start does not fit, or the target
-            writes no usable prompt.
+        InputError: the place is taken or called packed, a partial file of another start does not
+            fit, or the target writes no usable prompt.
         OSError: they cannot be written; those of earlier batches are kept.
     """
-    if path.exists():
-        raise InputError(f"{path}: already there; remove it to make it again")
+    partial = log_of(path)
     opening = user_turn(tokenizer, settings.chat_template_kwargs).opening
     sieve = _Sieve(language_filter(settings.language) if settings.language else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     read = functools.partial(_read_prompt, settings=settings, sieve=sieve)
     drawn, fruitless = 0, 0
-    with BatchLog(path.with_name(path.name + ".partial"), read) as log:
+    with BatchLog(partial, read) as log:
         written = len(log.finished)
         # A batch without a usable row leaves no trace: it is drawn again, to the same end.
         batch = max(log.finished, default=-1) // settings.batch_size + 1
