@@ -68,6 +68,11 @@ class Drawn:
     drawn: int
     left_out: Counter[str]
 
+    @property
+    def words(self) -> str:
+        """Why rows were left out, formatted."""
+        return _counted(self.left_out)
+
 
 def user_turn(tokenizer: Any, chat_template_kwargs: Scalars) -> UserTurn:
     """How a tokenizer's chat template opens and ends the first turn of a user.
@@ -168,10 +173,11 @@ def write_prompts(
                 if fruitless == FRUITLESS:
                     raise InputError(
                         f"none of the last {FRUITLESS * settings.batch_size} rows is a usable "
-                        f"prompt: {sieve.words}; try another --temperature, or more "
+                        f"prompt: {_counted(sieve.left_out)}; try another --temperature, or more "
                         "--max-new-tokens"
                     )
-                bar.tell(written, f"kept of {drawn} drawn; left out: {sieve.words}")
+                left_out = _counted(sieve.left_out)
+                bar.tell(written, f"kept of {drawn} drawn; left out: {left_out}")
                 batch += 1
         log.publish(path)
     return Drawn(drawn, sieve.left_out)
@@ -188,11 +194,6 @@ class _Sieve:
         self.left_out: Counter[str] = Counter()
         self._in_language = in_language
         self._known: set[str] = set()
-
-    @property
-    def words(self) -> str:
-        """What was left out, formatted."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"
 
     def remember(self, text: str) -> None:
         """Takes note of a prompt that is kept."""
@@ -225,6 +226,11 @@ class _Sieve:
         if self._in_language is not None and not self._in_language(text):
             return "in another language"
         return ""
+
+
+def _counted(left_out: Counter[str]) -> str:
+    """Counts with their reasons, formatted."""
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
 
 
 def _essence(text: str) -> str:
