@@ -46,9 +46,17 @@ from domino_jax.decoding.evaluation import (
     Evaluator,
     measured,
     read_earlier,
+    set_names,
     write_evaluation,
 )
-from domino_jax.decoding.generate import Answer, TextStream, check_length, pieces, stream_answer
+from domino_jax.decoding.generate import (
+    Answer,
+    TextStream,
+    asked,
+    check_length,
+    pieces,
+    stream_answer,
+)
 from domino_jax.decoding.known_answers import known_answers, prompts_sha256
 from domino_jax.decoding.servers import Server, ask
 from domino_jax.draft.backbone import DraftModel
@@ -224,7 +232,7 @@ def evaluate(
     answered conversations is asked again without its last answers.
     """
     place = run / EVALUATION
-    names = _set_names(prompt_files, place)
+    names = set_names(prompt_files, place)
     keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
@@ -365,20 +373,11 @@ class _Measurement:
             reporter.say(f"{path}:{bad.line}: {bad.reason}")
         texts, prompts = [], []
         for line, messages in usable[:limit]:
-            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            prompts.append(encode_prompt(asked, self._loaded.tokenizer, self._kwargs))
+            question = asked(messages)
+            prompts.append(encode_prompt(question, self._loaded.tokenizer, self._kwargs))
             check_length(self._decoder, prompts[-1], place=f"{path}:{line}")
-            texts.append(asked[-1]["content"])
+            texts.append(question[-1]["content"])
         return texts, prompts
-
-
-def _set_names(paths: Sequence[Path], place: Path) -> list[str]:
-    """`configs/prompts/everyday.jsonl` -> everyday, each of them once in `place`."""
-    names = [path.name.split(".jsonl")[0] for path in paths]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two files of prompts would both be called {name} in {place}")
-    return names
 
 
 def _standard_input() -> str:

@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,6 +70,22 @@ def processor() -> str:
     lines = known.read_text().splitlines() if known.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def set_names(files: Sequence[Path], place: Path) -> list[str]:
+    """What files of prompts are called in an evaluation: `prompts/everyday.jsonl.gz` -> everyday.
+
+    Args:
+        files: of prompts, one a set.
+        place: of the evaluation, for the message.
+    Raises:
+        InputError: two of them would be one set.
+    """
+    names = [path.name.split(".jsonl")[0] for path in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two files of prompts would both be called {name} in {place}")
+    return names
 
 
 @dataclass(frozen=True)

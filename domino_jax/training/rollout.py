@@ -2,7 +2,7 @@
 
 So the draft drafts and the target verifies inside the training process, as `domino evaluate` has
 them do with a checkpoint: greedily, the head included, K - 1 proposals of each block. Held-out
-conversations are the prompts, each cut before its last answer:
+conversations are the prompts, each without the answer that it ends with:
 
     prompts -> batches of one shape, the last one filled up -> answers -> tau, shares by position
                read and answered by one program each                      `decoding.counts`

@@ -13,6 +13,7 @@ from domino_jax.decoding.evaluation import (
     Evaluator,
     measured,
     read_earlier,
+    set_names,
     write_evaluation,
 )
 from domino_jax.strict import InputError
@@ -75,6 +76,14 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, damage: str) -> None:
     place.write_text(json.dumps(record))
     with pytest.raises(InputError, match="not an evaluation"):
         read_earlier(place, EVALUATOR)
+
+
+def test_a_set_is_called_as_its_file_is(tmp_path: Path) -> None:
+    files = [Path("prompts/everyday.jsonl"), Path("answers/own.jsonl.gz"), Path("more.json")]
+    assert set_names(files, tmp_path) == ["everyday", "own", "more.json"]
+    message = f"two files of prompts would both be called own in {tmp_path}"
+    with pytest.raises(InputError, match=message):
+        set_names([*files, Path("own.jsonl")], tmp_path)
 
 
 def test_a_measurement_says_when_and_where() -> None:
