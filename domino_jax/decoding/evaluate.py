@@ -287,17 +287,16 @@ def _in_batches(
     answers: dict[int, Answer] = {}
     for first in range(0, len(order), size):
         batch = order[first : first + size]
-        # Short of prompts, the last batch repeats one: another size is another compilation.
-        filled = [*batch, *[batch[-1]] * (size - len(batch))]
         found = generate(
             decoder,
             weights,
-            [prompts[index] for index in filled],
+            [prompts[index] for index in batch],
             max_new_tokens=settings.max_new_tokens,
+            size=size,
             slots=settings.slots,
             seed=settings.seed + first,
         )
-        answers |= dict(zip(batch, found, strict=False))
+        answers |= dict(zip(batch, found, strict=True))
         tell(len(answers))
     return [answers[index] for index in range(len(prompts))]
 

@@ -73,6 +73,7 @@ def generate(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
+    size: int = 0,
     slots: int | None = None,
     longest: int = 0,
     seed: int = 0,
@@ -84,9 +85,10 @@ def generate(
         weights: its parameters.
         prompts: token ids of each.
         max_new_tokens: per answer.
+        size: of all batches, which then run through one program: short of prompts, the last one is
+            decoded again, and its answer dropped; 0 for as many as there are.
         slots: cache positions, see `speculate.start`; None for as few as `longest` needs.
-        longest: of the prompts of all batches, which then run through one program; 0 for those of
-            this one.
+        longest: of the prompts of all batches, likewise; 0 for those of this one.
         seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
@@ -94,11 +96,12 @@ def generate(
     # A caller of many batches gives one number for all: another one is another program.
     if slots is None:
         slots = required_slots(decoder, max(longest, *map(len, prompts)), max_new_tokens)
+    filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
     began = time.perf_counter()
     state = start(
         decoder,
         weights,
-        prompts,
+        filled,
         max_new_tokens=max_new_tokens,
         slots=slots,
         longest=longest,

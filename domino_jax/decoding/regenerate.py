@@ -168,18 +168,16 @@ def _answers(
     answerer: Answerer, batch: Sequence[_Prompt], *, settings: AnswerSettings, slots: int
 ) -> list[Answer]:
     """The answers of a batch, in its order."""
-    # Short of prompts, the last batch repeats one: another batch size is another compilation.
-    filled = [*batch, *[batch[-1]] * (settings.batch_size - len(batch))]
-    answers = generate(
+    return generate(
         answerer.decoder,
         answerer.weights,
-        [prompt.ids for prompt in filled],
+        [prompt.ids for prompt in batch],
         max_new_tokens=settings.max_new_tokens,
+        size=settings.batch_size,
         slots=slots,
         # By the line of a prompt, not by a count: batches that are left keep their seeds.
         seed=(settings.seed + batch[0].line) % SEED_LIMIT,
     )
-    return answers[: len(batch)]
 
 
 def _lines(

@@ -53,17 +53,14 @@ class Rollout:
         for begin in range(0, len(run.prompts), size):
             if stop_requested():
                 return None
-            prompts = list(run.prompts[begin : begin + size])
-            # Filled up by repeating one: another number of prompts would be another program.
-            filled = prompts + prompts[:1] * (size - len(prompts))
-            answered = generate(
+            answers += generate(
                 self._decoder,
                 weights,
-                filled,
+                run.prompts[begin : begin + size],
                 max_new_tokens=run.config.train.rollout_tokens,
+                size=size,
                 longest=longest,
             )
-            answers += answered[: len(prompts)]
         return rollout_figures(answers, proposals=self._decoder.proposals)
 
 
