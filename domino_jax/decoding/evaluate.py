@@ -22,7 +22,7 @@ import numpy as np
 from domino_jax.decoding import counts
 from domino_jax.decoding.compare import Comparison, compare
 from domino_jax.decoding.counts import Acceptance
-from domino_jax.decoding.decoder import Decoder, Weights, number_of_proposals
+from domino_jax.decoding.decoder import Decoder, Weights, alone, number_of_proposals
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.intervals import Gain, PerPrompt, gain, tau_interval
 from domino_jax.decoding.ngram import look_up
@@ -206,11 +206,11 @@ def plain_answers(
         batch_size: prompts decoded together.
         reporter: is told each batch.
     """
-    alone = _alone(replace(decoder, temperature=0.0))
-    slots = required_slots(alone, max(map(len, prompts)), max_new_tokens)
+    plain = alone(replace(decoder, temperature=0.0))
+    slots = required_slots(plain, max(map(len, prompts)), max_new_tokens)
     with reporter.bar("answers", total=len(prompts)) as bar:
         return _in_batches(
-            alone,
+            plain,
             weights=weights,
             prompts=prompts,
             settings=_Batches(batch_size, max_new_tokens, slots, 0),
@@ -230,13 +230,6 @@ class _Batches:
 
 def _tell(tell: Callable[[int, str], None], name: str, before: int, done: int) -> None:
     tell(before + done, name)
-
-
-def _alone(decoder: Decoder) -> Decoder:
-    """The target of a decoder without its draft."""
-    # It captures nothing: it must not pay for states that only a draft reads.
-    target = replace(decoder.target, capture=())
-    return replace(decoder, target=target, draft=None, proposals=0, use_head=False)
 
 
 def _ways(decoder: Decoder) -> dict[str, Decoder]:
@@ -369,7 +362,7 @@ def _speed(
 ) -> Speed:
     """Tokens per second of the target with its draft and alone, in turns."""
     run = functools.partial(generate, weights=weights, slots=settings.slots, seed=settings.seed)
-    ways = {"plain": _alone(serving), SERVING: serving}
+    ways = {"plain": alone(serving), SERVING: serving}
     # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
     buckets = {required_slots(ways["plain"], len(prompt), 0): prompt for prompt in prompts}
     for way in ways.values():
