@@ -57,11 +57,16 @@ def measured(device: str) -> dict[str, Any]:
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} x {processor()}",
+        "hardware": hardware(),
         "device": device,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def hardware() -> str:
+    """The cores of this machine."""
+    return f"{os.cpu_count()} x {processor()}"
 
 
 def processor() -> str:
