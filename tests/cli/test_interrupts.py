@@ -31,6 +31,9 @@ LINES = {
     "regenerate": (
         "interrupted: answered batches are kept in answers.jsonl.partial; the same command resumes"
     ),
+    "prompts": (
+        "interrupted: batches of prompts are kept in own.jsonl.partial; the same command resumes"
+    ),
     "evaluate": "interrupted: run/evaluation.json was not written; the same command starts over",
     "generate": "interrupted: nothing is kept of the answer; the same command starts over",
     "capture": "interrupted: shards that were written to states stay; the same command resumes",
@@ -98,6 +101,7 @@ MOMENTS = (
     ("generate", "compiling", ("run", "a b c", "--max-new-tokens", "20000")),
     ("capture", "loading", ("config.yaml", "states")),
     ("train", "training: ", ("config.yaml", "run_dir=new", "train.steps=100000")),
+    ("prompts", "compiling", ("own.jsonl", "--target", "target", "--count", "100000")),
 )
 
 
