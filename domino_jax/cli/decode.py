@@ -363,7 +363,8 @@ class _Measurement:
             batch_size=self._batch_size,
             reporter=reporter,
         )
-        return known_answers(user_cache("answers", verb="evaluate"), identity, compute)
+        cache = user_cache("answers", verb="evaluate")
+        return known_answers(cache, identity, compute, reporter=reporter)
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""
