@@ -24,6 +24,7 @@ from domino_jax.cli.shared import (
     new_tokens_option,
     proposals_option,
     reporter,
+    results,
     run_dtype_option,
     seed_option,
     step_option,
@@ -262,7 +263,7 @@ def evaluate(
         place, evaluator, training=training_summary(run), cycle=cycle, sets=sets
     )
     keeps(f"{place} is written")
-    Console().print(evaluation_table(record))
+    results().print(evaluation_table(record))
     for name in names:
         for way, figures in sets[name]["ways"].items():
             for difference in figures.get("differences", ()):
