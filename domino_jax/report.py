@@ -10,14 +10,15 @@ from domino_jax.training.log import read_metrics
 
 
 def training_summary(run: Path) -> dict[str, Any]:
-    """First and last training loss and the last held-out figures of a run's log.
+    """Of a run's log: its data, first and last training loss, and the last held-out figures.
 
     Empty for an imported draft.
     """
+    records = read_metrics(run)
     # A window in which every step was skipped has no loss; neither has a pass that was not finite.
-    records = [record for record in read_metrics(run) if record.get("loss") is not None]
-    training = [record for record in records if record["split"] == "train"]
-    heldout = [record for record in records if record["split"] == "heldout"]
+    measured = [record for record in records if record.get("loss") is not None]
+    training = [record for record in measured if record.get("split") == "train"]
+    heldout = [record for record in measured if record.get("split") == "heldout"]
     summary: dict[str, Any] = {}
     if training:
         summary |= {
@@ -27,8 +28,8 @@ def training_summary(run: Path) -> dict[str, Any]:
         }
     if heldout:
         summary["heldout"] = heldout[-1]
-    for record in read_metrics(run):
-        if record["split"] == "data":
+    for record in records:
+        if record.get("split") == "data":
             summary["data"] = {
                 name: record[name] for name in record if name not in ("step", "split")
             }

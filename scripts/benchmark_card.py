@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_record import hardware, record, revision
+from benchmark_record import record, revision
 from benchmark_sides import Side, SideEnded, Worker, serve
 from benchmark_workloads import Setting, draft_config, settings, target_config
 
 from domino_jax.chips import CHIPS
+from domino_jax.decoding.evaluation import hardware
 from domino_jax.training.flops import step_flops
 
 WARM_UP = 2  # steps of each side before those that count

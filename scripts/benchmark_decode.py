@@ -32,11 +32,12 @@ from typing import Any
 import jax
 import numpy as np
 from benchmark_cycle import batch_speed, cycle_parts, verification
-from benchmark_record import add_record_option, hardware, record, revision
+from benchmark_record import add_record_option, record, revision
 from benchmark_workloads import SHAPES, draft_config, target_config
 
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
+from domino_jax.decoding.evaluation import hardware
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel

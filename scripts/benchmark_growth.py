@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_record import add_record_option, hardware, record, revision
+from benchmark_record import add_record_option, record, revision
 from benchmark_step import CONFIG, random_batch
+
+from domino_jax.decoding.evaluation import hardware
 
 SWEEPS = {
     "N": (16, 32, 64, 128, 256, 512),

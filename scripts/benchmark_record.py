@@ -62,11 +62,6 @@ def tree_state(described: str) -> dict[str, Any]:
     return {"revision": described.removesuffix(DIRTY), "clean": clean}
 
 
-def hardware() -> str:
-    """Cores and their name."""
-    return f"{os.cpu_count()} x {processor()}"
-
-
 def revision() -> str:
     """What git calls the checkout; "unknown" in a copy without its history."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

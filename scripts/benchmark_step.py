@@ -34,12 +34,13 @@ from typing import Any
 
 import benchmark_workloads as card
 import numpy as np
-from benchmark_record import add_record_option, hardware, record, revision
+from benchmark_record import add_record_option, record, revision
 from benchmark_sides import Side, SideEnded, Worker, serve
 from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DraftConfig
+from domino_jax.decoding.evaluation import hardware
 from domino_jax.training.flops import step_flops
 
 CONFIG = DraftConfig(

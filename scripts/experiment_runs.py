@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from domino_jax.files import write_whole
+
 CONFIG = Path("configs/experiments/smollm2.yaml")
 ANSWERS = Path("configs/answers")
 WORK = Path("runs/experiment")
@@ -93,7 +95,8 @@ def run(training: Training, *, timed: int) -> None:
     domino("train", CONFIG, *rows(training), f"run_dir={training.directory}", *training.overrides)
     words = ("--max-new-tokens", str(NEW_TOKENS), "--timed", str(timed))
     domino("evaluate", training.directory, *SETS, *words)
-    write(result, record(training))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_whole(result, json.dumps(record(training), indent=1) + "\n")
 
 
 def rows(training: Training) -> tuple[str, ...]:
@@ -117,14 +120,6 @@ def record(training: Training) -> dict[str, Any]:
     data = answers[f"train-{training.size}.jsonl.gz"]
     known = {name: data[name] for name in ("lines", "answer_tokens", "unpacked_sha256")}
     return {"run": asdict(training), "data": known, **evaluation}
-
-
-def write(path: Path, tree: dict[str, Any]) -> None:
-    """Writes JSON beside and renames it: a stop leaves no half of a result."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def main() -> None:

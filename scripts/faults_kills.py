@@ -1,6 +1,6 @@
 """Machines are taken away at any moment: processes that end at random ones.
 
-`kill -9` on training, SIGTERM and SIGINT on five verbs:
+`kill -9` on training, SIGTERM and SIGINT on seven verbs:
 
 start-up | inputs | compile | step step [save] step step [save] ... | end
     ^ uniformly over the time that an undisturbed process takes
@@ -127,28 +127,29 @@ def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float)
     return f"{time.monotonic() - process.began:.2f} s, {where[:30]}"
 
 
-# The words of each verb, what it leaves, and whether a second start goes on from there.
+# The words of each verb, and what it leaves.
 VERBS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("train", "config.yaml", STEPS), "run"),
     "regenerate": (
         (*ANSWERS, *("--batch-size", "2", "--max-new-tokens", "60", "--temperature", "0.7")),
         "answers.jsonl",
     ),
+    "prompts": (
+        (
+            *("prompts", "own.jsonl", "--target", "target", "--count", "40"),
+            *("--batch-size", "16", "--max-new-tokens", "40", "--temperature", "1"),
+        ),
+        "own.jsonl",
+    ),
     "capture": (("capture", "config.yaml", "states"), "states"),
     "evaluate": (
         (
-            "evaluate",
-            "trained",
-            "prompts.jsonl",
-            "--limit",
-            "4",
-            "--max-new-tokens",
-            "40",
-            "--timed",
-            "0",
+            *("evaluate", "trained", "prompts.jsonl"),
+            *("--limit", "4", "--max-new-tokens", "40", "--timed", "0"),
         ),
         "",
     ),
+    "report": (("report", "trained"), "trained/report.html"),
     "generate": (("generate", "trained", "a b c", "--max-new-tokens", "100"), ""),
 }
 

@@ -175,6 +175,7 @@ def environment(cache: Path, *, fill: bool) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill else "1e9",
         "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(cache.parent / "cache"),  # answers that `evaluate` keeps
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }

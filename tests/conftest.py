@@ -72,9 +72,17 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def domino(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def domino(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+):
     """The command in this process: words -> exit code, stdout, stderr."""
-    from domino_jax.cli import command
+    from domino_jax.cli import command, decode
+
+    # What another state of the code answered must not be what this one is held against.
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(decode, "user_cache", lambda name, *, verb: cache / name)
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])

@@ -2,17 +2,43 @@
 
 import copy
 import io
+import json
+from pathlib import Path
 
 from page_runs import evaluation_of
 from rich.console import Console
 
-from domino_jax.report import evaluation_table
+from domino_jax.report import evaluation_table, training_summary
 
 
 def printed(evaluation: dict) -> str:
     heard = io.StringIO()
     Console(width=120, file=heard).print(evaluation_table(evaluation))
     return heard.getvalue()
+
+
+def test_a_summary_of_training_is_of_its_log(tmp_path: Path) -> None:
+    assert training_summary(tmp_path) == {}  # an imported draft has none
+    last = {"step": 40, "split": "heldout", "loss": 2.5, "accept_len": 2.1}
+    lines = [
+        {"step": 0, "split": "data", "conversations": 24, "answer_tokens": 300},
+        {"step": 10, "split": "train", "loss": None},  # every step of it was skipped
+        {"step": 20, "split": "train", "loss": 5.0},
+        {"step": 20, "split": "heldout", "loss": 4.0, "accept_len": 1.5},
+        {"step": 30, "loss": 3.5},  # somebody else's
+        {"step": 40, "split": "train", "loss": 3.0},
+        last,
+        {"step": 40, "split": "rollout", "tau": 1.2},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert training_summary(tmp_path) == {
+        "first_loss": 5.0,
+        "last_loss": 3.0,
+        "steps": 40,
+        "heldout": last,
+        "data": {"conversations": 24, "answer_tokens": 300},
+    }
 
 
 def test_the_table_of_an_evaluation_has_every_way_and_what_it_must_reach() -> None:

@@ -187,7 +187,8 @@ def prompts(
 
     Given the opening of a user's turn, a chat model writes a request. Those that end, ask for
     something and are not repeated are kept; `domino regenerate OUT ANSWERS` answers them. Stopped
-    and started again it resumes where it was.
+    and started again it resumes where it was. Each batch counts the seed up by one, so the seeds of
+    two files lie further apart than a file has batches, or both hold the same prompts.
     """
     keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
@@ -221,6 +222,6 @@ def prompts(
         reporter=reporter,
     )
     keeps(f"{out} is complete")
-    left_out = ", ".join(f"{count} {reason}" for reason, count in drawn.left_out.items())
-    reporter.say(f"saved {count} prompts; {drawn.drawn} drawn by this start, left out: {left_out}")
+    words = f"{drawn.drawn} drawn by this start, left out: {drawn.words}"
+    reporter.say(f"saved {count} prompts; {words}")
     click.echo(out)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from domino_jax import __version__
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     Drafter,
@@ -23,6 +24,7 @@ from domino_jax.cli.shared import (
     new_tokens_option,
     proposals_option,
     reporter,
+    results,
     run_dtype_option,
     seed_option,
     step_option,
@@ -41,12 +43,21 @@ from domino_jax.decoding.evaluate import SERVING, plain_answers
 from domino_jax.decoding.evaluate import evaluate as evaluate_set
 from domino_jax.decoding.evaluation import (
     EVALUATION,
+    Earlier,
     Evaluator,
-    earlier_sets,
     measured,
+    read_earlier,
+    set_names,
     write_evaluation,
 )
-from domino_jax.decoding.generate import Answer, TextStream, check_length, pieces, stream_answer
+from domino_jax.decoding.generate import (
+    Answer,
+    TextStream,
+    asked,
+    check_length,
+    pieces,
+    stream_answer,
+)
 from domino_jax.decoding.known_answers import known_answers, prompts_sha256
 from domino_jax.decoding.servers import Server, ask
 from domino_jax.draft.backbone import DraftModel
@@ -188,7 +199,9 @@ def _figures(answer: Answer, proposals: int) -> str:
     show_default=True,
     help="Prompts of each file that are timed; 0: no time is measured.",
 )
-@click.option("--append", is_flag=True, help="Keep the sets that evaluation.json holds already.")
+@click.option(
+    "--append", is_flag=True, help="Keep what evaluation.json holds already of other sets."
+)
 @endpoint_option
 @new_tokens_option
 @temperature_option
@@ -220,7 +233,7 @@ def evaluate(
     answered conversations is asked again without its last answers.
     """
     place = run / EVALUATION
-    names = _set_names(prompt_files, place)
+    names = set_names(prompt_files, place)
     keeps(f"{place} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
@@ -237,18 +250,20 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         dtype=drafter.config.dtype,
     )
-    sets = earlier_sets(place, evaluator) if append else {}
+    earlier = read_earlier(place, evaluator) if append else Earlier({}, None)
+    sets = dict(earlier.sets)
     measurement = _Measurement(loaded, drafter, evaluator, batch_size=batch_size, timed=timed)
     for name, path in zip(names, prompt_files, strict=True):
         sets[name] = measurement.of_set(name, path, limit, server)
-    cycle = measurement.cycle() if timed and temperature == 0 else None
+    # What was timed of the same draft stands until it is timed again.
+    cycle = measurement.cycle() if timed and temperature == 0 else earlier.cycle
     reporter.say(f"saving {place}")
     # Before the table, which a closed pipe may refuse.
     record = write_evaluation(
         place, evaluator, training=training_summary(run), cycle=cycle, sets=sets
     )
     keeps(f"{place} is written")
-    Console().print(evaluation_table(record))
+    results().print(evaluation_table(record))
     for name in names:
         for way, figures in sets[name]["ways"].items():
             for difference in figures.get("differences", ()):
@@ -338,6 +353,7 @@ class _Measurement:
             "dtype": self._evaluator.dtype,
             "device": self._device,
             "jax": jax.__version__,
+            "domino_jax": __version__,
         }
         compute = functools.partial(
             plain_answers,
@@ -348,7 +364,8 @@ class _Measurement:
             batch_size=self._batch_size,
             reporter=reporter,
         )
-        return known_answers(user_cache("answers", verb="evaluate"), identity, compute)
+        cache = user_cache("answers", verb="evaluate")
+        return known_answers(cache, identity, compute, reporter=reporter)
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""
@@ -358,20 +375,11 @@ class _Measurement:
             reporter.say(f"{path}:{bad.line}: {bad.reason}")
         texts, prompts = [], []
         for line, messages in usable[:limit]:
-            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            prompts.append(encode_prompt(asked, self._loaded.tokenizer, self._kwargs))
+            question = asked(messages)
+            prompts.append(encode_prompt(question, self._loaded.tokenizer, self._kwargs))
             check_length(self._decoder, prompts[-1], place=f"{path}:{line}")
-            texts.append(asked[-1]["content"])
+            texts.append(question[-1]["content"])
         return texts, prompts
-
-
-def _set_names(paths: Sequence[Path], place: Path) -> list[str]:
-    """`configs/prompts/everyday.jsonl` -> everyday, each of them once in `place`."""
-    names = [path.name.split(".jsonl")[0] for path in paths]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two files of prompts would both be called {name} in {place}")
-    return names
 
 
 def _standard_input() -> str:

@@ -27,12 +27,26 @@ from domino_jax.strict import InputError, require
 _ATTESTS = b'{"sha256": '
 
 
+def log_of(path: Path) -> Path:
+    """Where the lines of a new file wait until they are all there: `PATH.partial`.
+
+    Raises:
+        InputError: the file is there already, or is called packed.
+    """
+    if path.exists():
+        raise InputError(f"{path}: already there; remove it to make it again")
+    # Who reads such a file unpacks it, and these lines are written as they are.
+    if path.suffix == ".gz":
+        raise InputError(f"{path}: is not written packed; give a name without .gz")
+    return path.with_name(path.name + ".partial")
+
+
 class BatchLog:
-    """An unfinished file of answers.
+    """An unfinished file of answers, or of prompts.
 
     Attributes:
-        finished: of the batches that earlier starts wrote, by prompt line, whether each answer
-            ended by itself.
+        finished: of the batches that earlier starts wrote, by prompt line or draw, whether each
+            answer ended by itself.
     """
 
     def __init__(self, path: Path, read: Callable[[Any], tuple[int, bool]]) -> None:
@@ -40,8 +54,8 @@ class BatchLog:
 
         Args:
             path: the file; what is not attested is cut off its end.
-            read: gives a record's prompt line and whether its answer ended by itself; raises
-                `InputError` for a record of another start.
+            read: gives a record's prompt line, or its draw, and whether it ended by itself;
+                raises `InputError` for a record of another start.
         Raises:
             InputError: `read` refused a record, or the file is not what was written.
             OSError: it cannot be opened or written.

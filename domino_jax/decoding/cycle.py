@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from domino_jax.decoding.decoder import Decoder, Weights
+from domino_jax.decoding.decoder import Decoder, Weights, alone
 from domino_jax.decoding.speculate import (
     DecodeState,
     Drafts,
@@ -96,8 +96,7 @@ def cycle_times(
     """
     # Nothing ends: a cycle that has nothing left to do must not be timed.
     endless = replace(decoder, stop_ids=())
-    alone = replace(decoder.target, capture=())
-    plain = replace(endless, target=alone, draft=None, proposals=0, use_head=False)
+    plain = alone(endless)
     committed = (rounds + WARM) * (decoder.proposals + 1)
     begin = functools.partial(
         start,

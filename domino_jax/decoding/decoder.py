@@ -76,7 +76,7 @@ def make_decoder(
         raise ValueError(f"top_k must be at least 1, found {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, found {top_p}")
-    alone = Decoder(
+    plain = Decoder(
         replace(target, capture=()),
         temperature=temperature,
         stop_ids=tuple(stop_ids),
@@ -84,7 +84,7 @@ def make_decoder(
         top_p=top_p,
     )
     if draft is None:
-        return alone
+        return plain
     for name in ("hidden_size", "vocab_size"):
         found, expected = getattr(draft.cfg, name), getattr(cfg, name)
         if found != expected:
@@ -95,9 +95,16 @@ def make_decoder(
             f"the draft reads a target of {layers} layers, this one has {cfg.num_hidden_layers}"
         )
     return replace(
-        alone,
+        plain,
         target=replace(target, capture=draft.cfg.target_layer_ids),
         draft=draft,
         proposals=number_of_proposals(draft.cfg, proposals),
         use_head=use_head and draft.cfg.head is not None,
     )
+
+
+def alone(decoder: Decoder) -> Decoder:
+    """The target of a decoder without its draft."""
+    # It captures nothing: it must not pay for states that only a draft reads.
+    target = replace(decoder.target, capture=())
+    return replace(decoder, target=target, draft=None, proposals=0, use_head=False)

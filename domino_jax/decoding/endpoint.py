@@ -91,8 +91,9 @@ def beside(
         # Answers of one token each have no tau.
         ratio = tau / ours.tau if ours.tau else None
     per_prompt = served.per_prompt
-    if per_prompt is not None and ratio is not None:
-        ratio_interval = gain(per_prompt, ours).interval
+    over_ours = None if per_prompt is None else gain(per_prompt, ours)
+    if over_ours is not None:
+        ratio_interval = over_ours.interval
     return EndpointFigures(
         url=served.server.url,
         server=served.server.name,

@@ -22,7 +22,7 @@ import numpy as np
 from domino_jax.decoding import counts
 from domino_jax.decoding.compare import Comparison, compare
 from domino_jax.decoding.counts import Acceptance
-from domino_jax.decoding.decoder import Decoder, Weights, number_of_proposals
+from domino_jax.decoding.decoder import Decoder, Weights, alone, number_of_proposals
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.intervals import Gain, PerPrompt, gain, tau_interval
 from domino_jax.decoding.ngram import look_up
@@ -48,7 +48,7 @@ class WayFigures:
         per_prompt: of each prompt.
         comparison: of greedy outputs with the target's own; None where tokens were drawn, and for
             what is computed from the target's own outputs.
-        gain: of the headline over this way; None for itself.
+        gain: of the headline over this way; None for itself, and over a way without a tau.
     """
 
     proposals: int
@@ -206,11 +206,11 @@ def plain_answers(
         batch_size: prompts decoded together.
         reporter: is told each batch.
     """
-    alone = _alone(replace(decoder, temperature=0.0))
-    slots = required_slots(alone, max(map(len, prompts)), max_new_tokens)
+    plain = alone(replace(decoder, temperature=0.0))
+    slots = required_slots(plain, max(map(len, prompts)), max_new_tokens)
     with reporter.bar("answers", total=len(prompts)) as bar:
         return _in_batches(
-            alone,
+            plain,
             weights=weights,
             prompts=prompts,
             settings=_Batches(batch_size, max_new_tokens, slots, 0),
@@ -230,13 +230,6 @@ class _Batches:
 
 def _tell(tell: Callable[[int, str], None], name: str, before: int, done: int) -> None:
     tell(before + done, name)
-
-
-def _alone(decoder: Decoder) -> Decoder:
-    """The target of a decoder without its draft."""
-    # It captures nothing: it must not pay for states that only a draft reads.
-    target = replace(decoder.target, capture=())
-    return replace(decoder, target=target, draft=None, proposals=0, use_head=False)
 
 
 def _ways(decoder: Decoder) -> dict[str, Decoder]:
@@ -287,17 +280,16 @@ def _in_batches(
     answers: dict[int, Answer] = {}
     for first in range(0, len(order), size):
         batch = order[first : first + size]
-        # Short of prompts, the last batch repeats one: another size is another compilation.
-        filled = [*batch, *[batch[-1]] * (size - len(batch))]
         found = generate(
             decoder,
             weights,
-            [prompts[index] for index in filled],
+            [prompts[index] for index in batch],
             max_new_tokens=settings.max_new_tokens,
+            size=size,
             slots=settings.slots,
             seed=settings.seed + first,
         )
-        answers |= dict(zip(batch, found, strict=False))
+        answers |= dict(zip(batch, found, strict=True))
         tell(len(answers))
     return [answers[index] for index in range(len(prompts))]
 
@@ -370,7 +362,7 @@ def _speed(
 ) -> Speed:
     """Tokens per second of the target with its draft and alone, in turns."""
     run = functools.partial(generate, weights=weights, slots=settings.slots, seed=settings.seed)
-    ways = {"plain": _alone(serving), SERVING: serving}
+    ways = {"plain": alone(serving), SERVING: serving}
     # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
     buckets = {required_slots(ways["plain"], len(prompt), 0): prompt for prompt in prompts}
     for way in ways.values():

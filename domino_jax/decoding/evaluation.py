@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,11 +57,16 @@ def measured(device: str) -> dict[str, Any]:
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": f"{os.cpu_count()} x {processor()}",
+        "hardware": hardware(),
         "device": device,
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def hardware() -> str:
+    """The cores of this machine."""
+    return f"{os.cpu_count()} x {processor()}"
 
 
 def processor() -> str:
@@ -72,17 +77,43 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def earlier_sets(path: Path, evaluator: Evaluator) -> dict[str, Any]:
-    """The sets that an evaluation holds already; none where there is no file.
+def set_names(files: Sequence[Path], place: Path) -> list[str]:
+    """What files of prompts are called in an evaluation: `prompts/everyday.jsonl.gz` -> everyday.
+
+    Args:
+        files: of prompts, one a set.
+        place: of the evaluation, for the message.
+    Raises:
+        InputError: two of them would be one set.
+    """
+    names = [path.name.split(".jsonl")[0] for path in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two files of prompts would both be called {name} in {place}")
+    return names
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an evaluation holds already: its sets, and the times of a cycle where it has them."""
+
+    sets: Mapping[str, Any]
+    cycle: Mapping[str, Any] | None
+
+
+def read_earlier(path: Path, evaluator: Evaluator) -> Earlier:
+    """An evaluation that more sets are added to; an empty one where there is no file.
 
     Raises:
-        InputError: they were measured otherwise: with another checkpoint or length, for example.
+        InputError: it was measured otherwise: with another checkpoint or length, for example.
     """
     if not path.exists():
-        return {}
+        return Earlier({}, None)
     record = read_json(path)
     known, now = record.get("evaluator"), evaluator.as_json()
-    if not isinstance(known, dict) or not isinstance(record.get("sets"), dict):
+    sets, cycle = record.get("sets"), record.get("cycle")
+    # Null where nothing was timed.
+    if not (isinstance(known, dict) and isinstance(sets, dict) and isinstance(cycle or {}, dict)):
         raise InputError(f"{path}: not an evaluation; remove it, or leave --append out")
     for name, value in now.items():
         # As text: JSON has lists where Python may have tuples.
@@ -91,7 +122,7 @@ def earlier_sets(path: Path, evaluator: Evaluator) -> dict[str, Any]:
                 f"{path}: was measured with {name} {settings_text(known.get(name))}, this is "
                 f"{settings_text(value)}; leave --append out to replace it"
             )
-    return dict(record["sets"])
+    return Earlier(sets, cycle)
 
 
 def write_evaluation(

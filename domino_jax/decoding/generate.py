@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from domino_jax.data.conversations import Messages
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import DecodeState, finish, required_slots, start, stream
 from domino_jax.strict import InputError
@@ -44,6 +45,11 @@ class Answer:
         return len(self.tokens) / self.seconds
 
 
+def asked(messages: Messages) -> Messages:
+    """What a conversation asks: without the answer that it ends with, if it ends with one."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def check_length(decoder: Decoder, prompt: np.ndarray, *, place: str) -> None:
     """Refuses a prompt that is longer than any text that the target knows positions for.
 
@@ -67,6 +73,7 @@ def generate(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
+    size: int = 0,
     slots: int | None = None,
     longest: int = 0,
     seed: int = 0,
@@ -78,9 +85,10 @@ def generate(
         weights: its parameters.
         prompts: token ids of each.
         max_new_tokens: per answer.
+        size: of all batches, which then run through one program: short of prompts, the last one is
+            decoded again, and its answer dropped; 0 for as many as there are.
         slots: cache positions, see `speculate.start`; None for as few as `longest` needs.
-        longest: of the prompts of all batches, which then run through one program; 0 for those of
-            this one.
+        longest: of the prompts of all batches, likewise; 0 for those of this one.
         seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
@@ -88,11 +96,12 @@ def generate(
     # A caller of many batches gives one number for all: another one is another program.
     if slots is None:
         slots = required_slots(decoder, max(longest, *map(len, prompts)), max_new_tokens)
+    filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
     began = time.perf_counter()
     state = start(
         decoder,
         weights,
-        prompts,
+        filled,
         max_new_tokens=max_new_tokens,
         slots=slots,
         longest=longest,

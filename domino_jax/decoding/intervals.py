@@ -9,6 +9,7 @@ hard, cancels:
     another      c/v   c/v   c/v             gain = tau / tau of the other
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class PerPrompt:
 
 @dataclass(frozen=True)
 class Gain:
-    """Tau over the tau of another way on the same prompts, with its interval."""
+    """Tau over the tau of another way on the same prompts, with its interval where there is one."""
 
     ratio: float
     interval: tuple[float, float] | None
@@ -46,16 +47,20 @@ def tau_interval(one: PerPrompt) -> tuple[float, float] | None:
     return _interval(_tau, [one.committed, one.verifications])
 
 
-def gain(one: PerPrompt, other: PerPrompt) -> Gain:
+def gain(one: PerPrompt, other: PerPrompt) -> Gain | None:
     """How much longer one way's tau is than another's, paired over prompts.
+
+    None where the other has no tau: its answers are of one token, which costs no verification.
 
     Raises:
         ValueError: the two are not of the same number of prompts.
     """
     if len(one.committed) != len(other.committed):
         raise ValueError(f"{len(one.committed)} prompts beside {len(other.committed)}")
+    if not other.tau:
+        return None
     sums = [one.committed, one.verifications, other.committed, other.verifications]
-    return Gain(one.tau / other.tau if other.tau else float("nan"), _interval(_gain, sums))
+    return Gain(one.tau / other.tau, _interval(_gain, sums))
 
 
 def _tau(committed: Any, verifications: Any, axis: int) -> Any:
@@ -72,16 +77,18 @@ def _interval(statistic: Any, sums: Sequence[Sequence[int]]) -> tuple[float, flo
     # Here: it takes a second to import, which no other verb should wait for.
     from scipy import stats
 
-    drawn = stats.bootstrap(
-        [np.array(one, float) for one in sums],
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=1000,  # bounds memory, not the result
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    )
+    # Of few prompts a draw may hold none with a verification, and so no ratio: nothing is known.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        drawn = stats.bootstrap(
+            [np.array(one, float) for one in sums],
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=1000,  # bounds memory, not the result
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(SEED),
+        )
     low, high = drawn.confidence_interval
-    return float(low), float(high)
+    return (float(low), float(high)) if np.isfinite([low, high]).all() else None

@@ -17,11 +17,16 @@ import numpy as np
 from domino_jax.data.template import settings_text
 from domino_jax.decoding.generate import Answer
 from domino_jax.files import read_json, write_whole
+from domino_jax.progress import STDERR, Reporter
 from domino_jax.strict import InputError
 
 
 def known_answers(
-    directory: Path, identity: Mapping[str, Any], compute: Callable[[], Sequence[Answer]]
+    directory: Path,
+    identity: Mapping[str, Any],
+    compute: Callable[[], Sequence[Answer]],
+    *,
+    reporter: Reporter = STDERR,
 ) -> Sequence[Answer]:
     """Answers from a directory, or computed and kept there.
 
@@ -29,8 +34,7 @@ def known_answers(
         directory: of the user's cache; made where it is missing.
         identity: all that the answers depend on, as plain values.
         compute: decodes them.
-    Raises:
-        OSError: they cannot be written.
+        reporter: is told where they cannot be kept.
     """
     text = settings_text(identity)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
@@ -43,8 +47,13 @@ def known_answers(
         "tokens": [answer.tokens.tolist() for answer in answers],
         "stopped": [answer.stopped for answer in answers],
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(record) + "\n")
+    # A home that cannot be written, as in many a container, is no reason to measure nothing.
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        reporter.say(f"{directory}: {reason}; the target's answers are not kept")
     return answers
 
 

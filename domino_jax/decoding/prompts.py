@@ -20,7 +20,7 @@ import numpy as np
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.rendering import Rendering, render
 from domino_jax.data.template import settings_text
-from domino_jax.decoding.batch_log import BatchLog
+from domino_jax.decoding.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import required_slots
@@ -67,6 +67,11 @@ class Drawn:
 
     drawn: int
     left_out: Counter[str]
+
+    @property
+    def words(self) -> str:
+        """Why rows were left out, formatted."""
+        return _counted(self.left_out)
 
 
 def user_turn(tokenizer: Any, chat_template_kwargs: Scalars) -> UserTurn:
@@ -140,18 +145,17 @@ def write_prompts(
         settings: how they are drawn.
         reporter: is told each batch.
     Raises:
-        InputError: the file is there, a partial one of another start does not fit, or the target
-            writes no usable prompt.
+        InputError: the place is taken or called packed, a partial file of another start does not
+            fit, or the target writes no usable prompt.
         OSError: they cannot be written; those of earlier batches are kept.
     """
-    if path.exists():
-        raise InputError(f"{path}: already there; remove it to make it again")
+    partial = log_of(path)
     opening = user_turn(tokenizer, settings.chat_template_kwargs).opening
     sieve = _Sieve(language_filter(settings.language) if settings.language else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     read = functools.partial(_read_prompt, settings=settings, sieve=sieve)
     drawn, fruitless = 0, 0
-    with BatchLog(path.with_name(path.name + ".partial"), read) as log:
+    with BatchLog(partial, read) as log:
         written = len(log.finished)
         # A batch without a usable row leaves no trace: it is drawn again, to the same end.
         batch = max(log.finished, default=-1) // settings.batch_size + 1
@@ -169,10 +173,11 @@ def write_prompts(
                 if fruitless == FRUITLESS:
                     raise InputError(
                         f"none of the last {FRUITLESS * settings.batch_size} rows is a usable "
-                        f"prompt: {sieve.words}; try another --temperature, or more "
+                        f"prompt: {_counted(sieve.left_out)}; try another --temperature, or more "
                         "--max-new-tokens"
                     )
-                bar.tell(written, f"kept of {drawn} drawn; left out: {sieve.words}")
+                left_out = _counted(sieve.left_out)
+                bar.tell(written, f"kept of {drawn} drawn; left out: {left_out}")
                 batch += 1
         log.publish(path)
     return Drawn(drawn, sieve.left_out)
@@ -189,11 +194,6 @@ class _Sieve:
         self.left_out: Counter[str] = Counter()
         self._in_language = in_language
         self._known: set[str] = set()
-
-    @property
-    def words(self) -> str:
-        """What was left out, formatted."""
-        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"
 
     def remember(self, text: str) -> None:
         """Takes note of a prompt that is kept."""
@@ -226,6 +226,11 @@ class _Sieve:
         if self._in_language is not None and not self._in_language(text):
             return "in another language"
         return ""
+
+
+def _counted(left_out: Counter[str]) -> str:
+    """Counts with their reasons, formatted."""
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
 
 
 def _essence(text: str) -> str:

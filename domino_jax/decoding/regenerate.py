@@ -19,7 +19,7 @@ import numpy as np
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.data.template import settings_text
-from domino_jax.decoding.batch_log import BatchLog
+from domino_jax.decoding.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_length, generate
 from domino_jax.decoding.speculate import required_slots
@@ -99,12 +99,12 @@ def regenerate(
     Returns:
         How many answers there are, and how many of them end without a stop token.
     Raises:
-        InputError: unusable prompts, or a partial file of another start that does not fit.
+        InputError: a place that is taken or called packed, unusable prompts, or a partial file of
+            another start that does not fit.
         OSError: the answers cannot be written; those of earlier batches are kept.
     """
     # In the order of what it costs to be refused; nothing is made before all prompts are usable.
-    if answers_path.exists():
-        raise InputError(f"{answers_path}: already there; remove it to make it again")
+    partial = log_of(answers_path)
     usable = _all_usable(prompts_path)
     prompts = _by_length(usable, answerer.tokenizer, settings.chat_template_kwargs)
     longest = prompts[-1]
@@ -112,7 +112,6 @@ def regenerate(
     # Of all prompts, not of those that are left: another start must run the same program.
     slots = required_slots(answerer.decoder, len(longest.ids), settings.max_new_tokens)
     answers_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = answers_path.with_name(answers_path.name + ".partial")
     read = functools.partial(_read_answer, settings=settings, prompts=usable, place=prompts_path)
     with BatchLog(partial, read) as log:
         finished = dict(log.finished)
@@ -169,18 +168,16 @@ def _answers(
     answerer: Answerer, batch: Sequence[_Prompt], *, settings: AnswerSettings, slots: int
 ) -> list[Answer]:
     """The answers of a batch, in its order."""
-    # Short of prompts, the last batch repeats one: another batch size is another compilation.
-    filled = [*batch, *[batch[-1]] * (settings.batch_size - len(batch))]
-    answers = generate(
+    return generate(
         answerer.decoder,
         answerer.weights,
-        [prompt.ids for prompt in filled],
+        [prompt.ids for prompt in batch],
         max_new_tokens=settings.max_new_tokens,
+        size=settings.batch_size,
         slots=slots,
         # By the line of a prompt, not by a count: batches that are left keep their seeds.
         seed=(settings.seed + batch[0].line) % SEED_LIMIT,
     )
-    return answers[: len(batch)]
 
 
 def _lines(

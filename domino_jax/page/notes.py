@@ -9,7 +9,7 @@ from domino_jax.page.sources import RunFiles, Source
 # A page is read, not searched: the files have the rest.
 WARNINGS = 12
 ANSWERS = 3
-TOKENS = 400
+PIECES = 400
 PROMPT_CHARACTERS = 1000
 LINES = 16  # of the data that one step was made of
 
@@ -30,7 +30,7 @@ class Warnings:
 
 @dataclass(frozen=True)
 class Piece:
-    """A token of an answer, and whether the draft proposed it."""
+    """Tokens of an answer in a row, and whether the draft proposed them."""
 
     text: str
     drafted: bool
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A decoded answer; `more` of its tokens were left out."""
+    """A decoded answer; `more` of its pieces were left out."""
 
     run: int
     prompts: str
@@ -60,7 +60,7 @@ def warnings(runs: Sequence[RunFiles]) -> tuple[Warnings, ...]:
 
 
 def answers(runs: Sequence[RunFiles]) -> tuple[Answer, ...]:
-    """The first decoded answers of each set, as their tokens."""
+    """The first decoded answers of each set, in pieces that were drafted or not."""
     found = []
     for place, run in enumerate(runs):
         for prompts in run.sets:
@@ -68,9 +68,9 @@ def answers(runs: Sequence[RunFiles]) -> tuple[Answer, ...]:
                 pieces = [_piece(piece) for piece in example["pieces"].entries]
                 if pieces:
                     prompt = (example["prompt"].text or "")[:PROMPT_CHARACTERS]
-                    more = max(len(pieces) - TOKENS, 0)
+                    more = max(len(pieces) - PIECES, 0)
                     name = str(prompts.path[-1])
-                    found.append(Answer(place, name, prompt, tuple(pieces[:TOKENS]), more))
+                    found.append(Answer(place, name, prompt, tuple(pieces[:PIECES]), more))
     return tuple(found)
 
 

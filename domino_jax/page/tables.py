@@ -105,7 +105,6 @@ def _tau_table(name: str, runs: Sequence[RunFiles]) -> Table:
         "tokens/s, speculative": of_set("speed", "tokens_per_second", form=".1f"),
         "tokens/s, target alone": of_set("speed", "tokens_per_second_plain", form=".1f"),
         "speed-up": of_set("speed", "speed_up", form=TAU),
-        "speed-up if verifying cost one step": of_set("speed", "speed_up_if_free", form=TAU),
         "tokens compared with the target's": of_set(*serving, "tokens_compared", form=COUNT),
         "of them equal": of_set(*serving, "tokens_equal", form=COUNT),
     }

@@ -33,7 +33,7 @@ from domino_jax.data.packing import (
 )
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.decoding.decoder import make_decoder
-from domino_jax.decoding.generate import check_length
+from domino_jax.decoding.generate import asked, check_length
 from domino_jax.progress import Reporter
 from domino_jax.sharding import make_mesh, partition_spec, parts_of
 from domino_jax.strict import InputError
@@ -158,7 +158,7 @@ def read_features(
 def read_prompts(
     config: RunConfig, rows: Sequence[Row], tokenizer: Any, target: DecoderConfig
 ) -> list[np.ndarray]:
-    """The prompts of a run's rollouts: held-out conversations, each cut before its last answer.
+    """The prompts of a run's rollouts: what held-out conversations ask, as `evaluate` asks it.
 
     Args:
         config: the run.
@@ -186,10 +186,8 @@ def read_prompts(
     prompts = []
     for row in rows[: settings.rollout_prompts]:
         assert row.line is not None, "held-out rows are read from a file"
-        messages = conversations[row.line]
-        roles = [message["role"] for message in messages]
-        last_answer = len(roles) - 1 - roles[::-1].index("assistant")
-        prompt = encode_prompt(messages[:last_answer], tokenizer, data.chat_template_kwargs)
+        question = asked(conversations[row.line])
+        prompt = encode_prompt(question, tokenizer, data.chat_template_kwargs)
         check_length(reader, prompt, place=f"{data.heldout}:{row.line}")
         prompts.append(prompt)
     return prompts

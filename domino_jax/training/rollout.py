@@ -2,7 +2,7 @@
 
 So the draft drafts and the target verifies inside the training process, as `domino evaluate` has
 them do with a checkpoint: greedily, the head included, K - 1 proposals of each block. Held-out
-conversations are the prompts, each cut before its last answer:
+conversations are the prompts, each without the answer that it ends with:
 
     prompts -> batches of one shape, the last one filled up -> answers -> tau, shares by position
                read and answered by one program each                      `decoding.counts`
@@ -53,17 +53,14 @@ class Rollout:
         for begin in range(0, len(run.prompts), size):
             if stop_requested():
                 return None
-            prompts = list(run.prompts[begin : begin + size])
-            # Filled up by repeating one: another number of prompts would be another program.
-            filled = prompts + prompts[:1] * (size - len(prompts))
-            answered = generate(
+            answers += generate(
                 self._decoder,
                 weights,
-                filled,
+                run.prompts[begin : begin + size],
                 max_new_tokens=run.config.train.rollout_tokens,
+                size=size,
                 longest=longest,
             )
-            answers += answered[: len(prompts)]
         return rollout_figures(answers, proposals=self._decoder.proposals)
 
 

@@ -31,6 +31,9 @@ LINES = {
     "regenerate": (
         "interrupted: answered batches are kept in answers.jsonl.partial; the same command resumes"
     ),
+    "prompts": (
+        "interrupted: batches of prompts are kept in own.jsonl.partial; the same command resumes"
+    ),
     "evaluate": "interrupted: run/evaluation.json was not written; the same command starts over",
     "generate": "interrupted: nothing is kept of the answer; the same command starts over",
     "capture": "interrupted: shards that were written to states stay; the same command resumes",
@@ -65,6 +68,8 @@ def begin(place: Path, *words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(TOP)}
     # What ends at any moment must not leave half a program for others to read.
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+    # Answers of another test, or of another state of the code, would be taken from the user's.
+    environment["XDG_CACHE_HOME"] = str(place / "cache")
     command = [sys.executable, "-m", "domino_jax", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=place, env=environment, text=True, **pipes)
@@ -96,6 +101,7 @@ MOMENTS = (
     ("generate", "compiling", ("run", "a b c", "--max-new-tokens", "20000")),
     ("capture", "loading", ("config.yaml", "states")),
     ("train", "training: ", ("config.yaml", "run_dir=new", "train.steps=100000")),
+    ("prompts", "compiling", ("own.jsonl", "--target", "target", "--count", "100000")),
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from disk import files_end_at
 
-from domino_jax.decoding.batch_log import BatchLog
+from domino_jax.decoding.batch_log import BatchLog, log_of
 from domino_jax.strict import InputError
 
 BATCHES = [[{"prompt_line": 2, "finished": True}, {"prompt_line": 1, "finished": False}]]
@@ -30,6 +30,17 @@ def write(path: Path) -> list[int]:
             log.add(batch)
             whole.append(path.stat().st_size)
     return whole
+
+
+def test_a_log_lies_beside_a_file_that_may_be_written(tmp_path: Path) -> None:
+    place = tmp_path / "answers.jsonl"
+    assert log_of(place) == tmp_path / "answers.jsonl.partial"
+    place.touch()
+    with pytest.raises(InputError, match="already there; remove it to make it again"):
+        log_of(place)
+    # Who reads it would unpack lines that nobody packed.
+    with pytest.raises(InputError, match=r"is not written packed; give a name without \.gz"):
+        log_of(tmp_path / "answers.jsonl.gz")
 
 
 def test_batch_log_cut_anywhere_goes_on_from_the_last_whole_batch(tmp_path: Path) -> None:

@@ -94,6 +94,13 @@ def test_dflash_has_neither_a_head_to_switch_off_nor_another_block(weights: Weig
     assert figures.ways["serving"].interval is None  # of one prompt nothing can be drawn
 
 
+def test_answers_of_one_token_leave_a_record_that_can_be_read(weights: Weights) -> None:
+    decoder = make_decoder(TARGET, DraftModel(CONFIG))
+    figures = evaluate(decoder, weights, PROMPTS, max_new_tokens=1, timed=0).as_json()
+    json.dumps(figures, allow_nan=False)
+    assert figures["tokens"] == 3 and "gain" not in figures["ways"]["ngram"]
+
+
 def test_samples_are_not_compared(weights: Weights) -> None:
     decoder = make_decoder(TARGET, DraftModel(CONFIG), temperature=1.0)
     figures = evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4, timed=0)

@@ -59,6 +59,17 @@ def test_pieces_of_an_answer_are_its_drafted_and_own_tokens(target_params: Any) 
     assert found == list(zip(answer.tokens.tolist(), answer.drafted.tolist(), strict=True))
 
 
+def test_a_last_batch_is_filled_up_and_answers_its_own_prompts(target_params: Any) -> None:
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft)
+    alone = generate.generate(decoder, weights, PROMPTS[:2], max_new_tokens=6)
+    filled = generate.generate(decoder, weights, PROMPTS[:2], max_new_tokens=6, size=5)
+    assert len(filled) == 2
+    for one, other in zip(alone, filled, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert (one.committed, one.verifications) == (other.committed, other.verifications)
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_no_second_of_a_streamed_answer_is_a_compilation(
     target_params: Any, monkeypatch: pytest.MonkeyPatch, count: int

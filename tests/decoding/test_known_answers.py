@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import Heard
 
 from domino_jax.decoding.generate import Answer
 from domino_jax.decoding.known_answers import known_answers, prompts_sha256
@@ -50,6 +51,15 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
     path.write_text(damage)
     assert len(known_answers(tmp_path, IDENTITY, answers)) == 2
     assert path.read_text() == whole
+
+
+def test_a_place_that_cannot_be_written_is_told_and_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # not a directory, to root either
+    heard = Heard()
+    found = known_answers(tmp_path / "file" / "answers", IDENTITY, answers, reporter=heard)
+    assert len(found) == 2
+    (line,) = heard.lines
+    assert line.endswith("answers: Not a directory; the target's answers are not kept")
 
 
 def test_prompts_are_told_apart_by_every_token() -> None:

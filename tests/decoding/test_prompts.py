@@ -1,6 +1,7 @@
 """Prompts that a target writes: which are kept, and the same file however often it is begun."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ SETTINGS = PromptSettings(
     count=20,
     max_new_tokens=40,
     temperature=1.0,
+    top_k=None,
+    top_p=None,
     seed=3,
     dtype="float32",
     batch_size=16,
@@ -98,6 +101,11 @@ def test_prompts_are_requests_that_are_told_apart(tiny: Tiny, tmp_path: Path) ->
     tiny.write(tmp_path / "others.jsonl", replace(SETTINGS, seed=90))
     others = {record["messages"][0]["content"] for record in records(tmp_path / "others.jsonl")}
     assert len(others & set(texts)) < 3
+
+
+def test_what_was_left_out_is_told_in_words() -> None:
+    assert Drawn(8, Counter({"repeated": 2, "too short": 1})).words == "2 repeated, 1 too short"
+    assert Drawn(8, Counter()).words == "none"
 
 
 def test_a_cut_off_start_resumes_to_the_same_file(tiny: Tiny, tmp_path: Path) -> None:

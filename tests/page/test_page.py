@@ -120,7 +120,7 @@ def test_every_figure_is_the_one_of_its_file(tmp_path: Path) -> None:
             f"{everyday}/head_off/gain/ratio",
             f"{everyday}/block/tau",
             "/sets/humaneval/ways/serving/tau",
-            "/sets/everyday/speed/speed_up_if_free",
+            "/sets/everyday/speed/speed_up",
             "/cycle/draft",
             "/cycle/verification",
             "/cycle/break_even_tau",

@@ -25,8 +25,8 @@ from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.model import Target
 from domino_jax.training.capture import capture
 from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import Interrupted, train
-from domino_jax.training.metrics import read_metrics
 from domino_jax.training.prepare import prepare
 from domino_jax.training.records import read_run_record
 
@@ -147,6 +147,7 @@ def test_a_rollout_is_what_the_checkpoint_decodes(
     records = read_metrics(run)
     order = [(line["step"], line["split"]) for line in records]
     assert order == [
+        (0, "data"),
         (8, "rollout"),
         *((10, split) for split in ("train", "heldout")),
         (16, "rollout"),
@@ -226,7 +227,7 @@ def test_a_rollout_that_is_due_is_dropped_with_rollouts(target: Path, tmp_path: 
         train(load_config(path), reporter=quiet(), stop_requested=Stop(1))
     train(load_config(path, ["train.rollout_every=null"]), reporter=quiet())
     splits = [line["split"] for line in read_metrics(tmp_path / "run")]
-    assert splits == ["train", "heldout"]
+    assert splits == ["data", "train", "heldout"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +262,7 @@ def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
     prompts = prepare(load_config(path), reporter=quiet()).prompts
     tokenizer = load_tokenizer(target)
     assert len(prompts) == 3
-    for prompt, line in zip(prompts, lines[2:], strict=True):
-        asked = json.loads(line)["messages"][:1]
-        np.testing.assert_array_equal(prompt, encode_prompt(asked, tokenizer))
+    for index, (prompt, line) in enumerate(zip(prompts, lines[2:], strict=True)):
+        # The first ends with a question, which the verbs would ask as it stands.
+        question = json.loads(line)["messages"][: 1 if index else 3]
+        np.testing.assert_array_equal(prompt, encode_prompt(question, tokenizer))
