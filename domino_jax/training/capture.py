@@ -58,7 +58,7 @@ from domino_jax.training.preflight import (
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
 
-LENGTH_STEP = 128  # padding that the target runs over, at most; a power of 2, for any mesh
+LENGTH_STEP = 64  # padding that the target runs over, at most; a power of 2, for any mesh
 SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
 
 

@@ -16,6 +16,7 @@ from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.strict import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.model import Target
+from domino_jax.training import capture as capture_module
 from domino_jax.training.capture import capture
 from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
@@ -122,6 +123,27 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
         and half.target_states is None
     )
     assert half.features.shape == (len(half.input_ids), WIDTH)
+
+
+def test_the_target_runs_over_no_more_padding_than_a_batch_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of up to 24 tokens where 128 are allowed: the states are those of rows that fit."""
+    lengths = []
+    put = capture_module.device_batch
+
+    def heard(mesh: Any, arrays: dict[str, np.ndarray], **options: Any) -> Any:
+        lengths.append(arrays["input_ids"].shape[1])
+        return put(mesh, arrays, **options)
+
+    monkeypatch.setattr(capture_module, "device_batch", heard)
+    captured(place / "config.yaml", tmp_path / "states", "data.max_length=128", target_states=True)
+    assert set(lengths) == {capture_module.LENGTH_STEP} and len(lengths) > 3
+    wide, narrow = FeatureRows(tmp_path / "states"), FeatureRows(place / "float32")
+    for one, other in zip(wide, narrow, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        np.testing.assert_allclose(one.features, other.features, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one.target_states, other.target_states, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(
