@@ -116,6 +116,8 @@ def _caption(report: dict[str, Any]) -> Iterator[str]:
     cycle = report["cycle"] or {}  # null where no cycle was timed
     if cycle.get("break_even_tau") is not None:
         yield f"break-even tau {cycle['break_even_tau']:.2f} at batch 1 here"
+    if cycle.get("break_even_tau_if_one_step") is not None:
+        yield f"{cycle['break_even_tau_if_one_step']:.2f} where verifying a block costs one step"
     if "first_loss" in training:
         loss = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
         yield f"{loss} in {training['steps']} steps"

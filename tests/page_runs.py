@@ -105,7 +105,8 @@ def evaluation_of(
     head_ms = 1.2345 if head else 0.0
     parts = {"draft": 3.1111, "head": head_ms, "verification": whole - 5.5, "rest": 1.0159}
     cycle = {"context": 256, "proposals": 3, **parts, "sum": sum(parts.values())}
-    cycle |= {"whole": whole, "plain": plain, "break_even_tau": break_even, "measured": HARDWARE}
+    cycle |= {"whole": whole, "plain": plain, "break_even_tau": break_even}
+    cycle |= {"break_even_tau_if_one_step": 1.21, "measured": HARDWARE}
     training = {"first_loss": 12.95, "last_loss": 2.76, "steps": steps}
     return {
         "evaluator": evaluator,

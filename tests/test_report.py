@@ -57,7 +57,10 @@ def test_the_table_of_an_evaluation_has_every_way_and_what_it_must_reach() -> No
     assert rows["tokens compared / equal"] == ["15360 / 15360"] * 2
     words = " ".join(text.split())
     assert "smollm2-135m-instruct, step 160, block 4, head domino, temperature 0.0" in words
-    assert "break-even tau 1.73 at batch 1 here; loss 12.950 -> 2.760 in 160 steps" in words
+    assert (
+        "break-even tau 1.73 at batch 1 here; 1.21 where verifying a block costs one step" in words
+    )
+    assert "costs one step; loss 12.950 -> 2.760 in 160 steps" in words
     assert "held-out accept_len (teacher-forced) 2.226, base 1.866" in words
 
 

@@ -67,20 +67,18 @@ class CycleTimes:
 
     @property
     def break_even_tau(self) -> float:
-        """The tau above which drafting pays on this machine."""
+        """The tau above which drafting pays on this machine; a tau over it is the speed-up."""
         return self.whole / self.plain
 
-    def speed_up(self, tau: float) -> float:
-        """What a tau is worth on this machine: tokens per second over those of the target alone."""
-        return tau / self.break_even_tau
-
-    def speed_up_if_one_step(self, tau: float) -> float:
+    @property
+    def break_even_tau_if_one_step(self) -> float:
         """The same where verifying a block costs one step, as on accelerators at small batches."""
-        return tau * self.plain / (self.whole - self.verification + self.plain)
+        return (self.whole - self.verification + self.plain) / self.plain
 
     def as_json(self) -> dict[str, Any]:
         """As `evaluation.json` holds it."""
-        return asdict(self) | {"sum": self.sum, "break_even_tau": self.break_even_tau}
+        follows = ("sum", "break_even_tau", "break_even_tau_if_one_step")
+        return asdict(self) | {name: getattr(self, name) for name in follows}
 
 
 def cycle_times(

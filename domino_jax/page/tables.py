@@ -142,6 +142,7 @@ def cycle_table(runs: Sequence[RunFiles]) -> Table:
         "cycle as a whole, ms": part("whole"),
         "step of the target alone, ms": part("plain"),
         "break-even tau": part("break_even_tau", TAU),
+        "where verifying costs one step": part("break_even_tau_if_one_step", TAU),
         "proposals a cycle": part("proposals", PLACE),
         "tokens behind the cycle": part("context", COUNT),
         "machine": _evaluated("cycle", "measured", "hardware"),

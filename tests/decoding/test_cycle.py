@@ -28,10 +28,11 @@ TIMES = CycleTimes(
 
 def test_what_a_tau_is_worth() -> None:
     assert TIMES.sum == 25 and TIMES.break_even_tau == 2
-    assert TIMES.speed_up(3.0) == 1.5
     # 26 - 20 + 13 = 19 ms a cycle against 13 ms a token.
-    assert TIMES.speed_up_if_one_step(1.9) == pytest.approx(1.3)
-    assert TIMES.as_json()["break_even_tau"] == 2 and TIMES.as_json()["sum"] == 25
+    assert TIMES.break_even_tau_if_one_step == pytest.approx(19 / 13)
+    known = TIMES.as_json()
+    assert known["break_even_tau"] == 2 and known["sum"] == 25 and known["whole"] == 26
+    assert known["break_even_tau_if_one_step"] == pytest.approx(19 / 13)
 
 
 @pytest.mark.parametrize("use_head", [True, False])

@@ -124,6 +124,7 @@ def test_every_figure_is_the_one_of_its_file(tmp_path: Path) -> None:
             "/cycle/draft",
             "/cycle/verification",
             "/cycle/break_even_tau",
+            "/cycle/break_even_tau_if_one_step",
             "/training/data/answer_tokens",
         ),
         "domino/metrics.jsonl": ("/N/accept_len", "/N/base_accept_len", "/N/tau", "/N/median"),
