@@ -159,7 +159,7 @@ def _template_kwargs(directory: Path) -> Parser:
 
 
 def _decoding_options(directory: Path) -> Parser:
-    from domino_jax.cli.decode import evaluate
+    from domino_jax.cli.evaluate import evaluate
 
     names = ("--temperature", "--max-new-tokens", "--seed", "--proposals", "--dtype", "--limit")
     values = (*mutations.NUMBERS, *mutations.FLOATS, *mutations.TEXTS, "serving", "float32")

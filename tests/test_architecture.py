@@ -27,15 +27,19 @@ TABLE = (
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "filters acceptance decoder speculate generate counts batch_log prompts"),
-    (2.7, "decoding", "regenerate compare ngram intervals evaluate cycle known_answers evaluation"),
-    (2.7, "decoding", "responses servers endpoint"),
+    (
+        2.7,
+        "decoding",
+        "regenerate compare ngram intervals speed replay evaluate cycle known_answers",
+    ),
+    (2.7, "decoding", "evaluation responses servers endpoint"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),
     (3, "training", "inputs start preflight prepare rollout preview capture skips speed trace"),
     (3, "training", "heldout loop"),
     (4, "", "compiled arithmetic places plan plan_table report"),
     (4, "page", "sources cells verdict tables charts pictures notes document"),
-    (5, "cli", "interrupts shared config data train plan decode report checkpoint verbs"),
+    (5, "cli", "interrupts shared config data train plan decode evaluate report checkpoint verbs"),
     (6, "", "__main__"),
 )
 # The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the

@@ -1,30 +1,19 @@
-"""What a drafter gains shows when it drafts for its target, not in training's forced figures.
+"""What a drafter gains, in one answer, as it streams: the verb `generate`."""
 
-The verb `generate` shows it in one answer, `evaluate` measures it and keeps it with the run.
-"""
-
-import functools
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import jax
 import numpy as np
 from rich.console import Console
 
-from domino_jax import __version__
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
-    Drafter,
-    Loaded,
-    endpoint_option,
     load_run,
     new_tokens_option,
     proposals_option,
     reporter,
-    results,
     run_dtype_option,
     seed_option,
     step_option,
@@ -32,43 +21,21 @@ from domino_jax.cli.shared import (
     template_option,
     top_k_option,
     top_p_option,
-    user_cache,
 )
-from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.data.conversations import encode_prompt, stop_token_ids
 from domino_jax.decoding.counts import acceptance
-from domino_jax.decoding.cycle import cycle_times
 from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.endpoint import beside
-from domino_jax.decoding.evaluate import SERVING, plain_answers
-from domino_jax.decoding.evaluate import evaluate as evaluate_set
-from domino_jax.decoding.evaluation import (
-    EVALUATION,
-    Earlier,
-    Evaluator,
-    measured,
-    read_earlier,
-    set_names,
-    write_evaluation,
-)
 from domino_jax.decoding.generate import (
     Answer,
     TextStream,
-    asked,
     check_length,
-    pieces,
     stream_answer,
 )
-from domino_jax.decoding.known_answers import known_answers, prompts_sha256
-from domino_jax.decoding.servers import Server, ask
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import LINE_BYTES, file_sha256
+from domino_jax.files import LINE_BYTES
 from domino_jax.marks import MARKS, has_colours, marked
-from domino_jax.report import evaluation_table, training_summary
 from domino_jax.strict import InputError, Scalars
 from domino_jax.target.model import Target
-
-EXAMPLES = 3  # answers of each set that are kept, with who wrote each token
-CYCLE_CONTEXT = 256  # tokens behind the cycle that is timed
 
 
 @click.command()
@@ -175,211 +142,6 @@ def _figures(answer: Answer, proposals: int) -> str:
         kept = np.mean(acceptance([answer], proposals).marginal)
         figures.append(f"{kept:.0%} of drafted tokens kept")
     return ", ".join([*figures, f"{answer.tokens_per_second:.1f} tokens/s"])
-
-
-@click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument(
-    "prompt_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PROMPTS..."
-)
-@click.option(
-    "--limit", type=click.IntRange(1), default=None, help="Only the first prompts of each file."
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 2**16),
-    default=32,
-    show_default=True,
-    help="Prompts decoded together; what is timed is decoded one by one.",
-)
-@click.option(
-    "--timed",
-    type=click.IntRange(0),
-    default=4,
-    show_default=True,
-    help="Prompts of each file that are timed; 0: no time is measured.",
-)
-@click.option(
-    "--append", is_flag=True, help="Keep what evaluation.json holds already of other sets."
-)
-@endpoint_option
-@new_tokens_option
-@temperature_option
-@seed_option
-@run_dtype_option
-@template_option
-@step_option
-def evaluate(
-    run: Path,
-    prompt_files: tuple[Path, ...],
-    limit: int | None,
-    batch_size: int,
-    timed: int,
-    append: bool,
-    server: Server | None,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    dtype: str | None,
-    chat_template_kwargs: Scalars | None,
-    step: int | None,
-) -> None:
-    """Measure the drafter of RUN on each JSONL file of PROMPTS and write RUN/evaluation.json.
-
-    Every prompt is answered with K - 1 proposals, as serving engines do (the headline), with all
-    that a block predicts, with the Domino head off, by prompt look-up (n-grams, the floor) and by
-    the target alone: tokens per verification (tau) with 95 % intervals over prompts, acceptance by
-    position, tokens per second, and whether the outputs are the same token by token. A file of
-    answered conversations is asked again without its last answers.
-    """
-    place = run / EVALUATION
-    names = set_names(prompt_files, place)
-    keeps(f"{place} was not written; the same command starts over")
-    loaded, drafter = load_run(
-        run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
-    )
-    evaluator = Evaluator(
-        target=drafter.record.target,
-        target_sha256=drafter.target_sha256,
-        chat_template=drafter.record.chat_template,
-        step=drafter.step,
-        block_size=drafter.config.block_size,
-        head=drafter.config.projector_type,
-        temperature=temperature,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        dtype=drafter.config.dtype,
-    )
-    earlier = read_earlier(place, evaluator) if append else Earlier({}, None)
-    sets = dict(earlier.sets)
-    measurement = _Measurement(loaded, drafter, evaluator, batch_size=batch_size, timed=timed)
-    for name, path in zip(names, prompt_files, strict=True):
-        sets[name] = measurement.of_set(name, path, limit, server)
-    # What was timed of the same draft stands until it is timed again.
-    cycle = measurement.cycle() if timed and temperature == 0 else earlier.cycle
-    reporter.say(f"saving {place}")
-    # Before the table, which a closed pipe may refuse.
-    record = write_evaluation(
-        place, evaluator, training=training_summary(run), cycle=cycle, sets=sets
-    )
-    keeps(f"{place} is written")
-    results().print(evaluation_table(record))
-    for name in names:
-        for way, figures in sets[name]["ways"].items():
-            for difference in figures.get("differences", ()):
-                click.echo(f"{name}, {way}: first difference {difference}")
-    click.echo(place)
-
-
-class _Measurement:
-    """A drafter measured on one file of prompts after the other."""
-
-    def __init__(
-        self,
-        loaded: Loaded,
-        drafter: Drafter,
-        evaluator: Evaluator,
-        *,
-        batch_size: int,
-        timed: int,
-    ) -> None:
-        self._loaded = loaded
-        self._evaluator = evaluator
-        self._batch_size = batch_size
-        self._timed = timed
-        self._kwargs = evaluator.chat_template.kwargs
-        self._weights = Weights(loaded.params, drafter.params)
-        self._decoder = make_decoder(
-            Target(loaded.config),
-            DraftModel(drafter.config),
-            proposals="serving",
-            temperature=evaluator.temperature,
-            stop_ids=stop_token_ids(loaded.tokenizer, self._kwargs),
-        )
-        self._device = f"{jax.devices()[0].platform}:{jax.devices()[0].device_kind}"
-
-    def of_set(
-        self, name: str, path: Path, limit: int | None, server: Server | None
-    ) -> dict[str, Any]:
-        """The record of a file."""
-        texts, prompts = self._prompts(path, limit)
-        # First: where it fails, nothing was measured in vain.
-        served = server and ask(
-            server,
-            prompts,
-            max_new_tokens=self._evaluator.max_new_tokens,
-            stop_ids=self._decoder.stop_ids,
-            reporter=reporter,
-        )
-        plain = self._plain(prompts) if self._evaluator.temperature == 0 else None
-        reporter.say(f"{name}: compiling")
-        figures = evaluate_set(
-            self._decoder,
-            self._weights,
-            prompts,
-            max_new_tokens=self._evaluator.max_new_tokens,
-            batch_size=self._batch_size,
-            timed=self._timed,
-            plain=plain,
-            seed=self._evaluator.seed,
-            reporter=reporter,
-        )
-        examples = [
-            {"prompt": text, "pieces": pieces(self._loaded.tokenizer, answer)}
-            for text, answer in zip(texts[:EXAMPLES], figures.answers, strict=False)
-        ]
-        source = {"file": str(path), "sha256": file_sha256(path)}
-        where = {"measured": measured(self._device)}
-        record = source | figures.as_json() | {"examples": examples} | where
-        if served and plain is not None:
-            text_of = functools.partial(self._loaded.tokenizer.decode, skip_special_tokens=True)
-            ours = figures.ways[SERVING].per_prompt
-            record["endpoint"] = beside(served, plain, ours, text_of=text_of).as_json()
-        return record
-
-    def cycle(self) -> dict[str, Any]:
-        """The record of a cycle's times, in the middle of an answer."""
-        reporter.say("timing the parts of a cycle")
-        times = cycle_times(self._decoder, self._weights, context=CYCLE_CONTEXT)
-        return times.as_json() | {"measured": measured(self._device)}
-
-    def _plain(self, prompts: list[np.ndarray]) -> Sequence[Answer]:
-        """The target's own answers, decoded once for all drafts."""
-        identity = {
-            "target": self._evaluator.target_sha256,
-            "prompts": prompts_sha256(prompts),
-            "stop_ids": list(self._decoder.stop_ids),
-            "max_new_tokens": self._evaluator.max_new_tokens,
-            "dtype": self._evaluator.dtype,
-            "device": self._device,
-            "jax": jax.__version__,
-            "domino_jax": __version__,
-        }
-        compute = functools.partial(
-            plain_answers,
-            self._decoder,
-            self._weights,
-            prompts,
-            max_new_tokens=self._evaluator.max_new_tokens,
-            batch_size=self._batch_size,
-            reporter=reporter,
-        )
-        cache = user_cache("answers", verb="evaluate")
-        return known_answers(cache, identity, compute, reporter=reporter)
-
-    def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
-        """The first prompts of a file as text and as token ids; tells which lines are left out."""
-        usable, bad_lines = read_messages(path)
-        # Told and passed over: a set is measured on what can be used of it.
-        for bad in bad_lines:
-            reporter.say(f"{path}:{bad.line}: {bad.reason}")
-        texts, prompts = [], []
-        for line, messages in usable[:limit]:
-            question = asked(messages)
-            prompts.append(encode_prompt(question, self._loaded.tokenizer, self._kwargs))
-            check_length(self._decoder, prompts[-1], place=f"{path}:{line}")
-            texts.append(question[-1]["content"])
-        return texts, prompts
 
 
 def _standard_input() -> str:

@@ -16,7 +16,8 @@ from domino_jax import __version__
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.config import config_verb
 from domino_jax.cli.data import prompts, regenerate, target
-from domino_jax.cli.decode import evaluate, generate
+from domino_jax.cli.decode import generate
+from domino_jax.cli.evaluate import evaluate
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.report import report

@@ -26,7 +26,9 @@ from domino_jax.decoding.decoder import Decoder, Weights, alone, number_of_propo
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.intervals import Gain, PerPrompt, gain, tau_interval
 from domino_jax.decoding.ngram import look_up
+from domino_jax.decoding.replay import read_texts, replayed
 from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speed import Speed, measured_speed
 from domino_jax.progress import STDERR, Reporter
 
 # Ways to decode. The headline is what serving engines do.
@@ -66,24 +68,6 @@ class WayFigures:
         figures = asdict(replace(self, comparison=None))
         known = {name: value for name, value in figures.items() if value is not None}
         return known | (self.comparison.as_json() if self.comparison else {})
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second at batch 1, reading the prompt included, of the first prompts of a set."""
-
-    prompts: int
-    tokens_per_second: float
-    tokens_per_second_plain: float
-
-    @property
-    def speed_up(self) -> float:
-        """With the draft over the target alone."""
-        return self.tokens_per_second / self.tokens_per_second_plain
-
-    def as_json(self) -> dict[str, Any]:
-        """As `evaluation.json` holds it."""
-        return asdict(self) | {"speed_up": self.speed_up}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +117,7 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 32,
     timed: int = 4,
+    replay: bool = False,
     plain: Sequence[Answer] | None = None,
     seed: int = 0,
     reporter: Reporter = STDERR,
@@ -146,6 +131,8 @@ def evaluate(
         max_new_tokens: per answer.
         batch_size: prompts decoded together; at temperature 0 no figure depends on it.
         timed: the first so many prompts are decoded once more, one by one; 0: nothing is timed.
+        replay: run the drafts alone on the target's own answers, at temperature 0: the same counts
+            but for ties, several times sooner, and no output to compare.
         plain: the target's own greedy answers, see `plain_answers`; None decodes them.
         seed: of the sampler; unused at temperature 0.
         reporter: is told each batch.
@@ -156,26 +143,27 @@ def evaluate(
     # up by answers of two tokens.
     slots = max(required_slots(way, longest, max(max_new_tokens, 2)) for way in ways.values())
     settings = _Batches(batch_size, max_new_tokens, slots, seed)
-    answers = _answers_of(ways, weights, prompts, settings=settings, reporter=reporter)
     if decoder.temperature > 0:
         plain = None  # drawn tokens have nothing to be held against
     elif plain is None:
-        plain = plain_answers(
-            decoder,
-            weights,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            reporter=reporter,
-        )
-    figures = _of_ways(ways, weights, prompts, answers, plain)
+        answered = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        plain = plain_answers(decoder, weights, prompts, **answered, reporter=reporter)
+    if not replay:
+        answers = _answers_of(ways, weights, prompts, settings=settings, reporter=reporter)
+    elif plain is not None:
+        answers = _replayed(ways, weights, prompts, plain, settings=settings, reporter=reporter)
+    else:
+        raise ValueError("drawn tokens cannot be replayed: replay is for temperature 0")
+    figures = _of_ways(ways, weights, prompts, answers, plain, decoded=not replay)
     speed = None
     if timed:
-        speed = _speed(
+        speed = measured_speed(
             ways[SERVING],
             weights,
             prompts[:timed],
-            settings=replace(settings, size=1),
+            max_new_tokens=max_new_tokens,
+            slots=slots,
+            seed=seed,
             reporter=reporter,
         )
     return SetFigures(
@@ -265,6 +253,39 @@ def _answers_of(
     return answers
 
 
+def _replayed(
+    ways: Mapping[str, Decoder],
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    plain: Sequence[Answer],
+    *,
+    settings: _Batches,
+    reporter: Reporter,
+) -> dict[str, list[Answer]]:
+    """The target's own answers as each way would have written them."""
+    texts = [len(prompt) + len(one.tokens) for prompt, one in zip(prompts, plain, strict=True)]
+    order = sorted(range(len(prompts)), key=texts.__getitem__)
+    size = min(settings.size, len(prompts))
+    answers: dict[str, dict[int, Answer]] = {name: {} for name in ways}
+    with reporter.bar("replayed", total=len(prompts)) as bar:
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            # Short of prompts, the last batch repeats one: another size is another program.
+            filled = [*batch, *[batch[-1]] * (size - len(batch))]
+            state = read_texts(
+                ways[SERVING],
+                weights,
+                [prompts[index] for index in filled],
+                [plain[index].tokens for index in filled],
+                slots=settings.slots,
+            )
+            own = [prompts[index] for index in batch]
+            for name, way in ways.items():
+                answers[name] |= zip(batch, replayed(way, weights, state, own), strict=True)
+            bar.tell(first + len(batch))
+    return {name: [of[index] for index in range(len(prompts))] for name, of in answers.items()}
+
+
 def _in_batches(
     decoder: Decoder,
     *,
@@ -300,6 +321,8 @@ def _of_ways(
     prompts: Sequence[np.ndarray],
     answers: Mapping[str, Sequence[Answer]],
     plain: Sequence[Answer] | None,
+    *,
+    decoded: bool,
 ) -> dict[str, WayFigures]:
     """The figures of each way, and of the floor where the target's own answers are known."""
     target = ways[SERVING].target
@@ -307,7 +330,7 @@ def _of_ways(
     figures = {}
     for name, way in ways.items():
         compared = None
-        if plain is not None:
+        if decoded and plain is not None:
             compared = compare(weights, target, prompts, plain, answers[name])
         figures[name] = _figures(
             answers[name], way.proposals, headline, name=name, comparison=compared
@@ -350,34 +373,3 @@ def _figures(
         comparison=comparison,
         gain=None if name == SERVING else gain(headline, per_prompt),
     )
-
-
-def _speed(
-    serving: Decoder,
-    weights: Weights,
-    prompts: Sequence[np.ndarray],
-    *,
-    settings: _Batches,
-    reporter: Reporter,
-) -> Speed:
-    """Tokens per second of the target with its draft and alone, in turns."""
-    run = functools.partial(generate, weights=weights, slots=settings.slots, seed=settings.seed)
-    ways = {"plain": alone(serving), SERVING: serving}
-    # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
-    buckets = {required_slots(ways["plain"], len(prompt), 0): prompt for prompt in prompts}
-    for way in ways.values():
-        for prompt in buckets.values():
-            # Two tokens: the pass over the prompt gives the first, so the loop runs for another.
-            run(way, prompts=[prompt], max_new_tokens=2)
-    taken = dict.fromkeys(ways, 0.0)
-    written = dict.fromkeys(ways, 0)
-    with reporter.bar("timed", total=len(prompts)) as bar:
-        for done, prompt in enumerate(prompts, start=1):
-            # In turns: where a machine slows down, it slows both.
-            for name, way in ways.items():
-                (answer,) = run(way, prompts=[prompt], max_new_tokens=settings.max_new_tokens)
-                taken[name] += answer.seconds
-                written[name] += len(answer.tokens)
-            bar.tell(done)
-    speed = {name: written[name] / taken[name] for name in ways}
-    return Speed(len(prompts), speed[SERVING], speed["plain"])

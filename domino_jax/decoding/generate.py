@@ -109,7 +109,7 @@ def generate(
     )
     state = finish(decoder, weights, state)
     np.asarray(state.lengths)  # waits for the device
-    return _answers(decoder, state, prompts, seconds=time.perf_counter() - began)
+    return finished_answers(decoder, state, prompts, seconds=time.perf_counter() - began)
 
 
 def stream_answer(
@@ -143,7 +143,7 @@ def stream_answer(
             # Read whole: a part of an array on a device is a program for each length.
             written = slice(len(prompt), np.asarray(state.lengths)[0])
             show(np.asarray(state.tokens)[0, written], np.asarray(state.drafted)[0, written])
-        (answer,) = _answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
+        (answer,) = finished_answers(decoder, state, [prompt], seconds=time.perf_counter() - began)
         return answer
 
     # Compiles every program. The pass over the prompt gives one token, so the loop runs for two.
@@ -204,9 +204,10 @@ def pieces(tokenizer: Any, answer: Answer) -> list[tuple[str, bool]]:
     return [piece for piece in found if piece[0]]
 
 
-def _answers(
+def finished_answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
+    """The answers of a state in which all are finished, to its first prompts."""
     tokens, drafted = np.asarray(state.tokens), np.asarray(state.drafted)
     lengths = np.asarray(state.lengths)
     committed = np.asarray(state.committed)

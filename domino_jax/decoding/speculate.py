@@ -88,7 +88,7 @@ def start(
         raise ValueError(
             f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed"
         )
-    padded = np.zeros((len(prompts), _bucketed(longest)), np.int32)
+    padded = np.zeros((len(prompts), bucketed(longest)), np.int32)
     for index, prompt in enumerate(prompts):
         padded[index, : len(prompt)] = prompt
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -100,7 +100,7 @@ def start(
 
 def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
     """Cache positions for prompts up to `prompt_length`; a last block may reach past the limit."""
-    return max(_bucketed(prompt_length), prompt_length + max_new_tokens) + decoder.proposals + 1
+    return max(bucketed(prompt_length), prompt_length + max_new_tokens) + decoder.proposals + 1
 
 
 def advance(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> DecodeState:
@@ -139,9 +139,7 @@ def _prefill(
     draft_cache: tuple[Cache, ...] = ()
     if decoder.draft is not None:
         draft_cache = decoder.draft.empty_cache(batch=batch, slots=slots)
-        draft_cache = _remember(
-            decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths)
-        )
+        draft_cache = remember(decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths))
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
     tokens = _written(tokens, first[:, None], lengths)
     drafted = jnp.zeros(tokens.shape, bool)
@@ -219,11 +217,27 @@ def commit(
 ) -> DecodeState:
     """The state behind a verified block: the accepted tokens, then the target's own."""
     block, logits = drafts.block, verified.logits
+    begin = state.lengths - 1
     if decoder.temperature > 0:
         target_probs = jax.nn.softmax(_drawn_from(decoder, logits), axis=-1)
         accepted, following = accept_sampled(key, block[:, 1:], drafts.probs, target_probs)
     else:
         accepted, following = accept_greedy(block[:, 1:], most_likely(logits))
+    state = behind(decoder, state, block, accepted, following)
+    draft_cache = state.draft_cache
+    if decoder.draft is not None:
+        draft_cache = remember(decoder, weights, draft_cache, verified.features, begin)
+    return state._replace(target_cache=verified.cache, draft_cache=draft_cache)
+
+
+def behind(
+    decoder: Decoder,
+    state: DecodeState,
+    block: jax.Array,
+    accepted: jax.Array,
+    following: jax.Array,
+) -> DecodeState:
+    """The state behind a block, its caches apart: accepted tokens, then the target's own."""
     # What is written behind the target's own token is overwritten by the next cycle.
     index = jnp.arange(block.shape[1])
     new = jnp.where(index < accepted[:, None], jnp.roll(block, -1, axis=1), following[:, None])
@@ -232,9 +246,6 @@ def commit(
     count = jnp.where(state.finished, 0, jnp.minimum(until_stop, state.limits - state.lengths))
     lengths = state.lengths + count
     active = (~state.finished).astype(jnp.int32)  # shapes are static: finished ones run along
-    draft_cache = state.draft_cache
-    if decoder.draft is not None:
-        draft_cache = _remember(decoder, weights, draft_cache, verified.features, state.lengths - 1)
     return state._replace(
         tokens=_written(state.tokens, new, state.lengths),
         drafted=_written(state.drafted, index < accepted[:, None], state.lengths),
@@ -242,12 +253,10 @@ def commit(
         finished=state.finished | jnp.any(stops, axis=1) | (lengths >= state.limits),
         committed=state.committed + count,
         verifications=state.verifications + active,
-        target_cache=verified.cache,
-        draft_cache=draft_cache,
     )
 
 
-def _remember(
+def remember(
     decoder: Decoder,
     weights: Weights,
     cache: tuple[Cache, ...],
@@ -331,5 +340,6 @@ def _written(old: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
     )
 
 
-def _bucketed(length: int) -> int:
+def bucketed(length: int) -> int:
+    """A length with the padding that few programs need."""
     return -(-length // PROMPT_BUCKET) * PROMPT_BUCKET

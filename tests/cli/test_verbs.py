@@ -23,7 +23,7 @@ TOP = Path(__file__).parent.parent.parent
 @pytest.mark.pitfall(
     "an evaluator that does not say what it measured",
     seen=(
-        "cli/decode.py: no chat_template in evaluation.json; report.py: no proposals above the "
+        "cli/evaluate.py: no chat_template in evaluation.json; report.py: no proposals above the "
         "table"
     ),
 )
@@ -102,6 +102,10 @@ def bad_runs_and_prompts(trained: Path, elsewhere: Path) -> Refusals:
     return [
         (("evaluate", elsewhere, trained / "prompts.jsonl"), "not a run directory"),
         (("evaluate", trained / "run", elsewhere / "none.jsonl"), "none.jsonl"),
+        (
+            ("evaluate", trained / "run", "prompts.jsonl", "--replay", "--temperature", 1),
+            "--replay follows greedy answers",
+        ),
         (("generate", "nope"), "nope: not a run directory"),
         (("generate", trained / "run", " "), "prompt is empty"),
         (("generate", trained / "run", "\udcff"), "'\\udcff' is not valid Unicode"),

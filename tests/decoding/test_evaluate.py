@@ -13,7 +13,7 @@ from reference import draft_config, target_config
 from tiny import Heard
 
 from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.evaluate import evaluate
+from domino_jax.decoding.evaluate import evaluate, plain_answers
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.model import Target
@@ -37,9 +37,9 @@ def test_every_way_writes_the_same_text_and_says_what_it_took(weights: Weights) 
         decoder, weights, PROMPTS, max_new_tokens=10, batch_size=2, timed=1, reporter=heard
     )
     told = [line.split("  ")[0] for line in heard.lines]
-    # Two batches for each way, then the target alone, then what is timed.
+    # Two batches of the target alone, two for each way, then what is timed.
     of_ways = [f"answers {count}/9" for count in (2, 3, 5, 6, 8, 9)]
-    assert told == [*of_ways, "answers 2/3", "answers 3/3", "timed 1/1"]
+    assert told == ["answers 2/3", "answers 3/3", *of_ways, "timed 1/1"]
     compared = figures.comparison
     assert compared is not None and compared.lossless and compared.differences == ()
     assert figures.prompts == 3 and figures.tokens == 30
@@ -70,6 +70,34 @@ def test_acceptance_does_not_depend_on_the_batch(weights: Weights) -> None:
     )
     assert one.as_json() == all_at_once.as_json()
     assert "speed" not in one.as_json()
+
+
+def test_replayed_counts_are_those_of_decoding(weights: Weights) -> None:
+    decoder = make_decoder(TARGET, DraftModel(CONFIG), stop_ids=(7, 11))
+    settings = {"max_new_tokens": 24, "batch_size": 2, "timed": 0}
+    decoded = evaluate(decoder, weights, PROMPTS, **settings)
+    heard = Heard()
+    known = plain_answers(decoder, weights, PROMPTS, max_new_tokens=24)
+    again = evaluate(
+        decoder, weights, PROMPTS, replay=True, plain=known, reporter=heard, **settings
+    )
+    assert heard.lines == ["replayed 2/3", "replayed 3/3"]
+    assert again.comparison is None and again.tokens == decoded.tokens
+    assert list(again.ways) == list(decoded.ways)
+    for name, way in again.ways.items():
+        assert way == replace(decoded.ways[name], comparison=None)
+    for one, other in zip(again.answers, decoded.answers, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.drafted, other.drafted)
+        assert one.stopped == other.stopped
+    # Otherwise nothing was drafted, or everything.
+    assert decoded.tau > 1 and any(len(answer.tokens) < 24 for answer in decoded.answers)
+
+
+def test_drawn_tokens_are_not_replayed(weights: Weights) -> None:
+    decoder = make_decoder(TARGET, DraftModel(CONFIG), temperature=1.0)
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4, timed=0, replay=True)
 
 
 def test_the_record_of_a_set_is_plain_json(weights: Weights) -> None:

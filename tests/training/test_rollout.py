@@ -131,14 +131,14 @@ def test_a_rollout_is_what_the_checkpoint_decodes(
     words = captured(path, tmp_path / "states") if offline else []
     # Of both programs of decoding: the one that reads prompts, and the loop over cycles.
     traces: list[str] = []
-    remember = speculate._remember
+    remember = speculate.remember
 
     def counted(*arguments: Any) -> Any:
         traces.append("")
         return remember(*arguments)
 
     jax.clear_caches()
-    monkeypatch.setattr(speculate, "_remember", counted)
+    monkeypatch.setattr(speculate, "remember", counted)
     heard = Heard()
     run = train(load_config(path, words), reporter=heard)
     assert len(traces) == 2
