@@ -30,9 +30,9 @@ TABLE = (
     (
         2.7,
         "decoding",
-        "regenerate compare ngram intervals speed replay evaluate cycle known_answers",
+        "regenerate compare ngram intervals speed replay evaluate cycle",
     ),
-    (2.7, "decoding", "evaluation responses servers endpoint"),
+    (2.7, "decoding", "known_answers evaluation responses servers endpoint"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),
     (3, "training", "inputs start preflight prepare rollout preview capture skips speed trace"),

@@ -76,17 +76,20 @@ class SetFigures:
 
     Attributes:
         prompts: how many there are.
-        tokens: of all answers.
         ways: by name; `serving` is there always.
         speed: None where nothing was timed.
         answers: those of `serving`, in the order of the prompts.
     """
 
     prompts: int
-    tokens: int
     ways: Mapping[str, WayFigures]
     speed: Speed | None
     answers: Sequence[Answer]
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(answer.tokens) for answer in self.answers)
 
     @property
     def tau(self) -> float:
@@ -144,31 +147,27 @@ def evaluate(
     slots = max(required_slots(way, longest, max(max_new_tokens, 2)) for way in ways.values())
     settings = _Batches(batch_size, max_new_tokens, slots, seed)
     if decoder.temperature > 0:
+        if replay:
+            raise ValueError("drawn tokens cannot be replayed: replay is for temperature 0")
         plain = None  # drawn tokens have nothing to be held against
     elif plain is None:
         answered = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         plain = plain_answers(decoder, weights, prompts, **answered, reporter=reporter)
-    if not replay:
-        answers = _answers_of(ways, weights, prompts, settings=settings, reporter=reporter)
-    elif plain is not None:
-        answers = _replayed(ways, weights, prompts, plain, settings=settings, reporter=reporter)
-    else:
-        raise ValueError("drawn tokens cannot be replayed: replay is for temperature 0")
+    answers = _answers_of(
+        ways, weights, prompts, plain if replay else None, settings=settings, reporter=reporter
+    )
     figures = _of_ways(ways, weights, prompts, answers, plain, decoded=not replay)
-    speed = None
-    if timed:
-        speed = measured_speed(
-            ways[SERVING],
-            weights,
-            prompts[:timed],
-            max_new_tokens=max_new_tokens,
-            slots=slots,
-            seed=seed,
-            reporter=reporter,
-        )
+    speed = measured_speed(
+        ways[SERVING],
+        weights,
+        prompts[:timed],
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        seed=seed,
+        reporter=reporter,
+    )
     return SetFigures(
         prompts=len(prompts),
-        tokens=sum(len(answer.tokens) for answer in answers[SERVING]),
         ways=figures,
         speed=speed,
         answers=answers[SERVING],
@@ -238,11 +237,14 @@ def _answers_of(
     ways: Mapping[str, Decoder],
     weights: Weights,
     prompts: Sequence[np.ndarray],
+    known: Sequence[Answer] | None,
     *,
     settings: _Batches,
     reporter: Reporter,
 ) -> dict[str, list[Answer]]:
-    """The answers of each way."""
+    """The answers of each way: those that are known, replayed, or decoded."""
+    if known is not None:
+        return _replayed(ways, weights, prompts, known, settings=settings, reporter=reporter)
     answers = {}
     with reporter.bar("answers", total=len(ways) * len(prompts)) as bar:
         for done, (name, way) in enumerate(ways.items()):

@@ -43,18 +43,20 @@ def measured_speed(
     slots: int,
     seed: int = 0,
     reporter: Reporter = STDERR,
-) -> Speed:
+) -> Speed | None:
     """Tokens per second of a target with its draft and alone, in turns, programs warmed up.
 
     Args:
         decoder: target and draft.
         weights: parameters of both.
-        prompts: token ids of each prompt.
+        prompts: token ids of each prompt; of none nothing is measured.
         max_new_tokens: per answer.
         slots: cache positions, see `speculate.start`; enough for an answer of two tokens.
         seed: of the sampler.
         reporter: is told each prompt.
     """
+    if not prompts:
+        return None
     run = functools.partial(generate, weights=weights, slots=slots, seed=seed)
     ways = {"plain": alone(decoder), "drafted": decoder}
     # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
