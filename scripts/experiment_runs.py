@@ -33,6 +33,7 @@ SETS = (
 NEW_TOKENS = 64
 # Seeds of each size: how far runs differ that differ in their seed alone, where that is cheap.
 SEEDS = {"30k": (0, 1, 2), "100k": (0,), "300k": (0,)}
+LARGEST = "300k"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "domino": (),
     "dflash": ("draft.projector_type=null",),
@@ -93,7 +94,9 @@ def run(training: Training, *, timed: int) -> None:
     if result.exists():
         return
     domino("train", CONFIG, *rows(training), f"run_dir={training.directory}", *training.overrides)
-    words = ("--max-new-tokens", str(NEW_TOKENS), "--timed", str(timed))
+    words = ["--max-new-tokens", str(NEW_TOKENS), "--timed", str(timed)]
+    if training.size != LARGEST:
+        words.append("--replay")  # the same counts; the largest runs are decoded, and compared
     domino("evaluate", training.directory, *SETS, *words)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(result, json.dumps(record(training), indent=1) + "\n")
