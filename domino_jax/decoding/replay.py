@@ -98,11 +98,13 @@ def _read(
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def _replay(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
 
+    known = state.tokens  # of the state itself a cycle writes over what follows it
+
     def body(state: DecodeState) -> DecodeState:
         block = draft_block(decoder, weights, state, state.key).block
         places = state.lengths[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
         # The context holds later states too, which no draft sees: its spans end at the anchor.
-        choices = jnp.take_along_axis(state.tokens, places, axis=1)
+        choices = jnp.take_along_axis(known, places, axis=1)
         accepted, following = accept_greedy(block[:, 1:], choices)
         return behind(decoder, state, block, accepted, following)
 
