@@ -82,7 +82,7 @@ def domino(
 
     # What another state of the code answered must not be what this one is held against.
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(decode, "user_cache", lambda name, *, verb: cache / name)
+    monkeypatch.setattr(evaluate, "user_cache", lambda name, *, verb: cache / name)
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])
