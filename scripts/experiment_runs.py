@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ SETS = (
     Path("configs/prompts/humaneval.jsonl"),
     Path("configs/prompts/heldout.jsonl"),
 )
+# Those of a trial: long prompts cost as much as the training that they would judge.
+TRIAL_SETS = tuple(path for path in SETS if path.stem != "humaneval")
 NEW_TOKENS = 64
 # Seeds of each size: how far runs differ that differ in their seed alone, where that is cheap.
 SEEDS = {"30k": (0, 1, 2), "100k": (0,), "300k": (0,)}
@@ -61,11 +63,12 @@ TRIALS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """One run: its name, the size of its data and what it changes of the configuration."""
+    """One run: its name, the size of its data, what it changes of the configuration, its sets."""
 
     name: str
     size: str
     overrides: tuple[str, ...]
+    sets: tuple[Path, ...] = SETS
 
     @property
     def directory(self) -> Path:
@@ -84,7 +87,7 @@ def trainings() -> Iterator[Training]:
 def trials() -> Iterator[Training]:
     """Single changes of the middle Domino run."""
     for name, overrides in TRIALS.items():
-        yield Training(f"trial-{name}", TRIAL_SIZE, (*TRIAL_BASE, *overrides))
+        yield Training(f"trial-{name}", TRIAL_SIZE, (*TRIAL_BASE, *overrides), TRIAL_SETS)
 
 
 def domino(*words: str | Path) -> None:
@@ -102,7 +105,7 @@ def run(training: Training, *, timed: int) -> None:
     words = ["--max-new-tokens", str(NEW_TOKENS), "--timed", str(timed)]
     if training.size != LARGEST:
         words.append("--replay")  # the same counts; the largest runs are decoded, and compared
-    domino("evaluate", training.directory, *SETS, *words)
+    domino("evaluate", training.directory, *training.sets, *words)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(result, json.dumps(record(training), indent=1) + "\n")
 
@@ -125,7 +128,8 @@ def record(training: Training) -> dict[str, Any]:
     answers = json.loads((ANSWERS / "record.json").read_text())["files"]
     data = answers[f"train-{training.size}.jsonl.gz"]
     known = {name: data[name] for name in ("lines", "answer_tokens", "unpacked_sha256")}
-    return {"run": asdict(training), "data": known, **evaluation}
+    run = {"name": training.name, "size": training.size, "overrides": training.overrides}
+    return {"run": run, "data": known, **evaluation}
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def domino(
     tmp_path_factory: pytest.TempPathFactory,
 ):
     """The command in this process: words -> exit code, stdout, stderr."""
-    from domino_jax.cli import command, decode
+    from domino_jax.cli import command, evaluate
 
     # What another state of the code answered must not be what this one is held against.
     cache = tmp_path_factory.mktemp("cache")
