@@ -1,7 +1,6 @@
 """The runs of the experiment: each is a configuration that trains, on answers that are there."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import experiment_runs as experiment
@@ -41,5 +40,9 @@ def test_a_record_holds_the_evaluation_without_texts(
     (training.directory / "evaluation.json").write_text(json.dumps({"cycle": None, "sets": sets}))
     record = experiment.record(training)
     assert record["sets"] == {"everyday": {"prompts": 80}} and record["cycle"] is None
-    assert record["run"] == asdict(training)
+    assert record["run"] == {
+        "name": training.name,
+        "size": training.size,
+        "overrides": training.overrides,
+    }
     assert set(record["data"]) == {"lines", "answer_tokens", "unpacked_sha256"}
