@@ -50,14 +50,21 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "batch-1": ("data.batch_size=1",),
     "layers-1": ("draft.num_hidden_layers=1",),
     "layers-4": ("draft.num_hidden_layers=4",),
+    "layers-6": ("draft.num_hidden_layers=6",),
     "random-layers": ("draft.init_layers_from_target=false",),
     "block-8": ("draft.block_size=8",),
     "anchors-128": ("loss.num_anchors=128",),
     "gamma-none": ("loss.loss_decay_gamma=null",),
     "kl": ("loss.kl_weight=0.5",),
+    "kl-0.9": ("loss.kl_weight=0.9",),
     "average": ("optimizer.ema_decay=0.99",),
     "head-first": ("draft.pure_draft_prefix_len=0",),
     "head-wide": ("draft.emb_dim=256", "draft.gru_hidden_dim=512"),
+    "batch-1-kl-head-first": (
+        "data.batch_size=1",
+        "loss.kl_weight=0.5",
+        "draft.pure_draft_prefix_len=0",
+    ),
 }
 
 
