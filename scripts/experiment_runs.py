@@ -114,7 +114,7 @@ def run(training: Training, *, timed: int) -> None:
         words.append("--replay")  # the same counts; the largest runs are decoded, and compared
     domino("evaluate", training.directory, *training.sets, *words)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(result, json.dumps(record(training), indent=1) + "\n")
+    write_whole(result, json.dumps(record(training)) + "\n")
 
 
 def rows(training: Training) -> tuple[str, ...]:
