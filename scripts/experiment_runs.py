@@ -60,11 +60,6 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "average": ("optimizer.ema_decay=0.99",),
     "head-first": ("draft.pure_draft_prefix_len=0",),
     "head-wide": ("draft.emb_dim=256", "draft.gru_hidden_dim=512"),
-    "batch-1-kl-head-first": (
-        "data.batch_size=1",
-        "loss.kl_weight=0.5",
-        "draft.pure_draft_prefix_len=0",
-    ),
 }
 
 
@@ -120,7 +115,7 @@ def run(training: Training, *, timed: int) -> None:
 def rows(training: Training) -> tuple[str, ...]:
     """Where a run takes its rows: states that all runs of a size share."""
     states = WORK / f"states-{training.size}"
-    # With those that a divergence reads: one trial does.
+    # With those that a divergence reads: trials do.
     more = ("--with-target-states",) if training.size == TRIAL_SIZE else ()
     answers = f"data.train={ANSWERS / f'train-{training.size}.jsonl.gz'}"
     domino("capture", CONFIG, states, answers, *more)

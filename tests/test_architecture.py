@@ -27,11 +27,7 @@ TABLE = (
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "filters acceptance decoder speculate generate counts batch_log prompts"),
-    (
-        2.7,
-        "decoding",
-        "regenerate compare ngram intervals speed replay evaluate cycle",
-    ),
+    (2.7, "decoding", "regenerate compare ngram intervals speed replay evaluate cycle"),
     (2.7, "decoding", "known_answers evaluation responses servers endpoint"),
     (3, "training", "flops curriculum loss objectives step_metrics modules domino_module"),
     (3, "training", "log metrics window optimizer step program records checkpoint run_directory"),

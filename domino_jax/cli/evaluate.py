@@ -44,12 +44,7 @@ from domino_jax.decoding.evaluation import (
     set_names,
     write_evaluation,
 )
-from domino_jax.decoding.generate import (
-    Answer,
-    asked,
-    check_length,
-    pieces,
-)
+from domino_jax.decoding.generate import Answer, asked, check_length, pieces
 from domino_jax.decoding.known_answers import known_answers, prompts_sha256
 from domino_jax.decoding.servers import Server, ask
 from domino_jax.draft.backbone import DraftModel

@@ -97,7 +97,6 @@ def _read(
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def _replay(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
-
     known = state.tokens  # of the state itself a cycle writes over what follows it
 
     def body(state: DecodeState) -> DecodeState:
