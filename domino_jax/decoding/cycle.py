@@ -7,6 +7,9 @@ against the whole cycle and against a step of the target alone, in turns:
     head           what the Domino head adds to that
     verification   the target's pass over the block, with its logits
     rest           acceptance, commits, the draft's context
+
+A loop of cycles is called once, but here every part is called by itself. What a call costs, as a
+program shows that does nothing with the same arguments, is in none of the times.
 """
 
 import functools
@@ -49,6 +52,7 @@ class CycleTimes:
         rest: what remains.
         whole: the cycle, as one program.
         plain: a step of the target alone.
+        call: calling a program with the weights and a state; the times above are without it.
     """
 
     context: int
@@ -59,6 +63,7 @@ class CycleTimes:
     rest: float
     whole: float
     plain: float
+    call: float
 
     @property
     def sum(self) -> float:
@@ -112,15 +117,18 @@ def cycle_times(
         "with_head": (endless, _draft_alone),
         "verification": (endless, _verification),
         "rest": (endless, _rest),
+        "call": (endless, _nothing),
     }
     runs = {
         name: _repeated(functools.partial(step, way), weights, begin(way), given)
         for name, (way, step) in steps.items()
     }
     times = _timed(runs, rounds=rounds)
+    call = times.pop("call")
+    times = {name: taken - call for name, taken in times.items()}
     head = times.pop("with_head") - times["draft"] if decoder.use_head else None
     times.pop("with_head", None)
-    return CycleTimes(context=context, proposals=decoder.proposals, head=head, **times)
+    return CycleTimes(context=context, proposals=decoder.proposals, head=head, call=call, **times)
 
 
 # What a part is given beside the state: drafts, and what the target said of them.
@@ -154,6 +162,13 @@ def _rest(
     drafts, logits, features = given
     verified = Verified(logits, features, state.target_cache)
     return commit(decoder, weights, state, drafts, verified, state.key), None
+
+
+def _nothing(
+    decoder: Decoder, weights: Weights, state: DecodeState, given: _Given
+) -> tuple[DecodeState, Any]:
+    del decoder, weights, given
+    return state, None
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,11 +1,14 @@
 """The parts of a cycle are the cycle's, and what a tau is worth follows from their times."""
 
+from collections.abc import Callable, Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from reference import draft_config, target_config
 
+from domino_jax.decoding import cycle
 from domino_jax.decoding.cycle import CycleTimes, cycle_times
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.draft.backbone import DraftModel
@@ -23,6 +26,7 @@ TIMES = CycleTimes(
     rest=1.0,
     whole=26.0,
     plain=13.0,
+    call=0.5,
 )
 
 
@@ -36,11 +40,24 @@ def test_what_a_tau_is_worth() -> None:
 
 
 @pytest.mark.parametrize("use_head", [True, False])
-def test_every_part_is_timed(use_head: bool) -> None:
+def test_every_part_is_timed_without_the_call(
+    use_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = nn.meta.unbox(TARGET.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
     draft = nn.meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(1)))["params"]
     decoder = make_decoder(TARGET, DraftModel(CONFIG), proposals="serving", use_head=use_head)
+    measured = {}
+
+    def spy(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:
+        measured.update(timed(runs, rounds=rounds))
+        return measured.copy()
+
+    timed = cycle._timed
+    monkeypatch.setattr(cycle, "_timed", spy)
     times = cycle_times(decoder, Weights(target, draft), context=20, rounds=2)
     assert times.proposals == 4 and times.context == 20
-    assert min(times.draft, times.verification, times.rest, times.whole, times.plain) > 0
-    assert (times.head is None) != use_head
+    assert min(measured.values()) > 0 and times.call == measured["call"]
+    for part in ("draft", "verification", "rest", "whole", "plain"):
+        assert getattr(times, part) == measured[part] - times.call
+    head = measured["with_head"] - measured["draft"]
+    assert times.head == (pytest.approx(head) if use_head else None)
