@@ -60,6 +60,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     row("tau, head off", _tau_of("head_off"))
     row("tau, block proposals", _tau_of("block"))
     row("n-gram floor", _tau_of("ngram"))
+    row("counted by", _counted_by)
     row("tokens/s speculative / plain", _speeds)
     row("tokens compared / equal", _compared)
     row("endpoint: tau, over ours, proposals", _endpoint_tau)
@@ -79,6 +80,12 @@ def _tau_of(way: str) -> Callable[[dict[str, Any]], str | None]:
         return f"{tau} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else tau
 
     return cell
+
+
+def _counted_by(figures: dict[str, Any]) -> str | None:
+    if "replayed" not in figures:
+        return None
+    return "replay" if figures["replayed"] else "decoding"
 
 
 def _speeds(figures: dict[str, Any]) -> str | None:

@@ -129,7 +129,7 @@ def _set(tau: float, head: bool) -> dict[str, Any]:
     pieces = [[text, place % 3 != 0] for place, text in enumerate(ANSWER)]
     examples = [{"prompt": "What is the capital of France, and where?", "pieces": pieces}]
     figures = {"file": "configs/prompts/everyday.jsonl", "sha256": "ef" * 32, "prompts": 80}
-    figures |= {"tokens": 5120, "measured": HARDWARE}
+    figures |= {"replayed": False, "tokens": 5120, "measured": HARDWARE}
     return figures | {"ways": ways, "speed": speed, "examples": examples}
 
 

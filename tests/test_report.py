@@ -44,6 +44,7 @@ def test_a_summary_of_training_is_of_its_log(tmp_path: Path) -> None:
 def test_the_table_of_an_evaluation_has_every_way_and_what_it_must_reach() -> None:
     evaluation = evaluation_of(head=True, tau=1.34, break_even=1.73, sets=("everyday", "code"))
     evaluation["sets"]["code"].pop("speed")
+    evaluation["sets"]["code"]["replayed"] = True
     evaluation["training"]["heldout"] = {"accept_len": 2.226, "base_accept_len": 1.866}
     text = printed(evaluation)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
@@ -53,6 +54,7 @@ def test_the_table_of_an_evaluation_has_every_way_and_what_it_must_reach() -> No
     assert rows["tau, head off"][0].startswith("1.269 (")
     assert rows["tau, block proposals"][0].startswith("1.361 (")
     assert rows["n-gram floor"][0].startswith("1.123 (")
+    assert rows["counted by"] == ["decoding", "replay"]
     assert rows["tokens/s speculative / plain"] == ["50.4 / 45.1", "-"]
     assert rows["tokens compared / equal"] == ["15360 / 15360"] * 2
     words = " ".join(text.split())

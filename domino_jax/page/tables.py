@@ -102,6 +102,7 @@ def _tau_table(name: str, runs: Sequence[RunFiles]) -> Table:
         "gain over the floor": _gain(name, "ngram"),
         "verifications": of_set(*serving, "verifications", form=COUNT),
         "committed tokens": of_set(*serving, "committed", form=COUNT),
+        "counted by": _counted_by(name),
         "tokens/s, speculative": of_set("speed", "tokens_per_second", form=".1f"),
         "tokens/s, target alone": of_set("speed", "tokens_per_second_plain", form=".1f"),
         "speed-up": of_set("speed", "speed_up", form=TAU),
@@ -261,6 +262,16 @@ def _gain(name: str, kind: str) -> Column:
     def cell(run: RunFiles) -> Cell:
         gain = run.evaluation.at("sets", name, "ways", kind, "gain")
         return times(gain["ratio"], gain["interval"])
+
+    return cell
+
+
+def _counted_by(name: str) -> Column:
+    def cell(run: RunFiles) -> Cell:
+        replayed = run.evaluation.at("sets", name, "replayed").value
+        if not isinstance(replayed, bool):
+            return MISSING
+        return words("replay of the target's answers" if replayed else "decoding")
 
     return cell
 
