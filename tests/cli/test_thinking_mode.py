@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 from tiny import SWITCHED_TEMPLATE, run_config, seal, write_conversations, write_target
 
-from domino_jax.cli import decode
+from domino_jax.cli import decode, evaluate
 from domino_jax.cli.verbs import cli
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.data.features import read_manifest
@@ -121,7 +121,8 @@ def test_decoding_takes_the_setting_of_the_run(
         asked.append(kwargs)
         return encode_prompt(messages, tokenizer, kwargs)
 
-    monkeypatch.setattr(decode, "encode_prompt", spy)
+    for verb in (decode, evaluate):
+        monkeypatch.setattr(verb, "encode_prompt", spy)
     domino("generate", run, "a b", "--max-new-tokens", 4, *TOLD)
     domino("evaluate", run, prompts, "--limit", 1, "--max-new-tokens", 4)
     assert asked == [OFF, OFF]
