@@ -18,8 +18,9 @@ def test_every_run_is_a_configuration(training: experiment.Training) -> None:
     words = [f"data.train={answers}", f"run_dir={training.directory}", *training.overrides]
     config = load_config(TOP / experiment.CONFIG, words)
     # Nothing but what it says differs from the run that it is compared with.
-    plain = load_config(TOP / experiment.CONFIG, words[:2])
-    assert (config == plain) == (training.overrides in ((), ("seed=0",)))
+    base = experiment.TRIAL_BASE if training.name.startswith("trial-") else ()
+    plain = load_config(TOP / experiment.CONFIG, [*words[:2], *base])
+    assert (config == plain) == (training.overrides in (base, ("seed=0",)))
     assert (TOP / answers).is_file()
 
 
