@@ -35,7 +35,9 @@ TRIAL_SETS = tuple(path for path in SETS if path.stem != "humaneval")
 NEW_TOKENS = 64
 # Seeds of each size: how far runs differ that differ in their seed alone, where that is cheap.
 SEEDS = {"30k": (0, 1, 2), "100k": (0,), "300k": (0,)}
-LARGEST = "300k"
+# Decoded, compared with the target token by token, and timed; replay counts the others the same.
+DECODED = "300k-domino-0"
+TIMED = 8
 VARIANTS: dict[str, tuple[str, ...]] = {
     "domino": (),
     "dflash": ("draft.projector_type=null",),
@@ -99,15 +101,15 @@ def domino(*words: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "domino_jax", *map(str, words)], check=True)
 
 
-def run(training: Training, *, timed: int) -> None:
+def run(training: Training) -> None:
     """Trains, evaluates and records one run; what is there already is not done again."""
     result = RESULTS / f"{training.name}.json"
     if result.exists():
         return
     domino("train", CONFIG, *rows(training), f"run_dir={training.directory}", *training.overrides)
-    words = ["--max-new-tokens", str(NEW_TOKENS), "--timed", str(timed)]
-    if training.size != LARGEST:
-        words.append("--replay")  # the same counts; the largest runs are decoded, and compared
+    decoded = training.name == DECODED
+    how = ("--timed", str(TIMED)) if decoded else ("--timed", "0", "--replay")
+    words = ("--max-new-tokens", str(NEW_TOKENS), *how)
     domino("evaluate", training.directory, *training.sets, *words)
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(result, json.dumps(record(training)) + "\n")
@@ -139,7 +141,6 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="runs whose names hold one of these"
     )
-    parser.add_argument("--timed", type=int, default=0, help="prompts of each set that are timed")
     options = parser.parse_args()
     chosen = [
         one
@@ -149,7 +150,7 @@ def main() -> None:
     print(f"{len(chosen)} runs: {', '.join(one.name for one in chosen)}", file=sys.stderr)
     for number, training in enumerate(chosen, start=1):
         print(f"== {number}/{len(chosen)} {training.name}", file=sys.stderr)
-        run(training, timed=options.timed)
+        run(training)
 
 
 if __name__ == "__main__":
