@@ -2,7 +2,7 @@
 
     configs/answers/train-SIZE.jsonl.gz -> states of the target, once for all runs of a size
         -> domino, dflash, no-curriculum: the same rows, epochs, seeds and evaluator
-            -> evaluation of each on all sets -> docs/experiments/SIZE-VARIANT-SEED.json
+            -> evaluation of each on all sets -> docs/experiments/SIZE-VARIANT-SEED/
 
 Unshifted DFlash is what other trainers call DFlash: position k of a block predicts token k, so a
 block of K proposes K - 1. Domino's head on and off is measured on the same weights. `--trials` are
@@ -11,6 +11,7 @@ single changes of the Domino run at the middle size, each recorded whether it he
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from domino_jax.decoding.evaluation import EVALUATION
 from domino_jax.files import write_whole
 
 CONFIG = Path("configs/experiments/smollm2.yaml")
@@ -103,16 +105,18 @@ def domino(*words: str | Path) -> None:
 
 def run(training: Training) -> None:
     """Trains, evaluates and records one run; what is there already is not done again."""
-    result = RESULTS / f"{training.name}.json"
-    if result.exists():
+    result = RESULTS / training.name
+    if (result / EVALUATION).exists():
         return
     domino("train", CONFIG, *rows(training), f"run_dir={training.directory}", *training.overrides)
     decoded = training.name == DECODED
     how = ("--timed", str(TIMED)) if decoded else ("--timed", "0", "--replay")
     words = ("--max-new-tokens", str(NEW_TOKENS), *how)
     domino("evaluate", training.directory, *training.sets, *words)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_whole(result, json.dumps(record(training)) + "\n")
+    result.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "metrics.jsonl", "timing.jsonl"):
+        shutil.copy(training.directory / name, result)
+    write_whole(result / EVALUATION, json.dumps(record(training)) + "\n")
 
 
 def rows(training: Training) -> tuple[str, ...]:
@@ -125,7 +129,7 @@ def rows(training: Training) -> tuple[str, ...]:
 
 def record(training: Training) -> dict[str, Any]:
     """What the repository keeps of a run: its evaluation without texts, and what it was."""
-    evaluation = json.loads((training.directory / "evaluation.json").read_text())
+    evaluation = json.loads((training.directory / EVALUATION).read_text())
     for figures in evaluation["sets"].values():
         figures.pop("examples", None)
     answers = json.loads((ANSWERS / "record.json").read_text())["files"]

@@ -34,7 +34,7 @@ TABLE = (
     (3, "training", "inputs start preflight prepare rollout preview capture skips speed trace"),
     (3, "training", "heldout loop"),
     (4, "", "compiled arithmetic places plan plan_table report"),
-    (4, "page", "sources cells verdict tables charts pictures notes document"),
+    (4, "page", "sources growth cells verdict tables charts pictures notes document"),
     (5, "cli", "interrupts shared config data train plan decode evaluate report checkpoint verbs"),
     (6, "", "__main__"),
 )
@@ -68,7 +68,7 @@ WITHOUT_JAX = {
     "stages",
     "training.flops",
     "training.log",
-    *(f"page.{name}" for name in ("sources", "cells", "verdict", "tables", "charts")),
+    *(f"page.{name}" for name in ("sources", "growth", "cells", "verdict", "tables", "charts")),
     *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }
 MESH_AXES = {"fsdp", "tensor"}

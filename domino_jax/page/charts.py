@@ -10,13 +10,12 @@ A chart knows nothing of colours and sizes, and a picture nothing of runs:
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from domino_jax.page.growth import FACTOR, Point, growths
 from domino_jax.page.sources import RunFiles, ends
-from domino_jax.page.tables import answer_tokens, set_names
+from domino_jax.page.tables import set_names
 
 POINTS = 400  # of a line: more than a picture has columns
 PARTS = ("draft", "head", "verification", "rest")
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Curves:
         about: what a full and a dashed line are.
         kinds: what lines are called that stand for several runs, by the run in whose colour.
         percent: y are shares.
+        logarithmic: x is, its marks are at the points.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Curves:
     about: str = ""
     kinds: tuple[tuple[int, str], ...] = ()
     percent: bool = False
+    logarithmic: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,22 +223,22 @@ def cycle_charts(runs: Sequence[RunFiles]) -> tuple[Chart, ...]:
 
 
 def data_charts(runs: Sequence[RunFiles]) -> tuple[Chart, ...]:
-    """Tau over the answer tokens trained on, a line for each kind of draft."""
+    """Tau over the answer tokens trained on, a line for each kind of draft, and how it goes on."""
     charts = []
     for index, name in enumerate(set_names(runs), start=1):
-        lines = tuple(_data_line(kind, name, runs) for kind in _kinds(runs))
-        curves = tuple(line for line in lines if len({x for x, _ in line.points}) > 1)
-        if curves:
-            shown = [line.run for line in curves]
-            heads = [runs[place].head for place in shown]
-            called = [f"{head} head" if head else "no head" for head in heads]
+        found = growths(runs, name)
+        # In the colour of the first run of its kind.
+        measured = (Line(one.runs[0], one.points, intervals=one.intervals) for one in found)
+        beyond = (Line(one.runs[0], one.beyond, dashed=True) for one in found)
+        if found:
             chart = Curves(
                 name=f"data-{index}",
                 title=f"tau by data, {name}",
                 x="answer tokens trained on",
-                lines=curves,
-                kinds=tuple(zip(shown, called, strict=True)),
-                about="bars: 95 % intervals",
+                lines=(*measured, *beyond),
+                kinds=tuple((one.runs[0], one.kind) for one in found),
+                about=f"bars: 95 % intervals; dashed: extrapolated to {FACTOR} times the most",
+                logarithmic=True,
             )
             charts.append(chart)
     return tuple(charts)
@@ -263,27 +264,6 @@ def described(chart: Chart, names: Sequence[str]) -> str:
             pairs = zip(chart.parts, bar.parts, strict=True)
             told.append(f"{bar.label}: " + ", ".join(f"{name} {ms:.1f}" for name, ms in pairs))
     return f"{chart.title} by {chart.x}. {'; '.join(told)}."
-
-
-def _kinds(runs: Sequence[RunFiles]) -> list[list[int]]:
-    """The places of the runs whose drafts have the same head, by head."""
-    by_head: dict[str | None, list[int]] = {}
-    for place, run in enumerate(runs):
-        by_head.setdefault(run.head, []).append(place)
-    return list(by_head.values())
-
-
-def _data_line(places: Sequence[int], name: str, runs: Sequence[RunFiles]) -> Line:
-    found = []
-    for place in places:
-        serving = runs[place].evaluation.at("sets", name, "ways", "serving")
-        tokens, tau = answer_tokens(runs[place]).number, serving["tau"].number
-        if tokens is not None and tau is not None:
-            found.append(((float(tokens), float(tau)), ends(serving, tau)))
-    found.sort()
-    points = tuple(point for point, _ in found)
-    # In the colour of the first run of its kind.
-    return Line(places[0], points, intervals=tuple(both for _, both in found))
 
 
 def _pairs(

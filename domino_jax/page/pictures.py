@@ -143,7 +143,7 @@ def _drawn(chart: Chart, names: Sequence[str]) -> Picture:
 
 
 def _curves(axes: Any, chart: Curves) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
     for line in chart.lines:
         colour, mark = RUNS[line.run % len(RUNS)], MARKS[line.run % len(MARKS)]
@@ -164,7 +164,12 @@ def _curves(axes: Any, chart: Curves) -> None:
             low, high = zip(*line.intervals, strict=True)
             axes.vlines(xs, low, high, color=colour, linewidth=1.3)
     axes.grid(axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if chart.logarithmic:
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({x for line in chart.lines for x, _ in line.points}))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -126,6 +126,11 @@ class RunFiles:
         return bool(self.evaluation["sets"].names) and not self.sets
 
     @property
+    def answer_tokens(self) -> Source:
+        """Supervised tokens of the data that the run was trained on."""
+        return self.evaluation.at("training", "data", "answer_tokens")
+
+    @property
     def head(self) -> str | None:
         """The name of the draft's head; None for plain DFlash, and where nothing says."""
         evaluated = self.evaluation["evaluator"]["head"].text

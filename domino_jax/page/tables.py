@@ -20,6 +20,7 @@ from domino_jax.page.cells import (
     with_interval,
     words,
 )
+from domino_jax.page.growth import FACTOR, growths
 from domino_jax.page.sources import NOTHING, RunFiles, Source, last
 
 HASH_CHARACTERS = 12  # of a sha256: enough to see that two differ
@@ -52,7 +53,7 @@ def summary(run: RunFiles) -> Cell:
     line = joined(words(_kind(run)), " for ", _target(run))
     line = joined(line, ", ", figure(last(run.records("train"))["step"], COUNT))
     line = line if is_missing(line) or not run.records("train") else (*line, " steps")
-    tokens = figure(answer_tokens(run), COUNT)
+    tokens = figure(run.answer_tokens, COUNT)
     return line if is_missing(tokens) else (*line, " on ", *tokens, " answer tokens")
 
 
@@ -64,7 +65,7 @@ def training_table(runs: Sequence[RunFiles]) -> Table:
         "layers of the draft": _set("draft", "num_hidden_layers", form=COUNT),
         "block": _block,
         "training data": _training_data,
-        "answer tokens": lambda run: figure(answer_tokens(run), COUNT),
+        "answer tokens": lambda run: figure(run.answer_tokens, COUNT),
         "conversations": _evaluated("training", "data", "conversations", form=COUNT),
         "held-out data": lambda run: words(_file_name(run.config["data"]["heldout"])),
         "steps trained": lambda run: figure(last(run.records("train"))["step"], COUNT),
@@ -191,10 +192,17 @@ def heldout_table(runs: Sequence[RunFiles]) -> Table:
 
 def data_table(runs: Sequence[RunFiles]) -> Table:
     """Tau by how much was trained on."""
-    rows: Rows = {"answer tokens": lambda run: figure(answer_tokens(run), COUNT)}
+    rows: Rows = {"answer tokens": lambda run: figure(run.answer_tokens, COUNT)}
     for name in set_names(runs):
         rows[f"tau, {name}"] = _tau(name, "serving")
+        rows[f"tau, {name}, extrapolated to {FACTOR} times the most"] = _beyond(name, runs)
     return _table("Tau by answer tokens trained on", runs, rows)
+
+
+def _beyond(name: str, runs: Sequence[RunFiles]) -> Column:
+    """Beside the largest run of each kind."""
+    taus = {runs[one.runs[-1]].name: one.beyond[1][1] for one in growths(runs, name)}
+    return lambda run: words(format(taus[run.name], TAU) if run.name in taus else None)
 
 
 def evaluator_table(runs: Sequence[RunFiles]) -> Table:
@@ -219,11 +227,6 @@ def set_names(runs: Sequence[RunFiles]) -> list[str]:
     """The sets of prompts of all runs, each once, in the order in which they come."""
     names = (str(prompts.path[-1]) for run in runs for prompts in run.sets)
     return list(dict.fromkeys(names))
-
-
-def answer_tokens(run: RunFiles) -> Source:
-    """Supervised tokens of the data that a run was trained on."""
-    return run.evaluation.at("training", "data", "answer_tokens")
 
 
 def _table(caption: str, runs: Sequence[RunFiles], rows: Rows) -> Table:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import yaml
 from page_runs import evaluation_of, write_evaluation, write_run
 
 from domino_jax.page import charts, notes, tables
+from domino_jax.page.cells import MISSING
 from domino_jax.page.document import write_page
 from domino_jax.page.sources import Source, read_runs
 from domino_jax.page.verdict import verdicts
@@ -176,8 +178,14 @@ def test_runs_stand_side_by_side_and_tau_is_drawn_over_data(tmp_path: Path) -> N
     first, second = charts.data_charts(runs)
     assert isinstance(first, charts.Curves) and first.title == "tau by data, everyday"
     # A single run of its kind is no curve.
-    (line,) = first.lines
+    line, beyond = first.lines
     assert line.points == ((1000.0, 1.34), (4000.0, 1.9)) and first.kinds == ((0, "domino head"),)
+    # Tau grew by 0.56 where the tokens grew by a factor of four.
+    further = 1.9 + 0.56 * math.log(10) / math.log(4)
+    assert beyond.dashed and beyond.points[0] == pytest.approx((4000.0, 1.9))
+    assert beyond.points[1] == pytest.approx((40000.0, further))
+    row = next(row for row in tables.data_table(runs).rows if "extrapolated" in row.name)
+    assert row.cells == (MISSING, (f"{further:.2f}",), MISSING)
     assert second.lines[0].points[1] == (4000.0, 1.9 - 0.2)
     (table, _) = tables.tau_tables(runs)
     assert len(table.columns) == 3 and all(len(row.cells) == 3 for row in table.rows)
