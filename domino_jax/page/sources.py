@@ -145,6 +145,13 @@ def last(records: Sequence[Source]) -> Source:
     return records[-1] if records else NOTHING
 
 
+def counts(source: Source) -> tuple[int, ...]:
+    """A list of counts; none where it holds anything else."""
+    found = [entry.value for entry in source.entries if entry.number is not None]
+    whole = len(found) == len(source.entries) and all(isinstance(one, int) for one in found)
+    return tuple(found) if whole and all(one >= 0 for one in found) else ()
+
+
 def ends(way: Source, tau: float) -> tuple[float, float]:
     """The interval of a way to decode; the tau itself where there is none, as of one prompt."""
     low, high = way["interval"][0].number, way["interval"][1].number

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from domino_jax.decoding.intervals import PerPrompt, gain
 from domino_jax.page.cells import (
     COUNT,
     LOSS,
@@ -21,7 +22,7 @@ from domino_jax.page.cells import (
     words,
 )
 from domino_jax.page.growth import FACTOR, growths
-from domino_jax.page.sources import NOTHING, RunFiles, Source, last
+from domino_jax.page.sources import NOTHING, RunFiles, Source, counts, last
 
 HASH_CHARACTERS = 12  # of a sha256: enough to see that two differ
 
@@ -101,6 +102,7 @@ def _tau_table(name: str, runs: Sequence[RunFiles]) -> Table:
         "tau, all proposals of a block": _tau(name, "block"),
         "n-gram floor": _tau(name, "ngram"),
         "gain over the floor": _gain(name, "ngram"),
+        f"gain over {runs[0].name}": _gain_over(runs[0], name),
         "verifications": of_set(*serving, "verifications", form=COUNT),
         "committed tokens": of_set(*serving, "committed", form=COUNT),
         "counted by": _counted_by(name),
@@ -267,6 +269,37 @@ def _gain(name: str, kind: str) -> Column:
         return times(gain["ratio"], gain["interval"])
 
     return cell
+
+
+def _gain_over(first: RunFiles, name: str) -> Column:
+    """Of another draft on the same prompts, paired."""
+
+    def cell(run: RunFiles) -> Cell:
+        ours, theirs = _per_prompt(run, name), _per_prompt(first, name)
+        if run is first or not ours or not theirs or _asked(run, name) != _asked(first, name):
+            return MISSING
+        found = gain(ours, theirs)
+        if found is None:
+            return MISSING
+        ends = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)
+        return words(f"× {found.ratio:.2f}{ends}")  # noqa: RUF001
+
+    return cell
+
+
+def _per_prompt(run: RunFiles, name: str) -> PerPrompt | None:
+    each = run.evaluation.at("sets", name, "ways", "serving", "per_prompt")
+    committed, verifications = counts(each["committed"]), counts(each["verifications"])
+    same = committed and len(committed) == len(verifications)
+    return PerPrompt(committed, verifications) if same else None
+
+
+def _asked(run: RunFiles, name: str) -> list[object]:
+    """What two drafts must share for a comparison prompt by prompt."""
+    evaluator, prompts = run.evaluation["evaluator"], run.evaluation.at("sets", name)
+    count = len(prompts.at("ways", "serving", "per_prompt", "committed").entries)
+    settings = ("target_sha256", "max_new_tokens", "temperature")
+    return [prompts["sha256"].value, count, *(evaluator[key].value for key in settings)]
 
 
 def _counted_by(name: str) -> Column:

@@ -188,6 +188,9 @@ def test_runs_stand_side_by_side_and_tau_is_drawn_over_data(tmp_path: Path) -> N
     assert row.cells == (MISSING, (f"{further:.2f}",), MISSING)
     assert second.lines[0].points[1] == (4000.0, 1.9 - 0.2)
     (table, _) = tables.tau_tables(runs)
+    (over,) = [row.cells for row in table.rows if row.name == f"gain over {small}"]
+    # 90 and 64 tokens in 47 verifications of each prompt.
+    assert over[:2] == (MISSING, ("× 1.41 (1.41 to 1.41)",))  # noqa: RUF001
     assert len(table.columns) == 3 and all(len(row.cells) == 3 for row in table.rows)
     page = page_of(small, large, other)
     assert "Tau by data" in page.text and "needs runs of one kind" not in page.text
