@@ -166,11 +166,13 @@ def _curves(axes: Any, chart: Curves) -> None:
     axes.grid(axis="y")
     if chart.logarithmic:
         axes.set_xscale("log")
-        axes.set_xticks(sorted({x for line in chart.lines for x, _ in line.points}))
+        places = sorted({x for line in chart.lines for x, _ in line.points})
+        named = EngFormatter(sep="")
+        axes.set_xticks(places, [named(float(f"{place:.2g}")) for place in places])
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(bottom=0)
