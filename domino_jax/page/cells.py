@@ -26,6 +26,7 @@ class Shown:
 
 Cell = tuple[Shown | str, ...]
 MISSING: Cell = ("–",)  # noqa: RUF001  (a dash as tables have it)
+TIMES = "× "  # noqa: RUF001  (the sign, before a factor)
 
 
 def is_missing(cell: Cell) -> bool:
@@ -69,7 +70,7 @@ def with_interval(value: Source, ends: Source, form: str) -> Cell:
 def times(factor: Source, ends: Source) -> Cell:
     """A factor with its interval."""
     shown = with_interval(factor, ends, TAU)
-    return shown if is_missing(shown) else ("× ", *shown)  # noqa: RUF001
+    return shown if is_missing(shown) else (TIMES, *shown)
 
 
 def joined(first: Cell, between: str, second: Cell) -> Cell:

@@ -12,6 +12,7 @@ from domino_jax.page.cells import (
     MISSING,
     PLACE,
     TAU,
+    TIMES,
     Cell,
     figure,
     is_missing,
@@ -281,8 +282,9 @@ def _gain_over(first: RunFiles, name: str) -> Column:
         found = gain(ours, theirs)
         if found is None:
             return MISSING
-        ends = "" if found.interval is None else " ({:.2f} to {:.2f})".format(*found.interval)
-        return words(f"× {found.ratio:.2f}{ends}")  # noqa: RUF001
+        both = found.interval
+        ends = f" ({both[0]:{TAU}} to {both[1]:{TAU}})" if both else ""
+        return (f"{TIMES}{found.ratio:{TAU}}{ends}",)
 
     return cell
 

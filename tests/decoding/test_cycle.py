@@ -46,13 +46,13 @@ def test_every_part_is_timed_without_the_call(
     target = nn.meta.unbox(TARGET.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
     draft = nn.meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(1)))["params"]
     decoder = make_decoder(TARGET, DraftModel(CONFIG), proposals="serving", use_head=use_head)
-    measured = {}
+    measured: dict[str, float] = {}
+    timed = cycle._timed
 
     def spy(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:
         measured.update(timed(runs, rounds=rounds))
         return measured.copy()
 
-    timed = cycle._timed
     monkeypatch.setattr(cycle, "_timed", spy)
     times = cycle_times(decoder, Weights(target, draft), context=20, rounds=2)
     assert times.proposals == 4 and times.context == 20

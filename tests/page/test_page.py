@@ -1,6 +1,7 @@
 """The page of a run or several: every figure is the file's, all text is escaped, nothing fails."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -21,12 +22,14 @@ from page_runs import evaluation_of, write_evaluation, write_run
 from domino_jax.page import charts, notes, tables
 from domino_jax.page.cells import MISSING
 from domino_jax.page.document import write_page
+from domino_jax.page.growth import growths
 from domino_jax.page.sources import Source, read_runs
 from domino_jax.page.verdict import verdicts
 
 TOP = Path(__file__).parent.parent.parent
 EVIL = '<script>alert("x")</script> & "quoted" $x^$ \ud800 \x00'
 SHOWN_EVIL = "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#34;quoted&#34; $x^$"
+SHA_OF_EVERYDAY = ("sets", "everyday", "sha256")
 VOID = {"meta", "link", "path", "use", "br", "img"}
 
 
@@ -195,6 +198,36 @@ def test_runs_stand_side_by_side_and_tau_is_drawn_over_data(tmp_path: Path) -> N
     page = page_of(small, large, other)
     assert "Tau by data" in page.text and "needs runs of one kind" not in page.text
     assert "needs runs of one kind" in page_of(small, other).text
+
+
+def test_runs_without_a_curriculum_are_a_kind_of_their_own(tmp_path: Path) -> None:
+    places = [write_run(tmp_path / f"{size}", answer_tokens=size) for size in (1, 2, 3, 4)]
+    for place in places[2:]:
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        config["loss"]["lambda_start"] = 0
+        (place / "config.yaml").write_text(yaml.safe_dump(config))
+    found = growths(read_runs(places), "everyday")
+    assert [(one.kind, one.runs) for one in found] == [
+        ("domino head", (0, 1)),
+        ("domino head, no curriculum", (2, 3)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [("evaluator", "max_new_tokens"), ("evaluator", "target_sha256"), SHA_OF_EVERYDAY]
+)
+def test_runs_asked_otherwise_are_not_compared_by_prompt(
+    tmp_path: Path, path: tuple[str, ...]
+) -> None:
+    other = evaluation_of(head=True, tau=1.9, break_even=1.7, sets=("everyday",))
+    *parents, key = path
+    functools.reduce(dict.__getitem__, parents, other)[key] = "another"
+    places = [write_run(tmp_path / "one"), write_run(tmp_path / "two")]
+    names = [row.name for row in tables.tau_tables(read_runs(places))[0].rows]
+    assert "gain over one" in names
+    write_evaluation(places[1], other)
+    names = [row.name for row in tables.tau_tables(read_runs(places))[0].rows]
+    assert "tau" in names and "gain over one" not in names
 
 
 def test_text_of_prompts_answers_and_names_is_escaped(tmp_path: Path) -> None:
