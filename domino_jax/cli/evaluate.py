@@ -83,7 +83,7 @@ CYCLE_CONTEXT = 256  # tokens behind the cycle that is timed
     "--replay",
     is_flag=True,
     help="Run the drafts alone on the target's own answers: the same tau, ties aside, in a "
-    "fraction of the time; no output is compared.",
+    "fraction of the time; of the outputs only those that are timed are compared.",
 )
 @click.option(
     "--append", is_flag=True, help="Keep what evaluation.json holds already of other sets."
@@ -228,7 +228,7 @@ class _Measurement:
             {"prompt": text, "pieces": pieces(self._loaded.tokenizer, answer)}
             for text, answer in zip(texts[:EXAMPLES], figures.answers, strict=False)
         ]
-        # `replayed` for who asks why no output was compared.
+        # `replayed` for who asks why few outputs were compared.
         source = {"file": str(path), "sha256": file_sha256(path), "replayed": self._replay}
         where = {"measured": measured(self._device)}
         record = source | figures.as_json() | {"examples": examples} | where

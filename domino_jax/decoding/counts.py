@@ -8,7 +8,7 @@ that were kept (d), and the target's own (t). The last cycle may be cut by a sto
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,31 @@ class Acceptance:
 
     marginal: tuple[float, ...]
     conditional: tuple[float | None, ...]
+
+
+def in_cycles(greedy: Answer, kept: Sequence[int]) -> Answer:
+    """The target's greedy answer as cycles of drafts and verifications would have written it.
+
+    What greedy verification commits is the target's own text, so none needs to be run for it.
+
+    Args:
+        greedy: the target's own answer.
+        kept: behind each token but the last at least, how many drafted ones are the answer's own.
+    Returns:
+        The same answer with who wrote each token, and its verifications; it has no time.
+    """
+    drafted = np.zeros(len(greedy.tokens), bool)
+    place = 1  # behind the first token, which costs no verification
+    verifications = 0
+    while place < len(drafted):
+        end = place + kept[place - 1]
+        drafted[place:end] = True
+        place = end + 1  # the target's own
+        verifications += 1
+    committed = len(drafted) - 1
+    return replace(
+        greedy, drafted=drafted, committed=committed, verifications=verifications, seconds=0.0
+    )
 
 
 def tau(answers: Sequence[Answer]) -> float:

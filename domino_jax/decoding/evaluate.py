@@ -10,6 +10,9 @@ a user waits:
             -> head_off, if Domino           |
             -> ngram, copied from the text  -'
     some    -> plain and serving in turns, batch 1 -> tokens/s
+
+Where drafts are replayed on the target's own answers, what is timed is all that is decoded, and so
+all that can be held against them.
 """
 
 import functools
@@ -26,7 +29,7 @@ from domino_jax.decoding.decoder import Decoder, Weights, alone, number_of_propo
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.intervals import Gain, PerPrompt, gain, tau_interval
 from domino_jax.decoding.ngram import look_up
-from domino_jax.decoding.replay import read_texts, replayed
+from domino_jax.decoding.replay import replayed
 from domino_jax.decoding.speculate import required_slots
 from domino_jax.decoding.speed import Speed, measured_speed
 from domino_jax.progress import STDERR, Reporter
@@ -48,8 +51,8 @@ class WayFigures:
         verifications: blocks that the target verified.
         acceptance: by position.
         per_prompt: of each prompt.
-        comparison: of greedy outputs with the target's own; None where tokens were drawn, and for
-            what is computed from the target's own outputs.
+        comparison: of what was decoded greedily with the target's own; None where tokens were
+            drawn, and for what is only computed from the target's own outputs.
         gain: of the headline over this way; None for itself, and over a way without a tau.
     """
 
@@ -98,7 +101,7 @@ class SetFigures:
 
     @property
     def comparison(self) -> Comparison | None:
-        """Of all ways that were decoded, added up; None where tokens were drawn."""
+        """Of all ways that were decoded, added up; None where there is none."""
         compared = [way.comparison for way in self.ways.values() if way.comparison is not None]
         return functools.reduce(Comparison.__add__, compared) if compared else None
 
@@ -135,16 +138,17 @@ def evaluate(
         batch_size: prompts decoded together; at temperature 0 no figure depends on it.
         timed: the first so many prompts are decoded once more, one by one; 0: nothing is timed.
         replay: run the drafts alone on the target's own answers, at temperature 0: the same counts
-            but for ties, several times sooner, and no output to compare.
+            but for ties, several times sooner, and no output to compare but what is timed.
         plain: the target's own greedy answers, see `plain_answers`; None decodes them.
         seed: of the sampler; unused at temperature 0.
         reporter: is told each batch.
     """
     ways = _ways(decoder)
     longest = max(map(len, prompts))
-    # One number for all ways: any other would be another program to compile. Programs are warmed
-    # up by answers of two tokens.
+    # One number for all ways, and for sets of like lengths: any other would be another program to
+    # compile. Programs are warmed up by answers of two tokens.
     slots = max(required_slots(way, longest, max(max_new_tokens, 2)) for way in ways.values())
+    slots = _power_of_two(slots)
     settings = _Batches(batch_size, max_new_tokens, slots, seed)
     if decoder.temperature > 0:
         if replay:
@@ -156,8 +160,7 @@ def evaluate(
     answers = _answers_of(
         ways, weights, prompts, plain if replay else None, settings=settings, reporter=reporter
     )
-    figures = _of_ways(ways, weights, prompts, answers, plain, decoded=not replay)
-    speed = measured_speed(
+    speed, timed_answers = measured_speed(
         ways[SERVING],
         weights,
         prompts[:timed],
@@ -166,12 +169,9 @@ def evaluate(
         seed=seed,
         reporter=reporter,
     )
-    return SetFigures(
-        prompts=len(prompts),
-        ways=figures,
-        speed=speed,
-        answers=answers[SERVING],
-    )
+    decoded = {SERVING: timed_answers} if replay else answers
+    figures = _of_ways(ways, weights, prompts, answers, plain, decoded=decoded)
+    return SetFigures(prompts=len(prompts), ways=figures, speed=speed, answers=answers[SERVING])
 
 
 def plain_answers(
@@ -194,7 +194,7 @@ def plain_answers(
         reporter: is told each batch.
     """
     plain = alone(replace(decoder, temperature=0.0))
-    slots = required_slots(plain, max(map(len, prompts)), max_new_tokens)
+    slots = _power_of_two(required_slots(plain, max(map(len, prompts)), max_new_tokens))
     with reporter.bar("answers", total=len(prompts)) as bar:
         return _in_batches(
             plain,
@@ -213,6 +213,11 @@ class _Batches:
     max_new_tokens: int
     slots: int
     seed: int
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below a number."""
+    return 1 << (number - 1).bit_length()
 
 
 def _tell(tell: Callable[[int, str], None], name: str, before: int, done: int) -> None:
@@ -274,16 +279,16 @@ def _replayed(
             batch = order[first : first + size]
             # Short of prompts, the last batch repeats one: another size is another program.
             filled = [*batch, *[batch[-1]] * (size - len(batch))]
-            state = read_texts(
-                ways[SERVING],
+            written = replayed(
+                ways,
                 weights,
                 [prompts[index] for index in filled],
-                [plain[index].tokens for index in filled],
+                [plain[index] for index in filled],
                 slots=settings.slots,
+                max_new_tokens=settings.max_new_tokens,
             )
-            own = [prompts[index] for index in batch]
-            for name, way in ways.items():
-                answers[name] |= zip(batch, replayed(way, weights, state, own), strict=True)
+            for name, of_batch in written.items():
+                answers[name] |= dict(zip(batch, of_batch, strict=False))
             bar.tell(first + len(batch))
     return {name: [of[index] for index in range(len(prompts))] for name, of in answers.items()}
 
@@ -324,16 +329,20 @@ def _of_ways(
     answers: Mapping[str, Sequence[Answer]],
     plain: Sequence[Answer] | None,
     *,
-    decoded: bool,
+    decoded: Mapping[str, Sequence[Answer]],
 ) -> dict[str, WayFigures]:
-    """The figures of each way, and of the floor where the target's own answers are known."""
+    """The figures of each way, and of the floor where the target's own answers are known.
+
+    `decoded` are the answers, to the first prompts, that the target itself stood for.
+    """
     target = ways[SERVING].target
     headline = _per_prompt(answers[SERVING])
     figures = {}
     for name, way in ways.items():
         compared = None
-        if decoded and plain is not None:
-            compared = compare(weights, target, prompts, plain, answers[name])
+        if plain is not None and decoded.get(name):
+            count = len(decoded[name])
+            compared = compare(weights, target, prompts[:count], plain[:count], decoded[name])
         figures[name] = _figures(
             answers[name], way.proposals, headline, name=name, comparison=compared
         )

@@ -7,38 +7,40 @@ serving engines offer it). It needs no training: a drafter that does not beat it
         `--------'   `-----'                   its latest place, and what followed there
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
+from domino_jax.decoding.counts import in_cycles
 from domino_jax.decoding.generate import Answer
 
 LONGEST = 3  # tokens of a run at most; shorter ones are tried after it
 
 
-def propose(tokens: Sequence[int], proposals: int) -> list[int]:
-    """What followed the last tokens of a text where they stood before.
+def proposed(text: Sequence[int], proposals: int) -> list[list[int]]:
+    """What followed the last tokens of each beginning of a text where they stood before.
 
     Args:
-        tokens: the text so far.
+        text: token ids.
         proposals: tokens at most.
     Returns:
-        The proposals; fewer where the text ends before, none where nothing repeats.
+        The proposals behind the first token, behind the first two, and so on to the whole text;
+        fewer where the beginning ends before, none where nothing repeats.
     """
-    for length in range(min(LONGEST, len(tokens) - 1), 0, -1):
-        run = list(tokens[-length:])
-        # The latest place first: what was said last is likeliest to be said again.
-        for begin in range(len(tokens) - length - 1, -1, -1):
-            if list(tokens[begin : begin + length]) == run:
-                return list(tokens[begin + length : begin + length + proposals])
-    return []
+    behind: dict[tuple[int, ...], int] = {}  # runs of tokens, and the latest place behind each
+    found = []
+    for place in range(1, len(text) + 1):
+        runs = [tuple(text[place - length : place]) for length in range(min(LONGEST, place), 0, -1)]
+        # The longest run first, then the latest place: what was said last is likeliest again.
+        begin = next((behind[run] for run in runs if run in behind), place)
+        found.append(list(text[begin : min(begin + proposals, place)]))
+        behind |= dict.fromkeys(runs, place)
+    return found
 
 
 def look_up(prompt: np.ndarray, greedy: Answer, *, proposals: int) -> Answer:
     """The target's greedy answer as n-gram drafts and verifications would have written it.
-
-    What greedy verification commits is the target's own text, so none needs to be run for it.
 
     Args:
         prompt: token ids, int32 [n].
@@ -48,18 +50,15 @@ def look_up(prompt: np.ndarray, greedy: Answer, *, proposals: int) -> Answer:
         The same answer with who wrote each token, and its verifications; it has no time.
     """
     text = [*prompt.tolist(), *greedy.tokens.tolist()]
-    drafted = np.zeros(len(greedy.tokens), bool)
-    place = len(prompt) + 1  # behind the first token, which costs no verification
-    verifications = 0
-    while place < len(text):
-        for token in propose(text[:place], proposals):
-            if place == len(text) or token != text[place]:
-                break
-            drafted[place - len(prompt)] = True
-            place += 1
-        place += 1  # the target's own
-        verifications += 1
-    committed = len(greedy.tokens) - 1
-    return replace(
-        greedy, drafted=drafted, committed=committed, verifications=verifications, seconds=0.0
-    )
+    kept = [
+        _agreeing(draft, text[place : place + proposals])
+        for place, draft in enumerate(proposed(text, proposals), start=1)
+        if place > len(prompt)
+    ]
+    return in_cycles(greedy, kept)
+
+
+def _agreeing(draft: Sequence[int], text: Sequence[int]) -> int:
+    """How many tokens of a draft say what the text does."""
+    agrees = (token == own for token, own in zip(draft, text, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, agrees))

@@ -1,110 +1,147 @@
 """What greedy decoding commits is the target's own text: where that is known, drafts run alone.
 
-Several drafts, and several ways to draft, are measured on the same prompts, and verifying is what
-costs. So the target reads each text once, and the cycles that would have written it follow:
+Verifying is what costs, and several ways to draft are measured on the same prompts. So the target
+reads each text once, and all tokens of an answer are anchors at once, as in training. A draft is
+kept as far as it says what the text says; so far the head has read the text, too:
 
-    decoding    draft -> the target reads the block    -> accepted, its own token
-    here        draft -> the text says what comes next -> accepted, its own token
+    text    t0 t1 t2 t3 t4 t5
+    at t0      t1 t2  x            2 kept: the cycle from t0 on writes t1 t2 and the target's own t3
+    at t1          x               0
+    at t2             t3 t4  x     2
+    at t3                 x        0: the cycle from t3 on writes the target's own t4
 
 The counts are decoding's, but where two logits are a tie for the arithmetic.
 """
 
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.decoding.acceptance import accept_greedy
+from domino_jax.decoding.counts import in_cycles
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, finished_answers
-from domino_jax.decoding.speculate import DecodeState, behind, bucketed, draft_block, remember
+from domino_jax.decoding.generate import Answer
+from domino_jax.decoding.speculate import bucketed, remember
+from domino_jax.draft.backbone import output_logits
+from domino_jax.draft.mask import layer_spans
+from domino_jax.kernels.cache import Cache
+from domino_jax.kernels.largest import most_likely
+from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.target.model import lm_head_weight
 
-
-def read_texts(
-    decoder: Decoder,
-    weights: Weights,
-    prompts: Sequence[np.ndarray],
-    answers: Sequence[np.ndarray],
-    *,
-    slots: int,
-) -> DecodeState:
-    """Prompts with answers that are known already, before any cycle.
-
-    Args:
-        decoder: target and draft, at temperature 0; however it drafts, the state is the same.
-        weights: parameters of both.
-        prompts: token ids, at least one each.
-        answers: the target's own greedy tokens to each of them, at least one each.
-        slots: cache positions, at least `required_slots` of the longest prompt and answer.
-    """
-    texts = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
-    padded = np.zeros((len(texts), bucketed(max(map(len, texts)))), np.int32)
-    for index, text in enumerate(texts):
-        padded[index, : len(text)] = text
-    lengths = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-    limits = jnp.array([len(text) for text in texts], jnp.int32)
-    reader = replace(decoder, proposals=0, use_head=False)
-    return _read(reader, weights, jnp.asarray(padded), lengths, limits, slots=slots)
+DRAFTED = 1024  # positions at a time: their logits are held, [DRAFTED, V]
 
 
 def replayed(
-    decoder: Decoder, weights: Weights, state: DecodeState, prompts: Sequence[np.ndarray]
-) -> list[Answer]:
-    """Known answers as a decoder would have written them.
+    ways: Mapping[str, Decoder],
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[Answer],
+    *,
+    slots: int,
+    max_new_tokens: int,
+) -> dict[str, list[Answer]]:
+    """Known answers as each way to draft would have written them.
 
     Args:
-        decoder: target and draft, at temperature 0.
+        ways: one target and draft at temperature 0, with their own proposals, head on or off.
         weights: parameters of both.
-        state: of `read_texts`; it is not consumed: several ways to draft can start there.
-        prompts: the first ones of the state; what it was filled up with is left out.
+        prompts: token ids, at least one each.
+        answers: the target's own greedy ones.
+        slots: positions of the context; those of the longest text at least.
+        max_new_tokens: of the longest answer at least. Another number, as other slots, is another
+            program.
     Returns:
-        One `Answer` per prompt; its time is no decoding's.
+        By way, one `Answer` per prompt; it has no time.
     """
-    began = time.perf_counter()
-    state = _replay(decoder, weights, state)
-    np.asarray(state.lengths)  # waits for the device
-    return finished_answers(decoder, state, prompts, seconds=time.perf_counter() - began)
+    pairs = zip(prompts, answers, strict=True)
+    texts = [np.concatenate([prompt, answer.tokens]) for prompt, answer in pairs]
+    padded = np.zeros((len(texts), bucketed(max(map(len, texts)))), np.int32)
+    for index, text in enumerate(texts):
+        padded[index, : len(text)] = text
+    begins = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    one = next(iter(ways.values()))
+    # One program, however many proposals: those of a block are cut below.
+    decoder = replace(one, proposals=0, use_head=any(way.use_head for way in ways.values()))
+    tokens, context = _read(decoder, weights, jnp.asarray(padded), slots=slots)
+    base, corrected = map(
+        np.asarray, _kept(decoder, weights, tokens, context, begins, count=max_new_tokens)
+    )
+    written = {}
+    for name, way in ways.items():
+        kept = np.minimum(corrected if way.use_head else base, way.proposals)
+        written[name] = [in_cycles(*pair) for pair in zip(answers, kept, strict=True)]
+    return written
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots"))
 def _read(
-    decoder: Decoder,
-    weights: Weights,
-    texts: jax.Array,
-    lengths: jax.Array,
-    limits: jax.Array,
-    *,
-    slots: int,
-) -> DecodeState:
+    decoder: Decoder, weights: Weights, texts: jax.Array, *, slots: int
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Texts [B, T] and the draft's context of them, both filled up to `slots`."""
     assert decoder.draft is not None
     batch, padded = texts.shape
-    zeros = jnp.zeros_like(lengths)
     features = decoder.target.apply({"params": weights.target}, texts).features
     empty = decoder.draft.empty_cache(batch=batch, slots=max(slots, padded))
-    draft_cache = remember(decoder, weights, empty, features, zeros)
-    tokens = jnp.pad(texts, ((0, 0), (0, max(slots - padded, 0))))
-    drafted = jnp.zeros(tokens.shape, bool)
-    begun = lengths + 1  # the first token of an answer costs no verification
-    key = jax.random.key(0)  # nothing is drawn
-    return DecodeState(
-        tokens, drafted, begun, limits, begun >= limits, zeros, zeros, (), draft_cache, key
-    )
+    context = remember(decoder, weights, empty, features, jnp.zeros(batch, jnp.int32))
+    return jnp.pad(texts, ((0, 0), (0, max(slots - padded, 0)))), context
 
 
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def _replay(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState:
-    known = state.tokens  # of the state itself a cycle writes over what follows it
+@functools.partial(jax.jit, static_argnames=("decoder", "count"))
+def _kept(
+    decoder: Decoder,
+    weights: Weights,
+    tokens: jax.Array,
+    context: tuple[Cache, ...],
+    begins: jax.Array,
+    *,
+    count: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Drafted tokens that agree behind each of `count` tokens from `begins`, [B]: two [B, count].
 
-    def body(state: DecodeState) -> DecodeState:
-        block = draft_block(decoder, weights, state, state.key).block
-        places = state.lengths[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
-        # The context holds later states too, which no draft sees: its spans end at the anchor.
-        choices = jnp.take_along_axis(known, places, axis=1)
-        accepted, following = accept_greedy(block[:, 1:], choices)
-        return behind(decoder, state, block, accepted, following)
+    Those of the backbone alone, and with the head.
+    """
+    assert decoder.draft is not None
+    cfg = decoder.draft.cfg
+    model = decoder.draft.bind({"params": weights.draft})
+    embedding, lm_head = weights.target["embed_tokens"], lm_head_weight(weights.target)
+    batch, slots = tokens.shape
+    used = jnp.ones((batch, 1), bool)
+    offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
 
-    return jax.lax.while_loop(lambda state: ~jnp.all(state.finished), body, state)
+    def of_anchors(anchors: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, N] -> two of it
+        # The anchor, and what each prediction should say.
+        places = anchors[..., None] + jnp.arange(cfg.num_predictions + 1, dtype=jnp.int32)
+        flat = jnp.minimum(places, slots - 1).reshape(batch, -1)
+        text = jnp.take_along_axis(tokens, flat, axis=1).reshape(places.shape)
+        noise = jnp.where(offsets == 0, text[..., :1], cfg.mask_token_id)
+        # The context holds later states too, which no block sees: its spans end at the anchor.
+        hidden = model.block_states(
+            context,
+            jnp.take(embedding, noise, axis=0),
+            anchors[..., None] + offsets,
+            layer_spans(cfg, anchors, jnp.broadcast_to(used, anchors.shape)),
+        )
+        hidden = model.prediction_states(hidden)
+        base = output_logits(cfg, vocabulary_logits(hidden, lm_head))
+        agreeing = _agreeing(base, text)
+        if not decoder.use_head:
+            return agreeing, agreeing
+        factors = model.corrections(hidden, jnp.take(embedding, text[..., :-1], axis=0))
+        return agreeing, _agreeing(base + vocabulary_logits(factors, model.head.expansion), text)
+
+    at_once = max(DRAFTED // (batch * cfg.block_size), 1)
+    turns = -(-count // at_once)
+    anchors = begins[:, None] + jnp.arange(turns * at_once, dtype=jnp.int32)
+    kept = jax.lax.map(of_anchors, anchors.reshape(batch, turns, at_once).swapaxes(0, 1))
+    base, corrected = (one.swapaxes(0, 1).reshape(batch, -1)[:, :count] for one in kept)
+    return base, corrected
+
+
+def _agreeing(logits: jax.Array, text: jax.Array) -> jax.Array:
+    """How many predictions say what the text does, [B, N, M, V], [B, N, 1 + M] -> [B, N]."""
+    agrees = most_likely(logits) == text[..., 1:]
+    return jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=-1), axis=-1)

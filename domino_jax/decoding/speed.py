@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from domino_jax.decoding.decoder import Decoder, Weights, alone
-from domino_jax.decoding.generate import generate
+from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import required_slots
 from domino_jax.progress import STDERR, Reporter
 
@@ -43,7 +43,7 @@ def measured_speed(
     slots: int,
     seed: int = 0,
     reporter: Reporter = STDERR,
-) -> Speed | None:
+) -> tuple[Speed | None, list[Answer]]:
     """Tokens per second of a target with its draft and alone, in turns, programs warmed up.
 
     Args:
@@ -54,9 +54,11 @@ def measured_speed(
         slots: cache positions, see `speculate.start`; enough for an answer of two tokens.
         seed: of the sampler.
         reporter: is told each prompt.
+    Returns:
+        The figures, and the answers with the draft.
     """
     if not prompts:
-        return None
+        return None, []
     run = functools.partial(generate, weights=weights, slots=slots, seed=seed)
     ways = {"plain": alone(decoder), "drafted": decoder}
     # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
@@ -66,14 +68,16 @@ def measured_speed(
             # Two tokens: the pass over the prompt gives the first, so the loop runs for another.
             run(way, prompts=[prompt], max_new_tokens=2)
     taken = dict.fromkeys(ways, 0.0)
-    written = dict.fromkeys(ways, 0)
+    answers: dict[str, list[Answer]] = {name: [] for name in ways}
     with reporter.bar("timed", total=len(prompts)) as bar:
         for done, prompt in enumerate(prompts, start=1):
             # In turns: where a machine slows down, it slows both.
             for name, way in ways.items():
                 (answer,) = run(way, prompts=[prompt], max_new_tokens=max_new_tokens)
                 taken[name] += answer.seconds
-                written[name] += len(answer.tokens)
+                answers[name].append(answer)
             bar.tell(done)
-    speed = {name: written[name] / taken[name] for name in ways}
-    return Speed(len(prompts), speed["drafted"], speed["plain"])
+    speed = {
+        name: sum(len(answer.tokens) for answer in answers[name]) / taken[name] for name in ways
+    }
+    return Speed(len(prompts), speed["drafted"], speed["plain"]), answers["drafted"]

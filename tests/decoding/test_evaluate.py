@@ -90,6 +90,10 @@ def test_replayed_counts_are_those_of_decoding(weights: Weights) -> None:
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.drafted, other.drafted)
         assert one.stopped == other.stopped
+    timed = evaluate(decoder, weights, PROMPTS, replay=True, **settings | {"timed": 2})
+    assert timed.comparison == timed.ways["serving"].comparison
+    tokens = sum(len(answer.tokens) for answer in decoded.answers[:2])
+    assert timed.comparison is not None and timed.comparison.tokens_equal == tokens
     # Otherwise nothing was drafted, or everything.
     assert decoded.tau > 1 and any(len(answer.tokens) < 24 for answer in decoded.answers)
 

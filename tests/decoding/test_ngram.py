@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from domino_jax.decoding.generate import Answer
-from domino_jax.decoding.ngram import look_up, propose
+from domino_jax.decoding.ngram import LONGEST, look_up, proposed
 
 
 def answer(*tokens: int) -> Answer:
@@ -13,19 +13,30 @@ def answer(*tokens: int) -> Answer:
 
 
 @pytest.mark.parametrize(
-    ("text", "proposed"),
+    ("text", "expected"),
     [
         ([1, 2, 3, 9, 1, 2, 3], [9, 1]),  # three tokens stood before
         ([5, 3, 7, 3, 8, 3], [8, 3]),  # one did, twice: the latest place counts
         ([1, 2, 8, 4, 2, 9, 1, 2], [8, 4]),  # the longer run beats the later place
         ([1, 2, 3], []),
         ([4], []),
-        ([], []),
         ([6, 6], [6]),  # no more than the text has
     ],
 )
-def test_what_stood_before_is_proposed(text: list[int], proposed: list[int]) -> None:
-    assert propose(text, 2) == proposed
+def test_what_stood_before_is_proposed(text: list[int], expected: list[int]) -> None:
+    assert proposed(text, 2)[-1] == expected
+
+
+def test_every_beginning_of_a_text_is_searched_as_a_loop_would() -> None:
+    def searched(text: list[int]) -> list[int]:
+        for length in range(min(LONGEST, len(text) - 1), 0, -1):
+            for begin in range(len(text) - length - 1, -1, -1):
+                if text[begin : begin + length] == text[-length:]:
+                    return text[begin + length : begin + length + 4]
+        return []
+
+    text = np.random.default_rng(0).integers(0, 5, 300).tolist()
+    assert proposed(text, 4) == [searched(text[: place + 1]) for place in range(len(text))]
 
 
 def test_verifications_are_those_of_a_cycle_by_hand() -> None:
