@@ -32,7 +32,7 @@ from domino_jax.kernels.largest import most_likely
 from domino_jax.kernels.products import vocabulary_logits
 from domino_jax.target.model import lm_head_weight
 
-DRAFTED = 1024  # positions at a time: their logits are held, [DRAFTED, V]
+DRAFTED = 512  # positions at a time: their logits are held, [DRAFTED, V]
 
 
 def replayed(

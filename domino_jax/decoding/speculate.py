@@ -223,14 +223,14 @@ def commit(
         accepted, following = accept_sampled(key, block[:, 1:], drafts.probs, target_probs)
     else:
         accepted, following = accept_greedy(block[:, 1:], most_likely(logits))
-    state = behind(decoder, state, block, accepted, following)
+    state = _behind(decoder, state, block, accepted, following)
     draft_cache = state.draft_cache
     if decoder.draft is not None:
         draft_cache = remember(decoder, weights, draft_cache, verified.features, begin)
     return state._replace(target_cache=verified.cache, draft_cache=draft_cache)
 
 
-def behind(
+def _behind(
     decoder: Decoder,
     state: DecodeState,
     block: jax.Array,
