@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "domino_jax"
-REFERENCES = ("torch", "nemo_automodel", "dflash")
+REFERENCES = ("torch", "nemo_automodel", "dflash", "torchao", "torchdata")
 OPTIONAL = (
     *REFERENCES,
     "grain",

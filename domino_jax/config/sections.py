@@ -166,7 +166,7 @@ class OptimizerConfig:
     )
     warmup_ratio: float = key(
         0.04,
-        "share of the steps with a rising rate",
+        "share of the updates with a rising learning rate, rounded down, at least one update",
         least=0,
         most=1,
     )

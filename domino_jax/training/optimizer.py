@@ -1,10 +1,10 @@
-"""What a gradient does to the draft, made from the configuration alone.
+"""AdamW with a clipped gradient, linear warm-up and cosine decay: one update of the draft.
 
-A run, its resumed start and a plan for other machines must take the same update, so it is built in
-one place: AdamW with warm-up, cosine decay and a bound on the gradient's norm.
+A run, its resumed start and a plan for other machines must take the same update, so the optimizer is
+built here alone, from the configuration. W is the number of warm-up updates, T of all updates:
 
-    updates    0    ..       end of warm-up   ..       total_steps             ..
-    rate       0    linear   peak             cosine   final_ratio x peak      the same
+    update k    0 .. W - 1              W .. T                             after T
+    rate        peak x (k + 1) / W      cosine, peak to final_ratio x peak  final_ratio x peak
 """
 
 from typing import Any
@@ -16,21 +16,30 @@ from domino_jax.config.sections import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate by updates: linear from 0, then a cosine to `final_ratio` of the peak.
+    """Learning rate by update: linear warm-up, then a cosine to `final_ratio` of the peak.
 
-    A step whose update is skipped does not count, as in the reference, whose scheduler steps with
-    its optimiser: after skipped steps the schedule lags behind `TrainState.step`.
+    The warm-up takes `max(1, int(total_steps * warmup_ratio))` updates. Its first update already has
+    the rate `peak / W`, so no update is lost.
+
+    Args:
+        config: peak, warm-up ratio and final ratio.
+        total_steps: T, updates of the run.
+    Returns:
+        A function of the number of updates done before this one, int or traced int32 []. Skipped
+        steps are not updates: the schedule then lags behind `TrainState.step`, as in the reference,
+        whose scheduler steps with its optimizer.
+    Source: NeMo AutoModel 0.7.0, `make_warmup_cosine_schedule` of `_spec_train_utils.py` and the
+        number of warm-up updates in `train_dflash.py`.
     """
-    # One update at least is left to the cosine, which optax could not build otherwise.
-    warmup = min(round(total_steps * config.warmup_ratio), total_steps - 1)
-    # By updates and not by steps: Adam counts the same, and both are saved with its state.
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=total_steps,  # optax counts the warm-up among them
-        end_value=config.learning_rate * config.final_ratio,
+    peak = config.learning_rate
+    warmup = max(1, int(total_steps * config.warmup_ratio))
+    # The cosine begins at the peak, one update after the warm-up reached it. At least one update is
+    # left to it: optax refuses a decay over none.
+    linear = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    cosine = optax.cosine_decay_schedule(
+        peak, max(1, total_steps - warmup), alpha=config.final_ratio
     )
+    return optax.join_schedules([linear, cosine], [warmup])
 
 
 def updates_done(opt_state: Any) -> jax.Array:

@@ -318,18 +318,22 @@ def test_dflash_takes_the_same_step(target_params: Any) -> None:
     assert "final_loss_sum" not in sums and metric_means(sums)["loss"] > 0
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
-    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=2e-3), 100)
-    assert float(schedule(0)) == 0 and float(schedule(2)) == pytest.approx(1e-3)
-    assert float(schedule(4)) == pytest.approx(2e-3) and float(schedule(100)) == pytest.approx(2e-4)
+@pytest.mark.parametrize(
+    ("total_steps", "warmup_ratio"), [(100, 0.04), (30, 0.13), (50, 0.0), (7, 1.0), (1, 0.5)]
+)
+def test_learning_rate_equals_nemos_schedule(total_steps: int, warmup_ratio: float) -> None:
+    """Beyond the last update too, where an extended run goes on."""
+    from nemo_automodel.recipes.llm._spec_train_utils import make_warmup_cosine_schedule
 
-
-@pytest.mark.parametrize("total_steps", [1, 7])
-def test_a_warm_up_over_the_whole_run_still_has_a_schedule(total_steps: int) -> None:
-    config = OptimizerConfig(learning_rate=2e-3, warmup_ratio=1.0)
+    warmup = max(1, int(warmup_ratio * total_steps))
+    expected = make_warmup_cosine_schedule(warmup, total_steps, 0.1)
+    config = OptimizerConfig(learning_rate=2e-3, warmup_ratio=warmup_ratio)
     schedule = learning_rate_schedule(config, total_steps)
-    assert float(schedule(total_steps - 1)) == pytest.approx(2e-3)
-    assert float(schedule(total_steps)) == pytest.approx(2e-4)
+    updates = range(total_steps + 3)
+    np.testing.assert_allclose(
+        [float(schedule(k)) for k in updates], [2e-3 * expected(k) for k in updates], rtol=1e-5
+    )
+    assert float(schedule(0)) == pytest.approx(2e-3 / warmup)
 
 
 def test_the_optimizer_is_clipped_adamw() -> None:
