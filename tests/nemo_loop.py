@@ -1,7 +1,7 @@
 """NeMo AutoModel's own training loop on the rows, target and start of one of our runs.
 
-`TrainDominoRecipe` and `TrainDFlashRecipe` load models and data in `setup`; here those are given, and
-everything after it is NeMo's: anchors, losses, curriculum, accumulation, clipping, AdamW, schedule.
+`TrainDominoRecipe` and `TrainDFlashRecipe` load models and data in `setup`; here those are given,
+and everything after it is NeMo's: anchors, losses, curriculum, accumulation, clipping, AdamW.
 """
 
 import functools
@@ -21,7 +21,11 @@ from reference import Batch, nemo_trainer
 from tiny import quiet, run_config
 
 from domino_jax.config.run import RunConfig, load_config
+from domino_jax.interop.hf import hf_tensors
 from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.training.checkpoint import load_draft
+from domino_jax.training.log import read_metrics
+from domino_jax.training.loop import train
 from domino_jax.training.prepare import Run, prepare
 
 # As many slots as positions: both programs then train every candidate, and no anchor is drawn.
@@ -55,6 +59,18 @@ def twin(tmp_path: Path, target: Path, name: str, **sections: Any) -> RunConfig:
     steps = {"steps": 30, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 30}
     sections["train"] = steps | sections.get("train", {})
     return load_config(run_config(directory, target, **sections))
+
+
+def training_lines(config: RunConfig) -> list[dict[str, Any]]:
+    """Trains a run; returns the lines that `metrics.jsonl` has of its steps."""
+    directory = train(config, reporter=quiet())
+    return [line for line in read_metrics(directory) if line["split"] == "train"]
+
+
+def draft_tensors(config: RunConfig, step: int) -> dict[str, np.ndarray]:
+    """The draft of a checkpoint of a run, by the names of its export."""
+    draft = load_draft(config.run_dir, reporter=quiet(), step=step)
+    return hf_tensors(draft.record.config, draft.params)
 
 
 def nemo_loop(config: RunConfig) -> NemoLoop:
@@ -126,7 +142,9 @@ def _noting(recipe_type: type[Any]) -> Any:
             # Behind each update.
             self.found.logged_rates.append(self.lr_scheduler.get_last_lr()[0])
             parameters = self.trainer_module.draft_model.named_parameters()
-            self.found.parameters.append({name: x.detach().numpy().copy() for name, x in parameters})
+            self.found.parameters.append(
+                {name: x.detach().numpy().copy() for name, x in parameters}
+            )
             return False
 
         def _maybe_save_final_checkpoint(self, completed_epochs: int) -> bool:

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "pitfalls.md"
 PITFALLS = (
     "shift_label missing from the saved config",
-    "shift_label guessed on load",
+    "misspelt or contradicting keys of a draft's config pass silently",
     "rotary frequencies rounded to bfloat16 by a model-wide cast",
     "rotary base or partial factor read from the wrong key, or written under one key only",
     "context up to and with the anchor",
@@ -46,6 +46,7 @@ PITFALLS = (
     "averages biased by short batches",
     "bfloat16 masters and softmax",
     "offline states fill the disk",
+    "the first update has rate 0",
     "a batch without anchors still moves the weights through the moments",
     "a NaN is trained on, saved, and the good checkpoints are rotated away",
     "a flipped bit in a checkpoint trains on in silence",

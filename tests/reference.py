@@ -197,9 +197,13 @@ def nemo_trainer(
     *,
     num_anchors: int = 512,
     loss_decay_gamma: float | None = None,
+    dtype: str = "float32",
     **options: Any,
 ) -> Any:
-    """NeMo's trainer of the same draft and frozen target; options are those of its DFlash class."""
+    """NeMo's trainer of the same draft and frozen target, both in `dtype`.
+
+    Further options are those of its DFlash class.
+    """
     import torch
     from nemo_automodel.components.speculative.dflash import core, domino_core
 
@@ -211,10 +215,9 @@ def nemo_trainer(
     if config.projector_type == "domino":
         kind = domino_core.DominoTrainerModule
         options["shift_label"] = config.shift_label
+    parts = (nemo_draft(config, params), lm_head, embed_tokens)
     trainer = kind(
-        nemo_draft(config, params),
-        lm_head,
-        embed_tokens,
+        *(module.to(getattr(torch, dtype)) for module in parts),
         mask_token_id=config.mask_token_id,
         block_size=config.block_size,
         attention_backend="sdpa",  # the dense additive mask; the draft itself runs eager
@@ -250,16 +253,32 @@ def nemo_step(
     trainer.draft_model.zero_grad()
     metrics = trainer(
         torch.tensor(batch.input_ids.astype(np.int64)),
-        torch.tensor(batch.hidden_states),
+        torch.tensor(batch.hidden_states).to(trainer.draft_model.dtype),
         torch.tensor(batch.loss_mask.astype(np.float32)),
         **options,
     )
     metrics.loss.backward()
-    gradients = {name: x.grad.numpy().copy() for name, x in trainer.draft_model.named_parameters()}
+    gradients = {
+        name: x.grad.float().numpy().copy() for name, x in trainer.draft_model.named_parameters()
+    }
     return {
         field.name: float(getattr(metrics, field.name).detach())
         for field in dataclasses.fields(metrics)
     }, gradients
+
+
+def show_same_prefixes(trainer: Any, step: "Step", anchors: tuple[np.ndarray, np.ndarray]) -> None:
+    """Makes NeMo's trainer show the prefixes that our module draws from seed 0 at given anchors."""
+    import torch
+
+    # With given anchors the module draws only the prefixes, so the same key draws the same here.
+    prefixes = step.module.apply(
+        {},
+        jnp.asarray(anchors[0]),
+        rngs={"anchors": jax.random.key(0)},
+        method="draw_prefix_lengths",
+    )
+    trainer._sample_prefix_lengths = lambda *_: torch.tensor(np.asarray(prefixes, np.int64))
 
 
 class Step(NamedTuple):

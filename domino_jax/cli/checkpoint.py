@@ -100,6 +100,12 @@ def import_(
     keeps(f"{run} is whole or was not made; the same command starts over")
     reporter.say(f"loading {directory}")
     config, params = load_hf_draft(directory)
+    # The layout of the block decides which token a position predicts, and its default is silent.
+    reporter.say(
+        f"draft: projector_type {config.projector_type}, block_size {config.block_size}, "
+        f"shift_label {str(config.shift_label).lower()}, target layers "
+        f"{list(config.target_layer_ids)}"
+    )
     path = resolve_target(target_name, reporter=reporter)
     tokenizer = load_tokenizer(path)
     # Sizes alone are compared: no weights are read, and the compute type does not matter.

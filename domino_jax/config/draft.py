@@ -54,7 +54,7 @@ class DraftRecipe:
     )
     block_size: int = key(
         16,
-        "K, tokens of a block, its clean first one included",
+        "K, tokens of a block, its clean first one included; 1 needs shift_label",
         least=1,
         below=LENGTH_LIMIT,
     )

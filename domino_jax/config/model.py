@@ -210,10 +210,14 @@ class DraftConfig(DecoderShape):
     def __post_init__(self) -> None:
         """Refuses contradictions between fields."""
         super().__post_init__()
-        # An unshifted block of one holds its anchor, and has nothing to predict.
-        require(self.block_size >= 2, f"block_size must be at least 2, found {self.block_size}")
         for name in ("num_target_layers", "block_size"):
-            check_size(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
+        # An unshifted block of one token holds its anchor alone.
+        require(
+            self.num_predictions >= 1,
+            f"block_size {self.block_size} predicts no token without shift_label; use block_size "
+            "2 or more, or shift_label true",
+        )
         require(
             0 <= self.mask_token_id < self.vocab_size,
             f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}",
@@ -230,7 +234,8 @@ class DraftConfig(DecoderShape):
             count = self.num_predictions
             require(
                 0 <= prefix < count,
-                f"pure_draft_prefix_len {prefix} leaves none of {count} positions to correct",
+                f"pure_draft_prefix_len {prefix} leaves the head none of {count} predictions to "
+                f"correct; use 0 to {count - 1}",
             )
         self._check_windows()
         for name in ("input_embedding_scale", "output_multiplier"):

@@ -279,7 +279,8 @@ def _draft(
     decoder: Decoder, weights: Weights, state: DecodeState, bonus: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Proposed tokens [B, P] and, when sampling, the distributions they come from, [B, P, V]."""
-    if decoder.draft is None:
+    # A draft of one prediction proposes none where K - 1 tokens are proposed.
+    if decoder.draft is None or decoder.proposals == 0:
         return jnp.zeros((bonus.shape[0], 0), jnp.int32), jnp.zeros(
             (bonus.shape[0], 0, decoder.target.cfg.vocab_size)
         )

@@ -136,6 +136,10 @@ def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
     )
 
 
+def _no_proposal(config: DraftConfig, _: str) -> str | None:
+    return "block_size is 1" if config.block_size == 1 else None
+
+
 _UNNORMED = "before the target's final norm, this draft was trained on it after"
 
 # As the versions do that `engine_refusals` names: a later one may read what is refused here.
@@ -163,6 +167,11 @@ _RULES = (
         ),
         "it drafts plain DFlash from the second position of a block on and does not know "
         "sample_from_anchor, block position 0 already predicts anchor + 1",
+    ),
+    _Rule(
+        ("sglang", "vllm", "zlab"),
+        _no_proposal,
+        "it proposes K - 1 tokens per cycle, none of such a block",
     ),
     _Rule(
         ("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"

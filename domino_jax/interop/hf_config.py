@@ -1,8 +1,13 @@
 """config.json of a draft checkpoint: each reader looks for the same settings under other keys.
 
-They pass over what they do not know, and nothing fails: speculators saw 1 % acceptance instead of
-22 % where `shift_label` was not in the file. So every key is written that some reader insists on,
-and a key that is missing, unknown or contradicts another is refused by its name.
+Readers ignore keys that they do not know, and nothing fails: speculators saw 1 % acceptance instead
+of 22 % where `shift_label` was not in the file. So every key is written that some reader insists
+on, and a key that is missing, unknown or contradicts another is refused by its name.
+
+    top level                        usual Qwen3 keys; block_size, emb_dim, is_causal
+    dflash_config                    the draft's own keys; an unknown one is refused
+    domino_config                    the head's keys in some SpecForge configs; read, never written
+    (eagle_)aux_hidden_state_...     target_layer_ids + 1 in vLLM and speculators; compared
 """
 
 import dataclasses
@@ -20,7 +25,7 @@ from domino_jax.config.model import (
     RopeScaling,
 )
 from domino_jax.formats.rope_keys import read_rope_scaling
-from domino_jax.strict import InputError, from_tree, shown
+from domino_jax.strict import InputError, did_you_mean, from_tree, shown
 
 SHIFTED_DFLASH = "sample_from_anchor"  # what readers of plain DFlash call shift_label
 
@@ -106,7 +111,27 @@ _PLAIN = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
 }
-_PLAIN_DFLASH = {"causal": False}
+_PLAIN_DFLASH = {
+    "causal": False,
+    "use_aux_hidden_state": True,
+    "target_layer_id_convention": "zero_based_transformer_block_index",
+}
+# What `dflash_config` may hold, head fields aside.
+_DFLASH_KEYS = (
+    "mask_token_id",
+    "target_layer_ids",
+    "block_size",
+    "shift_label",
+    SHIFTED_DFLASH,
+    "projector_type",
+    "pure_draft_prefix_len",
+    "input_embedding_scale",
+    "output_multiplier",
+    "final_logit_softcapping",
+    *_PLAIN_DFLASH,
+)
+# The same layers counted by their inputs: one more than the index of each layer.
+_LAYER_INPUTS = ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
 
 
 def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
@@ -115,17 +140,13 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     Raises:
         InputError: a key is missing, contradicts another, or asks for what is not supported.
     """
-    nested = tree.get("dflash_config")
-    if not isinstance(nested, dict):
-        raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
+    nested = _draft_section(tree, place=place)
     for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
         _check_plain(section, plain, place=place)
     value = functools.partial(_value, place)
     scaling = read_rope_scaling(tree, place=place)
     rope = tree.get("rope_parameters") or {}
-    layer_ids = value("target_layer_ids", nested, kind=list)
-    if any(type(layer) is not int for layer in layer_ids):
-        raise InputError(f"{place}: target_layer_ids is {shown(layer_ids)}, expected integers")
+    layer_ids = _layer_ids(tree, nested, place=place)
     projector = nested.get("projector_type")
     optional: dict[str, Any] = _windows(tree, nested, place=place)
     optional["shift_label"] = _shift_label(tree, nested, place=place)
@@ -155,7 +176,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
             rope_theta=float(theta),
             rope_scaling=scaled,
             block_size=value("block_size", nested, tree, kind=int),
-            mask_token_id=value("mask_token_id", nested, kind=int),
+            mask_token_id=value("mask_token_id", nested, tree, kind=int),
             target_layer_ids=tuple(layer_ids),
             head=head,
             **optional,
@@ -166,6 +187,49 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
 
 
+def _draft_section(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+    """The keys of `dflash_config`, with those of SpecForge's `domino_config`.
+
+    Raises:
+        InputError: no such section, an unknown key, or one that differs between the two.
+    """
+    dflash = tree.get("dflash_config")
+    if not isinstance(dflash, dict):
+        raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
+    domino = tree.get("domino_config")
+    if domino is None:
+        domino = {}
+    if not isinstance(domino, dict):
+        raise InputError(f"{place}: domino_config is {shown(domino)}, expected a mapping")
+    known = list(_DFLASH_KEYS)
+    projector = dflash.get("projector_type")
+    if projector is not None:
+        kind = head_kind(projector, place=place)
+        known += [field.name for field in dataclasses.fields(kind)]
+    for name, section in (("dflash_config", dflash), ("domino_config", domino)):
+        for key in section:
+            if key not in known:
+                remedy = did_you_mean(key, known) or f"known: {', '.join(known)}"
+                raise InputError(f"{place}: {name}: unknown key {shown(key)}; {remedy}")
+    return {key: _agreed(place, key, dflash, domino, missing=None) for key in (*dflash, *domino)}
+
+
+def _layer_ids(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> list[int]:
+    """The layers of the target that the draft reads, counted from 0 by their outputs."""
+    layers = _value(place, "target_layer_ids", nested, tree, kind=list)
+    if any(type(layer) is not int for layer in layers):
+        raise InputError(f"{place}: target_layer_ids is {shown(layers)}, expected integers")
+    inputs = [layer + 1 for layer in layers]
+    for name in _LAYER_INPUTS:
+        found = tree.get(name)
+        if found not in (None, inputs):
+            raise InputError(
+                f"{place}: {name} is {shown(found)}, expected {shown(inputs)}: the inputs of the "
+                f"layers behind target_layer_ids {shown(layers)}"
+            )
+    return layers
+
+
 def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place: str) -> None:
     for key, only in plain.items():
         # Null as well, which writers put where they have nothing to say.
@@ -173,9 +237,14 @@ def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place:
             raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
 
 
-def _agreed(place: str, key: str, *sections: Mapping[str, Any]) -> Any:
-    """What the sections say under a key, where they agree."""
+_REQUIRED = object()
+
+
+def _agreed(place: str, key: str, *sections: Mapping[str, Any], missing: Any = _REQUIRED) -> Any:
+    """The value of a key in the sections that have it, which must agree; else `missing`."""
     found = [section[key] for section in sections if section.get(key) is not None]
+    if not found and missing is not _REQUIRED:
+        return missing
     if not found:
         raise InputError(f"{place}: {key} is missing")
     if any(other != found[0] for other in found):
@@ -195,16 +264,16 @@ def _value(
 
 
 def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> bool:
-    """Whether the first position of a block predicts too, by either name.
+    """Whether the first position of a block predicts too, by either name; false where none is.
 
-    That of plain DFlash does not where neither name is there.
-
-    Source: vLLM's speculators (#760), which write `sample_from_anchor` at the top and have false as
-        its default.
+    Source: SpecForge 0.2.0 and NeMo AutoModel 0.7.0, which read `dflash_config.shift_label` with
+        false as its default; vLLM's speculators (#760), which write `sample_from_anchor` at the top
+        with the same default.
     """
     named = {
         "dflash_config.shift_label": nested.get("shift_label"),
         f"dflash_config.{SHIFTED_DFLASH}": nested.get(SHIFTED_DFLASH),
+        "shift_label": tree.get("shift_label"),
         SHIFTED_DFLASH: tree.get(SHIFTED_DFLASH),
     }
     found = {name: value for name, value in named.items() if value is not None}
@@ -216,9 +285,6 @@ def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: s
         raise InputError(
             f"{place}: {said}: names of one layout of the block, expected the same value"
         )
-    # A guess here costs nearly all acceptance, so there is no default with the head.
-    if not found and nested.get("projector_type") is not None:
-        raise InputError(f"{place}: shift_label is missing")
     return any(found.values())
 
 

@@ -84,11 +84,13 @@ class DominoTrainerModule(DFlashTrainerModule):
             lambda_base=lambda_base,
         )
         divisor = self._divisor(weights, blocks)
-        base_metrics = prediction_metrics(loss.base, blocks)
+        # Unlike plain DFlash, whose correct tokens add their shares (see `prediction_metrics`).
+        correct_share = (blocks.mask > 0.5).astype(jnp.float32)
+        base_metrics = prediction_metrics(loss.base, blocks, correct_share=correct_share)
         return DominoStepMetrics(
             loss=loss.total / (divisor + 1e-6),
             loss_weight=divisor,
-            **prediction_metrics(loss.final, blocks),
+            **prediction_metrics(loss.final, blocks, correct_share=correct_share),
             final_loss=loss.final_sum / (divisor + 1e-6),
             base_loss=loss.base_sum / (divisor + 1e-6),
             base_accuracy=base_metrics["accuracy"],

@@ -136,7 +136,8 @@ class DFlashTrainerModule(nn.Module):
             input_ids: int32 [B, S].
             hidden_states: [B, S, C*D], outputs of the captured target layers; no gradient flows
                 into them.
-            loss_mask: [B, S], True (or above 0.5) on supervised tokens.
+            loss_mask: [B, S], True on supervised tokens; or their shares, 0..1: a label weighs by
+                its share, and a block begins where it exceeds 0.5.
             lm_head: [V, D], the target's head, frozen.
             embed_tokens: [V, D], the target's embedding, frozen.
             lambda_base: weight of the base loss, 0..1, may be traced; without a head, whose
@@ -169,7 +170,7 @@ class DFlashTrainerModule(nn.Module):
         return DFlashStepMetrics(
             loss=loss.total / (divisor + 1e-6),
             loss_weight=divisor,
-            **prediction_metrics(loss.final, blocks),
+            **prediction_metrics(loss.final, blocks, correct_share=blocks.mask),
         )
 
     def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array | None:

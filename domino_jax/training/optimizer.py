@@ -1,7 +1,7 @@
 """AdamW with a clipped gradient, linear warm-up and cosine decay: one update of the draft.
 
-A run, its resumed start and a plan for other machines must take the same update, so the optimizer is
-built here alone, from the configuration. W is the number of warm-up updates, T of all updates:
+A run, its resumed start and a plan for other machines must take the same update, so the optimizer
+is built here alone, from the configuration. W warm-up updates of T updates in all:
 
     update k    0 .. W - 1              W .. T                             after T
     rate        peak x (k + 1) / W      cosine, peak to final_ratio x peak  final_ratio x peak
@@ -18,8 +18,8 @@ from domino_jax.config.sections import OptimizerConfig
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by update: linear warm-up, then a cosine to `final_ratio` of the peak.
 
-    The warm-up takes `max(1, int(total_steps * warmup_ratio))` updates. Its first update already has
-    the rate `peak / W`, so no update is lost.
+    The warm-up takes W = `max(1, int(total_steps * warmup_ratio))` updates. Its first update
+    already has the rate `peak / W`: no update has the rate 0.
 
     Args:
         config: peak, warm-up ratio and final ratio.
@@ -33,8 +33,8 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     """
     peak = config.learning_rate
     warmup = max(1, int(total_steps * config.warmup_ratio))
-    # The cosine begins at the peak, one update after the warm-up reached it. At least one update is
-    # left to it: optax refuses a decay over none.
+    # The cosine begins at the peak, one update after the warm-up reached it. optax refuses a decay
+    # over no update, which a warm-up over the whole run would leave.
     linear = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     cosine = optax.cosine_decay_schedule(
         peak, max(1, total_steps - warmup), alpha=config.final_ratio

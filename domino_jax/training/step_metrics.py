@@ -44,13 +44,25 @@ class DominoStepMetrics(DFlashStepMetrics):
     lambda_base: jax.Array
 
 
-def prediction_metrics(token_loss: TokenLoss, blocks: Blocks) -> dict[str, jax.Array]:
-    """What one set of logits got right, by the fields of `DFlashStepMetrics`; float32 scalars."""
-    # As the reference treats a fractional mask: among the tokens it counts by its share, as right
-    # above one half, and in a block as a token that is there.
+def prediction_metrics(
+    token_loss: TokenLoss, blocks: Blocks, *, correct_share: jax.Array
+) -> dict[str, jax.Array]:
+    """Accuracy and acceptance of one set of logits, by the fields of `DFlashStepMetrics`.
+
+    A fractional mask counts in `valid_tokens` by its share. An accepted prefix has a whole number
+    of tokens, so `accept_len` thresholds the mask: every share above 0 is a token, as in NeMo.
+
+    Args:
+        token_loss: predictions of the logits, [B, N, M].
+        blocks: labels and their mask.
+        correct_share: float32 [B, N, M], added to `correct_tokens` by a correct prediction:
+            `blocks.mask` in plain DFlash and `variable_prefix`; in Domino 1 where the mask exceeds
+            0.5. NeMo 0.7.0 differs in this between its two trainers.
+    Returns:
+        Float32 scalars.
+    """
     valid = jnp.sum(blocks.mask)
-    right = (token_loss.prediction == blocks.target_ids) & (blocks.mask > 0.5)
-    correct = jnp.sum(right.astype(jnp.float32))
+    correct = jnp.sum((token_loss.prediction == blocks.target_ids) * correct_share)
     acceptance = acceptance_stats(token_loss.prediction, blocks.target_ids, blocks.mask > 0)
     return {
         "accuracy": correct / jnp.maximum(valid, 1.0),

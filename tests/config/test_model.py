@@ -53,7 +53,16 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"head_dim": 3}, "head_dim must be even"),
-        ({"block_size": 1}, "block_size must be at least 2, found 1"),
+        (
+            {"block_size": 1},
+            "block_size 1 predicts no token without shift_label; use block_size 2 or more, or "
+            "shift_label true",
+        ),
+        ({"block_size": 0, "shift_label": True}, "block_size must be positive, found 0"),
+        (
+            {"block_size": 1, "shift_label": True, "pure_draft_prefix_len": 1},
+            "pure_draft_prefix_len 1 leaves the head none of 1 predictions to correct; use 0 to 0",
+        ),
         ({"mask_token_id": 32}, "mask_token_id 32 is outside the vocabulary of 32"),
         ({"mask_token_id": -1}, "mask_token_id -1 is outside the vocabulary of 32"),
         ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..5"),
@@ -63,15 +72,15 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] must rise"),
         (
             {"pure_draft_prefix_len": -1},
-            "pure_draft_prefix_len -1 leaves none of 3 positions to correct",
+            "pure_draft_prefix_len -1 leaves the head none of 3 predictions to correct; use 0 to 2",
         ),
         (
             {"pure_draft_prefix_len": 3},
-            "pure_draft_prefix_len 3 leaves none of 3 positions to correct",
+            "pure_draft_prefix_len 3 leaves the head none of 3 predictions to correct; use 0 to 2",
         ),
         (
             {"pure_draft_prefix_len": 4, "shift_label": True},
-            "pure_draft_prefix_len 4 leaves none of 4 positions",
+            "pure_draft_prefix_len 4 leaves the head none of 4 predictions",
         ),
         (
             {"layer_types": ("full_attention",)},
@@ -139,7 +148,10 @@ def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"projector_type": None, "emb_dim": 8}, "unknown key 'emb_dim'"),
         ({"attention_bias": True}, "unknown key 'attention_bias'"),  # a draft has none
         ({"num_experts": 4}, "unknown key 'num_experts'"),
-        ({"pure_draft_prefix_len": 3}, "pure_draft_prefix_len 3 leaves none of 3 positions"),
+        (
+            {"pure_draft_prefix_len": 3},
+            "pure_draft_prefix_len 3 leaves the head none of 3 predictions",
+        ),
     ],
 )
 def test_a_stored_draft_is_read_strictly(change: dict[str, Any], message: str) -> None:

@@ -86,8 +86,11 @@ def test_a_dflash_draft_may_name_its_layout_either_way(
 
 
 @pytest.mark.pitfall(
-    "shift_label guessed on load",
-    seen="interop/hf_config.py: shift_label read with a default",
+    "misspelt or contradicting keys of a draft's config pass silently",
+    seen=(
+        "interop/hf_config.py: unknown keys of dflash_config passed over; the lists of layers of "
+        "other readers not compared; domino_config not read"
+    ),
 )
 @pytest.mark.pitfall(
     "rotary base or partial factor read from the wrong key, or written under one key only",
@@ -96,7 +99,34 @@ def test_a_dflash_draft_may_name_its_layout_either_way(
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (("dflash_config", "shift_label"), ..., "shift_label is missing"),
+        (
+            ("dflash_config", "shift_labels"),
+            True,
+            "dflash_config: unknown key 'shift_labels'; did you mean 'shift_label'",
+        ),
+        (("dflash_config", "markov_rank"), 8, "dflash_config: unknown key 'markov_rank'; known: "),
+        (("domino_config",), {"shift_labels": True}, "domino_config: unknown key 'shift_labels'"),
+        (
+            ("domino_config",),
+            {"gru_hidden_dim": 8},
+            r"gru_hidden_dim contradicts itself: \[20, 8\]",
+        ),
+        (("domino_config",), [], "domino_config is \\[\\], expected a mapping"),
+        (("shift_label",), False, "dflash_config.shift_label is true, shift_label is false"),
+        (("target_layer_ids",), [0, 2, 3], r"target_layer_ids contradicts itself: \[\[0, 2, 4\], "),
+        (
+            ("eagle_aux_hidden_state_layer_ids",),
+            [0, 2, 4],
+            r"eagle_aux_hidden_state_layer_ids is \[0, 2, 4\], expected \[1, 3, 5\]",
+        ),
+        (("aux_hidden_state_layer_ids",), [1, 3], r"expected \[1, 3, 5\]"),
+        (("mask_token_id",), 118, r"mask_token_id contradicts itself: \[119, 118\]"),
+        (
+            ("dflash_config", "target_layer_id_convention"),
+            "one_based",
+            "target_layer_id_convention is 'one_based'; only",
+        ),
+        (("dflash_config", "use_aux_hidden_state"), False, "use_aux_hidden_state is False"),
         (("dflash_config", "shift_label"), "true", "shift_label is 'true'"),
         (("dflash_config", "shift_label"), 1, "shift_label is 1"),
         (
@@ -207,12 +237,43 @@ def test_load_refuses_other_configs(
         (("layer_types",), ...),
         (("architectures",), ["Qwen3DFlashDraftModel"]),
         (("dflash_config", "causal"), ...),
+        (("dflash_config", "use_aux_hidden_state"), True),
+        (
+            ("dflash_config", "target_layer_id_convention"),
+            "zero_based_transformer_block_index",
+        ),
+        (("target_layer_ids",), [0, 2, 4]),
+        (("mask_token_id",), 119),
+        (("eagle_aux_hidden_state_layer_ids",), [1, 3, 5]),  # as vLLM counts them
+        (("aux_hidden_state_layer_ids",), [1, 3, 5]),
+        (("domino_config",), {"shift_label": True, "emb_dim": 12}),
     ],
 )
 def test_load_accepts_what_other_writers_leave_out(
     draft: Path, keys: tuple[str, ...], value: Any
 ) -> None:
     edit_config(draft, put(*keys, value=value))
+    assert load_hf_draft(draft)[0] == CONFIG
+
+
+def test_a_domino_config_without_shift_label_is_not_shifted(draft: Path) -> None:
+    """As SpecForge and NeMo read it."""
+    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
+
+    edit_config(draft, put("dflash_config", "shift_label", value=...))
+    assert load_hf_draft(draft)[0] == dataclasses.replace(CONFIG, shift_label=False)
+    assert Qwen3DFlashDraftModel.from_pretrained(draft).shift_label is False
+
+
+def test_the_head_may_be_described_in_domino_config(draft: Path) -> None:
+    """As newer SpecForge configs do."""
+
+    def move(tree: dict[str, Any]) -> None:
+        names = ("pure_draft_prefix_len", "emb_dim", "gru_hidden_dim", "shift_label")
+        tree["domino_config"] = {name: tree["dflash_config"].pop(name) for name in names}
+        del tree["emb_dim"]
+
+    edit_config(draft, move)
     assert load_hf_draft(draft)[0] == CONFIG
 
 

@@ -4,19 +4,15 @@ Each program takes its own schedule, clipping, AdamW and curriculum.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from nemo_loop import NemoLoop, nemo_loop, twin
+from nemo_loop import NemoLoop, draft_tensors, nemo_loop, training_lines, twin
 from reference import check_close
 from tiny import quiet, write_target
 
 from domino_jax.config.run import RunConfig
 from domino_jax.interop.hf import hf_tensors
-from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
 from domino_jax.training.prepare import prepare
 
 TOLERANCE = 1e-5
@@ -27,23 +23,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("target"))
 
 
-def trained(config: RunConfig) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl` for the steps of a run."""
-    directory = train(config, reporter=quiet())
-    return [line for line in read_metrics(directory) if line["split"] == "train"]
-
-
-def parameters(config: RunConfig, step: int) -> dict[str, np.ndarray]:
-    draft = load_draft(config.run_dir, reporter=quiet(), step=step)
-    return hf_tensors(draft.record.config, draft.params)
-
-
 def check_updates(config: RunConfig, theirs: NemoLoop) -> None:
     """The parameters of each checkpoint, each tensor by its norm."""
     every = config.train.checkpoint_every
     for step in range(every, len(theirs.parameters) + 1, every):
         expected = theirs.parameters[step - 1]
-        check_close(parameters(config, step), expected, relative=TOLERANCE)
+        check_close(draft_tensors(config, step), expected, relative=TOLERANCE)
 
 
 @pytest.mark.pitfall(
@@ -67,7 +52,7 @@ def test_thirty_updates_equal_nemos(
     }
     config = twin(tmp_path, target, "ours", **sections)
     theirs = nemo_loop(twin(tmp_path, target, "theirs", **sections))
-    ours = trained(config)
+    ours = training_lines(config)
     assert len(ours) == len(theirs.parameters) == 30
     for name, expected, rtol in (
         ("loss", theirs.losses, TOLERANCE),

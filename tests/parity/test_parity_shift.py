@@ -12,6 +12,7 @@ from reference import (
     GRADIENT,
     METRIC,
     check_close,
+    compare_with_nemo,
     draft_config,
     make_step,
     nemo_step,
@@ -21,6 +22,8 @@ from reference import (
     random_batch,
     random_params,
 )
+
+from domino_jax.strict import InputError
 
 EQUAL = 1e-6
 
@@ -57,3 +60,12 @@ def test_shifted_dflash_equals_the_base_of_domino(
     np.testing.assert_allclose(found["loss"], expected["base_loss"], rtol=METRIC)
     np.testing.assert_allclose(found["accept_len"], expected["base_accept_len"], rtol=METRIC)
     check_close(gradient, {name: expected_gradient[name] for name in gradient}, relative=GRADIENT)
+
+
+def test_a_block_of_one_token_equals_nemo() -> None:
+    """Only with shifted labels: an unshifted block of one token holds its anchor alone."""
+    config = draft_config(block_size=1, pure_draft_prefix_len=0)
+    found = compare_with_nemo(config, gamma=7.0, packed=True, chunk_blocks=3)
+    assert found["valid_tokens"] == found["valid_blocks"] > 0
+    with pytest.raises(InputError, match="block_size 1 predicts no token without shift_label"):
+        dataclasses.replace(config, shift_label=False)

@@ -1,10 +1,8 @@
 """`loss_type="variable_prefix"` of plain DFlash against NeMo AutoModel 0.7.0, at equal prefixes."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from doubles import slow_after
 from flax.core import FrozenDict
 from reference import (
@@ -20,6 +18,7 @@ from reference import (
     random_anchors,
     random_batch,
     random_params,
+    show_same_prefixes,
 )
 
 from domino_jax.draft.blocks import sample_prefix_lengths
@@ -48,13 +47,6 @@ def test_variable_prefix_equals_nemo(
         loss_type="variable_prefix",
         loss_options=own,
     )
-    # With given anchors the module draws only the prefixes, so the same key draws the same here.
-    prefixes = step.module.apply(
-        {},
-        jnp.asarray(anchors[0]),
-        rngs={"anchors": jax.random.key(0)},
-        method="draw_prefix_lengths",
-    )
     theirs = nemo_trainer(
         config,
         params,
@@ -63,7 +55,7 @@ def test_variable_prefix_equals_nemo(
         loss_type="variable_prefix",
         prefix_weight_base=base,
     )
-    theirs._sample_prefix_lengths = lambda *_: torch.tensor(np.asarray(prefixes, np.int64))
+    show_same_prefixes(theirs, step, anchors)
     expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors)
     found, gradient = our_step(step, config, params, batch, anchors=anchors)
     check_metrics(found, expected)

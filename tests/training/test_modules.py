@@ -23,6 +23,7 @@ from reference import (
     random_anchors,
     random_batch,
     random_params,
+    show_same_prefixes,
 )
 
 from domino_jax.config.model import DraftConfig
@@ -274,32 +275,40 @@ def test_dflash_trainer_refuses_a_prefix_without_weight() -> None:
         )
 
 
-def test_a_fractional_mask_weighs_as_in_the_reference() -> None:
-    """Candidates ask for more than a half.
-
-    A label weighs by its share, counts by it, and is right from one half.
-    """
-    config = draft_config()
-    params, batch = random_params(config), random_batch(config)
-    rng = np.random.default_rng(7)
-    shares = np.where(
-        batch.loss_mask, rng.choice([0.3, 0.7, 1.0], batch.loss_mask.shape), 0.0
-    ).astype(np.float32)
-    batch = batch._replace(loss_mask=shares)
-    anchors = random_anchors(config, batch._replace(loss_mask=shares > 0.5), slots=11)
-    theirs = nemo_trainer(config, params, batch, loss_decay_gamma=4.0)
-    expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, lambda_base=0.5)
-    found, gradient = our_step(
-        make_step(config, loss_decay_gamma=4.0),
-        config,
-        params,
-        batch,
-        anchors=anchors,
-        lambda_base=0.5,
-    )
-    assert found["valid_tokens"] % 1 != 0
-    check_metrics(found, expected)
-    check_close(gradient, expected_gradient, relative=GRADIENT)
+@pytest.mark.parametrize(
+    ("config", "loss_type"),
+    [
+        (draft_config(), "dflash"),
+        (draft_config(shift_label=False), "dflash"),
+        (dflash_config(), "dflash"),
+        (dflash_config(), "variable_prefix"),
+    ],
+    ids=["domino", "domino-unshifted", "dflash", "variable-prefix"],
+)
+def test_metrics_of_fractional_masks_equal_nemos(config: DraftConfig, loss_type: str) -> None:
+    """A label weighs and counts by its share; what counts as correct differs between the losses."""
+    params = random_params(config)
+    domino = config.head is not None
+    options = {} if domino else {"loss_type": loss_type}
+    step = make_step(config, loss_decay_gamma=4.0, **options)
+    theirs = nemo_trainer(config, params, random_batch(config), loss_decay_gamma=4.0, **options)
+    curriculum = {"lambda_base": 0.5} if domino else {}
+    correct = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        batch = random_batch(config, seed=seed)
+        shares = rng.choice([0.0, 0.1, 0.5, 0.7, 1.0, rng.random()], batch.loss_mask.shape)
+        batch = batch._replace(loss_mask=shares.astype(np.float32))
+        anchors = random_anchors(config, batch._replace(loss_mask=shares > 0.5), slots=SLOTS)
+        if loss_type == "variable_prefix":
+            show_same_prefixes(theirs, step, anchors)
+        expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, **curriculum)
+        found, gradient = our_step(step, config, params, batch, anchors=anchors, **curriculum)
+        check_metrics(found, expected)
+        check_close(gradient, expected_gradient, relative=GRADIENT)
+        assert found["valid_tokens"] % 1 != 0
+        correct.append(found["correct_tokens"])
+    assert any(correct) and all(x % 1 == 0 for x in correct) == domino
 
 
 @pytest.mark.parametrize("config", [draft_config(), dflash_config()], ids=["domino", "dflash"])
