@@ -9,24 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from domino_jax.base.errors import InputError
     from domino_jax.config.heads import DominoHeadConfig
     from domino_jax.config.model import DraftConfig
     from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
-    from domino_jax.decoding.evaluate import evaluate
     from domino_jax.decoding.generate import generate
     from domino_jax.draft.backbone import DraftModel
     from domino_jax.draft.build import init_draft
+    from domino_jax.evaluation.evaluate import evaluate
     from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
-    from domino_jax.strict import InputError
+    from domino_jax.objective.curriculum import get_lambda_base, lambda_base_schedule
+    from domino_jax.objective.domino_module import DominoTrainerModule, build_trainer
+    from domino_jax.objective.loss import compute_accept_len
+    from domino_jax.objective.metrics import DFlashStepMetrics, DominoStepMetrics
+    from domino_jax.objective.modules import DFlashTrainerModule
+    from domino_jax.objective.objectives import register_objective
+    from domino_jax.target.decoder import Target, lm_head_weight
     from domino_jax.target.load import load_target
-    from domino_jax.target.model import Target, lm_head_weight
-    from domino_jax.training.curriculum import get_lambda_base, lambda_base_schedule
-    from domino_jax.training.domino_module import DominoTrainerModule, build_trainer
-    from domino_jax.training.loss import compute_accept_len
     from domino_jax.training.metrics import metric_means, metric_sums
-    from domino_jax.training.modules import DFlashTrainerModule
-    from domino_jax.training.objectives import register_objective
-    from domino_jax.training.step_metrics import DFlashStepMetrics, DominoStepMetrics
 
 __version__ = "0.1.0"
 
@@ -64,32 +64,32 @@ __all__ = [
 
 # Where each name is, as in the imports above, which only type checkers read.
 _MODULES = {
-    "DFlashStepMetrics": "training.step_metrics",
-    "DFlashTrainerModule": "training.modules",
+    "DFlashStepMetrics": "objective.metrics",
+    "DFlashTrainerModule": "objective.modules",
     "Decoder": "decoding.decoder",
     "DominoHeadConfig": "config.heads",
-    "DominoStepMetrics": "training.step_metrics",
-    "DominoTrainerModule": "training.domino_module",
+    "DominoStepMetrics": "objective.metrics",
+    "DominoTrainerModule": "objective.domino_module",
     "DraftConfig": "config.model",
     "DraftModel": "draft.backbone",
     "InputError": "strict",
-    "Target": "target.model",
+    "Target": "target.decoder",
     "Weights": "decoding.decoder",
-    "build_trainer": "training.domino_module",
-    "compute_accept_len": "training.loss",
-    "evaluate": "decoding.evaluate",
+    "build_trainer": "objective.domino_module",
+    "compute_accept_len": "objective.loss",
+    "evaluate": "evaluation.evaluate",
     "generate": "decoding.generate",
-    "get_lambda_base": "training.curriculum",
+    "get_lambda_base": "objective.curriculum",
     "hf_tensors": "interop.hf",
     "init_draft": "draft.build",
-    "lambda_base_schedule": "training.curriculum",
-    "lm_head_weight": "target.model",
+    "lambda_base_schedule": "objective.curriculum",
+    "lm_head_weight": "target.decoder",
     "load_hf_draft": "interop.hf",
     "load_target": "target.load",
     "make_decoder": "decoding.decoder",
     "metric_means": "training.metrics",
     "metric_sums": "training.metrics",
-    "register_objective": "training.objectives",
+    "register_objective": "objective.objectives",
     "save_hf_draft": "interop.hf",
 }
 

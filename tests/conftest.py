@@ -71,6 +71,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return resolve_target("smollm2-135m-instruct")
 
 
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny target that the tests of a file share."""
+    from tiny import write_target
+
+    return write_target(tmp_path_factory.mktemp("target"))
+
+
 @pytest.fixture
 def domino(
     monkeypatch: pytest.MonkeyPatch,

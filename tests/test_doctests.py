@@ -24,4 +24,6 @@ def test_the_examples_of_a_module_hold(name: str) -> None:
 
 
 def test_examples_are_found() -> None:
-    assert {"domino_jax.training.curriculum", "domino_jax.stages"} <= set(modules_with_examples())
+    assert {"domino_jax.objective.curriculum", "domino_jax.base.scopes"} <= set(
+        modules_with_examples()
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from documents import FENCE, TOP, blocks, page, programs, section
-from test_architecture import TABLE
+from house import TABLE
 
 PACKAGE = TOP / "domino_jax"
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import tiny
 from documents import TOP, apply_listings, commands, page, programs, section
+from house import complaints
 from safetensors.flax import load_file
-from test_architecture import complaints
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 
 PAGE = page("docs/extend.md")

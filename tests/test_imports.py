@@ -36,7 +36,7 @@ from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 from domino_jax.training.checkpoint import load_draft, save_draft
 from domino_jax.training.records import DraftRecord
 from domino_jax.training.step import Batch, Program, initial_state, train_step

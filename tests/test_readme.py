@@ -17,9 +17,9 @@ TOP = Path(__file__).parent.parent
 # Begin of a command -> why it is not run here.
 NOT_RUN = {
     "scripts/": "installs an environment and takes minutes; run by hand and by the build server",
-    "domino plan": "needs the compilers of the extras, and minutes; tests/test_plan.py runs it",
+    "domino plan": "needs the compilers of the extras, and minutes; tests/plan runs it",
     "pip install": "these tests run in an environment that is installed already",
-    ".venv/bin/python scripts/benchmark_": "measures for minutes, on a machine that must be quiet",
+    ".venv/bin/python scripts/bench/benchmark_": "measures for minutes on a quiet machine",
     "domino train configs/smollm2-demo.yaml": "needs SmolLM2 and what scripts/demo left",
 }
 # What makes the published configuration one for the toy target.

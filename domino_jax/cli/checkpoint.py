@@ -7,17 +7,17 @@ from pathlib import Path
 
 import click
 
+from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.files import check_new, whole_directory, write_error
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import check_fit, reporter, step_option, target_option, template_option
 from domino_jax.data.template import chat_template, check_kwargs
-from domino_jax.files import check_new, whole_directory, write_error
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
-from domino_jax.strict import InputError, Scalars
+from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer
-from domino_jax.target.model import Target
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import load_draft, save_draft
 from domino_jax.training.records import DraftRecord

@@ -2,10 +2,10 @@
 
 import click
 
+from domino_jax.base.errors import InputError, did_you_mean, shown
 from domino_jax.cli.interrupts import keeps
-from domino_jax.config.keys import Described, described
 from domino_jax.config.run import RunConfig
-from domino_jax.strict import InputError, did_you_mean, shown
+from domino_jax.config.schema import Described, described
 
 
 @click.command("config")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from domino_jax.base.errors import InputError, Scalars
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import (
     TEMPERATURES,
@@ -24,13 +25,12 @@ from domino_jax.cli.shared import (
     top_p_option,
 )
 from domino_jax.data.conversations import stop_token_ids
+from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
+from domino_jax.datagen.regenerate import Answerer, AnswerSettings
+from domino_jax.datagen.regenerate import regenerate as regenerate_answers
 from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.prompts import PromptSettings, user_turn, write_prompts
-from domino_jax.decoding.regenerate import Answerer, AnswerSettings
-from domino_jax.decoding.regenerate import regenerate as regenerate_answers
-from domino_jax.strict import InputError, Scalars
+from domino_jax.target.decoder import Target
 from domino_jax.target.gguf import convert_gguf
-from domino_jax.target.model import Target
 from domino_jax.target.resolve import resolve_target
 
 

@@ -8,6 +8,9 @@ import click
 import numpy as np
 from rich.console import Console
 
+from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.files import LINE_BYTES
+from domino_jax.base.marks import MARKS, has_colours, marked
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
     load_run,
@@ -23,7 +26,6 @@ from domino_jax.cli.shared import (
     top_p_option,
 )
 from domino_jax.data.conversations import encode_prompt, stop_token_ids
-from domino_jax.decoding.counts import acceptance
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import (
     Answer,
@@ -32,10 +34,8 @@ from domino_jax.decoding.generate import (
     stream_answer,
 )
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import LINE_BYTES
-from domino_jax.marks import MARKS, has_colours, marked
-from domino_jax.strict import InputError, Scalars
-from domino_jax.target.model import Target
+from domino_jax.evaluation.counts import acceptance
+from domino_jax.target.decoder import Target
 
 
 @click.command()

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 
 from domino_jax import __version__
+from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.files import file_sha256
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import (
     Drafter,
@@ -30,12 +32,14 @@ from domino_jax.cli.shared import (
     user_cache,
 )
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
-from domino_jax.decoding.cycle import cycle_times
 from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.endpoint import beside
-from domino_jax.decoding.evaluate import SERVING, plain_answers
-from domino_jax.decoding.evaluate import evaluate as evaluate_set
-from domino_jax.decoding.evaluation import (
+from domino_jax.decoding.generate import Answer, asked, check_length, pieces
+from domino_jax.draft.backbone import DraftModel
+from domino_jax.evaluation.answer_cache import known_answers, prompts_sha256
+from domino_jax.evaluation.endpoint import beside
+from domino_jax.evaluation.evaluate import SERVING, plain_answers
+from domino_jax.evaluation.evaluate import evaluate as evaluate_set
+from domino_jax.evaluation.record import (
     EVALUATION,
     Earlier,
     Evaluator,
@@ -44,14 +48,10 @@ from domino_jax.decoding.evaluation import (
     set_names,
     write_evaluation,
 )
-from domino_jax.decoding.generate import Answer, asked, check_length, pieces
-from domino_jax.decoding.known_answers import known_answers, prompts_sha256
-from domino_jax.decoding.servers import Server, ask
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.files import file_sha256
-from domino_jax.report import evaluation_table, training_summary
-from domino_jax.strict import InputError, Scalars
-from domino_jax.target.model import Target
+from domino_jax.evaluation.servers import Server, ask
+from domino_jax.evaluation.timing import cycle_times
+from domino_jax.page.terminal import evaluation_table, training_summary
+from domino_jax.target.decoder import Target
 
 EXAMPLES = 3  # answers of each set that are kept, with who wrote each token
 CYCLE_CONTEXT = 256  # tokens behind the cycle that is timed

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from domino_jax.files import remove_unfinished
+from domino_jax.base.files import remove_unfinished
 
 GRACE_SECONDS = 3.0
 EXIT_CODE = 130  # what shells report of a program that Ctrl-C ended

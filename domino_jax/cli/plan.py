@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import jax
 
+from domino_jax.base.errors import InputError
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.places import Compiler, Place, compiler_for, parse_place
-from domino_jax.plan import Models, Plan, largest_batch, plan, read_models, write_json
-from domino_jax.plan_table import plan_table
-from domino_jax.strict import InputError
+from domino_jax.plan.plan import Models, Plan, largest_batch, plan, read_models, write_json
+from domino_jax.plan.table import plan_table
+from domino_jax.plan.topology import Compiler, Place, compiler_for, parse_place
 
 
 @click.command("plan")

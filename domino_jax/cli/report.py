@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
+from domino_jax.base.errors import InputError
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
 from domino_jax.page.document import write_page
 from domino_jax.page.sources import read_runs
-from domino_jax.strict import InputError
 
 PAGE = "report.html"  # its name in a run directory
 

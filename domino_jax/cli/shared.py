@@ -11,20 +11,20 @@ from typing import Any
 import click
 from rich.console import Console
 
+from domino_jax.base.errors import InputError, Scalars, scalars
+from domino_jax.base.parse import parse_yaml
+from domino_jax.base.progress import Reporter
 from domino_jax.cli.interrupts import safe_point
 from domino_jax.config.model import DraftConfig
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.template import chat_template
 from domino_jax.decoding.decoder import make_decoder
-from domino_jax.decoding.servers import Server, find_server
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.parse import parse_yaml
-from domino_jax.progress import Reporter
-from domino_jax.strict import InputError, Scalars, scalars
+from domino_jax.evaluation.servers import Server, find_server
+from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target
 from domino_jax.target.resolve import BUILT_IN, resolve_target
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.records import DraftRecord

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.progress import Reporter
 from domino_jax.cli.interrupts import keeps, stop_requested
 from domino_jax.cli.shared import FiniteRange, logs, reporter, results
 from domino_jax.config.run import load_config
-from domino_jax.progress import Reporter
-from domino_jax.strict import InputError
+from domino_jax.datagen.capture import capture as capture_states
 from domino_jax.target.fingerprint import target_fingerprint
-from domino_jax.training.capture import capture as capture_states
 from domino_jax.training.loop import train as train_run
 from domino_jax.training.prepare import check, read_inputs
 from domino_jax.training.preview import print_preview

@@ -13,6 +13,8 @@ import click
 import jax
 
 from domino_jax import __version__
+from domino_jax.base.errors import InputError, one_line, shown, text_problem
+from domino_jax.base.files import NO_ROOM
 from domino_jax.cli.checkpoint import export, import_
 from domino_jax.cli.config import config_verb
 from domino_jax.cli.data import prompts, regenerate, target
@@ -22,8 +24,6 @@ from domino_jax.cli.interrupts import EXIT_CODE, kept
 from domino_jax.cli.plan import plan_verb
 from domino_jax.cli.report import report
 from domino_jax.cli.train import capture, train
-from domino_jax.files import NO_ROOM
-from domino_jax.strict import InputError, one_line, shown, text_problem
 from domino_jax.training.loop import Interrupted
 from domino_jax.training.skips import Diverged
 

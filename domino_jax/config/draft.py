@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from domino_jax.base.errors import require
 from domino_jax.config.heads import HEADS, HeadConfig, head_kind
-from domino_jax.config.keys import REQUIRED, check_keys, key
 from domino_jax.config.model import (
     SLIDING_ATTENTION,
     DecoderConfig,
@@ -18,8 +18,8 @@ from domino_jax.config.model import (
     DraftConfig,
     default_target_layer_ids,
 )
+from domino_jax.config.schema import REQUIRED, check_keys, key
 from domino_jax.config.sizes import SIZE_LIMIT
-from domino_jax.strict import require
 
 LENGTH_LIMIT = 2**24  # of the sides of an array
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import ClassVar, TypeAlias, get_args
 
+from domino_jax.base.errors import InputError, shown
 from domino_jax.config.sizes import check_positive
-from domino_jax.strict import InputError, shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from domino_jax.base.errors import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_tree, require, shown
 from domino_jax.config.heads import HEADS, DominoHeadConfig, HeadConfig, head_kind
 from domino_jax.config.sizes import check_positive, check_size
-from domino_jax.strict import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_tree, require, shown
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"

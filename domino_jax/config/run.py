@@ -11,8 +11,11 @@ from typing import Any
 
 import yaml
 
+from domino_jax.base.errors import InputError, from_tree, require, shown
+from domino_jax.base.files import read_text
+from domino_jax.base.parse import DEPTH, YAML_CHARACTERS, parse_yaml
 from domino_jax.config.draft import DraftRecipe
-from domino_jax.config.keys import REQUIRED, check_keys, key
+from domino_jax.config.schema import REQUIRED, check_keys, key
 from domino_jax.config.sections import (
     DataConfig,
     LossConfig,
@@ -20,9 +23,6 @@ from domino_jax.config.sections import (
     OptimizerConfig,
     TrainConfig,
 )
-from domino_jax.files import read_text
-from domino_jax.parse import DEPTH, YAML_CHARACTERS, parse_yaml
-from domino_jax.strict import InputError, from_tree, require, shown
 
 SEED_LIMIT = 2**32  # of grain and of jax's keys
 

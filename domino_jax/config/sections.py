@@ -7,9 +7,9 @@ script. What two of them must agree on is `config.run`'s. No jax here.
 from dataclasses import dataclass
 from typing import Literal
 
+from domino_jax.base.errors import Scalars, require, shown
 from domino_jax.config.draft import LENGTH_LIMIT
-from domino_jax.config.keys import check_keys, key
-from domino_jax.strict import Scalars, require, shown
+from domino_jax.config.schema import check_keys, key
 
 COUNT_LIMIT = 2**31  # of what is counted in int32: steps, rows, devices
 # Those of `draft/blocks.py`, which imports jax.
@@ -72,7 +72,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Anchors, objective and the curriculum (N, gamma, lambda_base of `training/loss.py`)."""
+    """Anchors, objective and the curriculum (N, gamma, lambda_base of `objective/loss.py`)."""
 
     num_anchors: int = key(
         512,
@@ -86,7 +86,7 @@ class LossConfig:
         "where a block may begin: nemo keeps it inside the row, specforge asks for one more token",
         choices=ANCHOR_RULES,
     )
-    loss_type: str = key("dflash", "objective; those known stand in training/objectives.py")
+    loss_type: str = key("dflash", "objective; those known stand in objective/objectives.py")
     options: Scalars = key({}, "the objective's own parameters")
     # Null has a meaning of its own here, so the default is a word and not null.
     loss_decay_gamma: float | Literal["default"] | None = key(

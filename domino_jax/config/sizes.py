@@ -4,7 +4,7 @@ What is wrong in a file is often a digit too many. The limits lie above every mo
 published. No jax here.
 """
 
-from domino_jax.strict import require
+from domino_jax.base.errors import require
 
 SIZE_LIMITS = {
     "num_hidden_layers": 10_000,

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from domino_jax.base.errors import InputError, Scalars, shown
+from domino_jax.base.files import LINE_BYTES, read_lines
+from domino_jax.base.parse import parse_json
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, recorded_kwargs, settings_text
-from domino_jax.files import LINE_BYTES, read_lines
-from domino_jax.parse import parse_json
-from domino_jax.strict import InputError, Scalars, shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -47,7 +47,7 @@ class Row:
     """One conversation in tokens.
 
     `input_ids` is int32 [n], `loss_mask` bool [n], True where the target itself wrote the token. A
-    row of captured states (`data.features`) also holds `features` [n, C*D] and, if they were
+    row of captured states (`data.hidden_states`) also holds `features` [n, C*D] and, if they were
     captured too, `target_states` [n, D], both float32 or bfloat16. `line` is where the conversation
     stands in its file, counted from 1; None for rows that were not read from one.
     """

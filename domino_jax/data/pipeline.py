@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from domino_jax.base.errors import InputError, require
 from domino_jax.data.conversations import Row
 from domino_jax.data.packing import Pack, check_fits, document_arrays, row_lengths, single_packs
-from domino_jax.strict import InputError, require
 
 if TYPE_CHECKING:
     import grain  # at run time where it is used: steps and decoding do without

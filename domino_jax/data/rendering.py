@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from domino_jax.strict import InputError, Scalars
+from domino_jax.base.errors import InputError, Scalars
 
 SECONDS = 5.0  # for one conversation; a good template takes milliseconds
 MEMORY_BYTES = 2**29  # beyond what the process takes when it starts

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from domino_jax.base.errors import InputError, Scalars, did_you_mean, scalars
 from domino_jax.data.rendering import names_read
-from domino_jax.strict import InputError, Scalars, did_you_mean, scalars
 
 KWARGS = "chat_template_kwargs"  # its name in every file
 NO_KWARGS: Scalars = MappingProxyType({})

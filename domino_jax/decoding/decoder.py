@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from domino_jax.base.errors import InputError
 from domino_jax.data.conversations import Messages
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import DecodeState, finish, required_slots, start, stream
-from domino_jax.strict import InputError
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 

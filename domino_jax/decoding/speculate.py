@@ -23,11 +23,11 @@ from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.filters import filtered
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
-from domino_jax.kernels import cache as kv_cache
-from domino_jax.kernels.cache import Cache
-from domino_jax.kernels.largest import most_likely
-from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.target.model import LayerCaches, lm_head_weight
+from domino_jax.kernels import kv_cache
+from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.kv_cache import Cache
+from domino_jax.kernels.matmul import vocabulary_logits
+from domino_jax.target.decoder import LayerCaches, lm_head_weight
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 

@@ -15,17 +15,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from domino_jax.base.scopes import BACKBONE, BLOCK_ATTENTION, CONTEXT
 from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 from domino_jax.draft.head import HEAD_MODULES, Head
 from domino_jax.kernels.block_attention import RESULT, block_attention
-from domino_jax.kernels.cache import Cache, empty_cache
+from domino_jax.kernels.kv_cache import Cache, empty_cache
 from domino_jax.kernels.operands import ContextSpan
 from domino_jax.layers.attention import AttentionProjections
 from domino_jax.layers.dense import Dense, SwiGLU
 from domino_jax.layers.norm import RMSNorm
 from domino_jax.layers.rotary import Rotary, rotary
 from domino_jax.sharding import constrain
-from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT
 
 # What a layer that recomputes keeps for its backward pass: products, which are expensive to repeat,
 # and what attention gives, which is a loop or a kernel and so no product to the first policy.

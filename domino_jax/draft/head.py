@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DraftConfig
-from domino_jax.kernels.products import project
+from domino_jax.kernels.matmul import project
 from domino_jax.layers.dense import Dense
 from domino_jax.sharding import constrain, logical_axes
 

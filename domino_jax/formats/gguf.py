@@ -14,8 +14,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domino_jax.files import open_regular
-from domino_jax.strict import InputError, shown, text_problem
+from domino_jax.base.errors import InputError, shown, text_problem
+from domino_jax.base.files import open_regular
 
 if TYPE_CHECKING:
     import gguf

@@ -18,9 +18,9 @@ from tokenizers import (
     processors,
 )
 
-from domino_jax.files import write_error
+from domino_jax.base.errors import InputError, shown
+from domino_jax.base.files import write_error
 from domino_jax.formats.gguf import GgufSource
-from domino_jax.strict import InputError, shown
 
 # The pre-tokenizers that the model families publish in their tokenizer.json: GGUF has only their
 # names. Only the runs of digits differ.

@@ -11,8 +11,8 @@ refused, and two that say different things are refused too:
 from collections.abc import Mapping
 from typing import Any
 
+from domino_jax.base.errors import InputError, shown
 from domino_jax.config.model import ROPE_TYPES
-from domino_jax.strict import InputError, shown
 
 
 def read_rope_theta(tree: Mapping[str, Any], *, place: str) -> Any:

@@ -18,10 +18,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from domino_jax.files import checked_file, open_regular, read_json, write_error
-from domino_jax.finite import count_non_finite, not_finite
-from domino_jax.parse import parse_json
-from domino_jax.strict import InputError, shown, text_problem
+from domino_jax.base.errors import InputError, shown, text_problem
+from domino_jax.base.files import checked_file, open_regular, read_json, write_error
+from domino_jax.base.finite import count_non_finite, not_finite
+from domino_jax.base.parse import parse_json
 
 CHUNK_BYTES = 2**26  # of a tensor that is read a few rows at a time
 ANOTHER_COPY = "use an undamaged copy of the file"

@@ -18,11 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
-from domino_jax.config.model import DraftConfig
-from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
-from domino_jax.draft.build import boxed_parameters
-from domino_jax.draft.head import HEAD_TENSORS
-from domino_jax.files import (
+from domino_jax.base.errors import InputError, shown
+from domino_jax.base.files import (
     CHECKSUMS,
     checked_file,
     damage,
@@ -30,7 +27,11 @@ from domino_jax.files import (
     whole_directory,
     write_checksums,
 )
-from domino_jax.finite import require_finite
+from domino_jax.base.finite import require_finite
+from domino_jax.config.model import DraftConfig
+from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
+from domino_jax.draft.build import boxed_parameters
+from domino_jax.draft.head import HEAD_TENSORS
 from domino_jax.formats.safetensors import (
     ANOTHER_COPY,
     StoredTensor,
@@ -40,7 +41,6 @@ from domino_jax.formats.safetensors import (
     write_safetensors,
 )
 from domino_jax.interop.hf_config import config_from_json, config_json
-from domino_jax.strict import InputError, shown
 
 WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"

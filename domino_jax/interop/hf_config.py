@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from domino_jax.base.errors import InputError, did_you_mean, from_tree, shown
 from domino_jax.config.heads import head_kind
 from domino_jax.config.model import (
     FULL_ATTENTION,
@@ -25,7 +26,6 @@ from domino_jax.config.model import (
     RopeScaling,
 )
 from domino_jax.formats.rope_keys import read_rope_scaling
-from domino_jax.strict import InputError, did_you_mean, from_tree, shown
 
 SHIFTED_DFLASH = "sample_from_anchor"  # what readers of plain DFlash call shift_label
 

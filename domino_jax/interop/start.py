@@ -7,9 +7,9 @@ keys. Training would begin from weights that mean something else, and nothing wo
 from pathlib import Path
 from typing import Any
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig, draft_tree
 from domino_jax.interop.hf import read_hf_config, read_hf_draft
-from domino_jax.strict import InputError
 
 # No tensor and no meaning of one depends on these: the compute type, a length that no angle is made
 # from, and the block's length, which only says how many of the same mask tokens are filled.

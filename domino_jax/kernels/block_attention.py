@@ -6,8 +6,8 @@
 
 Every query of a block sees one span of the context, `first <= j < end`, so no mask [N*K, S + N*K]
 is ever needed. The definition stands first, then what serves it: tiles of plain products on a CPU
-and on a GPU (`blocks_by_tiles`), a kernel on a TPU (`blocks_on_tpu`). Which one a program holds is
-decided where it is lowered.
+and on a GPU (`block_attention_xla`), a kernel on a TPU (`block_attention_pallas_tpu`). The choice
+is made where a program is lowered.
 
 A merge of two softmaxes by their log-sum-exps is where gradients get lost, so the derivative stands
 around the whole operation: the forward pass keeps the merged output and the one log-sum-exp, which
@@ -23,8 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu
-from domino_jax.kernels.blocks_by_tiles import TILE, WHOLE_CONTEXT, WHOLE_CONTEXT_BACKWARD, TileSize
+from domino_jax.kernels import block_attention_pallas_tpu as pallas_tpu
+from domino_jax.kernels import block_attention_xla as xla
+from domino_jax.kernels.block_attention_xla import (
+    TILE,
+    WHOLE_CONTEXT,
+    WHOLE_CONTEXT_BACKWARD,
+    TileSize,
+)
 from domino_jax.kernels.operands import LOWEST, ContextSpan, Operands, Saved
 from domino_jax.sharding import split_over_devices
 
@@ -85,11 +91,11 @@ class Form:
 
 
 def by_tiles(size: TileSize, *, backward: TileSize | None = None, transposed: bool) -> Form:
-    """Plain products over tiles; see `blocks_by_tiles.backward` for `transposed`."""
+    """Plain products over tiles; see `xla.backward` for `transposed`."""
     return Form(
-        forward=functools.partial(blocks_by_tiles.forward, size=size),
+        forward=functools.partial(xla.forward, size=size),
         backward=functools.partial(
-            blocks_by_tiles.backward,
+            xla.backward,
             size=backward or size,
             transposed=transposed,
         ),
@@ -98,7 +104,7 @@ def by_tiles(size: TileSize, *, backward: TileSize | None = None, transposed: bo
 
 FORMS = {
     "cpu": by_tiles(TILE, transposed=True),
-    "tpu": Form(blocks_on_tpu.forward, blocks_on_tpu.backward),
+    "tpu": Form(pallas_tpu.forward, pallas_tpu.backward),
     "default": by_tiles(WHOLE_CONTEXT, backward=WHOLE_CONTEXT_BACKWARD, transposed=False),
 }
 

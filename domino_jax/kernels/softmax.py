@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from domino_jax.kernels.largest import most_likely
+from domino_jax.kernels.argmax import most_likely
 from domino_jax.sharding import parts_of
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from domino_jax.kernels.largest import most_likely
-from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.sharding import constrain
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.config.model import DecoderShape
-from domino_jax.kernels.products import project
+from domino_jax.kernels.matmul import project
 from domino_jax.sharding import constrain, logical_axes
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from domino_jax import __version__
-from domino_jax.files import whole_file, write_whole
+from domino_jax.base.files import whole_file, write_whole
 from domino_jax.page import charts, notes, tables
 from domino_jax.page.cells import is_missing
 from domino_jax.page.notes import Answer, Warnings, left_out

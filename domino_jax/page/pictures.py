@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from domino_jax.base.errors import InputError, printable
 from domino_jax.page.charts import Bars, Chart, Curves, Dots, described
-from domino_jax.strict import InputError, printable
 
 WIDTH, HEIGHT = 3.6, 2.3  # inches; a phone's width at 100 units an inch
 ROW = 0.24  # inches of a line of dots or of a bar

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.decoding.evaluation import EVALUATION
-from domino_jax.files import read_json, read_text
-from domino_jax.parse import YAML_CHARACTERS, parse_yaml
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_json, read_text
+from domino_jax.base.parse import YAML_CHARACTERS, parse_yaml
+from domino_jax.evaluation.record import EVALUATION
 from domino_jax.training.log import METRICS, TIMING, read_metrics, read_timing
 
 CONFIG = "config.yaml"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from domino_jax.decoding.intervals import PerPrompt, gain
+from domino_jax.evaluation.bootstrap import PerPrompt, gain
 from domino_jax.page.cells import (
     COUNT,
     LOSS,

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from domino_jax.base.errors import InputError, from_tree, shown
+from domino_jax.base.files import checked_file, read_json
 from domino_jax.config.model import DecoderConfig
-from domino_jax.files import checked_file, read_json
 from domino_jax.formats.rope_keys import read_rope_scaling, read_rope_theta
-from domino_jax.strict import InputError, from_tree, shown
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # Keys that would change the arithmetic, with the only value that `Target` computes; an absent key

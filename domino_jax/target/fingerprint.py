@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from domino_jax.files import file_sha256
+from domino_jax.base.files import file_sha256
 
 
 def target_fingerprint(directory: str | Path) -> str:

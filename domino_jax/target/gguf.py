@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from domino_jax.base.errors import InputError, shown
+from domino_jax.base.files import check_new, whole_directory
+from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.config.model import DecoderConfig
-from domino_jax.files import check_new, whole_directory
 from domino_jax.formats.gguf import GgufSource, open_gguf
 from domino_jax.formats.gguf_tokenizer import (
     gguf_tokenizer,
@@ -21,8 +23,6 @@ from domino_jax.formats.gguf_tokenizer import (
     tokenizer_config,
 )
 from domino_jax.formats.safetensors import check_tensors, write_safetensors
-from domino_jax.progress import STDERR, Reporter
-from domino_jax.strict import InputError, shown
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import stored_shapes
 

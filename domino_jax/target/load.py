@@ -23,9 +23,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
+from domino_jax.base.errors import InputError, shown, text_problem
+from domino_jax.base.files import checked_file
+from domino_jax.base.finite import all_finite
 from domino_jax.config.model import DecoderConfig
-from domino_jax.files import checked_file
-from domino_jax.finite import all_finite
 from domino_jax.formats.safetensors import (
     StoredTensor,
     check_tensors,
@@ -34,9 +35,8 @@ from domino_jax.formats.safetensors import (
     open_safetensors,
 )
 from domino_jax.sharding import parameter_shardings
-from domino_jax.strict import InputError, shown, text_problem
+from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
-from domino_jax.target.model import Target
 
 TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of the vocabulary
 

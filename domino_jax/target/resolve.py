@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from domino_jax.progress import STDERR, Reporter
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
+from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.target.gguf import convert_gguf
 
 

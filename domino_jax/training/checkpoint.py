@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
+from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.config.sections import BEST_FIGURES
 from domino_jax.draft.build import boxed_parameters
-from domino_jax.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
-from domino_jax.progress import STDERR, Reporter
-from domino_jax.strict import InputError
 from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
 from domino_jax.training.step import TrainState
 

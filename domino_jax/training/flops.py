@@ -15,8 +15,8 @@ multiplication and its addition are two FLOPs; only matrix products count. Usefu
 The update is left out: it has no products. No jax here: a benchmark's parent must not start it.
 """
 
+from domino_jax.base.scopes import BACKBONE, BLOCK_ATTENTION, CONTEXT, HEAD, TARGET, VOCABULARY_LOSS
 from domino_jax.config.model import SLIDING_ATTENTION, DecoderConfig, DecoderShape, DraftConfig
-from domino_jax.stages import BACKBONE, BLOCK_ATTENTION, CONTEXT, HEAD, TARGET, VOCABULARY_LOSS
 
 
 def step_flops(

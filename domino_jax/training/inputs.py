@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig
 from domino_jax.config.sections import DataConfig
 from domino_jax.data.conversations import Row, encode_prompt, load_rows, read_messages
-from domino_jax.data.features import FeatureRows, check_manifest, rows_fingerprint
+from domino_jax.data.hidden_states import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import (
     Pack,
     answer_tokens,
@@ -34,12 +36,10 @@ from domino_jax.data.packing import (
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import asked, check_length
-from domino_jax.progress import Reporter
+from domino_jax.objective.objectives import reads_target
 from domino_jax.sharding import make_mesh, partition_spec, parts_of
-from domino_jax.strict import InputError
+from domino_jax.target.decoder import Target
 from domino_jax.target.fingerprint import tokenizer_fingerprint
-from domino_jax.target.model import Target
-from domino_jax.training.objectives import reads_target
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, reporter: Reporter
 def read_features(
     config: RunConfig, target: Path, tokenizer: Any, draft: DraftConfig, *, target_sha256: str
 ) -> InputRows:
-    """Opens the captured rows of `data.features`, and packs them if the run packs.
+    """Opens the captured rows of `data.hidden_states`, and packs them if the run packs.
 
     Args:
         config: the run.

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from domino_jax.files import read_text
-from domino_jax.parse import parse_json
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_text
+from domino_jax.base.parse import parse_json
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read whole do not

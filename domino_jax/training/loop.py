@@ -22,12 +22,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from domino_jax.chips import CHIPS
+from domino_jax.base.chips import CHIPS
+from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.config.run import RunConfig
 from domino_jax.data.packing import row_lengths
-from domino_jax.progress import STDERR, Bar, Reporter
+from domino_jax.training.accumulator import Window, spikes, total
 from domino_jax.training.checkpoint import Checkpoints
-from domino_jax.training.heldout import HeldOut
+from domino_jax.training.eval import HeldOut
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.metrics import MetricsLog, metric_means
 from domino_jax.training.optimizer import learning_rate_schedule, updates_done
@@ -39,7 +40,6 @@ from domino_jax.training.skips import Diverged, Skip, StepWatch, divergence, ove
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
 from domino_jax.training.trace import Trace
-from domino_jax.training.window import Window, spikes, total
 
 
 class Interrupted(Exception):

@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 
-from domino_jax.files import read_text, write_whole
-from domino_jax.progress import Reporter
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_text, write_whole
+from domino_jax.base.progress import Reporter
+from domino_jax.objective.metrics import DFlashStepMetrics
 from domino_jax.training.log import LOG_BYTES, METRICS, TIMING, read_timing
-from domino_jax.training.step_metrics import DFlashStepMetrics
 
 # Each mean of a window, the sum it is made from and what divides it. Those of the base logits are
 # there only where a head makes final ones from them.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import jax
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
 from domino_jax.config.run import RunConfig
-from domino_jax.data.features import MANIFEST
+from domino_jax.data.hidden_states import MANIFEST
 from domino_jax.draft.build import boxed_parameters
-from domino_jax.strict import InputError
 
 GIGABYTE = 10**9
 # Imported where they are used, so that decoding does without; and what pip calls them.

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.progress import Reporter
 from domino_jax.config.model import DecoderConfig
 from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
-from domino_jax.progress import Reporter
+from domino_jax.objective.objectives import objective_named
 from domino_jax.sharding import parts_of
-from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import (
@@ -45,7 +46,6 @@ from domino_jax.training.inputs import (
     run_mesh,
     training_batches,
 )
-from domino_jax.training.objectives import objective_named
 from domino_jax.training.preflight import (
     check_one_process,
     check_packages,
@@ -204,7 +204,7 @@ def read_inputs(
     else:
         rows = read_rows(data.train, tokenizer, data, reporter=reporter)
     inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
-    inputs["data.train" if data.train else "data.features"] = rows.fingerprint
+    inputs["data.train" if data.train else "data.hidden_states"] = rows.fingerprint
     heldout = None
     prompts: Sequence[np.ndarray] = ()
     if data.heldout:

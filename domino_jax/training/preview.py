@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from domino_jax.base.errors import printable
+from domino_jax.base.marks import MARKS, STYLE
 from domino_jax.config.run import dump_config
-from domino_jax.data.features import FeatureRows
+from domino_jax.data.hidden_states import FeatureRows
 from domino_jax.data.packing import row_lengths
 from domino_jax.draft.build import boxed_parameters
-from domino_jax.marks import MARKS, STYLE
-from domino_jax.strict import printable
+from domino_jax.target.decoder import Target
 from domino_jax.target.load import boxed_parameters as boxed_target
-from domino_jax.target.model import Target
 from domino_jax.training.inputs import InputRows
 from domino_jax.training.preflight import (
     GIGABYTE,

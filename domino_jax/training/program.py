@@ -20,19 +20,19 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
 
-from domino_jax.chips import CHIPS
+from domino_jax.base.chips import CHIPS
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig
 from domino_jax.config.sections import LossConfig
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.kernels.causal_attention import form_for
+from domino_jax.objective.curriculum import lambda_base_schedule
+from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.objectives import reads_target, resolved_loss
 from domino_jax.sharding import parameter_shardings, partition_spec, parts_of
+from domino_jax.target.decoder import Target
 from domino_jax.target.load import TABLES
 from domino_jax.target.load import boxed_parameters as boxed_target
-from domino_jax.target.model import Target
-from domino_jax.training.curriculum import lambda_base_schedule
-from domino_jax.training.domino_module import build_trainer
-from domino_jax.training.objectives import reads_target, resolved_loss
 from domino_jax.training.optimizer import make_optimizer
 from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_json
 from domino_jax.config.model import (
     DecoderConfig,
     DecoderShape,
@@ -20,8 +22,6 @@ from domino_jax.config.model import (
     draft_tree,
 )
 from domino_jax.data.template import ChatTemplate, recorded_kwargs
-from domino_jax.files import read_json
-from domino_jax.strict import InputError
 from domino_jax.training.metrics import LogMark
 
 OTHER_VERSION = (

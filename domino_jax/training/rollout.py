@@ -5,7 +5,7 @@ them do with a checkpoint: greedily, the head included, K - 1 proposals of each 
 conversations are the prompts, each without the answer that it ends with:
 
     prompts -> batches of one shape, the last one filled up -> answers -> tau, shares by position
-               read and answered by one program each                      `decoding.counts`
+               read and answered by one program each                      `evaluation.counts`
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from typing import Any
 import jax
 
 from domino_jax.data.conversations import stop_token_ids
-from domino_jax.decoding.counts import acceptance, tau
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
+from domino_jax.evaluation.counts import acceptance, tau
 from domino_jax.sharding import parts_of
 from domino_jax.training.prepare import Run, RunInputs
 from domino_jax.training.step import TrainState

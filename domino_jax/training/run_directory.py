@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from domino_jax.base.errors import InputError, from_tree
+from domino_jax.base.files import write_whole
 from domino_jax.config.run import RunConfig
-from domino_jax.files import write_whole
-from domino_jax.strict import InputError, from_tree
-from domino_jax.training.objectives import resolved_loss
+from domino_jax.objective.objectives import resolved_loss
 from domino_jax.training.records import OTHER_VERSION, DraftRecord
 
 # What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
@@ -37,7 +37,7 @@ _FREE = (
     *("mesh", "loss.logits_mib", "run_dir"),
 )
 # Where an input lies is free too: what it holds is compared by its hash.
-_PLACES = ("target", "data.train", "data.features", "data.heldout", "draft.init_from")
+_PLACES = ("target", "data.train", "data.hidden_states", "data.heldout", "draft.init_from")
 
 
 def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.data.conversations import Row
-from domino_jax.training.window import Spike, StepOutcome
+from domino_jax.training.accumulator import Spike, StepOutcome
 
 NONFINITE, NO_ANCHOR = "nonfinite", "no_anchor"
 REASONS = {

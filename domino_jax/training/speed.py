@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from domino_jax.chips import Chip
+from domino_jax.base.chips import Chip
+from domino_jax.objective.objectives import reads_target
 from domino_jax.training.flops import step_flops
-from domino_jax.training.objectives import reads_target
 from domino_jax.training.step import Program
 
 

@@ -25,8 +25,8 @@ from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.start import starting_params
+from domino_jax.target.decoder import Target
 from domino_jax.target.load import ParameterPath, load_sharded_target
-from domino_jax.target.model import Target
 from domino_jax.training.program import state_layout
 from domino_jax.training.step import Program, TrainState, initial_state
 

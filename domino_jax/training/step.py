@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from domino_jax.base.scopes import TARGET, UPDATE
 from domino_jax.draft.blocks import document_ids
+from domino_jax.objective.metrics import DFlashStepMetrics
+from domino_jax.objective.modules import DFlashTrainerModule
 from domino_jax.sharding import constrain
-from domino_jax.stages import TARGET, UPDATE
-from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.training.metrics import metric_sums
-from domino_jax.training.modules import DFlashTrainerModule
-from domino_jax.training.step_metrics import DFlashStepMetrics
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from domino_jax.progress import Reporter
+from domino_jax.base.progress import Reporter
 
 
 class Trace:

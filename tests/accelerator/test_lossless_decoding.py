@@ -16,7 +16,7 @@ from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 
 pytestmark = pytest.mark.accelerator
 

@@ -16,7 +16,7 @@ from domino_jax.data.conversations import encode_prompt, read_messages
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 
 
 @pytest.mark.parametrize(

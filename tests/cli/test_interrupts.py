@@ -196,7 +196,7 @@ def test_what_is_half_written_goes_when_the_process_ends(tmp_path: Path) -> None
         "import time\n"
         "from pathlib import Path\n"
         "from domino_jax.cli import interrupts\n"
-        "from domino_jax.files import whole_directory\n"
+        "from domino_jax.base.files import whole_directory\n"
         "with interrupts.answered_signals():\n"
         "    interrupts.keeps('nothing')\n"
         "    with whole_directory(Path('draft')) as beside:\n"

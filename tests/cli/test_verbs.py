@@ -12,9 +12,9 @@ import pytest
 from tiny import run_config, write_conversations, write_target
 
 from domino_jax import __version__
-from domino_jax.config.keys import described
+from domino_jax.base.files import file_sha256
 from domino_jax.config.run import RunConfig
-from domino_jax.files import file_sha256
+from domino_jax.config.schema import described
 from domino_jax.training.checkpoint import load_draft
 
 TOP = Path(__file__).parent.parent.parent
@@ -23,8 +23,8 @@ TOP = Path(__file__).parent.parent.parent
 @pytest.mark.pitfall(
     "an evaluator that does not say what it measured",
     seen=(
-        "cli/evaluate.py: no chat_template in evaluation.json; report.py: no proposals above the "
-        "table"
+        "cli/evaluate.py: no chat_template in evaluation.json; page/terminal.py: no proposals "
+        "above the table"
     ),
 )
 def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:

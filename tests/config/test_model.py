@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from trees import DECODER, DRAFT, LLAMA3
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import (
     DecoderConfig,
     DraftConfig,
@@ -15,7 +16,6 @@ from domino_jax.config.model import (
     draft_tree,
 )
 from domino_jax.config.sizes import SIZE_LIMIT, SIZE_LIMITS
-from domino_jax.strict import InputError
 
 SLIDING = ("sliding_attention",) * DECODER["num_hidden_layers"]
 

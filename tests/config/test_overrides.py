@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from trees import SMALLEST
 
+from domino_jax.base.errors import InputError, from_tree
 from domino_jax.config.run import (
     RunConfig,
     load_config,
 )
-from domino_jax.strict import InputError, from_tree
 
 
 def test_load_config_applies_overrides_in_order(smallest: Path) -> None:

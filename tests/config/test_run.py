@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import DECODER, LLAMA3, SMALLEST
 
+from domino_jax.base.errors import InputError, from_tree
 from domino_jax.config.draft import DraftRecipe, make_draft_config
-from domino_jax.config.keys import described
 from domino_jax.config.model import (
     DecoderConfig,
     DraftConfig,
 )
 from domino_jax.config.run import RunConfig, dump_config, load_config
-from domino_jax.strict import InputError, from_tree
+from domino_jax.config.schema import described
 
 
 def write(path: Path, text: str) -> Path:

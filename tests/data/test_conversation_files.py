@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from chats import GOOD, chat, make_tokenizer, write
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import LINE_BYTES
 from domino_jax.data.conversations import (
     BadLine,
     Row,
@@ -15,9 +17,7 @@ from domino_jax.data.conversations import (
     load_rows,
     read_messages,
 )
-from domino_jax.data.features import rows_fingerprint
-from domino_jax.files import LINE_BYTES
-from domino_jax.strict import InputError
+from domino_jax.data.hidden_states import rows_fingerprint
 
 BAD_LINES = [
     (b"{", "not valid JSON"),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from chats import BRACKETS, CHATML, THINKING, chat, make_tokenizer
 
+from domino_jax.base.errors import InputError
 from domino_jax.data.conversations import encode_conversation, encode_prompt, stop_token_ids
-from domino_jax.strict import InputError
 
 
 def slow_row(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import _document_positions, draft_config
-from test_pipeline import LENGTH, assert_equal_batches, make_rows
+from rows import LENGTH, assert_equal_batches, make_rows
 
 from domino_jax.data.packing import document_arrays, pack_rows, padding_share, single_packs
 from domino_jax.data.pipeline import heldout_batches, row_batches

@@ -8,19 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from rows import LENGTH, assert_equal_batches, make_rows
 
-from domino_jax.data.conversations import Row
+from domino_jax.base.errors import InputError
 from domino_jax.data.pipeline import heldout_batches, row_batches
-from domino_jax.strict import InputError
-
-LENGTH = 9
-
-
-def make_rows(count: int) -> list[Row]:
-    """Row i holds i + 1 as its every token, and is 1 to LENGTH tokens long."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, LENGTH, size=count, endpoint=True)
-    return [Row(np.full(n, i + 1, np.int32), rng.random(n) < 0.5) for i, n in enumerate(lengths)]
 
 
 def numbers(batch: dict[str, np.ndarray]) -> list[int]:
@@ -30,13 +21,6 @@ def numbers(batch: dict[str, np.ndarray]) -> list[int]:
 
 def taken(batches, count: int) -> list[int]:
     return [number for batch in itertools.islice(batches, count) for number in numbers(batch)]
-
-
-def assert_equal_batches(ours, theirs) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys() >= {"input_ids", "loss_mask"}
-        for name in one:
-            np.testing.assert_array_equal(one[name], other[name])
 
 
 @pytest.mark.pitfall(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from chats import BRACKETS, CHATML, chat, make_tokenizer
 
+from domino_jax.base.errors import InputError
 from domino_jax.data.conversations import BadLine, encode_conversation, load_rows
-from domino_jax.strict import InputError
 
 # In the manner of Qwen3: thoughts come from `reasoning_content` or out of the content, and only
 # answers after the last question show theirs, the very last one even when it has none.

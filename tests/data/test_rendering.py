@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from chats import CHATML, chat, make_tokenizer, write
 
+from domino_jax.base.errors import InputError
 from domino_jax.data import rendering
 from domino_jax.data.conversations import load_rows, stop_token_ids
 from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, render
-from domino_jax.strict import InputError
 
 HI = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ messages[0].content }}"

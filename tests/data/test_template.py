@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from chats import CHATML, make_tokenizer
 
+from domino_jax.base.errors import InputError
 from domino_jax.data.template import (
     NO_KWARGS,
     ChatTemplate,
@@ -13,7 +14,6 @@ from domino_jax.data.template import (
     recorded_kwargs,
     settings_text,
 )
-from domino_jax.strict import InputError
 
 
 def test_a_template_is_its_text_and_what_it_is_told() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from chats import GOOD, THINKING, chat, make_tokenizer, write
 
+from domino_jax.base.errors import InputError
 from domino_jax.data.conversations import (
     encode_conversation,
     encode_prompt,
     load_rows,
     stop_token_ids,
 )
-from domino_jax.strict import InputError
 
 # As Qwen3: told not to think, the answer follows empty thoughts.
 SWITCHED = THINKING.replace(

@@ -8,7 +8,7 @@ from toy_models import TARGET, drawn_from
 
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.filters import filtered
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 
 FILTERS = ((1, None), (7, None), (10**30, None), (None, 0.3), (None, 0.95), (None, 1.0), (20, 0.8))
 

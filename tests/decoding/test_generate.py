@@ -10,7 +10,7 @@ from toy_models import PROMPTS, TARGET, draft_config, models
 from domino_jax.decoding import generate
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import TextStream, stream_answer
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 
 
 class Bytes:

@@ -15,8 +15,8 @@ from domino_jax.decoding import speculate
 from domino_jax.decoding.acceptance import accept_sampled
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.filters import filtered
-from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.kernels.matmul import vocabulary_logits
+from domino_jax.target.decoder import Target, lm_head_weight
 
 # The statistic is Pearson's; `power` is the chance to notice the stated fault at the
 # 0.1 % level.

@@ -16,8 +16,8 @@ from domino_jax.decoding.decoder import Weights, make_decoder, number_of_proposa
 from domino_jax.decoding.speculate import _draft, finish, required_slots, start, stream
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
-from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.target.model import Target, lm_head_weight
+from domino_jax.kernels.matmul import vocabulary_logits
+from domino_jax.target.decoder import Target, lm_head_weight
 
 
 def greedy_by_whole_passes(target_params: Any, prompt: np.ndarray, count: int) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from directories import leftovers
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 from domino_jax.target.gguf import convert_gguf
 
 

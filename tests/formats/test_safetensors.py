@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from domino_jax.base.errors import InputError
 from domino_jax.formats.safetensors import (
     StoredTensor,
     check_tensors,
@@ -18,7 +19,6 @@ from domino_jax.formats.safetensors import (
     open_safetensors,
     write_safetensors,
 )
-from domino_jax.strict import InputError
 
 PARTS = [(), (slice(1, 3),), (slice(0, 4), slice(2, 5)), (slice(3, 4), slice(0, 1))]
 

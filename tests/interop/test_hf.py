@@ -17,11 +17,11 @@ from exports import BACKBONE, CONFIG, HEAD, KINDS, params_of
 from reference import nemo_draft, random_anchors, random_batch
 from safetensors.numpy import load_file
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.mask import layer_spans
 from domino_jax.interop.hf import hf_tensors, load_hf_draft, save_hf_draft
-from domino_jax.strict import InputError
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

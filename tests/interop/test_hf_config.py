@@ -12,11 +12,11 @@ from exports import CONFIG, PLAIN, SHIFTED_DFLASH, SLIDING, params_of
 from reference import dflash_config, draft_config
 from transformers import Qwen3Config
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.heads import HEADS
 from domino_jax.config.model import DraftConfig, RopeScaling
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.interop.hf_config import config_from_json, config_json
-from domino_jax.strict import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from exports import CONFIG, PLAIN, SLIDING, WINDOWED, params_of
 
+from domino_jax.base.errors import InputError
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
-from domino_jax.strict import InputError
 
 
 def edit_config(path: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from exports import CONFIG, HEAD, params_of
 from safetensors.numpy import load_file, save_file
 
+from domino_jax.base.errors import InputError
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
-from domino_jax.strict import InputError
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:

@@ -24,8 +24,8 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.head import DominoHead
 from domino_jax.draft.mask import layer_spans
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
+from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target
-from domino_jax.target.model import Target
 
 WINDOW = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
 # NeMo looks both ways inside every block; z-lab reads whether a sliding layer does.

@@ -15,9 +15,11 @@ from reference import draft_config, random_anchors, random_batch
 
 from domino_jax.draft.mask import block_mask, context_span
 from domino_jax.kernels import block_attention as kernel
-from domino_jax.kernels import blocks_by_tiles, blocks_on_tpu, causal_attention
+from domino_jax.kernels import block_attention_pallas_tpu as pallas_tpu
+from domino_jax.kernels import block_attention_xla as xla
+from domino_jax.kernels import causal_attention
 from domino_jax.kernels.block_attention import block_attention
-from domino_jax.kernels.blocks_by_tiles import WHOLE_CONTEXT, TileSize
+from domino_jax.kernels.block_attention_xla import WHOLE_CONTEXT, TileSize
 from domino_jax.kernels.operands import ContextSpan
 from domino_jax.kernels.tpu_tiles import KernelTile, cut_of, seen_tiles
 from domino_jax.sharding import make_mesh
@@ -150,13 +152,13 @@ def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: flo
 
 @pytest.mark.pitfall(
     "a boolean mask added as +1 and 0",
-    seen="kernels/blocks_by_tiles.py: `scores + seen`",
+    seen="kernels/block_attention_xla.py: `scores + seen`",
 )
 @pytest.mark.pitfall(
     "merged softmaxes: the log-sum-exp's gradient is dropped without a word",
     seen=(
-        "kernels/blocks_by_tiles.py: a score's gradient without the merged output's part, in the "
-        "context; in the own block"
+        "kernels/block_attention_xla.py: a score's gradient without the merged output's part, in "
+        "the context; in the own block"
     ),
 )
 @pytest.mark.parametrize("form", ["cpu", "tiles", "whole context"])
@@ -179,8 +181,8 @@ def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
         "interpret": True,
     }
     form = kernel.Form(
-        functools.partial(blocks_on_tpu.forward, **interpreted),
-        functools.partial(blocks_on_tpu.backward, **interpreted),
+        functools.partial(pallas_tpu.forward, **interpreted),
+        functools.partial(pallas_tpu.backward, **interpreted),
     )
     check_against_the_definition(case, form, gradient=KERNEL_GRADIENT)
 
@@ -213,7 +215,7 @@ def test_the_kernel_of_a_tpu_reads_the_tiles_that_a_query_sees_and_no_other(seed
     )
     poison = operands._replace(keys=keys, values=values)
     run = functools.partial(
-        blocks_on_tpu.forward, causal=case.causal, size=KernelTile(128, 128), interpret=True
+        pallas_tpu.forward, causal=case.causal, size=KernelTile(128, 128), interpret=True
     )
     if needed:
         assert all(np.all(np.isfinite(x)) for x in run(poison, case.span))
@@ -235,7 +237,7 @@ def test_a_short_row_walks_its_own_length() -> None:
     """Of a batch of a long row and a short one, each tile ends where its own row ends."""
     span = context_span(jnp.array([[90, 95], [3, 5]]), jnp.ones((2, 2), bool))
     inputs = random_inputs(rows=2, length=96, queries=2 * SIZE)
-    tiles = blocks_by_tiles._tiles(kernel._operands(*inputs, span), span, TileSize(9, 10))
+    tiles = xla._tiles(kernel._operands(*inputs, span), span, TileSize(9, 10))
     assert tiles.sequence.tolist() == [0, 0, 1, 1]
     assert tiles.stop.tolist() == [9, 10, 1, 1]
 
@@ -296,8 +298,8 @@ def test_block_attention_keeps_blocks_apart() -> None:
 @pytest.mark.pitfall(
     "fully masked attention rows: NaN",
     seen=(
-        "kernels/blocks_by_tiles.py: the own block left out, the context masked with -inf, which "
-        "gives NaN"
+        "kernels/block_attention_xla.py: the own block left out, the context masked with -inf, "
+        "which gives NaN"
     ),
 )
 def test_block_attention_of_an_unused_slot_sees_its_own_block_only() -> None:

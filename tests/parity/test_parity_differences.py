@@ -25,17 +25,12 @@ from reference import (
     random_batch,
     random_params,
 )
-from tiny import quiet, write_target
+from tiny import quiet
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.sections import LossConfig
-from domino_jax.strict import InputError
-from domino_jax.training.curriculum import get_lambda_base
+from domino_jax.objective.curriculum import get_lambda_base
 from domino_jax.training.prepare import prepare
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 def distance(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 from nemo_loop import NemoLoop, draft_tensors, nemo_loop, training_lines, twin
 from reference import check_close
-from tiny import quiet, write_target
+from tiny import quiet
 
 from domino_jax.config.run import RunConfig
 from domino_jax.interop.hf import hf_tensors
 from domino_jax.training.prepare import prepare
 
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
 
 
 def check_updates(config: RunConfig, theirs: NemoLoop) -> None:

@@ -23,7 +23,7 @@ from reference import (
     random_params,
 )
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 
 EQUAL = 1e-6
 

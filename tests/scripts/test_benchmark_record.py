@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from benchmark_record import record, revision, tree_state
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts/bench"
 DEVICE = {"platform": "gpu", "device": "NVIDIA H100"}
 
 

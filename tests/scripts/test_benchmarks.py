@@ -13,7 +13,7 @@ import pytest
 
 from domino_jax.training.flops import step_flops
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts/bench"
 # What the machines with a GPU lack: nothing that runs there may import it.
 ABSENT = ("grain", "array_record", "gguf", "platformdirs", "datasets")
 

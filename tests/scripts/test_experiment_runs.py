@@ -8,7 +8,7 @@ import pytest
 
 from domino_jax.config.run import load_config
 
-TOP = Path(experiment.__file__).parent.parent
+TOP = Path(experiment.__file__).parents[2]
 RUNS = [*experiment.trainings(), *experiment.trials()]
 
 

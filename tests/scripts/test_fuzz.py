@@ -1,4 +1,4 @@
-"""A few seconds of `scripts/fuzz`: every parser, inputs that are right but for one place."""
+"""A few seconds of `scripts/reliability/fuzz`: every parser, valid inputs changed in one place."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from fuzz_cases import Case, Parser
 from fuzz_parsers import all_parsers
 from fuzz_run import ACCEPTED, BAD, REFUSED, outcome, quiet, run
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 
 NAMES = (
     *(

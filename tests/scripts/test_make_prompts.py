@@ -19,7 +19,7 @@ EVALUATED = ("heldout", "humaneval", "everyday")
 
 def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
-        "make_prompts", ROOT / "scripts" / "make_prompts.py"
+        "make_prompts", ROOT / "scripts/experiments/make_prompts.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

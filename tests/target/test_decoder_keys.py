@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from copies import ABSENT, edited
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import DecoderConfig, RopeScaling
-from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 
 YARN = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny import write_target
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer
 

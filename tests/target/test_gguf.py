@@ -16,11 +16,11 @@ from directories import leftovers
 from tiny import Heard, Interrupted
 from transformers import AutoModelForCausalLM
 
-from domino_jax.kernels.products import vocabulary_logits
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
+from domino_jax.kernels.matmul import vocabulary_logits
+from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.target.gguf import convert_gguf
 from domino_jax.target.load import load_target
-from domino_jax.target.model import Target, lm_head_weight
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from copies import edited
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+from domino_jax.base.errors import InputError
 from domino_jax.sharding import make_mesh
-from domino_jax.strict import InputError
 from domino_jax.target import load
+from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import load_sharded_target, load_target
-from domino_jax.target.model import Target
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

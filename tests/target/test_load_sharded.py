@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 from tiny import stack_layers
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import DecoderConfig
 from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.sharding import MESH_AXES, make_mesh, parameter_shardings
-from domino_jax.strict import InputError
+from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import (
     TABLES,
@@ -33,7 +34,6 @@ from domino_jax.target.load import (
     load_sharded_target,
     load_target,
 )
-from domino_jax.target.model import Target
 
 MESHES = {
     "one device": lambda: Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES),
@@ -215,7 +215,7 @@ import jax
 from domino_jax.sharding import make_mesh
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import load_sharded_target
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 
 directory = sys.argv[1]
 model = Target(read_decoder_config(directory, dtype="bfloat16"), scan_layers=True)

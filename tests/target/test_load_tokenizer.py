@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from domino_jax.base.errors import InputError
 from domino_jax.formats.safetensors import open_safetensors
-from domino_jax.strict import InputError
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import load_tokenizer
 

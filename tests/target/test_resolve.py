@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import Heard
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 from domino_jax.target.load import load_target
 from domino_jax.target.resolve import BUILT_IN, BuiltIn, resolve_target
 

@@ -12,9 +12,9 @@ import pytest
 from tiny import stack_layers
 from transformers import AutoModelForCausalLM
 
-from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.kernels.matmul import vocabulary_logits
+from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.target.load import LoadedTarget, load_target, load_tokenizer
-from domino_jax.target.model import Target, lm_head_weight
 
 TEXTS = (
     "The lighthouse keeper climbed the stairs every evening, carrying oil and a small brass "

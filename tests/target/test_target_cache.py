@@ -13,8 +13,8 @@ from doubles import slow_after
 from passes import EVERY_LAYER, SCALED, jitted, random_tokens, whole
 from tiny import stack_layers
 
+from domino_jax.target.decoder import Target, TargetOutput
 from domino_jax.target.load import LoadedTarget, load_target
-from domino_jax.target.model import Target, TargetOutput
 
 
 def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any) -> TargetOutput:

@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from passes import EVERY_LAYER, SCALED, jitted, random_tokens, scanned, whole
 from tiny import stack_layers
 
-from domino_jax.kernels.products import vocabulary_logits
+from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
+from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.target.load import LoadedTarget, load_target
-from domino_jax.target.model import Target, lm_head_weight
 
 KINDS = [
     ("llama", True),
@@ -41,7 +41,7 @@ def torch_states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.nd
 
 @pytest.mark.pitfall(
     "hidden state off by one layer",
-    seen="target/model.py: a layer's input captured, unrolled; the same, scanned",
+    seen="target/decoder.py: a layer's input captured, unrolled; the same, scanned",
 )
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 def test_target_equals_transformers(
@@ -74,7 +74,7 @@ def test_rope_scaling_is_what_makes_the_logits_equal(tiny: Callable[..., Any], k
 
 @pytest.mark.pitfall(
     "a tied head ignored",
-    seen="target/model.py: zeros where no head is stored; the embedding always",
+    seen="target/decoder.py: zeros where no head is stored; the embedding always",
 )
 def test_lm_head_weight_is_the_embedding_only_when_tied(tiny: Callable[..., Any]) -> None:
     tied, untied = (

@@ -12,8 +12,8 @@ import pytest
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, write_conversations, write_target
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.run import load_config
-from domino_jax.strict import InputError
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer
 from domino_jax.training.checkpoint import (

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_architecture import PACKAGE, PLACES, module_name
+from house import PACKAGE, PLACES, module_name
 from tiny import quiet, run_config, write_target
 
 from domino_jax.config.run import RunConfig, load_config

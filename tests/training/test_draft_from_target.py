@@ -14,8 +14,8 @@ from tiny import CONFIG, quiet, run_config
 
 from domino_jax.config.run import load_config
 from domino_jax.formats.safetensors import StoredTensor
+from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target
-from domino_jax.target.model import Target
 from domino_jax.training.prepare import prepare
 from domino_jax.training.start import draft_from_target
 

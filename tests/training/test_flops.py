@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from domino_jax.base.scopes import STAGES, UPDATE
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
-from domino_jax.stages import STAGES, UPDATE
-from domino_jax.target.model import Target
+from domino_jax.target.decoder import Target
 from domino_jax.training.flops import step_flops
 
 TARGET = DecoderConfig(
@@ -139,6 +139,6 @@ def test_attention_is_counted_up_to_the_anchor_and_the_window(in_block: str) -> 
 def test_parts_are_stages_and_counting_needs_no_jax() -> None:
     parts = step_flops(DRAFT, S, N, target=TARGET)
     assert parts.keys() == set(STAGES) - {UPDATE}
-    imports = "import sys, domino_jax.chips, domino_jax.training.flops"
+    imports = "import sys, domino_jax.base.chips, domino_jax.training.flops"
     words = [sys.executable, "-c", f"{imports}; sys.exit('jax' in sys.modules)"]
     assert subprocess.run(words).returncode == 0

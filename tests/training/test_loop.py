@@ -10,9 +10,10 @@ import pytest
 from documents import fields_of
 from tiny import Heard, quiet, run_config, write_conversations
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.run import dump_config, load_config
-from domino_jax.strict import InputError
-from domino_jax.training import heldout, loop, program
+from domino_jax.training import eval as teacher_forced
+from domino_jax.training import loop, program
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
@@ -89,7 +90,7 @@ def test_the_step_is_compiled_once(
     """And the held-out pass too, though some batches are more than twice as long as others."""
     path = run_config(tmp_path, target, data={"max_length": 64}, optimizer={"grad_accumulation": 2})
     long = write_conversations(tmp_path / "long.jsonl", 1, rounds=3).read_text()
-    for rows in (tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl"):
+    for rows in (tmp_path / "rows.jsonl", tmp_path / "teacher_forced.jsonl"):
         rows.write_text(2 * rows.read_text() + long)
     traces: list[str] = []
     longest: dict[int, list[int]] = {
@@ -112,8 +113,8 @@ def test_the_step_is_compiled_once(
         return device_batch(mesh, rows, micro_batches=micro_batches)
 
     count_traces(program, "train_step")
-    count_traces(heldout, "batch_metrics")
-    for module in (loop, heldout):
+    count_traces(teacher_forced, "batch_metrics")
+    for module in (loop, teacher_forced):
         monkeypatch.setattr(module, "device_batch", put)
     train(load_config(path), reporter=quiet())
     assert sorted(traces) == ["batch_metrics", "train_step"]

@@ -1,25 +1,17 @@
 """The log of a run: JSON that any reader takes, times apart, resumed where its checkpoint says."""
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from strict_json import strictly
 from tiny import Heard, quiet
 
-from domino_jax.strict import InputError
+from domino_jax.base.errors import InputError
 from domino_jax.training.log import read_metrics
 from domino_jax.training.metrics import LogMark, MetricsLog
-
-
-def refuse(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def strictly(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
 def opened(

@@ -13,8 +13,8 @@ import pytest
 from doubles import slow_after
 from tiny import quiet, run_config
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.run import load_config
-from domino_jax.strict import InputError
 from domino_jax.training import preflight, prepare
 from domino_jax.training.loop import train
 

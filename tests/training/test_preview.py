@@ -11,10 +11,10 @@ from rich.console import Console
 from tiny import CONFIG, TEMPLATE, Heard, quiet, run_config
 
 from domino_jax.config.run import dump_config, load_config
+from domino_jax.datagen.capture import capture
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training import prepare as preparing
-from domino_jax.training.capture import capture
 from domino_jax.training.loop import train
 from domino_jax.training.prepare import RunInputs, check, prepare, read_inputs
 from domino_jax.training.preview import escaped, print_preview, supervised_spans

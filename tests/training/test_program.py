@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import pytest
 from reference import draft_config
 
-from domino_jax.chips import CHIPS
+from domino_jax.base.chips import CHIPS
 from domino_jax.config.draft import DraftRecipe
 from domino_jax.config.run import RunConfig
 from domino_jax.config.sections import DataConfig, LossConfig
+from domino_jax.objective import objectives
 from domino_jax.sharding import make_mesh
-from domino_jax.training import objectives
 from domino_jax.training.program import (
     CPU_LOGITS_MIB,
     chunk_blocks,

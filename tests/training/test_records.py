@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from reference import dflash_config, draft_config
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
 from domino_jax.data.template import ChatTemplate
-from domino_jax.strict import InputError
 from domino_jax.training.records import DraftRecord, read_draft_record
 
 # As every draft was stored while its config was that of a target with more fields.

@@ -12,18 +12,18 @@ from documents import fields_of
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, write_conversations
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import encode_prompt, stop_token_ids
+from domino_jax.datagen.capture import capture
 from domino_jax.decoding import speculate
-from domino_jax.decoding.counts import acceptance, tau
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.strict import InputError
+from domino_jax.evaluation.counts import acceptance, tau
+from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.model import Target
-from domino_jax.training.capture import capture
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import Interrupted, train

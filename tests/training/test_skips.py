@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from documents import fields_of
 from safetensors.numpy import load_file, save_file
-from test_metrics import strictly
+from strict_json import strictly
 from tiny import WORDS, Heard, quiet, run_config, write_target
 
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
-from domino_jax.report import training_summary
+from domino_jax.page.terminal import training_summary
+from domino_jax.training.accumulator import Spike, StepOutcome
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
 from domino_jax.training.optimizer import learning_rate_schedule
 from domino_jax.training.skips import Diverged, StepWatch, divergence
-from domino_jax.training.window import Spike, StepOutcome
 
 
 def edit(target: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
@@ -63,7 +63,7 @@ def assert_checkpoints_are_finite(run_dir: Path) -> list[int]:
 @pytest.mark.pitfall(
     "a NaN is trained on, saved, and the good checkpoints are rotated away",
     seen=(
-        "training/step.py: taken whatever loss and norm are; files.py: lines counted without "
+        "training/step.py: taken whatever loss and norm are; base/files.py: lines counted without "
         "empty ones"
     ),
 )

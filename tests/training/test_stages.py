@@ -8,8 +8,8 @@ import jax
 import pytest
 from tiny import quiet, run_config, write_target
 
+from domino_jax.base.scopes import HEAD, STAGES
 from domino_jax.config.run import load_config
-from domino_jax.stages import HEAD, STAGES
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.prepare import prepare
 from domino_jax.training.step import train_step

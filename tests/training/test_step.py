@@ -18,14 +18,14 @@ from tiny import stack_layers
 from domino_jax.config.sections import OptimizerConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
+from domino_jax.objective.curriculum import lambda_base_schedule
+from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.metrics import DominoStepMetrics
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
-from domino_jax.target.model import Target
-from domino_jax.training.curriculum import lambda_base_schedule
-from domino_jax.training.domino_module import build_trainer
+from domino_jax.target.decoder import Target
 from domino_jax.training.metrics import metric_means, metric_sums
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer, updates_done
 from domino_jax.training.step import Batch, Program, batch_metrics, initial_state, train_step
-from domino_jax.training.step_metrics import DominoStepMetrics
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
 TARGET = Target(

@@ -9,7 +9,7 @@ import jax
 import pytest
 from tiny import Heard, run_config
 
-from domino_jax.chips import CHIPS, Chip
+from domino_jax.base.chips import CHIPS, Chip
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.loop import Interrupted, train

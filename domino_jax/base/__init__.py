@@ -1,0 +1,1 @@
+"""Errors, strict parsing, files, progress and the names of a step's parts."""

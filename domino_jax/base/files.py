@@ -1,0 +1,336 @@
+"""Files and directories: written whole or not at all, read within bounds, known by their hashes.
+
+A process may end at any moment, a disk may be full at any byte, and a file that somebody else wrote
+may be anything. So what a run relies on is written beside its place and renamed, what it reads is a
+regular file of a bounded size, and what libraries raise when a write fails (safetensors an error of
+its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError that names the
+place which the user gave. No other module does any of it. No jax here: whoever answers a signal
+tidies up before jax is there.
+
+    run/config.yaml.new  -- written, flushed to disk --  renamed to  run/config.yaml
+    .draft.1f0c9a7e/config.json model.safetensors  --    renamed to  draft/
+"""
+
+import errno
+import gzip
+import hashlib
+import os
+import shutil
+import stat
+import uuid
+import zlib
+from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from domino_jax.base.errors import InputError
+from domino_jax.base.parse import parse_json
+
+CHECKSUMS = "SHA256SUMS"
+BESIDE = ".new"  # what the name of a file ends with until it is whole
+# Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
+TEXT_BYTES = 2**26
+LINE_BYTES = 2**26  # of one line of a JSONL file
+# A packed file's text, as a multiple of its size: text reaches 10 to 50, zeros reach 1000.
+MAX_UNPACKING = 200
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
+_WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+_unfinished: set[Path] = set()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Gives a file beside its place, flushes it to disk and renames it once the body has ended.
+
+    The mode follows the umask.
+
+    Raises:
+        OSError: it could not be written; what stood there is as it was, nothing is left beside it.
+    """
+    beside = path.with_name(path.name + BESIDE)
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            # Before the rename, which may reach the disk earlier than the bytes do.
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes UTF-8 text as a `whole_file`."""
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file for reading; a pipe or a device, which may never answer, is refused.
+
+    Raises:
+        InputError: not there, not readable, or not a regular file.
+    """
+    try:
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (the caller closes it)
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InputError(f"{path}: not a regular file")
+    return file
+
+
+def checked_file(directory: Path, name: str) -> Path:
+    """The path of a file of a model's directory, once it is known to be a regular file of it.
+
+    A link may stay inside the directory, or inside the model's own part of Hugging Face's cache,
+    where every file is a link (`models--ORG--NAME/snapshots/REVISION/config.json` to
+    `../../blobs`). Any other would let a directory from somewhere show files of this machine as its
+    own.
+
+    Raises:
+        InputError: not there, not a regular file, or a link that leads out of the model.
+    """
+    path = directory / name
+    open_regular(path).close()
+    home = directory.resolve()
+    caches = [place for place in home.parents if place.name.startswith("models--")]
+    found = path.resolve()
+    if not any(found.is_relative_to(root) for root in (home, *caches)):
+        raise InputError(
+            f"{path}: a link out of its directory, to {found}; expected a file inside: "
+            "copy it there, or give the directory that it lies in"
+        )
+    return path
+
+
+def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
+    """The text of a small regular file.
+
+    Raises:
+        InputError: not there, not a regular file, larger than `limit` bytes, or not UTF-8.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise InputError(f"{path}: {size} bytes, expected at most {limit}")
+        try:
+            # Bounded here too: the file may have grown since its size was asked.
+            return file.read(limit + 1).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
+    """The lines of a regular file of any size with their numbers from 1, line ends included.
+
+    A file named `.gz` is unpacked as it is read. Of a line longer than `limit` bytes one byte more
+    than that is given, without its end.
+
+    Raises:
+        InputError: as `open_regular`, it cannot be read, or it is packed and damaged or a bomb.
+    """
+    with open_regular(path) as file:
+        read = _unpacked_lines(file, path, spare=limit) if path.suffix == ".gz" else file.readline
+        try:
+            number = 0
+            while line := read(limit + 1):
+                number += 1
+                yield number, line
+                while len(line) > limit and not line.endswith(b"\n"):
+                    line = read(limit + 1)
+        # Before OSError, of which a bad header is one.
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: damaged, or not gzip: {error}") from error
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def _unpacked_lines(file: BinaryIO, path: Path, *, spare: int) -> Callable[[int], bytes]:
+    """A `readline` of the text in a gzip file, which refuses to unpack a bomb.
+
+    A line is bounded by its reader, but what becomes of a thousand million short ones is not.
+    """
+    text = gzip.GzipFile(fileobj=file)
+    most = spare + MAX_UNPACKING * os.fstat(file.fileno()).st_size
+
+    def readline(size: int) -> bytes:
+        line = text.readline(size)
+        if text.tell() > most:
+            raise InputError(
+                f"{path}: unpacks to more than {MAX_UNPACKING} times its size; "
+                "unpack it yourself if it is meant so"
+            )
+        return line
+
+    return readline
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: as `read_text` and `parse_json`, or it is not an object; it names the file.
+    """
+    tree = parse_json(read_text(path), place=str(path))
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def write_checksums(directory: Path) -> None:
+    """Writes SHA256SUMS over every file below a directory; `sha256sum --check SHA256SUMS` reads it.
+
+    Raises:
+        InputError: a file cannot be read.
+        OSError: SHA256SUMS cannot be written.
+    """
+
+    def line(name: str) -> str:
+        return f"{file_sha256(directory / name)}  {name}\n"
+
+    with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
+        lines = threads.map(line, _files_below(directory))
+        text = "".join(lines)
+    write_whole(directory / CHECKSUMS, text)
+
+
+def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | None:
+    """What is wrong with the files below a directory that `write_checksums` was called on.
+
+    Args:
+        directory: which should hold SHA256SUMS.
+        unlisted: names of files that came later, relative to the directory; None where any may.
+    Returns:
+        A few words that name the first file in question, or None where every file is as it was.
+    """
+    listed = {}
+    try:
+        for line in read_text(directory / CHECKSUMS).splitlines():
+            digest, _, name = line.partition("  ")
+            listed[name] = digest
+    except InputError as error:
+        return str(error)
+    found = set(_files_below(directory))
+    if unlisted is None:
+        found &= listed.keys()
+    else:
+        found = {name for name in found if name not in unlisted}
+    differing = sorted(listed.keys() ^ found)
+    if differing:
+        name = differing[0]
+        what = "missing" if name in listed else f"not listed in {CHECKSUMS}"
+        return f"{name} is {what}"
+
+    def sound(name: str) -> bool:
+        try:
+            return file_sha256(directory / name) == listed[name]
+        except InputError:
+            return False
+
+    # Contents last: reading every byte is what costs, and a missing file needs none of it.
+    names = sorted(listed)
+    with ThreadPoolExecutor() as threads:
+        for name, intact in zip(names, threads.map(sound, names), strict=True):
+            if not intact:
+                return f"{name} does not match its checksum"
+    return None
+
+
+def _files_below(directory: Path) -> list[str]:
+    """Names of all files but SHA256SUMS itself, relative to a directory, sorted."""
+    paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = (path.relative_to(directory).as_posix() for path in paths)
+    return sorted(name for name in names if name != CHECKSUMS)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe that nobody writes without waiting for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def check_new(path: Path) -> None:
+    """Raises `InputError` unless a directory may be written there: nothing is, or an empty one."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: already there and not an empty directory; give a new one")
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """Gives a new directory beside its place, and renames it to its place once the body has ended.
+
+    Args:
+        path: not there yet, or an empty directory.
+    Raises:
+        InputError: something else is there.
+        OSError: something could not be written; it names `path`, and nothing is left beside it.
+    """
+    check_new(path)
+    # Beside its place and not among temporary files: a rename works within one file system only.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    _unfinished.add(beside)
+    try:
+        with _errors_name(path, beside):
+            beside.mkdir(parents=True)
+            yield beside
+            beside.replace(path)
+    finally:
+        # Removed, then forgotten: a signal in between still finds what there is to remove.
+        shutil.rmtree(beside, ignore_errors=True)
+        _unfinished.discard(beside)
+
+
+def remove_unfinished() -> None:
+    """Removes what bodies of `whole_directory` have written so far: the process is about to end."""
+    for beside in list(_unfinished):
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_error(error: Exception, path: Path) -> OSError:
+    """The OSError of a failed write that a library raised as something else.
+
+    Args:
+        error: what it raised; the system's own words stand somewhere in its message.
+        path: what was being written.
+    """
+    # The libraries' own errors have no number: the system's words are all that is left of it.
+    for number in _WRITE_ERRORS:
+        if os.strerror(number) in str(error):
+            return OSError(number, os.strerror(number), str(path))
+    words = " ".join(str(error).split())
+    return OSError(errno.EIO, f"could not be written: {words[:200]}", str(path))
+
+
+@contextmanager
+def _errors_name(path: Path, beside: Path) -> Iterator[None]:
+    """Lets a failed write below `beside` name the place that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        # Of another file, such as one that the body reads: it names its place already.
+        if error.filename is not None and not Path(error.filename).is_relative_to(beside):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

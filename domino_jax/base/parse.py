@@ -1,0 +1,200 @@
+"""JSON and YAML of somebody else, parsed within bounds.
+
+A parser of somebody else's text may be made to take all memory, to recurse until it fails, or to
+read what nobody meant: a key that is given twice, `1:30` as 90. So depth, length of numbers and
+length of settings are bounded, and what is ambiguous is refused. No jax here.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from domino_jax.base.errors import InputError, shown
+
+YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
+DEPTH = 64  # levels of mappings and lists
+NUMBER_CHARACTERS = 64  # of a number as it is written
+
+
+def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False) -> Any:
+    """Parses JSON of somebody else, within bounds.
+
+    Args:
+        text: the JSON.
+        place: where it comes from, for the message; None where the caller says so.
+        nonfinite: take NaN and Infinity, which are not JSON but which Python writes.
+    Raises:
+        InputError: not JSON, a key that is given twice in one object, a number beyond every float
+            or of more than `NUMBER_CHARACTERS`, or more than `DEPTH` levels.
+    """
+    where = "" if place is None else f"{place}: "
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_without_doubles,
+            parse_int=_whole_number,
+            parse_float=_number,
+            parse_constant=float if nonfinite else _no_constant,
+        )
+    except RecursionError as error:  # in json's parser, before there is a value to look at
+        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings") from error
+    except ValueError as error:
+        raise InputError(f"{where}not valid JSON: {error}") from error
+    if _deeper_than(value, DEPTH):
+        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings")
+    return value
+
+
+def parse_yaml(text: str, *, place: str) -> Any:
+    """Parses YAML of somebody else, within bounds.
+
+    Read are mappings, lists, text, numbers, true, false and null. Numbers are decimal and dates are
+    text, as in YAML 1.2: `010` and `1:30` are not 8 and 90.
+
+    Raises:
+        InputError: not YAML, a key that is given twice, an alias, a tag, a number of more than
+            `NUMBER_CHARACTERS`, more than `DEPTH` levels, or more than `YAML_CHARACTERS`.
+    """
+    if len(text) > YAML_CHARACTERS:
+        raise InputError(
+            f"{place}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
+        )
+    try:
+        return yaml.load(text, Loader=_BoundedLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(
+            f"{place}: not valid YAML: {where}{error.problem or error.context}"
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        ((twice, _),) = counts.most_common(1)
+        raise ValueError(f"the key {shown(twice)} is given twice")
+    return mapping
+
+
+def _whole_number(text: str) -> int:
+    return int(_short(text))
+
+
+def _number(text: str) -> float:
+    number = float(_short(text))
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is beyond every float")
+    return number
+
+
+def _short(text: str) -> str:
+    # Before it is converted, which takes long for many digits; no setting has as many.
+    if len(text) > NUMBER_CHARACTERS:
+        raise ValueError(
+            f"a number of {len(text)} characters, expected at most {NUMBER_CHARACTERS}"
+        )
+    return text
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number of JSON")
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    """Whether lists and mappings lie in each other more than `depth` times, without recursion."""
+    level = [value]
+    for _ in range(depth + 1):
+        holders = [item for item in level if isinstance(item, dict | list)]
+        if not holders:
+            return False
+        level = []
+        for holder in holders:
+            level += holder.values() if isinstance(holder, dict) else holder
+    return True
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """The part of YAML that settings need.
+
+    What it leaves out costs memory or says what nobody meant.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        # Nine lists of nine aliases, each of the list before, stand for 9**9 values.
+        if isinstance(event, yaml.AliasEvent):
+            raise self._refusal("aliases (*name) are not read; write the value itself", event)
+        if getattr(event, "tag", None) is not None:
+            raise self._refusal(
+                f"tags ({shown(event.tag)}) are not read; write the value alone", event
+            )
+        holder = isinstance(event, yaml.CollectionStartEvent)
+        self.depth += holder
+        if self.depth > DEPTH:
+            raise self._refusal(f"more than {DEPTH} levels of lists and mappings", event)
+        node = super().compose_node(parent, index)
+        self.depth -= holder
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        mapping: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise self._refusal("a list or mapping as a key", key_node)
+            if key in mapping:  # PyYAML would take the last of the two
+                raise self._refusal(f"the key {shown(key)} is given twice", key_node)
+            mapping[key] = self.construct_object(value_node, deep=deep)
+        return mapping
+
+    def construct_number(self, node: Any) -> int | float:
+        if len(node.value) > NUMBER_CHARACTERS:
+            found = f"a number of {len(node.value)} characters"
+            raise self._refusal(f"{found}, expected at most {NUMBER_CHARACTERS}", node)
+        if node.tag == f"{_TAG}int":
+            return self.construct_yaml_int(node)
+        return self.construct_yaml_float(node)
+
+    @staticmethod
+    def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+_TAG = "tag:yaml.org,2002:"
+# What plain text stands for; YAML 1.1's own spellings, less octal, hexadecimal, sexagesimal numbers
+# and dates.
+_PLAIN = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
+    "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+_RESOLVERS = [
+    (f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()
+]
+_CONSTRUCTORS: dict[str, Any] = {
+    "null": yaml.SafeLoader.construct_yaml_null,
+    "bool": yaml.SafeLoader.construct_yaml_bool,
+    "str": yaml.SafeLoader.construct_yaml_str,
+    "seq": yaml.SafeLoader.construct_yaml_seq,
+    "map": yaml.SafeLoader.construct_yaml_map,
+    "int": _BoundedLoader.construct_number,
+    "float": _BoundedLoader.construct_number,
+}
+# Under None: whatever character a plain scalar begins with.
+_BoundedLoader.yaml_implicit_resolvers = {None: _RESOLVERS}
+_BoundedLoader.yaml_constructors = {
+    f"{_TAG}{kind}": constructor for kind, constructor in _CONSTRUCTORS.items()
+}

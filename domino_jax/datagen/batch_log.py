@@ -1,0 +1,159 @@
+"""Unfinished answers in batches, each attested, so that a second start loses and changes none.
+
+With a temperature the answer to a prompt depends on its batch, so a second start must resume where
+a batch ended. But a process may be killed between any two bytes, and a disk may be full at any of
+them; and a damaged answer must not become training data. So a line after each batch attests it:
+
+    {"sha256": of nothing}
+    {"messages": ..., "prompt_line": 3, "finished": true, "generator": {...}}
+    {"messages": ..., "prompt_line": 8, "finished": true, "generator": {...}}
+    {"sha256": of all lines before this one}
+
+Whatever follows the last such line is dropped and answered again. No jax here.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from domino_jax.base.errors import InputError, require
+from domino_jax.base.files import read_lines, whole_file
+from domino_jax.base.parse import parse_json
+
+# No answer begins so (its first key is "messages"): this alone tells the two kinds of lines apart.
+_ATTESTS = b'{"sha256": '
+
+
+def log_of(path: Path) -> Path:
+    """Where the lines of a new file wait until they are all there: `PATH.partial`.
+
+    Raises:
+        InputError: the file is there already, or is called packed.
+    """
+    if path.exists():
+        raise InputError(f"{path}: already there; remove it to make it again")
+    # Who reads such a file unpacks it, and these lines are written as they are.
+    if path.suffix == ".gz":
+        raise InputError(f"{path}: is not written packed; give a name without .gz")
+    return path.with_name(path.name + ".partial")
+
+
+class BatchLog:
+    """An unfinished file of answers, or of prompts.
+
+    Attributes:
+        finished: of the batches that earlier starts wrote, by prompt line or draw, whether each
+            answer ended by itself.
+    """
+
+    def __init__(self, path: Path, read: Callable[[Any], tuple[int, bool]]) -> None:
+        """Opens the file, or makes it.
+
+        Args:
+            path: the file; what is not attested is cut off its end.
+            read: gives a record's prompt line, or its draw, and whether it ended by itself;
+                raises `InputError` for a record of another start.
+        Raises:
+            InputError: `read` refused a record, or the file is not what was written.
+            OSError: it cannot be opened or written.
+        """
+        self.finished: dict[int, bool] = {}
+        self._path, self._read_record = path, read
+        self._digest = hashlib.sha256()
+        self._length = 0
+        if path.exists():
+            self._read()
+        # Unbuffered: what a full disk refused is dropped, not tried again when the file is closed.
+        # Appending: every write goes to the file's end, also after a batch was cut off it.
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._file.truncate(self._length)
+        if self._length == 0:
+            self.add([])  # so that a file without a batch shows whose it is
+
+    def __enter__(self) -> "BatchLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Adds a batch; it is on disk when this returns.
+
+        Raises:
+            OSError: it could not be written; the batches before it are as they were.
+        """
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        batch = "".join(lines).encode()
+        # A copy: after a failed write the log's own digest still is that of the lines on disk.
+        digest = self._digest.copy()
+        digest.update(batch)
+        left = batch = batch + _attestation(digest)
+        try:
+            while left:  # an unbuffered file may take a part; the next call tells why
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(self._length)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._digest.update(batch)
+        self._length += len(batch)
+
+    def publish(self, path: Path) -> None:
+        """Writes the answers of all batches to their final place, whole, and removes the log.
+
+        Raises:
+            OSError: they could not be written; the log is as it was.
+        """
+        with self._path.open("rb") as file, whole_file(path) as whole:
+            whole.writelines(line for line in file if not line.startswith(_ATTESTS))
+        self._path.unlink()
+
+    def _read(self) -> None:
+        """Takes what is attested; `_length` is where it ends."""
+        digest = hashlib.sha256()
+        batch = []
+        number = 0
+        nothing = _attestation(digest)
+        for number, line in read_lines(self._path):
+            batch.append((number, line))
+            # Cut off before its line end, an attestation attests nothing: its batch is dropped.
+            if line.startswith(_ATTESTS) and line.endswith(b"\n"):
+                if line != _attestation(digest):
+                    raise InputError(
+                        f"{self._path}:{number}: damaged: it does not attest the lines before it; "
+                        "put a copy of the file back, or remove it to start again"
+                    )
+                # Only now: before it is attested, a line may be damaged in any way.
+                for one in batch[:-1]:
+                    self._take(*one)
+                self._length += sum(len(text) for _, text in batch)
+                self._digest = digest.copy()
+                batch = []
+                self._digest.update(line)
+            digest.update(line)
+        # Part of the first line is a start that was killed while it wrote it; anything else without
+        # an attestation is a file of somebody else, which opening it would cut to nothing.
+        if self._length == 0 and (
+            number > 1 or not nothing.startswith(b"".join(text for _, text in batch))
+        ):
+            raise InputError(
+                f"{self._path}: not unfinished answers as this version writes them; "
+                "move the file away to start again"
+            )
+
+    def _take(self, number: int, line: bytes) -> None:
+        try:
+            prompt, finished = self._read_record(parse_json(line, place=None))
+            require(prompt not in self.finished, f"the prompt of line {prompt} is answered twice")
+        except InputError as error:
+            raise InputError(
+                f"{self._path}:{number}: {error}; remove the file to start again"
+            ) from error
+        self.finished[prompt] = finished
+
+
+def _attestation(digest: Any) -> bytes:
+    return _ATTESTS + json.dumps(digest.hexdigest()).encode() + b"}\n"

@@ -1,0 +1,314 @@
+"""Captures the target's states of the training rows, for runs that do not run the target.
+
+The target's forward is most of a step, and every run over the same rows repeats it. So it can be
+run once, and its states stored in the order of the rows:
+
+    DIR/manifest.json             what is captured and the rows of each shard, there first
+    DIR/shard-00000.arrayrecord   row 0, row 1, ...: ids and mask [n], features [n, C*D] and, if
+                                  asked for, target_states [n, D]
+    DIR/shard-00001.partial       a shard that is being written; renamed once it is whole
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import BESIDE
+from domino_jax.base.progress import Reporter
+from domino_jax.config.model import DecoderConfig
+from domino_jax.config.run import RunConfig
+from domino_jax.data.conversations import Row
+from domino_jax.data.hidden_states import (
+    MANIFEST,
+    Manifest,
+    check_manifest,
+    is_whole,
+    read_manifest,
+    rows_fingerprint,
+    shard_path,
+    shard_sizes,
+    write_manifest,
+    write_shard,
+)
+from domino_jax.data.packing import answer_tokens, row_lengths
+from domino_jax.data.pipeline import heldout_batches
+from domino_jax.sharding import constrain
+from domino_jax.target.decoder import Target
+from domino_jax.target.decoder_keys import read_decoder_config
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
+from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target
+from domino_jax.target.resolve import resolve_target
+from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
+from domino_jax.training.preflight import (
+    GIGABYTE,
+    check_conversations,
+    check_one_process,
+    check_packages,
+    free_bytes,
+)
+from domino_jax.training.program import scanned_target
+from domino_jax.training.step import Batch
+
+LENGTH_STEP = 64  # padding that the target runs over, at most; a power of 2, for any mesh
+SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
+
+
+def capture(
+    config: RunConfig,
+    directory: str | Path,
+    *,
+    dtype: str,
+    target_states: bool,
+    limit_gb: float,
+    confirmed: bool,
+    reporter: Reporter,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes the captured states of `data.train` to a directory, or resumes an earlier start.
+
+    Shards that are there are read once: whole ones stay as they are, damaged ones are written
+    again. Rows are not packed: a run may pack them or not.
+
+    Args:
+        config: the run whose rows, target and layers are captured.
+        directory: for `data.hidden_states` of runs; made where missing.
+        dtype: stored type, "float32" or "bfloat16".
+        target_states: store the target's states after its final norm as well, which needs all of
+            its layers.
+        limit_gb: more than this many gigabytes are written only when confirmed.
+        confirmed: the size has been agreed to.
+        reporter: is told the size before anything is written, and each shard.
+        shard_bytes: size of a shard.
+    Raises:
+        InputError: no rows, a directory that holds something else, too much for the limit or the
+            disk, or several processes.
+    """
+    directory = Path(directory)
+    _check_directory(directory)
+    work = _read(config, dtype=dtype, target_states=target_states, reporter=reporter)
+    rows, mesh = work.rows, work.mesh
+    manifest = _planned(directory, work.manifest, shard_bytes=shard_bytes)
+    # Before the target is loaded: a size that is refused should cost seconds.
+    missing = _agreed(
+        directory, manifest, limit_gb=limit_gb, confirmed=confirmed, reporter=reporter
+    )
+    if not missing:
+        reporter.say("every shard is there")
+        return
+    target = _load(work.target, work.config, manifest, mesh, reporter=reporter)
+    directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
+    # Before its shards: without a manifest nobody could tell what they are, or resume them.
+    write_manifest(directory, manifest)
+    with jax.set_mesh(mesh):
+        states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
+        reporter.say("compiling")
+        written = 0
+        began = time.monotonic()
+        shards = len(manifest.shard_rows)
+        with reporter.bar("shard", total=shards, done=shards - len(missing)) as bar:
+            for done, index in enumerate(missing, start=shards - len(missing) + 1):
+                first = sum(manifest.shard_rows[:index])
+                part = rows[first : first + manifest.shard_rows[index]]
+                write_shard(directory, index, states(part))
+                written += len(part)
+                speed = written / (time.monotonic() - began)
+                bar.tell(done, f"written, {speed:.1f} rows/s")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be captured: `manifest` says it, its shards not yet; `target` is the directory."""
+
+    target: Path
+    config: DecoderConfig
+    rows: Sequence[Row]
+    manifest: Manifest
+    mesh: Mesh
+
+
+def _read(config: RunConfig, *, dtype: str, target_states: bool, reporter: Reporter) -> _Work:
+    """Checks and reads what a capture needs but the weights: what is free first, the rows last."""
+    if config.data.train is None:
+        raise InputError("data.train is missing: capture reads conversations")
+    check_one_process("capture")
+    check_packages(("grain", "array_record"))
+    check_conversations("data.train", config.data.train)
+    mesh = run_mesh(config)
+    path = resolve_target(config.target, reporter=reporter)
+    target_config = read_decoder_config(path, dtype=config.dtype)
+    open_target(path, target_config)  # its headers are checked; the weights stay unread
+    tokenizer = load_tokenizer(path)
+    layers = draft_of(config, target_config, tokenizer).target_layer_ids
+    rows = read_rows(config.data.train, tokenizer, config.data, reporter=reporter).rows
+    manifest = Manifest(
+        target=target_fingerprint(path),
+        tokenizer=tokenizer_fingerprint(path, tokenizer),
+        rows=rows_fingerprint(rows),
+        target_layer_ids=layers,
+        hidden_size=target_config.hidden_size,
+        dtype=dtype,
+        compute_dtype=config.dtype,
+        max_length=config.data.max_length,
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        mask_reasoning_content=config.data.mask_reasoning_content,
+        target_states=target_states,
+        row_lengths=tuple(row_lengths(rows)),
+        shard_rows=(),
+        answer_tokens=answer_tokens(rows),
+    )
+    return _Work(path, target_config, rows, manifest, mesh)
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuses a directory that holds something else than captured states."""
+    if (directory / MANIFEST).is_file():
+        return
+    # All that a kill during the first start can leave: the manifest is written before any shard.
+    unfinished = MANIFEST + BESIDE
+    if directory.exists() and (
+        not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir())
+    ):
+        raise InputError(
+            f"{directory}: not an empty directory and not one of captured states; give a new one"
+        )
+
+
+def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manifest:
+    """The manifest with its shards: new ones, or those of an earlier start.
+
+    An earlier start must have been asked for the same.
+    """
+    if (directory / MANIFEST).is_file():
+        found = read_manifest(directory)
+        # `rows` attests the lengths too, and shards stay cut as they were when they were begun.
+        names = [
+            name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")
+        ]
+        check_manifest(directory, found, {name: getattr(manifest, name) for name in names})
+        return found
+    sizes = [length * manifest.token_bytes for length in manifest.row_lengths]
+    return replace(manifest, shard_rows=shard_sizes(sizes, shard_bytes=shard_bytes))
+
+
+def _agreed(
+    directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, reporter: Reporter
+) -> list[int]:
+    """The shards still to be written, once their size is told.
+
+    The size must lie within the limit or be confirmed, and fit the disk.
+    """
+    tokens = sum(manifest.row_lengths)
+    total = tokens * manifest.token_bytes
+    missing = []
+    for index, count in enumerate(manifest.shard_rows):
+        if not is_whole(directory, index, count):
+            missing.append(index)
+            path = shard_path(directory, index)
+            if path.exists():  # shards are renamed when they are whole, so this one broke later
+                reporter.say(f"{path}: damaged, it is written again")
+    bounds = [0, *itertools.accumulate(manifest.shard_rows)]
+    left_tokens = 0
+    for index in missing:
+        left_tokens += sum(manifest.row_lengths[bounds[index] : bounds[index + 1]])
+    left = left_tokens * manifest.token_bytes
+    done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
+    reporter.say(
+        f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of "
+        f"{len(manifest.row_lengths)} rows, {manifest.token_bytes} bytes each{done}"
+    )
+    # The limit is on all that will lie there, the disk has to hold only what is missing.
+    if total > limit_gb * GIGABYTE and not confirmed:
+        raise InputError(
+            f"{directory}: would take {total / GIGABYTE:.3g} GB, above the limit of "
+            f"{limit_gb:g} GB; --yes writes it all the same, --limit-gb sets another limit"
+        )
+    free = free_bytes(directory)
+    if left > free:
+        raise InputError(
+            f"{directory}: {left / GIGABYTE:.3g} GB to be written, {free / GIGABYTE:.3g} GB free "
+            "on the disk"
+        )
+    return missing
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The target as it is run: `model`, cut after the last layer that is captured, and `params`."""
+
+    model: Target
+    params: Any
+
+
+def _load(
+    path: Path,
+    config: DecoderConfig,
+    manifest: Manifest,
+    mesh: Mesh,
+    *,
+    reporter: Reporter,
+) -> _Captured:
+    reporter.say(f"loading the target {path}, {config.dtype}")
+    layers = manifest.target_layer_ids
+    # Nothing reads the layers behind the last captured one, but for the final norm's states.
+    depth = config.num_hidden_layers if manifest.target_states else max(layers) + 1
+    model = scanned_target(config, capture=layers, depth=depth, mesh=mesh, packed=False)
+    return _Captured(model, load_sharded_target(path, model, mesh).params)
+
+
+class _CapturedStates:
+    """Rows -> the same rows with what the target computed for them.
+
+    One compiled program for each multiple of `LENGTH_STEP` that a batch is long.
+    """
+
+    def __init__(
+        self,
+        target: _Captured,
+        manifest: Manifest,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+    ) -> None:
+        self._params = target.params
+        self._put = functools.partial(device_batch, mesh, micro_batches=1)
+        self._batch_size = batch_size
+        self._max_length = manifest.max_length
+
+        def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+            tokens = constrain(batch.input_ids[0], "batch", "length")
+            output = target.model.apply({"params": params}, tokens)
+            # Cast here and not on the host: as bfloat16 half the bytes leave the device.
+            final = output.hidden.astype(manifest.dtype) if manifest.target_states else None
+            return output.features.astype(manifest.dtype), final
+
+        self._states = jax.jit(states)
+
+    def __call__(self, rows: Sequence[Row]) -> Iterator[Row]:
+        batches = heldout_batches(rows, batch_size=self._batch_size, max_length=self._max_length)
+        for index, batch in enumerate(batches):
+            first = index * self._batch_size
+            # By the rows and not by the batch, whose last slots may be filled up with empty rows.
+            own_rows = rows[first : first + self._batch_size]
+            shorter = self._without_padding(batch, max(len(row.input_ids) for row in own_rows))
+            features, final = jax.device_get(self._states(self._params, self._put(shorter)))
+            for slot, row in enumerate(own_rows):
+                length = len(row.input_ids)
+                own = None if final is None else final[slot, :length]
+                yield replace(row, features=features[slot, :length], target_states=own)
+
+    def _without_padding(self, batch: dict[str, np.ndarray], longest: int) -> dict[str, np.ndarray]:
+        """A batch cut behind its longest row: the target sees nothing that lies behind a token."""
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self._max_length)
+        return {
+            name: array[:, :length] if array.shape[1:] == (self._max_length,) else array
+            for name, array in batch.items()
+        }

@@ -1,0 +1,1 @@
+"""Acceptance length, its intervals and baselines, speed, and servers beside ours."""

@@ -1,0 +1,89 @@
+"""The target's own greedy answers to a set are the same for every draft: they are decoded once.
+
+They lie in the user's cache, each set in a file whose name is the hash of all that they depend on,
+so that another target, prompt, length, type or version finds other ones:
+
+    answers/3f9a....json    {"identity": {...}, "tokens": [[...], ...], "stopped": [...]}
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_json, write_whole
+from domino_jax.base.progress import STDERR, Reporter
+from domino_jax.data.template import settings_text
+from domino_jax.decoding.generate import Answer
+
+
+def known_answers(
+    directory: Path,
+    identity: Mapping[str, Any],
+    compute: Callable[[], Sequence[Answer]],
+    *,
+    reporter: Reporter = STDERR,
+) -> Sequence[Answer]:
+    """Answers from a directory, or computed and kept there.
+
+    Args:
+        directory: of the user's cache; made where it is missing.
+        identity: all that the answers depend on, as plain values.
+        compute: decodes them.
+        reporter: is told where they cannot be kept.
+    """
+    text = settings_text(identity)
+    path = directory / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    known = _read(path, text) if path.exists() else None
+    if known is not None:
+        return known
+    answers = compute()
+    record = {
+        "identity": dict(identity),
+        "tokens": [answer.tokens.tolist() for answer in answers],
+        "stopped": [answer.stopped for answer in answers],
+    }
+    # A home that cannot be written, as in many a container, is no reason to measure nothing.
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record) + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        reporter.say(f"{directory}: {reason}; the target's answers are not kept")
+    return answers
+
+
+def prompts_sha256(prompts: Sequence[np.ndarray]) -> str:
+    """sha256, in hex, of the token ids of prompts, int32 [n] each."""
+    text = json.dumps([prompt.tolist() for prompt in prompts])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(path: Path, identity: str) -> list[Answer] | None:
+    """The answers of a file; None for one that was not written by `known_answers`."""
+    # A cache that cannot be read is no error: what it held is decoded again.
+    try:
+        record = read_json(path)
+        if settings_text(record["identity"]) != identity:
+            return None
+        pairs = zip(record["tokens"], record["stopped"], strict=True)
+        return [_answer(np.array(tokens, np.int32), bool(stopped)) for tokens, stopped in pairs]
+    except (InputError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _answer(tokens: np.ndarray, stopped: bool) -> Answer:
+    """An answer of the target alone, which verifies nothing; it has no time."""
+    count = max(len(tokens) - 1, 0)
+    return Answer(
+        tokens,
+        np.zeros(len(tokens), bool),
+        stopped,
+        committed=count,
+        verifications=count,
+        seconds=0,
+    )

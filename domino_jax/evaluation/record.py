@@ -1,0 +1,147 @@
+"""A tau says nothing without its evaluator: another template or block size gives another one.
+
+So `evaluation.json` of a run holds both, with what training said of the same draft:
+
+    {"evaluator": {target, chat template, step, block, seed, ...},
+     "training":  {first and last loss, held-out figures},
+     "cycle":     {milliseconds of a cycle by part, break-even tau, where and when},
+     "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when,
+                          "endpoint": `EndpointFigures`, where a server was asked}, ...}}
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_json, write_whole
+from domino_jax.data.template import ChatTemplate, settings_text
+
+EVALUATION = "evaluation.json"  # its name in a run directory
+PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """What figures depend on besides the draft and the prompts."""
+
+    target: str
+    target_sha256: str | None
+    chat_template: ChatTemplate
+    step: int
+    block_size: int
+    head: str | None
+    temperature: float
+    seed: int
+    max_new_tokens: int
+    dtype: str
+
+    def as_json(self) -> dict[str, Any]:
+        """As `evaluation.json` holds it."""
+        # Not `asdict`, which would take the template apart: it has a form of its own.
+        rest = {name: value for name, value in vars(self).items() if name != "chat_template"}
+        return {"target": self.target, **self.chat_template.as_json(), **rest}
+
+
+def measured(device: str) -> dict[str, Any]:
+    """When and where a figure was measured: without it, no speed means anything.
+
+    Args:
+        device: what computed, as jax calls it.
+    """
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "device": device,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def hardware() -> str:
+    """The cores of this machine."""
+    return f"{os.cpu_count()} x {processor()}"
+
+
+def processor() -> str:
+    """The name of this machine's cores."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def set_names(files: Sequence[Path], place: Path) -> list[str]:
+    """What files of prompts are called in an evaluation: `prompts/everyday.jsonl.gz` -> everyday.
+
+    Args:
+        files: of prompts, one a set.
+        place: of the evaluation, for the message.
+    Raises:
+        InputError: two of them would be one set.
+    """
+    names = [path.name.split(".jsonl")[0] for path in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two files of prompts would both be called {name} in {place}")
+    return names
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an evaluation holds already: its sets, and the times of a cycle where it has them."""
+
+    sets: Mapping[str, Any]
+    cycle: Mapping[str, Any] | None
+
+
+def read_earlier(path: Path, evaluator: Evaluator) -> Earlier:
+    """An evaluation that more sets are added to; an empty one where there is no file.
+
+    Raises:
+        InputError: it was measured otherwise: with another checkpoint or length, for example.
+    """
+    if not path.exists():
+        return Earlier({}, None)
+    record = read_json(path)
+    known, now = record.get("evaluator"), evaluator.as_json()
+    sets, cycle = record.get("sets"), record.get("cycle")
+    # Null where nothing was timed.
+    if not (isinstance(known, dict) and isinstance(sets, dict) and isinstance(cycle or {}, dict)):
+        raise InputError(f"{path}: not an evaluation; remove it, or leave --append out")
+    for name, value in now.items():
+        # As text: JSON has lists where Python may have tuples.
+        if settings_text(known.get(name)) != settings_text(value):
+            raise InputError(
+                f"{path}: was measured with {name} {settings_text(known.get(name))}, this is "
+                f"{settings_text(value)}; leave --append out to replace it"
+            )
+    return Earlier(sets, cycle)
+
+
+def write_evaluation(
+    path: Path,
+    evaluator: Evaluator,
+    *,
+    training: Mapping[str, Any],
+    cycle: Mapping[str, Any] | None,
+    sets: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Writes an evaluation, whole, and returns what was written.
+
+    Args:
+        path: the file.
+        evaluator: of all sets.
+        training: figures of the run's log.
+        cycle: `CycleTimes.as_json` and where it was measured; None where nothing was timed.
+        sets: name -> its file and the figures of `SetFigures.as_json`.
+    """
+    record = {"evaluator": evaluator.as_json(), "training": training, "cycle": cycle, "sets": sets}
+    write_whole(path, json.dumps(record, indent=1) + "\n")
+    return record

@@ -1,0 +1,147 @@
+"""What greedy decoding commits is the target's own text: where that is known, drafts run alone.
+
+Verifying is what costs, and several ways to draft are measured on the same prompts. So the target
+reads each text once, and all tokens of an answer are anchors at once, as in training. A draft is
+kept as far as it says what the text says; so far the head has read the text, too:
+
+    text    t0 t1 t2 t3 t4 t5
+    at t0      t1 t2  x            2 kept: the cycle from t0 on writes t1 t2 and the target's own t3
+    at t1          x               0
+    at t2             t3 t4  x     2
+    at t3                 x        0: the cycle from t3 on writes the target's own t4
+
+The counts are decoding's, but where two logits are a tie for the arithmetic.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax.decoding.decoder import Decoder, Weights
+from domino_jax.decoding.generate import Answer
+from domino_jax.decoding.speculate import bucketed, remember
+from domino_jax.draft.backbone import output_logits
+from domino_jax.draft.mask import layer_spans
+from domino_jax.evaluation.counts import in_cycles
+from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.kv_cache import Cache
+from domino_jax.kernels.matmul import vocabulary_logits
+from domino_jax.target.decoder import lm_head_weight
+
+DRAFTED = 512  # positions at a time: their logits are held, [DRAFTED, V]
+
+
+def replayed(
+    ways: Mapping[str, Decoder],
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[Answer],
+    *,
+    slots: int,
+    max_new_tokens: int,
+) -> dict[str, list[Answer]]:
+    """Known answers as each way to draft would have written them.
+
+    Args:
+        ways: one target and draft at temperature 0, with their own proposals, head on or off.
+        weights: parameters of both.
+        prompts: token ids, at least one each.
+        answers: the target's own greedy ones.
+        slots: positions of the context; those of the longest text at least.
+        max_new_tokens: of the longest answer at least. Another number, as other slots, is another
+            program.
+    Returns:
+        By way, one `Answer` per prompt; it has no time.
+    """
+    pairs = zip(prompts, answers, strict=True)
+    texts = [np.concatenate([prompt, answer.tokens]) for prompt, answer in pairs]
+    padded = np.zeros((len(texts), bucketed(max(map(len, texts)))), np.int32)
+    for index, text in enumerate(texts):
+        padded[index, : len(text)] = text
+    begins = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
+    one = next(iter(ways.values()))
+    # One program, however many proposals: those of a block are cut below.
+    decoder = replace(one, proposals=0, use_head=any(way.use_head for way in ways.values()))
+    tokens, context = _read(decoder, weights, jnp.asarray(padded), slots=slots)
+    base, corrected = map(
+        np.asarray, _kept(decoder, weights, tokens, context, begins, count=max_new_tokens)
+    )
+    written = {}
+    for name, way in ways.items():
+        kept = np.minimum(corrected if way.use_head else base, way.proposals)
+        written[name] = [in_cycles(*pair) for pair in zip(answers, kept, strict=True)]
+    return written
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "slots"))
+def _read(
+    decoder: Decoder, weights: Weights, texts: jax.Array, *, slots: int
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Texts [B, T] and the draft's context of them, both filled up to `slots`."""
+    assert decoder.draft is not None
+    batch, padded = texts.shape
+    features = decoder.target.apply({"params": weights.target}, texts).features
+    empty = decoder.draft.empty_cache(batch=batch, slots=max(slots, padded))
+    context = remember(decoder, weights, empty, features, jnp.zeros(batch, jnp.int32))
+    return jnp.pad(texts, ((0, 0), (0, max(slots - padded, 0)))), context
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "count"))
+def _kept(
+    decoder: Decoder,
+    weights: Weights,
+    tokens: jax.Array,
+    context: tuple[Cache, ...],
+    begins: jax.Array,
+    *,
+    count: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Drafted tokens that agree behind each of `count` tokens from `begins`, [B]: two [B, count].
+
+    Those of the backbone alone, and with the head.
+    """
+    assert decoder.draft is not None
+    cfg = decoder.draft.cfg
+    model = decoder.draft.bind({"params": weights.draft})
+    embedding, lm_head = weights.target["embed_tokens"], lm_head_weight(weights.target)
+    batch, slots = tokens.shape
+    used = jnp.ones((batch, 1), bool)
+    offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
+
+    def of_anchors(anchors: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, N] -> two of it
+        # The anchor, and what each prediction should say.
+        places = anchors[..., None] + jnp.arange(cfg.num_predictions + 1, dtype=jnp.int32)
+        flat = jnp.minimum(places, slots - 1).reshape(batch, -1)
+        text = jnp.take_along_axis(tokens, flat, axis=1).reshape(places.shape)
+        noise = jnp.where(offsets == 0, text[..., :1], cfg.mask_token_id)
+        # The context holds later states too, which no block sees: its spans end at the anchor.
+        hidden = model.block_states(
+            context,
+            jnp.take(embedding, noise, axis=0),
+            anchors[..., None] + offsets,
+            layer_spans(cfg, anchors, jnp.broadcast_to(used, anchors.shape)),
+        )
+        hidden = model.prediction_states(hidden)
+        base = output_logits(cfg, vocabulary_logits(hidden, lm_head))
+        agreeing = _agreeing(base, text)
+        if not decoder.use_head:
+            return agreeing, agreeing
+        factors = model.corrections(hidden, jnp.take(embedding, text[..., :-1], axis=0))
+        return agreeing, _agreeing(base + vocabulary_logits(factors, model.head.expansion), text)
+
+    at_once = max(DRAFTED // (batch * cfg.block_size), 1)
+    turns = -(-count // at_once)
+    anchors = begins[:, None] + jnp.arange(turns * at_once, dtype=jnp.int32)
+    kept = jax.lax.map(of_anchors, anchors.reshape(batch, turns, at_once).swapaxes(0, 1))
+    base, corrected = (one.swapaxes(0, 1).reshape(batch, -1)[:, :count] for one in kept)
+    return base, corrected
+
+
+def _agreeing(logits: jax.Array, text: jax.Array) -> jax.Array:
+    """How many predictions say what the text does, [B, N, M, V], [B, N, 1 + M] -> [B, N]."""
+    agrees = most_likely(logits) == text[..., 1:]
+    return jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=-1), axis=-1)

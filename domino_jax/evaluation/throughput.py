@@ -1,0 +1,83 @@
+"""How fast a user gets an answer: one prompt after the other, with the draft and without, in turns.
+
+A machine slows down and recovers; two ways that take turns at each prompt are slowed down alike.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from domino_jax.base.progress import STDERR, Reporter
+from domino_jax.decoding.decoder import Decoder, Weights, alone
+from domino_jax.decoding.generate import Answer, generate
+from domino_jax.decoding.speculate import required_slots
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second at batch 1, reading the prompt included, of the first prompts of a set."""
+
+    prompts: int
+    tokens_per_second: float
+    tokens_per_second_plain: float
+
+    @property
+    def speed_up(self) -> float:
+        """With the draft over the target alone."""
+        return self.tokens_per_second / self.tokens_per_second_plain
+
+    def as_json(self) -> dict[str, Any]:
+        """As `evaluation.json` holds it."""
+        return asdict(self) | {"speed_up": self.speed_up}
+
+
+def measured_speed(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    slots: int,
+    seed: int = 0,
+    reporter: Reporter = STDERR,
+) -> tuple[Speed | None, list[Answer]]:
+    """Tokens per second of a target with its draft and alone, in turns, programs warmed up.
+
+    Args:
+        decoder: target and draft.
+        weights: parameters of both.
+        prompts: token ids of each prompt; of none nothing is measured.
+        max_new_tokens: per answer.
+        slots: cache positions, see `speculate.start`; enough for an answer of two tokens.
+        seed: of the sampler.
+        reporter: is told each prompt.
+    Returns:
+        The figures, and the answers with the draft.
+    """
+    if not prompts:
+        return None, []
+    run = functools.partial(generate, weights=weights, slots=slots, seed=seed)
+    ways = {"plain": alone(decoder), "drafted": decoder}
+    # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
+    buckets = {required_slots(ways["plain"], len(prompt), 0): prompt for prompt in prompts}
+    for way in ways.values():
+        for prompt in buckets.values():
+            # Two tokens: the pass over the prompt gives the first, so the loop runs for another.
+            run(way, prompts=[prompt], max_new_tokens=2)
+    taken = dict.fromkeys(ways, 0.0)
+    answers: dict[str, list[Answer]] = {name: [] for name in ways}
+    with reporter.bar("timed", total=len(prompts)) as bar:
+        for done, prompt in enumerate(prompts, start=1):
+            # In turns: where a machine slows down, it slows both.
+            for name, way in ways.items():
+                (answer,) = run(way, prompts=[prompt], max_new_tokens=max_new_tokens)
+                taken[name] += answer.seconds
+                answers[name].append(answer)
+            bar.tell(done)
+    speed = {
+        name: sum(len(answer.tokens) for answer in answers[name]) / taken[name] for name in ways
+    }
+    return Speed(len(prompts), speed["drafted"], speed["plain"]), answers["drafted"]

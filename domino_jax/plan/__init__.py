@@ -1,0 +1,1 @@
+"""What a step takes on a machine that is not here, from its compiled program."""

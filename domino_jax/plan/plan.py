@@ -1,0 +1,395 @@
+"""Whether a step fits is found out late, and paid for, where a machine has to be hired first.
+
+`domino plan` compiles that very step for machines that nobody owns here, and reads the program:
+
+    configuration -> the step that `train` runs, traced on this CPU -> the compiler of the place
+                                  |                                      |
+                          products by stage                 memory or a refusal, collectives,
+                                  `----------------> Plan <---------------- buffers, launches
+
+Two bounds of time come from the chip's published peaks. No step time is promised: a program reaches
+neither peak, and nothing here tells how near it comes.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from domino_jax.base.chips import CHIPS
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import write_whole
+from domino_jax.base.progress import Reporter
+from domino_jax.config.draft import make_draft_config
+from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.config.run import RunConfig
+from domino_jax.objective.objectives import reads_target
+from domino_jax.plan import hlo, jaxpr_flops
+from domino_jax.plan.topology import Compiler, Place
+from domino_jax.target.decoder_keys import read_decoder_config
+from domino_jax.target.load import load_tokenizer
+from domino_jax.target.resolve import resolve_target
+from domino_jax.training.flops import step_flops
+from domino_jax.training.inputs import draft_of, run_mesh
+from domino_jax.training.program import (
+    StepArguments,
+    batch_layout,
+    make_program,
+    resolved,
+    state_layout,
+    target_layout,
+    traced_step,
+)
+from domino_jax.training.step import Program
+
+_UNKNOWN_STEPS = 1000  # of a run whose rows are not read: constants of its schedules, no more
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """All collectives of one kind in a step; bytes are of whole arrays on one device."""
+
+    count: int
+    bytes: int
+    largest: int
+    largest_in_loop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step takes at a place; bytes, launches and seconds are of one device.
+
+    Attributes:
+        place: as it was asked for.
+        device_kind: of its devices.
+        devices: how many.
+        mesh: devices along each axis.
+        batch_size: batch rows of a micro-batch, over all devices.
+        grad_accumulation: micro-batches of a step.
+        memory_bytes: published of the device; a system may keep some of it.
+        fits: whether the compiler took it and its peak is within that memory.
+        peak_bytes: the most that the program holds at once; None where the compiler refused.
+        argument_bytes: of them, parameters, optimiser, target and batch.
+        refusal: what the compiler said instead.
+        exchanges: by kind of collective.
+        buffers: the largest arrays that operations write.
+        launches: kernels and library calls on a GPU, at most; None on a TPU.
+        bytes_moved: between memory and cores, see `hlo.bytes_moved`.
+        useful_flops: of a step on all devices by stage, every batch row full (`training.flops`).
+        executed_flops: likewise, at most (`arithmetic`).
+        float32_flops: of those, products of float32 with float32.
+        seconds_of_flops: executed FLOPs at the chip's peak.
+        seconds_of_bytes: bytes moved at the chip's bandwidth.
+        compile_seconds: on the machine that planned.
+        compiler: its name and version.
+        date: of the compilation, ISO.
+        cached: whether this was planned before.
+    """
+
+    place: str
+    device_kind: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    grad_accumulation: int
+    memory_bytes: int
+    fits: bool
+    peak_bytes: int | None
+    argument_bytes: int | None
+    refusal: str | None
+    exchanges: dict[str, Exchange]
+    buffers: tuple[hlo.Buffer, ...]
+    launches: int | None
+    bytes_moved: int | None
+    useful_flops: dict[str, float]
+    executed_flops: dict[str, float]
+    float32_flops: float
+    seconds_of_flops: float
+    seconds_of_bytes: float | None
+    compile_seconds: float
+    compiler: str
+    date: str
+    cached: bool = False
+
+    @property
+    def needed_bytes(self) -> int | None:
+        """The peak, or what a refusal says of it; None where it says nothing."""
+        if self.peak_bytes is not None or self.refusal is None:
+            return self.peak_bytes
+        # As compilers word it: "temporaries (20.50G)" or "Used 20.50G".
+        found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGTP]?)", self.refusal)
+        return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two models of a run, without weights."""
+
+    target: DecoderConfig
+    draft: DraftConfig
+
+
+def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
+    """The models of a run from its target's config.json, and its tokenizer where there is one.
+
+    Raises:
+        InputError: no such target, or the draft does not fit it.
+    """
+    path = resolve_target(config.target, reporter=reporter)
+    target = read_decoder_config(path, dtype=config.dtype)
+    if (path / "tokenizer.json").is_file():
+        return Models(target, draft_of(config, target, load_tokenizer(path)))
+    reporter.say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
+    draft = make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype)
+    return Models(target, draft)
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step ready to be compiled for its devices."""
+
+    program: Program
+    traced: jax.stages.Traced
+    lowered: jax.stages.Lowered
+    mesh: dict[str, int]
+
+
+def planned_step(config: RunConfig, models: Models, compiler: Compiler) -> PlannedStep:
+    """The step of a run for a place, traced and lowered here.
+
+    Raises:
+        InputError: mesh or batch do not divide over the devices.
+    """
+    mesh = run_mesh(config, compiler.devices)
+    config = resolved(config, mesh)
+    steps = config.train.steps or _UNKNOWN_STEPS
+    program = make_program(config, models.target, models.draft, mesh, total_steps=steps)
+    data = config.data
+    # Captured states spare the layers, unless held-out rows need them.
+    tables_only = data.features is not None and data.heldout is None
+    arguments = StepArguments(
+        state_layout(program, models.draft, mesh),
+        target_layout(program.target, mesh, tables_only=tables_only),
+        batch_layout(config, models.draft, mesh),
+    )
+    # Not `with mesh:`, under which the layers' constraints do nothing, in silence.
+    with jax.set_mesh(mesh):
+        traced = traced_step(program, arguments)
+        return PlannedStep(program, traced, traced.lower(), dict(mesh.shape))
+
+
+def plan(
+    config: RunConfig,
+    models: Models,
+    place: Place,
+    compiler: Compiler,
+    *,
+    cache: Path,
+    reporter: Reporter,
+) -> Plan:
+    """Compiles the step of a run for a place, unless that program was planned before.
+
+    Args:
+        config: the run.
+        models: of `read_models`.
+        place: where it would run.
+        compiler: of the place.
+        cache: a directory that keeps plans by program; made where it is missing.
+        reporter: is told each long stage.
+    Raises:
+        InputError: mesh or batch do not divide over the devices.
+    """
+    step = planned_step(config, models, compiler)
+    kept = cache / f"{_key(step, place, compiler)}.json"
+    if kept.is_file():
+        reporter.say(f"{place.name}, batch {config.data.batch_size}: planned before ({kept})")
+        return dataclasses.replace(read_plan(kept), cached=True)
+    reporter.say(f"compiling for {place.name}, batch {config.data.batch_size}")
+    began = time.monotonic()
+    made = _compiled_plan(config, models, place, compiler, step=step)
+    reporter.say(f"compiled for {place.name} in {time.monotonic() - began:.0f} s")
+    cache.mkdir(parents=True, exist_ok=True)
+    write_json(kept, dataclasses.asdict(made))
+    return made
+
+
+def _key(step: PlannedStep, place: Place, compiler: Compiler) -> str:
+    """The program, its place, the compiler, and the code that reads what comes out."""
+    # So that a plan which older code made is not taken for one of this code.
+    readers = [Path(module.__file__ or "").read_text() for module in (hlo, jaxpr_flops)]
+    readers.append(Path(__file__).read_text())
+    told = (step.lowered.as_text(), place.name, jax.__version__, compiler.version, *readers)
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+
+def _compiled_plan(
+    config: RunConfig, models: Models, place: Place, compiler: Compiler, *, step: PlannedStep
+) -> Plan:
+    device = compiler.devices[0]
+    chip = CHIPS[device.device_kind]
+    count = len(compiler.devices)
+    # Which piece holds the last supervised block only data knows: at most the loss runs all.
+    pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)
+    products = jaxpr_flops.products(step.traced, platform=device.platform, unknown_turns=pieces)
+    executed = jaxpr_flops.flops_by_stage(products)
+    began = time.monotonic()
+    outcome = compile_step(step.lowered, place, compiler)
+    seconds = time.monotonic() - began
+    read = _read(outcome, pieces, place) if outcome.refusal is None else {}
+    moved = read.get("bytes_moved")
+    peak = outcome.peak_bytes
+    return Plan(
+        place=place.name,
+        device_kind=device.device_kind,
+        devices=count,
+        mesh=step.mesh,
+        batch_size=config.data.batch_size,
+        grad_accumulation=config.optimizer.grad_accumulation,
+        memory_bytes=chip.memory,
+        fits=peak is not None and peak <= chip.memory,
+        peak_bytes=peak,
+        argument_bytes=outcome.argument_bytes,
+        refusal=outcome.refusal,
+        exchanges=read.get("exchanges", {}),
+        buffers=read.get("buffers", ()),
+        launches=read.get("launches"),
+        bytes_moved=moved,
+        useful_flops=_useful_flops(config, models),
+        executed_flops=executed,
+        float32_flops=jaxpr_flops.float32_flops(products),
+        seconds_of_flops=sum(executed.values()) / count / chip.flops,
+        seconds_of_bytes=None if moved is None else moved / chip.bandwidth,
+        compile_seconds=seconds,
+        compiler=f"jax {jax.__version__}, {compiler.version}",
+        date=datetime.date.today().isoformat(),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compiler gave: the program's text and memory, or its refusal."""
+
+    text: str = ""
+    peak_bytes: int | None = None
+    argument_bytes: int | None = None
+    refusal: str | None = None
+
+
+def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) -> Outcome:
+    """Compiles a lowered step for a place."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = dict(compiler.options)
+        if place.is_tpu:
+            # A large TPU program may crash `as_text`; a dump is the same text.
+            options |= {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
+        try:
+            program = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise  # a fault of the program or of the compiler, not an answer
+            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            return Outcome(refusal=" ".join(said[:2])[:400])
+        if place.is_tpu:
+            # The step's is the longest: small modules may be dumped beside it.
+            dumps = Path(scratch).rglob("*.after_optimizations.txt")
+            text = max((dump.read_text() for dump in dumps), key=len)
+        else:
+            text = program.as_text() or ""
+    memory = program.memory_analysis()
+    assert memory is not None
+    peak = memory.peak_memory_in_bytes
+    if not peak:  # 0: this compiler does not tell it
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return Outcome(text, peak, memory.argument_size_in_bytes)
+
+
+def _read(outcome: Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
+    program = hlo.read_program(outcome.text, unknown_turns=unknown_turns)
+    exchanges: dict[str, Exchange] = {}
+    for one in hlo.collectives(program):
+        so_far = exchanges.get(one.kind, Exchange(0, 0, 0, 0))
+        exchanges[one.kind] = Exchange(
+            so_far.count + one.times,
+            so_far.bytes + one.bytes * one.times,
+            max(so_far.largest, one.bytes),
+            max(so_far.largest_in_loop, one.bytes if one.loop else 0),
+        )
+    return {
+        "exchanges": exchanges,
+        "buffers": tuple(hlo.largest_buffers(program)),
+        "launches": None if place.is_tpu else hlo.launches(program),
+        "bytes_moved": hlo.bytes_moved(program),
+    }
+
+
+def _useful_flops(config: RunConfig, models: Models) -> dict[str, float]:
+    parts = step_flops(
+        models.draft,
+        config.data.max_length,
+        config.loss.num_anchors,
+        target=models.target if config.data.features is None else None,  # captured before
+        target_logits=reads_target(config.loss),
+    )
+    batch_rows = config.data.batch_size * config.optimizer.grad_accumulation
+    return {stage: flops * batch_rows for stage, flops in parts.items()}
+
+
+def largest_batch(
+    config: RunConfig, planned: Callable[[RunConfig], Plan], *, multiple_of: int
+) -> Plan:
+    """The plan of the largest `data.batch_size` that fits, or of the smallest, which does not.
+
+    A step is taken to fit up to some batch size and not beyond.
+
+    Args:
+        config: the run; its own batch size is the first to be tried.
+        planned: the plan of a run; asked for as few as it takes: it may compile for minutes.
+        multiple_of: what every batch size is a multiple of.
+    """
+    plans: dict[int, Plan] = {}
+
+    def fits(count: int) -> bool:
+        data = dataclasses.replace(config.data, batch_size=count * multiple_of)
+        plans[count] = planned(dataclasses.replace(config, data=data))
+        return plans[count].fits
+
+    good, bad = 0, max(config.data.batch_size // multiple_of, 1)
+    while fits(bad):
+        good, bad = bad, bad * 2
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return plans[good or 1]
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads a plan that `write_json` wrote."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree["exchanges"] = {kind: Exchange(**one) for kind, one in tree["exchanges"].items()}
+    tree["buffers"] = tuple(hlo.Buffer(**one) for one in tree["buffers"])
+    return Plan(**tree)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes JSON beside its place and renames it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        write_whole(path, json.dumps(tree, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error

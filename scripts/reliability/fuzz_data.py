@@ -1,0 +1,233 @@
+"""The parsers of data, which users bring and verbs write; see `fuzz_parsers.py`.
+
+Conversations, captured states, unfinished answers and logs.
+"""
+
+import gzip
+import hashlib
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fuzz_mutations as mutations
+from fuzz_cases import Case, Parser, as_json, json_cases
+
+ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "Hello."}]
+
+
+def data_parsers(directory: Path) -> list[Parser]:
+    """Those that read rows, captures, answers and logs."""
+    return [
+        _conversations(directory),
+        _packed_conversations(directory),
+        _manifest(directory),
+        _partial_answers(directory),
+        _metrics(directory),
+    ]
+
+
+def _settings() -> Any:
+    """How the answers below were asked for."""
+    from domino_jax.datagen.regenerate import AnswerSettings
+
+    return AnswerSettings(
+        target="t",
+        max_new_tokens=8,
+        temperature=0.0,
+        top_k=None,
+        top_p=None,
+        seed=0,
+        dtype="float32",
+        batch_size=2,
+        chat_template_kwargs={},
+    )
+
+
+def _answer_line() -> dict[str, Any]:
+    return {"messages": ANSWERED, "finished": True, "generator": asdict(_settings())}
+
+
+def _conversations(directory: Path) -> Parser:
+    """A line of a JSONL file, behind one that is right."""
+    from domino_jax.base.errors import InputError
+    from domino_jax.data.conversations import read_messages
+
+    lines = directory / "rows.jsonl"
+    good_line, line = as_json({"messages": ASKED}), _answer_line()
+
+    def read(content: bytes) -> Any:
+        lines.write_bytes(good_line + b"\n" + _one_line(content))
+        found = read_messages(lines)
+        if found.bad_lines:  # what was wrong with the line
+            raise InputError(found.bad_lines[0].reason)
+        return found
+
+    def words(content: bytes) -> list[str]:
+        lines.write_bytes(_one_line(content))
+        made, target = str(directory / "new.jsonl"), str(directory / "target")
+        return ["regenerate", str(lines), made, "--target", target]
+
+    return Parser(
+        name="lines of data",
+        weight=35,
+        good=as_json(line),
+        cases=json_cases(line, {"messages": ASKED}),
+        read=read,
+        wrong=_wrong_lines,
+        words=words,
+    )
+
+
+def _packed_conversations(directory: Path) -> Parser:
+    """A file of lines as gzip packs it, damaged anywhere."""
+    from domino_jax.data.conversations import read_messages
+
+    path = directory / "rows.jsonl.gz"
+    packed = gzip.compress(as_json(_answer_line()) + b"\n", mtime=0)
+
+    def cases(rng: random.Random) -> Case:
+        return Case(mutations.mutated_bytes(rng, packed))
+
+    def read(content: bytes) -> Any:
+        path.write_bytes(content)
+        return read_messages(path)
+
+    return Parser(
+        name="packed data", weight=8, good=packed, cases=cases, read=read, wrong=_wrong_lines
+    )
+
+
+def _one_line(content: bytes) -> bytes:
+    return content.replace(b"\n", b" ") + b"\n"
+
+
+def _wrong_lines(found: Any) -> str | None:
+    for _, messages in found.conversations:
+        asked = False
+        for message in messages:
+            if (
+                message["role"] not in ("system", "user", "assistant")
+                or not message["content"].strip()
+            ):
+                return "a message without its role or text"
+            message["content"].encode()
+            asked |= message["role"] == "user"
+            if message["role"] == "assistant" and not asked:
+                return "an answer to nothing"
+    return None
+
+
+def _manifest(directory: Path) -> Parser:
+    """What is said of captured states."""
+    from domino_jax.data.hidden_states import read_manifest
+
+    place = directory / "capture" / "manifest.json"
+    place.parent.mkdir()
+    manifest = {
+        "target": "a" * 64,
+        "tokenizer": "b" * 64,
+        "rows": "c" * 64,
+        "target_layer_ids": [0, 2],
+        "hidden_size": 16,
+        "dtype": "bfloat16",
+        "compute_dtype": "float32",
+        "max_length": 24,
+        "mask_reasoning_content": False,
+        "target_states": True,
+        "row_lengths": [9, 24, 3],
+        "shard_rows": [2, 1],
+        "chat_template_kwargs": {"a": 1},
+    }
+
+    def read(content: bytes) -> Any:
+        place.write_bytes(content)
+        return read_manifest(place.parent)
+
+    def words(content: bytes) -> list[str]:
+        place.write_bytes(content)
+        config = str(directory / "valid" / "config.yaml")
+        return ["train", config, "data.train=null", f"data.features={place.parent}"]
+
+    return Parser(
+        name="capture manifest",
+        weight=12,
+        good=as_json(manifest),
+        cases=json_cases(manifest),
+        read=read,
+        wrong=_wrong_manifest,
+        words=words,
+    )
+
+
+def _wrong_manifest(found: Any) -> str | None:
+    held = sum(found.shard_rows) == len(found.row_lengths) and min(found.shard_rows) > 0
+    fits = all(0 < length <= found.max_length for length in found.row_lengths)
+    known = {found.dtype, found.compute_dtype} <= {"float32", "bfloat16"}
+    sized = 0 < found.hidden_size <= 2**24
+    layers = list(found.target_layer_ids)
+    rising = bool(layers) and layers == sorted(set(layers)) and layers[0] >= 0
+    return None if held and fits and known and sized and rising else "a manifest of no capture"
+
+
+def _partial_answers(directory: Path) -> Parser:
+    """A line of unfinished answers, attested."""
+    from domino_jax.datagen.batch_log import BatchLog, _attestation
+    from domino_jax.datagen.regenerate import _read_answer
+
+    answers = directory / "answers.jsonl.partial"
+    settings, prompts, line = _settings(), {1: ASKED}, _answer_line() | {"prompt_line": 1}
+
+    def read_record(record: Any) -> tuple[int, bool]:
+        return _read_answer(record, settings, prompts, Path("prompts.jsonl"))
+
+    def read(content: bytes) -> Any:
+        # What is attested is what was written: whoever wrote it may have been wrong.
+        before = _attestation(hashlib.sha256()) + content + b"\n"
+        answers.write_bytes(before + _attestation(hashlib.sha256(before)))
+        with BatchLog(answers, read_record) as log:
+            return log.finished
+
+    def wrong(found: dict[int, bool]) -> str | None:
+        right = all(number == 1 and type(ended) is bool for number, ended in found.items())
+        return None if right else "another line"
+
+    return Parser(
+        name="partial answers",
+        weight=10,
+        good=as_json(line),
+        cases=json_cases(line),
+        read=read,
+        wrong=wrong,
+    )
+
+
+def _metrics(directory: Path) -> Parser:
+    """A line of a run's log."""
+    from domino_jax.training.log import METRICS, read_metrics
+
+    record = {
+        "step": 4,
+        "split": "train",
+        "loss": 1.5,
+        "not_finite": ["grad_norm"],
+        "grad_norm": None,
+    }
+
+    def read(content: bytes) -> Any:
+        (directory / METRICS).write_bytes(content + b"\n")
+        return read_metrics(directory)
+
+    def wrong(found: list[dict[str, Any]]) -> str | None:
+        right = all(type(one["step"]) is int for one in found)
+        return None if right else "a record without step"
+
+    return Parser(
+        name="metrics.jsonl",
+        weight=5,
+        good=as_json(record),
+        cases=json_cases(record),
+        read=read,
+        wrong=wrong,
+    )

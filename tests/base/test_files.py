@@ -1,0 +1,286 @@
+"""Files: whole or as they were, read within bounds; directories likewise."""
+
+import errno
+import gzip
+import os
+import stat
+import subprocess
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from disk import files_end_at
+
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import (
+    checked_file,
+    damage,
+    read_json,
+    read_lines,
+    read_text,
+    remove_unfinished,
+    whole_directory,
+    write_checksums,
+    write_error,
+    write_whole,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory"),
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object, found list"),
+    ],
+)
+def test_read_json_names_the_file(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=f"config.json: {message}"):
+        read_json(tmp_path / "config.json")
+
+
+def test_write_whole_leaves_what_was_there_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_whole(path, "old\n")
+    with files_end_at(2), pytest.raises(OSError, match="File too large"):
+        write_whole(path, "new\n")
+    assert path.read_text() == "old\n" and os.listdir(tmp_path) == ["config.yaml"]
+
+
+def test_write_whole_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "x", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_read_text_refuses_what_is_no_small_text_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "large").write_text("x" * 11)
+    (tmp_path / "odd").write_bytes(b"\xff")
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("large", "11 bytes, expected at most 10"),
+        ("odd", "not UTF-8 text: invalid start byte at byte 0"),
+        ("none", "No such file"),
+        ("", "directory|regular file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_text(tmp_path / name, limit=10)
+
+
+def saved(directory: Path) -> Path:
+    (directory / "params").mkdir(parents=True)
+    (directory / "params" / "d").write_bytes(b"numbers")
+    (directory / "empty").write_bytes(b"")
+    write_checksums(directory)
+    return directory
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    directory = saved(tmp_path / "10")
+    assert damage(directory) is None
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=directory, check=True)
+    (directory / "later").write_text("x")
+    assert damage(directory, unlisted=["later"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("params/d", b"numbert", "params/d does not match its checksum"),
+        ("params/d", b"number", "params/d does not match its checksum"),
+        ("empty", b"x", "empty does not match its checksum"),
+        ("params/d", None, "params/d is missing"),
+        ("params/e", b"", "params/e is not listed in SHA256SUMS"),
+        ("SHA256SUMS", None, "SHA256SUMS: No such file"),
+        ("SHA256SUMS", b"", "empty is not listed in SHA256SUMS"),
+        ("SHA256SUMS", b"\xff", "SHA256SUMS: not UTF-8"),
+    ],
+)
+def test_damage_names_the_file(
+    tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
+    directory = saved(tmp_path)
+    if content is None:
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes(content)
+    assert words in (damage(directory) or "nothing")
+
+
+@pytest.mark.pitfall(
+    "a flipped bit in a checkpoint trains on in silence",
+    seen="base/files.py: missing and new files alone looked for",
+)
+def test_every_flipped_bit_is_damage(tmp_path: Path) -> None:
+    directory = saved(tmp_path)
+    for name in ("params/d", "SHA256SUMS"):
+        whole = (directory / name).read_bytes()
+        for place in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << (place % 8)
+            (directory / name).write_bytes(flipped)
+            assert damage(directory) is not None, (name, place)
+        (directory / name).write_bytes(whole)
+    assert damage(directory) is None
+
+
+def test_read_lines_counts_and_cuts_what_is_too_long(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"ab\n\n123456789012\nabc\nend")
+    assert list(read_lines(tmp_path / "x", limit=4)) == [
+        (1, b"ab\n"),
+        (2, b"\n"),
+        (3, b"12345"),
+        (4, b"abc\n"),
+        (5, b"end"),
+    ]
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("none", "No such file"),
+        ("a\0", "null"),
+    ):
+        with pytest.raises(InputError, match=message):
+            next(read_lines(tmp_path / name))
+
+
+def test_read_lines_unpacks_gzip(tmp_path: Path) -> None:
+    text = b"ab\n\n123456789012\nabc\nend"
+    (tmp_path / "x.jsonl").write_bytes(text)
+    plain = list(read_lines(tmp_path / "x.jsonl", limit=4))
+    # Several members one behind the other are one text, also for gzip's own tools.
+    members = gzip.compress(text[:5]) + gzip.compress(text[5:])
+    for packed in (gzip.compress(text), members):
+        (tmp_path / "x.jsonl.gz").write_bytes(packed)
+        assert list(read_lines(tmp_path / "x.jsonl.gz", limit=4)) == plain
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b""))
+    assert list(read_lines(tmp_path / "x.jsonl.gz")) == []
+
+
+def test_damaged_gzip_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    lines = [b"%d %d\n" % (number, number**7) for number in range(40)]
+    whole = gzip.compress(b"".join(lines), mtime=0)
+    damaged = [whole[:end] for end in range(1, len(whole))]
+    # Not the header's flags, time and system: most of their bits say nothing of the text.
+    for place in [0, 1, 2, *range(10, len(whole))]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << (place % 8)
+        damaged.append(bytes(flipped))
+    damaged += [b"".join(lines), whole + b"rest"]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"x\.jsonl\.gz: damaged, or not gzip: .+") as caught:
+            list(read_lines(path))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"\n", b"x" * 1000], ids=["of lines", "of one line"])
+def test_a_gzip_bomb_is_refused_before_it_fills_memory(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(text * (2**19 // len(text)))
+    limit = 2**12
+    allowed = limit + 200 * path.stat().st_size
+    taken = 0
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"x\.jsonl\.gz: unpacks to more than 200 times"):
+            for _, line in read_lines(path, limit=limit):
+                taken += len(line)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken <= allowed and peak < 2**20
+
+
+def test_a_link_may_stay_in_its_model(tmp_path: Path) -> None:
+    outside = tmp_path / "secret"
+    outside.write_text("x")
+    cache = tmp_path / "hub" / "models--o--n"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "1").write_text("x")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (snapshot / "other.json").symlink_to("config.json")
+    (snapshot / "out.json").symlink_to(outside)
+    (tmp_path / "linked").symlink_to(snapshot)
+    for directory in (snapshot, tmp_path / "linked"):
+        assert checked_file(directory, "config.json") and checked_file(directory, "other.json")
+        with pytest.raises(
+            InputError, match=r"out\.json: a link out of its directory, to .*secret; .*copy it"
+        ):
+            checked_file(directory, "out.json")
+    (tmp_path / "gone").symlink_to("nowhere")
+    with pytest.raises(InputError, match="No such file"):
+        checked_file(tmp_path, "gone")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_whole_directory_appears_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "new" / "deep", tmp_path / "empty"):
+        with whole_directory(place) as beside:
+            (beside / "file").write_text("text")
+            assert not place.exists() or not names(place)
+        assert names(place) == ["file"] and names(place.parent) in (["deep"], ["empty", "new"])
+
+
+def test_whole_directory_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
+    place = tmp_path / "draft"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*draft'$") as caught,
+        whole_directory(place) as beside,
+    ):
+        (beside / "file").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(beside / "file"))
+    assert caught.value.errno == errno.ENOSPC and not names(tmp_path)
+    # Of something else, which only happened to be read inside, the name stays.
+    with pytest.raises(FileNotFoundError, match=r"'.*elsewhere'$"), whole_directory(place):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(KeyError), whole_directory(place):
+        raise KeyError
+    assert not names(tmp_path)
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "mine").write_text("")
+    with (
+        pytest.raises(InputError, match="draft: already there and not an empty directory"),
+        whole_directory(place),
+    ):
+        raise AssertionError
+    assert names(place) == ["mine"]
+
+
+def test_remove_unfinished_is_for_a_process_that_ends(tmp_path: Path) -> None:
+    # What a body has written is gone; the body, which a real process would not end, cannot
+    # publish it.
+    with pytest.raises(FileNotFoundError), whole_directory(tmp_path / "draft") as beside:
+        (beside / "file").write_text("half")
+        remove_unfinished()
+        assert not beside.exists()
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("write() failed: Disk quota exceeded; writing x; at byte 57344", errno.EDQUOT),
+        ("RESOURCE_EXHAUSTED: Error writing local file: [Read-only file system]", errno.EROFS),
+        ("something else\nin two lines", errno.EIO),
+    ],
+)
+def test_write_error_reads_what_libraries_say(said: str, number: int) -> None:
+    error = write_error(RuntimeError(said), Path("states"))
+    assert isinstance(error, OSError) and (error.errno, error.filename) == (number, "states")
+    assert "\n" not in (error.strerror or "")

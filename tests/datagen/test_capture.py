@@ -1,0 +1,345 @@
+"""Captured states: equal losses without a target, shards that survive a stop, a size told first."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import chex
+import numpy as np
+import pytest
+from tiny import CONFIG, Heard, Interrupted, quiet, run_config, write_target
+
+from domino_jax.base.errors import InputError
+from domino_jax.config.run import load_config
+from domino_jax.data.hidden_states import FeatureRows, is_whole, shard_path
+from domino_jax.datagen import capture as capture_module
+from domino_jax.datagen.capture import capture
+from domino_jax.formats.safetensors import StoredTensor
+from domino_jax.target.decoder import Target
+from domino_jax.target.load import load_target
+from domino_jax.training.log import read_metrics
+from domino_jax.training.loop import train
+from domino_jax.training.prepare import prepare
+
+LAYERS = (0, 2)
+WIDTH = CONFIG.hidden_size * len(LAYERS)
+
+
+def captured(path: Path, directory: Path, *overrides: str, **options: Any) -> list[str]:
+    """Runs a capture into many small shards; what it said."""
+    said: list[str] = []
+    given: dict[str, Any] = {
+        "dtype": "float32",
+        "target_states": False,
+        "limit_gb": 1.0,
+        "confirmed": False,
+    }
+    given |= {"shard_bytes": 12_000, "reporter": Heard(lines=said)}
+    capture(load_config(path, overrides), directory, **{**given, **options})
+    return said
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, a run's configuration, and its rows captured as float32 and as bfloat16."""
+    directory = tmp_path_factory.mktemp("capture")
+    (directory / "target").mkdir()
+    write_target(directory / "target")
+    steps = {"steps": 20, "log_every": 1, "eval_every": 20, "checkpoint_every": 20}
+    path = run_config(directory, directory / "target", train=steps, data={"max_length": 40})
+    (directory / "float32").mkdir()
+    (directory / "float32" / "manifest.json.new").write_text("half of it, as a kill leaves it")
+    captured(path, directory / "float32", target_states=True)
+    captured(path, directory / "bfloat16", dtype="bfloat16")
+    return directory
+
+
+def losses(place: Path, name: str, *overrides: str) -> np.ndarray:
+    """Every figure of a run that does not tell the time: training steps, then the held-out pass."""
+    run = place / f"run-{name}"
+    train(load_config(place / "config.yaml", [f"run_dir={run}", *overrides]), reporter=quiet())
+    names = ("loss", "final_loss", "base_loss", "accept_len", "valid_blocks")
+    return np.array([[line[name] for name in names] for line in read_metrics(run) if line["step"]])
+
+
+def offline(directory: Path) -> tuple[str, str]:
+    return "data.train=null", f"data.features={directory}"
+
+
+def test_offline_losses_equal_online_ones(place: Path) -> None:
+    online = losses(place, "online")
+    assert online.shape[0] == 21
+    np.testing.assert_allclose(
+        losses(place, "float32", *offline(place / "float32")), online, rtol=1e-6
+    )
+    half = losses(place, "bfloat16", *offline(place / "bfloat16"), "data.heldout=null")
+    np.testing.assert_allclose(half[:, :3], online[:20, :3], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
+    settings = ("data.packing=true", "data.heldout=null", "train.steps=4", "data.max_length=40")
+    online = losses(place, "packed-online", *settings)
+    np.testing.assert_allclose(
+        losses(place, "packed", *settings, *offline(place / "float32")), online, rtol=1e-5
+    )
+
+
+def test_divergence_needs_the_captured_final_states(place: Path) -> None:
+    settings = ("loss.kl_weight=0.5", "loss.loss_type=dpace", "train.steps=3", "data.heldout=null")
+    online = losses(place, "kl-online", *settings)
+    np.testing.assert_allclose(
+        losses(place, "kl", *settings, *offline(place / "float32")), online, rtol=1e-5
+    )
+    assert np.all(online[:, 0] != losses(place, "no-kl", *settings, "loss.kl_weight=0")[:, 0])
+    with pytest.raises(
+        InputError,
+        match=r"captured without the target's final states, which loss.loss_type dpace with "
+        r"loss.kl_weight 0.5 reads",
+    ):
+        losses(place, "kl-half", *settings, *offline(place / "bfloat16"))
+
+
+def test_capture_stores_the_states_of_the_target(place: Path) -> None:
+    rows, loaded = FeatureRows(place / "float32"), load_target(place / "target")
+    online = prepare(
+        load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), reporter=quiet()
+    ).rows.rows
+    assert len(rows) == len(online) == 24 and len(rows.manifest.shard_rows) > 3
+    model = Target(loaded.config, capture=LAYERS)
+    for number in (0, 9, 23):
+        row, expected = rows[number], online[number]
+        np.testing.assert_array_equal(row.input_ids, expected.input_ids)
+        np.testing.assert_array_equal(row.loss_mask, expected.loss_mask)
+        output = model.apply({"params": loaded.params}, expected.input_ids[None])
+        for found, states in ((row.features, output.features), (row.target_states, output.hidden)):
+            assert found is not None and found.dtype == np.float32
+            np.testing.assert_allclose(found, states[0], rtol=1e-4, atol=1e-5)
+    half = FeatureRows(place / "bfloat16")[3]
+    assert (
+        half.features is not None
+        and half.features.dtype.name == "bfloat16"
+        and half.target_states is None
+    )
+    assert half.features.shape == (len(half.input_ids), WIDTH)
+
+
+def test_the_target_runs_over_no_more_padding_than_a_batch_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of up to 24 tokens where 128 are allowed: the states are those of rows that fit."""
+    lengths = []
+    put = capture_module.device_batch
+
+    def heard(mesh: Any, arrays: dict[str, np.ndarray], **options: Any) -> Any:
+        lengths.append(arrays["input_ids"].shape[1])
+        return put(mesh, arrays, **options)
+
+    monkeypatch.setattr(capture_module, "device_batch", heard)
+    captured(place / "config.yaml", tmp_path / "states", "data.max_length=128", target_states=True)
+    assert set(lengths) == {capture_module.LENGTH_STEP} and len(lengths) > 3
+    wide, narrow = FeatureRows(tmp_path / "states"), FeatureRows(place / "float32")
+    for one, other in zip(wide, narrow, strict=True):
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        np.testing.assert_allclose(one.features, other.features, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(one.target_states, other.target_states, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(
+    place: Path, tmp_path: Path
+) -> None:
+    settings = ("draft.target_layer_ids=[0,3]", "data.heldout=null", "train.steps=3")
+    captured(place / "config.yaml", tmp_path / "states", *settings)
+    row, loaded = FeatureRows(tmp_path / "states")[0], load_target(place / "target")
+    hidden = Target(loaded.config).apply({"params": loaded.params}, row.input_ids[None]).hidden[0]
+    assert row.features is not None
+    np.testing.assert_allclose(row.features[:, CONFIG.hidden_size :], hidden, rtol=1e-4, atol=1e-5)
+    online = losses(place, "last-online", *settings)
+    np.testing.assert_allclose(
+        losses(place, "last", *settings, *offline(tmp_path / "states")), online, rtol=1e-6
+    )
+
+
+def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    whole = StoredTensor.read
+
+    def noted(tensor: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
+        read.append(tensor.name)
+        return whole(tensor, part)
+
+    monkeypatch.setattr(StoredTensor, "read", noted)
+    monkeypatch.setattr(FeatureRows, "__getitem__", None)
+    overrides = (
+        *offline(place / "float32"),
+        "data.heldout=null",
+        "data.packing=true",
+        f"run_dir={place / 'y'}",
+    )
+    run = prepare(load_config(place / "config.yaml", overrides), reporter=quiet())
+    assert set(run.target_params) == {"embed_tokens", "lm_head"}
+    assert set(read) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert run.rows.packs and run.rows.epoch_rows < 24
+
+
+def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Path) -> None:
+    path, directory = place / "config.yaml", tmp_path / "states"
+    with pytest.raises(KeyboardInterrupt):
+        captured(path, directory, target_states=True, reporter=Interrupted(at="shard 2/"))
+    assert [shard_path(directory, index).exists() for index in range(3)] == [True, True, False]
+    shard_path(directory, 2).with_suffix(".partial").write_bytes(b"half a shard")
+    with pytest.raises(
+        InputError, match=r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"
+    ):
+        FeatureRows(directory)
+    first = shard_path(directory, 0).stat().st_mtime_ns
+    said = captured(
+        path, directory, target_states=True, shard_bytes=99
+    )  # the shards are those it began with
+    size, loading, compiling, shard, *_ = said
+    assert loading == f"loading the target {place / 'target'}, float32" and compiling == "compiling"
+    assert "still to be written" in size and shard.startswith("shard 3/")
+    assert shard_path(directory, 0).stat().st_mtime_ns == first
+    assert sorted(x.name for x in directory.iterdir()) == sorted(
+        x.name for x in (place / "float32").iterdir()
+    )
+    for ours, whole in zip(FeatureRows(directory), FeatureRows(place / "float32"), strict=True):
+        chex.assert_trees_all_equal(ours.arrays, whole.arrays)
+    again = captured(path, directory, target_states=True)
+    assert "0 GB of it still to be written" in again[0]
+    assert again[1:] == ["every shard is there"]
+
+
+@pytest.mark.parametrize("damage", [slice(0), slice(99), slice(-1)])
+def test_a_damaged_shard_is_written_again(place: Path, tmp_path: Path, damage: slice) -> None:
+    directory = shutil.copytree(place / "float32", tmp_path / "states")
+    shard = shard_path(directory, 1)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[damage])
+    said = captured(place / "config.yaml", directory, target_states=True)
+    assert said[0] == f"{shard}: damaged, it is written again"
+    assert shard.read_bytes() == whole
+
+
+def test_a_shard_is_whole_where_all_its_bits_are(place: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(place / "float32", tmp_path / "states")
+    shard, rows = shard_path(directory, 0), FeatureRows(directory).manifest.shard_rows[0]
+    whole = shard.read_bytes()
+    assert is_whole(directory, 0, rows) and not is_whole(directory, 0, rows + 1)
+    expected, found = [FeatureRows(directory)[number] for number in range(rows)], []
+    for at in range(100, len(whole), 501):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        found.append(is_whole(directory, 0, rows))
+        if found[-1]:  # in the padding
+            for number, row in enumerate(expected):
+                chex.assert_trees_all_equal(FeatureRows(directory)[number].arrays, row.arrays)
+    assert 10 < found.count(False) < len(found)
+
+
+@pytest.mark.pitfall(
+    "offline states fill the disk",
+    seen="datagen/capture.py: the limit not asked; the size not told",
+)
+def test_the_size_is_told_first_and_limited(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, directory = place / "config.yaml", tmp_path / "new" / "states"
+    tokens = sum(FeatureRows(place / "float32").lengths)
+    each = 5 + 2 * WIDTH
+    said: list[str] = []
+    with pytest.raises(
+        InputError, match=r"above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"
+    ):
+        captured(path, directory, dtype="bfloat16", limit_gb=1e-6, reporter=Heard(lines=said))
+    total = f"{tokens * each / 1e9:.3g} GB for {tokens} tokens of 24 rows, {each} bytes each"
+    assert said == [f"{directory}: {total}"] and not directory.parent.exists()
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free)
+        with pytest.raises(InputError, match="1e-06 GB free on the disk"):
+            captured(path, directory, limit_gb=1e-6, confirmed=True)
+    assert not directory.parent.exists()
+    captured(path, directory, limit_gb=1e-6, confirmed=True)
+    size = sum(
+        shard_path(directory, i).stat().st_size
+        for i in range(len(FeatureRows(directory).manifest.shard_rows))
+    )
+    assert size > tokens * (5 + 4 * WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ((), {"dtype": "bfloat16"}, "dtype is 'float32', asked for is 'bfloat16'"),
+        ((), {"target_states": False}, "target_states is True, asked for is False"),
+        (("draft.target_layer_ids=[1]",), {}, r"target_layer_ids is \[0, 2\], asked for is \[1\]"),
+        (("data.max_length=41",), {}, "max_length is 40, asked for is 41"),
+        (
+            ("data.mask_reasoning_content=true",),
+            {},
+            "mask_reasoning_content is False, asked for is True",
+        ),
+        (("dtype=bfloat16",), {}, "compute_dtype is 'float32', asked for is 'bfloat16'"),
+        (
+            ("data.train={place}/heldout.jsonl",),
+            {},
+            r"rows is sha256 \w+, asked for is sha256 \w+; answer_tokens is 320, asked for is 64$",
+        ),
+        (
+            ("data.train=null", "data.features=x"),
+            {},
+            "data.train is missing: capture reads conversations",
+        ),
+    ],
+)
+def test_another_capture_is_not_gone_on_with(
+    place: Path, overrides: tuple[str, ...], options: dict[str, Any], message: str
+) -> None:
+    words = [word.format(place=place) for word in overrides]
+    with pytest.raises(InputError, match=message):
+        captured(
+            place / "config.yaml", place / "float32", *words, **{"target_states": True, **options}
+        )
+
+
+def test_capture_leaves_other_directories_alone(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="not an empty directory and not one of captured states"):
+        captured(place / "config.yaml", tmp_path)
+
+
+def test_training_refuses_states_of_something_else(place: Path, tmp_path: Path) -> None:
+    def refused(message: str, *overrides: str, directory: Path = place / "float32") -> None:
+        words = [f"run_dir={tmp_path / 'run'}", *offline(directory), *overrides]
+        with pytest.raises(InputError, match=message):
+            prepare(load_config(place / "config.yaml", words), reporter=quiet())
+        assert not (tmp_path / "run").exists()
+
+    refused(r"target_layer_ids is \[0, 2\], asked for is \[0, 1\]", "draft.target_layer_ids=[0,1]")
+    refused("max_length is 40, asked for is 30", "data.max_length=30")
+    other = tmp_path / "target"
+    shutil.copytree(place / "target", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    refused(
+        r"captured otherwise: target is sha256 \w+, asked for is sha256 \w+$", f"target={other}"
+    )
+    shutil.copytree(place / "target", other, dirs_exist_ok=True)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    refused(
+        r"captured otherwise: tokenizer is sha256 \w+, asked for is sha256 \w+$", f"target={other}"
+    )
+    refused("expected a directory that `domino capture` wrote", directory=tmp_path)
+
+
+def test_rows_come_from_one_place(place: Path) -> None:
+    for words, found in (
+        (["data.features=x"], "found both"),
+        (["data.train=null"], "found neither"),
+    ):
+        with pytest.raises(InputError, match=f"data: give one of train and features, {found}"):
+            load_config(place / "config.yaml", words)

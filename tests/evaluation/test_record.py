@@ -1,0 +1,93 @@
+"""The record of an evaluation: added to by the same evaluator alone, and nothing of it lost."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from domino_jax.base.errors import InputError
+from domino_jax.data.template import ChatTemplate
+from domino_jax.evaluation.record import (
+    Earlier,
+    Evaluator,
+    measured,
+    read_earlier,
+    set_names,
+    write_evaluation,
+)
+
+EVALUATOR = Evaluator(
+    target="tiny",
+    target_sha256="ab" * 32,
+    chat_template=ChatTemplate("cd" * 32, {"enable_thinking": False}),
+    step=6,
+    block_size=4,
+    head="domino",
+    temperature=0.0,
+    seed=0,
+    max_new_tokens=8,
+    dtype="float32",
+)
+SETS = {"first": {"prompts": 3}, "second": {"prompts": 4}}
+CYCLE = {"whole": 26.0, "plain": 13.0}
+
+
+def test_what_was_written_is_what_is_added_to(tmp_path: Path) -> None:
+    place = tmp_path / "evaluation.json"
+    assert read_earlier(place, EVALUATOR) == Earlier({}, None)
+    record = write_evaluation(place, EVALUATOR, training={"steps": 6}, cycle=CYCLE, sets=SETS)
+    assert json.loads(place.read_text()) == record
+    # The times of a cycle too: another set may be measured without timing anything.
+    assert read_earlier(place, EVALUATOR) == Earlier(SETS, CYCLE)
+    write_evaluation(place, EVALUATOR, training={}, cycle=None, sets=SETS)
+    assert read_earlier(place, EVALUATOR) == Earlier(SETS, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 7}, "was measured with step 6, this is 7"),
+        ({"max_new_tokens": 9}, "max_new_tokens 8, this is 9"),
+        ({"target_sha256": "ef" * 32}, 'target_sha256 "abab'),
+        (
+            {"chat_template": ChatTemplate("cd" * 32, {"enable_thinking": 0})},
+            '"enable_thinking": 0',
+        ),
+    ],
+)
+def test_another_evaluator_adds_nothing(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    place = tmp_path / "evaluation.json"
+    write_evaluation(place, EVALUATOR, training={}, cycle=None, sets=SETS)
+    with pytest.raises(InputError, match=message):
+        read_earlier(place, replace(EVALUATOR, **change))
+
+
+@pytest.mark.parametrize("damage", ['{"sets": {}}', '{"evaluator": {}, "sets": []}', "[]", "{"])
+def test_what_is_no_evaluation_is_refused(tmp_path: Path, damage: str) -> None:
+    place = tmp_path / "evaluation.json"
+    place.write_text(damage)
+    with pytest.raises(InputError, match=r"evaluation\.json"):
+        read_earlier(place, EVALUATOR)
+    record = {"evaluator": EVALUATOR.as_json(), "sets": {}, "cycle": [1]}
+    place.write_text(json.dumps(record))
+    with pytest.raises(InputError, match="not an evaluation"):
+        read_earlier(place, EVALUATOR)
+
+
+def test_a_set_is_called_as_its_file_is(tmp_path: Path) -> None:
+    files = [Path("prompts/everyday.jsonl"), Path("answers/own.jsonl.gz"), Path("more.json")]
+    assert set_names(files, tmp_path) == ["everyday", "own", "more.json"]
+    message = f"two files of prompts would both be called own in {tmp_path}"
+    with pytest.raises(InputError, match=message):
+        set_names([*files, Path("own.jsonl")], tmp_path)
+
+
+def test_a_measurement_says_when_and_where() -> None:
+    said = measured("cpu:cpu")
+    assert set(said) == {"date", "hardware", "device", "python", "versions"}
+    assert said["device"] == "cpu:cpu" and " x " in said["hardware"]
+    assert set(said["versions"]) == {"domino-jax", "jax", "jaxlib", "numpy"}

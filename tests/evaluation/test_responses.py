@@ -1,0 +1,165 @@
+"""Whatever a server does, it ends in a response within bounds or in one line with the address."""
+
+import socket
+import time
+from contextlib import suppress
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+from stand_in import NOT_FOUND, serving
+
+from domino_jax.base.errors import InputError
+from domino_jax.evaluation import responses
+from domino_jax.evaluation.responses import base_url, count, fetch, find, json_of, mapping_of, need
+
+
+def test_a_question_is_posted_and_a_response_read() -> None:
+    asked = []
+
+    def respond(path: str, question: Any) -> tuple[Any, ...]:
+        asked.append((path, question))
+        return 200, {"a": [1, 2]}
+
+    with serving(respond) as url:
+        assert json_of(f"{url}/x", 5.0, {"ids": [3]}) == {"a": [1, 2]}
+        assert mapping_of(f"{url}/y", 5.0) == {"a": [1, 2]}
+    assert asked == [("/x", {"ids": [3]}), ("/y", None)]
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (NOT_FOUND, '/x: status 404, \'{"detail": "Not Found"}\''),
+        ((500, b"\xffout of memory\x1b[2J"), "/x: status 500, '\ufffdout of memory\\x1b[2J'"),
+        ((200, b"<html>"), "/x: not valid JSON: "),
+        ((200, b'{"a": 1, "a": 2}'), "/x: not valid JSON: the key 'a' is given twice"),
+    ],
+)
+def test_what_is_no_json_is_one_line(response: tuple[Any, ...], message: str) -> None:
+    with serving(lambda *_: response) as url:
+        with pytest.raises(InputError) as refused:
+            json_of(f"{url}/x", 5.0)
+        assert not mapping_of(f"{url}/x", 5.0) or response[1] == b'{"a": 1, "a": 2}'
+    assert str(refused.value).startswith(f"{url}{message}") and "\n" not in str(refused.value)
+
+
+def test_no_redirect_is_followed() -> None:
+    visited = []
+
+    def elsewhere(path: str, _: Any) -> tuple[Any, ...]:
+        visited.append(path)
+        return 200, {}
+
+    with serving(elsewhere) as other, serving(lambda *_: (307, {}, f"{other}/x")) as url:
+        with pytest.raises(InputError, match=f"{url}/x: status 307"):
+            json_of(f"{url}/x", 5.0, {"prompt": [1]})
+        assert mapping_of(f"{url}/x", 5.0) == {}
+    assert not visited
+
+
+def test_who_hangs_is_left() -> None:
+    ended = Event()
+
+    def hang(*_: Any) -> tuple[Any, ...]:
+        ended.wait(30)
+        return 200, {}
+
+    with serving(hang) as url:
+        began = time.monotonic()
+        with pytest.raises(InputError, match=f"{url}/x: no response within 0.2 seconds"):
+            fetch(f"{url}/x", 0.2)
+        assert time.monotonic() - began < 5
+        ended.set()
+
+
+def test_who_sends_a_byte_now_and_then_is_left() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        address = f"http://127.0.0.1:{place.getsockname()[1]}/x"
+        # The whole head and no end: each piece comes within the time of a piece.
+        ended = drip(place)
+        with pytest.raises(InputError, match=r"no response within .* seconds"):
+            fetch(address, 0.5)
+        ended.set()
+
+
+def drip(place: socket.socket) -> Event:
+    """Answers one connection with a byte every tenth of a second, until the event is set."""
+    ended = Event()
+
+    def send() -> None:
+        connection, _ = place.accept()
+        with connection:
+            connection.recv(2**16)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+            with suppress(OSError):  # the other side has left
+                while not ended.wait(0.1):
+                    connection.sendall(b" ")
+
+    Thread(target=send, daemon=True).start()
+    return ended
+
+
+def test_who_never_ends_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "RESPONSE_BYTES", 1000)
+    with (
+        serving(lambda *_: (200, b" " * 1001)) as url,
+        pytest.raises(InputError, match=f"{url}/x: more than 1000 bytes"),
+    ):
+        fetch(f"{url}/x", 5.0)
+
+
+def test_who_is_not_there_or_speaks_something_else_is_one_line() -> None:
+    with serving(lambda *_: (200, {})) as url:
+        pass
+    with pytest.raises(InputError, match=f"{url}/x: .*refused"):
+        fetch(f"{url}/x", 5.0)
+    with pytest.raises(InputError, match=r"http://a\.\.b/x: "):
+        fetch("http://a..b/x", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://localhost:30000", "http://localhost:30000"),
+        ("http://localhost:8000/v1/", "http://localhost:8000"),
+        ("https://host/behind/a/proxy/", "https://host/behind/a/proxy"),
+        ("http://[::1]:80", "http://[::1]:80"),
+    ],
+)
+def test_an_address_is_taken_with_or_without_its_version(url: str, base: str) -> None:
+    assert base_url(url) == base
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:30000",
+        "file:///etc/passwd",
+        "ftp://host",
+        "http://",
+        "http://host:port",
+        "http://name:word@host",
+        "http://host/?a=b",
+        "http://host/a b",
+        "http://host\n",
+        "",
+    ],
+)
+def test_other_addresses_are_refused(url: str) -> None:
+    with pytest.raises(InputError, match="expected the address of a server, http://HOST:PORT"):
+        base_url(url)
+
+
+def test_a_response_is_read_by_path_and_type() -> None:
+    record = {"a": [{"b": 3}], "c": True, "d": -1}
+    assert find(record, "a", 0, "b") == need(record, "a", 0, "b", kind=int, place="x") == 3
+    assert find(record, "a", 1, "b") is None and find(record, "a", "b") is None
+    assert find([], "a") is None and find(None, 0) is None
+    assert count(record, "a", 0, "b", place="x") == 3
+    with pytest.raises(InputError, match=r"x: expected str as a.0.b, found \{'a'"):
+        need(record, "a", 0, "b", kind=str, place="x")
+    with pytest.raises(InputError, match="x: expected int as c"):
+        count(record, "c", place="x")
+    with pytest.raises(InputError, match="x: expected a count as d, found -1"):
+        count(record, "d", place="x")

@@ -1,0 +1,146 @@
+"""The layers of the package: which file may import which, and who names mesh axes."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+TOP = Path(__file__).parents[2]
+PACKAGE = TOP / "domino_jax"
+# Folders of tests that mirror no folder of the package.
+OTHER_TESTS = {"accelerator", "parity", "scripts"}
+
+# Rank, folder, files. A file imports lower ranks and the files before it in its own row.
+# Change this table when the design changes, never to make an import pass.
+TABLE = (
+    (0, "base", "errors parse files finite marks progress chips scopes"),
+    (0.2, "config", "schema sizes heads model draft sections run"),
+    (0.3, "", "sharding"),
+    (1, "kernels", "causal_attention kv_cache matmul scale argmax softmax operands"),
+    (1, "kernels", "block_attention_xla tpu_tiles block_attention_pallas_tpu block_attention"),
+    (1, "kernels", "token_loss chunked_cross_entropy"),
+    (1.5, "layers", "dense norm rotary attention"),
+    (1.5, "formats", "safetensors rope_keys gguf gguf_tokenizer"),
+    (2, "data", "renderer rendering template conversations packing pipeline hidden_states"),
+    (2, "target", "moe decoder decoder_keys load gguf resolve fingerprint"),
+    (2, "draft", "blocks mask head backbone build"),
+    (2.5, "interop", "hf_config hf start engines"),
+    (2.7, "decoding", "filters acceptance decoder speculate generate"),
+    (2.8, "objective", "curriculum loss objectives metrics modules domino_module"),
+    (2.9, "evaluation", "counts compare prompt_lookup bootstrap throughput replay evaluate timing"),
+    (2.9, "evaluation", "answer_cache record responses servers endpoint"),
+    (3, "training", "flops log metrics accumulator optimizer step program records checkpoint"),
+    (3, "training", "run_directory inputs start preflight prepare rollout preview skips speed"),
+    (3, "training", "trace eval loop"),
+    (3.2, "datagen", "batch_log prompts regenerate capture"),
+    (3.5, "plan", "hlo jaxpr_flops topology plan table"),
+    (4, "page", "terminal sources growth cells verdict tables charts pictures notes document"),
+    (5, "cli", "interrupts shared config data train plan decode evaluate report checkpoint verbs"),
+    (6, "", "__main__"),
+)
+# The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the
+# last file of its row.
+RANK_OF_TOP = 3.4
+ROWS: dict[tuple[float, str], list[str]] = {}
+for _rank, _folder, _names in TABLE:
+    ROWS.setdefault((_rank, _folder), []).extend(_names.split())
+PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
+    f"{folder}.{name}".strip("."): (rank, f"{rank}/{folder}", order)
+    for (rank, folder), names in ROWS.items()
+    for order, name in enumerate((*names, "") if folder else names)
+}
+# References and tools of the tests: running the product needs none of them.
+TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
+# Of processes that answer before jax is there, or must not hold a part of the device themselves.
+WITHOUT_JAX = {
+    *(f"base.{name}" for name in ("errors", "parse", "files", "finite", "marks", "progress")),
+    *(f"base.{name}" for name in ("chips", "scopes")),
+    *(f"config.{name}" for name in ("schema", "sizes", "heads", "model", "draft", "sections")),
+    "config.run",
+    "training.flops",
+    "training.log",
+    *(f"page.{name}" for name in ("sources", "growth", "cells", "verdict", "tables", "charts")),
+    *(f"page.{name}" for name in ("pictures", "notes", "document")),
+}
+MESH_AXES = {"fsdp", "tensor"}
+
+
+def module_name(path: Path, package: Path = PACKAGE) -> str:
+    """`domino_jax/draft/mask.py` -> `draft.mask`; a folder's `__init__.py` is the folder.
+
+    The package's own `__init__.py` is "".
+    """
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """Line and absolute dotted name of every import, at any depth, `from` names included."""
+    # Any file under a folder lies beside the folder's own `__init__`, so a folder counts itself for
+    # relative imports.
+    folders = {folder for _, folder in ROWS}
+    package = ["domino_jax", *module.split(".")] if module else ["domino_jax"]
+    if module not in folders:
+        package = package[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (base, node.module) if part)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def place_of(name: str) -> tuple[float, str, int] | None:
+    """Where the table puts `domino_jax.draft.mask.block_mask`: its longest known prefix.
+
+    None for a name of another package.
+    """
+    parts = name.split(".")
+    if parts[0] != "domino_jax":
+        return None
+    # Two parts below the package name a file at most; what follows is a name inside it.
+    known = [".".join(parts[1:end]) for end in (3, 2, 1) if ".".join(parts[1:end]) in PLACES]
+    return PLACES[known[0]]
+
+
+def unplaced(module: str) -> list[str]:
+    """A complaint about a file that the table does not know."""
+    return [] if module in PLACES else [f"{module}: not in the table"]
+
+
+def wrong_imports(source: str, module: str) -> list[str]:
+    """Imports of something that does not stand below the module, and of test tools."""
+    rank, row, order = PLACES[module]
+    found = []
+    for line, name in imports(source, module):
+        if name.split(".")[0] in TEST_ONLY:
+            found.append(f"{module}:{line}: imports {name}, which only tests may need")
+        if module in WITHOUT_JAX and name.split(".")[0] in ("jax", "flax"):
+            found.append(f"{module}:{line}: imports {name}; it is read without jax")
+        target = place_of(name)
+        if target and not (target[0] < rank or (target[1] == row and target[2] < order)):
+            found.append(f"{module}:{line}: imports {name}, which does not stand below it")
+    return found
+
+
+def mesh_axis_names(source: str, module: str) -> list[str]:
+    """Mesh axes named outside the two files that define them."""
+    if module in ("sharding", "config.sections"):
+        return []
+    return [
+        f"{module}:{node.lineno}: names the mesh axis {node.value!r}; use logical axes"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value in MESH_AXES
+    ]
+
+
+CHECKS = (wrong_imports, mesh_axis_names)
+
+
+def complaints(path: Path, package: Path = PACKAGE) -> list[str]:
+    """What is against the rules in a file of the package or of a copy of it."""
+    module, source = module_name(path, package), path.read_text(encoding="utf-8")
+    found = unplaced(module)
+    return found or [complaint for check in CHECKS for complaint in check(source, module)]
