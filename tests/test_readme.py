@@ -128,7 +128,7 @@ def test_a_configuration_runs_on_one_device_as_it_stands(path: Path) -> None:
     config = load_config(path)
     assert config.mesh.data in (-1, 1) and config.mesh.fsdp == config.mesh.tensor == 1
     if "qwen3" in path.stem:
-        assert config.data.heldout is None
+        assert config.data.eval is None
         words = (
             re.search(r"domino train \S+ (mesh\.fsdp=8 .*)", path.read_text())
             .group(1)  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ import click
 
 from domino_jax.base.errors import InputError, did_you_mean, shown
 from domino_jax.cli.interrupts import keeps
-from domino_jax.config.run import RunConfig
+from domino_jax.config.run import RENAMED, RunConfig
 from domino_jax.config.schema import Described, described
 
 
@@ -30,6 +30,8 @@ def config_verb(key: str | None, every: bool) -> None:
         _print(keys)
         return
     found = [one for one in keys if one.name == key or one.name.startswith(f"{key}.")]
+    if key in RENAMED:
+        raise InputError(f"{key} is now {RENAMED[key]}")
     if not found:
         names = [one.name for one in keys]
         # A section is known by the dot behind it, and a key often by its last part.

@@ -94,7 +94,7 @@ def capture(
 
     \b
     domino capture configs/smollm2-demo.yaml states
-    domino train configs/smollm2-demo.yaml data.train=null data.features=states
+    domino train configs/smollm2-demo.yaml data.train=null data.hidden_states=states
 
     Worth it where several runs share rows and layers. The size is printed first: each token takes
     as many values as the captured layers are wide together. The same command resumes after a stop.

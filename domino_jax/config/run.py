@@ -25,6 +25,15 @@ from domino_jax.config.sections import (
 )
 
 SEED_LIMIT = 2**32  # of grain and of jax's keys
+# Keys of earlier states of the project, which older files may hold.
+RENAMED = {
+    "data.heldout": "data.eval",
+    "data.features": "data.hidden_states",
+    "optimizer.clip_norm": "optimizer.max_grad_norm",
+    "optimizer.final_ratio": "optimizer.min_lr_ratio",
+    "train.extend": "train.extra_steps",
+    "train.max_bad_steps": "train.max_nonfinite_steps",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +66,8 @@ class RunConfig:
         for name in ("keep_best", "rollout_every"):
             value = getattr(self.train, name)
             require(
-                value is None or self.data.heldout is not None,
-                f"train.{name} is {value!r}, but data.heldout is missing",
+                value is None or self.data.eval is not None,
+                f"train.{name} is {value!r}, but data.eval is missing",
             )
         # A block begins inside its row and ends there: in a shorter row no anchor is ever drawn.
         require(
@@ -94,12 +103,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if len(names) > DEPTH:
             raise InputError(f"{place}: a key of {len(names)} parts, expected at most {DEPTH}")
         _assign(tree, names, parse_yaml(value, place=place), place)
+    _refuse_renamed(tree, place=str(path))
     return from_tree(RunConfig, tree, place=str(path))
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _refuse_renamed(tree: dict[str, Any], *, place: str) -> None:
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        found = tree.get(section)
+        if isinstance(found, dict) and name in found:
+            raise InputError(f"{place}: {old} is now {new}; rename the key")
 
 
 def _assign(tree: dict[str, Any], names: list[str], value: Any, place: str) -> None:

@@ -23,10 +23,10 @@ class DataConfig:
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
 
     train: str | None = key(None, "JSONL or JSONL.gz of conversations that the target answered")
-    features: str | None = key(
-        None, "directory of `domino capture`, instead of train: its states spare the target's pass"
+    hidden_states: str | None = key(
+        None, "directory of `domino capture`: replaces train and skips the target forward"
     )
-    heldout: str | None = key(
+    eval: str | None = key(
         None, "JSONL or JSONL.gz to measure on; the target runs for them either way"
     )
     max_length: int = key(
@@ -58,15 +58,17 @@ class DataConfig:
     @property
     def source(self) -> str:
         """Where the training rows lie."""
-        return str(self.train or self.features)
+        return str(self.train or self.hidden_states)
 
     def __post_init__(self) -> None:
         """Refuses two sources of rows, or none."""
         check_keys(self)
-        found = "neither" if self.train is None else f"both, {self.train!r} and {self.features!r}"
+        found = (
+            "neither" if self.train is None else f"both, {self.train!r} and {self.hidden_states!r}"
+        )
         require(
-            (self.train is None) != (self.features is None),
-            f"give one of train and features, found {found}",
+            (self.train is None) != (self.hidden_states is None),
+            f"give one of train and hidden_states, found {found}",
         )
 
 
@@ -159,7 +161,7 @@ class OptimizerConfig:
         least=0,
     )
     # Above 0: a bound of 0 would take every gradient away, in silence.
-    clip_norm: float = key(
+    max_grad_norm: float = key(
         1.0,
         "gradients of a larger global norm are scaled down",
         above=0,
@@ -170,7 +172,7 @@ class OptimizerConfig:
         least=0,
         most=1,
     )
-    final_ratio: float = key(
+    min_lr_ratio: float = key(
         0.1,
         "last learning rate over the peak",
         least=0,
@@ -237,7 +239,7 @@ class TrainConfig:
     )
     rollout_prompts: int = key(
         32,
-        "conversations of data.heldout that a rollout answers, the first ones",
+        "conversations of data.eval that a rollout answers, the first ones",
         unit="prompts",
         least=1,
         below=COUNT_LIMIT,
@@ -269,7 +271,7 @@ class TrainConfig:
         choices=tuple(BEST_FIGURES),
     )
     # Apart from `steps`, which the schedules are stretched over: a longer run must not bend them.
-    extend: int = key(
+    extra_steps: int = key(
         0,
         "train so much further once the run has ended, at its last rate and lambda_base",
         unit="steps",
@@ -277,7 +279,7 @@ class TrainConfig:
         below=COUNT_LIMIT,
     )
     # Many, and not the first: a single bad batch is no divergence, and is told in any case.
-    max_bad_steps: int = key(
+    max_nonfinite_steps: int = key(
         20,
         "skipped steps in a row that end the run",
         unit="steps",

@@ -111,7 +111,7 @@ def no_heldout(run: RunFiles) -> str | None:
     """Why training measured no acceptance by itself."""
     if run.records("heldout"):
         return None
-    return no_log(run) or "no held-out rows (data.heldout)"
+    return no_log(run) or "no held-out rows (data.eval)"
 
 
 def no_rollout(run: RunFiles) -> str | None:

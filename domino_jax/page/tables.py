@@ -69,7 +69,7 @@ def training_table(runs: Sequence[RunFiles]) -> Table:
         "training data": _training_data,
         "answer tokens": lambda run: figure(run.answer_tokens, COUNT),
         "conversations": _evaluated("training", "data", "conversations", form=COUNT),
-        "held-out data": lambda run: words(_file_name(run.config["data"]["heldout"])),
+        "held-out data": lambda run: words(_file_name(run.config["data"]["eval"])),
         "steps trained": lambda run: figure(last(run.records("train"))["step"], COUNT),
         "step evaluated": _evaluated("evaluator", "step", form=COUNT),
         "rows a step": _rows_a_step,
@@ -375,7 +375,7 @@ def _block(run: RunFiles) -> Cell:
 
 def _training_data(run: RunFiles) -> Cell:
     data = run.config["data"]
-    captured = _file_name(data["features"])
+    captured = _file_name(data["hidden_states"])
     return words(f"{captured} (captured states)" if captured else _file_name(data["train"]))
 
 

@@ -176,7 +176,7 @@ def planned_step(config: RunConfig, models: Models, compiler: Compiler) -> Plann
     program = make_program(config, models.target, models.draft, mesh, total_steps=steps)
     data = config.data
     # Captured states spare the layers, unless held-out rows need them.
-    tables_only = data.features is not None and data.heldout is None
+    tables_only = data.hidden_states is not None and data.eval is None
     arguments = StepArguments(
         state_layout(program, models.draft, mesh),
         target_layout(program.target, mesh, tables_only=tables_only),
@@ -337,7 +337,7 @@ def _useful_flops(config: RunConfig, models: Models) -> dict[str, float]:
         models.draft,
         config.data.max_length,
         config.loss.num_anchors,
-        target=models.target if config.data.features is None else None,  # captured before
+        target=models.target if config.data.hidden_states is None else None,  # captured before
         target_logits=reads_target(config.loss),
     )
     batch_rows = config.data.batch_size * config.optimizer.grad_accumulation

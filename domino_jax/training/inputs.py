@@ -133,8 +133,8 @@ def read_features(
             length or masking, or without the final states, for a loss that reads them.
     """
     data = config.data
-    assert data.features is not None
-    rows = FeatureRows(data.features)
+    assert data.hidden_states is not None
+    rows = FeatureRows(data.hidden_states)
     # Not asked: the stored type, since a step casts the states to the type that it computes in.
     asked = {
         "target": target_sha256,
@@ -144,11 +144,11 @@ def read_features(
         "chat_template_kwargs": data.chat_template_kwargs,
         "mask_reasoning_content": data.mask_reasoning_content,
     }
-    check_manifest(data.features, rows.manifest, asked)
+    check_manifest(data.hidden_states, rows.manifest, asked)
     loss = config.loss
     if reads_target(loss) and not rows.manifest.target_states:
         raise InputError(
-            f"{data.features}: captured without the target's final states, which loss.loss_type "
+            f"{data.hidden_states}: captured without the target's final states, which loss.loss_type "
             f"{loss.loss_type} with loss.kl_weight {loss.kl_weight:g} reads; capture them with "
             "--with-target-states"
         )
@@ -162,7 +162,7 @@ def read_prompts(
 
     Args:
         config: the run.
-        rows: of `data.heldout`; the first ones count, a line that gave none has no prompt either.
+        rows: of `data.eval`; the first ones count, a line that gave none has no prompt either.
         tokenizer: the target's.
         target: the target.
     Returns:
@@ -173,7 +173,7 @@ def read_prompts(
     """
     data = config.data
     settings = config.train
-    assert data.heldout is not None
+    assert data.eval is not None
     positions = target.max_position_embeddings
     if settings.rollout_tokens > positions:
         raise InputError(
@@ -182,13 +182,13 @@ def read_prompts(
         )
     reader = make_decoder(Target(target))
     # Read once more: a row has its tokens alone, and may be cut before its last answer.
-    conversations = dict(read_messages(data.heldout).conversations)
+    conversations = dict(read_messages(data.eval).conversations)
     prompts = []
     for row in rows[: settings.rollout_prompts]:
         assert row.line is not None, "held-out rows are read from a file"
         question = asked(conversations[row.line])
         prompt = encode_prompt(question, tokenizer, data.chat_template_kwargs)
-        check_length(reader, prompt, place=f"{data.heldout}:{row.line}")
+        check_length(reader, prompt, place=f"{data.eval}:{row.line}")
         prompts.append(prompt)
     return prompts
 

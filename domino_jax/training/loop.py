@@ -66,7 +66,7 @@ def train(
         InputError: unusable input, or a run directory that belongs to another configuration or
             other inputs.
         Interrupted: `stop_requested` said so, and the state is saved.
-        Diverged: `train.max_bad_steps` consecutive updates, or the parameters, were not finite;
+        Diverged: `train.max_nonfinite_steps` consecutive updates, or the parameters, were not finite;
             every checkpoint is.
     """
     run = prepare(config, reporter=reporter)
@@ -90,7 +90,7 @@ def train(
                 divergence(
                     run.directory,
                     diverged,
-                    max_bad_steps=settings.max_bad_steps,
+                    max_nonfinite_steps=settings.max_nonfinite_steps,
                     newest_checkpoint=checkpoints.newest(),
                 )
             )
@@ -142,14 +142,14 @@ class _Training:
             run.mesh,
             lengths=row_lengths(run.rows.rows),
             step_rows=run.step_rows,
-            target_runs=data.features is None,
+            target_runs=data.hidden_states is None,
             chip=CHIPS.get(run.mesh.devices.flat[0].device_kind),
         )
         self._window = Window(stored.outcomes if stored else ())
         self._watch = StepWatch(
             run.rows.rows,
             data.source,
-            max_bad_steps=settings.max_bad_steps,
+            max_nonfinite_steps=settings.max_nonfinite_steps,
             stored=stored.watch if stored else None,
         )
         self._passes = list(_passes(run))
@@ -227,7 +227,7 @@ class _Training:
 
     def _next(self, *, micro_batches: int) -> tuple[dict[str, np.ndarray], Batch]:
         """The rows of the next step, and their batch on the devices."""
-        if self._run.config.data.features is not None and len(self._begun) == 2:
+        if self._run.config.data.hidden_states is not None and len(self._begun) == 2:
             # A batch of captured states is gigabytes: one may wait beside the one in use, no more.
             jax.block_until_ready(self._begun[0])
         taken = next(self._batches)

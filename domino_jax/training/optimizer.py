@@ -4,7 +4,7 @@ A run, its resumed start and a plan for other machines must take the same update
 is built here alone, from the configuration. W warm-up updates of T updates in all:
 
     update k    0 .. W - 1              W .. T                             after T
-    rate        peak x (k + 1) / W      cosine, peak to final_ratio x peak  final_ratio x peak
+    rate        peak x (k + 1) / W      cosine, peak to min_lr_ratio x peak  min_lr_ratio x peak
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from domino_jax.config.sections import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up, then a cosine to `final_ratio` of the peak.
+    """Learning rate by update: linear warm-up, then a cosine to `min_lr_ratio` of the peak.
 
     The warm-up takes W = `max(1, int(total_steps * warmup_ratio))` updates. Its first update
     already has the rate `peak / W`: no update has the rate 0.
@@ -37,7 +37,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     # over no update, which a warm-up over the whole run would leave.
     linear = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     cosine = optax.cosine_decay_schedule(
-        peak, max(1, total_steps - warmup), alpha=config.final_ratio
+        peak, max(1, total_steps - warmup), alpha=config.min_lr_ratio
     )
     return optax.join_schedules([linear, cosine], [warmup])
 
@@ -56,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """
     # Clipped before the moments see it: an outlier would stay in them for many steps.
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
             learning_rate_schedule(config, total_steps),
             b1=config.b1,

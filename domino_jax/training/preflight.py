@@ -29,7 +29,7 @@ PACKAGES = {
 
 def packages_of(config: RunConfig) -> list[str]:
     """The keys of `PACKAGES` that a run imports."""
-    optional = {"array_record": config.data.features, "tensorboardX": config.train.tensorboard}
+    optional = {"array_record": config.data.hidden_states, "tensorboardX": config.train.tensorboard}
     return ["grain", *(module for module, used in optional.items() if used)]
 
 
@@ -51,14 +51,14 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
         started: whether it has a checkpoint, and needs nothing to start from.
     """
     check_conversations("data.train", config.data.train)
-    check_conversations("data.heldout", config.data.heldout)
+    check_conversations("data.eval", config.data.eval)
     # A run that has a checkpoint never reads its start again, so that may be gone.
-    features = config.data.features
+    features = config.data.hidden_states
     start = config.draft.init_from
     if features is not None and not (Path(features) / MANIFEST).is_file():
         found = _instead(Path(features), lacking=MANIFEST)
         raise InputError(
-            f"data.features: {features}: {found}; expected a directory that `domino capture` wrote"
+            f"data.hidden_states: {features}: {found}; expected a directory that `domino capture` wrote"
         )
     if start is not None and not started and not (Path(start) / "config.json").is_file():
         found = _instead(Path(start), lacking="config.json")

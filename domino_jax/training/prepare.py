@@ -195,7 +195,7 @@ def read_inputs(
     """
     config = run.config
     data, tokenizer = run.config.data, run.tokenizer
-    sources = [place for place in (data.train, data.features, data.heldout) if place]
+    sources = [place for place in (data.train, data.hidden_states, data.eval) if place]
     reporter.say(f"loading rows {' and '.join(sources)}")
     if data.train is None:
         rows = read_features(
@@ -207,9 +207,9 @@ def read_inputs(
     inputs["data.train" if data.train else "data.hidden_states"] = rows.fingerprint
     heldout = None
     prompts: Sequence[np.ndarray] = ()
-    if data.heldout:
-        heldout = read_rows(data.heldout, tokenizer, data, reporter=reporter)
-        inputs["data.heldout"] = heldout.fingerprint
+    if data.eval:
+        heldout = read_rows(data.eval, tokenizer, data, reporter=reporter)
+        inputs["data.eval"] = heldout.fingerprint
         if config.train.rollout_every is not None:
             prompts = read_prompts(config, heldout.rows, tokenizer, run.target_config)
     if run.resumed is not None:
@@ -221,7 +221,7 @@ def read_inputs(
     step_rows = data.batch_size * config.optimizer.grad_accumulation
     if rows.epoch_rows < step_rows:
         raise InputError(
-            f"{data.train or data.features}: {rows.epoch_rows} rows cannot fill a step of "
+            f"{data.train or data.hidden_states}: {rows.epoch_rows} rows cannot fill a step of "
             f"{step_rows} (data.batch_size {data.batch_size} x optimizer.grad_accumulation "
             f"{config.optimizer.grad_accumulation})"
         )
@@ -238,7 +238,7 @@ def read_inputs(
         program=program,
         total_steps=total_steps,
         # The schedules are not stretched over the extension: it trains on at their last values.
-        last_step=total_steps + config.train.extend,
+        last_step=total_steps + config.train.extra_steps,
         inputs=inputs,
     )
 
@@ -323,7 +323,7 @@ def _target_params(run: RunInputs) -> Any:
     """The target's parameters that steps, held-out passes and rollouts of a run read."""
     data = run.config.data
     # Rollouts too are of held-out rows.
-    target_runs = data.features is None or data.heldout is not None
+    target_runs = data.hidden_states is None or data.eval is not None
 
     def read(path: ParameterPath) -> bool:
         # Captured states stand for the layers; head and embedding are read either way.

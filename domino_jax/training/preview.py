@@ -127,7 +127,7 @@ def _where(run: RunInputs, numbers: list[int]) -> str:
     several = "s" if len(numbers) > 1 else ""
     if data.train is None:
         places = ", ".join(str(number + 1) for number in numbers)
-        return f"row{several} {places} of {data.features}"
+        return f"row{several} {places} of {data.hidden_states}"
     places = ", ".join(str(run.rows.rows[number].line) for number in numbers)
     return f"line{several} {places} of {data.train}"
 

@@ -210,7 +210,7 @@ def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents
     if data.packing:
         packed = {"position_ids": of(by_token, np.int32), "doc_remaining": of(by_token, np.int32)}
         batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
-    if data.features is not None:
+    if data.hidden_states is not None:
         width = draft.hidden_size
         # As captures store them unless told otherwise.
         batch = batch._replace(

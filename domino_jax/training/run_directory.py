@@ -33,11 +33,11 @@ _FREE = (
         "train.keep_best",
         "train.rollout_",
     ),
-    *("train.max_bad_steps", "train.profile", "train.tensorboard", "train.extend"),
+    *("train.max_nonfinite_steps", "train.profile", "train.tensorboard", "train.extra_steps"),
     *("mesh", "loss.logits_mib", "run_dir"),
 )
 # Where an input lies is free too: what it holds is compared by its hash.
-_PLACES = ("target", "data.train", "data.hidden_states", "data.heldout", "draft.init_from")
+_PLACES = ("target", "data.train", "data.hidden_states", "data.eval", "draft.init_from")
 
 
 def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
     # The one change that many want, and for which there is another key.
     if changed <= {"train.steps", "train.epochs"}:
         remedy = (
-            "the schedules are stretched over them: train.extend=N trains N steps further at the "
+            "the schedules are stretched over them: train.extra_steps=N trains N steps further at the "
             "last rate"
         )
     raise InputError(f"{place}: started with other settings ({words}); {remedy}")

@@ -76,7 +76,7 @@ class StepWatch:
     """Tells the skipped steps and the spikes of each window, and when non-finite ones are too many.
 
     Attributes:
-        diverged_at: the first of `max_bad_steps` consecutive non-finite steps, once there were as
+        diverged_at: the first of `max_nonfinite_steps` consecutive non-finite steps, once there were as
             many. Batches without anchors say nothing about finiteness: they neither count nor end
             the count.
     """
@@ -86,7 +86,7 @@ class StepWatch:
         rows: Sequence[Row],
         source: str,
         *,
-        max_bad_steps: int,
+        max_nonfinite_steps: int,
         stored: Mapping[str, Any] | None = None,
     ) -> None:
         """Begins to watch, or resumes.
@@ -94,13 +94,13 @@ class StepWatch:
         Args:
             rows: of the run.
             source: where they lie, for messages.
-            max_bad_steps: `train.max_bad_steps`.
+            max_nonfinite_steps: `train.max_nonfinite_steps`.
             stored: `as_json` of an earlier start.
         """
         self.diverged_at: Skip | None = None
         self._rows = rows
         self._source = source
-        self._max_bad_steps = max_bad_steps
+        self._max_nonfinite_steps = max_nonfinite_steps
         # Counted on from the checkpoint: a run that is restarted at each bad step would never stop.
         self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
         self._first_bad: list[Any] | None = stored["first_bad"] if stored else None
@@ -135,7 +135,7 @@ class StepWatch:
             # Numbers and no `Place`: a checkpoint holds them as JSON.
             self._first_bad = [outcome.step, outcome.rows]
         self._bad_in_a_row += 1
-        if self._bad_in_a_row == self._max_bad_steps and self.diverged_at is None:
+        if self._bad_in_a_row == self._max_nonfinite_steps and self.diverged_at is None:
             assert self._first_bad is not None
             step, numbers = self._first_bad
             self.diverged_at = Skip(step, NONFINITE, self._place(numbers))
@@ -150,11 +150,11 @@ class StepWatch:
 
 
 def divergence(
-    run_dir: Path, first: Skip, *, max_bad_steps: int, newest_checkpoint: int | None
+    run_dir: Path, first: Skip, *, max_nonfinite_steps: int, newest_checkpoint: int | None
 ) -> str:
     """One line on a run that had to stop: since when, on which rows, what is left, what to do."""
     return (
-        f"stopped: {max_bad_steps} updates in a row (train.max_bad_steps) were not "
+        f"stopped: {max_nonfinite_steps} updates in a row (train.max_nonfinite_steps) were not "
         f"finite, from step {first.step} on ({first.place}); {_way_on(run_dir, newest_checkpoint)}"
     )
 

@@ -124,7 +124,7 @@ def rows(training: Training) -> tuple[str, ...]:
     states = WORK / f"states-{training.size}"
     answers = f"data.train={ANSWERS / f'train-{training.size}.jsonl.gz'}"
     domino("capture", CONFIG, states, answers, "--with-target-states")  # a divergence reads them
-    return ("data.train=null", f"data.features={states}")
+    return ("data.train=null", f"data.hidden_states={states}")
 
 
 def record(training: Training) -> dict[str, Any]:

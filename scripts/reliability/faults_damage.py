@@ -53,7 +53,7 @@ OFFLINE = (
     FEW,
     "run_dir=offline",
     "data.train=null",
-    "data.features=states",
+    "data.hidden_states=states",
 )
 STARTED = ("train", "config.yaml", FEW, "run_dir=started", "draft.init_from=draft")
 EXPORT = ("export", "run", "exported", "--dtype", "float32")

@@ -149,7 +149,7 @@ class Place:
         self._count, self._lock = 0, threading.Lock()
         (self.base / "target").mkdir(parents=True)
         write_target(self.base / "target")
-        paths = {"train": "rows.jsonl", "heldout": "heldout.jsonl"}
+        paths = {"train": "rows.jsonl", "eval": "heldout.jsonl"}
         run_config(self.base, Path("target"), run_dir="run", data=paths, **SETTINGS)
         write_conversations(self.base / "prompts.jsonl", 12, seed=5, answers=False)
 

@@ -30,7 +30,7 @@ LONG = (
     "config.yaml",
     "run_dir=fresh",
     override(train__steps=40),
-)  # more than train.max_bad_steps
+)  # more than train.max_nonfinite_steps
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ DRIFT = (
           "data.train"),
     Fault("lines added", TRAIN, _lines(_rows, lambda lines: [*lines, *lines[:3]]), "data.train"),
     Fault("held-out lines reversed", TRAIN, _lines(_heldout, lambda lines: lines[::-1]),
-          "data.heldout"),
+          "data.eval"),
     Fault("target weights x 1.5", TRAIN, _bigger, "target"),
     Fault("target config", TRAIN, _norm(1e-3), "target"),
     Fault("token ids swapped", TRAIN, _json("target/tokenizer.json", _swap_ids), "tokenizer"),

@@ -148,7 +148,7 @@ def _manifest(directory: Path) -> Parser:
     def words(content: bytes) -> list[str]:
         place.write_bytes(content)
         config = str(directory / "valid" / "config.yaml")
-        return ["train", config, "data.train=null", f"data.features={place.parent}"]
+        return ["train", config, "data.train=null", f"data.hidden_states={place.parent}"]
 
     return Parser(
         name="capture manifest",

@@ -33,7 +33,7 @@ def _wrong_config(config: Any) -> str | None:
     counts += [
         train.checkpoint_every,
         train.keep_checkpoints,
-        train.max_bad_steps,
+        train.max_nonfinite_steps,
         train.rollout_prompts,
         train.rollout_tokens,
         train.rollout_every or 1,
@@ -48,12 +48,18 @@ def _wrong_config(config: Any) -> str | None:
     ]
     if any(type(count) is not int or not 1 <= count < 2**31 for count in counts):
         return "a count outside 1..2**31-1"
-    if not optimizer.learning_rate > 0 or not optimizer.clip_norm > 0 or not 0 <= optimizer.b1 < 1:
+    if (
+        not optimizer.learning_rate > 0
+        or not optimizer.max_grad_norm > 0
+        or not 0 <= optimizer.b1 < 1
+    ):
         return "an optimiser that cannot train"
     if data.max_length <= config.draft.block_size or not 0 <= loss.kl_weight <= 1:
         return "a loss without a block"
     return (
-        None if (data.train is None) != (data.features is None) else "two sources of rows, or none"
+        None
+        if (data.train is None) != (data.hidden_states is None)
+        else "two sources of rows, or none"
     )
 
 

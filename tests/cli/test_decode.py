@@ -80,7 +80,7 @@ def test_a_prompt_that_cannot_be_read_is_refused(
 @pytest.mark.slow  # a CPU takes a minute for bfloat16
 def test_decoding_computes_as_the_run_was_trained(domino, trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = (f"run_dir={run}", "dtype=bfloat16", "train.steps=1", "data.heldout=null")
+    words = (f"run_dir={run}", "dtype=bfloat16", "train.steps=1", "data.eval=null")
     assert domino("train", trained / "config.yaml", *words)[0] == 0
     short, prompts = ("--max-new-tokens", 4), trained / "prompts.jsonl"
     for place, own in ((run, "bfloat16"), (trained / "run", "float32")):

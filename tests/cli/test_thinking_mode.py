@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     domino("regenerate", prompts, place / "answers.jsonl", *words)
     config = run_config(place, place / "target", train={"steps": 2, "eval_every": 2})
     tree = json.loads(config.read_text())
-    tree["data"] |= {"train": str(place / "answers.jsonl"), "heldout": None}
+    tree["data"] |= {"train": str(place / "answers.jsonl"), "eval": None}
     config.write_text(json.dumps(tree))
     domino("train", config, IN_CONFIG)
     return place
@@ -80,7 +80,7 @@ def test_training_refuses_answers_of_another_setting(place: Path, tmp_path: Path
     assert '{"enable_thinking": false}, the run has {}; give the run data.chat' in line
     line = refused("train", config, elsewhere, IN_CONFIG.replace("false", "0"))
     assert 'the run has {"enable_thinking": 0}' in line
-    heldout = (f"data.heldout={place / 'answers.jsonl'}", f"data.train={place / 'rows.jsonl'}")
+    heldout = (f"data.eval={place / 'answers.jsonl'}", f"data.train={place / 'rows.jsonl'}")
     assert "answers.jsonl:1: answered with" in refused("train", config, elsewhere, *heldout)
     line = refused("train", config, elsewhere, "data.chat_template_kwargs={enable_thnking: false}")
     assert line.endswith("does not read 'enable_thnking'; did you mean 'enable_thinking'?")
@@ -101,7 +101,7 @@ def test_states_captured_under_another_setting_are_refused(place: Path, tmp_path
     config, states = place / "config.yaml", tmp_path / "states"
     domino("capture", config, states, IN_CONFIG)
     assert read_manifest(states).chat_template_kwargs == OFF
-    offline = ("data.train=null", f"data.features={states}", f"run_dir={tmp_path / 'run'}")
+    offline = ("data.train=null", f"data.hidden_states={states}", f"run_dir={tmp_path / 'run'}")
     line = refused("train", config, *offline)
     told = 'chat_template_kwargs is {"enable_thinking": false}, asked for is '
     assert f"captured otherwise: {told}{{}}" in line

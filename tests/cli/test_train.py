@@ -26,7 +26,7 @@ def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> No
         config,
         f"run_dir={tmp_path / 'run'}",
         "data.train=null",
-        f"data.features={states}",
+        f"data.hidden_states={states}",
     )
     code, out, log = domino(*words)
     assert (code, out) == (2, "") and "max_length is 20, asked for is 24" in log
@@ -95,7 +95,7 @@ def test_a_run_that_went_astray_has_an_exit_code_of_its_own(
     domino, trained: Path, tmp_path: Path
 ) -> None:
     run = f"run_dir={tmp_path / 'run'}"
-    astray = ("optimizer.learning_rate=1e30", "train.max_bad_steps=1")
+    astray = ("optimizer.learning_rate=1e30", "train.max_nonfinite_steps=1")
     code, out, err = domino("train", trained / "config.yaml", run, *astray)
     last = err.splitlines()[-1]
     assert code == 3 and not out

@@ -39,7 +39,7 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     share = f"{cut} of 12 answers ({cut / 12:.0%})"
     assert cut and f"{share} were cut at 12 tokens" in log
     config = run_config(tmp_path, target)
-    code, out, log = domino("train", config, f"data.train={answers}", "data.heldout=null")
+    code, out, log = domino("train", config, f"data.train={answers}", "data.eval=null")
     assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
     assert f"{answers}: {share} are unfinished" in log
     code, out, log = domino(

@@ -6,10 +6,8 @@ import pytest
 from trees import SMALLEST
 
 from domino_jax.base.errors import InputError, from_tree
-from domino_jax.config.run import (
-    RunConfig,
-    load_config,
-)
+from domino_jax.config.run import RENAMED, RunConfig, load_config
+from domino_jax.config.schema import described
 
 
 def test_load_config_applies_overrides_in_order(smallest: Path) -> None:
@@ -21,17 +19,25 @@ def test_load_config_applies_overrides_in_order(smallest: Path) -> None:
     ]
     config = load_config(
         smallest,
-        [*words, "data.heldout=held=out.jsonl", "draft.projector_type=null", "dtype=float32"],
+        [*words, "data.eval=held=out.jsonl", "draft.projector_type=null", "dtype=float32"],
     )
     assert config.train.steps == 9
     assert config.optimizer.learning_rate == 1e-3
     assert config.draft.target_layer_ids == (1, 3)
     assert config.draft.projector_type is None
-    assert config.data.heldout == "held=out.jsonl"
+    assert config.data.eval == "held=out.jsonl"
     assert config.dtype == "float32"
     assert load_config(smallest) == from_tree(RunConfig, SMALLEST, place="smallest"), (
         "overrides must not stick"
     )
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_load_config_refuses_a_renamed_key_with_its_new_name(smallest: Path, old: str) -> None:
+    new = RENAMED[old]
+    assert new in {key.name for key in described(RunConfig)}
+    with pytest.raises(InputError, match=f"{old} is now {new}; rename the key"):
+        load_config(smallest, [f"{old}=1"])
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_load_config_fills_defaults(smallest: Path) -> None:
         0.95,
         None,
     )
-    assert config.data.heldout is None
+    assert config.data.eval is None
 
 
 def test_load_config_overrides_one_name_of_a_mapping(smallest: Path, tmp_path: Path) -> None:
@@ -98,19 +98,24 @@ REFUSED = {
     "one of nemo, specforge": ("loss.anchor_rule=zlab",),
     "in 0..1": (
         *("loss.lambda_start=1.5", "loss.decay_ratio=-0.1", "loss.kl_weight=-1"),
-        *("optimizer.warmup_ratio=2", "optimizer.final_ratio=-1"),
+        *("optimizer.warmup_ratio=2", "optimizer.min_lr_ratio=-1"),
     ),
     "above 0 or one of default or null": ("loss.loss_decay_gamma=0",),
     "above 0 or null": ("loss.logits_mib=0", "draft.final_logit_softcapping=0"),
     "above 0": (
-        *("optimizer.learning_rate=0", "optimizer.clip_norm=0"),
+        *("optimizer.learning_rate=0", "optimizer.max_grad_norm=0"),
         *("draft.output_multiplier=0", "draft.input_embedding_scale=-1"),
     ),
     "at least 0 and below 1": ("optimizer.b1=1", "optimizer.b2=-0.1"),
     "at least 0": ("optimizer.weight_decay=-0.1",),
     "above 0 and below 1 or null": ("optimizer.ema_decay=1",),
     "at least 1 and below 2**31": (
-        *("train.epochs=0", "train.log_every=0", "train.eval_every=0", "train.max_bad_steps=0"),
+        *(
+            "train.epochs=0",
+            "train.log_every=0",
+            "train.eval_every=0",
+            "train.max_nonfinite_steps=0",
+        ),
         *("train.checkpoint_every=0", "train.keep_checkpoints=0"),
         *("mesh.fsdp=0", "mesh.tensor=-1"),
     ),
@@ -146,9 +151,9 @@ def test_every_key_says_what_it_means() -> None:
         ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
         (
             "train.keep_best=heldout",
-            "train.keep_best is 'heldout', but data.heldout is missing",
+            "train.keep_best is 'heldout', but data.eval is missing",
         ),
-        ("train.rollout_every=5", "train.rollout_every is 5, but data.heldout is missing"),
+        ("train.rollout_every=5", "train.rollout_every is 5, but data.eval is missing"),
     ],
 )
 def test_run_config_refuses(smallest: Path, override: str, message: str) -> None:

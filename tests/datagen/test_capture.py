@@ -64,7 +64,7 @@ def losses(place: Path, name: str, *overrides: str) -> np.ndarray:
 
 
 def offline(directory: Path) -> tuple[str, str]:
-    return "data.train=null", f"data.features={directory}"
+    return "data.train=null", f"data.hidden_states={directory}"
 
 
 def test_offline_losses_equal_online_ones(place: Path) -> None:
@@ -73,13 +73,13 @@ def test_offline_losses_equal_online_ones(place: Path) -> None:
     np.testing.assert_allclose(
         losses(place, "float32", *offline(place / "float32")), online, rtol=1e-6
     )
-    half = losses(place, "bfloat16", *offline(place / "bfloat16"), "data.heldout=null")
+    half = losses(place, "bfloat16", *offline(place / "bfloat16"), "data.eval=null")
     np.testing.assert_allclose(half[:, :3], online[:20, :3], rtol=1e-3)
 
 
 @pytest.mark.slow
 def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
-    settings = ("data.packing=true", "data.heldout=null", "train.steps=4", "data.max_length=40")
+    settings = ("data.packing=true", "data.eval=null", "train.steps=4", "data.max_length=40")
     online = losses(place, "packed-online", *settings)
     np.testing.assert_allclose(
         losses(place, "packed", *settings, *offline(place / "float32")), online, rtol=1e-5
@@ -87,7 +87,7 @@ def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
 
 
 def test_divergence_needs_the_captured_final_states(place: Path) -> None:
-    settings = ("loss.kl_weight=0.5", "loss.loss_type=dpace", "train.steps=3", "data.heldout=null")
+    settings = ("loss.kl_weight=0.5", "loss.loss_type=dpace", "train.steps=3", "data.eval=null")
     online = losses(place, "kl-online", *settings)
     np.testing.assert_allclose(
         losses(place, "kl", *settings, *offline(place / "float32")), online, rtol=1e-5
@@ -149,7 +149,7 @@ def test_the_target_runs_over_no_more_padding_than_a_batch_has(
 def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(
     place: Path, tmp_path: Path
 ) -> None:
-    settings = ("draft.target_layer_ids=[0,3]", "data.heldout=null", "train.steps=3")
+    settings = ("draft.target_layer_ids=[0,3]", "data.eval=null", "train.steps=3")
     captured(place / "config.yaml", tmp_path / "states", *settings)
     row, loaded = FeatureRows(tmp_path / "states")[0], load_target(place / "target")
     hidden = Target(loaded.config).apply({"params": loaded.params}, row.input_ids[None]).hidden[0]
@@ -175,7 +175,7 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
     monkeypatch.setattr(FeatureRows, "__getitem__", None)
     overrides = (
         *offline(place / "float32"),
-        "data.heldout=null",
+        "data.eval=null",
         "data.packing=true",
         f"run_dir={place / 'y'}",
     )
@@ -289,7 +289,7 @@ def test_the_size_is_told_first_and_limited(
             r"rows is sha256 \w+, asked for is sha256 \w+; answer_tokens is 320, asked for is 64$",
         ),
         (
-            ("data.train=null", "data.features=x"),
+            ("data.train=null", "data.hidden_states=x"),
             {},
             "data.train is missing: capture reads conversations",
         ),
@@ -338,7 +338,7 @@ def test_training_refuses_states_of_something_else(place: Path, tmp_path: Path) 
 
 def test_rows_come_from_one_place(place: Path) -> None:
     for words, found in (
-        (["data.features=x"], "found both"),
+        (["data.hidden_states=x"], "found both"),
         (["data.train=null"], "found neither"),
     ):
         with pytest.raises(InputError, match=f"data: give one of train and features, {found}"):

@@ -263,7 +263,7 @@ def test_what_a_run_lacks_is_left_out_and_said(tmp_path: Path) -> None:
         "no cycle was timed, so no break-even is known",
         "Time of a cycle: no cycle was timed",
         "Answers: the evaluation kept no answers",
-        "no held-out rows (data.heldout)",
+        "no held-out rows (data.eval)",
         "nothing was rolled out while training",
     ):
         assert reason in words, reason

@@ -42,7 +42,7 @@ def test_thirty_updates_equal_nemos(
             "learning_rate": 5e-3,
             "warmup_ratio": 0.13,
             "weight_decay": 0.01,
-            "clip_norm": 0.2,
+            "max_grad_norm": 0.2,
         },
     }
     config = twin(tmp_path, target, "ours", **sections)

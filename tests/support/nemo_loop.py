@@ -54,7 +54,7 @@ def twin(tmp_path: Path, target: Path, name: str, **sections: Any) -> RunConfig:
     """The configuration of a float32 run of thirty updates that NeMo's loop can follow."""
     directory = tmp_path / name
     directory.mkdir()
-    sections["data"] = {"heldout": None} | sections.get("data", {})
+    sections["data"] = {"eval": None} | sections.get("data", {})
     sections["loss"] = {"num_anchors": EVERY_ANCHOR} | sections.get("loss", {})
     steps = {"steps": 30, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 30}
     sections["train"] = steps | sections.get("train", {})
@@ -111,7 +111,7 @@ def _recipe(run: Run, trainer: Any) -> Any:
     recipe.lambda_base_start = config.loss.lambda_start
     recipe.lambda_base_decay_ratio = config.loss.decay_ratio
     settings = config.optimizer
-    recipe.max_grad_norm = settings.clip_norm
+    recipe.max_grad_norm = settings.max_grad_norm
     recipe.optimizer = torch.optim.AdamW(
         trainer.parameters(),
         lr=settings.learning_rate,
@@ -119,7 +119,7 @@ def _recipe(run: Run, trainer: Any) -> Any:
         weight_decay=settings.weight_decay,
     )
     warmup = max(1, int(settings.warmup_ratio * run.total_steps))
-    schedule = make_warmup_cosine_schedule(warmup, run.total_steps, settings.final_ratio)
+    schedule = make_warmup_cosine_schedule(warmup, run.total_steps, settings.min_lr_ratio)
     recipe.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(recipe.optimizer, schedule)
     return recipe
 

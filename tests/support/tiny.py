@@ -173,7 +173,7 @@ def run_config(directory: Path, target: Path, **sections: Any) -> Path:
             "emb_dim": 8,
             "gru_hidden_dim": 8,
         },
-        "data": {"train": str(rows), "heldout": str(heldout), "max_length": 24, "batch_size": 8},
+        "data": {"train": str(rows), "eval": str(heldout), "max_length": 24, "batch_size": 8},
         "loss": {"num_anchors": 4},
         "train": {"steps": 6, "log_every": 2, "eval_every": 3, "checkpoint_every": 2},
     }

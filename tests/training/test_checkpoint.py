@@ -198,7 +198,7 @@ def longer(place: Path) -> str:
 
 
 def other_heldout(place: Path) -> str:
-    return f"data.heldout={write_conversations(place / 'heldout.jsonl', 5, seed=9)}"
+    return f"data.eval={write_conversations(place / 'heldout.jsonl', 5, seed=9)}"
 
 
 def other_weights(place: Path) -> str:
@@ -227,7 +227,7 @@ def other_template(place: Path) -> str:
         (changed_words, "data.train: was 24 rows, sha256"),
         (reordered, "data.train: was 24 rows, sha256"),
         (longer, "is 25 rows, sha256"),
-        (other_heldout, "data.heldout: was 5 rows"),
+        (other_heldout, "data.eval: was 5 rows"),
         (other_weights, "target: was sha256"),
         (other_template, "chat template sha256"),
     ],
@@ -248,15 +248,16 @@ def test_inputs_may_move(place: Path) -> None:
 
 def test_a_finished_run_is_extended(place: Path) -> None:
     with pytest.raises(
-        InputError, match=r"train\.steps 6 -> 9\).*train\.extend=N trains N steps further"
+        InputError, match=r"train\.steps 6 -> 9\).*train\.extra_steps=N trains N steps further"
     ):
         resume(place, "train.steps=9")
-    said = resume(place, "train.extend=3")
+    said = resume(place, "train.extra_steps=3")
     assert "resuming at step 6 of 9" in said
     # Two ways to nine steps, one number.
     whole = place / "whole"
     train(
-        load_config(place / "config.yaml", [f"run_dir={whole}", "train.extend=3"]), reporter=quiet()
+        load_config(place / "config.yaml", [f"run_dir={whole}", "train.extra_steps=3"]),
+        reporter=quiet(),
     )
     chex.assert_trees_all_equal(final_bits(whole, 9), final_bits(place / "run", 9))
     last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-2]
@@ -323,11 +324,11 @@ def test_a_run_keeps_its_best_checkpoint(place: Path, by: str, figure: str) -> N
             "rollout_every 3 must be a multiple of checkpoint_every 2",
         ),
         (
-            ("train.keep_best=heldout", "data.heldout=null", "train.checkpoint_every=3"),
-            "data.heldout is missing",
+            ("train.keep_best=heldout", "data.eval=null", "train.checkpoint_every=3"),
+            "data.eval is missing",
         ),
         (("train.keep_best=heldout",), "eval_every 3 must be a multiple of checkpoint_every 2"),
-        (("train.extend=-1",), r"extend must be at least 0 and below 2\*\*31, found -1"),
+        (("train.extra_steps=-1",), r"extend must be at least 0 and below 2\*\*31, found -1"),
     ],
 )
 def test_settings_of_checkpoints_are_checked(
@@ -340,7 +341,7 @@ def test_settings_of_checkpoints_are_checked(
 def test_a_run_record_says_what_the_run_reads(trained: Path) -> None:
     place = trained / "run" / "checkpoints" / "6"
     draft, run = read_draft_record(place), read_run_record(place)
-    assert run.inputs.keys() == {"tokenizer", "data.train", "data.heldout", "target"}
+    assert run.inputs.keys() == {"tokenizer", "data.train", "data.eval", "target"}
     assert draft.target_sha256 and run.inputs["target"].endswith(draft.target_sha256)
 
 

@@ -61,8 +61,8 @@ def refusal(path: Path, *overrides: str) -> str:
         ),
         ("data.train={place}", "data.train: {place}: not a file; expected a JSONL file"),
         (
-            "data.heldout={place}/no.jsonl",
-            "data.heldout: {place}/no.jsonl: not there; expected a JSONL file",
+            "data.eval={place}/no.jsonl",
+            "data.eval: {place}/no.jsonl: not there; expected a JSONL file",
         ),
         (
             "draft.init_from={place}/no",
@@ -101,9 +101,11 @@ def test_what_is_free_to_check_is_checked_first(
 
 @pytest.mark.usefixtures("reads_nothing")
 def test_captured_states_are_looked_for_first(target: Path, tmp_path: Path) -> None:
-    found = refusal(run_config(tmp_path, target), "data.train=null", f"data.features={tmp_path}")
+    found = refusal(
+        run_config(tmp_path, target), "data.train=null", f"data.hidden_states={tmp_path}"
+    )
     assert found.startswith(
-        f"data.features: {tmp_path}: no manifest.json in it; expected a directory that `domino"
+        f"data.hidden_states: {tmp_path}: no manifest.json in it; expected a directory that `domino"
     )
 
 

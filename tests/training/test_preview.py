@@ -136,7 +136,7 @@ def test_captured_and_packed_rows_are_told(target: Path, tmp_path: Path) -> None
         confirmed=False,
         reporter=quiet(),
     )
-    words = ("data.train=null", f"data.features={tmp_path / 'states'}", "data.packing=true")
+    words = ("data.train=null", f"data.hidden_states={tmp_path / 'states'}", "data.packing=true")
     checked = check(load_config(path, words), reporter=quiet(), set_aside=False)
     run = read_inputs(checked, target_sha256=lambda: target_fingerprint(target), reporter=quiet())
     said = preview_of(run)
@@ -155,7 +155,7 @@ def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(
 ) -> None:
     path = run_config(tmp_path, target)
     train(load_config(path), reporter=quiet())
-    code, out, _ = domino("train", path, "--dry-run", "train.extend=4")
+    code, out, _ = domino("train", path, "--dry-run", "train.extra_steps=4")
     assert code == 0 and "10 of 8 rows: 3.33 epochs; the run resumes at step 6" in out
     code, out, log = domino("train", path, "--dry-run", "draft.emb_dim=4")
     assert (code, out) == (2, "") and "draft.emb_dim 8 -> 4" in log

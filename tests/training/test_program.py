@@ -68,7 +68,7 @@ def test_what_reads_the_targets_logits_has_the_whole_target(
         config = resolved(replace(CONFIG, loss=replace(CONFIG.loss, **change)), mesh)
         assert make_program(config, target, draft, mesh, total_steps=9).target.layers_run == depth
     rolled_out = replace(CONFIG.train, rollout_every=5)
-    data = replace(CONFIG.data, heldout="heldout.jsonl")
+    data = replace(CONFIG.data, eval="heldout.jsonl")
     config = resolved(replace(CONFIG, train=rolled_out, data=data), mesh)
     assert make_program(config, target, draft, mesh, total_steps=9).target.layers_run == 6
 

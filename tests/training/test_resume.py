@@ -116,7 +116,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(
 
 def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
     config = load_config(
-        run_config(tmp_path, target, train={"checkpoint_every": 100}, data={"heldout": None})
+        run_config(tmp_path, target, train={"checkpoint_every": 100}, data={"eval": None})
     )
     for step in (1, 2, 3):
         with pytest.raises(Interrupted, match=f"stopped at step {step} of 6"):

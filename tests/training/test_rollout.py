@@ -101,7 +101,7 @@ def captured(path: Path, states: Path) -> list[str]:
     size = {"limit_gb": 1.0, "confirmed": False}
     kind: dict[str, Any] = {"dtype": "float32", "target_states": False}
     capture(load_config(path), states, **kind, **size, reporter=quiet())
-    return ["data.train=null", f"data.features={states}"]
+    return ["data.train=null", f"data.hidden_states={states}"]
 
 
 @pytest.mark.parametrize(

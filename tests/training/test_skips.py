@@ -117,13 +117,18 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     if override == "target":
         edit(target, overflow)
         words = []
-    settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9, "max_bad_steps": 3}
+    settings = {
+        "log_every": 2,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 9,
+        "max_nonfinite_steps": 3,
+    }
     path = run_config(tmp_path, target, train=settings)
     with pytest.raises(Diverged) as raised:
         train(load_config(path, words), reporter=quiet())
     said = str(raised.value)
     assert (
-        f"stopped: 3 updates in a row (train.max_bad_steps) were not finite, from step {first} on"
+        f"stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite, from step {first} on"
         in said
     )
     assert "rows.jsonl" in said and "is finite" in said and "\n" not in said
@@ -159,9 +164,9 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
     strictly(tmp_path / "run" / "metrics.jsonl")
 
 
-def watch(stored: Any = None, *, max_bad_steps: int = 3) -> StepWatch:
+def watch(stored: Any = None, *, max_nonfinite_steps: int = 3) -> StepWatch:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool), line=10 + number) for number in range(40)]
-    return StepWatch(rows, "a.jsonl", max_bad_steps=max_bad_steps, stored=stored)
+    return StepWatch(rows, "a.jsonl", max_nonfinite_steps=max_nonfinite_steps, stored=stored)
 
 
 def outcome(step: int, updates: int, nonfinite: int, rows: Any = ()) -> StepOutcome:
@@ -218,13 +223,15 @@ def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
 
 def test_captured_rows_are_named_by_their_number() -> None:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool))] * 3
-    (skip,) = StepWatch(rows, "states", max_bad_steps=3).skips([outcome(1, *BAD, rows=[2, 0])])
+    (skip,) = StepWatch(rows, "states", max_nonfinite_steps=3).skips(
+        [outcome(1, *BAD, rows=[2, 0])]
+    )
     assert str(skip.place) == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
 
 
 def test_the_message_without_a_checkpoint_promises_none() -> None:
-    (skip,) = watch(max_bad_steps=1).skips([outcome(1, *BAD, rows=[2])])
-    said = divergence(Path("run"), skip, max_bad_steps=1, newest_checkpoint=None)
+    (skip,) = watch(max_nonfinite_steps=1).skips([outcome(1, *BAD, rows=[2])])
+    said = divergence(Path("run"), skip, max_nonfinite_steps=1, newest_checkpoint=None)
     assert "no checkpoint was written yet" in said and "lines 12 of a.jsonl" in said
 
 

@@ -40,7 +40,7 @@ def test_a_profiled_run_has_the_same_numbers(
     for name, words in (("plain", []), ("profiled", ["train.profile=[3, 2]"])):
         (tmp_path / name).mkdir()
         settings = {"tensorboard": True, "checkpoint_every": 6}
-        path = run_config(tmp_path / name, target, train=settings, data={"heldout": None})
+        path = run_config(tmp_path / name, target, train=settings, data={"eval": None})
         said.append(start(path, words))
         runs.append(tmp_path / name / "run")
     plain, profiled = runs
@@ -68,7 +68,7 @@ def test_a_trace_ends_with_a_run_that_is_stopped_and_may_change_with_the_next_st
     target: Path,
     tmp_path: Path,
 ) -> None:
-    path = run_config(tmp_path, target, data={"heldout": None})
+    path = run_config(tmp_path, target, data={"eval": None})
     answers = iter([False, False, True])
     said = start(path, ["train.profile=[2, 4]"], stop_requested=lambda: next(answers))
     assert "steps 2 to 3 are traced" in said and "stopped at step 3 of 6" in said
