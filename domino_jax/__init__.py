@@ -72,7 +72,7 @@ _MODULES = {
     "DominoTrainerModule": "objective.domino_module",
     "DraftConfig": "config.model",
     "DraftModel": "draft.backbone",
-    "InputError": "strict",
+    "InputError": "base.errors",
     "Target": "target.decoder",
     "Weights": "decoding.decoder",
     "build_trainer": "objective.domino_module",

@@ -148,9 +148,9 @@ def read_features(
     loss = config.loss
     if reads_target(loss) and not rows.manifest.target_states:
         raise InputError(
-            f"{data.hidden_states}: captured without the target's final states, which loss.loss_type "
-            f"{loss.loss_type} with loss.kl_weight {loss.kl_weight:g} reads; capture them with "
-            "--with-target-states"
+            f"{data.hidden_states}: captured without the target's final states, which "
+            f"loss.loss_type {loss.loss_type} with loss.kl_weight {loss.kl_weight:g} reads; "
+            "capture them with --with-target-states"
         )
     return _with_packs(rows, data)
 

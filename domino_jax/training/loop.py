@@ -66,8 +66,8 @@ def train(
         InputError: unusable input, or a run directory that belongs to another configuration or
             other inputs.
         Interrupted: `stop_requested` said so, and the state is saved.
-        Diverged: `train.max_nonfinite_steps` consecutive updates, or the parameters, were not finite;
-            every checkpoint is.
+        Diverged: `train.max_nonfinite_steps` consecutive updates, or the parameters, were not
+            finite; every checkpoint is.
     """
     run = prepare(config, reporter=reporter)
     settings = run.config.train

@@ -58,7 +58,8 @@ def check_sources(config: RunConfig, *, started: bool) -> None:
     if features is not None and not (Path(features) / MANIFEST).is_file():
         found = _instead(Path(features), lacking=MANIFEST)
         raise InputError(
-            f"data.hidden_states: {features}: {found}; expected a directory that `domino capture` wrote"
+            f"data.hidden_states: {features}: {found}; expected a directory that `domino capture` "
+            "wrote"
         )
     if start is not None and not started and not (Path(start) / "config.json").is_file():
         found = _instead(Path(start), lacking="config.json")

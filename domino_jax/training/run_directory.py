@@ -70,8 +70,8 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
     # The one change that many want, and for which there is another key.
     if changed <= {"train.steps", "train.epochs"}:
         remedy = (
-            "the schedules are stretched over them: train.extra_steps=N trains N steps further at the "
-            "last rate"
+            "the schedules are stretched over them: train.extra_steps=N trains N steps further at "
+            "the last rate"
         )
     raise InputError(f"{place}: started with other settings ({words}); {remedy}")
 

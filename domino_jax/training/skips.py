@@ -76,9 +76,9 @@ class StepWatch:
     """Tells the skipped steps and the spikes of each window, and when non-finite ones are too many.
 
     Attributes:
-        diverged_at: the first of `max_nonfinite_steps` consecutive non-finite steps, once there were as
-            many. Batches without anchors say nothing about finiteness: they neither count nor end
-            the count.
+        diverged_at: the first of `max_nonfinite_steps` consecutive non-finite steps, once there
+            were as many. Batches without anchors say nothing about finiteness: they neither count
+            nor end the count.
     """
 
     def __init__(

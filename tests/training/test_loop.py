@@ -90,7 +90,7 @@ def test_the_step_is_compiled_once(
     """And the held-out pass too, though some batches are more than twice as long as others."""
     path = run_config(tmp_path, target, data={"max_length": 64}, optimizer={"grad_accumulation": 2})
     long = write_conversations(tmp_path / "long.jsonl", 1, rounds=3).read_text()
-    for rows in (tmp_path / "rows.jsonl", tmp_path / "teacher_forced.jsonl"):
+    for rows in (tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl"):
         rows.write_text(2 * rows.read_text() + long)
     traces: list[str] = []
     longest: dict[int, list[int]] = {

@@ -128,8 +128,8 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
         train(load_config(path, words), reporter=quiet())
     said = str(raised.value)
     assert (
-        f"stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite, from step {first} on"
-        in said
+        "stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite, "
+        f"from step {first} on" in said
     )
     assert "rows.jsonl" in said and "is finite" in said and "\n" not in said
     run = tmp_path / "run"
