@@ -44,7 +44,7 @@ def run(directory: Path, package: Path, names: list[str], lines: list[str]) -> s
         work.append((words[1], words[1:]) if words[0] == "python" else ("", words))
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(package), str(directory), str(TOP / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(package), str(directory), str(TOP / "tests/support")]),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, compiled in a hurry
     }
     done = subprocess.run(

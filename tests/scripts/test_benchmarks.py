@@ -25,7 +25,7 @@ def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
         module.write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')\n")
     # One device, and programs compiled in a hurry.
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(SCRIPTS.parent)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(SCRIPTS.parents[1])])
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / name), *words],
         env=environment,
