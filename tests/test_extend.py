@@ -45,7 +45,7 @@ def run(directory: Path, package: Path, names: list[str], lines: list[str]) -> s
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(package), str(directory), str(TOP / "tests/support")]),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, compiled in a hurry
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
     }
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],

@@ -94,7 +94,7 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
         **os.environ,
         "PYTHONPATH": str(TOP),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),  # not the answers of another state of the code
     }
     process = subprocess.run(

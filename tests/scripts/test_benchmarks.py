@@ -24,7 +24,8 @@ def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
         module = tmp_path / f"{package}.py"
         module.write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')\n")
     # One device, and programs compiled in a hurry.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    one_device = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    environment = {**os.environ, "XLA_FLAGS": one_device}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(SCRIPTS.parents[1])])
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / name), *words],
