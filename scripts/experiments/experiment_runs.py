@@ -1,8 +1,9 @@
-"""Does Domino pay, and with how much data? The runs whose results lie in docs/experiments.
+"""The runs behind docs/experiments: Domino and DFlash by size of data and seed, and the trials.
 
     configs/answers/train-SIZE.jsonl.gz -> states of the target, once for all runs of a size
         -> domino, dflash, no-curriculum: the same rows, epochs, seeds and evaluator
-            -> evaluation of each on all sets -> docs/experiments/SIZE-VARIANT-SEED/
+            -> evaluation of each on all sets -> configs/experiments/records/SIZE-VARIANT-SEED/
+    all records -> docs/experiments/summary.json
 
 Unshifted DFlash is what other trainers call DFlash: position k of a block predicts token k, so a
 block of K proposes K - 1. Domino's head on and off is measured on the same weights. `--trials` are
@@ -25,7 +26,8 @@ from domino_jax.evaluation.record import EVALUATION
 CONFIG = Path("configs/experiments/smollm2.yaml")
 ANSWERS = Path("configs/answers")
 WORK = Path("runs/experiment")
-RESULTS = Path("docs/experiments")
+RESULTS = Path("configs/experiments/records")
+SUMMARY = Path("docs/experiments/summary.json")
 SETS = (
     ANSWERS / "heldout-own.jsonl.gz",
     Path("configs/prompts/everyday.jsonl"),
@@ -139,6 +141,23 @@ def record(training: Training) -> dict[str, Any]:
     return {"run": run, "data": known, **evaluation}
 
 
+def summary() -> dict[str, Any]:
+    """Tau with its interval of each record, by set and decoding mode."""
+    runs = {}
+    for path in sorted(RESULTS.glob(f"*/{EVALUATION}")):
+        stored = json.loads(path.read_text())
+        taus = {
+            name: {
+                mode: {"tau": round(figures["tau"], 4), "interval": figures["interval"]}
+                for mode, figures in measured["ways"].items()
+            }
+            for name, measured in stored["sets"].items()
+        }
+        training = {name: stored["training"][name] for name in ("steps", "first_loss", "last_loss")}
+        runs[path.parent.name] = {**stored["run"], **training, "sets": taus}
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", action="store_true", help="the trials instead")
@@ -155,6 +174,7 @@ def main() -> None:
     for number, training in enumerate(chosen, start=1):
         print(f"== {number}/{len(chosen)} {training.name}", file=sys.stderr)
         run(training)
+    write_whole(SUMMARY, json.dumps(summary(), indent=1) + "\n")
 
 
 if __name__ == "__main__":
