@@ -144,10 +144,11 @@ def _tpu(place: Place) -> Compiler:
 def _gpus(place: Place) -> Compiler:
     (count,) = place.sides
     per_host = min(count, GPUS_PER_HOST)
+    described = files("domino_jax.plan") / f"{place.chip}.txtpb"
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name=place.chip,
-        target_config=(files("domino_jax.plan") / f"{place.chip}.txtpb").read_text(encoding="utf-8"),
+        target_config=described.read_text(encoding="utf-8"),
         topology=f"1x{count // per_host}x{per_host}",  # partitions x hosts x GPUs
     )
     packages = ("jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13")

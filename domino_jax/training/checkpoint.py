@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import CHECKSUMS, damage, read_json, write_checksums, write_whole
+from domino_jax.base.files import damage, read_json, write_checksums, write_whole
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.config.sections import BEST_FIGURES
 from domino_jax.draft.build import boxed_parameters
@@ -133,10 +133,6 @@ def sound_checkpoint(
         reporter.say(f"{directory}/{recorded}: the newest checkpoint is gone")
     for step in steps if only is None else [only]:
         place = directory / str(step)
-        # Older versions wrote neither hashes nor the note: beside a note, no hashes are damage.
-        if not (place / CHECKSUMS).exists() and recorded is None and any(place.iterdir()):
-            reporter.say(f"{place}: saved by an older version, without checksums: taken unchecked")
-            return step
         found = damage(place, unlisted=[COMMITTED])
         if found is None:
             return step

@@ -8,15 +8,13 @@ and told when it was saved. So two records lie beside them, in step 40 for examp
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import read_json
 from domino_jax.config.model import (
-    DecoderConfig,
-    DecoderShape,
     DraftConfig,
     draft_from_tree,
     draft_tree,
@@ -28,10 +26,6 @@ OTHER_VERSION = (
     "the run was started by another version of this program and cannot be resumed by this one; "
     "use another run_dir, which may begin with the old run's export (draft.init_from)"
 )
-# Older versions stored them with a draft, in which they had one value only.
-TARGET_KEYS = {
-    f.name: f.default for f in fields(DecoderConfig) if f.name not in DecoderShape.__annotations__
-}
 DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 
 
@@ -39,8 +33,8 @@ DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 class DraftRecord:
     """A draft, the built-in name or directory of its target, and the template of its rows.
 
-    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None in
-    checkpoints of older versions.
+    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None until they
+    are computed, never in a checkpoint.
     """
 
     config: DraftConfig
@@ -114,22 +108,14 @@ def read_draft_record(place: Path) -> DraftRecord:
     """
     stored = _json_item(place, DRAFT)
     try:
-        config = draft_from_tree(_without_target_keys(stored["config"]), place=f"{place}/draft")
+        config = draft_from_tree(stored["config"], place=f"{place}/draft")
         template = ChatTemplate(
             stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft")
         )
-        hashes = (stored.get(name) for name in ("target_sha256", "tokenizer_sha256"))
+        hashes = (stored[name] for name in ("target_sha256", "tokenizer_sha256"))
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:
         raise InputError(f"{place}/draft: {error} is missing") from error
-
-
-def _without_target_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored draft without what older versions stored: fields of targets and of absent heads."""
-    unread = {name for name, only in TARGET_KEYS.items() if tree.get(name) == only}
-    if tree.get("projector_type", "") is None:
-        unread |= {"emb_dim", "gru_hidden_dim"}
-    return {name: value for name, value in tree.items() if name not in unread}
 
 
 def _json_item(place: Path, name: str) -> dict[str, Any]:

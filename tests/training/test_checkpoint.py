@@ -155,13 +155,13 @@ def test_the_note_of_the_newest_checkpoint_is_read_strictly(place: Path, content
         sound_checkpoint(place / "run", reporter=quiet())
 
 
-def test_a_checkpoint_of_an_older_version_is_taken_unchecked_and_told(place: Path) -> None:
+def test_a_checkpoint_without_checksums_is_damaged(place: Path) -> None:
+    """Also where the note of the newest checkpoint is gone too."""
     (place / "run" / "newest_checkpoint.json").unlink()
     (place / "run" / "checkpoints" / "6" / "SHA256SUMS").unlink()
-    said: list[str] = []
-    assert (
-        sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 6 and "unchecked" in said[0]
-    )
+    heard = Heard()
+    assert sound_checkpoint(place / "run", reporter=heard) == 4
+    assert "checkpoints/6" in heard.lines[0] and "SHA256SUMS" in heard.lines[0]
 
 
 def test_one_step_can_be_asked_for(place: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_run_keeps_its_best_checkpoint(place: Path, by: str, figure: str) -> N
             "data.eval is missing",
         ),
         (("train.keep_best=heldout",), "eval_every 3 must be a multiple of checkpoint_every 2"),
-        (("train.extra_steps=-1",), r"extend must be at least 0 and below 2\*\*31, found -1"),
+        (("train.extra_steps=-1",), r"extra_steps must be at least 0 and below 2\*\*31, found -1"),
     ],
 )
 def test_settings_of_checkpoints_are_checked(
