@@ -34,7 +34,8 @@ TABLE = (
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),
     (4, "page", "terminal sources growth cells verdict tables charts pictures notes document"),
-    (5, "cli", "interrupts shared config data train plan decode evaluate report checkpoint verbs"),
+    (5, "cli", "interrupts shared loading config data train plan decode measurement evaluate"),
+    (5, "cli", "report checkpoint verbs"),
     (6, "", "__main__"),
 )
 # The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the
