@@ -65,6 +65,18 @@ WITHOUT_JAX = {
 MESH_AXES = {"fsdp", "tensor"}
 
 
+def public_modules() -> dict[str, str]:
+    """Public name -> its module below the package, as `__init__.pyi` lists them, each once."""
+    found: dict[str, str] = {}
+    for node in ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and node.module
+            for alias in node.names:
+                assert alias.asname == alias.name and alias.name not in found
+                found[alias.name] = node.module
+    return found
+
+
 def module_name(path: Path, package: Path = PACKAGE) -> str:
     """`domino_jax/draft/mask.py` -> `draft.mask`; a folder's `__init__.py` is the folder.
 
