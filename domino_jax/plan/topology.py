@@ -153,10 +153,11 @@ def _gpus(place: Place) -> Compiler:
 
     (count,) = place.sides
     per_host = min(count, GPUS_PER_HOST)
+    description = files("domino_jax.plan") / f"{place.chip}.txtpb"
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name=place.chip,
-        target_config=(files("domino_jax") / f"{place.chip}.txtpb").read_text(encoding="utf-8"),
+        target_config=description.read_text(encoding="utf-8"),
         topology=f"1x{count // per_host}x{per_host}",  # partitions x hosts x GPUs
     )
     packages = ("jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13")
