@@ -107,11 +107,11 @@ def domino(
     tmp_path_factory: pytest.TempPathFactory,
 ):
     """The command in this process: words -> exit code, stdout, stderr."""
-    from domino_jax.cli import command, evaluate
+    from domino_jax.cli import command, measurement
 
     # What another state of the code answered must not be what this one is held against.
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(evaluate, "user_cache", lambda name, *, verb: cache / name)
+    monkeypatch.setattr(measurement, "user_cache", lambda name, *, verb: cache / name)
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])

@@ -17,7 +17,9 @@ from house import (
 
 
 @pytest.mark.parametrize(
-    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+    "path",
+    sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]),
+    ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_package_file_keeps_the_rules(path: Path) -> None:
     assert not complaints(path)

@@ -1,15 +1,23 @@
-"""Steps, decoding and the command run where only the accelerator's own packages are installed.
+"""What each command imports, and which packages steps, decoding and the command do without.
 
-What feeds a long run (grain, array-record), makes a target from a file (gguf, platformdirs) or
-draws (matplotlib) is often missing on such a machine, so it is imported where it is used.
+A machine with the accelerator's own packages often lacks what feeds a long run (grain,
+array-record), makes a target from a file (gguf, platformdirs) or draws (matplotlib), so these are
+imported where they are used. What needs no array (`--version`, help, `config`, an argument error)
+imports no jax, which takes seconds.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import write_target
+
+from domino_jax import __version__
+from domino_jax.cli.verbs import cli
 
 PROGRAM = """
 import sys
@@ -75,6 +83,29 @@ for words in (["--help"], ["generate", str(run), "a b c", "--max-new-tokens", "8
         assert not end.code, end.code
 """
 
+# Runs commands without jax, numpy or what imports them; writes each exit code, stdout and stderr.
+WITHOUT_JAX = """
+import contextlib, io, json, sys
+
+HEAVY = ("jax", "flax", "transformers", "orbax", "matplotlib")
+for name in HEAVY:
+    sys.modules[name] = None  # importing it fails now
+from domino_jax.cli import command
+from domino_jax.cli.shared import logs
+
+told = []
+for sys.argv in json.load(sys.stdin):
+    out, errors = io.StringIO(), io.StringIO()
+    logs.file = errors
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            command()
+        except SystemExit as stop:
+            told.append((stop.code, out.getvalue(), errors.getvalue()))
+assert "numpy" not in sys.modules
+json.dump(told, sys.stdout)
+"""
+
 
 def test_steps_decoding_and_the_command_need_no_data_packages(tmp_path: Path) -> None:
     target = write_target(tmp_path / "target")
@@ -88,3 +119,86 @@ def test_steps_decoding_and_the_command_need_no_data_packages(tmp_path: Path) ->
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Usage: domino" in result.stdout
     assert "8 tokens, tau" in result.stderr
+
+
+def run_without_jax(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each command, in one process without jax."""
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JAX],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        input=json.dumps([["domino", *words] for words in commands]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [tuple(told) for told in json.loads(result.stdout)]
+
+
+def test_version_help_and_config_import_no_jax() -> None:
+    help_of_verbs = [[verb, "--help"] for verb in cli.commands]
+    commands = [["--version"], ["--help"], [], ["config", "--list"], *help_of_verbs]
+    told = run_without_jax(commands)
+    assert [(code, errors) for code, _, errors in told] == [(0, "")] * len(commands)
+    version, page, no_verb, keys, *pages = (out for _, out, _ in told)
+    assert version == f"domino {__version__}\n"
+    assert page == no_verb
+    listed = page.partition("Commands:\n")[2]
+    for verb, text in zip(cli.commands, pages, strict=True):
+        assert text.startswith(f"Usage: domino {verb} ")
+        line = re.search(rf"^  {verb} +(\w.+)$", listed, flags=re.MULTILINE)
+        assert line and line[1].removesuffix("...") in " ".join(text.split())
+    assert "train.steps" in keys
+
+
+ARGUMENT_ERRORS = (
+    (["tarin"], "No such command 'tarin'. Did you mean 'train'?"),
+    (["train"], "Missing argument 'CONFIG'."),
+    (["train", "nope.yaml"], "nope.yaml: "),
+    (["train", "nope.yaml", "--wrong"], "No such option '--wrong'."),
+    (["capture", "nope.yaml", "train.steps=3"], "which looks like an override"),
+    (["config", "train.step"], "did you mean 'train.steps'?"),
+    (["evaluate", "run", "p.jsonl", "--replay", "--temperature", "1"], "--replay follows greedy"),
+    (["export", "run", "draft", "--for", "nope"], "Invalid value for '--for'"),
+    (["generate", "run", "a", "--plain", "--color"], "--plain drafts nothing"),
+    (["generate", "nope", "a"], "nope: not a run directory"),
+    (["plan", "nope.yaml"], "Missing option '--on'."),
+    (["prompts", "out.jsonl", "--count", "1"], "smollm2-135m-instruct"),
+    (["regenerate", "a", "b", "--target", "t", "--top-k", "3"], "nothing is drawn at temperature"),
+    (["report", "run", "--out", "page.pdf"], "ends in .html"),
+    (["target", "model.gguf"], "give the directory to convert into"),
+)
+
+
+def test_argument_errors_import_no_jax() -> None:
+    told = run_without_jax([words for words, _ in ARGUMENT_ERRORS])
+    for (words, expected), (code, out, errors) in zip(ARGUMENT_ERRORS, told, strict=True):
+        assert (code, out) == (2, ""), words
+        assert expected in errors and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["config", "--list"]])
+def test_a_light_command_leaves_jax_unimported(words: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from domino_jax.cli import command\n"
+        f"sys.argv = ['domino', *{words}]\n"
+        "try:\n    command()\n"
+        "finally:\n    print({'jax', 'numpy'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "set()\n"
+
+
+@pytest.mark.parametrize("before", ["", "import jax; "], ids=["imported later", "already imported"])
+def test_float32_is_multiplied_in_full_under_the_command(before: str) -> None:
+    code = (
+        f"{before}import contextlib, sys\n"
+        "from domino_jax.cli import command\n"
+        "sys.argv = ['domino', '--version']\n"
+        "with contextlib.suppress(SystemExit):\n    command()\n"
+        "import jax\n"
+        "print(jax.config.jax_default_matmul_precision)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "highest"

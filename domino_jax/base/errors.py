@@ -35,6 +35,17 @@ class InputError(ValueError):
         super().__init__(one_line(message))
 
 
+class Interrupted(Exception):
+    """A training run stopped on request and saved its state; the same command resumes it."""
+
+
+class Diverged(Exception):
+    """Too many consecutive updates, or the parameters, were not finite.
+
+    The run stopped; its checkpoints are finite.
+    """
+
+
 def one_line(text: str) -> str:
     """Text as one harmless line: control characters escaped, the middle of a long one left out.
 

@@ -1,6 +1,8 @@
 """The command line must answer Ctrl-C while it still imports what it needs, which takes seconds.
 
-So nothing but the handlers is imported here; `command` imports the verbs once they stand.
+So nothing but the handlers is imported here; `command` imports the verbs once they stand. A module
+of a verb imports at its top what needs neither jax nor numpy; a verb imports the rest once its
+arguments are checked.
 """
 
 import os
@@ -29,7 +31,7 @@ def command() -> None:
     with answered_signals():
         # transformers warns where PyTorch is not installed; nothing here needs it.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # Only now, behind the handlers: it imports jax.
+        # Only now, behind the handlers: the verb imports jax.
         from domino_jax.cli.verbs import run
 
         run()

@@ -10,17 +10,12 @@ import click
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import check_new, whole_directory, write_error
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import check_fit, reporter, step_option, target_option, template_option
+from domino_jax.cli.shared import reporter, step_option, target_option, template_option
 from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
-from domino_jax.interop.hf import load_hf_draft, recorded_template, save_hf_draft
-from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
-from domino_jax.target.load import load_tokenizer
 from domino_jax.target.resolve import resolve_target
-from domino_jax.training.checkpoint import load_draft, save_draft
-from domino_jax.training.records import DraftRecord
 
 
 @click.command()
@@ -58,6 +53,10 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
       all        plain DFlash drafts with shift_label; heads other than Domino's
     """
     check_new(directory)  # before the run is read
+    # Before `keeps`: until then a signal ends the process at once.
+    from domino_jax.interop.hf import save_hf_draft
+    from domino_jax.training.checkpoint import load_draft
+
     keeps(f"{directory} is whole or was not made; the same command starts over")
     reporter.say(f"loading the draft of {run}")
     stored = load_draft(run, reporter=reporter, step=step)
@@ -97,6 +96,14 @@ def import_(
     RUN then serves generate, evaluate and export.
     """
     check_new(run)
+    # Before `keeps`: until then a signal ends the process at once.
+    from domino_jax.cli.loading import check_fit
+    from domino_jax.interop.hf import load_hf_draft, recorded_template
+    from domino_jax.target.decoder import Target
+    from domino_jax.target.load import load_tokenizer
+    from domino_jax.training.checkpoint import save_draft
+    from domino_jax.training.records import DraftRecord
+
     keeps(f"{run} is whole or was not made; the same command starts over")
     reporter.say(f"loading {directory}")
     config, params = load_hf_draft(directory)

@@ -1,4 +1,4 @@
-"""Sixty keys are more than a person remembers: the verb `config` says what each of them means."""
+"""The verb `config`: name, default, type and meaning of each key of a configuration."""
 
 import click
 

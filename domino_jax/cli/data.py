@@ -14,7 +14,6 @@ from domino_jax.cli.shared import (
     TEMPERATURES,
     FiniteRange,
     dtype_option,
-    load_named_target,
     new_tokens_option,
     reporter,
     seed_option,
@@ -24,13 +23,6 @@ from domino_jax.cli.shared import (
     top_k_option,
     top_p_option,
 )
-from domino_jax.data.conversations import stop_token_ids
-from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
-from domino_jax.datagen.regenerate import Answerer, AnswerSettings
-from domino_jax.datagen.regenerate import regenerate as regenerate_answers
-from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.target.decoder import Target
-from domino_jax.target.gguf import convert_gguf
 from domino_jax.target.resolve import resolve_target
 
 
@@ -51,6 +43,8 @@ def target(source: str, directory: Path | None) -> None:
             raise InputError(
                 f"{source}: give the directory to convert into: domino target {source} DIRECTORY"
             )
+        from domino_jax.target.gguf import convert_gguf
+
         path = convert_gguf(source, directory, reporter=reporter)
     else:
         if directory is not None:
@@ -96,6 +90,14 @@ def regenerate(
     target; answers written by anyone else cost acceptance. Stopped and started again it resumes
     where it was.
     """
+    # Before `keeps`: until then a signal ends the process at once.
+    from domino_jax.cli.loading import load_named_target
+    from domino_jax.data.conversations import stop_token_ids
+    from domino_jax.datagen.regenerate import Answerer, AnswerSettings
+    from domino_jax.datagen.regenerate import regenerate as regenerate_answers
+    from domino_jax.decoding.decoder import Weights, make_decoder
+    from domino_jax.target.decoder import Target
+
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
@@ -190,6 +192,13 @@ def prompts(
     and started again it resumes where it was. Each batch counts the seed up by one, so the seeds of
     two files lie further apart than a file has batches, or both hold the same prompts.
     """
+    # Before `keeps`: until then a signal ends the process at once.
+    from domino_jax.cli.loading import load_named_target
+    from domino_jax.data.conversations import stop_token_ids
+    from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
+    from domino_jax.decoding.decoder import Weights, make_decoder
+    from domino_jax.target.decoder import Target
+
     keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
     loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}

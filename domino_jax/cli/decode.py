@@ -1,11 +1,12 @@
 """What a drafter gains, in one answer, as it streams: the verb `generate`."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 from rich.console import Console
 
 from domino_jax.base.errors import InputError, Scalars
@@ -13,7 +14,6 @@ from domino_jax.base.files import LINE_BYTES
 from domino_jax.base.marks import MARKS, has_colours, marked
 from domino_jax.cli.interrupts import keeps, safe_point
 from domino_jax.cli.shared import (
-    load_run,
     new_tokens_option,
     proposals_option,
     reporter,
@@ -25,17 +25,9 @@ from domino_jax.cli.shared import (
     top_k_option,
     top_p_option,
 )
-from domino_jax.data.conversations import encode_prompt, stop_token_ids
-from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.generate import (
-    Answer,
-    TextStream,
-    check_length,
-    stream_answer,
-)
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.evaluation.counts import acceptance
-from domino_jax.target.decoder import Target
+
+if TYPE_CHECKING:
+    from domino_jax.decoding.generate import Answer, TextStream
 
 
 @click.command()
@@ -84,7 +76,14 @@ def generate(
     text = prompt if prompt is not None else _standard_input()
     if not text.strip():
         raise InputError("the prompt is empty")
-    # Not before: until then a signal ends the verb at once, also while it waits for a prompt.
+    # Until `keeps` a signal ends the process at once, also while it waits for a prompt.
+    from domino_jax.cli.loading import load_run
+    from domino_jax.data.conversations import encode_prompt, stop_token_ids
+    from domino_jax.decoding.decoder import Weights, make_decoder
+    from domino_jax.decoding.generate import check_length, stream_answer
+    from domino_jax.draft.backbone import DraftModel
+    from domino_jax.target.decoder import Target
+
     keeps("nothing is kept of the answer; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
@@ -119,6 +118,8 @@ def generate(
 
 def _text_stream(tokenizer: Any, *, color: bool) -> TextStream:
     """Writes an answer to stdout; with `color` what was drafted is marked, and a legend told."""
+    from domino_jax.decoding.generate import TextStream
+
     coloured = color and has_colours(Console())
     if color:
         reporter.say(
@@ -137,6 +138,10 @@ def _text_stream(tokenizer: Any, *, color: bool) -> TextStream:
 
 def _figures(answer: Answer, proposals: int) -> str:
     """What an answer took, in a line."""
+    import numpy as np
+
+    from domino_jax.evaluation.counts import acceptance
+
     figures = [f"{len(answer.tokens)} tokens", f"tau {answer.tau:.2f}"]
     if proposals:  # plain decoding drafts nothing
         kept = np.mean(acceptance([answer], proposals).marginal)

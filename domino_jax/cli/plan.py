@@ -3,19 +3,22 @@
 So the step is compiled for machines that are not here, and what its program takes is printed.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import jax
 
 from domino_jax.base.errors import InputError
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.plan.plan import Models, Plan, largest_batch, plan, read_models, write_json
-from domino_jax.plan.table import plan_table
 from domino_jax.plan.topology import Compiler, Place, compiler_for, parse_place
+
+if TYPE_CHECKING:
+    from domino_jax.plan.plan import Models, Plan
 
 
 @click.command("plan")
@@ -55,6 +58,12 @@ def plan_verb(
     # Before minutes of compiling, not after them.
     if file is not None and not file.parent.is_dir():
         raise InputError(f"--json {file}: no directory {file.parent}; make it first")
+    # Before `keeps`: until then a signal ends the process at once.
+    import jax
+
+    from domino_jax.plan.plan import read_models, write_json
+    from domino_jax.plan.table import plan_table
+
     keeps("plans that were finished are kept; the same command resumes")
     # Before jax looks for devices: this machine's own are none of a plan's business.
     jax.config.update("jax_platforms", "cpu")
@@ -80,12 +89,15 @@ def plan_verb(
 
 
 def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
+    from domino_jax.plan.plan import plan
+
     cache = user_cache("plans", verb="plan")
     return plan(config, models, place, compiler, cache=cache, reporter=reporter)
 
 
 def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
     """The plan of the largest batch that fits, or of the smallest, which does not."""
+    from domino_jax.plan.plan import largest_batch
 
     def planned(config: RunConfig) -> Plan:
         one = _as_it_stands(config, models, place, compiler)

@@ -7,7 +7,6 @@ import click
 from domino_jax.base.errors import InputError
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
-from domino_jax.page.document import write_page
 from domino_jax.page.sources import read_runs
 
 PAGE = "report.html"  # its name in a run directory
@@ -40,6 +39,9 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     # The pictures' folder has the same name without its ending.
     if place.suffix != ".html":
         raise InputError(f"--out {place}: expected a name that ends in .html")
+    # Before `keeps`: until then a signal ends the process at once.
+    from domino_jax.page.document import write_page
+
     keeps(f"{place} was not written; the same command starts over")
     found = read_runs(runs)
     if not place.parent.is_dir():

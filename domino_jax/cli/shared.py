@@ -1,12 +1,14 @@
-"""What several verbs share: an option or a loaded run must mean the same in each of them.
+"""Options and streams that several verbs share.
 
-Options, progress on stderr, and reading a target or a run, checked against each other.
+An option means the same in each verb that takes it. No import of jax or numpy here: `VERB --help`
+and an argument error do without them.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -15,19 +17,11 @@ from domino_jax.base.errors import InputError, Scalars, scalars
 from domino_jax.base.parse import parse_yaml
 from domino_jax.base.progress import Reporter
 from domino_jax.cli.interrupts import safe_point
-from domino_jax.config.model import DraftConfig
 from domino_jax.config.run import SEED_LIMIT
-from domino_jax.data.template import chat_template
-from domino_jax.decoding.decoder import make_decoder
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.evaluation.servers import Server, find_server
-from domino_jax.target.decoder import Target
-from domino_jax.target.decoder_keys import read_decoder_config
-from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
-from domino_jax.target.load import load_target, load_tokenizer
-from domino_jax.target.resolve import BUILT_IN, resolve_target
-from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.records import DraftRecord
+from domino_jax.target.resolve import BUILT_IN
+
+if TYPE_CHECKING:
+    from domino_jax.evaluation.servers import Server
 
 logs = Console(stderr=True)  # so that stdout holds results alone
 # Each line and each figure is a place where an interrupted verb may end.
@@ -110,6 +104,8 @@ def _server(context: click.Context, option: click.Parameter, url: str | None) ->
         return None
     if context.params.get("temperature") != 0:
         raise InputError(f"{option.opts[0]}: greedy answers are compared; leave --temperature out")
+    from domino_jax.evaluation.servers import find_server
+
     return find_server(url)
 
 
@@ -194,116 +190,6 @@ target_option = click.option(
     required=True,
     help=f"Directory of the target, or a built-in name ({', '.join(BUILT_IN)}).",
 )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
-
-    config: Any
-    params: Any
-    tokenizer: Any
-
-
-@dataclass(frozen=True)
-class Drafter:
-    """A draft of a run; `config` is the record's in the chosen compute type.
-
-    `target_sha256` is the fingerprint of the target that it is used with.
-    """
-
-    record: DraftRecord
-    config: DraftConfig
-    params: Any
-    step: int
-    target_sha256: str
-
-
-def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
-    """Reads a target by built-in name or directory.
-
-    Raises:
-        InputError: as `load_target` and `load_tokenizer`, or answers are to be longer than any text
-            that the target knows positions for.
-    """
-    path = resolve_target(name, reporter=reporter)
-    # From config.json alone, before the weights: those take longest to read.
-    longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
-    if max_new_tokens > longest:
-        raise InputError(
-            f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer"
-        )
-    reporter.say(f"loading the target {path}, {dtype}")
-    loaded = load_target(path, dtype=dtype)
-    return Loaded(loaded.config, loaded.params, load_tokenizer(path))
-
-
-def load_run(
-    run: Path,
-    dtype: str | None,
-    chat_template_kwargs: Scalars | None = None,
-    *,
-    step: int | None,
-    max_new_tokens: int,
-) -> tuple[Loaded, Drafter]:
-    """Reads a run: its target as loaded, and its draft, in this order.
-
-    Args:
-        run: the run directory.
-        dtype: compute type of both; None takes the one that the run trains in.
-        chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
-        step: of the checkpoint; None takes the newest.
-        max_new_tokens: of an answer.
-    Raises:
-        InputError: draft, target and chat template do not fit each other, or the target is not the
-            one that the draft was trained for.
-    """
-    reporter.say(f"loading the draft of {run}")
-    stored = load_draft(run, reporter=reporter, step=step)
-    record = stored.record
-    compute = dtype or record.config.dtype
-    as_trained = "" if dtype else ", as it was trained"
-    reporter.say(f"step {stored.step} of {run}, computed in {compute}{as_trained}")
-    path = resolve_target(record.target, reporter=reporter)
-    # Hashing reads all of the weights, so it runs beside their loading.
-    with hashed_beside(path) as target_sha256:
-        loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
-        now = {
-            "target": target_sha256(),
-            "tokenizer": tokenizer_fingerprint(path, loaded.tokenizer),
-        }
-    trained = record.chat_template
-    kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
-    asked = chat_template(loaded.tokenizer, kwargs)
-    asked.check_trained(trained, place=str(run), target=record.target)
-    then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
-    for name, known in then.items():
-        # None: a checkpoint of an older version, which does not know it.
-        if known not in (None, now[name]):
-            raise InputError(
-                f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
-                f"{known[:12]}, is {now[name][:12]}; put its files back"
-            )
-    config = replace(record.config, dtype=compute)
-    check_fit(config, Target(loaded.config), loaded.tokenizer)
-    return loaded, Drafter(record, config, stored.params, stored.step, now["target"])
-
-
-def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
-    """Raises `InputError` unless the draft can serve this target."""
-    # What decodes knows best what fits; nothing is decoded, and no weight is looked at.
-    try:
-        make_decoder(target, DraftModel(config))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    if config.mask_token_id in (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.bos_token_id,
-    ):
-        raise InputError(
-            f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target"
-        )
 
 
 def results() -> Console:

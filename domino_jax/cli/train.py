@@ -13,11 +13,7 @@ from domino_jax.base.progress import Reporter
 from domino_jax.cli.interrupts import keeps, stop_requested
 from domino_jax.cli.shared import FiniteRange, logs, reporter, results
 from domino_jax.config.run import load_config
-from domino_jax.datagen.capture import capture as capture_states
 from domino_jax.target.fingerprint import target_fingerprint
-from domino_jax.training.loop import train as train_run
-from domino_jax.training.prepare import check, read_inputs
-from domino_jax.training.preview import print_preview
 
 
 @click.command()
@@ -38,6 +34,9 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     settings = load_config(config, overrides)
     if dry_run:
         keeps("nothing was written", at_once=True)
+        from domino_jax.training.prepare import check, read_inputs
+        from domino_jax.training.preview import print_preview
+
         # It changes nothing: a damaged checkpoint is told and stays where it is.
         checked = check(settings, reporter=reporter, set_aside=False)
         # Asked for only where captured states are read: it takes a pass over the target's files.
@@ -50,6 +49,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         f"the checkpoints in {settings.run_dir} stay as they are; the same command resumes",
         at_once=True,
     )
+    from domino_jax.training.loop import train as train_run
+
     # Without a safe point: training ends by itself, once its step is saved.
     directory = train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested)
     click.echo(directory)
@@ -105,9 +106,13 @@ def capture(
             f"DIRECTORY is {str(directory)!r}, which looks like an override; "
             "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
         )
+    settings = load_config(config, overrides)
+    # Before `keeps`: until then a signal ends the process at once.
+    from domino_jax.datagen.capture import capture as capture_states
+
     keeps(f"shards that were written to {directory} stay; the same command resumes")
     capture_states(
-        load_config(config, overrides),
+        settings,
         directory,
         dtype=dtype,
         target_states=with_target_states,

@@ -1,34 +1,65 @@
-"""Scripts around `domino` rely on its streams and exit codes, so these are decided in one place.
+"""The `domino` command: its verbs, streams and exit codes.
 
-Results go to stdout, progress and logs to stderr. What the user can mend is one line and an exit
-code, never a traceback. The verbs themselves are thin over the package.
+Results go to stdout, progress and logs to stderr. A user error is one line and an exit code, never
+a traceback. A verb's module is imported when the verb is named, and imports jax only once the
+arguments are checked; so `--version`, `--help`, `config` and an argument error answer at once.
 """
 
+import importlib
 import logging
+import os
 import sys
 import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
-import jax
 
 from domino_jax import __version__
-from domino_jax.base.errors import InputError, one_line, shown, text_problem
+from domino_jax.base.errors import (
+    Diverged,
+    InputError,
+    Interrupted,
+    one_line,
+    shown,
+    text_problem,
+)
 from domino_jax.base.files import NO_ROOM
-from domino_jax.cli.checkpoint import export, import_
-from domino_jax.cli.config import config_verb
-from domino_jax.cli.data import prompts, regenerate, target
-from domino_jax.cli.decode import generate
-from domino_jax.cli.evaluate import evaluate
 from domino_jax.cli.interrupts import EXIT_CODE, kept
-from domino_jax.cli.plan import plan_verb
-from domino_jax.cli.report import report
-from domino_jax.cli.train import capture, train
-from domino_jax.training.loop import Interrupted
-from domino_jax.training.skips import Diverged
 
 DIVERGED = 3
 NOBODY_READS = 141  # what shells report of a program that SIGPIPE ended
+
+
+# Verb -> module of `domino_jax.cli` and name of the command in it.
+_COMMANDS = {
+    "capture": ("train", "capture"),
+    "config": ("config", "config_verb"),
+    "evaluate": ("evaluate", "evaluate"),
+    "export": ("checkpoint", "export"),
+    "generate": ("decode", "generate"),
+    "import": ("checkpoint", "import_"),
+    "plan": ("plan", "plan_verb"),
+    "prompts": ("data", "prompts"),
+    "regenerate": ("data", "regenerate"),
+    "report": ("report", "report"),
+    "target": ("data", "target"),
+    "train": ("train", "train"),
+}
+
+
+class _Verbs(Mapping[str, click.Command]):
+    """Verbs by name; reading a verb imports its module."""
+
+    def __getitem__(self, verb: str) -> click.Command:
+        module, command = _COMMANDS[verb]
+        return getattr(importlib.import_module(f"domino_jax.cli.{module}"), command)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS)
 
 
 class _Group(click.Group):
@@ -70,6 +101,7 @@ def _system_words(error: OSError) -> str:
 
 @click.group(
     cls=_Group,
+    commands=_Verbs(),
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -103,27 +135,9 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-_VERBS = (
-    target,
-    prompts,
-    regenerate,
-    config_verb,
-    capture,
-    plan_verb,
-    train,
-    generate,
-    evaluate,
-    report,
-    export,
-)
-for _verb in (*_VERBS, import_):
-    cli.add_command(_verb)
-
-
 def run() -> None:
     """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
-    # Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
-    jax.config.update("jax_default_matmul_precision", "highest")
+    _multiply_in_full_float32()
     _hear_failed_saves_once()
     # Not in click's own mode, which prints the usage before a message and ends the process itself.
     try:
@@ -135,6 +149,18 @@ def run() -> None:
         print(f"error: {one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(code)
+
+
+def _multiply_in_full_float32() -> None:
+    """Sets the highest matmul precision, for a jax that is imported later or already is.
+
+    Accelerators multiply float32 in fewer bits by default; bfloat16 operands are not affected.
+    """
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    # jax reads the variable when it is imported; a program that calls the command may have it.
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _hear_failed_saves_once() -> None:

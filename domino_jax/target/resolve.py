@@ -15,7 +15,6 @@ from pathlib import Path
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.progress import STDERR, Reporter
-from domino_jax.target.gguf import convert_gguf
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,9 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
             f"known: {', '.join(BUILT_IN)}"
         )
     import platformdirs
+
+    # Imports jax; the command line reads `BUILT_IN` without it.
+    from domino_jax.target.gguf import convert_gguf
 
     directory = platformdirs.user_cache_path("domino_jax") / "targets" / str(name_or_path)
     if not (directory / "config.json").is_file():

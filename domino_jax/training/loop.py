@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from domino_jax.base.chips import CHIPS
+from domino_jax.base.errors import Diverged, Interrupted
 from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.config.run import RunConfig
 from domino_jax.data.packing import row_lengths
@@ -36,14 +37,10 @@ from domino_jax.training.prepare import Run, prepare
 from domino_jax.training.program import StepArguments, lowered_step
 from domino_jax.training.records import RunRecord
 from domino_jax.training.rollout import Rollout, rollout_words
-from domino_jax.training.skips import Diverged, Skip, StepWatch, divergence, overflow
+from domino_jax.training.skips import Skip, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
 from domino_jax.training.trace import Trace
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; started again, it resumes there."""
 
 
 def train(

@@ -26,13 +26,6 @@ REASONS = {
 MAX_SHOWN = 16  # lines of one step in a message; metrics.jsonl has all of them
 
 
-class Diverged(Exception):
-    """Too many consecutive updates, or the parameters, were not finite.
-
-    The run stopped; its checkpoints are finite.
-    """
-
-
 @dataclass(frozen=True)
 class Place:
     """Which part of the data a step was made of.

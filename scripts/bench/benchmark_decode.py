@@ -164,7 +164,7 @@ def described(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def case_of_runs(options: argparse.Namespace) -> Case:
     """Trained drafts of two runs and their target, in float32."""
-    from domino_jax.cli.shared import load_run
+    from domino_jax.cli.loading import load_run
     from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
     from domino_jax.target.resolve import resolve_target
 

@@ -189,7 +189,13 @@ def _serve() -> None:
     import grain.checkpoint  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
-    import domino_jax.cli.verbs  # noqa: F401
+    # Each verb imports its part of these when it runs.
+    import domino_jax.cli.measurement
+    import domino_jax.cli.verbs
+    import domino_jax.datagen.capture
+    import domino_jax.datagen.prompts
+    import domino_jax.datagen.regenerate
+    import domino_jax.training.loop  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

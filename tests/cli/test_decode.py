@@ -11,7 +11,7 @@ import pytest
 from stand_in import SGLang, serving
 from tiny import seal
 
-from domino_jax.cli.shared import load_run
+from domino_jax.cli.loading import load_run
 from domino_jax.data.conversations import encode_prompt, read_messages
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
@@ -124,7 +124,7 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
 
 @pytest.mark.pitfall(
     "trained at 98 %, served at 10 %: another chat template",
-    seen="cli/shared.py: the hashes not compared",
+    seen="cli/loading.py: the hashes not compared",
 )
 def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"

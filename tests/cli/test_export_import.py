@@ -78,7 +78,7 @@ def test_a_draft_that_is_not_finite_is_neither_exported_nor_imported(
 
 @pytest.mark.pitfall(
     "mask token aliases eos, pad or bos, or changes on resume or import",
-    seen="cli/shared.py: special tokens not compared",
+    seen="cli/loading.py: special tokens not compared",
 )
 def test_import_checks_mask_token_template_and_shape(domino, trained: Path, tmp_path: Path) -> None:
     exported, target, run = tmp_path / "draft", tmp_path / "target", tmp_path / "run"

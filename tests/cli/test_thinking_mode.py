@@ -10,8 +10,9 @@ import yaml
 from click.testing import CliRunner
 from tiny import SWITCHED_TEMPLATE, run_config, seal, write_conversations, write_target
 
-from domino_jax.cli import decode, evaluate
+from domino_jax.cli import measurement
 from domino_jax.cli.verbs import cli
+from domino_jax.data import conversations
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.data.hidden_states import read_manifest
 from domino_jax.interop.hf import recorded_template
@@ -121,8 +122,9 @@ def test_decoding_takes_the_setting_of_the_run(
         asked.append(kwargs)
         return encode_prompt(messages, tokenizer, kwargs)
 
-    for verb in (decode, evaluate):
-        monkeypatch.setattr(verb, "encode_prompt", spy)
+    # `generate` imports the function when it runs, `evaluate` with its module.
+    for module in (conversations, measurement):
+        monkeypatch.setattr(module, "encode_prompt", spy)
     domino("generate", run, "a b", "--max-new-tokens", 4, *TOLD)
     domino("evaluate", run, prompts, "--limit", 1, "--max-new-tokens", 4)
     assert asked == [OFF, OFF]

@@ -23,7 +23,7 @@ TOP = Path(__file__).parent.parent.parent
 @pytest.mark.pitfall(
     "an evaluator that does not say what it measured",
     seen=(
-        "cli/evaluate.py: no chat_template in evaluation.json; page/terminal.py: no proposals "
+        "cli/measurement.py: no chat_template in evaluation.json; page/terminal.py: no proposals "
         "above the table"
     ),
 )

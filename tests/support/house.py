@@ -34,7 +34,8 @@ TABLE = (
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),
     (4, "page", "terminal sources growth cells verdict tables charts pictures notes document"),
-    (5, "cli", "interrupts shared config data train plan decode evaluate report checkpoint verbs"),
+    (5, "cli", "interrupts shared loading config data train plan decode measurement evaluate"),
+    (5, "cli", "report checkpoint verbs"),
     (6, "", "__main__"),
 )
 # The package's `__init__` gathers the public names of ranks 0 to 3; a folder's `__init__` is the
@@ -62,6 +63,18 @@ WITHOUT_JAX = {
     *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }
 MESH_AXES = {"fsdp", "tensor"}
+
+
+def public_modules() -> dict[str, str]:
+    """Public name -> its module below the package, as `__init__.pyi` lists them, each once."""
+    found: dict[str, str] = {}
+    for node in ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 1 and node.module
+            for alias in node.names:
+                assert alias.asname == alias.name and alias.name not in found
+                found[alias.name] = node.module
+    return found
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:

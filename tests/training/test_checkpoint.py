@@ -355,7 +355,7 @@ def other_tokens(target: Path) -> None:
 
 @pytest.mark.pitfall(
     "resumed with other data, weights, tokens or another template",
-    seen="cli/shared.py: not compared",
+    seen="cli/loading.py: not compared",
 )
 @pytest.mark.parametrize(
     ("change", "named"), [(other_weights, "the target"), (other_tokens, "the tokenizer")]

@@ -17,8 +17,9 @@ import pytest
 from house import PACKAGE, PLACES, module_name
 from tiny import quiet, run_config, write_target
 
+from domino_jax.base.errors import Interrupted
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.training.loop import Interrupted, train
+from domino_jax.training.loop import train
 
 FILES, CLIMBS = 10, 5
 HINTS = typing.get_type_hints(RunConfig)

@@ -17,13 +17,14 @@ from reference import draft_config, random_params, target_config
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, stack_layers
 
+from domino_jax.base.errors import Interrupted
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.target.decoder import Target
-from domino_jax.training.loop import Interrupted, train
+from domino_jax.training.loop import train
 from domino_jax.training.prepare import prepare
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))

@@ -12,7 +12,7 @@ from documents import fields_of
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, write_conversations
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, Interrupted
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import encode_prompt, stop_token_ids
 from domino_jax.datagen.capture import capture
@@ -26,7 +26,7 @@ from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import Interrupted, train
+from domino_jax.training.loop import train
 from domino_jax.training.prepare import prepare
 from domino_jax.training.records import read_run_record
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from strict_json import strictly
 from tiny import WORDS, Heard, quiet, run_config, write_target
 
+from domino_jax.base.errors import Diverged
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.page.terminal import training_summary
@@ -21,7 +22,7 @@ from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.log import read_metrics
 from domino_jax.training.loop import train
 from domino_jax.training.optimizer import learning_rate_schedule
-from domino_jax.training.skips import Diverged, StepWatch, divergence
+from domino_jax.training.skips import StepWatch, divergence
 
 
 def edit(target: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:

@@ -10,9 +10,10 @@ import pytest
 from tiny import Heard, run_config
 
 from domino_jax.base.chips import CHIPS, Chip
+from domino_jax.base.errors import Interrupted
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.loop import Interrupted, train
+from domino_jax.training.loop import train
 from domino_jax.training.trace import Trace
 
 
