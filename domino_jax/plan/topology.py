@@ -5,6 +5,8 @@ compilers are wheels that need no device: libtpu, and XLA's CUDA plugin with NVI
 cuDNN.
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import importlib.util
 import math
@@ -13,13 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
+from typing import TYPE_CHECKING, Any
 
 from domino_jax.base.errors import InputError
+
+# jax is imported where a compiler is made: the command line parses `--on` without it.
+if TYPE_CHECKING:
+    import jax
 
 TPU_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 GPUS_PER_HOST = 8
@@ -122,6 +124,9 @@ def compiler_for(place: Place) -> Compiler:
     lacking = missing_compiler(place)
     if lacking is not None:
         raise InputError(lacking)
+    import jax
+    import jax.numpy as jnp
+
     jax.devices("cpu")  # registers the plugins
     jnp.zeros(())  # and what this process computes itself stays there
     try:
@@ -133,6 +138,8 @@ def compiler_for(place: Place) -> Compiler:
 
 
 def _tpu(place: Place) -> Compiler:
+    from jax.experimental import topologies
+
     # Defaults: what a user has set for a TPU of theirs stays.
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
@@ -142,13 +149,15 @@ def _tpu(place: Place) -> Compiler:
 
 
 def _gpus(place: Place) -> Compiler:
+    from jax.experimental import topologies
+
     (count,) = place.sides
     per_host = min(count, GPUS_PER_HOST)
-    described = files("domino_jax.plan") / f"{place.chip}.txtpb"
+    description = files("domino_jax.plan") / f"{place.chip}.txtpb"
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name=place.chip,
-        target_config=described.read_text(encoding="utf-8"),
+        target_config=description.read_text(encoding="utf-8"),
         topology=f"1x{count // per_host}x{per_host}",  # partitions x hosts x GPUs
     )
     packages = ("jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13")
