@@ -341,5 +341,5 @@ def test_rows_come_from_one_place(place: Path) -> None:
         (["data.hidden_states=x"], "found both"),
         (["data.train=null"], "found neither"),
     ):
-        with pytest.raises(InputError, match=f"data: give one of train and features, {found}"):
+        with pytest.raises(InputError, match=f"data: give one of train and hidden_states, {found}"):
             load_config(place / "config.yaml", words)

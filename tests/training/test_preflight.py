@@ -149,7 +149,7 @@ def test_too_shallow_a_target_is_told_in_the_keys_of_the_run(
         ("tensorboardX", "train.tensorboard=true", "'domino-jax[tensorboard]'"),
         (
             "array_record",
-            "data={{train: null, features: {place}, max_length: 24, batch_size: 8}}",
+            "data={{train: null, hidden_states: {place}, max_length: 24, batch_size: 8}}",
             "array-record",
         ),
     ],
