@@ -16,7 +16,7 @@ from domino_jax.config.run import load_config
 from domino_jax.datagen.capture import capture as capture_states
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.training.loop import train as train_run
-from domino_jax.training.prepare import check, read_inputs
+from domino_jax.training.prepare import capture_inputs, check, prepare, read_inputs
 from domino_jax.training.preview import print_preview
 
 
@@ -51,7 +51,9 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         at_once=True,
     )
     # Without a safe point: training ends by itself, once its step is saved.
-    directory = train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested)
+    told = Reporter(logs)
+    run = prepare(settings, reporter=told)
+    directory = train_run(run, reporter=told, stop_requested=stop_requested)
     click.echo(directory)
 
 
@@ -107,7 +109,7 @@ def capture(
         )
     keeps(f"shards that were written to {directory} stay; the same command resumes")
     capture_states(
-        load_config(config, overrides),
+        functools.partial(capture_inputs, load_config(config, overrides), reporter=reporter),
         directory,
         dtype=dtype,
         target_states=with_target_states,
