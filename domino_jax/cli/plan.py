@@ -18,7 +18,8 @@ from domino_jax.config.run import RunConfig, load_config
 from domino_jax.plan.topology import Compiler, Place, compiler_for, parse_place
 
 if TYPE_CHECKING:
-    from domino_jax.plan.plan import Models, Plan
+    from domino_jax.plan.plan import Plan
+    from domino_jax.training.prepare import Models
 
 
 @click.command("plan")
@@ -61,8 +62,9 @@ def plan_verb(
     # Before `keeps`: until then a signal ends the process at once.
     import jax
 
-    from domino_jax.plan.plan import read_models, write_json
+    from domino_jax.plan.plan import write_json
     from domino_jax.plan.table import plan_table
+    from domino_jax.training.prepare import read_models
 
     keeps("plans that were finished are kept; the same command resumes")
     # Before jax looks for devices: this machine's own are none of a plan's business.
@@ -90,23 +92,28 @@ def plan_verb(
 
 def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
     from domino_jax.plan.plan import plan
+    from domino_jax.training.prepare import abstract_step
 
     cache = user_cache("plans", verb="plan")
-    return plan(config, models, place, compiler, cache=cache, reporter=reporter)
+    step = abstract_step(config, models, compiler.devices)
+    return plan(step, place, compiler, cache=cache, reporter=reporter)
 
 
 def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
     """The plan of the largest batch that fits, or of the smallest, which does not."""
     from domino_jax.plan.plan import largest_batch
 
-    def planned(config: RunConfig) -> Plan:
-        one = _as_it_stands(config, models, place, compiler)
+    def planned(batch_size: int) -> Plan:
+        data = dataclasses.replace(config.data, batch_size=batch_size)
+        changed = dataclasses.replace(config, data=data)
+        one = _as_it_stands(changed, models, place, compiler)
         reporter.say(
             f"{place.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}"
         )
         return one
 
-    if len(compiler.devices) % config.mesh.tensor:
-        return planned(config)  # raises, and says what is wrong
+    count, first = len(compiler.devices), config.data.batch_size
+    if count % config.mesh.tensor:
+        return planned(first)  # raises, and says what is wrong
     # A batch is a multiple of the devices that it is split over.
-    return largest_batch(config, planned, multiple_of=len(compiler.devices) // config.mesh.tensor)
+    return largest_batch(first, planned, multiple_of=count // config.mesh.tensor)

@@ -50,9 +50,12 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         at_once=True,
     )
     from domino_jax.training.loop import train as train_run
+    from domino_jax.training.prepare import prepare
 
     # Without a safe point: training ends by itself, once its step is saved.
-    directory = train_run(settings, reporter=Reporter(logs), stop_requested=stop_requested)
+    told = Reporter(logs)
+    run = prepare(settings, reporter=told)
+    directory = train_run(run, reporter=told, stop_requested=stop_requested)
     click.echo(directory)
 
 
@@ -109,10 +112,11 @@ def capture(
     settings = load_config(config, overrides)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.datagen.capture import capture as capture_states
+    from domino_jax.training.prepare import capture_inputs
 
     keeps(f"shards that were written to {directory} stay; the same command resumes")
     capture_states(
-        settings,
+        functools.partial(capture_inputs, settings, reporter=reporter),
         directory,
         dtype=dtype,
         target_states=with_target_states,

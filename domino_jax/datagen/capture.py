@@ -12,7 +12,7 @@ run once, and its states stored in the order of the rows:
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from domino_jax.base.errors import InputError
 from domino_jax.base.files import BESIDE
 from domino_jax.base.progress import Reporter
 from domino_jax.config.model import DecoderConfig
-from domino_jax.config.run import RunConfig
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
     MANIFEST,
@@ -43,18 +42,11 @@ from domino_jax.data.packing import answer_tokens, row_lengths
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.sharding import constrain
 from domino_jax.target.decoder import Target
-from domino_jax.target.decoder_keys import read_decoder_config
-from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
-from domino_jax.target.load import load_sharded_target, load_tokenizer, open_target
-from domino_jax.target.resolve import resolve_target
-from domino_jax.training.inputs import device_batch, draft_of, read_rows, run_mesh
-from domino_jax.training.preflight import (
-    GIGABYTE,
-    check_conversations,
-    check_one_process,
-    check_packages,
-    free_bytes,
-)
+from domino_jax.target.fingerprint import target_fingerprint
+from domino_jax.target.load import load_sharded_target
+from domino_jax.training.inputs import device_batch
+from domino_jax.training.preflight import GIGABYTE, free_bytes
+from domino_jax.training.prepare import CaptureInputs
 from domino_jax.training.program import scanned_target
 from domino_jax.training.step import Batch
 
@@ -63,7 +55,7 @@ SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
 
 
 def capture(
-    config: RunConfig,
+    read_inputs: Callable[[], CaptureInputs],
     directory: str | Path,
     *,
     dtype: str,
@@ -79,7 +71,7 @@ def capture(
     again. Rows are not packed: a run may pack them or not.
 
     Args:
-        config: the run whose rows, target and layers are captured.
+        read_inputs: returns rows and target; called once the directory is accepted.
         directory: for `data.hidden_states` of runs; made where missing.
         dtype: stored type, "float32" or "bfloat16".
         target_states: store the target's states after its final norm as well, which needs all of
@@ -94,9 +86,10 @@ def capture(
     """
     directory = Path(directory)
     _check_directory(directory)
-    work = _read(config, dtype=dtype, target_states=target_states, reporter=reporter)
-    rows, mesh = work.rows, work.mesh
-    manifest = _planned(directory, work.manifest, shard_bytes=shard_bytes)
+    inputs = read_inputs()
+    rows, mesh = inputs.rows, inputs.mesh
+    asked = _manifest(inputs, dtype=dtype, target_states=target_states)
+    manifest = _planned(directory, asked, shard_bytes=shard_bytes)
     # Before the target is loaded: a size that is refused should cost seconds.
     missing = _agreed(
         directory, manifest, limit_gb=limit_gb, confirmed=confirmed, reporter=reporter
@@ -104,12 +97,12 @@ def capture(
     if not missing:
         reporter.say("every shard is there")
         return
-    target = _load(work.target, work.config, manifest, mesh, reporter=reporter)
+    target = _load(inputs.target, inputs.target_config, manifest, mesh, reporter=reporter)
     directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
     # Before its shards: without a manifest nobody could tell what they are, or resume them.
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
-        states = _CapturedStates(target, manifest, mesh, batch_size=config.data.batch_size)
+        states = _CapturedStates(target, manifest, mesh, batch_size=inputs.batch_size)
         reporter.say("compiling")
         written = 0
         began = time.monotonic()
@@ -124,48 +117,24 @@ def capture(
                 bar.tell(done, f"written, {speed:.1f} rows/s")
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is to be captured: `manifest` says it, its shards not yet; `target` is the directory."""
-
-    target: Path
-    config: DecoderConfig
-    rows: Sequence[Row]
-    manifest: Manifest
-    mesh: Mesh
-
-
-def _read(config: RunConfig, *, dtype: str, target_states: bool, reporter: Reporter) -> _Work:
-    """Checks and reads what a capture needs but the weights: what is free first, the rows last."""
-    if config.data.train is None:
-        raise InputError("data.train is missing: capture reads conversations")
-    check_one_process("capture")
-    check_packages(("grain", "array_record"))
-    check_conversations("data.train", config.data.train)
-    mesh = run_mesh(config)
-    path = resolve_target(config.target, reporter=reporter)
-    target_config = read_decoder_config(path, dtype=config.dtype)
-    open_target(path, target_config)  # its headers are checked; the weights stay unread
-    tokenizer = load_tokenizer(path)
-    layers = draft_of(config, target_config, tokenizer).target_layer_ids
-    rows = read_rows(config.data.train, tokenizer, config.data, reporter=reporter).rows
-    manifest = Manifest(
-        target=target_fingerprint(path),
-        tokenizer=tokenizer_fingerprint(path, tokenizer),
-        rows=rows_fingerprint(rows),
-        target_layer_ids=layers,
-        hidden_size=target_config.hidden_size,
+def _manifest(inputs: CaptureInputs, *, dtype: str, target_states: bool) -> Manifest:
+    """The manifest of a capture, without its shards."""
+    return Manifest(
+        target=target_fingerprint(inputs.target),
+        tokenizer=inputs.tokenizer_sha256,
+        rows=rows_fingerprint(inputs.rows),
+        target_layer_ids=inputs.target_layer_ids,
+        hidden_size=inputs.target_config.hidden_size,
         dtype=dtype,
-        compute_dtype=config.dtype,
-        max_length=config.data.max_length,
-        chat_template_kwargs=config.data.chat_template_kwargs,
-        mask_reasoning_content=config.data.mask_reasoning_content,
+        compute_dtype=inputs.target_config.dtype,
+        max_length=inputs.max_length,
+        chat_template_kwargs=inputs.chat_template_kwargs,
+        mask_reasoning_content=inputs.mask_reasoning_content,
         target_states=target_states,
-        row_lengths=tuple(row_lengths(rows)),
+        row_lengths=tuple(row_lengths(inputs.rows)),
         shard_rows=(),
-        answer_tokens=answer_tokens(rows),
+        answer_tokens=answer_tokens(inputs.rows),
     )
-    return _Work(path, target_config, rows, manifest, mesh)
 
 
 def _check_directory(directory: Path) -> None:

@@ -252,7 +252,7 @@ class DFlashTrainerModule(nn.Module):
             raise ValueError(
                 "kl_weight needs target_states, the target's states after its final norm"
             )
-        if not reads_target(self) or target_states is None:
+        if not reads_target(self.loss_type, kl_weight=self.kl_weight) or target_states is None:
             return None
         # The state at a position predicts the next token, so that of label a + 1 + m lies at a + m.
         index = anchors.positions[..., None] + jnp.arange(self.draft_model.cfg.num_predictions)

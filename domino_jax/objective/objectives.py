@@ -18,17 +18,15 @@ function, and a call:
 the kernel's speed.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from domino_jax.base.errors import InputError, from_tree, require
-from domino_jax.config.sections import LossConfig
+from domino_jax.base.errors import from_tree, require
 from domino_jax.draft.blocks import sample_prefix_lengths
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 
@@ -113,21 +111,9 @@ def objective_named(name: str) -> NamedObjective:
     return OBJECTIVES[name]
 
 
-class Weighted(Protocol):
-    """What has a loss: a run's section `loss`, or a trainer module."""
-
-    @property
-    def loss_type(self) -> str:
-        """The name of an objective."""
-
-    @property
-    def kl_weight(self) -> float:
-        """The share of the divergence from the target's distribution."""
-
-
-def reads_target(loss: Weighted) -> bool:
+def reads_target(loss_type: str, *, kl_weight: float) -> bool:
     """Whether a loss reads the target's distribution, and so its last layer."""
-    return loss.kl_weight > 0 or objective_named(loss.loss_type).cost is not None
+    return kl_weight > 0 or objective_named(loss_type).cost is not None
 
 
 def checked_options(name: str, options: Mapping[str, Any]) -> Any:
@@ -180,39 +166,6 @@ def check_objective(
         entry.cost is None or kl_weight == 0,
         f"loss_type {name} has a cost of its own, which no divergence is mixed into; kl_weight "
         f"must be 0, found {kl_weight}",
-    )
-
-
-def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
-    """A run's loss, checked, with the objective's own decay, divisor and options written out.
-
-    So a run can be read from its record, whatever becomes of the defaults.
-
-    Raises:
-        InputError: as `check_objective`, with the place.
-    """
-    name = loss.loss_type
-    gamma = loss.loss_decay_gamma
-    try:
-        own = objective_named(name)
-        if gamma == "default":
-            gamma = own.loss_decay_gamma
-        check_objective(
-            name,
-            loss.options,
-            normalize=loss.normalize,
-            gamma=gamma,
-            kl_weight=loss.kl_weight,
-            domino=domino,
-        )
-    except InputError as error:
-        # The place is named here: trainer modules check the same and have no section `loss`.
-        raise InputError(f"loss: {error}") from error
-    return dataclasses.replace(
-        loss,
-        loss_decay_gamma=gamma,
-        normalize=loss.normalize or own.normalize,
-        options=dataclasses.asdict(checked_options(name, loss.options)),
     )
 
 

@@ -29,29 +29,13 @@ from domino_jax.base.chips import CHIPS
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import write_whole
 from domino_jax.base.progress import Reporter
-from domino_jax.config.draft import make_draft_config
-from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.config.run import RunConfig
 from domino_jax.objective.objectives import reads_target
 from domino_jax.plan import hlo, jaxpr_flops
 from domino_jax.plan.topology import Compiler, Place
-from domino_jax.target.decoder_keys import read_decoder_config
-from domino_jax.target.load import load_tokenizer
-from domino_jax.target.resolve import resolve_target
 from domino_jax.training.flops import step_flops
-from domino_jax.training.inputs import draft_of, run_mesh
-from domino_jax.training.program import (
-    StepArguments,
-    batch_layout,
-    make_program,
-    resolved,
-    state_layout,
-    target_layout,
-    traced_step,
-)
-from domino_jax.training.step import Program
+from domino_jax.training.prepare import AbstractStep
+from domino_jax.training.program import traced_step
 
-_UNKNOWN_STEPS = 1000  # of a run whose rows are not read: constants of its schedules, no more
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 
@@ -132,91 +116,43 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Models:
-    """The two models of a run, without weights."""
-
-    target: DecoderConfig
-    draft: DraftConfig
-
-
-def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
-    """The models of a run from its target's config.json, and its tokenizer where there is one.
-
-    Raises:
-        InputError: no such target, or the draft does not fit it.
-    """
-    path = resolve_target(config.target, reporter=reporter)
-    target = read_decoder_config(path, dtype=config.dtype)
-    if (path / "tokenizer.json").is_file():
-        return Models(target, draft_of(config, target, load_tokenizer(path)))
-    reporter.say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
-    draft = make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype)
-    return Models(target, draft)
-
-
-@dataclass(frozen=True)
 class PlannedStep:
     """A step ready to be compiled for its devices."""
 
-    program: Program
+    abstract: AbstractStep
     traced: jax.stages.Traced
     lowered: jax.stages.Lowered
-    mesh: dict[str, int]
 
 
-def planned_step(config: RunConfig, models: Models, compiler: Compiler) -> PlannedStep:
-    """The step of a run for a place, traced and lowered here.
-
-    Raises:
-        InputError: mesh or batch do not divide over the devices.
-    """
-    mesh = run_mesh(config, compiler.devices)
-    config = resolved(config, mesh)
-    steps = config.train.steps or _UNKNOWN_STEPS
-    program = make_program(config, models.target, models.draft, mesh, total_steps=steps)
-    data = config.data
-    # Captured states spare the layers, unless held-out rows need them.
-    tables_only = data.hidden_states is not None and data.eval is None
-    arguments = StepArguments(
-        state_layout(program, models.draft, mesh),
-        target_layout(program.target, mesh, tables_only=tables_only),
-        batch_layout(config, models.draft, mesh),
-    )
+def planned_step(step: AbstractStep) -> PlannedStep:
+    """The step, traced and lowered here."""
     # Not `with mesh:`, under which the layers' constraints do nothing, in silence.
-    with jax.set_mesh(mesh):
-        traced = traced_step(program, arguments)
-        return PlannedStep(program, traced, traced.lower(), dict(mesh.shape))
+    with jax.set_mesh(step.mesh):
+        traced = traced_step(step.program, step.arguments)
+        return PlannedStep(step, traced, traced.lower())
 
 
 def plan(
-    config: RunConfig,
-    models: Models,
-    place: Place,
-    compiler: Compiler,
-    *,
-    cache: Path,
-    reporter: Reporter,
+    abstract: AbstractStep, place: Place, compiler: Compiler, *, cache: Path, reporter: Reporter
 ) -> Plan:
     """Compiles the step of a run for a place, unless that program was planned before.
 
     Args:
-        config: the run.
-        models: of `read_models`.
+        abstract: the step, over the compiler's devices.
         place: where it would run.
         compiler: of the place.
         cache: a directory that keeps plans by program; made where it is missing.
         reporter: is told each long stage.
-    Raises:
-        InputError: mesh or batch do not divide over the devices.
     """
-    step = planned_step(config, models, compiler)
+    step = planned_step(abstract)
+    batch_size = abstract.arguments.batch.input_ids.shape[1]
     kept = cache / f"{_key(step, place, compiler)}.json"
     if kept.is_file():
-        reporter.say(f"{place.name}, batch {config.data.batch_size}: planned before ({kept})")
+        reporter.say(f"{place.name}, batch {batch_size}: planned before ({kept})")
         return dataclasses.replace(read_plan(kept), cached=True)
-    reporter.say(f"compiling for {place.name}, batch {config.data.batch_size}")
+    reporter.say(f"compiling for {place.name}, batch {batch_size}")
     began = time.monotonic()
-    made = _compiled_plan(config, models, place, compiler, step=step)
+    made = _compiled_plan(step, place, compiler)
     reporter.say(f"compiled for {place.name} in {time.monotonic() - began:.0f} s")
     cache.mkdir(parents=True, exist_ok=True)
     write_json(kept, dataclasses.asdict(made))
@@ -232,14 +168,13 @@ def _key(step: PlannedStep, place: Place, compiler: Compiler) -> str:
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
-def _compiled_plan(
-    config: RunConfig, models: Models, place: Place, compiler: Compiler, *, step: PlannedStep
-) -> Plan:
+def _compiled_plan(step: PlannedStep, place: Place, compiler: Compiler) -> Plan:
     device = compiler.devices[0]
     chip = CHIPS[device.device_kind]
     count = len(compiler.devices)
     # Which piece holds the last supervised block only data knows: at most the loss runs all.
-    pieces = -(-config.loss.num_anchors // step.program.trainer.chunk_blocks)
+    trainer = step.abstract.program.trainer
+    pieces = -(-trainer.num_anchors // trainer.chunk_blocks)
     products = jaxpr_flops.products(step.traced, platform=device.platform, unknown_turns=pieces)
     executed = jaxpr_flops.flops_by_stage(products)
     began = time.monotonic()
@@ -248,13 +183,14 @@ def _compiled_plan(
     read = _read(outcome, pieces, place) if outcome.refusal is None else {}
     moved = read.get("bytes_moved")
     peak = outcome.peak_bytes
+    micro_batches, batch_size, _ = step.abstract.arguments.batch.input_ids.shape
     return Plan(
         place=place.name,
         device_kind=device.device_kind,
         devices=count,
-        mesh=step.mesh,
-        batch_size=config.data.batch_size,
-        grad_accumulation=config.optimizer.grad_accumulation,
+        mesh=dict(step.abstract.mesh.shape),
+        batch_size=batch_size,
+        grad_accumulation=micro_batches,
         memory_bytes=chip.memory,
         fits=peak is not None and peak <= chip.memory,
         peak_bytes=peak,
@@ -264,7 +200,7 @@ def _compiled_plan(
         buffers=read.get("buffers", ()),
         launches=read.get("launches"),
         bytes_moved=moved,
-        useful_flops=_useful_flops(config, models),
+        useful_flops=_useful_flops(step.abstract),
         executed_flops=executed,
         float32_flops=jaxpr_flops.float32_flops(products),
         seconds_of_flops=sum(executed.values()) / count / chip.flops,
@@ -332,38 +268,36 @@ def _read(outcome: Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
     }
 
 
-def _useful_flops(config: RunConfig, models: Models) -> dict[str, float]:
+def _useful_flops(step: AbstractStep) -> dict[str, float]:
+    trainer, batch = step.program.trainer, step.arguments.batch
+    micro_batches, batch_size, length = batch.input_ids.shape
     parts = step_flops(
-        models.draft,
-        config.data.max_length,
-        config.loss.num_anchors,
-        target=models.target if config.data.hidden_states is None else None,  # captured before
-        target_logits=reads_target(config.loss),
+        trainer.draft_model.cfg,
+        length,
+        trainer.num_anchors,
+        target=step.program.target.cfg if batch.features is None else None,  # captured before
+        target_logits=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
     )
-    batch_rows = config.data.batch_size * config.optimizer.grad_accumulation
-    return {stage: flops * batch_rows for stage, flops in parts.items()}
+    return {stage: flops * micro_batches * batch_size for stage, flops in parts.items()}
 
 
-def largest_batch(
-    config: RunConfig, planned: Callable[[RunConfig], Plan], *, multiple_of: int
-) -> Plan:
+def largest_batch(first: int, planned: Callable[[int], Plan], *, multiple_of: int) -> Plan:
     """The plan of the largest `data.batch_size` that fits, or of the smallest, which does not.
 
     A step is taken to fit up to some batch size and not beyond.
 
     Args:
-        config: the run; its own batch size is the first to be tried.
-        planned: the plan of a run; asked for as few as it takes: it may compile for minutes.
-        multiple_of: what every batch size is a multiple of.
+        first: the batch size that is tried first.
+        planned: the plan of a batch size; asked for as few as it takes: it may compile for minutes.
+        multiple_of: divisor of every batch size.
     """
     plans: dict[int, Plan] = {}
 
     def fits(count: int) -> bool:
-        data = dataclasses.replace(config.data, batch_size=count * multiple_of)
-        plans[count] = planned(dataclasses.replace(config, data=data))
+        plans[count] = planned(count * multiple_of)
         return plans[count].fits
 
-    good, bad = 0, max(config.data.batch_size // multiple_of, 1)
+    good, bad = 0, max(first // multiple_of, 1)
     while fits(bad):
         good, bad = bad, bad * 2
     while bad - good > 1:

@@ -13,7 +13,7 @@ import jax
 
 from domino_jax.training.inputs import device_batch, evaluation_batches
 from domino_jax.training.metrics import metric_means, metric_sums
-from domino_jax.training.prepare import Run
+from domino_jax.training.run import Run
 from domino_jax.training.step import Batch, TrainState, batch_metrics
 
 HELDOUT_SEED = 1  # folded into the run's seed: held-out anchors are the same at every evaluation
@@ -40,14 +40,13 @@ class HeldOut:
     ) -> dict[str, float] | None:
         """The figures, or None where the run was asked to stop between two batches."""
         run = self._run
-        data = self._run.config.data
         assert run.heldout is not None
         # The average where there is one: it is what is exported.
         params = state.params if state.ema is None else state.ema
         key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
         # As many batch rows as a micro-batch of a step: what fits there fits here.
         batches = evaluation_batches(
-            run.heldout, batch_size=data.batch_size, max_length=data.max_length
+            run.heldout, batch_size=run.shape.batch_size, max_length=run.shape.max_length
         )
         total: dict[str, Any] = {}
         for index, arrays in enumerate(batches):

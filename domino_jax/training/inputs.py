@@ -8,21 +8,17 @@ batch row is one row, or with packing several that share its S positions:
     held-out file   -> prompts [n] of rollouts
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
-from domino_jax.config.draft import make_draft_config
-from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.config.run import RunConfig
-from domino_jax.config.sections import DataConfig
+from domino_jax.config.model import DecoderConfig
 from domino_jax.data.conversations import Row, encode_prompt, load_rows, read_messages
 from domino_jax.data.hidden_states import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import (
@@ -39,7 +35,6 @@ from domino_jax.decoding.generate import asked, check_length
 from domino_jax.objective.objectives import reads_target
 from domino_jax.sharding import make_mesh, partition_spec, parts_of
 from domino_jax.target.decoder import Target
-from domino_jax.target.fingerprint import tokenizer_fingerprint
 from domino_jax.training.step import Batch
 
 if TYPE_CHECKING:
@@ -57,6 +52,11 @@ class InputRows:
     def epoch_rows(self) -> int:
         """Batch rows in one epoch."""
         return len(self.rows) if self.packs is None else len(self.packs)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the rows carry states of the target, which then does not run for them."""
+        return isinstance(self.rows, FeatureRows)
 
     @property
     def figures(self) -> dict[str, int]:
@@ -88,7 +88,16 @@ class InputRows:
         return f"{self.epoch_rows} rows{packed} ({share:.1%} of their positions are padding)"
 
 
-def read_rows(path: str, tokenizer: Any, data: DataConfig, *, reporter: Reporter) -> InputRows:
+def read_rows(
+    path: str,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    chat_template_kwargs: Scalars,
+    mask_reasoning_content: bool,
+    packing: bool,
+    reporter: Reporter,
+) -> InputRows:
     """Reads and encodes conversations and packs the rows if the run packs.
 
     Tells which lines were left out, and how many answers were cut at the limit of whoever wrote
@@ -100,9 +109,9 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, reporter: Reporter
     rows, bad_lines, unfinished = load_rows(
         path,
         tokenizer,
-        max_length=data.max_length,
-        chat_template_kwargs=data.chat_template_kwargs,
-        mask_reasoning_content=data.mask_reasoning_content,
+        max_length=max_length,
+        chat_template_kwargs=chat_template_kwargs,
+        mask_reasoning_content=mask_reasoning_content,
     )
     # Some of them show what is wrong; in a file of another format every line is bad.
     for bad in bad_lines[:5]:
@@ -114,89 +123,87 @@ def read_rows(path: str, tokenizer: Any, data: DataConfig, *, reporter: Reporter
             f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are "
             "unfinished, cut at their token limit: no end of turn is learned from them"
         )
-    return _with_packs(rows, data)
+    return _with_packs(rows, max_length=max_length, packing=packing)
 
 
 def read_features(
-    config: RunConfig, target: Path, tokenizer: Any, draft: DraftConfig, *, target_sha256: str
+    directory: str,
+    *,
+    asked: Mapping[str, Any],
+    max_length: int,
+    packing: bool,
+    loss_type: str,
+    kl_weight: float,
 ) -> InputRows:
     """Opens the captured rows of `data.hidden_states`, and packs them if the run packs.
 
     Args:
-        config: the run.
-        target: the Hugging Face directory of the target.
-        tokenizer: the target's.
-        draft: says which layers it reads.
-        target_sha256: fingerprint of the target.
+        directory: of the capture.
+        asked: the fields of its manifest that the run fixes.
+        max_length: S.
+        packing: whether rows share batch rows.
+        loss_type: objective of the run; with `kl_weight` it decides which states are read.
+        kl_weight: share of the divergence from the target's distribution.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers,
             length or masking, or without the final states, for a loss that reads them.
     """
-    data = config.data
-    assert data.hidden_states is not None
-    rows = FeatureRows(data.hidden_states)
-    # Not asked: the stored type, since a step casts the states to the type that it computes in.
-    asked = {
-        "target": target_sha256,
-        "tokenizer": tokenizer_fingerprint(target, tokenizer),
-        "target_layer_ids": draft.target_layer_ids,
-        "max_length": data.max_length,
-        "chat_template_kwargs": data.chat_template_kwargs,
-        "mask_reasoning_content": data.mask_reasoning_content,
-    }
-    check_manifest(data.hidden_states, rows.manifest, asked)
-    loss = config.loss
-    if reads_target(loss) and not rows.manifest.target_states:
+    rows = FeatureRows(directory)
+    check_manifest(directory, rows.manifest, asked)
+    if reads_target(loss_type, kl_weight=kl_weight) and not rows.manifest.target_states:
         raise InputError(
-            f"{data.hidden_states}: captured without the target's final states, which "
-            f"loss.loss_type {loss.loss_type} with loss.kl_weight {loss.kl_weight:g} reads; "
+            f"{directory}: captured without the target's final states, which "
+            f"loss.loss_type {loss_type} with loss.kl_weight {kl_weight:g} reads; "
             "capture them with --with-target-states"
         )
-    return _with_packs(rows, data)
+    return _with_packs(rows, max_length=max_length, packing=packing)
 
 
 def read_prompts(
-    config: RunConfig, rows: Sequence[Row], tokenizer: Any, target: DecoderConfig
+    path: str,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    target: DecoderConfig,
+    *,
+    chat_template_kwargs: Scalars,
+    rollout_tokens: int,
 ) -> list[np.ndarray]:
     """The prompts of a run's rollouts: what held-out conversations ask, as `evaluate` asks it.
 
     Args:
-        config: the run.
-        rows: of `data.eval`; the first ones count, a line that gave none has no prompt either.
+        path: the file of held-out conversations.
+        rows: read from it; a line that gave no row has no prompt either.
         tokenizer: the target's.
         target: the target.
+        chat_template_kwargs: of the target's chat template.
+        rollout_tokens: longest answer.
     Returns:
         Token ids, int32 [n] each.
     Raises:
         InputError: a prompt, or an answer, is longer than any text that the target knows positions
             for.
     """
-    data = config.data
-    settings = config.train
-    assert data.eval is not None
     positions = target.max_position_embeddings
-    if settings.rollout_tokens > positions:
+    if rollout_tokens > positions:
         raise InputError(
-            f"train.rollout_tokens {settings.rollout_tokens}: the target has {positions} "
+            f"train.rollout_tokens {rollout_tokens}: the target has {positions} "
             "positions; give fewer"
         )
     reader = make_decoder(Target(target))
     # Read once more: a row has its tokens alone, and may be cut before its last answer.
-    conversations = dict(read_messages(data.eval).conversations)
+    conversations = dict(read_messages(path).conversations)
     prompts = []
-    for row in rows[: settings.rollout_prompts]:
+    for row in rows:
         assert row.line is not None, "held-out rows are read from a file"
         question = asked(conversations[row.line])
-        prompt = encode_prompt(question, tokenizer, data.chat_template_kwargs)
-        check_length(reader, prompt, place=f"{data.eval}:{row.line}")
+        prompt = encode_prompt(question, tokenizer, chat_template_kwargs)
+        check_length(reader, prompt, place=f"{path}:{row.line}")
         prompts.append(prompt)
     return prompts
 
 
-def _with_packs(rows: Sequence[Row], data: DataConfig) -> InputRows:
-    packs = None
-    if data.packing:
-        packs = pack_rows(row_lengths(rows), max_length=data.max_length)
+def _with_packs(rows: Sequence[Row], *, max_length: int, packing: bool) -> InputRows:
+    packs = pack_rows(row_lengths(rows), max_length=max_length) if packing else None
     return InputRows(rows, packs)
 
 
@@ -219,7 +226,7 @@ def training_batches(
         seed=seed,
         packs=inputs.packs,
         # Captured states lie on disk, so the next batches are read while this one trains.
-        read_ahead=2 if isinstance(inputs.rows, FeatureRows) else 0,
+        read_ahead=2 if inputs.captured else 0,
     )
 
 
@@ -248,31 +255,28 @@ def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: in
     return Batch(**{name: put(x) for name, x in known.items()})
 
 
-def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
-    """The draft that a run trains for this target (see `make_draft_config`)."""
-    # Of a role that the tokenizer does not fill it is None, which no id equals.
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
-
-
-def run_mesh(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def run_mesh(
+    sizes: Mapping[str, int], *, batch_size: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh of a run over all devices, or over planned ones.
 
+    Args:
+        sizes: devices along each axis, by the arguments of `make_mesh`.
+        batch_size: batch rows of a micro-batch, over all devices.
+        devices: those of a plan; None for all devices that are here.
     Raises:
         InputError: the sizes do not fit the devices, or the batch does not divide over them.
     """
     try:
-        mesh = make_mesh(
-            data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices
-        )
+        mesh = make_mesh(**sizes, devices=devices)
     # The sizes are the user's; `make_mesh` serves scripts as well and knows no section.
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     # Devices that split a model's tensors work on the same batch rows.
     parts = parts_of("batch", mesh)
-    if config.data.batch_size % parts:
+    if batch_size % parts:
         raise InputError(
-            f"data.batch_size {config.data.batch_size} must be a multiple of {parts}, the parts "
+            f"data.batch_size {batch_size} must be a multiple of {parts}, the parts "
             f"that its {mesh.size} devices split a batch into"
         )
     return mesh

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint, resumed where a start was cut off.
+"""A training run from its first step to its last checkpoint, resumed where a start was cut off.
 
 Machines are taken away while they train, and the run must end with the same bits all the same. So
 a step is noted, told, measured and saved in one order, and a resumed run begins behind all of it:
@@ -11,7 +11,6 @@ a step is noted, told, measured and saved in one order, and a resumed run begins
     last, a stop        are still due
 """
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -25,18 +24,17 @@ import numpy as np
 from domino_jax.base.chips import CHIPS
 from domino_jax.base.errors import Diverged, Interrupted
 from domino_jax.base.progress import STDERR, Bar, Reporter
-from domino_jax.config.run import RunConfig
 from domino_jax.data.packing import row_lengths
 from domino_jax.training.accumulator import Window, spikes, total
 from domino_jax.training.checkpoint import Checkpoints
 from domino_jax.training.eval import HeldOut
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.metrics import MetricsLog, metric_means
-from domino_jax.training.optimizer import learning_rate_schedule, updates_done
-from domino_jax.training.prepare import Run, prepare
+from domino_jax.training.optimizer import updates_done
 from domino_jax.training.program import StepArguments, lowered_step
 from domino_jax.training.records import RunRecord
 from domino_jax.training.rollout import Rollout, rollout_words
+from domino_jax.training.run import Run
 from domino_jax.training.skips import Skip, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
@@ -44,7 +42,7 @@ from domino_jax.training.trace import Trace
 
 
 def train(
-    config: RunConfig,
+    run: Run,
     *,
     reporter: Reporter = STDERR,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -52,7 +50,7 @@ def train(
     """Trains a drafter, or resumes a run that was cut off.
 
     Args:
-        config: the run; its directory receives config.yaml, metrics.jsonl, timing.jsonl and
+        run: as `prepare` made it; its directory receives metrics.jsonl, timing.jsonl and
             checkpoints/.
         reporter: is told the progress.
         stop_requested: asked after each step and during held-out passes and rollouts; once it says
@@ -60,15 +58,12 @@ def train(
     Returns:
         The run directory.
     Raises:
-        InputError: unusable input, or a run directory that belongs to another configuration or
-            other inputs.
         Interrupted: `stop_requested` said so, and the state is saved.
         Diverged: `train.max_nonfinite_steps` consecutive updates, or the parameters, were not
             finite; every checkpoint is.
     """
-    run = prepare(config, reporter=reporter)
-    settings = run.config.train
-    kept = Checkpoints(run.directory, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
+    cadence = run.cadence
+    kept = Checkpoints(run.directory, keep=cadence.keep_checkpoints, keep_best=cadence.keep_best)
     # Everything is traced under the mesh: without one, layouts are asked for in vain.
     with jax.set_mesh(run.mesh), kept as checkpoints:
         batches = run.batches()
@@ -87,7 +82,7 @@ def train(
                 divergence(
                     run.directory,
                     diverged,
-                    max_nonfinite_steps=settings.max_nonfinite_steps,
+                    max_nonfinite_steps=cadence.max_nonfinite_steps,
                     newest_checkpoint=checkpoints.newest(),
                 )
             )
@@ -125,8 +120,6 @@ class _Training:
         reporter: Reporter,
     ) -> None:
         stored = None if run.resumed is None else run.resumed.record
-        data = run.config.data
-        settings = run.config.train
         self._run = run
         self._state = state
         self._batches = batches
@@ -138,15 +131,15 @@ class _Training:
             run.program,
             run.mesh,
             lengths=row_lengths(run.rows.rows),
-            step_rows=run.step_rows,
-            target_runs=data.hidden_states is None,
+            step_rows=run.shape.step_rows,
+            target_runs=not run.rows.captured,
             chip=CHIPS.get(run.mesh.devices.flat[0].device_kind),
         )
         self._window = Window(stored.outcomes if stored else ())
         self._watch = StepWatch(
             run.rows.rows,
-            data.source,
-            max_nonfinite_steps=settings.max_nonfinite_steps,
+            run.source,
+            max_nonfinite_steps=run.cadence.max_nonfinite_steps,
             stored=stored.watch if stored else None,
         )
         self._passes = list(_passes(run))
@@ -159,7 +152,7 @@ class _Training:
             run.directory,
             at=stored.log if stored else None,
             step=self._step,
-            tensorboard=settings.tensorboard,
+            tensorboard=run.cadence.tensorboard,
             reporter=reporter,
         )
 
@@ -168,21 +161,18 @@ class _Training:
 
         Returns the first of too many consecutive non-finite steps where the run had to stop.
         """
-        run = self._run
-        settings = self._run.config.train
-        last_step = self._run.last_step
+        run, cadence, last_step = self._run, self._run.cadence, self._run.last_step
         # Nothing of this start is to be saved yet: a signal may end the process.
         self._measure(stop_requested=lambda: False)
-        if self._run.resumed is None:
+        if run.resumed is None:
             self.log.write(0, "data", run.rows.figures)
         if self._step >= last_step:
             self._reporter.say(f"already trained for {self._step} steps")
             return None
-        micro_batches = run.config.optimizer.grad_accumulation
         coming = range(self._step + 1, last_step + 1)
         trace = Trace(
             run.directory,
-            settings.profile,
+            cadence.profile,
             coming,
             paused=self._speed.paused,
             reporter=self._reporter,
@@ -190,7 +180,7 @@ class _Training:
         with self._reporter.bar("step", total=last_step, done=self._step) as bar, trace:
             compiled, stop = None, False
             while self._step < last_step and not stop:
-                taken, batch = self._next(micro_batches=micro_batches)
+                taken, batch = self._next()
                 if compiled is None:  # the first batch has all shapes, those of packing too
                     compiled = _compiled_step(run, self._state, batch, reporter=self._reporter)
                     self._speed.begin()  # compiling is no training time
@@ -206,7 +196,7 @@ class _Training:
                 self._window.add(self._step, taken["row_numbers"], sums)
                 # Line, passes, checkpoint: what is told before a save is never told again.
                 last = self._step == last_step
-                if self._step % settings.log_every == 0 or last:
+                if self._step % cadence.log_every == 0 or last:
                     self._tell(bar)
                     if self._watch.diverged_at is not None:
                         return self._watch.diverged_at
@@ -214,7 +204,7 @@ class _Training:
                 figures = self._measure(stop_requested=self._stop_requested)
                 # A pass that was cut short is a stop too, made up for by the next start.
                 stop = bool(self._due) or self._stop_requested()
-                if self._step % settings.checkpoint_every == 0 or last or stop:
+                if self._step % cadence.checkpoint_every == 0 or last or stop:
                     self._save(figures)
         if self._step < last_step or self._due:
             raise Interrupted(
@@ -222,13 +212,14 @@ class _Training:
             )
         return None
 
-    def _next(self, *, micro_batches: int) -> tuple[dict[str, np.ndarray], Batch]:
+    def _next(self) -> tuple[dict[str, np.ndarray], Batch]:
         """The rows of the next step, and their batch on the devices."""
-        if self._run.config.data.hidden_states is not None and len(self._begun) == 2:
+        run = self._run
+        if run.rows.captured and len(self._begun) == 2:
             # A batch of captured states is gigabytes: one may wait beside the one in use, no more.
             jax.block_until_ready(self._begun[0])
         taken = next(self._batches)
-        return taken, device_batch(self._run.mesh, taken, micro_batches=micro_batches)
+        return taken, device_batch(run.mesh, taken, micro_batches=run.shape.grad_accumulation)
 
     def _tell(self, bar: Bar) -> None:
         """Writes and tells the window's line and what stands out in it."""
@@ -284,7 +275,7 @@ class _Training:
             self._reporter.say(f"saving checkpoint {step}")
             due = [one.split for one in self._due]
             record = RunRecord(
-                config=dataclasses.asdict(run.config),
+                config=run.settings,
                 inputs=run.inputs,
                 outcomes=[outcome.as_json() for outcome in self._window.fetch()],
                 watch=self._watch.as_json(),
@@ -298,11 +289,11 @@ class _Training:
 
 def _passes(run: Run) -> Iterator[_Pass]:
     """What a run measures of its draft, in the order in which it does."""
-    settings = run.config.train
+    cadence = run.cadence
     if run.heldout is not None:
-        yield _Pass("heldout", settings.eval_every, HeldOut(run), _heldout_words)
-    if settings.rollout_every is not None:
-        yield _Pass("rollout", settings.rollout_every, Rollout(run), rollout_words)
+        yield _Pass("heldout", cadence.eval_every, HeldOut(run), _heldout_words)
+    if cadence.rollout_every is not None:
+        yield _Pass("rollout", cadence.rollout_every, Rollout(run), rollout_words)
 
 
 def _compiled_step(
@@ -322,10 +313,9 @@ def _training_figures(
 ) -> dict[str, float]:
     """The means of a window of steps, and what its last step and its last update were made with."""
     # Both counters have advanced since: a step and an update read them before they count.
-    rate = learning_rate_schedule(run.config.optimizer, run.total_steps)
     return metric_means(sums) | {
         "lambda_base": float(run.program.curriculum(step - 1)),
-        "learning_rate": float(rate(max(updates - 1, 0))),
+        "learning_rate": float(run.learning_rate(max(updates - 1, 0))),
     }
 
 

@@ -12,17 +12,19 @@ from typing import Any
 import jax
 import optax
 
-from domino_jax.config.sections import OptimizerConfig
 
-
-def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+    *, learning_rate: float, warmup_ratio: float, min_lr_ratio: float, total_steps: int
+) -> optax.Schedule:
     """Learning rate by update: linear warm-up, then a cosine to `min_lr_ratio` of the peak.
 
     The warm-up takes W = `max(1, int(total_steps * warmup_ratio))` updates. Its first update
     already has the rate `peak / W`: no update has the rate 0.
 
     Args:
-        config: peak, warm-up ratio and final ratio.
+        learning_rate: the peak.
+        warmup_ratio: share of the updates with a rising rate.
+        min_lr_ratio: last rate over the peak.
         total_steps: T, updates of the run.
     Returns:
         A function of the number of updates done before this one, int or traced int32 []. Skipped
@@ -31,14 +33,12 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     Source: NeMo AutoModel 0.7.0, `make_warmup_cosine_schedule` of `_spec_train_utils.py` and the
         number of warm-up updates in `train_dflash.py`.
     """
-    peak = config.learning_rate
-    warmup = max(1, int(total_steps * config.warmup_ratio))
+    peak = learning_rate
+    warmup = max(1, int(total_steps * warmup_ratio))
     # The cosine begins at the peak, one update after the warm-up reached it. optax refuses a decay
     # over no update, which a warm-up over the whole run would leave.
     linear = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    cosine = optax.cosine_decay_schedule(
-        peak, max(1, total_steps - warmup), alpha=config.min_lr_ratio
-    )
+    cosine = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup), alpha=min_lr_ratio)
     return optax.join_schedules([linear, cosine], [warmup])
 
 
@@ -49,18 +49,15 @@ def updates_done(opt_state: Any) -> jax.Array:
     return count
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    schedule: optax.Schedule, *, b1: float, b2: float, weight_decay: float, max_grad_norm: float
+) -> optax.GradientTransformation:
     """The update of one step: clip by global norm, then AdamW on the schedule.
 
     State and master weights are float32.
     """
     # Clipped before the moments see it: an outlier would stay in them for many steps.
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate_schedule(config, total_steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-        ),
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
     )

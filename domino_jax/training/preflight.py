@@ -14,7 +14,6 @@ import jax
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
-from domino_jax.config.run import RunConfig
 from domino_jax.data.hidden_states import MANIFEST
 from domino_jax.draft.build import boxed_parameters
 
@@ -27,9 +26,9 @@ PACKAGES = {
 }
 
 
-def packages_of(config: RunConfig) -> list[str]:
-    """The keys of `PACKAGES` that a run imports."""
-    optional = {"array_record": config.data.hidden_states, "tensorboardX": config.train.tensorboard}
+def packages_of(*, hidden_states: bool, tensorboard: bool) -> list[str]:
+    """The keys of `PACKAGES` that a run with or without these two imports."""
+    optional = {"array_record": hidden_states, "tensorboardX": tensorboard}
     return ["grain", *(module for module, used in optional.items() if used)]
 
 
@@ -43,28 +42,22 @@ def check_packages(modules: Iterable[str]) -> None:
             )
 
 
-def check_sources(config: RunConfig, *, started: bool) -> None:
-    """Refuses a run whose files are not there; what they hold is left to who reads them.
-
-    Args:
-        config: the run.
-        started: whether it has a checkpoint, and needs nothing to start from.
-    """
-    check_conversations("data.train", config.data.train)
-    check_conversations("data.eval", config.data.eval)
-    # A run that has a checkpoint never reads its start again, so that may be gone.
-    features = config.data.hidden_states
-    start = config.draft.init_from
-    if features is not None and not (Path(features) / MANIFEST).is_file():
-        found = _instead(Path(features), lacking=MANIFEST)
+def check_hidden_states(directory: str | None) -> None:
+    """Refuses `data.hidden_states` where no capture is."""
+    if directory is not None and not (Path(directory) / MANIFEST).is_file():
+        found = _instead(Path(directory), lacking=MANIFEST)
         raise InputError(
-            f"data.hidden_states: {features}: {found}; expected a directory that `domino capture` "
+            f"data.hidden_states: {directory}: {found}; expected a directory that `domino capture` "
             "wrote"
         )
-    if start is not None and not started and not (Path(start) / "config.json").is_file():
-        found = _instead(Path(start), lacking="config.json")
+
+
+def check_start_files(directory: str | None) -> None:
+    """Refuses `draft.init_from` where no draft is."""
+    if directory is not None and not (Path(directory) / "config.json").is_file():
+        found = _instead(Path(directory), lacking="config.json")
         raise InputError(
-            f"draft.init_from: {start}: {found}; expected the directory of a draft, as export "
+            f"draft.init_from: {directory}: {found}; expected the directory of a draft, as export "
             "writes it"
         )
 
@@ -98,40 +91,50 @@ def check_place(run_dir: str | Path) -> None:
         )
 
 
-def check_room(config: RunConfig, draft: DraftConfig) -> None:
+def check_room(
+    run_dir: str | Path, draft: DraftConfig, *, average: bool, keep: int, keep_best: bool
+) -> None:
     """Refuses a run whose checkpoints may not fit the disk.
 
     Those that are there already count as room.
+
+    Args:
+        run_dir: directory of the run.
+        draft: gives the number of parameters.
+        average: whether a checkpoint has an average of the draft.
+        keep: `train.keep_checkpoints`.
+        keep_best: whether the best checkpoint is kept too.
     """
     # All that lie there at once: a disk that is full stops a run at a save, long after it could
     # have been told.
-    needed = checkpoint_bytes(config, draft) * checkpoints_at_once(config)
-    held = sum(_file_sizes(Path(config.run_dir) / "checkpoints"))
-    free = free_bytes(config.run_dir) + held
+    count = checkpoints_at_once(keep, keep_best=keep_best)
+    needed = checkpoint_bytes(draft, average=average) * count
+    held = sum(_file_sizes(Path(run_dir) / "checkpoints"))
+    free = free_bytes(run_dir) + held
     if needed > free:
-        best = ", train.keep_best" if config.train.keep_best else ""
+        best = ", train.keep_best" if keep_best else ""
         raise InputError(
-            f"run_dir: {config.run_dir}: {checkpoints_at_once(config)} checkpoints "
-            f"(train.keep_checkpoints {config.train.keep_checkpoints}{best} and one being written) "
+            f"run_dir: {run_dir}: {count} checkpoints "
+            f"(train.keep_checkpoints {keep}{best} and one being written) "
             f"take up to {needed / GIGABYTE:.3g} GB, {free / GIGABYTE:.3g} GB are free there; make "
             "room, lower train.keep_checkpoints or give another run_dir"
         )
 
 
-def checkpoint_bytes(config: RunConfig, draft: DraftConfig) -> int:
+def checkpoint_bytes(draft: DraftConfig, *, average: bool) -> int:
     """What one checkpoint takes at most, all in float32.
 
     Parameters, two moments, and the average if one is kept.
     """
-    copies = 1 + 2 + int(config.optimizer.ema_decay is not None)
+    copies = 1 + 2 + int(average)
     sizes = [leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft))]
     return 4 * copies * sum(sizes)
 
 
-def checkpoints_at_once(config: RunConfig) -> int:
+def checkpoints_at_once(keep: int, *, keep_best: bool) -> int:
     """How many checkpoints a run holds at most: an old one goes when the next is written."""
     # One more: the oldest goes only once the new one is whole.
-    return config.train.keep_checkpoints + int(config.train.keep_best is not None) + 1
+    return keep + int(keep_best) + 1
 
 
 def free_bytes(path: str | Path) -> int:

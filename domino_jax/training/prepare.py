@@ -1,11 +1,15 @@
-"""A run before its first step, in the order of what it costs to be refused.
+"""The preparation of a run, in the order of what it costs to be refused.
 
-A mistake in a path should not be told only after the weights are loaded, and a refused run should
-leave nothing behind.
+A mistake in a path should be reported before the weights are loaded, and a refused run should leave
+nothing behind. This is the only module of `training` that reads the configuration: each part
+receives the values that it needs.
 
-    check         paths, mesh, ids, room on the disk, the checkpoint to resume from    seconds
-    read_inputs   rows, and whether they are those of the checkpoint                   minutes
-    prepare       weights over the devices, the state, and only then the directory
+    check             paths, mesh, ids, room on the disk, the checkpoint to resume    seconds
+    read_inputs       rows, and whether they are those of the checkpoint              minutes
+    prepare           weights over the devices, the state, then the directory
+
+    abstract_step     shapes and layouts of a step, for a plan
+    capture_inputs    rows and target, for a capture of hidden states
 """
 
 import dataclasses
@@ -15,17 +19,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
+from flax.core import FrozenDict
 from jax.sharding import Mesh
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, Scalars, from_tree
 from domino_jax.base.progress import Reporter
-from domino_jax.config.model import DecoderConfig
+from domino_jax.config.draft import make_draft_config
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig, dump_config
+from domino_jax.config.sections import DataConfig, LossConfig
+from domino_jax.data.conversations import Row
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
-from domino_jax.objective.objectives import objective_named
-from domino_jax.sharding import parts_of
+from domino_jax.objective.curriculum import lambda_base_schedule
+from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.objectives import (
+    check_objective,
+    checked_options,
+    objective_named,
+    reads_target,
+)
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import (
@@ -39,23 +55,40 @@ from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
 from domino_jax.training.inputs import (
     InputRows,
-    draft_of,
     read_features,
     read_prompts,
     read_rows,
     run_mesh,
-    training_batches,
 )
+from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.preflight import (
+    check_conversations,
+    check_hidden_states,
     check_one_process,
     check_packages,
     check_place,
     check_room,
-    check_sources,
+    check_start_files,
     packages_of,
 )
-from domino_jax.training.program import make_program, resolved, state_layout
-from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, read_run_record
+from domino_jax.training.program import (
+    BatchShape,
+    StepArguments,
+    batch_layout,
+    chunk_blocks,
+    default_logits_mib,
+    scanned_target,
+    state_layout,
+    target_layout,
+)
+from domino_jax.training.records import (
+    OTHER_VERSION,
+    DraftRecord,
+    RunRecord,
+    read_draft_record,
+    read_run_record,
+)
+from domino_jax.training.run import Cadence, Resumed, Run, RunInputs, announcement
 from domino_jax.training.run_directory import (
     check_draft,
     check_inputs,
@@ -63,15 +96,10 @@ from domino_jax.training.run_directory import (
     write_config,
 )
 from domino_jax.training.start import state_at_start
-from domino_jax.training.step import Program, TrainState
+from domino_jax.training.step import Program
 
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run is resumed from."""
-
-    step: int
-    record: RunRecord
+# Of a run whose rows are not read: constants of its schedules, and documents of a packed row.
+_UNKNOWN_STEPS, _UNKNOWN_DOCUMENTS = 1000, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,55 +111,12 @@ class CheckedRun:
     """
 
     config: RunConfig
-    directory: Path
     mesh: Mesh
     target: Path
     target_config: DecoderConfig
     tokenizer: Any
     record: DraftRecord
     resumed: Resumed | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunInputs(CheckedRun):
-    """A run whose rows are read.
-
-    `total_steps` are those that the schedules are stretched over, `last_step` is where the run
-    ends, `inputs` tells by name what was read. `prompts`, int32 [n] each, are those of rollouts.
-    """
-
-    rows: InputRows
-    heldout: InputRows | None
-    prompts: Sequence[np.ndarray]
-    program: Program
-    total_steps: int
-    last_step: int
-    inputs: dict[str, str]
-
-    @property
-    def step_rows(self) -> int:
-        """Batch rows that a step takes."""
-        return self.config.data.batch_size * self.config.optimizer.grad_accumulation
-
-    def batches(self) -> Any:
-        """The endless shuffled batches of this process, from the first (see `row_batches`)."""
-        return training_batches(
-            self.rows,
-            step_rows=self.step_rows,
-            max_length=self.config.data.max_length,
-            seed=self.config.seed,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run(RunInputs):
-    """Everything a run needs.
-
-    `state` is the one at step 0; of a resumed run shapes and shardings, for the checkpoint's.
-    """
-
-    target_params: Any
-    state: TrainState
 
 
 def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedRun:
@@ -148,29 +133,41 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
     directory = Path(config.run_dir)
     # Either says that the run was saved. What is gone is told later, and no reason to begin anew.
     started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
-    check_packages(packages_of(config))
-    check_sources(config, started=started)
+    data, recipe, train = config.data, config.draft, config.train
+    captured = data.hidden_states is not None
+    check_packages(packages_of(hidden_states=captured, tensorboard=train.tensorboard))
+    check_conversations("data.train", data.train)
+    check_conversations("data.eval", data.eval)
+    check_hidden_states(data.hidden_states)
+    # A run that has a checkpoint never reads its start again, so that may be gone.
+    init_from = None if started else recipe.init_from
+    check_start_files(init_from)
     check_place(config.run_dir)
     check_one_process("train")
-    mesh = run_mesh(config)
+    mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
     config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices
     path = resolve_target(config.target, reporter=reporter)
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are read and checked
     tokenizer = load_tokenizer(path)
     draft_config = draft_of(config, target_config, tokenizer)
-    if config.draft.init_from and not started:
-        check_start(config.draft.init_from, draft_config)
-    check_room(config, draft_config)
+    if init_from:
+        check_start(init_from, draft_config)
+    check_room(
+        config.run_dir,
+        draft_config,
+        average=config.optimizer.ema_decay is not None,
+        keep=train.keep_checkpoints,
+        keep_best=train.keep_best is not None,
+    )
     record = DraftRecord(
         draft_config,
         config.target,
-        chat_template(tokenizer, config.data.chat_template_kwargs),
+        chat_template(tokenizer, data.chat_template_kwargs),
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
     )
     return CheckedRun(
         config=config,
-        directory=directory,
         mesh=mesh,
         target=path,
         target_config=target_config,
@@ -193,53 +190,66 @@ def read_inputs(
     Raises:
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
-    config = run.config
-    data, tokenizer = run.config.data, run.tokenizer
+    config, data, train, tokenizer = run.config, run.config.data, run.config.train, run.tokenizer
     sources = [place for place in (data.train, data.hidden_states, data.eval) if place]
     reporter.say(f"loading rows {' and '.join(sources)}")
-    if data.train is None:
-        rows = read_features(
-            config, run.target, tokenizer, run.record.config, target_sha256=target_sha256()
-        )
+    if data.hidden_states is not None:
+        rows = _captured_rows(run, data.hidden_states, target_sha256=target_sha256())
     else:
-        rows = read_rows(data.train, tokenizer, data, reporter=reporter)
+        rows = _conversation_rows(data, data.source, tokenizer, reporter=reporter)
     inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
     inputs["data.train" if data.train else "data.hidden_states"] = rows.fingerprint
     heldout = None
     prompts: Sequence[np.ndarray] = ()
     if data.eval:
-        heldout = read_rows(data.eval, tokenizer, data, reporter=reporter)
+        heldout = _conversation_rows(data, data.eval, tokenizer, reporter=reporter)
         inputs["data.eval"] = heldout.fingerprint
-        if config.train.rollout_every is not None:
-            prompts = read_prompts(config, heldout.rows, tokenizer, run.target_config)
+        if train.rollout_every is not None:
+            prompts = read_prompts(
+                data.eval,
+                heldout.rows[: train.rollout_prompts],
+                tokenizer,
+                run.target_config,
+                chat_template_kwargs=data.chat_template_kwargs,
+                rollout_tokens=train.rollout_tokens,
+            )
+    directory = Path(config.run_dir)
     if run.resumed is not None:
         # Without the target, whose hash may not be there yet: `prepare` compares it.
         check_inputs(
-            run.directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs
+            directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs
         )
 
-    step_rows = data.batch_size * config.optimizer.grad_accumulation
-    if rows.epoch_rows < step_rows:
+    shape = _batch_shape(config)
+    if rows.epoch_rows < shape.step_rows:
         raise InputError(
-            f"{data.train or data.hidden_states}: {rows.epoch_rows} rows cannot fill a step of "
-            f"{step_rows} (data.batch_size {data.batch_size} x optimizer.grad_accumulation "
-            f"{config.optimizer.grad_accumulation})"
+            f"{data.source}: {rows.epoch_rows} rows cannot fill a step of {shape.step_rows} "
+            f"(data.batch_size {shape.batch_size} x optimizer.grad_accumulation "
+            f"{shape.grad_accumulation})"
         )
-    epochs_rows = config.train.epochs * rows.epoch_rows
-    total_steps = config.train.steps or max(epochs_rows // step_rows, 1)
-    program = make_program(
-        config, run.target_config, run.record.config, run.mesh, total_steps=total_steps
-    )
+    total_steps = train.steps or max(train.epochs * rows.epoch_rows // shape.step_rows, 1)
     return RunInputs(
-        **vars(run),
+        directory=directory,
+        source=data.source,
+        mesh=run.mesh,
+        target=run.target,
+        target_config=run.target_config,
+        tokenizer=tokenizer,
+        record=run.record,
+        resumed=run.resumed,
         rows=rows,
         heldout=heldout,
         prompts=prompts,
-        program=program,
-        total_steps=total_steps,
+        shape=shape,
+        program=make_program(
+            config, run.target_config, run.record.config, run.mesh, total_steps=total_steps
+        ),
+        learning_rate=_learning_rate(config, total_steps=total_steps),
+        cadence=Cadence(**{f.name: getattr(train, f.name) for f in dataclasses.fields(Cadence)}),
         # The schedules are not stretched over the extension: it trains on at their last values.
-        last_step=total_steps + config.train.extra_steps,
+        last_step=total_steps + train.extra_steps,
         inputs=inputs,
+        settings=dataclasses.asdict(config),
     )
 
 
@@ -255,7 +265,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     # Hashed in a thread meanwhile: the weights are gigabytes, which loading reads as well.
     with hashed_beside(checked.target) as target_sha256:
         run = read_inputs(checked, target_sha256=target_sha256, reporter=reporter)
-        config, resumed = run.config, run.resumed
+        config, resumed = checked.config, run.resumed
         reporter.say(f"loading target {run.target}")
         target_params = _target_params(run)
         began = time.monotonic()
@@ -264,7 +274,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
             f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than "
             "loading"
         )
-    inputs = run.inputs | {"target": f"sha256 {record.target_sha256}"}
+    inputs = {**run.inputs, "target": f"sha256 {record.target_sha256}"}
     if resumed is None:
         state = state_at_start(
             run.program,
@@ -284,46 +294,15 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     # A new object of a later class: who holds a `Run` knows that all of it is there.
     known = vars(run) | {"record": record, "inputs": inputs}
     whole = Run(**known, target_params=target_params, state=state)
-    _tell(whole, reporter)
+    for line in announcement(whole):
+        reporter.say(line)
     return whole
-
-
-def _tell(run: Run, reporter: Reporter) -> None:
-    """What is about to be trained, on what, and how long."""
-    config, record = run.config, run.record
-    for name, part in (("training", run.rows), ("held out", run.heldout)):
-        if part is not None:
-            reporter.say(f"{name}: {part.summary(max_length=config.data.max_length)}")
-    parts = parts_of("kv_heads", run.mesh)
-    for name, heads in (
-        ("target", run.target_config.num_key_value_heads),
-        ("draft", record.config.num_key_value_heads),
-    ):
-        if heads % parts:
-            reporter.say(
-                f"the {name}'s {heads} key-value heads do not divide over mesh.tensor {parts}: "
-                "each of these devices attends with all of them"
-            )
-    cost = objective_named(config.loss.loss_type).cost
-    if cost is not None:
-        predictions = config.loss.num_anchors * record.config.num_predictions
-        size = 4 * config.data.batch_size * predictions * record.config.vocab_size / 2**30
-        reporter.say(
-            f"loss.loss_type {config.loss.loss_type} reads whole logits: each array of them takes "
-            f"{size:.3g} GiB over all devices, and loss.logits_mib bounds nothing"
-        )
-    reporter.say(
-        f"{run.last_step} steps of {run.step_rows} rows on {run.mesh.size} "
-        f"{run.mesh.devices.flat[0].platform} device(s); the draft reads the target's layers "
-        f"{list(record.config.target_layer_ids)}",
-    )
 
 
 def _target_params(run: RunInputs) -> Any:
     """The target's parameters that steps, held-out passes and rollouts of a run read."""
-    data = run.config.data
     # Rollouts too are of held-out rows.
-    target_runs = data.hidden_states is None or data.eval is not None
+    target_runs = not run.rows.captured or run.heldout is not None
 
     def read(path: ParameterPath) -> bool:
         # Captured states stand for the layers; head and embedding are read either way.
@@ -351,6 +330,301 @@ def _resumable(
         return None
     place = directory / CHECKPOINTS / str(step)
     run = read_run_record(place)
-    check_settings(place, run.config, dataclasses.asdict(config))
+    check_settings(place, _stored_settings(place, run), dataclasses.asdict(config))
     check_draft(place, read_draft_record(place), record)
     return Resumed(step, run)
+
+
+def _stored_settings(place: Path, record: RunRecord) -> dict[str, Any]:
+    """The settings of a checkpoint's run, with the defaults of keys that it did not know.
+
+    Raises:
+        InputError: a setting that this version does not know.
+    """
+    try:
+        config = from_tree(RunConfig, record.config, place=str(place))
+        # Older versions left the objective's own settings open in their records.
+        domino = config.draft.projector_type is not None
+        loss = resolved_loss(config.loss, domino=domino)
+    except InputError as error:
+        raise InputError(f"{error}: {OTHER_VERSION}") from error
+    return dataclasses.asdict(dataclasses.replace(config, loss=loss))
+
+
+def _batch_shape(config: RunConfig) -> BatchShape:
+    return BatchShape(
+        grad_accumulation=config.optimizer.grad_accumulation,
+        batch_size=config.data.batch_size,
+        max_length=config.data.max_length,
+    )
+
+
+def _conversation_rows(
+    data: DataConfig, path: str, tokenizer: Any, *, reporter: Reporter
+) -> InputRows:
+    return read_rows(
+        path,
+        tokenizer,
+        max_length=data.max_length,
+        chat_template_kwargs=data.chat_template_kwargs,
+        mask_reasoning_content=data.mask_reasoning_content,
+        packing=data.packing,
+        reporter=reporter,
+    )
+
+
+def _captured_rows(run: CheckedRun, directory: str, *, target_sha256: str) -> InputRows:
+    data, loss = run.config.data, run.config.loss
+    # Not asked: the stored type, since a step casts the states to the type that it computes in.
+    asked = {
+        "target": target_sha256,
+        "tokenizer": run.record.tokenizer_sha256,
+        "target_layer_ids": run.record.config.target_layer_ids,
+        "max_length": data.max_length,
+        "chat_template_kwargs": data.chat_template_kwargs,
+        "mask_reasoning_content": data.mask_reasoning_content,
+    }
+    return read_features(
+        directory,
+        asked=asked,
+        max_length=data.max_length,
+        packing=data.packing,
+        loss_type=loss.loss_type,
+        kl_weight=loss.kl_weight,
+    )
+
+
+def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
+    """The draft that a run trains for this target (see `make_draft_config`)."""
+    # Of a role that the tokenizer does not fill it is None, which no id equals.
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
+    return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
+
+
+def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The run with what it left open in its loss.
+
+    These are the objective's own settings, and the memory that suits the devices.
+
+    Raises:
+        InputError: a loss that cannot be (see `resolved_loss`).
+    """
+    loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
+    if loss.logits_mib is None:
+        loss = dataclasses.replace(loss, logits_mib=default_logits_mib(mesh))
+    return dataclasses.replace(config, loss=loss)
+
+
+def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
+    """A run's loss, checked, with the objective's own decay, divisor and options written out.
+
+    So a run can be read from its record, whatever becomes of the defaults.
+
+    Raises:
+        InputError: as `check_objective`, with the place.
+    """
+    name = loss.loss_type
+    gamma = loss.loss_decay_gamma
+    try:
+        own = objective_named(name)
+        if gamma == "default":
+            gamma = own.loss_decay_gamma
+        check_objective(
+            name,
+            loss.options,
+            normalize=loss.normalize,
+            gamma=gamma,
+            kl_weight=loss.kl_weight,
+            domino=domino,
+        )
+    except InputError as error:
+        # The place is named here: trainer modules check the same and have no section `loss`.
+        raise InputError(f"loss: {error}") from error
+    return dataclasses.replace(
+        loss,
+        loss_decay_gamma=gamma,
+        normalize=loss.normalize or own.normalize,
+        options=dataclasses.asdict(checked_options(name, loss.options)),
+    )
+
+
+def make_program(
+    config: RunConfig, target: DecoderConfig, draft: DraftConfig, mesh: Mesh, *, total_steps: int
+) -> Program:
+    """The program of a run's steps.
+
+    Args:
+        config: the run, `resolved`.
+        target: the target.
+        draft: the draft that the run trains for it.
+        mesh: of devices that are here, or of a topology that is only described.
+        total_steps: which the schedules are stretched over.
+    """
+    data, loss, optimizer = config.data, config.loss, config.optimizer
+    assert loss.logits_mib is not None, "a run is resolved before its program is made"
+    device = mesh.devices.flat[0]
+    # The target's own distribution and its answers need its last layer; without them the captured
+    # ones are enough. With rollouts each step runs the rest too: to cut the stacked layers there
+    # would copy them.
+    depth = max(draft.target_layer_ids) + 1
+    rolled_out = config.train.rollout_every is not None
+    if rolled_out or reads_target(loss.loss_type, kl_weight=loss.kl_weight):
+        depth = target.num_hidden_layers
+    return Program(
+        trainer=build_trainer(
+            draft,
+            chunk_blocks=chunk_blocks(
+                draft,
+                mesh,
+                batch_size=data.batch_size,
+                num_anchors=loss.num_anchors,
+                logits_mib=loss.logits_mib,
+            ),
+            recompute=device.platform != "cpu",  # a CPU has the memory, and no time to spare
+            **_trainer_options(loss),
+        ),
+        target=scanned_target(
+            target,
+            capture=draft.target_layer_ids,
+            depth=depth,
+            mesh=mesh,
+            packed=data.packing,
+        ),
+        optimizer=make_optimizer(
+            _learning_rate(config, total_steps=total_steps),
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+        ),
+        curriculum=lambda_base_schedule(
+            total_steps, lambda_start=loss.lambda_start, decay_ratio=loss.decay_ratio
+        ),
+        seed=config.seed,
+        ema_decay=optimizer.ema_decay,
+    )
+
+
+def _trainer_options(loss: LossConfig) -> dict[str, Any]:
+    """The settings of a loss that are fields of the trainer module."""
+    # The curriculum's, the one that has another name there, and what `chunk_blocks` is made from.
+    other = ("lambda_start", "decay_ratio", "options", "logits_mib")
+    fields = {name: value for name, value in vars(loss).items() if name not in other}
+    return fields | {"loss_options": FrozenDict(loss.options)}
+
+
+def _learning_rate(config: RunConfig, *, total_steps: int) -> optax.Schedule:
+    optimizer = config.optimizer
+    return learning_rate_schedule(
+        learning_rate=optimizer.learning_rate,
+        warmup_ratio=optimizer.warmup_ratio,
+        min_lr_ratio=optimizer.min_lr_ratio,
+        total_steps=total_steps,
+    )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two models of a run, without weights."""
+
+    target: DecoderConfig
+    draft: DraftConfig
+
+
+def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
+    """The models of a run from its target's config.json, and its tokenizer where there is one.
+
+    Raises:
+        InputError: no such target, or the draft does not fit it.
+    """
+    path = resolve_target(config.target, reporter=reporter)
+    target = read_decoder_config(path, dtype=config.dtype)
+    if (path / "tokenizer.json").is_file():
+        return Models(target, draft_of(config, target, load_tokenizer(path)))
+    reporter.say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
+    draft = make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype)
+    return Models(target, draft)
+
+
+@dataclass(frozen=True)
+class AbstractStep:
+    """The program of a step, its mesh, and the shapes and shardings of its arguments."""
+
+    program: Program
+    mesh: Mesh
+    arguments: StepArguments
+
+
+def abstract_step(config: RunConfig, models: Models, devices: Sequence[jax.Device]) -> AbstractStep:
+    """The step of a run on devices that may not be here; no rows are read.
+
+    Raises:
+        InputError: mesh or batch do not divide over the devices.
+    """
+    mesh = run_mesh(vars(config.mesh), batch_size=config.data.batch_size, devices=devices)
+    config = resolved(config, mesh)
+    data, loss = config.data, config.loss
+    steps = config.train.steps or _UNKNOWN_STEPS
+    program = make_program(config, models.target, models.draft, mesh, total_steps=steps)
+    captured = data.hidden_states is not None
+    batch = batch_layout(
+        _batch_shape(config),
+        models.draft,
+        mesh,
+        captured=captured,
+        target_states=reads_target(loss.loss_type, kl_weight=loss.kl_weight),
+        documents=_UNKNOWN_DOCUMENTS if data.packing else None,
+    )
+    # Captured states spare the layers, unless held-out rows need them.
+    tables_only = captured and data.eval is None
+    target = target_layout(program.target, mesh, tables_only=tables_only)
+    state = state_layout(program, models.draft, mesh)
+    return AbstractStep(program, mesh, StepArguments(state, target, batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureInputs:
+    """The rows and the target of a capture, without weights; `target` is the directory."""
+
+    target: Path
+    target_config: DecoderConfig
+    target_layer_ids: tuple[int, ...]
+    tokenizer_sha256: str
+    rows: Sequence[Row]
+    max_length: int
+    chat_template_kwargs: Scalars
+    mask_reasoning_content: bool
+    mesh: Mesh
+    batch_size: int
+
+
+def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
+    """Checks and reads a capture of a run's rows: what is free first, the rows last.
+
+    Raises:
+        InputError: no conversations, a target or a mesh that cannot be, or several processes.
+    """
+    data = config.data
+    if data.train is None:
+        raise InputError("data.train is missing: capture reads conversations")
+    check_one_process("capture")
+    check_packages(("grain", "array_record"))
+    check_conversations("data.train", data.train)
+    mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
+    path = resolve_target(config.target, reporter=reporter)
+    target_config = read_decoder_config(path, dtype=config.dtype)
+    open_target(path, target_config)  # its headers are checked; the weights stay unread
+    tokenizer = load_tokenizer(path)
+    layers = draft_of(config, target_config, tokenizer).target_layer_ids
+    return CaptureInputs(
+        target=path,
+        target_config=target_config,
+        target_layer_ids=layers,
+        tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
+        rows=_conversation_rows(data, data.train, tokenizer, reporter=reporter).rows,
+        max_length=data.max_length,
+        chat_template_kwargs=data.chat_template_kwargs,
+        mask_reasoning_content=data.mask_reasoning_content,
+        mesh=mesh,
+        batch_size=data.batch_size,
+    )

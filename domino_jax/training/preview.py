@@ -13,16 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from domino_jax.base.errors import printable
 from domino_jax.base.marks import MARKS, STYLE
-from domino_jax.config.run import dump_config
-from domino_jax.data.hidden_states import FeatureRows
 from domino_jax.data.packing import row_lengths
 from domino_jax.draft.build import boxed_parameters
+from domino_jax.objective.objectives import reads_target
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import boxed_parameters as boxed_target
 from domino_jax.training.inputs import InputRows
@@ -32,9 +32,9 @@ from domino_jax.training.preflight import (
     checkpoints_at_once,
     free_bytes,
 )
-from domino_jax.training.prepare import RunInputs
 from domino_jax.training.program import batch_layout
 from domino_jax.training.rollout import prompts_at_once, target_cache_bytes
+from domino_jax.training.run import RunInputs
 from domino_jax.training.step import Batch
 
 SAMPLED = 64  # rows of a capture whose masks are read: each lies beside megabytes of states
@@ -57,7 +57,8 @@ def print_preview(run: RunInputs, console: Console) -> None:
         console: of any width; colours mark the row on a terminal, brackets elsewhere.
     """
     # As `Text`, here and below: rich would take [brackets] in a plain string for markup.
-    console.print(Text(dump_config(run.config)), soft_wrap=True)
+    recipe = yaml.safe_dump(dict(run.settings), sort_keys=False)
+    console.print(Text(recipe), soft_wrap=True)
     # The run's own first batch, shuffled and packed as training will see it.
     first = next(run.batches())
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -123,17 +124,16 @@ def _marked(spans: Iterable[Span], *, coloured: bool) -> Text:
 
 def _where(run: RunInputs, numbers: list[int]) -> str:
     """Where the rows of a batch row come from."""
-    data = run.config.data
     several = "s" if len(numbers) > 1 else ""
-    if data.train is None:
+    if run.rows.captured:
         places = ", ".join(str(number + 1) for number in numbers)
-        return f"row{several} {places} of {data.hidden_states}"
+        return f"row{several} {places} of {run.source}"
     places = ", ".join(str(run.rows.rows[number].line) for number in numbers)
-    return f"line{several} {places} of {data.train}"
+    return f"line{several} {places} of {run.source}"
 
 
 def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
-    yield "target", f"{run.config.target}: {run.target}"
+    yield "target", f"{run.record.target}: {run.target}"
     # Scanned: one trace of a layer counts for all of them.
     whole = Target(run.target_config, scan_layers=True)
     yield "target's parameters", _counts(boxed_target(whole))
@@ -155,8 +155,9 @@ def _counts(boxed: Mapping[str, Any]) -> str:
 
 
 def _disk(run: RunInputs) -> Iterator[tuple[str, str]]:
-    one = checkpoint_bytes(run.config, run.record.config)
-    count = checkpoints_at_once(run.config)
+    cadence = run.cadence
+    one = checkpoint_bytes(run.record.config, average=run.program.ema_decay is not None)
+    count = checkpoints_at_once(cadence.keep_checkpoints, keep_best=cadence.keep_best is not None)
     free = free_bytes(run.directory)
     yield (
         "a checkpoint",
@@ -172,7 +173,7 @@ def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
     for name, part in (("training rows", run.rows), ("held-out rows", run.heldout)):
         if part is not None:
             tokens = sum(row_lengths(part.rows))
-            yield name, part.summary(max_length=run.config.data.max_length)
+            yield name, part.summary(max_length=run.shape.max_length)
             yield "", f"{tokens:,} tokens, {_supervised_share(part)}"
     if run.prompts:
         longest = max(map(len, run.prompts))
@@ -182,7 +183,7 @@ def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
 
 
 def _supervised_share(part: InputRows) -> str:
-    captured = isinstance(part.rows, FeatureRows)
+    captured = part.captured
     # Rows of conversations are in memory: all of them count.
     sample = itertools.islice(part.rows, SAMPLED if captured else None)
     masks = [row.loss_mask for row in sample]
@@ -193,16 +194,23 @@ def _supervised_share(part: InputRows) -> str:
 
 
 def _steps(run: RunInputs) -> Iterator[tuple[str, str]]:
-    epochs = run.last_step * run.step_rows / run.rows.epoch_rows
+    epochs = run.last_step * run.shape.step_rows / run.rows.epoch_rows
     resumed = "" if run.resumed is None else f"; the run resumes at step {run.resumed.step}"
-    yield "steps", f"{run.last_step:,} of {run.step_rows} rows: {epochs:.3g} epochs{resumed}"
+    yield "steps", f"{run.last_step:,} of {run.shape.step_rows} rows: {epochs:.3g} epochs{resumed}"
     sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     yield "mesh", f"{sizes}: {run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
 
 
 def _shapes(run: RunInputs, first: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
-    documents = first["row_numbers"].shape[1]
-    layout = batch_layout(run.config, run.record.config, run.mesh, documents=documents)
+    trainer = run.program.trainer
+    layout = batch_layout(
+        run.shape,
+        run.record.config,
+        run.mesh,
+        captured=run.rows.captured,
+        target_states=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
+        documents=None if run.rows.packs is None else first["row_numbers"].shape[1],
+    )
     for name in Batch._fields:
         laid = getattr(layout, name)
         if laid is not None:

@@ -1,4 +1,4 @@
-"""What a run compiles, built from its configuration alone.
+"""The parts of a step's program: shapes and layouts of its arguments, memory, target.
 
 A plan for machines that nobody owns here is worth nothing unless it is of the very program that a
 run would compile there. So shapes and layouts are known before there are arrays:
@@ -9,31 +9,24 @@ run would compile there. So shapes and layouts are known before there are arrays
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from optax.tree_utils import tree_map_params
 
 from domino_jax.base.chips import CHIPS
 from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.config.run import RunConfig
-from domino_jax.config.sections import LossConfig
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.kernels.causal_attention import form_for
-from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
-from domino_jax.objective.objectives import reads_target, resolved_loss
 from domino_jax.sharding import parameter_shardings, partition_spec, parts_of
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import TABLES
 from domino_jax.target.load import boxed_parameters as boxed_target
-from domino_jax.training.optimizer import make_optimizer
 from domino_jax.training.step import Batch, Program, TrainState, initial_state, train_step
 
 CPU_LOGITS_MIB = 192.0  # where a step is as fast as with more
@@ -41,81 +34,42 @@ LOGITS_SHARE = 1 / 128  # of an accelerator's memory
 MIB = 2**20
 
 
-def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """The run with what it left open in its loss.
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """The shape [A, B, S] of a step's token ids."""
 
-    These are the objective's own settings, and the memory that suits the devices.
+    grad_accumulation: int
+    batch_size: int
+    max_length: int
 
-    Raises:
-        InputError: a loss that cannot be (see `resolved_loss`).
-    """
-    loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
-    if loss.logits_mib is None:
-        chip = CHIPS.get(mesh.devices.flat[0].device_kind)
-        mib = CPU_LOGITS_MIB
-        if chip is not None:
-            mib = float(round(chip.memory * LOGITS_SHARE / MIB))
-        loss = replace(loss, logits_mib=mib)
-    return replace(config, loss=loss)
+    @property
+    def step_rows(self) -> int:
+        """A * B, the batch rows of a step."""
+        return self.grad_accumulation * self.batch_size
 
 
-def chunk_blocks(config: RunConfig, draft: DraftConfig, mesh: Mesh) -> int:
-    """Blocks whose float32 logits take `loss.logits_mib` on a device at most.
+def default_logits_mib(mesh: Mesh) -> float:
+    """The float32 logits, MiB, that suit a device of a mesh (`loss.logits_mib`)."""
+    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return CPU_LOGITS_MIB
+    return float(round(chip.memory * LOGITS_SHARE / MIB))
+
+
+def chunk_blocks(
+    draft: DraftConfig, mesh: Mesh, *, batch_size: int, num_anchors: int, logits_mib: float
+) -> int:
+    """Blocks whose float32 logits take `logits_mib` on a device at most.
 
     Pieces are of about the same size.
     """
-    mib = config.loss.logits_mib
-    assert mib is not None, "a run is resolved before its program is made"
-    device_rows = config.data.batch_size // parts_of("batch", mesh)
+    device_rows = batch_size // parts_of("batch", mesh)
     vocabulary = -(-draft.vocab_size // parts_of("vocab", mesh))
     block = device_rows * draft.num_predictions * vocabulary * 4
     # One block at least, however large. As few pieces as there may be, then evened out: the last
     # one would else be mostly padding.
-    pieces = -(-config.loss.num_anchors // max(int(mib * MIB // block), 1))
-    return -(-config.loss.num_anchors // pieces)
-
-
-def make_program(
-    config: RunConfig, target: DecoderConfig, draft: DraftConfig, mesh: Mesh, *, total_steps: int
-) -> Program:
-    """The program of a run's steps.
-
-    Args:
-        config: the run, `resolved`.
-        target: the target.
-        draft: the draft that the run trains for it.
-        mesh: of devices that are here, or of a topology that is only described.
-        total_steps: which the schedules are stretched over.
-    """
-    loss = config.loss
-    device = mesh.devices.flat[0]
-    # The target's own distribution and its answers need its last layer; without them the captured
-    # ones are enough. With rollouts each step runs the rest too: to cut the stacked layers there
-    # would copy them.
-    depth = max(draft.target_layer_ids) + 1
-    if reads_target(loss) or config.train.rollout_every is not None:
-        depth = target.num_hidden_layers
-    return Program(
-        trainer=build_trainer(
-            draft,
-            chunk_blocks=chunk_blocks(config, draft, mesh),
-            recompute=device.platform != "cpu",  # a CPU has the memory, and no time to spare
-            **_trainer_options(loss),
-        ),
-        target=scanned_target(
-            target,
-            capture=draft.target_layer_ids,
-            depth=depth,
-            mesh=mesh,
-            packed=config.data.packing,
-        ),
-        optimizer=make_optimizer(config.optimizer, total_steps),
-        curriculum=lambda_base_schedule(
-            total_steps, lambda_start=loss.lambda_start, decay_ratio=loss.decay_ratio
-        ),
-        seed=config.seed,
-        ema_decay=config.optimizer.ema_decay,
-    )
+    pieces = -(-num_anchors // max(int(logits_mib * MIB // block), 1))
+    return -(-num_anchors // pieces)
 
 
 def scanned_target(
@@ -134,14 +88,6 @@ def scanned_target(
     platform = mesh.devices.flat[0].platform
     form = form_for(platform, dtype=config.dtype, head_dim=config.head_dim, packed=packed)
     return Target(config, capture=capture, depth=depth, scan_layers=True, attention=form)
-
-
-def _trainer_options(loss: LossConfig) -> dict[str, Any]:
-    """The settings of a loss that are fields of the trainer module."""
-    # The curriculum's, the one that has another name there, and what `chunk_blocks` is made from.
-    other = ("lambda_start", "decay_ratio", "options", "logits_mib")
-    fields = {name: value for name, value in vars(loss).items() if name not in other}
-    return fields | {"loss_options": FrozenDict(loss.options)}
 
 
 def draft_layout(draft: DraftConfig, mesh: Mesh) -> Any:
@@ -189,34 +135,43 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
     return {name: leaf for name, leaf in laid_out.items() if name in TABLES}
 
 
-def batch_layout(config: RunConfig, draft: DraftConfig, mesh: Mesh, *, documents: int = 8) -> Batch:
+def batch_layout(
+    shape: BatchShape,
+    draft: DraftConfig,
+    mesh: Mesh,
+    *,
+    captured: bool,
+    target_states: bool,
+    documents: int | None,
+) -> Batch:
     """The batch of a step likewise.
 
     Args:
-        config: the run.
-        draft: says how wide captured states are.
+        shape: of its token ids.
+        draft: gives the width of captured states.
         mesh: of the run.
-        documents: of a packed row at most; only the data knows.
+        captured: whether it has captured states.
+        target_states: whether these include the states after the target's final norm.
+        documents: of a packed row at most; None without packing.
     """
-    data = config.data
-    leading = (config.optimizer.grad_accumulation, data.batch_size)
-    by_token = (*leading, data.max_length)
+    leading = (shape.grad_accumulation, shape.batch_size)
+    by_token = (*leading, shape.max_length)
 
     def of(shape: tuple[int, ...], dtype: Any) -> Any:
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
     batch = Batch(of(by_token, np.int32), of(by_token, np.bool_))
-    if data.packing:
+    if documents is not None:
         packed = {"position_ids": of(by_token, np.int32), "doc_remaining": of(by_token, np.int32)}
         batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
-    if data.hidden_states is not None:
+    if captured:
         width = draft.hidden_size
         # As captures store them unless told otherwise.
         batch = batch._replace(
             features=of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
         )
-        if reads_target(config.loss):
+        if target_states:
             batch = batch._replace(target_states=of((*by_token, width), jnp.bfloat16))
     return batch
 

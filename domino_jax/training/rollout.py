@@ -20,7 +20,7 @@ from domino_jax.decoding.speculate import required_slots
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.evaluation.counts import acceptance, tau
 from domino_jax.sharding import parts_of
-from domino_jax.training.prepare import Run, RunInputs
+from domino_jax.training.run import Run, RunInputs
 from domino_jax.training.step import TrainState
 
 # tau, shares by position and counts; a share is None where nothing came so far.
@@ -57,7 +57,7 @@ class Rollout:
                 self._decoder,
                 weights,
                 run.prompts[begin : begin + size],
-                max_new_tokens=run.config.train.rollout_tokens,
+                max_new_tokens=run.cadence.rollout_tokens,
                 size=size,
                 longest=longest,
             )
@@ -70,7 +70,7 @@ def rollout_decoder(run: RunInputs) -> Decoder:
         run.program.target,
         DraftModel(run.record.config),
         proposals="serving",
-        stop_ids=stop_token_ids(run.tokenizer, run.config.data.chat_template_kwargs),
+        stop_ids=stop_token_ids(run.tokenizer, run.record.chat_template.kwargs),
     )
 
 
@@ -79,14 +79,14 @@ def prompts_at_once(run: RunInputs) -> int:
     # As many as a micro-batch has rows, which the mesh divides, or fewer where there are fewer.
     parts = parts_of("batch", run.mesh)
     needed = -(-len(run.prompts) // parts) * parts
-    return min(run.config.data.batch_size, needed)
+    return min(run.shape.batch_size, needed)
 
 
 def target_cache_bytes(run: RunInputs) -> int:
     """What the target's keys and values of a batch of prompts take, all devices together."""
     decoder = rollout_decoder(run)
     longest = max(map(len, run.prompts))
-    slots = required_slots(decoder, longest, run.config.train.rollout_tokens)
+    slots = required_slots(decoder, longest, run.cadence.rollout_tokens)
 
     def cache() -> Any:
         return decoder.target.empty_cache(batch=prompts_at_once(run), slots=slots)

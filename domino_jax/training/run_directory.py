@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError, from_tree
+from domino_jax.base.errors import InputError
 from domino_jax.base.files import write_whole
-from domino_jax.config.run import RunConfig
-from domino_jax.objective.objectives import resolved_loss
-from domino_jax.training.records import OTHER_VERSION, DraftRecord
+from domino_jax.training.records import DraftRecord
 
 # What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
 # and logits_mib, which change the order of sums.
@@ -45,22 +43,12 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
 
     Args:
         place: the checkpoint, for messages.
-        stored: `RunRecord.config` of it.
-        settings: of this start, likewise plain values.
+        stored: plain values of the resolved configuration that it was started with.
+        settings: of this start, likewise.
     Raises:
-        InputError: each setting that differs, or a setting that this version does not know.
+        InputError: each setting that differs.
     """
-    try:
-        started_as = from_tree(RunConfig, stored, place=str(place))
-        # Older versions left the objective's own settings open in their records.
-        domino = started_as.draft.projector_type is not None
-        loss = resolved_loss(started_as.loss, domino=domino)
-        started_as = dataclasses.replace(started_as, loss=loss)
-    except InputError as error:
-        raise InputError(f"{error}: {OTHER_VERSION}") from error
-    # With the defaults of keys that the other start did not know.
-    before = _comparable(dataclasses.asdict(started_as))
-    now = _comparable(settings)
+    before, now = _comparable(stored), _comparable(settings)
     keys = before.keys() | now.keys()
     changed = {key for key in keys if before.get(key) != now.get(key)}
     if not changed:

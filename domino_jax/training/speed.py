@@ -108,12 +108,13 @@ class Speed:
     def _useful_flops(self, blocks: float) -> float:
         # Per conversation, not per batch row: packed ones do not see each other.
         program, count = self._program, self._conversations
+        trainer = program.trainer
         parts = step_flops(
-            program.trainer.draft_model.cfg,
+            trainer.draft_model.cfg,
             self._tokens / count,
             blocks / count,
             target=program.target.cfg if self._target_runs else None,
-            target_logits=reads_target(program.trainer),
+            target_logits=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
         )
         return count * sum(parts.values())
 

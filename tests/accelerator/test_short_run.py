@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from tiny import quiet, run_config, write_target
+from whole_run import train
 
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.loop import train
 
 pytestmark = pytest.mark.accelerator
 

@@ -10,8 +10,9 @@ from tiny import quiet, run_config, write_conversations, write_target
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a target, a finished run and prompts."""
 
+    from whole_run import train
+
     from domino_jax.config.run import load_config
-    from domino_jax.training.loop import train
 
     directory = tmp_path_factory.mktemp("trained")
     (directory / "target").mkdir()

@@ -23,7 +23,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.checkpoint import save_draft
-from domino_jax.training.inputs import draft_of
+from domino_jax.training.prepare import draft_of
 from domino_jax.training.records import DraftRecord
 
 TOP = Path(__file__).parent.parent.parent

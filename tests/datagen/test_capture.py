@@ -1,5 +1,6 @@
 """Captured states: equal losses without a target, shards that survive a stop, a size told first."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import chex
 import numpy as np
 import pytest
 from tiny import CONFIG, Heard, Interrupted, quiet, run_config, write_target
+from whole_run import train
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.run import load_config
@@ -19,8 +21,7 @@ from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
-from domino_jax.training.prepare import prepare
+from domino_jax.training.prepare import capture_inputs, prepare
 
 LAYERS = (0, 2)
 WIDTH = CONFIG.hidden_size * len(LAYERS)
@@ -36,7 +37,11 @@ def captured(path: Path, directory: Path, *overrides: str, **options: Any) -> li
         "confirmed": False,
     }
     given |= {"shard_bytes": 12_000, "reporter": Heard(lines=said)}
-    capture(load_config(path, overrides), directory, **{**given, **options})
+    given |= options
+    read = functools.partial(
+        capture_inputs, load_config(path, overrides), reporter=given["reporter"]
+    )
+    capture(read, directory, **given)
     return said
 
 
@@ -341,5 +346,5 @@ def test_rows_come_from_one_place(place: Path) -> None:
         (["data.hidden_states=x"], "found both"),
         (["data.train=null"], "found neither"),
     ):
-        with pytest.raises(InputError, match=f"data: give one of train and features, {found}"):
+        with pytest.raises(InputError, match=f"data: give one of train and hidden_states, {found}"):
             load_config(place / "config.yaml", words)

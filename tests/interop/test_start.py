@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from reference import dflash_config, draft_config, random_params
 from tiny import Heard, quiet, run_config, write_target
+from whole_run import train
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig, RopeScaling
@@ -19,7 +20,6 @@ from domino_jax.config.run import load_config
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.interop.start import starting_params
 from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.loop import train
 from domino_jax.training.prepare import prepare
 
 

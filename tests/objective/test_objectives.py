@@ -37,8 +37,8 @@ from domino_jax.objective.objectives import (
     loss_divisor,
     reads_target,
     register_objective,
-    resolved_loss,
 )
+from domino_jax.training.prepare import resolved_loss
 
 ROWS, SLOTS, SIZE = 2, 5, 6
 
@@ -328,9 +328,9 @@ def test_a_resolved_loss_leaves_nothing_open() -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_who_reads_the_target() -> None:
-    assert reads_target(LossConfig(kl_weight=0.1)) and not reads_target(LossConfig())
-    assert reads_target(LossConfig(loss_type="focal-by-logits"))
-    assert not reads_target(build_trainer(draft_config(), loss_type="focal"))
+    assert reads_target("dflash", kl_weight=0.1) and not reads_target("dflash", kl_weight=0.0)
+    assert reads_target("focal-by-logits", kl_weight=0.0)
+    assert not reads_target("focal", kl_weight=0.0)
 
 
 @pytest.mark.parametrize(

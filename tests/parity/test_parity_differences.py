@@ -95,7 +95,7 @@ def test_steps_run_over_the_end_of_an_epoch(target: Path, tmp_path: Path) -> Non
     sections = {"optimizer": {"grad_accumulation": 2}, "train": {"steps": None, "epochs": 3}}
     run = prepare(twin(tmp_path, target, "ours", **sections), reporter=quiet())
     assert 3 * optim_steps_per_epoch(24 // 8, 2) == 6
-    assert run.total_steps == 3 * 24 // 16 == 4
+    assert run.last_step == 3 * 24 // 16 == 4
 
 
 @pytest.mark.parametrize("gamma", [0.0, -2.0])

@@ -22,18 +22,17 @@ from domino_jax.config.run import RunConfig, load_config
 from domino_jax.plan import hlo, jaxpr_flops
 from domino_jax.plan.plan import (
     Exchange,
-    Models,
     Plan,
     compile_step,
     largest_batch,
     plan,
     planned_step,
-    read_models,
     read_plan,
     write_json,
 )
 from domino_jax.plan.table import plan_table
 from domino_jax.plan.topology import compiler_for, parse_place
+from domino_jax.training.prepare import Models, abstract_step, read_models
 
 MADE = Plan(
     place="v5e:2x2",
@@ -224,18 +223,14 @@ def small_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.mark.parametrize("first", [4, 14, 160])
 @pytest.mark.parametrize("most", [0, 4, 9, 28, 156, 160, 164])
-def test_largest_batch_asks_for_no_size_twice(
-    small_config: RunConfig, first: int, most: int
-) -> None:
+def test_largest_batch_asks_for_no_size_twice(first: int, most: int) -> None:
     asked: list[int] = []
 
-    def planned(config: RunConfig) -> Plan:
-        rows = config.data.batch_size
+    def planned(rows: int) -> Plan:
         asked.append(rows)
         return dataclasses.replace(MADE, batch_size=rows, fits=rows <= most)
 
-    data = dataclasses.replace(small_config.data, batch_size=first)
-    found = largest_batch(dataclasses.replace(small_config, data=data), planned, multiple_of=4)
+    found = largest_batch(first, planned, multiple_of=4)
     assert (found.batch_size, found.fits) == (most // 4 * 4 or 4, most >= 4)
     assert asked[0] == first // 4 * 4 and not [rows for rows in asked if rows % 4]
     assert len(set(asked)) == len(asked) <= 2 * math.log2(max(first, most) / 4 + 1) + 2
@@ -247,8 +242,9 @@ def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, plac
     draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")
     where = parse_place(place)
     compiler = compiler_for(where)
-    step = planned_step(small_config, Models(SMALL, draft), compiler)
-    pieces = -(-small_config.loss.num_anchors // step.program.trainer.chunk_blocks)
+    abstract = abstract_step(small_config, Models(SMALL, draft), compiler.devices)
+    step = planned_step(abstract)
+    pieces = -(-small_config.loss.num_anchors // abstract.program.trainer.chunk_blocks)
     assert pieces > 1  # there is a loop to stay out of
     outcome = compile_step(step.lowered, where, compiler)
     program = hlo.read_program(outcome.text, unknown_turns=pieces)
@@ -304,9 +300,9 @@ def test_the_published_recipe_fits(
     config = load_config(path, [*words, f"target={tmp_path}"])
     where = parse_place(place)
     models = read_models(config, reporter=quiet())
-    made = plan(
-        config, models, where, compiler_for(where), cache=tmp_path / "plans", reporter=quiet()
-    )
+    compiler = compiler_for(where)
+    step = abstract_step(config, models, compiler.devices)
+    made = plan(step, where, compiler, cache=tmp_path / "plans", reporter=quiet())
     assert made.fits and made.refusal is None
     assert made.peak_bytes is not None and made.peak_bytes <= gib * 2**30
     assert made.launches is None if where.is_tpu else made.launches <= 3000

@@ -29,7 +29,7 @@ TABLE = (
     (2.9, "evaluation", "counts compare prompt_lookup bootstrap throughput replay evaluate timing"),
     (2.9, "evaluation", "answer_cache record responses servers endpoint"),
     (3, "training", "flops log metrics accumulator optimizer step program records checkpoint"),
-    (3, "training", "run_directory inputs start preflight prepare rollout preview skips speed"),
+    (3, "training", "run_directory inputs run start preflight prepare rollout preview skips speed"),
     (3, "training", "trace eval loop"),
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),

@@ -19,14 +19,15 @@ from nemo_automodel.recipes.llm.train_dflash import TrainDFlashRecipe
 from nemo_automodel.recipes.llm.train_domino import TrainDominoRecipe
 from reference import Batch, nemo_trainer
 from tiny import quiet, run_config
+from whole_run import train
 
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.interop.hf import hf_tensors
 from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
-from domino_jax.training.prepare import Run, prepare
+from domino_jax.training.prepare import prepare
+from domino_jax.training.run import Run
 
 # As many slots as positions: both programs then train every candidate, and no anchor is drawn.
 EVERY_ANCHOR = 24
@@ -83,18 +84,16 @@ def nemo_loop(config: RunConfig) -> NemoLoop:
         run.record.config,
         params,
         Batch(nothing, nothing, nothing, np.asarray(lm_head), np.asarray(embed_tokens), {}),
-        num_anchors=run.config.loss.num_anchors,
-        loss_decay_gamma=run.config.loss.loss_decay_gamma,
+        num_anchors=run.program.trainer.num_anchors,
+        loss_decay_gamma=run.program.trainer.loss_decay_gamma,
     )
-    recipe = _recipe(run, trainer)
+    recipe = _recipe(run, config, trainer)
     recipe.run_train_validation_loop()
     return recipe.found
 
 
-def _recipe(run: Run, trainer: Any) -> Any:
+def _recipe(run: Run, config: RunConfig, trainer: Any) -> Any:
     """NeMo's recipe as its `setup` leaves it, with our rows and target."""
-    config = run.config
-    accumulation = config.optimizer.grad_accumulation
     recipe_type = TrainDFlashRecipe if run.record.config.head is None else TrainDominoRecipe
     recipe = _noting(recipe_type)
     recipe.device = torch.device("cpu")
@@ -105,8 +104,8 @@ def _recipe(run: Run, trainer: Any) -> Any:
     recipe.train_dataloader = list(_micro_batches(run))
     recipe.val_dataloader = None
     recipe.num_epochs, recipe.log_every_steps = 1, 1
-    recipe.grad_accumulation_steps = accumulation
-    recipe.total_optim_steps = run.total_steps
+    recipe.grad_accumulation_steps = run.shape.grad_accumulation
+    recipe.total_optim_steps = run.last_step
     recipe._skipped_micro_batches = 0
     recipe.lambda_base_start = config.loss.lambda_start
     recipe.lambda_base_decay_ratio = config.loss.decay_ratio
@@ -118,8 +117,8 @@ def _recipe(run: Run, trainer: Any) -> Any:
         betas=(settings.b1, settings.b2),
         weight_decay=settings.weight_decay,
     )
-    warmup = max(1, int(settings.warmup_ratio * run.total_steps))
-    schedule = make_warmup_cosine_schedule(warmup, run.total_steps, settings.min_lr_ratio)
+    warmup = max(1, int(settings.warmup_ratio * run.last_step))
+    schedule = make_warmup_cosine_schedule(warmup, run.last_step, settings.min_lr_ratio)
     recipe.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(recipe.optimizer, schedule)
     return recipe
 
@@ -162,11 +161,10 @@ def _noting(recipe_type: type[Any]) -> Any:
 def _micro_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     """The rows of each step of the run, in the micro-batches that it would split them into."""
     batches = run.batches()
-    for _ in range(run.total_steps):
+    for _ in range(run.last_step):
         rows = next(batches)
         parts = [
-            np.split(rows[name], run.config.optimizer.grad_accumulation)
-            for name in ("input_ids", "loss_mask")
+            np.split(rows[name], run.shape.grad_accumulation) for name in ("input_ids", "loss_mask")
         ]
         for input_ids, loss_mask in zip(*parts, strict=True):
             ids = torch.tensor(input_ids, dtype=torch.int64)

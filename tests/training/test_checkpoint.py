@@ -11,6 +11,7 @@ import chex
 import pytest
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, write_conversations, write_target
+from whole_run import train
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.run import load_config
@@ -22,7 +23,6 @@ from domino_jax.training.checkpoint import (
     save_draft,
     sound_checkpoint,
 )
-from domino_jax.training.loop import train
 from domino_jax.training.records import read_draft_record, read_run_record
 
 STEPS: dict[str, Any] = {

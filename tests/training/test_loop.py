@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from documents import fields_of
 from tiny import Heard, quiet, run_config, write_conversations
+from whole_run import train
 
 from domino_jax.base.errors import InputError
-from domino_jax.config.run import dump_config, load_config
+from domino_jax.config.run import load_config
 from domino_jax.training import eval as teacher_forced
 from domino_jax.training import loop, program
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
 from domino_jax.training.prepare import prepare
 
 
@@ -131,10 +131,10 @@ def test_the_step_is_compiled_once(
 )
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
     heard = Heard()
-    config = prepare(load_config(run_config(tmp_path, target)), reporter=heard).config
-    said = heard.text
-    assert "loss_decay_gamma: 7.0" in said and dump_config(config) in said
-    assert (tmp_path / "run" / "config.yaml").read_text() == dump_config(config)
+    run = prepare(load_config(run_config(tmp_path, target)), reporter=heard)
+    stored = tmp_path / "run" / "config.yaml"
+    assert "loss_decay_gamma: 7.0" in heard.text and stored.read_text() in heard.text
+    assert dataclasses.asdict(load_config(stored)) == run.settings
 
 
 @pytest.mark.pitfall(
@@ -182,7 +182,7 @@ def test_bad_lines_are_named_and_left_out(target: Path, tmp_path: Path) -> None:
 def test_epochs_give_the_number_of_steps(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, train={"steps": None, "epochs": 2})
     assert (
-        prepare(load_config(path), reporter=quiet()).total_steps == 6
+        prepare(load_config(path), reporter=quiet()).last_step == 6
     )  # 2 epochs of 24 rows, 8 a step
 
 

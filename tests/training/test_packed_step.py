@@ -16,6 +16,7 @@ import pytest
 from reference import draft_config, random_params, target_config
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, stack_layers
+from whole_run import train
 
 from domino_jax.base.errors import Interrupted
 from domino_jax.config.run import load_config
@@ -24,7 +25,6 @@ from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.target.decoder import Target
-from domino_jax.training.loop import train
 from domino_jax.training.prepare import prepare
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
@@ -131,7 +131,7 @@ def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Pat
         line = next(line for line in said.splitlines() if line.startswith("training: "))
         assert count in line
         shares.append(float(line.partition("(")[2].partition("%")[0]))
-        assert run.total_steps == 4 * run.rows.epoch_rows // 8
+        assert run.last_step == 4 * run.rows.epoch_rows // 8
     assert run.rows.epoch_rows == 11
     tokens = sum(len(row.input_ids) for row in run.rows.rows)
     assert shares == pytest.approx(

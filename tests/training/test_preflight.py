@@ -12,11 +12,11 @@ import jax
 import pytest
 from doubles import slow_after
 from tiny import quiet, run_config
+from whole_run import train
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.run import load_config
 from domino_jax.training import preflight, prepare
-from domino_jax.training.loop import train
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_too_shallow_a_target_is_told_in_the_keys_of_the_run(
         ("tensorboardX", "train.tensorboard=true", "'domino-jax[tensorboard]'"),
         (
             "array_record",
-            "data={{train: null, features: {place}, max_length: 24, batch_size: 8}}",
+            "data={{train: null, hidden_states: {place}, max_length: 24, batch_size: 8}}",
             "array-record",
         ),
     ],
@@ -191,7 +191,7 @@ def test_room_for_the_checkpoints_is_checked(
     state = jax.eval_shape(lambda: program_state(run))
     held = sum(4 * leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     needed = 4 * held  # three that are kept, and the one being written
-    assert needed == preflight.checkpoint_bytes(run.config, run.record.config) * 4
+    assert needed == preflight.checkpoint_bytes(run.record.config, average=ema != "null") * 4
     disk(needed - 1)
     found = refusal(path, *words)
     assert found.startswith(

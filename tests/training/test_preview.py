@@ -1,5 +1,6 @@
 """A dry run tells what a run would be, to the first row, and creates nothing."""
 
+import functools
 import io
 import re
 from pathlib import Path
@@ -9,15 +10,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tiny import CONFIG, TEMPLATE, Heard, quiet, run_config
+from whole_run import train
 
-from domino_jax.config.run import dump_config, load_config
+from domino_jax.config.run import load_config
 from domino_jax.datagen.capture import capture
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training import prepare as preparing
-from domino_jax.training.loop import train
-from domino_jax.training.prepare import RunInputs, check, prepare, read_inputs
+from domino_jax.training.prepare import capture_inputs, check, prepare, read_inputs
 from domino_jax.training.preview import escaped, print_preview, supervised_spans
+from domino_jax.training.run import RunInputs
 
 
 def inputs_of(path: Path, *overrides: str) -> RunInputs:
@@ -64,7 +66,7 @@ def test_a_dry_run_tells_all_and_creates_nothing(
     heard = Heard()
     run = prepare(load_config(path, ["mesh.data=4", "mesh.tensor=2"]), reporter=heard)
     assert "the target's 1 key-value heads do not divide over mesh.tensor 2" in heard.text
-    assert out.startswith(dump_config(run.config))
+    assert out.startswith((tmp_path / "run" / "config.yaml").read_text())
     figures = {
         name: words for name, words in re.findall(r"^(\S.*?)  +(\S.*?) *$", out, re.MULTILINE)
     }
@@ -128,7 +130,7 @@ def test_the_first_row_is_shown_with_what_the_loss_counts(target: Path, tmp_path
 def test_captured_and_packed_rows_are_told(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, data={"max_length": 48})
     capture(
-        load_config(path),
+        functools.partial(capture_inputs, load_config(path), reporter=quiet()),
         tmp_path / "states",
         dtype="float32",
         target_states=False,

@@ -15,13 +15,8 @@ from domino_jax.config.run import RunConfig
 from domino_jax.config.sections import DataConfig, LossConfig
 from domino_jax.objective import objectives
 from domino_jax.sharding import make_mesh
-from domino_jax.training.program import (
-    CPU_LOGITS_MIB,
-    chunk_blocks,
-    make_program,
-    resolved,
-    scanned_target,
-)
+from domino_jax.training.prepare import make_program, resolved
+from domino_jax.training.program import CPU_LOGITS_MIB, chunk_blocks, scanned_target
 
 DRAFT = draft_config()
 CONFIG = RunConfig(
@@ -46,7 +41,9 @@ def test_pieces_take_the_memory_they_may_and_are_of_one_size(
     vocabulary = -(-DRAFT.vocab_size // mesh.shape["tensor"])
     rows = 8 * mesh.shape["tensor"] // 8
     block = rows * DRAFT.num_predictions * vocabulary * 4
-    assert chunk_blocks(bounded(1.001 * blocks * block / 2**20), DRAFT, mesh) == expected
+    mib = 1.001 * blocks * block / 2**20
+    found = chunk_blocks(DRAFT, mesh, batch_size=8, num_anchors=20, logits_mib=mib)
+    assert found == expected
 
 
 def test_what_is_left_open_is_what_the_devices_take() -> None:

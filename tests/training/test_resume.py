@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, seal
+from whole_run import train
 
 from domino_jax.base.errors import InputError, Interrupted
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
 
 
 class Stop:

@@ -1,5 +1,6 @@
 """A rollout inside training says what the verbs would measure of the same checkpoint."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from documents import fields_of
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, write_conversations
+from whole_run import train
 
 from domino_jax.base.errors import InputError, Interrupted
 from domino_jax.config.run import load_config
@@ -26,8 +28,7 @@ from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
-from domino_jax.training.prepare import prepare
+from domino_jax.training.prepare import capture_inputs, prepare
 from domino_jax.training.records import read_run_record
 
 PROPOSALS = 3  # K - 1
@@ -100,7 +101,8 @@ def captured(path: Path, states: Path) -> list[str]:
     """Captures the rows of a run, and the words that train it from them."""
     size = {"limit_gb": 1.0, "confirmed": False}
     kind: dict[str, Any] = {"dtype": "float32", "target_states": False}
-    capture(load_config(path), states, **kind, **size, reporter=quiet())
+    read = functools.partial(capture_inputs, load_config(path), reporter=quiet())
+    capture(read, states, **kind, **size, reporter=quiet())
     return ["data.train=null", f"data.hidden_states={states}"]
 
 

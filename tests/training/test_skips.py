@@ -12,6 +12,7 @@ from documents import fields_of
 from safetensors.numpy import load_file, save_file
 from strict_json import strictly
 from tiny import WORDS, Heard, quiet, run_config, write_target
+from whole_run import train
 
 from domino_jax.base.errors import Diverged
 from domino_jax.config.run import load_config
@@ -20,7 +21,6 @@ from domino_jax.page.terminal import training_summary
 from domino_jax.training.accumulator import Spike, StepOutcome
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.log import read_metrics
-from domino_jax.training.loop import train
 from domino_jax.training.optimizer import learning_rate_schedule
 from domino_jax.training.skips import StepWatch, divergence
 
@@ -95,7 +95,14 @@ def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
     assert [(w["updates"], w["skipped_nonfinite"]) for w in windows] == [(2, 1), (2, 1)]
     assert all(np.isfinite(w["loss"]) and np.isfinite(w["grad_norm"]) for w in windows)
     # The schedule counts updates, lambda batches.
-    assert windows[-1]["learning_rate"] == float(learning_rate_schedule(config.optimizer, 6)(3))
+    settings = config.optimizer
+    schedule = learning_rate_schedule(
+        learning_rate=settings.learning_rate,
+        warmup_ratio=settings.warmup_ratio,
+        min_lr_ratio=settings.min_lr_ratio,
+        total_steps=6,
+    )
+    assert windows[-1]["learning_rate"] == float(schedule(3))
     assert windows[-1]["lambda_base"] == pytest.approx(1 / 6)
     assert assert_checkpoints_are_finite(run) == [5, 6]
 

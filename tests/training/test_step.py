@@ -35,6 +35,15 @@ TARGET = Target(
 )
 
 
+def adamw(**changes: Any) -> optax.GradientTransformation:
+    """The optimiser of a run of 10 steps with the default settings, or with others."""
+    settings = vars(OptimizerConfig(**changes))
+    rates = ("learning_rate", "warmup_ratio", "min_lr_ratio")
+    schedule = learning_rate_schedule(total_steps=10, **{name: settings[name] for name in rates})
+    rest = ("b1", "b2", "weight_decay", "max_grad_norm")
+    return make_optimizer(schedule, **{name: settings[name] for name in rest})
+
+
 def make_program(**changes: Any) -> Program:
     fields: dict[str, Any] = {
         "trainer": build_trainer(CONFIG, num_anchors=4, loss_decay_gamma=7.0),
@@ -152,7 +161,7 @@ def test_eight_devices_equal_one(
     seen="training/step.py: the step counter turned into float32 by the first step",
 )
 def test_one_trace_serves_many_steps(target_params: Any, draft_variables: Any) -> None:
-    program = make_program(optimizer=make_optimizer(OptimizerConfig(), 10))
+    program = make_program(optimizer=adamw())
     traces = []
 
     def step(*args: Any) -> Any:
@@ -188,7 +197,7 @@ def test_a_batch_without_anchors_moves_nothing_and_is_counted(
     target_params: Any, draft_variables: Any
 ) -> None:
     """Neither through AdamW's moments, filled by a step before, nor through its weight decay."""
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1, warmup_ratio=0.0), 10)
+    optimizer = adamw(weight_decay=0.1, warmup_ratio=0.0)
     program, batch = make_program(optimizer=optimizer, ema_decay=0.5), make_batch(1, 4)
     step = jax.jit(functools.partial(train_step, program))
     start = initial_state(program, nn.meta.unbox(draft_variables))
@@ -327,8 +336,9 @@ def test_learning_rate_equals_nemos_schedule(total_steps: int, warmup_ratio: flo
 
     warmup = max(1, int(warmup_ratio * total_steps))
     expected = make_warmup_cosine_schedule(warmup, total_steps, 0.1)
-    config = OptimizerConfig(learning_rate=2e-3, warmup_ratio=warmup_ratio)
-    schedule = learning_rate_schedule(config, total_steps)
+    schedule = learning_rate_schedule(
+        learning_rate=2e-3, warmup_ratio=warmup_ratio, min_lr_ratio=0.1, total_steps=total_steps
+    )
     updates = range(total_steps + 3)
     np.testing.assert_allclose(
         [float(schedule(k)) for k in updates], [2e-3 * expected(k) for k in updates], rtol=1e-5
@@ -338,10 +348,10 @@ def test_learning_rate_equals_nemos_schedule(total_steps: int, warmup_ratio: flo
 
 def test_the_optimizer_is_clipped_adamw() -> None:
     """Against a plain loop over one weight: a gradient of norm 10 counts as norm 1."""
-    optimizer = make_optimizer(
-        OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.1), 10
+    schedule = learning_rate_schedule(
+        learning_rate=1e-2, warmup_ratio=0.0, min_lr_ratio=0.1, total_steps=10
     )
-    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.0), 10)
+    optimizer = make_optimizer(schedule, b1=0.9, b2=0.95, weight_decay=0.1, max_grad_norm=1.0)
     weight, mean, square = np.array([3.0, -2.0]), np.zeros(2), np.zeros(2)
     params = jnp.array(weight, jnp.float32)
     state = optimizer.init(params)

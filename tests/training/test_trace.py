@@ -8,12 +8,12 @@ import chex
 import jax
 import pytest
 from tiny import Heard, run_config
+from whole_run import train
 
 from domino_jax.base.chips import CHIPS, Chip
 from domino_jax.base.errors import Interrupted
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.loop import train
 from domino_jax.training.trace import Trace
 
 
