@@ -28,12 +28,13 @@ def write(path: Path, text: str) -> Path:
 def test_load_config_fills_defaults(smallest: Path) -> None:
     config = load_config(smallest)
     assert config.draft == DraftRecipe(mask_token_id=5)
-    assert (config.optimizer.learning_rate, config.optimizer.b2, config.train.steps) == (
-        6e-4,
-        0.95,
-        None,
-    )
-    assert config.data.eval is None
+    optimizer, loss = config.optimizer, config.loss
+    rates = (optimizer.learning_rate, optimizer.warmup_ratio, optimizer.min_lr_ratio)
+    assert rates == (6e-4, 0.04, 0.1)
+    adamw = (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.max_grad_norm)
+    assert adamw == (0.9, 0.95, 0.0, 1.0)
+    assert (loss.num_anchors, loss.lambda_start, loss.decay_ratio) == (512, 1.0, 1.0)
+    assert config.train.steps is None and config.data.eval is None
 
 
 def test_load_config_overrides_one_name_of_a_mapping(smallest: Path, tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def test_filtered_keeps_what_transformers_keeps(top_k: int | None, top_p: float 
     np.testing.assert_array_equal(found, expected.numpy())
 
 
+def test_top_p_keeps_no_token_beyond_a_probability_of_exactly_p() -> None:
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.25]))
+    kept = jnp.isfinite(filtered(logits, top_k=None, top_p=0.5))
+    assert kept.tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "kept"),
     [

@@ -59,6 +59,7 @@ def test_compare_takes_a_missing_token_for_a_difference(
     found = compare(weights, TARGET, PROMPTS[:1], [answer(*left)], [answer(*right)])
     assert (found.tokens_compared, found.tokens_equal) == (3, 2)
     assert found.differences[0].logit_gap is None and -1 in astuple(found.differences[0])
+    assert not found.lossless
 
 
 @pytest.mark.parametrize(("dtype", "lossless"), [("float32", False), ("bfloat16", True)])

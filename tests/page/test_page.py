@@ -284,6 +284,7 @@ def test_warnings_name_differences_that_are_no_ties(tmp_path: Path) -> None:
         tie | {"logit_gap": 0.0001},
         tie | {"logit_gap": 0.5, "prompt": 12},
         tie | {"logit_gap": None, "prompt": 13},
+        tie | {"logit_gap": 0.001, "prompt": 14},  # no tie: those are closer
     ]
     write_evaluation(run, evaluation)
     text = " ".join(page_of(run).text.split())
@@ -291,7 +292,7 @@ def test_warnings_name_differences_that_are_no_ties(tmp_path: Path) -> None:
     assert "step 19: loss 27.125 where the median of its window was 9.871; line 5" in text
     assert "everyday, head off: the output for prompt 12 (from 0) differs at token 7" in text
     assert "logits are 0.5 apart, a tie would be below 0.001" in text
-    assert "for prompt 13" in text and "for prompt 3 " not in text
+    assert "for prompt 13" in text and "for prompt 14" in text and "for prompt 3 " not in text
 
 
 def paths(tree: Any, before: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

@@ -67,5 +67,11 @@ def test_a_block_of_one_token_equals_nemo() -> None:
     config = draft_config(block_size=1, pure_draft_prefix_len=0)
     found = compare_with_nemo(config, gamma=7.0, packed=True, chunk_blocks=3)
     assert found["valid_tokens"] == found["valid_blocks"] > 0
+    batch = random_batch(config)
+    unshifted = nemo_trainer(config, random_params(config), batch)
+    unshifted.shift_label = False
+    anchors = random_anchors(config, batch, slots=11)
+    with pytest.raises(RuntimeError, match="0 elements"):
+        nemo_step(unshifted, batch, anchors=anchors, lambda_base=0.5)
     with pytest.raises(InputError, match="block_size 1 predicts no token without shift_label"):
         dataclasses.replace(config, shift_label=False)
