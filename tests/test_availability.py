@@ -61,7 +61,10 @@ def test_only_what_imports_a_missing_package_is_skipped(tmp_path: Path) -> None:
     assert "needs a GPU or TPU: JAX_PLATFORMS=cuda pytest -m accelerator" in printed
 
 
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 
 
 @pytest.mark.parametrize("given", [None, "cpu", "cuda"])
