@@ -20,8 +20,7 @@ LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read w
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of a run's `metrics.jsonl`, none if there is no such file.
 
-    A line cut off by a crash is left out. Runs of older versions have times in them, and may hold
-    NaN.
+    A line cut off by a crash is left out.
 
     Raises:
         InputError: the file cannot be read, or a line of it is no record.
