@@ -108,7 +108,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitted(spec, x.shape, mesh))
 
 
-def parts_of(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+def axis_size(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
     """How many parts a mesh splits a logical axis into.
 
     1 without a mesh, and where each device has its own part already.
@@ -186,7 +186,7 @@ def split_over_batch(
         mesh = jax.sharding.get_abstract_mesh()
         with_rows = [x for x, own in zip(arguments, by_row, strict=True) if own]
         rows = jax.tree.leaves(with_rows)[0].shape[0]
-        if mesh.empty or parts_of("batch") == 1 or rows % parts_of("batch"):
+        if mesh.empty or axis_size("batch") == 1 or rows % axis_size("batch"):
             return function(*arguments)
         (names,) = partition_spec("batch")
         own = PartitionSpec(names)

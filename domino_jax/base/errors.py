@@ -103,7 +103,7 @@ def require(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
-def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
+def from_dict(kind: type[T], tree: Mapping[str, Any], *, source: str) -> T:
     """Builds a dataclass from nested mappings, strictly.
 
     Args:
@@ -112,7 +112,7 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
             integer or a string such as "1e-3", which YAML reads as text. A field of type `Scalars`
             takes a mapping, see `scalars`; where its
             dataclass is to be hashable, the field is declared with `hash=False`.
-        place: where the mapping comes from, for messages.
+        source: where the mapping comes from, for messages.
     Raises:
         InputError: unknown or missing keys, wrong types, or a value that the dataclass refuses.
     """
@@ -122,20 +122,20 @@ def from_tree(kind: type[T], tree: Mapping[str, Any], *, place: str) -> T:
     for key, value in tree.items():
         if key not in fields:
             remedy = did_you_mean(str(key), fields) or f"known: {', '.join(fields)}"
-            raise InputError(f"{place}: unknown key {shown(key)}; {remedy}")
-        values[key] = _typed(hints[key], value, place=f"{place}: {key}")
+            raise InputError(f"{source}: unknown key {shown(key)}; {remedy}")
+        values[key] = _typed(hints[key], value, source=f"{source}: {key}")
     needed = [name for name, f in fields.items() if not _has_default(f)]
     missing = [name for name in needed if name not in values]
     if missing:
-        raise InputError(f"{place}: missing {', '.join(missing)}")
+        raise InputError(f"{source}: missing {', '.join(missing)}")
     # A dataclass checks its values without knowing where they stand.
     try:
         return kind(**values)
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
 
 
-def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
+def scalars(value: Any, *, source: str) -> dict[str, Scalar]:
     """A mapping from names to plain values, each in the type it was written in.
 
     Only who reads a name knows its type, so nothing is converted: "1e-3", which YAML reads as text,
@@ -146,19 +146,19 @@ def scalars(value: Any, *, place: str) -> dict[str, Scalar]:
             a finite number and text.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{place}: expected a mapping, found {shown(value)}")
+        raise InputError(f"{source}: expected a mapping, found {shown(value)}")
     for name, item in value.items():
         if not isinstance(name, str):
-            raise InputError(f"{place}: expected text as a name, found {shown(name)}")
+            raise InputError(f"{source}: expected text as a name, found {shown(name)}")
         # Not `abs(item) >= 2**63`, which is false of NaN.
         endless = isinstance(item, int | float) and not abs(item) < 2**63
         if type(item) not in typing.get_args(Scalar) or endless:
             raise InputError(
-                f"{place}: {name}: expected true, false, a number or text, found {shown(item)}"
+                f"{source}: {name}: expected true, false, a number or text, found {shown(item)}"
             )
         for text in (name, item):
             if isinstance(text, str) and text_problem(text):
-                raise InputError(f"{place}: {shown(text)} {text_problem(text)}")
+                raise InputError(f"{source}: {shown(text)} {text_problem(text)}")
     return dict(value)
 
 
@@ -167,7 +167,7 @@ def _has_default(field: "dataclasses.Field[Any]") -> bool:
     return any(default is not dataclasses.MISSING for default in defaults)
 
 
-def _typed(hint: Any, value: Any, *, place: str) -> Any:
+def _typed(hint: Any, value: Any, *, source: str) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
@@ -180,15 +180,15 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
             return value
         (hint,) = [option for option in options if option not in literals]
     if hint == Scalars:
-        return scalars(value, place=place)
+        return scalars(value, source=source)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise InputError(f"{place}: expected a mapping, found {shown(value)}")
-        return from_tree(typing.cast(type, hint), value, place=place)
+            raise InputError(f"{source}: expected a mapping, found {shown(value)}")
+        return from_dict(typing.cast(type, hint), value, source=source)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise InputError(f"{place}: expected a list, found {shown(value)}")
-        return tuple(_typed(typing.get_args(hint)[0], item, place=place) for item in value)
+            raise InputError(f"{source}: expected a list, found {shown(value)}")
+        return tuple(_typed(typing.get_args(hint)[0], item, source=source) for item in value)
     if hint is float and not isinstance(value, bool) and isinstance(value, int | float | str):
         try:
             number = float(value)
@@ -197,9 +197,9 @@ def _typed(hint: Any, value: Any, *, place: str) -> Any:
         if number == 0 or FLOAT32_SMALLEST <= abs(number) <= FLOAT32_LARGEST:
             return number
         if math.isfinite(number):
-            raise InputError(f"{place}: {shown(value)} is not a number that float32 holds")
+            raise InputError(f"{source}: {shown(value)} is not a number that float32 holds")
     elif type(value) is hint:
         if isinstance(value, str) and text_problem(value):
-            raise InputError(f"{place}: {shown(value)} {text_problem(value)}")
+            raise InputError(f"{source}: {shown(value)} {text_problem(value)}")
         return value
-    raise InputError(f"{place}: expected {hint.__name__}, found {shown(value)}")
+    raise InputError(f"{source}: expected {hint.__name__}, found {shown(value)}")

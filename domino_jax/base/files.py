@@ -182,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: as `read_text` and `parse_json`, or it is not an object; it names the file.
     """
-    tree = parse_json(read_text(path), place=str(path))
+    tree = parse_json(read_text(path), source=str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}")
     return tree

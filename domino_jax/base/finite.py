@@ -38,21 +38,21 @@ def count_non_finite(values: np.ndarray) -> int:
         return int(np.count_nonzero(~np.isfinite(values)))
 
 
-def require_finite(values: np.ndarray, *, place: str, remedy: str) -> None:
+def require_finite(values: np.ndarray, *, source: str, remedy: str) -> None:
     """Raises `InputError` where a floating point array holds NaN or infinity, with how many.
 
     Args:
         values: of any shape.
-        place: the file or directory and the name of the array, for the message.
+        source: the file or directory and the name of the array, for the message.
         remedy: what to do, for the message.
     """
     if not all_finite(values):
         # Counted only now: the slow way, which a sound array is spared.
         count = count_non_finite(values)
         dtype = str(values.dtype)
-        raise not_finite(place, count, of=values.size, dtype=dtype, remedy=remedy)
+        raise not_finite(source, count, of=values.size, dtype=dtype, remedy=remedy)
 
 
-def not_finite(place: str, count: int, *, of: int, dtype: str, remedy: str) -> InputError:
+def not_finite(source: str, count: int, *, of: int, dtype: str, remedy: str) -> InputError:
     """The error that says so of an array: NaN, infinite, or too large a number for its type."""
-    return InputError(f"{place}: {count} of {of} entries are not finite in {dtype}; {remedy}")
+    return InputError(f"{source}: {count} of {of} entries are not finite in {dtype}; {remedy}")

@@ -21,18 +21,18 @@ DEPTH = 64  # levels of mappings and lists
 NUMBER_CHARACTERS = 64  # of a number as it is written
 
 
-def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False) -> Any:
+def parse_json(text: str | bytes, *, source: str | None, nonfinite: bool = False) -> Any:
     """Parses JSON of somebody else, within bounds.
 
     Args:
         text: the JSON.
-        place: where it comes from, for the message; None where the caller says so.
+        source: where it comes from, for the message; None where the caller says so.
         nonfinite: take NaN and Infinity, which are not JSON but which Python writes.
     Raises:
         InputError: not JSON, a key that is given twice in one object, a number beyond every float
             or of more than `NUMBER_CHARACTERS`, or more than `DEPTH` levels.
     """
-    where = "" if place is None else f"{place}: "
+    where = "" if source is None else f"{source}: "
     try:
         value = json.loads(
             text,
@@ -50,7 +50,7 @@ def parse_json(text: str | bytes, *, place: str | None, nonfinite: bool = False)
     return value
 
 
-def parse_yaml(text: str, *, place: str) -> Any:
+def parse_yaml(text: str, *, source: str) -> Any:
     """Parses YAML of somebody else, within bounds.
 
     Read are mappings, lists, text, numbers, true, false and null. Numbers are decimal and dates are
@@ -62,7 +62,7 @@ def parse_yaml(text: str, *, place: str) -> Any:
     """
     if len(text) > YAML_CHARACTERS:
         raise InputError(
-            f"{place}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
+            f"{source}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
         )
     try:
         return yaml.load(text, Loader=_BoundedLoader)
@@ -70,10 +70,10 @@ def parse_yaml(text: str, *, place: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(
-            f"{place}: not valid YAML: {where}{error.problem or error.context}"
+            f"{source}: not valid YAML: {where}{error.problem or error.context}"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,8 +167,8 @@ class _BoundedLoader(yaml.SafeLoader):
         return self.construct_yaml_float(node)
 
     @staticmethod
-    def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
-        return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+    def _refusal(problem: str, source: Any) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=source.start_mark)
 
 
 _TAG = "tag:yaml.org,2002:"

@@ -67,11 +67,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
         raise InputError(f"{run}: not for {engine}: {'; '.join(refusals)}")
     reporter.say(f"saving {directory}")
     save_hf_draft(
-        directory,
-        record.config,
-        stored.params,
-        dtype=dtype,
-        chat_template=record.chat_template,
+        directory, record.config, stored.params, dtype=dtype, chat_template=record.chat_template
     )
     keeps(f"{directory} is complete")
     reporter.say(f"step {stored.step} of {run} exported and read back, {dtype}")
@@ -86,10 +82,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
 @target_option
 @template_option
 def import_(
-    directory: Path,
-    run: Path,
-    target_name: str,
-    chat_template_kwargs: Scalars | None,
+    directory: Path, run: Path, target_name: str, chat_template_kwargs: Scalars | None
 ) -> None:
     """Make the run directory RUN from the draft checkpoint in DIRECTORY.
 
@@ -130,7 +123,7 @@ def import_(
             f"taking that of {target_name}"
         )
     else:
-        template.check_trained(trained_with, place=str(directory), target=target_name)
+        template.check_trained(trained_with, source=str(directory), target=target_name)
     reporter.say(f"saving {run}")
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
     record = DraftRecord(config, target_name, template, *hashes)

@@ -100,7 +100,7 @@ def generate(
         stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
     )
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
-    check_length(decoder, ids, place="the prompt")
+    check_length(decoder, ids, source="the prompt")
     text_stream = _text_stream(loaded.tokenizer, color=color)
     reporter.say("compiling")
     answer = stream_answer(

@@ -101,7 +101,7 @@ def load_run(
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
-    asked.check_trained(trained, place=str(run), target=record.target)
+    asked.check_trained(trained, source=str(run), target=record.target)
     then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
     for name, known in then.items():
         # None: a checkpoint of an older version, which does not know it.

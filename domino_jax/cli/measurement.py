@@ -19,8 +19,8 @@ from domino_jax.data.conversations import encode_prompt, read_messages, stop_tok
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, asked, check_length, pieces
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.evaluation.answer_cache import known_answers, prompts_sha256
-from domino_jax.evaluation.endpoint import beside
+from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
+from domino_jax.evaluation.endpoint import compare_with_server
 from domino_jax.evaluation.evaluate import SERVING, plain_answers
 from domino_jax.evaluation.evaluate import evaluate as evaluate_set
 from domino_jax.evaluation.record import Evaluator, measured
@@ -116,8 +116,8 @@ class Measurement:
         record = source | figures.as_json() | {"examples": examples} | where
         if served and plain is not None:
             text_of = functools.partial(self._loaded.tokenizer.decode, skip_special_tokens=True)
-            ours = figures.ways[SERVING].per_prompt
-            record["endpoint"] = beside(served, plain, ours, text_of=text_of).as_json()
+            ours = figures.modes[SERVING].per_prompt
+            record["endpoint"] = compare_with_server(served, plain, ours, text_of=text_of).as_json()
         return record
 
     def cycle(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Measurement:
             reporter=reporter,
         )
         cache = user_cache("answers", verb="evaluate")
-        return known_answers(cache, identity, compute, reporter=reporter)
+        return cached_answers(cache, identity, compute, reporter=reporter)
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""
@@ -160,6 +160,6 @@ class Measurement:
         for line, messages in usable[:limit]:
             question = asked(messages)
             prompts.append(encode_prompt(question, self._loaded.tokenizer, self._kwargs))
-            check_length(self._decoder, prompts[-1], place=f"{path}:{line}")
+            check_length(self._decoder, prompts[-1], source=f"{path}:{line}")
             texts.append(question[-1]["content"])
         return texts, prompts

@@ -15,7 +15,7 @@ from domino_jax.base.errors import InputError
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.plan.topology import Compiler, Place, compiler_for, parse_place
+from domino_jax.plan.topology import Compiler, DeviceSpec, compiler_for, parse_device_spec
 
 if TYPE_CHECKING:
     from domino_jax.plan.plan import Plan
@@ -40,7 +40,7 @@ def plan_verb(
     ctx: click.Context,
     config: Path,
     overrides: tuple[str, ...],
-    places: tuple[str, ...],
+    specs: tuple[str, ...],
     largest_batch: bool,
     file: Path | None,
 ) -> None:
@@ -55,7 +55,7 @@ def plan_verb(
     does not fit.
     """
     settings = load_config(config, overrides)
-    asked = [parse_place(place) for place in places]
+    asked = [parse_device_spec(spec) for spec in specs]
     # Before minutes of compiling, not after them.
     if file is not None and not file.parent.is_dir():
         raise InputError(f"--json {file}: no directory {file.parent}; make it first")
@@ -69,19 +69,19 @@ def plan_verb(
     keeps("plans that were finished are kept; the same command resumes")
     # Before jax looks for devices: this machine's own are none of a plan's business.
     jax.config.update("jax_platforms", "cpu")
-    compilers = [compiler_for(place) for place in asked]
+    compilers = [compiler_for(spec) for spec in asked]
     models = read_models(settings, reporter=reporter)
     work = _largest if largest_batch else _as_it_stands
     plans = []
-    for place, compiler in zip(asked, compilers, strict=True):
-        plans.append(work(settings, models, place, compiler))
+    for spec, compiler in zip(asked, compilers, strict=True):
+        plans.append(work(settings, models, spec, compiler))
     results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
-            click.echo(f"{one.place}: the compiler refused: {one.refusal}")
+            click.echo(f"{one.spec}: the compiler refused: {one.refusal}")
         if largest_batch:
             found = one.batch_size if one.fits else "none"
-            click.echo(f"{one.place}: largest data.batch_size that fits: {found}")
+            click.echo(f"{one.spec}: largest data.batch_size that fits: {found}")
     if file is not None:
         write_json(file, [dataclasses.asdict(one) for one in plans])
         click.echo(file)
@@ -90,25 +90,25 @@ def plan_verb(
         ctx.exit(1)
 
 
-def _as_it_stands(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
+def _as_it_stands(config: RunConfig, models: Models, spec: DeviceSpec, compiler: Compiler) -> Plan:
     from domino_jax.plan.plan import plan
     from domino_jax.training.prepare import abstract_step
 
     cache = user_cache("plans", verb="plan")
     step = abstract_step(config, models, compiler.devices)
-    return plan(step, place, compiler, cache=cache, reporter=reporter)
+    return plan(step, spec, compiler, cache=cache, reporter=reporter)
 
 
-def _largest(config: RunConfig, models: Models, place: Place, compiler: Compiler) -> Plan:
+def _largest(config: RunConfig, models: Models, spec: DeviceSpec, compiler: Compiler) -> Plan:
     """The plan of the largest batch that fits, or of the smallest, which does not."""
     from domino_jax.plan.plan import largest_batch
 
     def planned(batch_size: int) -> Plan:
         data = dataclasses.replace(config.data, batch_size=batch_size)
         changed = dataclasses.replace(config, data=data)
-        one = _as_it_stands(changed, models, place, compiler)
+        one = _as_it_stands(changed, models, spec, compiler)
         reporter.say(
-            f"{place.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}"
+            f"{spec.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}"
         )
         return one
 

@@ -35,18 +35,18 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     written as PNG too, into the folder of the same name beside it. What a run lacks is left out,
     and said: `domino evaluate` comes first.
     """
-    place = out or runs[0] / PAGE
+    path = out or runs[0] / PAGE
     # The pictures' folder has the same name without its ending.
-    if place.suffix != ".html":
-        raise InputError(f"--out {place}: expected a name that ends in .html")
+    if path.suffix != ".html":
+        raise InputError(f"--out {path}: expected a name that ends in .html")
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.page.document import write_page
 
-    keeps(f"{place} was not written; the same command starts over")
+    keeps(f"{path} was not written; the same command starts over")
     found = read_runs(runs)
-    if not place.parent.is_dir():
-        raise InputError(f"--out {place}: no directory {place.parent}; make it first")
-    reporter.say(f"drawing {place}")
-    write_page(found, place)
-    keeps(f"{place} is written")
-    click.echo(place)
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: no directory {path.parent}; make it first")
+    reporter.say(f"drawing {path}")
+    write_page(found, path)
+    keeps(f"{path} is written")
+    click.echo(path)

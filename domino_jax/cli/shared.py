@@ -145,7 +145,7 @@ def _mapping(_: click.Context, option: click.Parameter, text: str | None) -> Sca
     if text is None:
         return None
     place = option.opts[0]
-    return scalars(parse_yaml(text, place=place), place=place)
+    return scalars(parse_yaml(text, source=place), source=place)
 
 
 template_option = click.option(

@@ -16,14 +16,7 @@ from typing import Any
 import click
 
 from domino_jax import __version__
-from domino_jax.base.errors import (
-    Diverged,
-    InputError,
-    Interrupted,
-    one_line,
-    shown,
-    text_problem,
-)
+from domino_jax.base.errors import Diverged, InputError, Interrupted, one_line, shown, text_problem
 from domino_jax.base.files import NO_ROOM
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 

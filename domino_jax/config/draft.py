@@ -28,29 +28,15 @@ LENGTH_LIMIT = 2**24  # of the sides of an array
 class DraftRecipe:
     """The draft to train; what is left null is the target's."""
 
-    num_hidden_layers: int = key(
-        5,
-        "layers of the draft",
-        least=1,
-        below=LENGTH_LIMIT,
-    )
+    num_hidden_layers: int = key(5, "layers of the draft", least=1, below=LENGTH_LIMIT)
     num_attention_heads: int | None = key(
-        None,
-        "query heads; null: the target's",
-        least=1,
-        most=SIZE_LIMIT,
+        None, "query heads; null: the target's", least=1, most=SIZE_LIMIT
     )
     num_key_value_heads: int | None = key(
-        None,
-        "key and value heads; null: the target's",
-        least=1,
-        most=SIZE_LIMIT,
+        None, "key and value heads; null: the target's", least=1, most=SIZE_LIMIT
     )
     head_dim: int | None = key(
-        None,
-        "width of a head; null: the target's",
-        least=1,
-        most=SIZE_LIMIT,
+        None, "width of a head; null: the target's", least=1, most=SIZE_LIMIT
     )
     block_size: int = key(
         16,
@@ -72,23 +58,10 @@ class DraftRecipe:
         most=SIZE_LIMIT,
     )
     projector_type: str | None = key("domino", "head over the base logits; null: plain DFlash")
-    emb_dim: int = key(
-        256,
-        "R, width of the head's low-rank correction",
-        least=1,
-        most=SIZE_LIMIT,
-    )
-    gru_hidden_dim: int = key(
-        1024,
-        "G, width of the Domino head's GRU",
-        least=1,
-        most=SIZE_LIMIT,
-    )
+    emb_dim: int = key(256, "R, width of the head's low-rank correction", least=1, most=SIZE_LIMIT)
+    gru_hidden_dim: int = key(1024, "G, width of the Domino head's GRU", least=1, most=SIZE_LIMIT)
     pure_draft_prefix_len: int = key(
-        1,
-        "first predictions of a block that the head leaves alone",
-        least=0,
-        most=SIZE_LIMIT,
+        1, "first predictions of a block that the head leaves alone", least=0, most=SIZE_LIMIT
     )
     # Null and not a value: Domino and plain DFlash differ in it, and so do their readers.
     shift_label: bool | None = key(
@@ -109,20 +82,10 @@ class DraftRecipe:
         "how sliding layers look inside the block; causal is SpecForge's rule",
         choices=("bidirectional", "causal"),
     )
-    input_embedding_scale: float = key(
-        1.0,
-        "multiplies the embedded block",
-        above=0,
-    )
-    output_multiplier: float = key(
-        1.0,
-        "multiplies base logits",
-        above=0,
-    )
+    input_embedding_scale: float = key(1.0, "multiplies the embedded block", above=0)
+    output_multiplier: float = key(1.0, "multiplies base logits", above=0)
     final_logit_softcapping: float | None = key(
-        None,
-        "bounds base logits c: c * tanh(logits / c); null: none",
-        above=0,
+        None, "bounds base logits c: c * tanh(logits / c); null: none", above=0
     )
     init_layers_from_target: bool = key(False, "start as the target's last layers and norm")
     init_from: str | None = key(None, "directory of a draft checkpoint to start from")
@@ -197,5 +160,5 @@ def make_draft_config(
 def _head_of(recipe: DraftRecipe) -> HeadConfig | None:
     if recipe.projector_type is None:
         return None
-    kind = head_kind(recipe.projector_type, place="draft")
+    kind = head_kind(recipe.projector_type, source="draft")
     return kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})

@@ -44,7 +44,7 @@ HEADS: dict[str, type[HeadConfig]] = {
 }
 
 
-def head_kind(name: object, *, place: str) -> type[HeadConfig]:
+def head_kind(name: object, *, source: str) -> type[HeadConfig]:
     """The class of the head with this name.
 
     Raises:
@@ -53,5 +53,5 @@ def head_kind(name: object, *, place: str) -> type[HeadConfig]:
     found = HEADS.get(name) if isinstance(name, str) else None
     if found is None:
         known = ", ".join(map(repr, HEADS))
-        raise InputError(f"{place}: projector_type must be {known} or null, found {shown(name)}")
+        raise InputError(f"{source}: projector_type must be {known} or null, found {shown(name)}")
     return found

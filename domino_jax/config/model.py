@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from domino_jax.base.errors import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_tree, require, shown
+from domino_jax.base.errors import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_dict, require, shown
 from domino_jax.config.heads import HEADS, DominoHeadConfig, HeadConfig, head_kind
 from domino_jax.config.sizes import check_positive, check_size
 
@@ -307,20 +307,20 @@ def draft_tree(config: DraftConfig) -> dict[str, Any]:
     return tree | {"projector_type": config.projector_type} | head
 
 
-def draft_from_tree(tree: Mapping[str, Any], *, place: str) -> DraftConfig:
+def draft_from_dict(tree: Mapping[str, Any], *, source: str) -> DraftConfig:
     """A draft from its flat mapping, strictly; the reverse of `draft_tree`.
 
     Raises:
-        InputError: as `strict.from_tree`, or an unknown head.
+        InputError: as `base.errors.from_dict`, or an unknown head.
     """
     rest = dict(tree)
     name = rest.pop("projector_type", DominoHeadConfig.projector_type)
     if name is None:
-        return from_tree(DraftConfig, rest | {"head": None}, place=place)
-    kind = head_kind(name, place=place)
+        return from_dict(DraftConfig, rest | {"head": None}, source=source)
+    kind = head_kind(name, source=source)
     widths = {f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest}
-    head = from_tree(kind, widths, place=place)
-    return from_tree(DraftConfig, rest | {"head": head}, place=place)
+    head = from_dict(kind, widths, source=source)
+    return from_dict(DraftConfig, rest | {"head": head}, source=source)
 
 
 def _check_scale(name: str, value: float, expected: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from domino_jax.base.errors import InputError, from_tree, require, shown
+from domino_jax.base.errors import InputError, from_dict, require, shown
 from domino_jax.base.files import read_text
 from domino_jax.base.parse import DEPTH, YAML_CHARACTERS, parse_yaml
 from domino_jax.config.draft import DraftRecipe
@@ -48,12 +48,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    seed: int = key(
-        0,
-        "of parameters, order and anchors",
-        least=0,
-        below=SEED_LIMIT,
-    )
+    seed: int = key(0, "of parameters, order and anchors", least=0, below=SEED_LIMIT)
     dtype: str = key(
         "bfloat16",
         "type of products and activations; master weights are float32",
@@ -90,21 +85,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             contradicting values.
     """
     # Bounded before it is read: by mistake the path may be that of a checkpoint.
-    tree = parse_yaml(read_text(Path(path), limit=YAML_CHARACTERS), place=str(path))
+    tree = parse_yaml(read_text(Path(path), limit=YAML_CHARACTERS), source=str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     for word in overrides:
-        place = f"override {shown(word)}"
+        source = f"override {shown(word)}"
         name, equals, value = word.partition("=")
         names = name.split(".")
         if not equals or not name:
-            raise InputError(f"{place}: expected key=value, for example train.steps=100")
+            raise InputError(f"{source}: expected key=value, for example train.steps=100")
         # No deeper than a file may be: what reads the tree goes down by recursion.
         if len(names) > DEPTH:
-            raise InputError(f"{place}: a key of {len(names)} parts, expected at most {DEPTH}")
-        _assign(tree, names, parse_yaml(value, place=place), place)
-    _refuse_renamed(tree, place=str(path))
-    return from_tree(RunConfig, tree, place=str(path))
+            raise InputError(f"{source}: a key of {len(names)} parts, expected at most {DEPTH}")
+        _assign(tree, names, parse_yaml(value, source=source), source)
+    _refuse_renamed(tree, source=str(path))
+    return from_dict(RunConfig, tree, source=str(path))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -112,18 +107,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def _refuse_renamed(tree: dict[str, Any], *, place: str) -> None:
+def _refuse_renamed(tree: dict[str, Any], *, source: str) -> None:
     for old, new in RENAMED.items():
         section, name = old.split(".")
         found = tree.get(section)
         if isinstance(found, dict) and name in found:
-            raise InputError(f"{place}: {old} is now {new}; rename the key")
+            raise InputError(f"{source}: {old} is now {new}; rename the key")
 
 
-def _assign(tree: dict[str, Any], names: list[str], value: Any, place: str) -> None:
+def _assign(tree: dict[str, Any], names: list[str], value: Any, source: str) -> None:
     for name in names[:-1]:
         # A file holds only what differs, so the section may not be there yet.
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise InputError(f"{place}: {shown(name)} is a value, not a section")
+            raise InputError(f"{source}: {shown(name)} is a value, not a section")
     tree[names[-1]] = value

@@ -30,11 +30,7 @@ class DataConfig:
         None, "JSONL or JSONL.gz to measure on; the target runs for them either way"
     )
     max_length: int = key(
-        3072,
-        "S; longer conversations are cut",
-        unit="tokens",
-        least=1,
-        below=LENGTH_LIMIT,
+        3072, "S; longer conversations are cut", unit="tokens", least=1, below=LENGTH_LIMIT
     )
     batch_size: int = key(
         16,
@@ -77,11 +73,7 @@ class LossConfig:
     """Anchors, objective and the curriculum (N, gamma, lambda_base of `objective/loss.py`)."""
 
     num_anchors: int = key(
-        512,
-        "N, blocks that a row trains at most",
-        unit="anchors",
-        least=1,
-        below=LENGTH_LIMIT,
+        512, "N, blocks that a row trains at most", unit="anchors", least=1, below=LENGTH_LIMIT
     )
     anchor_rule: str = key(
         "nemo",
@@ -107,18 +99,10 @@ class LossConfig:
         least=0,
         most=1,
     )
-    lambda_start: float = key(
-        1.0,
-        "lambda_base of the first step",
-        least=0,
-        most=1,
-    )
+    lambda_start: float = key(1.0, "lambda_base of the first step", least=0, most=1)
     # Over the whole run, as in the paper; the half that `get_lambda_base` has is its own default.
     decay_ratio: float = key(
-        1.0,
-        "share of the steps after which lambda_base is 0",
-        least=0,
-        most=1,
+        1.0, "share of the steps after which lambda_base is 0", least=0, most=1
     )
     # A bound of memory and so of speed: pieces change the order of sums and nothing else.
     logits_mib: float | None = key(
@@ -137,53 +121,22 @@ class LossConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = key(
-        6e-4,
-        "peak of the learning rate",
-        above=0,
-    )
+    learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
     # Below 1, both of them: what corrects the bias of a mean divides by 1 minus its power.
-    b1: float = key(
-        0.9,
-        "decay of the mean of gradients",
-        least=0,
-        below=1,
-    )
-    b2: float = key(
-        0.95,
-        "decay of the mean of their squares",
-        least=0,
-        below=1,
-    )
-    weight_decay: float = key(
-        0.0,
-        "decoupled weight decay, of norms too",
-        least=0,
-    )
+    b1: float = key(0.9, "decay of the mean of gradients", least=0, below=1)
+    b2: float = key(0.95, "decay of the mean of their squares", least=0, below=1)
+    weight_decay: float = key(0.0, "decoupled weight decay, of norms too", least=0)
     # Above 0: a bound of 0 would take every gradient away, in silence.
-    max_grad_norm: float = key(
-        1.0,
-        "gradients of a larger global norm are scaled down",
-        above=0,
-    )
+    max_grad_norm: float = key(1.0, "gradients of a larger global norm are scaled down", above=0)
     warmup_ratio: float = key(
         0.04,
         "share of the updates with a rising learning rate, rounded down, at least one update",
         least=0,
         most=1,
     )
-    min_lr_ratio: float = key(
-        0.1,
-        "last learning rate over the peak",
-        least=0,
-        most=1,
-    )
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", least=0, most=1)
     grad_accumulation: int = key(
-        1,
-        "batches that are added up for one update",
-        unit="batches",
-        least=1,
-        below=LENGTH_LIMIT,
+        1, "batches that are added up for one update", unit="batches", least=1, below=LENGTH_LIMIT
     )
     # Between the ends: 0 is the draft itself, and 1 the draft of step 0 for ever.
     ema_decay: float | None = key(
@@ -203,32 +156,16 @@ class TrainConfig:
     """Length of the run and what happens along the way."""
 
     epochs: int = key(
-        3,
-        "length of the run where steps is null",
-        unit="epochs",
-        least=1,
-        below=COUNT_LIMIT,
+        3, "length of the run where steps is null", unit="epochs", least=1, below=COUNT_LIMIT
     )
     steps: int | None = key(
-        None,
-        "length of the run; null: epochs",
-        unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        None, "length of the run; null: epochs", unit="steps", least=1, below=COUNT_LIMIT
     )
     log_every: int = key(
-        10,
-        "steps of one line of metrics.jsonl",
-        unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        10, "steps of one line of metrics.jsonl", unit="steps", least=1, below=COUNT_LIMIT
     )
     eval_every: int = key(
-        200,
-        "steps between held-out passes",
-        unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        200, "steps between held-out passes", unit="steps", least=1, below=COUNT_LIMIT
     )
     rollout_every: int | None = key(
         None,
@@ -245,25 +182,13 @@ class TrainConfig:
         below=COUNT_LIMIT,
     )
     rollout_tokens: int = key(
-        64,
-        "longest answer of a rollout",
-        unit="tokens",
-        least=1,
-        below=LENGTH_LIMIT,
+        64, "longest answer of a rollout", unit="tokens", least=1, below=LENGTH_LIMIT
     )
     checkpoint_every: int = key(
-        200,
-        "steps between checkpoints",
-        unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        200, "steps between checkpoints", unit="steps", least=1, below=COUNT_LIMIT
     )
     keep_checkpoints: int = key(
-        2,
-        "newest checkpoints that stay",
-        unit="checkpoints",
-        least=1,
-        below=COUNT_LIMIT,
+        2, "newest checkpoints that stay", unit="checkpoints", least=1, below=COUNT_LIMIT
     )
     keep_best: str | None = key(
         None,
@@ -280,11 +205,7 @@ class TrainConfig:
     )
     # Many, and not the first: a single bad batch is no divergence, and is told in any case.
     max_nonfinite_steps: int = key(
-        20,
-        "skipped steps in a row that end the run",
-        unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        20, "skipped steps in a row that end the run", unit="steps", least=1, below=COUNT_LIMIT
     )
     tensorboard: bool = key(False, "also write TensorBoard files")
     profile: tuple[int, int] | None = key(
@@ -334,18 +255,10 @@ class MeshConfig:
         special=(-1,),
     )
     fsdp: int = key(
-        1,
-        "devices that share parameters and batch",
-        unit="devices",
-        least=1,
-        below=COUNT_LIMIT,
+        1, "devices that share parameters and batch", unit="devices", least=1, below=COUNT_LIMIT
     )
     tensor: int = key(
-        1,
-        "devices that share the tensors of a layer",
-        unit="devices",
-        least=1,
-        below=COUNT_LIMIT,
+        1, "devices that share the tensors of a layer", unit="devices", least=1, below=COUNT_LIMIT
     )
 
     def __post_init__(self) -> None:

@@ -132,7 +132,7 @@ def load_rows(
     rows, unfinished = [], 0
     what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
-        _check_answered(record, chat_template_kwargs, place=f"{path}:{line}")
+        _check_answered(record, chat_template_kwargs, source=f"{path}:{line}")
         finished = record.get("finished") is not False
         try:
             row = _encode(record["messages"], encoding, finished=finished)
@@ -316,15 +316,15 @@ def _check_marked(messages: Messages, prompt: str, answered: str, encoding: _Enc
         )
 
 
-def _check_answered(record: dict[str, Any], kwargs: Scalars, *, place: str) -> None:
+def _check_answered(record: dict[str, Any], kwargs: Scalars, *, source: str) -> None:
     """Refuses an answer that `regenerate` asked for under another setting."""
     generator = record.get("generator")
     if not isinstance(generator, dict):
         return
-    answered = settings_text(recorded_kwargs(generator, place=f"{place}: generator"))
+    answered = settings_text(recorded_kwargs(generator, source=f"{source}: generator"))
     if answered != settings_text(kwargs):
         raise InputError(
-            f"{place}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "
+            f"{source}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "
             f"give the run data.{KWARGS} of its answers, or make the answers again"
         )
 
@@ -363,7 +363,7 @@ def _usable_record(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError("not UTF-8") from error
     # What else a line holds is nobody's business, NaN included, which Python writes.
-    record = parse_json(text, place=None, nonfinite=True)
+    record = parse_json(text, source=None, nonfinite=True)
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise InputError('no messages; expected {"messages": [{"role": ..., "content": ...}, ...]}')

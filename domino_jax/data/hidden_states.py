@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from domino_jax.base.errors import InputError, Scalars, from_tree, require, shown
+from domino_jax.base.errors import InputError, Scalars, from_dict, require, shown
 from domino_jax.base.files import checked_file, read_json, write_error, write_whole
 from domino_jax.base.finite import require_finite
 from domino_jax.config.sizes import SIZE_LIMIT
@@ -187,7 +187,7 @@ class FeatureRows(Sequence[Row]):
                     f"{found.dtype}, the manifest says {shape} and {np.dtype(dtype)}"
                 )
         _require_finite(
-            row, place=f"{self._directory}: row {number}", remedy="capture the rows again"
+            row, source=f"{self._directory}: row {number}", remedy="capture the rows again"
         )
 
 
@@ -249,9 +249,9 @@ def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
             writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")
         try:
             for row in rows:
-                place = f"{directory}: line {row.line} of the conversations was not captured"
+                source = f"{directory}: line {row.line} of the conversations was not captured"
                 _require_finite(
-                    row, place=place, remedy="leave the line out, or capture in float32"
+                    row, source=source, remedy="leave the line out, or capture in float32"
                 )
                 arrays = {name: np.ascontiguousarray(x) for name, x in row.arrays.items()}
                 record = save(arrays)
@@ -292,7 +292,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
-    manifest = from_tree(Manifest, read_json(path), place=str(path))
+    manifest = from_dict(Manifest, read_json(path), source=str(path))
     # Here and not in `Manifest`, which may have no shards as long as they are not planned.
     held = sum(manifest.shard_rows)
     count = len(manifest.row_lengths)
@@ -332,10 +332,10 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _require_finite(row: Row, *, place: str, remedy: str) -> None:
+def _require_finite(row: Row, *, source: str, remedy: str) -> None:
     for name, states in (("features", row.features), ("target_states", row.target_states)):
         if states is not None:
-            require_finite(states, place=f"{place}: {name}", remedy=remedy)
+            require_finite(states, source=f"{source}: {name}", remedy=remedy)
 
 
 def _shown(value: Any) -> str:

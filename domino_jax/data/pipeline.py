@@ -176,11 +176,7 @@ def _batch_maker(
 
 
 def _iterator(
-    batches: "grain.MapDataset",
-    index: int,
-    count: int,
-    *,
-    read_ahead: int,
+    batches: "grain.MapDataset", index: int, count: int, *, read_ahead: int
 ) -> "grain.DatasetIterator":
     import grain
 

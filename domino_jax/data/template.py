@@ -42,12 +42,12 @@ class ChatTemplate:
         """As checkpoints and evaluations record it."""
         return {"chat_template": self.sha256, KWARGS: dict(self.kwargs)}
 
-    def check_trained(self, trained: "ChatTemplate", *, place: str, target: str) -> None:
+    def check_trained(self, trained: "ChatTemplate", *, source: str, target: str) -> None:
         """Refuses a draft that was trained with something else.
 
         Args:
             trained: the template of the draft.
-            place: of the draft, for the message.
+            source: of the draft, for the message.
             target: whose template this one is, for the message.
         Raises:
             InputError: the text of the template, or else what it is told, differs.
@@ -55,11 +55,11 @@ class ChatTemplate:
         # The text first: settings mean nothing beside another template.
         if self.sha256 != trained.sha256:
             raise InputError(
-                f"{place}: the chat template of {target} is not the one the draft was trained with"
+                f"{source}: the chat template of {target} is not the one the draft was trained with"
             )
         if self != trained:
             raise InputError(
-                f"{place}: trained with {KWARGS} {settings_text(trained.kwargs)}, asked for are "
+                f"{source}: trained with {KWARGS} {settings_text(trained.kwargs)}, asked for are "
                 f"{settings_text(self.kwargs)}; leave them out to take the draft's own"
             )
 
@@ -70,7 +70,7 @@ def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
     return ChatTemplate(digest.hexdigest(), kwargs)
 
 
-def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
+def recorded_kwargs(tree: Mapping[str, Any], *, source: str) -> Scalars:
     """What a file records under `chat_template_kwargs`.
 
     A file that was written before there were any has none.
@@ -78,7 +78,7 @@ def recorded_kwargs(tree: Mapping[str, Any], *, place: str) -> Scalars:
     Raises:
         InputError: something else than a mapping of plain values.
     """
-    return scalars(tree.get(KWARGS, {}), place=f"{place}: {KWARGS}")
+    return scalars(tree.get(KWARGS, {}), source=f"{source}: {KWARGS}")
 
 
 def settings_text(settings: Any) -> str:

@@ -146,7 +146,7 @@ class BatchLog:
 
     def _take(self, number: int, line: bytes) -> None:
         try:
-            prompt, finished = self._read_record(parse_json(line, place=None))
+            prompt, finished = self._read_record(parse_json(line, source=None))
             require(prompt not in self.finished, f"the prompt of line {prompt} is answered twice")
         except InputError as error:
             raise InputError(

@@ -218,12 +218,7 @@ class _Captured:
 
 
 def _load(
-    path: Path,
-    config: DecoderConfig,
-    manifest: Manifest,
-    mesh: Mesh,
-    *,
-    reporter: Reporter,
+    path: Path, config: DecoderConfig, manifest: Manifest, mesh: Mesh, *, reporter: Reporter
 ) -> _Captured:
     reporter.say(f"loading the target {path}, {config.dtype}")
     layers = manifest.target_layer_ids
@@ -240,12 +235,7 @@ class _CapturedStates:
     """
 
     def __init__(
-        self,
-        target: _Captured,
-        manifest: Manifest,
-        mesh: Mesh,
-        *,
-        batch_size: int,
+        self, target: _Captured, manifest: Manifest, mesh: Mesh, *, batch_size: int
     ) -> None:
         self._params = target.params
         self._put = functools.partial(device_batch, mesh, micro_batches=1)

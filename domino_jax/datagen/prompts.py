@@ -25,7 +25,7 @@ from domino_jax.data.template import settings_text
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 
 SHORTEST = 12  # characters; what is shorter asks for nothing
 FRUITLESS = 8  # batches without a usable prompt that end the work
@@ -239,12 +239,7 @@ def _essence(text: str) -> str:
 
 
 def _draw(
-    decoder: Decoder,
-    weights: Weights,
-    opening: np.ndarray,
-    batch: int,
-    *,
-    settings: PromptSettings,
+    decoder: Decoder, weights: Weights, opening: np.ndarray, batch: int, *, settings: PromptSettings
 ) -> list[Answer]:
     """The rows of a batch."""
     return generate(
@@ -252,7 +247,7 @@ def _draw(
         weights,
         [opening] * settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
-        slots=required_slots(decoder, len(opening), settings.max_new_tokens),
+        cache_len=required_cache_len(decoder, len(opening), settings.max_new_tokens),
         # By the number of a batch: those that are left keep their seeds.
         seed=(settings.seed + batch) % SEED_LIMIT,
     )

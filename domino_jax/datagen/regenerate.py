@@ -24,7 +24,7 @@ from domino_jax.data.template import settings_text
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_length, generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 
 _NO_ANSWER = "not an answer of `domino regenerate`"
 
@@ -108,11 +108,11 @@ def regenerate(
     usable = _all_usable(prompts_path)
     prompts = _by_length(usable, answerer.tokenizer, settings.chat_template_kwargs)
     longest = prompts[-1]
-    check_length(answerer.decoder, longest.ids, place=f"{prompts_path}:{longest.line}")
+    check_length(answerer.decoder, longest.ids, source=f"{prompts_path}:{longest.line}")
     # Of all prompts, not of those that are left: another start must run the same program.
-    slots = required_slots(answerer.decoder, len(longest.ids), settings.max_new_tokens)
+    cache_len = required_cache_len(answerer.decoder, len(longest.ids), settings.max_new_tokens)
     answers_path.parent.mkdir(parents=True, exist_ok=True)
-    read = functools.partial(_read_answer, settings=settings, prompts=usable, place=prompts_path)
+    read = functools.partial(_read_answer, settings=settings, prompts=usable, source=prompts_path)
     with BatchLog(partial, read) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt.line not in finished]
@@ -121,7 +121,9 @@ def regenerate(
         with reporter.bar("prompts", total=len(prompts), done=len(finished)) as bar:
             for first in range(0, len(left), settings.batch_size):
                 batch = left[first : first + settings.batch_size]
-                answers = _logged_answers(log, answerer, batch, settings=settings, slots=slots)
+                answers = _logged_answers(
+                    log, answerer, batch, settings=settings, cache_len=cache_len
+                )
                 written += sum(len(answer.tokens) for answer in answers)
                 for prompt, answer in zip(batch, answers, strict=True):
                     finished[prompt.line] = answer.stopped
@@ -155,17 +157,17 @@ def _logged_answers(
     batch: Sequence[_Prompt],
     *,
     settings: AnswerSettings,
-    slots: int,
+    cache_len: int,
 ) -> list[Answer]:
     """The answers of a batch; they are on disk when this returns."""
-    answers = _answers(answerer, batch, settings=settings, slots=slots)
+    answers = _answers(answerer, batch, settings=settings, cache_len=cache_len)
     # Before anybody is told of them: the reporter may end the work.
     log.add(_lines(batch, answers, answerer.tokenizer, settings))
     return answers
 
 
 def _answers(
-    answerer: Answerer, batch: Sequence[_Prompt], *, settings: AnswerSettings, slots: int
+    answerer: Answerer, batch: Sequence[_Prompt], *, settings: AnswerSettings, cache_len: int
 ) -> list[Answer]:
     """The answers of a batch, in its order."""
     return generate(
@@ -174,17 +176,14 @@ def _answers(
         [prompt.ids for prompt in batch],
         max_new_tokens=settings.max_new_tokens,
         size=settings.batch_size,
-        slots=slots,
+        cache_len=cache_len,
         # By the line of a prompt, not by a count: batches that are left keep their seeds.
         seed=(settings.seed + batch[0].line) % SEED_LIMIT,
     )
 
 
 def _lines(
-    batch: Sequence[_Prompt],
-    answers: Sequence[Answer],
-    tokenizer: Any,
-    settings: AnswerSettings,
+    batch: Sequence[_Prompt], answers: Sequence[Answer], tokenizer: Any, settings: AnswerSettings
 ) -> list[dict[str, Any]]:
     """The lines of a batch's answers, in its order."""
     lines = []
@@ -202,7 +201,7 @@ def _lines(
 
 
 def _read_answer(
-    record: Any, settings: AnswerSettings, prompts: dict[int, Messages], place: Path
+    record: Any, settings: AnswerSettings, prompts: dict[int, Messages], source: Path
 ) -> tuple[int, bool]:
     """The prompt's line and whether the answer is finished; refuses one of another start."""
     if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
@@ -220,5 +219,5 @@ def _read_answer(
     if not isinstance(messages, list) or not messages:
         raise InputError(_NO_ANSWER)
     if messages[:-1] != prompts.get(line):
-        raise InputError(f"answers another prompt than line {line} of {place}")
+        raise InputError(f"answers another prompt than line {line} of {source}")
     return line, finished

@@ -39,6 +39,6 @@ def filtered(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> ja
         tail = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
         cut = jnp.sum(tail <= 1 - top_p, axis=-1, keepdims=True)
         # Where p is lost in rounding all would be cut.
-        place = jnp.minimum(cut, ascending.shape[-1] - 1)
-        least = jnp.take_along_axis(ascending, place, axis=-1)
+        position = jnp.minimum(cut, ascending.shape[-1] - 1)
+        least = jnp.take_along_axis(ascending, position, axis=-1)
     return jnp.where(logits < least, -jnp.inf, logits)

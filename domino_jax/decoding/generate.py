@@ -14,7 +14,7 @@ import numpy as np
 from domino_jax.base.errors import InputError
 from domino_jax.data.conversations import Messages
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.speculate import DecodeState, finish, required_slots, start, stream
+from domino_jax.decoding.speculate import DecodeState, finish, required_cache_len, start, stream
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 
@@ -50,20 +50,20 @@ def asked(messages: Messages) -> Messages:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def check_length(decoder: Decoder, prompt: np.ndarray, *, place: str) -> None:
+def check_length(decoder: Decoder, prompt: np.ndarray, *, source: str) -> None:
     """Refuses a prompt that is longer than any text that the target knows positions for.
 
     Args:
         decoder: what is to answer it.
         prompt: token ids, int32 [n].
-        place: where it comes from, for the message.
+        source: where it comes from, for the message.
     Raises:
         InputError: with both lengths.
     """
     longest = decoder.target.cfg.max_position_embeddings
     if len(prompt) > longest:
         raise InputError(
-            f"{place}: a prompt of {len(prompt)} tokens, the target has {longest} positions"
+            f"{source}: a prompt of {len(prompt)} tokens, the target has {longest} positions"
         )
 
 
@@ -74,7 +74,7 @@ def generate(
     *,
     max_new_tokens: int,
     size: int = 0,
-    slots: int | None = None,
+    cache_len: int | None = None,
     longest: int = 0,
     seed: int = 0,
 ) -> list[Answer]:
@@ -87,15 +87,15 @@ def generate(
         max_new_tokens: per answer.
         size: of all batches, which then run through one program: short of prompts, the last one is
             decoded again, and its answer dropped; 0 for as many as there are.
-        slots: cache positions, see `speculate.start`; None for as few as `longest` needs.
+        cache_len: cache positions, see `speculate.start`; None for as few as `longest` needs.
         longest: of the prompts of all batches, likewise; 0 for those of this one.
         seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
     """
     # A caller of many batches gives one number for all: another one is another program.
-    if slots is None:
-        slots = required_slots(decoder, max(longest, *map(len, prompts)), max_new_tokens)
+    if cache_len is None:
+        cache_len = required_cache_len(decoder, max(longest, *map(len, prompts)), max_new_tokens)
     filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
     began = time.perf_counter()
     state = start(
@@ -103,7 +103,7 @@ def generate(
         weights,
         filled,
         max_new_tokens=max_new_tokens,
-        slots=slots,
+        cache_len=cache_len,
         longest=longest,
         seed=seed,
     )
@@ -134,11 +134,13 @@ def stream_answer(
     Returns:
         The whole `Answer`; its `seconds` hold no compilation.
     """
-    slots = required_slots(decoder, len(prompt), max_new_tokens)
+    cache_len = required_cache_len(decoder, len(prompt), max_new_tokens)
 
     def answered(count: int, show: Callable[[np.ndarray, np.ndarray], None]) -> Answer:
         began = time.perf_counter()
-        first = start(decoder, weights, [prompt], max_new_tokens=count, slots=slots, seed=seed)
+        first = start(
+            decoder, weights, [prompt], max_new_tokens=count, cache_len=cache_len, seed=seed
+        )
         for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
             # Read whole: a part of an array on a device is a program for each length.
             written = slice(len(prompt), np.asarray(state.lengths)[0])

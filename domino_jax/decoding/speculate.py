@@ -24,7 +24,7 @@ from domino_jax.decoding.filters import filtered
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels import kv_cache
-from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.argmax import argmax
 from domino_jax.kernels.kv_cache import Cache
 from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import LayerCaches, lm_head_weight
@@ -64,7 +64,7 @@ def start(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
-    slots: int,
+    cache_len: int,
     longest: int = 0,
     seed: int = 0,
 ) -> DecodeState:
@@ -75,7 +75,7 @@ def start(
         weights: its parameters.
         prompts: token ids, at least one each.
         max_new_tokens: tokens of each answer at most.
-        slots: cache positions, at least `required_slots`; a run that keeps them compiles once.
+        cache_len: cache positions, at least `required_cache_len`; one number compiles once.
         longest: tokens that prompts are filled up to at least, likewise.
         seed: of the sampler.
     Raises:
@@ -84,10 +84,9 @@ def start(
     longest = max(longest, *map(len, prompts))
     if min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("a prompt without tokens")
-    if slots < required_slots(decoder, longest, max_new_tokens):  # XLA would clamp, in silence
-        raise ValueError(
-            f"{slots} cache slots; {required_slots(decoder, longest, max_new_tokens)} are needed"
-        )
+    needed = required_cache_len(decoder, longest, max_new_tokens)
+    if cache_len < needed:  # XLA would clamp, in silence
+        raise ValueError(f"{cache_len} cache slots; {needed} are needed")
     padded = np.zeros((len(prompts), bucketed(longest)), np.int32)
     for index, prompt in enumerate(prompts):
         padded[index, : len(prompt)] = prompt
@@ -95,10 +94,10 @@ def start(
     reader = replace(decoder, proposals=0, use_head=False)  # however the draft is used: one program
     limits = lengths + max_new_tokens
     read = _Prompts(jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits))
-    return _prefill(reader, weights, read, jax.random.key(seed), slots=slots)
+    return _prefill(reader, weights, read, jax.random.key(seed), cache_len=cache_len)
 
 
-def required_slots(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
+def required_cache_len(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
     """Cache positions for prompts up to `prompt_length`; a last block may reach past the limit."""
     return max(bucketed(prompt_length), prompt_length + max_new_tokens) + decoder.proposals + 1
 
@@ -123,13 +122,13 @@ def finish(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
     return advance(decoder, weights, state, cycles=np.iinfo(np.int32).max)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "slots"))
+@functools.partial(jax.jit, static_argnames=("decoder", "cache_len"))
 def _prefill(
-    decoder: Decoder, weights: Weights, read: _Prompts, key: jax.Array, *, slots: int
+    decoder: Decoder, weights: Weights, read: _Prompts, key: jax.Array, *, cache_len: int
 ) -> DecodeState:
     prompts, lengths, limits = read
     batch, padded = prompts.shape
-    cache = decoder.target.empty_cache(batch=batch, slots=slots)
+    cache = decoder.target.empty_cache(batch=batch, cache_len=cache_len)
     out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)
     last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     # Of the last position alone: nothing reads the logits of all, [B, T, V].
@@ -138,9 +137,9 @@ def _prefill(
     first = _pick(decoder, draw, logits)
     draft_cache: tuple[Cache, ...] = ()
     if decoder.draft is not None:
-        draft_cache = decoder.draft.empty_cache(batch=batch, slots=slots)
+        draft_cache = decoder.draft.empty_cache(batch=batch, cache_len=cache_len)
         draft_cache = remember(decoder, weights, draft_cache, out.features, jnp.zeros_like(lengths))
-    tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
+    tokens = jnp.pad(prompts, ((0, 0), (0, cache_len - padded)))
     tokens = _written(tokens, first[:, None], lengths)
     drafted = jnp.zeros(tokens.shape, bool)
     zeros = jnp.zeros_like(lengths)  # the first token costs no verification: tau leaves it out
@@ -222,7 +221,7 @@ def commit(
         target_probs = jax.nn.softmax(_drawn_from(decoder, logits), axis=-1)
         accepted, following = accept_sampled(key, block[:, 1:], drafts.probs, target_probs)
     else:
-        accepted, following = accept_greedy(block[:, 1:], most_likely(logits))
+        accepted, following = accept_greedy(block[:, 1:], argmax(logits))
     state = _behind(decoder, state, block, accepted, following)
     draft_cache = state.draft_cache
     if decoder.draft is not None:
@@ -319,7 +318,7 @@ def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # 
     if decoder.temperature > 0:
         drawn = jax.random.categorical(key, _drawn_from(decoder, logits), axis=-1)
         return drawn.astype(jnp.int32)
-    return most_likely(logits)
+    return argmax(logits)
 
 
 def _drawn_from(decoder: Decoder, logits: jax.Array) -> jax.Array:

@@ -180,10 +180,10 @@ class DraftModel(nn.Module):
             x = run(layer, x, keys_values, tables, spans[kind])
         return self.norm(x).reshape(batch, blocks, size, width)
 
-    def empty_cache(self, *, batch: int, slots: int) -> tuple[Cache, ...]:
+    def empty_cache(self, *, batch: int, cache_len: int) -> tuple[Cache, ...]:
         """A cache of zeros for the context of each layer, in the compute dtype."""
         return tuple(
-            empty_cache(self.cfg, batch=batch, slots=slots)
+            empty_cache(self.cfg, batch=batch, cache_len=cache_len)
             for _ in range(self.cfg.num_hidden_layers)
         )
 

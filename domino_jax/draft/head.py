@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DraftConfig
-from domino_jax.kernels.matmul import project
+from domino_jax.kernels.matmul import linear
 from domino_jax.layers.dense import Dense
 from domino_jax.sharding import constrain, logical_axes
 
@@ -104,7 +104,7 @@ class PrefixGRU(nn.Module):
     def input_gates(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., 3 G]
         """The inputs' share of the gates, float32."""
         weight = self.weight_ih_l0.astype(self.dtype)
-        return project(x.astype(self.dtype), weight, dtype=jnp.float32)
+        return linear(x.astype(self.dtype), weight, dtype=jnp.float32)
 
     def next_state(self, state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """One step, [count, G] and [count, 3 G] -> the next state twice.
@@ -113,7 +113,7 @@ class PrefixGRU(nn.Module):
         """
         # Rounded for the product alone: in a bfloat16 carry the errors of all steps would add up.
         weight = self.weight_hh_l0.astype(self.dtype)
-        recurrent = project(state.astype(self.dtype), weight, dtype=jnp.float32)
+        recurrent = linear(state.astype(self.dtype), weight, dtype=jnp.float32)
         state = _gated(gates, recurrent, state)
         return state, state
 
@@ -173,14 +173,12 @@ class DominoHead(nn.Module):
 
 
 # What computes each kind of head, and the names of its tensors in a checkpoint by path in its tree.
-HEAD_MODULES: dict[type, type[nn.Module]] = {
-    DominoHeadConfig: DominoHead,
-}
+HEAD_MODULES: dict[type, type[nn.Module]] = {DominoHeadConfig: DominoHead}
 HEAD_TENSORS: dict[type, dict[tuple[str, ...], str]] = {
     DominoHeadConfig: {
         ("prefix_gru", "weight_ih_l0"): "prefix_gru.weight_ih_l0",
         ("prefix_gru", "weight_hh_l0"): "prefix_gru.weight_hh_l0",
         ("embed_proj_0", "weight"): "embed_proj.0.weight",
         ("embed_proj_2",): "embed_proj.2.weight",
-    },
+    }
 }

@@ -21,7 +21,7 @@ from domino_jax.data.template import settings_text
 from domino_jax.decoding.generate import Answer
 
 
-def known_answers(
+def cached_answers(
     directory: Path,
     identity: Mapping[str, Any],
     compute: Callable[[], Sequence[Answer]],
@@ -64,7 +64,7 @@ def prompts_sha256(prompts: Sequence[np.ndarray]) -> str:
 
 
 def _read(path: Path, identity: str) -> list[Answer] | None:
-    """The answers of a file; None for one that was not written by `known_answers`."""
+    """The answers of a file; None for one that was not written by `cached_answers`."""
     # A cache that cannot be read is no error: what it held is decoded again.
     try:
         record = read_json(path)

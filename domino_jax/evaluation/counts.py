@@ -41,12 +41,12 @@ def in_cycles(greedy: Answer, kept: Sequence[int]) -> Answer:
         The same answer with who wrote each token, and its verifications; it has no time.
     """
     drafted = np.zeros(len(greedy.tokens), bool)
-    place = 1  # behind the first token, which costs no verification
+    position = 1  # behind the first token, which costs no verification
     verifications = 0
-    while place < len(drafted):
-        end = place + kept[place - 1]
-        drafted[place:end] = True
-        place = end + 1  # the target's own
+    while position < len(drafted):
+        end = position + kept[position - 1]
+        drafted[position:end] = True
+        position = end + 1  # the target's own
         verifications += 1
     committed = len(drafted) - 1
     return replace(

@@ -1,7 +1,7 @@
 """What a drafter gains here it should gain where it serves: both are held against each other.
 
     prompts -> `ask` -> `Served` ---------------.
-            -> plain, the target alone ----------+-> `beside` -> `EndpointFigures`, in
+            -> plain, the target alone ----------+-> `compare_with_server` -> `EndpointFigures`, in
             -> `evaluate` -> ours, by prompt ---'                `evaluation.json`
 
 The text first: where a server's is not the target's own, its tau is of other text. Both may be
@@ -58,7 +58,7 @@ class EndpointFigures:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def beside(
+def compare_with_server(
     served: Served,
     plain: Sequence[Answer],
     ours: PerPrompt,

@@ -25,7 +25,7 @@ import numpy as np
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.decoding.decoder import Decoder, Weights, alone, number_of_proposals
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.evaluation import counts
 from domino_jax.evaluation.bootstrap import Gain, PerPrompt, gain, tau_interval
 from domino_jax.evaluation.compare import Comparison, compare
@@ -39,7 +39,7 @@ SERVING, BLOCK, HEAD_OFF, NGRAM = "serving", "block", "head_off", "ngram"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WayFigures:
+class ModeFigures:
     """What one way of drafting gains on a set of prompts.
 
     Attributes:
@@ -79,13 +79,13 @@ class SetFigures:
 
     Attributes:
         prompts: how many there are.
-        ways: by name; `serving` is there always.
+        modes: by name; `serving` is there always.
         speed: None where nothing was timed.
         answers: those of `serving`, in the order of the prompts.
     """
 
     prompts: int
-    ways: Mapping[str, WayFigures]
+    modes: Mapping[str, ModeFigures]
     speed: Speed | None
     answers: Sequence[Answer]
 
@@ -97,12 +97,12 @@ class SetFigures:
     @property
     def tau(self) -> float:
         """The headline: K - 1 proposals, head on."""
-        return self.ways[SERVING].tau
+        return self.modes[SERVING].tau
 
     @property
     def comparison(self) -> Comparison | None:
         """Of all ways that were decoded, added up; None where there is none."""
-        compared = [way.comparison for way in self.ways.values() if way.comparison is not None]
+        compared = [mode.comparison for mode in self.modes.values() if mode.comparison is not None]
         return functools.reduce(Comparison.__add__, compared) if compared else None
 
     def as_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class SetFigures:
         return {
             "prompts": self.prompts,
             "tokens": self.tokens,
-            "ways": {name: way.as_json() for name, way in self.ways.items()},
+            "ways": {name: mode.as_json() for name, mode in self.modes.items()},
             **({"speed": self.speed.as_json()} if self.speed else {}),
         }
 
@@ -143,13 +143,15 @@ def evaluate(
         seed: of the sampler; unused at temperature 0.
         reporter: is told each batch.
     """
-    ways = _ways(decoder)
+    modes = _modes(decoder)
     longest = max(map(len, prompts))
     # One number for all ways, and for sets of like lengths: any other would be another program to
     # compile. Programs are warmed up by answers of two tokens.
-    slots = max(required_slots(way, longest, max(max_new_tokens, 2)) for way in ways.values())
-    slots = _power_of_two(slots)
-    settings = _Batches(batch_size, max_new_tokens, slots, seed)
+    cache_len = max(
+        required_cache_len(mode, longest, max(max_new_tokens, 2)) for mode in modes.values()
+    )
+    cache_len = _power_of_two(cache_len)
+    settings = _Batches(batch_size, max_new_tokens, cache_len, seed)
     if decoder.temperature > 0:
         if replay:
             raise ValueError("drawn tokens cannot be replayed: replay is for temperature 0")
@@ -158,20 +160,20 @@ def evaluate(
         answered = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         plain = plain_answers(decoder, weights, prompts, **answered, reporter=reporter)
     answers = _answers_of(
-        ways, weights, prompts, plain if replay else None, settings=settings, reporter=reporter
+        modes, weights, prompts, plain if replay else None, settings=settings, reporter=reporter
     )
     speed, timed_answers = measured_speed(
-        ways[SERVING],
+        modes[SERVING],
         weights,
         prompts[:timed],
         max_new_tokens=max_new_tokens,
-        slots=slots,
+        cache_len=cache_len,
         seed=seed,
         reporter=reporter,
     )
     decoded = {SERVING: timed_answers} if replay else answers
-    figures = _of_ways(ways, weights, prompts, answers, plain, decoded=decoded)
-    return SetFigures(prompts=len(prompts), ways=figures, speed=speed, answers=answers[SERVING])
+    figures = _of_modes(modes, weights, prompts, answers, plain, decoded=decoded)
+    return SetFigures(prompts=len(prompts), modes=figures, speed=speed, answers=answers[SERVING])
 
 
 def plain_answers(
@@ -194,13 +196,13 @@ def plain_answers(
         reporter: is told each batch.
     """
     plain = alone(replace(decoder, temperature=0.0))
-    slots = _power_of_two(required_slots(plain, max(map(len, prompts)), max_new_tokens))
+    cache_len = _power_of_two(required_cache_len(plain, max(map(len, prompts)), max_new_tokens))
     with reporter.bar("answers", total=len(prompts)) as bar:
         return _in_batches(
             plain,
             weights=weights,
             prompts=prompts,
-            settings=_Batches(batch_size, max_new_tokens, slots, 0),
+            settings=_Batches(batch_size, max_new_tokens, cache_len, 0),
             tell=functools.partial(_tell, bar.tell, "plain", 0),
         )
 
@@ -211,7 +213,7 @@ class _Batches:
 
     size: int
     max_new_tokens: int
-    slots: int
+    cache_len: int
     seed: int
 
 
@@ -224,22 +226,22 @@ def _tell(tell: Callable[[int, str], None], name: str, before: int, done: int) -
     tell(before + done, name)
 
 
-def _ways(decoder: Decoder) -> dict[str, Decoder]:
+def _modes(decoder: Decoder) -> dict[str, Decoder]:
     """The ways to decode with a draft; one that would be another one's double is left out."""
     assert decoder.draft is not None
     config = decoder.draft.cfg
     serving = replace(decoder, proposals=number_of_proposals(config, SERVING))
     block = replace(decoder, proposals=number_of_proposals(config, BLOCK))
-    ways = {SERVING: serving}
+    modes = {SERVING: serving}
     if block.proposals != serving.proposals:
-        ways[BLOCK] = block
+        modes[BLOCK] = block
     if decoder.use_head:
-        ways[HEAD_OFF] = replace(serving, use_head=False)
-    return ways
+        modes[HEAD_OFF] = replace(serving, use_head=False)
+    return modes
 
 
 def _answers_of(
-    ways: Mapping[str, Decoder],
+    modes: Mapping[str, Decoder],
     weights: Weights,
     prompts: Sequence[np.ndarray],
     known: Sequence[Answer] | None,
@@ -249,19 +251,19 @@ def _answers_of(
 ) -> dict[str, list[Answer]]:
     """The answers of each way: those that are known, replayed, or decoded."""
     if known is not None:
-        return _replayed(ways, weights, prompts, known, settings=settings, reporter=reporter)
+        return _replayed(modes, weights, prompts, known, settings=settings, reporter=reporter)
     answers = {}
-    with reporter.bar("answers", total=len(ways) * len(prompts)) as bar:
-        for done, (name, way) in enumerate(ways.items()):
+    with reporter.bar("answers", total=len(modes) * len(prompts)) as bar:
+        for done, (name, mode) in enumerate(modes.items()):
             tell = functools.partial(_tell, bar.tell, name, done * len(prompts))
             answers[name] = _in_batches(
-                way, weights=weights, prompts=prompts, settings=settings, tell=tell
+                mode, weights=weights, prompts=prompts, settings=settings, tell=tell
             )
     return answers
 
 
 def _replayed(
-    ways: Mapping[str, Decoder],
+    modes: Mapping[str, Decoder],
     weights: Weights,
     prompts: Sequence[np.ndarray],
     plain: Sequence[Answer],
@@ -273,18 +275,18 @@ def _replayed(
     texts = [len(prompt) + len(one.tokens) for prompt, one in zip(prompts, plain, strict=True)]
     order = sorted(range(len(prompts)), key=texts.__getitem__)
     size = min(settings.size, len(prompts))
-    answers: dict[str, dict[int, Answer]] = {name: {} for name in ways}
+    answers: dict[str, dict[int, Answer]] = {name: {} for name in modes}
     with reporter.bar("replayed", total=len(prompts)) as bar:
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             # Short of prompts, the last batch repeats one: another size is another program.
             filled = [*batch, *[batch[-1]] * (size - len(batch))]
             written = replayed(
-                ways,
+                modes,
                 weights,
                 [prompts[index] for index in filled],
                 [plain[index] for index in filled],
-                slots=settings.slots,
+                cache_len=settings.cache_len,
                 max_new_tokens=settings.max_new_tokens,
             )
             for name, of_batch in written.items():
@@ -314,7 +316,7 @@ def _in_batches(
             [prompts[index] for index in batch],
             max_new_tokens=settings.max_new_tokens,
             size=size,
-            slots=settings.slots,
+            cache_len=settings.cache_len,
             seed=settings.seed + first,
         )
         answers |= dict(zip(batch, found, strict=True))
@@ -322,33 +324,33 @@ def _in_batches(
     return [answers[index] for index in range(len(prompts))]
 
 
-def _of_ways(
-    ways: Mapping[str, Decoder],
+def _of_modes(
+    modes: Mapping[str, Decoder],
     weights: Weights,
     prompts: Sequence[np.ndarray],
     answers: Mapping[str, Sequence[Answer]],
     plain: Sequence[Answer] | None,
     *,
     decoded: Mapping[str, Sequence[Answer]],
-) -> dict[str, WayFigures]:
+) -> dict[str, ModeFigures]:
     """The figures of each way, and of the floor where the target's own answers are known.
 
     `decoded` are the answers, to the first prompts, that the target itself stood for.
     """
-    target = ways[SERVING].target
+    target = modes[SERVING].target
     headline = _per_prompt(answers[SERVING])
     figures = {}
-    for name, way in ways.items():
+    for name, mode in modes.items():
         compared = None
         if plain is not None and decoded.get(name):
             count = len(decoded[name])
             compared = compare(weights, target, prompts[:count], plain[:count], decoded[name])
         figures[name] = _figures(
-            answers[name], way.proposals, headline, name=name, comparison=compared
+            answers[name], mode.proposals, headline, name=name, comparison=compared
         )
     if plain is not None:
         # As many proposals as the headline has: both cost the target the same block.
-        proposals = ways[SERVING].proposals
+        proposals = modes[SERVING].proposals
         copied = [
             look_up(prompt, answer, proposals=proposals)
             for prompt, answer in zip(prompts, plain, strict=True)
@@ -371,9 +373,9 @@ def _figures(
     *,
     name: str,
     comparison: Comparison | None,
-) -> WayFigures:
+) -> ModeFigures:
     per_prompt = _per_prompt(answers)
-    return WayFigures(
+    return ModeFigures(
         proposals=proposals,
         tau=counts.tau(answers),
         interval=tau_interval(per_prompt),

@@ -30,12 +30,15 @@ def proposed(text: Sequence[int], proposals: int) -> list[list[int]]:
     """
     behind: dict[tuple[int, ...], int] = {}  # runs of tokens, and the latest place behind each
     found = []
-    for place in range(1, len(text) + 1):
-        runs = [tuple(text[place - length : place]) for length in range(min(LONGEST, place), 0, -1)]
+    for position in range(1, len(text) + 1):
+        runs = [
+            tuple(text[position - length : position])
+            for length in range(min(LONGEST, position), 0, -1)
+        ]
         # The longest run first, then the latest place: what was said last is likeliest again.
-        begin = next((behind[run] for run in runs if run in behind), place)
-        found.append(list(text[begin : min(begin + proposals, place)]))
-        behind |= dict.fromkeys(runs, place)
+        begin = next((behind[run] for run in runs if run in behind), position)
+        found.append(list(text[begin : min(begin + proposals, position)]))
+        behind |= dict.fromkeys(runs, position)
     return found
 
 
@@ -51,9 +54,9 @@ def look_up(prompt: np.ndarray, greedy: Answer, *, proposals: int) -> Answer:
     """
     text = [*prompt.tolist(), *greedy.tokens.tolist()]
     kept = [
-        _agreeing(draft, text[place : place + proposals])
-        for place, draft in enumerate(proposed(text, proposals), start=1)
-        if place > len(prompt)
+        _agreeing(draft, text[position : position + proposals])
+        for position, draft in enumerate(proposed(text, proposals), start=1)
+        if position > len(prompt)
     ]
     return in_cycles(greedy, kept)
 

@@ -77,19 +77,19 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def set_names(files: Sequence[Path], place: Path) -> list[str]:
+def set_names(files: Sequence[Path], path: Path) -> list[str]:
     """What files of prompts are called in an evaluation: `prompts/everyday.jsonl.gz` -> everyday.
 
     Args:
         files: of prompts, one a set.
-        place: of the evaluation, for the message.
+        path: of the evaluation, for the message.
     Raises:
         InputError: two of them would be one set.
     """
     names = [path.name.split(".jsonl")[0] for path in files]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"two files of prompts would both be called {name} in {place}")
+            raise InputError(f"two files of prompts would both be called {name} in {path}")
     return names
 
 

@@ -27,7 +27,7 @@ from domino_jax.decoding.speculate import bucketed, remember
 from domino_jax.draft.backbone import output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.evaluation.counts import in_cycles
-from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.argmax import argmax
 from domino_jax.kernels.kv_cache import Cache
 from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import lm_head_weight
@@ -36,22 +36,22 @@ DRAFTED = 512  # positions at a time: their logits are held, [DRAFTED, V]
 
 
 def replayed(
-    ways: Mapping[str, Decoder],
+    modes: Mapping[str, Decoder],
     weights: Weights,
     prompts: Sequence[np.ndarray],
     answers: Sequence[Answer],
     *,
-    slots: int,
+    cache_len: int,
     max_new_tokens: int,
 ) -> dict[str, list[Answer]]:
     """Known answers as each way to draft would have written them.
 
     Args:
-        ways: one target and draft at temperature 0, with their own proposals, head on or off.
+        modes: one target and draft at temperature 0, with their own proposals, head on or off.
         weights: parameters of both.
         prompts: token ids, at least one each.
         answers: the target's own greedy ones.
-        slots: positions of the context; those of the longest text at least.
+        cache_len: positions of the context; those of the longest text at least.
         max_new_tokens: of the longest answer at least. Another number, as other slots, is another
             program.
     Returns:
@@ -63,31 +63,31 @@ def replayed(
     for index, text in enumerate(texts):
         padded[index, : len(text)] = text
     begins = jnp.array([len(prompt) for prompt in prompts], jnp.int32)
-    one = next(iter(ways.values()))
+    one = next(iter(modes.values()))
     # One program, however many proposals: those of a block are cut below.
-    decoder = replace(one, proposals=0, use_head=any(way.use_head for way in ways.values()))
-    tokens, context = _read(decoder, weights, jnp.asarray(padded), slots=slots)
+    decoder = replace(one, proposals=0, use_head=any(mode.use_head for mode in modes.values()))
+    tokens, context = _read(decoder, weights, jnp.asarray(padded), cache_len=cache_len)
     base, corrected = map(
         np.asarray, _kept(decoder, weights, tokens, context, begins, count=max_new_tokens)
     )
     written = {}
-    for name, way in ways.items():
-        kept = np.minimum(corrected if way.use_head else base, way.proposals)
+    for name, mode in modes.items():
+        kept = np.minimum(corrected if mode.use_head else base, mode.proposals)
         written[name] = [in_cycles(*pair) for pair in zip(answers, kept, strict=True)]
     return written
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "slots"))
+@functools.partial(jax.jit, static_argnames=("decoder", "cache_len"))
 def _read(
-    decoder: Decoder, weights: Weights, texts: jax.Array, *, slots: int
+    decoder: Decoder, weights: Weights, texts: jax.Array, *, cache_len: int
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Texts [B, T] and the draft's context of them, both filled up to `slots`."""
+    """Texts [B, T] and the draft's context of them, both filled up to `cache_len`."""
     assert decoder.draft is not None
     batch, padded = texts.shape
     features = decoder.target.apply({"params": weights.target}, texts).features
-    empty = decoder.draft.empty_cache(batch=batch, slots=max(slots, padded))
+    empty = decoder.draft.empty_cache(batch=batch, cache_len=max(cache_len, padded))
     context = remember(decoder, weights, empty, features, jnp.zeros(batch, jnp.int32))
-    return jnp.pad(texts, ((0, 0), (0, max(slots - padded, 0)))), context
+    return jnp.pad(texts, ((0, 0), (0, max(cache_len - padded, 0)))), context
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "count"))
@@ -108,14 +108,14 @@ def _kept(
     cfg = decoder.draft.cfg
     model = decoder.draft.bind({"params": weights.draft})
     embedding, lm_head = weights.target["embed_tokens"], lm_head_weight(weights.target)
-    batch, slots = tokens.shape
+    batch, cache_len = tokens.shape
     used = jnp.ones((batch, 1), bool)
     offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
 
     def of_anchors(anchors: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, N] -> two of it
         # The anchor, and what each prediction should say.
         places = anchors[..., None] + jnp.arange(cfg.num_predictions + 1, dtype=jnp.int32)
-        flat = jnp.minimum(places, slots - 1).reshape(batch, -1)
+        flat = jnp.minimum(places, cache_len - 1).reshape(batch, -1)
         text = jnp.take_along_axis(tokens, flat, axis=1).reshape(places.shape)
         noise = jnp.where(offsets == 0, text[..., :1], cfg.mask_token_id)
         # The context holds later states too, which no block sees: its spans end at the anchor.
@@ -143,5 +143,5 @@ def _kept(
 
 def _agreeing(logits: jax.Array, text: jax.Array) -> jax.Array:
     """How many predictions say what the text does, [B, N, M, V], [B, N, 1 + M] -> [B, N]."""
-    agrees = most_likely(logits) == text[..., 1:]
+    agrees = argmax(logits) == text[..., 1:]
     return jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=-1), axis=-1)

@@ -38,7 +38,7 @@ def mapping_of(address: str, timeout: float) -> Mapping[str, Any]:
     status, said = fetch(address, timeout)
     # Whatever else stands there is somebody else's page.
     with suppress(InputError):
-        found = parse_json(said, place=None, nonfinite=True)
+        found = parse_json(said, source=None, nonfinite=True)
         if status == 200 and isinstance(found, dict):
             return found
     return {}
@@ -49,7 +49,7 @@ def json_of(address: str, timeout: float, question: Mapping[str, Any] | None = N
     status, said = fetch(address, timeout, question)
     if status != 200:
         raise InputError(f"{address}: status {status}, {shown(said.decode('utf-8', 'replace'))}")
-    return parse_json(said, place=address, nonfinite=True)
+    return parse_json(said, source=address, nonfinite=True)
 
 
 def fetch(
@@ -111,18 +111,18 @@ def find(record: Any, *path: str | int) -> Any:
     return record
 
 
-def need(record: Any, *path: str | int, kind: type, place: str) -> Any:
+def need(record: Any, *path: str | int, kind: type, source: str) -> Any:
     """The same, in its type."""
     found = find(record, *path)
     if type(found) is not kind:
         name = ".".join(map(str, path))
-        raise InputError(f"{place}: expected {kind.__name__} as {name}, found {shown(record)}")
+        raise InputError(f"{source}: expected {kind.__name__} as {name}, found {shown(record)}")
     return found
 
 
-def count(record: Any, *path: str, place: str) -> int:
+def count(record: Any, *path: str, source: str) -> int:
     """The same, a number of things."""
-    number: int = need(record, *path, kind=int, place=place)
+    number: int = need(record, *path, kind=int, source=source)
     if not 0 <= number < 2**31:
-        raise InputError(f"{place}: expected a count as {'.'.join(path)}, found {number}")
+        raise InputError(f"{source}: expected a count as {'.'.join(path)}, found {number}")
     return number

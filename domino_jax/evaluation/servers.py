@@ -143,9 +143,9 @@ def find_server(url: str, *, timeout: float = TIMEOUT_SECONDS) -> Server:
         block = info.get("speculative_num_draft_tokens")
         name = _name("SGLang", info)
         return Server(base, name, None, block if type(block) is int else None, timeout)
-    place = f"{base}/v1/models"
-    models = json_of(place, timeout)
-    model = need(models, "data", 0, "id", kind=str, place=place)
+    source = f"{base}/v1/models"
+    models = json_of(source, timeout)
+    model = need(models, "data", 0, "id", kind=str, source=source)
     owner = find(models, "data", 0, "owned_by")
     version = mapping_of(f"{base}/version", timeout)
     name = _name(str(owner or "OpenAI-style server"), version)
@@ -200,50 +200,50 @@ def _answer(
         "stop_token_ids": stop_ids,
     }
     if server.model is None:
-        place, read = f"{server.url}/generate", _sglang_answer
+        source, read = f"{server.url}/generate", _sglang_answer
         sampling = greedy | {"max_new_tokens": max_new_tokens}
         question = {"input_ids": prompt.tolist(), "sampling_params": sampling}
     else:
-        place, read = f"{server.url}/v1/completions", _openai_answer
+        source, read = f"{server.url}/v1/completions", _openai_answer
         question = greedy | {"model": server.model, "prompt": prompt.tolist()}
         question |= {"max_tokens": max_new_tokens, "return_token_ids": True}
     began = time.perf_counter()
-    record = json_of(place, server.timeout, question)
-    answer = read(record, server, time.perf_counter() - began, place=place)
+    record = json_of(source, server.timeout, question)
+    answer = read(record, server, time.perf_counter() - began, source=source)
     if answer.length > max_new_tokens:
         raise InputError(
-            f"{place}: an answer of {answer.length} tokens, asked for {max_new_tokens}"
+            f"{source}: an answer of {answer.length} tokens, asked for {max_new_tokens}"
         )
     # Nothing is committed without a verification, except the first token.
     if answer.committed and answer.drafting and not answer.drafting.verifications:
-        raise InputError(f"{place}: an answer of {answer.length} tokens without a verification")
+        raise InputError(f"{source}: an answer of {answer.length} tokens without a verification")
     return answer
 
 
-def _sglang_answer(record: Any, server: Server, seconds: float, *, place: str) -> ServedAnswer:
-    length = count(record, "meta_info", "completion_tokens", place=place)
+def _sglang_answer(record: Any, server: Server, seconds: float, *, source: str) -> ServedAnswer:
+    length = count(record, "meta_info", "completion_tokens", source=source)
     # Some versions return the last tokens of the prompt before them.
-    tokens = _token_ids(find(record, "output_ids"), length, place=place)
-    text = need(record, "text", kind=str, place=place) if tokens is None else ""
+    tokens = _token_ids(find(record, "output_ids"), length, source=source)
+    text = need(record, "text", kind=str, source=source) if tokens is None else ""
     answer = ServedAnswer(text, tokens, length, None, seconds)
     if find(record, "meta_info", "spec_verify_ct") is None:
         return answer
-    verifications = count(record, "meta_info", "spec_verify_ct", place=place)
+    verifications = count(record, "meta_info", "spec_verify_ct", source=source)
     drafted = verifications * ((server.block or 1) - 1)
     return replace(answer, drafting=Drafting(verifications, drafted))
 
 
-def _openai_answer(record: Any, server: Server, seconds: float, *, place: str) -> ServedAnswer:
-    length = count(record, "usage", "completion_tokens", place=place)
-    tokens = _token_ids(find(record, "choices", 0, "token_ids"), length, place=place)
-    text = need(record, "choices", 0, "text", kind=str, place=place)
+def _openai_answer(record: Any, server: Server, seconds: float, *, source: str) -> ServedAnswer:
+    length = count(record, "usage", "completion_tokens", source=source)
+    tokens = _token_ids(find(record, "choices", 0, "token_ids"), length, source=source)
+    text = need(record, "choices", 0, "text", kind=str, source=source)
     answer = ServedAnswer(text, tokens, length, None, seconds)
     figures = ("metrics", "speculative_decoding")
     if find(record, *figures) is None:
         return answer
-    steps = count(record, *figures, "num_spec_steps", place=place)
-    kept = count(record, *figures, "num_accepted_draft_tokens", place=place)
-    drafted = count(record, *figures, "num_draft_tokens", place=place)
+    steps = count(record, *figures, "num_spec_steps", source=source)
+    kept = count(record, *figures, "num_accepted_draft_tokens", source=source)
+    drafted = count(record, *figures, "num_draft_tokens", source=source)
     drafting = _drafting(answer.committed, steps, kept, drafted)
     return replace(answer, drafting=drafting)
 
@@ -292,11 +292,11 @@ def _name(name: str, info: Mapping[str, Any]) -> str:
     return printable(words[:NAME_CHARACTERS])
 
 
-def _token_ids(ids: Any, length: int, *, place: str) -> np.ndarray | None:
+def _token_ids(ids: Any, length: int, *, source: str) -> np.ndarray | None:
     """The last `length` ids of a list, int32 [length]; None for None."""
     if ids is None:
         return None
     valid = isinstance(ids, list) and all(type(one) is int and 0 <= one < 2**31 for one in ids)
     if not valid or len(ids) < length:
-        raise InputError(f"{place}: expected {length} token ids, found {shown(ids)}")
+        raise InputError(f"{source}: expected {length} token ids, found {shown(ids)}")
     return np.array(ids[len(ids) - length :], np.int32)

@@ -13,7 +13,7 @@ import numpy as np
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.decoding.decoder import Decoder, Weights, alone
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def measured_speed(
     prompts: Sequence[np.ndarray],
     *,
     max_new_tokens: int,
-    slots: int,
+    cache_len: int,
     seed: int = 0,
     reporter: Reporter = STDERR,
 ) -> tuple[Speed | None, list[Answer]]:
@@ -51,7 +51,7 @@ def measured_speed(
         weights: parameters of both.
         prompts: token ids of each prompt; of none nothing is measured.
         max_new_tokens: per answer.
-        slots: cache positions, see `speculate.start`; enough for an answer of two tokens.
+        cache_len: cache positions, see `speculate.start`; enough for an answer of two tokens.
         seed: of the sampler.
         reporter: is told each prompt.
     Returns:
@@ -59,25 +59,25 @@ def measured_speed(
     """
     if not prompts:
         return None, []
-    run = functools.partial(generate, weights=weights, slots=slots, seed=seed)
-    ways = {"plain": alone(decoder), "drafted": decoder}
+    run = functools.partial(generate, weights=weights, cache_len=cache_len, seed=seed)
+    modes = {"plain": alone(decoder), "drafted": decoder}
     # A prompt of each bucket that prompts are padded to: every bucket is a program of its own.
-    buckets = {required_slots(ways["plain"], len(prompt), 0): prompt for prompt in prompts}
-    for way in ways.values():
+    buckets = {required_cache_len(modes["plain"], len(prompt), 0): prompt for prompt in prompts}
+    for mode in modes.values():
         for prompt in buckets.values():
             # Two tokens: the pass over the prompt gives the first, so the loop runs for another.
-            run(way, prompts=[prompt], max_new_tokens=2)
-    taken = dict.fromkeys(ways, 0.0)
-    answers: dict[str, list[Answer]] = {name: [] for name in ways}
+            run(mode, prompts=[prompt], max_new_tokens=2)
+    taken = dict.fromkeys(modes, 0.0)
+    answers: dict[str, list[Answer]] = {name: [] for name in modes}
     with reporter.bar("timed", total=len(prompts)) as bar:
         for done, prompt in enumerate(prompts, start=1):
             # In turns: where a machine slows down, it slows both.
-            for name, way in ways.items():
-                (answer,) = run(way, prompts=[prompt], max_new_tokens=max_new_tokens)
+            for name, mode in modes.items():
+                (answer,) = run(mode, prompts=[prompt], max_new_tokens=max_new_tokens)
                 taken[name] += answer.seconds
                 answers[name].append(answer)
             bar.tell(done)
     speed = {
-        name: sum(len(answer.tokens) for answer in answers[name]) / taken[name] for name in ways
+        name: sum(len(answer.tokens) for answer in answers[name]) / taken[name] for name in modes
     }
     return Speed(len(prompts), speed["drafted"], speed["plain"]), answers["drafted"]

@@ -30,7 +30,7 @@ from domino_jax.decoding.speculate import (
     commit,
     cycle,
     draft_block,
-    required_slots,
+    required_cache_len,
     start,
     verify,
 )
@@ -106,7 +106,7 @@ def cycle_times(
         weights=weights,
         prompts=[np.ones(context, np.int32)],
         max_new_tokens=committed + 1,
-        slots=required_slots(decoder, context, committed + 1),
+        cache_len=required_cache_len(decoder, context, committed + 1),
     )
     drafts, verified = _given(endless, weights, begin(endless))
     given = drafts, verified.logits, verified.features
@@ -120,8 +120,8 @@ def cycle_times(
         "call": (endless, _nothing),
     }
     runs = {
-        name: _repeated(functools.partial(step, way), weights, begin(way), given)
-        for name, (way, step) in steps.items()
+        name: _repeated(functools.partial(step, mode), weights, begin(mode), given)
+        for name, (mode, step) in steps.items()
     }
     times = _timed(runs, rounds=rounds)
     call = times.pop("call")

@@ -21,19 +21,7 @@ if TYPE_CHECKING:
     import gguf
 
 # By GGUFValueType, in numbers: the library that names them is imported only to open a file.
-_SCALAR_BYTES = {
-    0: 1,
-    1: 1,
-    2: 2,
-    3: 2,
-    4: 4,
-    5: 4,
-    6: 4,
-    7: 1,
-    10: 8,
-    11: 8,
-    12: 8,
-}
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 _ENTRIES = 2**22  # of one array, of the metadata or of tensors: vocabularies have 2**18
 _NAME_BYTES = 2**16

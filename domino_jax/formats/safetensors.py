@@ -46,7 +46,7 @@ class StoredTensor:
     _values: Any = field(repr=False)  # safetensors' view of the mapped file, which it keeps open
 
     @property
-    def place(self) -> str:
+    def source(self) -> str:
         """Where it lies, for messages."""
         return f"{self.file}: tensor {self.name}"
 
@@ -98,9 +98,9 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
         # Both ways: a tensor that the index leaves out would be dropped unseen.
         differing = set(held) ^ {name for name, file in places.items() if file == shard}
         if differing:
-            place = directory / shard
+            source = directory / shard
             said = f"than {index.name} says"
-            raise InputError(f"{place}: holds other tensors {said}: {_some(differing)}")
+            raise InputError(f"{source}: holds other tensors {said}: {_some(differing)}")
         tensors |= held
     return tensors
 
@@ -128,14 +128,14 @@ def check_tensors(
     tensors: Mapping[str, np.ndarray | StoredTensor],
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    place: Path,
+    source: Path,
 ) -> None:
     """Refuses tensors that are not exactly the expected ones.
 
     Args:
         tensors: what was found, by name.
         shapes: what was expected, by name.
-        place: file or directory for the message.
+        source: file or directory for the message.
     Raises:
         InputError: missing, unexpected or mis-shaped tensors, by name, found and expected.
     """
@@ -144,15 +144,15 @@ def check_tensors(
     unexpected = set(tensors) - set(shapes)
     for word, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            raise InputError(f"{place}: {word} tensor: {_some(names)}; {counts}")
+            raise InputError(f"{source}: {word} tensor: {_some(names)}; {counts}")
     for name, shape in shapes.items():
         found = list(tensors[name].shape)
         expected = list(shape)
         if found != expected:
-            raise InputError(f"{place}: tensor {name} has shape {found}, expected {expected}")
+            raise InputError(f"{source}: tensor {name} has shape {found}, expected {expected}")
 
 
-def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) -> None:
+def check_layers(names: Iterable[str], count: int, *, prefix: str, source: Path) -> None:
     """Refuses tensors of another depth than config.json has.
 
     Called before anything is built for as many layers as a file claims.
@@ -161,7 +161,7 @@ def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) 
         names: of the tensors that were found.
         count: layers that config.json describes.
         prefix: of a layer's tensors; its number follows.
-        place: file or directory for the message.
+        source: file or directory for the message.
     Raises:
         InputError: with both numbers.
     """
@@ -169,7 +169,7 @@ def check_layers(names: Iterable[str], count: int, *, prefix: str, place: Path) 
     found = len({name.split(".")[0] for name in inside})
     if found != count:
         raise InputError(
-            f"{place}: tensors of {found} layers, config.json says num_hidden_layers {count}"
+            f"{source}: tensors of {found} layers, config.json says num_hidden_layers {count}"
         )
 
 
@@ -205,7 +205,7 @@ def not_finite_tensor(tensor: StoredTensor, *, dtype: str) -> InputError:
         with np.errstate(over="ignore", invalid="ignore"):
             count += count_non_finite(tensor.read(rows).astype(dtype))
     size = math.prod(tensor.shape)
-    return not_finite(tensor.place, count, of=size, dtype=dtype, remedy=ANOTHER_COPY)
+    return not_finite(tensor.source, count, of=size, dtype=dtype, remedy=ANOTHER_COPY)
 
 
 def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
@@ -252,7 +252,7 @@ def _check_header(path: Path) -> None:
     """
     with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
-        parse_json(file.read(size).rstrip(b"\0"), place=f"{path}: header")
+        parse_json(file.read(size).rstrip(b"\0"), source=f"{path}: header")
 
 
 def _check_type(path: Path, name: str, stored: str) -> None:

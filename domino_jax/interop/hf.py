@@ -69,7 +69,7 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
         _tensor_name(path, config): np.asarray(leaf)
         for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }
-    check_tensors(found, expected, place=Path("params"))
+    check_tensors(found, expected, source=Path("params"))
     # In the model's order whatever the tree's is: one draft, one file, one checksum.
     return {name: found[name] for name in expected}
 
@@ -109,10 +109,10 @@ def save_hf_draft(
         # In the type that is stored: a number that float32 holds may be infinite there.
         with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
             tensors[name] = np.asarray(values, jnp.dtype(dtype))
-        place = f"{path} was not written: tensor {name}"
+        source = f"{path} was not written: tensor {name}"
         require_finite(
             tensors[name],
-            place=place,
+            source=source,
             remedy="a draft that diverged serves nobody: take an earlier one",
         )
     with whole_directory(path) as staging:
@@ -156,17 +156,17 @@ def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
             f"{path}: damaged: {found}; export it again, or remove {CHECKSUMS} if you changed it"
         )
     config = read_hf_config(path)
-    stored = _with_current_names(open_safetensors(path), place=path)
+    stored = _with_current_names(open_safetensors(path), source=path)
     # Before the shapes, for which a model of as many layers is built as config.json claims.
-    check_layers(stored, config.num_hidden_layers, prefix="layers.", place=path)
+    check_layers(stored, config.num_hidden_layers, prefix="layers.", source=path)
     leaves = {
         key: (_tensor_name(key, config), shape) for key, shape in _parameter_shapes(config).items()
     }
-    check_tensors(stored, dict(leaves.values()), place=path)
+    check_tensors(stored, dict(leaves.values()), source=path)
     tree = {}
     for key, (name, _) in leaves.items():
         values = stored[name].read()
-        require_finite(values, place=f"{path}: tensor {name}", remedy=ANOTHER_COPY)
+        require_finite(values, source=f"{path}: tensor {name}", remedy=ANOTHER_COPY)
         tree[key] = np.asarray(values, np.float32)
     return config, flax.traverse_util.unflatten_dict(tree)
 
@@ -177,8 +177,8 @@ def read_hf_config(path: str | Path) -> DraftConfig:
     Raises:
         InputError: missing or contradicting keys; the message names each.
     """
-    place = checked_file(Path(path), "config.json")
-    return config_from_json(read_json(place), place=str(place))
+    source = checked_file(Path(path), "config.json")
+    return config_from_json(read_json(source), source=str(source))
 
 
 def recorded_template(path: str | Path) -> ChatTemplate | None:
@@ -187,19 +187,19 @@ def recorded_template(path: str | Path) -> ChatTemplate | None:
     Raises:
         InputError: no readable config.json, or something else under its keys.
     """
-    place = Path(path) / "config.json"
-    tree = read_json(place)
+    source = Path(path) / "config.json"
+    tree = read_json(source)
     found = tree.get(TEMPLATE_KEY)
     # No error: other trainers write no such key.
     if found is None:
         return None
     if not isinstance(found, str):
-        raise InputError(f"{place}: {TEMPLATE_KEY} is {shown(found)}, expected text")
-    return ChatTemplate(found, recorded_kwargs(tree, place=str(place)))
+        raise InputError(f"{source}: {TEMPLATE_KEY} is {shown(found)}, expected text")
+    return ChatTemplate(found, recorded_kwargs(tree, source=str(source)))
 
 
 def _with_current_names(
-    tensors: Mapping[str, StoredTensor], *, place: Path
+    tensors: Mapping[str, StoredTensor], *, source: Path
 ) -> dict[str, StoredTensor]:
     """Gives the head's tensors of old checkpoints their present names.
 
@@ -214,7 +214,7 @@ def _with_current_names(
     twice = sorted(new for old, new in names.items() if new != old and new in tensors)
     if twice:
         raise InputError(
-            f"{place}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as "
+            f"{source}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as "
             f"{twice[0]}; expected one"
         )
     return {names[name]: tensor for name, tensor in tensors.items()}

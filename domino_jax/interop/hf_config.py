@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from domino_jax.base.errors import InputError, did_you_mean, from_tree, shown
+from domino_jax.base.errors import InputError, did_you_mean, from_dict, shown
 from domino_jax.config.heads import head_kind
 from domino_jax.config.model import (
     FULL_ATTENTION,
@@ -106,11 +106,7 @@ def _rope_json(config: DraftConfig) -> dict[str, Any]:
 
 # Keys that change what the draft computes and that this project does not implement, with the only
 # value it can read.
-_PLAIN = {
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-}
+_PLAIN = {"attention_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
 _PLAIN_DFLASH = {
     "causal": False,
     "use_aux_hidden_state": True,
@@ -134,32 +130,32 @@ _DFLASH_KEYS = (
 _LAYER_INPUTS = ("aux_hidden_state_layer_ids", "eagle_aux_hidden_state_layer_ids")
 
 
-def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
+def config_from_json(tree: dict[str, Any], *, source: str) -> DraftConfig:
     """The draft that a config.json describes.
 
     Raises:
         InputError: a key is missing, contradicts another, or asks for what is not supported.
     """
-    nested = _draft_section(tree, place=place)
+    nested = _draft_section(tree, source=source)
     for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
-        _check_plain(section, plain, place=place)
-    value = functools.partial(_value, place)
-    scaling = read_rope_scaling(tree, place=place)
+        _check_plain(section, plain, source=source)
+    value = functools.partial(_value, source)
+    scaling = read_rope_scaling(tree, source=source)
     rope = tree.get("rope_parameters") or {}
-    layer_ids = _layer_ids(tree, nested, place=place)
+    layer_ids = _layer_ids(tree, nested, source=source)
     projector = nested.get("projector_type")
-    optional: dict[str, Any] = _windows(tree, nested, place=place)
-    optional["shift_label"] = _shift_label(tree, nested, place=place)
+    optional: dict[str, Any] = _windows(tree, nested, source=source)
+    optional["shift_label"] = _shift_label(tree, nested, source=source)
     for key in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
         if nested.get(key) is not None:
             optional[key] = float(value(key, nested, kind=(float, int)))
     head = None
     if projector is not None:
-        kind = head_kind(projector, place=place)
+        kind = head_kind(projector, source=source)
         # Its own annotations say what each must be.
         names = [field.name for field in dataclasses.fields(kind)]
-        widths = {name: _agreed(place, name, nested, tree) for name in names}
-        head = from_tree(kind, widths, place=place)
+        widths = {name: _agreed(source, name, nested, tree) for name in names}
+        head = from_dict(kind, widths, source=source)
         optional["pure_draft_prefix_len"] = value(
             "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
         )
@@ -169,7 +165,7 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
         theta = value("rope_theta", tree, rope, kind=(float, int))
         scaled = None
         if scaling:
-            scaled = from_tree(RopeScaling, scaling, place=f"{place}: rope_scaling")
+            scaled = from_dict(RopeScaling, scaling, source=f"{source}: rope_scaling")
         return DraftConfig(
             **sizes,
             rms_norm_eps=eps,
@@ -184,10 +180,12 @@ def config_from_json(tree: dict[str, Any], *, place: str) -> DraftConfig:
     # `DraftConfig` knows its fields and no file; what `value` raised names the file already.
     except InputError as error:
         message = str(error)
-        raise InputError(message if message.startswith(place) else f"{place}: {message}") from error
+        raise InputError(
+            message if message.startswith(source) else f"{source}: {message}"
+        ) from error
 
 
-def _draft_section(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+def _draft_section(tree: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """The keys of `dflash_config`, with those of SpecForge's `domino_config`.
 
     Raises:
@@ -195,75 +193,77 @@ def _draft_section(tree: Mapping[str, Any], *, place: str) -> dict[str, Any]:
     """
     dflash = tree.get("dflash_config")
     if not isinstance(dflash, dict):
-        raise InputError(f"{place}: no dflash_config section; is this a DFlash or Domino draft?")
+        raise InputError(f"{source}: no dflash_config section; is this a DFlash or Domino draft?")
     domino = tree.get("domino_config")
     if domino is None:
         domino = {}
     if not isinstance(domino, dict):
-        raise InputError(f"{place}: domino_config is {shown(domino)}, expected a mapping")
+        raise InputError(f"{source}: domino_config is {shown(domino)}, expected a mapping")
     known = list(_DFLASH_KEYS)
     projector = dflash.get("projector_type")
     if projector is not None:
-        kind = head_kind(projector, place=place)
+        kind = head_kind(projector, source=source)
         known += [field.name for field in dataclasses.fields(kind)]
     for name, section in (("dflash_config", dflash), ("domino_config", domino)):
         for key in section:
             if key not in known:
                 remedy = did_you_mean(key, known) or f"known: {', '.join(known)}"
-                raise InputError(f"{place}: {name}: unknown key {shown(key)}; {remedy}")
-    return {key: _agreed(place, key, dflash, domino, missing=None) for key in (*dflash, *domino)}
+                raise InputError(f"{source}: {name}: unknown key {shown(key)}; {remedy}")
+    return {key: _agreed(source, key, dflash, domino, missing=None) for key in (*dflash, *domino)}
 
 
-def _layer_ids(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> list[int]:
+def _layer_ids(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: str) -> list[int]:
     """The layers of the target that the draft reads, counted from 0 by their outputs."""
-    layers = _value(place, "target_layer_ids", nested, tree, kind=list)
+    layers = _value(source, "target_layer_ids", nested, tree, kind=list)
     if any(type(layer) is not int for layer in layers):
-        raise InputError(f"{place}: target_layer_ids is {shown(layers)}, expected integers")
+        raise InputError(f"{source}: target_layer_ids is {shown(layers)}, expected integers")
     inputs = [layer + 1 for layer in layers]
     for name in _LAYER_INPUTS:
         found = tree.get(name)
         if found not in (None, inputs):
             raise InputError(
-                f"{place}: {name} is {shown(found)}, expected {shown(inputs)}: the inputs of the "
+                f"{source}: {name} is {shown(found)}, expected {shown(inputs)}: the inputs of the "
                 f"layers behind target_layer_ids {shown(layers)}"
             )
     return layers
 
 
-def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, place: str) -> None:
+def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, source: str) -> None:
     for key, only in plain.items():
         # Null as well, which writers put where they have nothing to say.
         if section.get(key, only) not in (only, None):
-            raise InputError(f"{place}: {key} is {shown(section[key])}; only {only!r} is supported")
+            raise InputError(
+                f"{source}: {key} is {shown(section[key])}; only {only!r} is supported"
+            )
 
 
 _REQUIRED = object()
 
 
-def _agreed(place: str, key: str, *sections: Mapping[str, Any], missing: Any = _REQUIRED) -> Any:
+def _agreed(source: str, key: str, *sections: Mapping[str, Any], missing: Any = _REQUIRED) -> Any:
     """The value of a key in the sections that have it, which must agree; else `missing`."""
     found = [section[key] for section in sections if section.get(key) is not None]
     if not found and missing is not _REQUIRED:
         return missing
     if not found:
-        raise InputError(f"{place}: {key} is missing")
+        raise InputError(f"{source}: {key} is missing")
     if any(other != found[0] for other in found):
-        raise InputError(f"{place}: {key} contradicts itself: {shown(found)}")
+        raise InputError(f"{source}: {key} contradicts itself: {shown(found)}")
     return found[0]
 
 
 def _value(
-    place: str, key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]
+    source: str, key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]
 ) -> Any:
     """The same, of this type."""
-    found = _agreed(place, key, *sections)
+    found = _agreed(source, key, *sections)
     # true is an int in Python, and no size.
     if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-        raise InputError(f"{place}: {key} is {shown(found)}, expected {kind}")
+        raise InputError(f"{source}: {key} is {shown(found)}, expected {kind}")
     return found
 
 
-def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> bool:
+def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: str) -> bool:
     """Whether the first position of a block predicts too, by either name; false where none is.
 
     Source: SpecForge 0.2.0 and NeMo AutoModel 0.7.0, which read `dflash_config.shift_label` with
@@ -279,23 +279,25 @@ def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: s
     found = {name: value for name, value in named.items() if value is not None}
     for name, value in found.items():
         if not isinstance(value, bool):
-            raise InputError(f"{place}: {name} is {shown(value)}, expected true or false")
+            raise InputError(f"{source}: {name} is {shown(value)}, expected true or false")
     if len(set(found.values())) > 1:
         said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
         raise InputError(
-            f"{place}: {said}: names of one layout of the block, expected the same value"
+            f"{source}: {said}: names of one layout of the block, expected the same value"
         )
     return any(found.values())
 
 
-def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """The fields of sliding layers; a window that no layer uses is left behind."""
     kinds = tree.get("layer_types") or []
     if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise InputError(f"{place}: layer_types is {shown(kinds)}; expected a list of names")
+        raise InputError(f"{source}: layer_types is {shown(kinds)}; expected a list of names")
     if SLIDING_ATTENTION not in kinds:
         if tree.get("is_causal"):
-            raise InputError(f"{place}: is_causal is true; a block without windows looks both ways")
+            raise InputError(
+                f"{source}: is_causal is true; a block without windows looks both ways"
+            )
         full = set(kinds) <= {FULL_ATTENTION}
         if full and len(kinds) in (0, tree.get("num_hidden_layers")):
             return {}
@@ -304,13 +306,13 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, place: str) 
     # Hugging Face drops the window unless use_sliding_window is true: the layer would see all.
     if tree.get("use_sliding_window") is not True or type(window) is not int:
         raise InputError(
-            f"{place}: layer_types holds {SLIDING_ATTENTION!r}, but use_sliding_window is "
+            f"{source}: layer_types holds {SLIDING_ATTENTION!r}, but use_sliding_window is "
             f"{shown(tree.get('use_sliding_window'))} and sliding_window {shown(window)}; "
             "expected true and an integer"
         )
     if tree.get("is_causal") is True and FULL_ATTENTION in kinds:
         raise InputError(
-            f"{place}: is_causal is true for {FULL_ATTENTION!r} layers too; "
+            f"{source}: is_causal is true for {FULL_ATTENTION!r} layers too; "
             "only sliding ones can be causal"
         )
     # vLLM asks `is_causal`, then `dflash_config.causal`; z-lab and SGLang know the first only.

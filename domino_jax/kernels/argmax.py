@@ -35,7 +35,7 @@ def _by_groups(logits: jax.Array) -> jax.Array:
         return (group * (size // groups) + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
-def most_likely(logits: jax.Array) -> jax.Array:
+def argmax(logits: jax.Array) -> jax.Array:
     """The first of the largest logits, [..., V] -> int32 [...]; no gradient flows through it."""
     logits = jax.lax.stop_gradient(logits)
     return jax.lax.platform_dependent(logits, cpu=_by_groups, default=definition)

@@ -79,7 +79,7 @@ _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 
 @dataclass(frozen=True)
-class Form:
+class Implementation:
     """One way to compute it.
 
     `forward(operands, span, causal=)` gives the output and its log-sum-exp float32, both in the
@@ -90,49 +90,49 @@ class Form:
     backward: Callable[..., Operands]
 
 
-def by_tiles(size: TileSize, *, backward: TileSize | None = None, transposed: bool) -> Form:
+def by_tiles(
+    size: TileSize, *, backward: TileSize | None = None, transposed: bool
+) -> Implementation:
     """Plain products over tiles; see `xla.backward` for `transposed`."""
-    return Form(
+    return Implementation(
         forward=functools.partial(xla.forward, size=size),
-        backward=functools.partial(
-            xla.backward,
-            size=backward or size,
-            transposed=transposed,
-        ),
+        backward=functools.partial(xla.backward, size=backward or size, transposed=transposed),
     )
 
 
-FORMS = {
+IMPLEMENTATIONS = {
     "cpu": by_tiles(TILE, transposed=True),
-    "tpu": Form(pallas_tpu.forward, pallas_tpu.backward),
+    "tpu": Implementation(pallas_tpu.forward, pallas_tpu.backward),
     "default": by_tiles(WHOLE_CONTEXT, backward=WHOLE_CONTEXT_BACKWARD, transposed=False),
 }
 
 
-def _run(name: str, form: Form | None, *operands: Any, causal: bool) -> Any:
+def _run(name: str, implementation: Implementation | None, *operands: Any, causal: bool) -> Any:
     """A form's forward or backward: the given one's, else that of the program's own platform."""
-    if form is not None:
-        return getattr(form, name)(*operands, causal=causal)
+    if implementation is not None:
+        return getattr(implementation, name)(*operands, causal=causal)
     # Every branch is traced and one of them lowered. `jax.default_backend()` would name the machine
     # that traces, which a plan for a TPU does on a CPU.
     branches = {
-        platform: functools.partial(getattr(form, name), causal=causal)
-        for platform, form in FORMS.items()
+        platform: functools.partial(getattr(implementation, name), causal=causal)
+        for platform, implementation in IMPLEMENTATIONS.items()
     }
     return jax.lax.platform_dependent(*operands, **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(operands: Operands, span: ContextSpan, causal: bool, form: Form | None) -> jax.Array:
-    out, _ = _forward(operands, span, causal, form)
+def _attend(
+    operands: Operands, span: ContextSpan, causal: bool, implementation: Implementation | None
+) -> jax.Array:
+    out, _ = _forward(operands, span, causal, implementation)
     return out
 
 
 def _forward(
-    operands: Operands, span: ContextSpan, causal: bool, form: Form | None
+    operands: Operands, span: ContextSpan, causal: bool, implementation: Implementation | None
 ) -> tuple[jax.Array, Saved]:
     run = split_over_devices(
-        functools.partial(_run, "forward", form, causal=causal),
+        functools.partial(_run, "forward", implementation, causal=causal),
         inputs=(_OPERAND_AXES, _SPAN_AXES),
         outputs=(_BY_BLOCK, _BY_BLOCK),
     )
@@ -143,10 +143,10 @@ def _forward(
 
 
 def _backward(
-    causal: bool, form: Form | None, saved: Saved, cotangent: jax.Array
+    causal: bool, implementation: Implementation | None, saved: Saved, cotangent: jax.Array
 ) -> tuple[Operands, None]:
     run = split_over_devices(
-        functools.partial(_run, "backward", form, causal=causal),
+        functools.partial(_run, "backward", implementation, causal=causal),
         inputs=(_SAVED_AXES, _BY_BLOCK),
         outputs=_OPERAND_AXES,
     )
@@ -163,7 +163,7 @@ def block_attention(
     *,
     span: ContextSpan,
     causal: bool = False,
-    form: Form | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """One joint softmax over the context and the query's own block: scores of S + K, not S + N*K.
 
@@ -173,7 +173,7 @@ def block_attention(
         own: keys and values of the blocks, two [B, KV, N*K, head_dim].
         span: the context that each block, or each of its queries, sees.
         causal: whether a query sees only its own and earlier positions of its block.
-        form: to take on every platform, for tests; each has its own when not given.
+        implementation: to take on every platform, for tests; each has its own when not given.
     Returns:
         [B, H, N*K, head_dim] in the type of `q`; scores and softmax are float32.
     Source: DFlash (arXiv:2602.06036), section 4.2.
@@ -181,7 +181,7 @@ def block_attention(
     batch, _, queries, width = q.shape
     kv_heads = context[0].shape[1]
     blocks = span.end.shape[1]
-    out = _attend(_operands(q, context, own, span), span, causal, form)
+    out = _attend(_operands(q, context, own, span), span, causal, implementation)
     out = out.reshape(batch, kv_heads, blocks, -1, queries // blocks, width).swapaxes(2, 3)
     return out.reshape(q.shape)
 

@@ -274,12 +274,7 @@ class _TileSums(NamedTuple):
 
 
 def _add_tile(
-    sums: _ContextSums,
-    item: _BackwardTile,
-    *,
-    operands: Operands,
-    size: TileSize,
-    transposed: bool,
+    sums: _ContextSums, item: _BackwardTile, *, operands: Operands, size: TileSize, transposed: bool
 ) -> tuple[_ContextSums, jax.Array]:
     """The sums with a tile of queries added, and the gradient of those queries."""
     tile, log_sum, slope, cotangent = item

@@ -134,7 +134,7 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return out.swapaxes(1, 2)
 
 
-def form_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
+def implementation_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
     """The form of `causal_attention` for a mesh's devices.
 
     cuDNN cannot be traced for other platforms, so it is never a branch of a program: it is named
@@ -165,7 +165,7 @@ def causal_attention(
     v: jax.Array,
     *,
     documents: jax.Array | None = None,
-    form: str = PORTABLE,
+    implementation: str = PORTABLE,
 ) -> jax.Array:
     """Attention of whole rows.
 
@@ -175,15 +175,15 @@ def causal_attention(
         v: [B, KV, T, head_dim].
         documents: int32 [B, T], the document of each token of packed rows, which see nothing of
             other documents.
-        form: of `form_for`.
+        implementation: of `implementation_for`.
     Returns:
         [B, H, T, head_dim] in the type of `q`.
     Raises:
         ValueError: an unknown form, or cuDNN's with documents.
     """
-    if form not in (PORTABLE, CUDNN):
-        raise ValueError(f"form must be {PORTABLE} or {CUDNN}, found {form!r}")
-    if form == CUDNN and documents is not None:
+    if implementation not in (PORTABLE, CUDNN):
+        raise ValueError(f"form must be {PORTABLE} or {CUDNN}, found {implementation!r}")
+    if implementation == CUDNN and documents is not None:
         raise ValueError("cudnn attends over whole rows: packed rows need the portable form")
     # Heads that share keys stay on the device that has the keys.
     by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
@@ -191,7 +191,7 @@ def causal_attention(
     packed = () if documents is None else (documents,)
     of_documents = () if documents is None else (_DOCUMENTS,)
     run = split_over_devices(
-        functools.partial(_of_device, form=form),
+        functools.partial(_of_device, implementation=implementation),
         inputs=(_HEADS, _HEADS, _HEADS, *of_documents),
         outputs=_HEADS,
     )
@@ -199,12 +199,12 @@ def causal_attention(
 
 
 def _of_device(
-    q: jax.Array, k: jax.Array, v: jax.Array, *documents: jax.Array, form: str
+    q: jax.Array, k: jax.Array, v: jax.Array, *documents: jax.Array, implementation: str
 ) -> jax.Array:
     """Attention of the rows and key heads of one device; `q` is [B, KV, H / KV * T, head_dim]."""
     batch, _, length, width = k.shape
     heads = q.reshape(batch, -1, length, width)
-    if form == CUDNN:
+    if implementation == CUDNN:
         return by_cudnn(heads, k, v).reshape(q.shape)
 
     def taking(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -135,11 +135,11 @@ class _Softmax:
     @property
     def exps(self) -> jax.Array:
         """The softmax [..., V], not yet divided by its sum."""
-        return jnp.exp(self.logits - self.sums.largest[..., None])
+        return jnp.exp(self.logits - self.sums.maximum[..., None])
 
     @property
     def log_sum(self) -> jax.Array:
-        return self.sums.largest + jnp.log(self.sums.total)
+        return self.sums.maximum + jnp.log(self.sums.total)
 
     def loss(self, ids: jax.Array, target: "_Softmax | None") -> TokenLoss:
         divergence = None
@@ -147,9 +147,9 @@ class _Softmax:
             gaps = target.exps * (target.logits - self.logits)
             mean_gap = jnp.sum(gaps, axis=-1) / target.sums.total
             divergence = mean_gap - target.log_sum + self.log_sum
-        return TokenLoss(self.log_sum - at_place(self.logits, ids), self.sums.place, divergence)
+        return TokenLoss(self.log_sum - at_place(self.logits, ids), self.sums.argmax, divergence)
 
-    def slope(self, by: _Slopes, target: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
+    def dlogits(self, by: _Slopes, target: "_Softmax | None") -> tuple[jax.Array, jax.Array]:
         """The gradient without the labels' part: [..., V], and a factor of each prediction.
 
         The factor is not multiplied in yet.
@@ -189,20 +189,22 @@ class _OverRows(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocabulary_loss(
-    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> VocabularyLoss:
-    loss, _ = _of_devices(form, states, tables, labels, lambda_base)
+    loss, _ = _of_devices(implementation, states, tables, labels, lambda_base)
     return loss
 
 
 def _forward(
-    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _WholeGradients]:
-    return _of_devices(replace(form, with_gradient=True), states, tables, labels, lambda_base)
+    return _of_devices(
+        replace(implementation, with_gradient=True), states, tables, labels, lambda_base
+    )
 
 
 def _of_devices(
-    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
@@ -215,8 +217,8 @@ def _of_devices(
             tables,
             labels,
             lambda_base,
-            cpu=functools.partial(_in_pieces, replace(form, transposed=True)),
-            default=functools.partial(_in_pieces, form),
+            cpu=functools.partial(_in_chunks, replace(implementation, transposed=True)),
+            default=functools.partial(_in_chunks, implementation),
         )
         of_rows = _OfRows(loss.final, loss.base, gradients.states)
         sums = _OverRows(loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
@@ -245,29 +247,29 @@ def _backward(
 _vocabulary_loss.defvjp(_forward, _backward)
 
 
-def _in_pieces(
-    form: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+def _in_chunks(
+    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _WholeGradients]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
-    piece = functools.partial(_piece, form, tables=tables, lambda_base=lambda_base)
+    chunk = functools.partial(_chunk, implementation, tables=tables, lambda_base=lambda_base)
     blocks = states.hidden.shape[1]
-    chunk_blocks = form.chunk_blocks
+    chunk_blocks = implementation.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
-        loss, gradients = piece(states, labels)
-        return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
-    pieces = -(-blocks // chunk_blocks)
+        loss, gradients = chunk(states, labels)
+        return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
+    chunks = -(-blocks // chunk_blocks)
 
     def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
-        x = jnp.pad(x, ((0, 0), (0, pieces * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(x.shape[0], pieces, chunk_blocks, *x.shape[2:]).swapaxes(0, 1)
+        x = jnp.pad(x, ((0, 0), (0, chunks * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], chunks, chunk_blocks, *x.shape[2:]).swapaxes(0, 1)
 
     def joined(x: jax.Array) -> jax.Array:  # and back
-        return x.swapaxes(0, 1).reshape(x.shape[1], pieces * chunk_blocks, *x.shape[3:])[:, :blocks]
+        return x.swapaxes(0, 1).reshape(x.shape[1], chunks * chunk_blocks, *x.shape[3:])[:, :blocks]
 
     def one(parts: tuple[States, Labels]) -> tuple[Any, Any]:
-        loss, gradients = piece(*parts)
+        loss, gradients = chunk(*parts)
         sums = jnp.stack([loss.final_sum, loss.base_sum]), gradients.expansion
         return sums, (loss.final, loss.base, gradients._replace(expansion=None))
 
@@ -280,18 +282,18 @@ def _in_pieces(
     parts = jax.tree.map(split, (states, labels))
     of_sums, of_outs = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_sums)
-    outs = jax.tree.map(lambda x: jnp.zeros((pieces, *x.shape), x.dtype), of_outs)
+    outs = jax.tree.map(lambda x: jnp.zeros((chunks, *x.shape), x.dtype), of_outs)
     # A loop with a traced end, though it stacks nothing by itself: a scan would need a conditional
     # to skip the last pieces, and XLA on CPU ran a conditional's products on one core (2.0 s a step
     # against 1.14 s).
     supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
-    needed = jnp.max(jnp.where(supervised, jnp.arange(1, pieces + 1), 0))
+    needed = jnp.max(jnp.where(supervised, jnp.arange(1, chunks + 1), 0))
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
     final, base, gradients = jax.tree.map(joined, outs)
     total = _total(final_sum, base_sum, lambda_base)
     loss = VocabularyLoss(total, final_sum, base_sum, final, base)
     gradients = gradients._replace(expansion=expanded)
-    return loss, _with_labels(gradients, states, labels, transposed=form.transposed)
+    return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
 
 
 def _with_labels(
@@ -311,11 +313,11 @@ def _with_labels(
     return _WholeGradients(of_states, expansion)
 
 
-def _piece(
-    form: _Form, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
+def _chunk(
+    implementation: _Form, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
-    objective = form.objective
+    objective = implementation.objective
     ids = labels.target_ids
     product = head_logits(states.hidden, tables.lm_head)
     base_logits, output_vjp = jax.vjp(objective.output_logits, product)
@@ -333,31 +335,31 @@ def _piece(
     loss = VocabularyLoss(
         _total(final_sum, base_sum, lambda_base), final_sum, base_sum, final_loss, base_loss
     )
-    if not form.with_gradient:
+    if not implementation.with_gradient:
         return loss, _Gradients()
 
     base_slopes = jax.tree.map(lambda x: lambda_base * x, base_slopes)
     final_slopes = jax.tree.map(lambda x: (1.0 - lambda_base) * x, final_slopes)
-    dense, scale = final.slope(final_slopes, target)
-    dense_base, scale_base = base.slope(base_slopes, target)
+    dense, scale = final.dlogits(final_slopes, target)
+    dense_base, scale_base = base.dlogits(base_slopes, target)
     # The corrected logits' part is scaled outside its products; both parts are added up for the one
     # with the head.
-    (slope,) = output_vjp(scale[..., None] * dense + scale_base[..., None] * dense_base)
+    (dlogits,) = output_vjp(scale[..., None] * dense + scale_base[..., None] * dense_base)
     # What the head does to its product is elementwise: the labels' own logits are enough here.
     labelled = base_slopes.nll + final_slopes.nll
     _, label_vjp = jax.vjp(objective.output_logits, at_place(product, ids))
     (labelled,) = label_vjp(labelled)
-    slope = slope.astype(states.hidden.dtype)
+    dlogits = dlogits.astype(states.hidden.dtype)
     ones = jnp.ones_like(scale)
-    hidden_gradient = _states_gradient(slope, ones, tables.lm_head, labelled, ids)
+    hidden_gradient = _states_gradient(dlogits, ones, tables.lm_head, labelled, ids)
     if states.low_rank is None or tables.expansion is None:
         return loss, _Gradients(hidden_gradient)
     dense = dense.astype(states.low_rank.dtype)
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
     scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
     # On a CPU [R, V]: the other way round the large factor would be transposed first.
-    equation = "bnmr,bnmv->rv" if form.transposed else "bnmv,bnmr->vr"
-    factors = (scaled, dense) if form.transposed else (dense, scaled)
+    equation = "bnmr,bnmv->rv" if implementation.transposed else "bnmv,bnmr->vr"
+    factors = (scaled, dense) if implementation.transposed else (dense, scaled)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     return loss, _Gradients(
         hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll

@@ -121,8 +121,8 @@ def cached_attention(
     )
 
 
-def empty_cache(cfg: DecoderShape, *, batch: int, slots: int) -> Cache:
+def empty_cache(cfg: DecoderShape, *, batch: int, cache_len: int) -> Cache:
     """One layer's cache of zeros, [batch, KV, slots, head_dim] twice in the compute dtype."""
     # Zeros, and not whatever is there: a masked slot has the weight 0, but 0 times NaN is NaN.
-    shape = (batch, cfg.num_key_value_heads, slots, cfg.head_dim)
+    shape = (batch, cfg.num_key_value_heads, cache_len, cfg.head_dim)
     return Cache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))

@@ -19,7 +19,7 @@ FEW_ROWS = 16
 
 
 def definition(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    """`x @ weight.T`, [..., in] and [out, in] -> [..., out]; `dtype` as in `project`."""
+    """`x @ weight.T`, [..., in] and [out, in] -> [..., out]; `dtype` as in `linear`."""
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
 
 
@@ -67,7 +67,7 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward)
 
 
-def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -> jax.Array:
     """`x @ weight.T`.
 
     Args:
@@ -85,4 +85,4 @@ def project(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) 
 
 def vocabulary_logits(hidden: jax.Array, weight: jax.Array) -> jax.Array:
     """Logits in float32 whatever the compute dtype, [..., D] and [V, D] -> [..., V]."""
-    return project(hidden, weight.astype(hidden.dtype), dtype=jnp.float32)
+    return linear(hidden, weight.astype(hidden.dtype), dtype=jnp.float32)

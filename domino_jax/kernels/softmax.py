@@ -12,27 +12,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from domino_jax.kernels.argmax import most_likely
-from domino_jax.sharding import parts_of
+from domino_jax.kernels.argmax import argmax
+from domino_jax.sharding import axis_size
 
 
 class SoftmaxSums(NamedTuple):
     """Of rows of logits [..., V], what makes a softmax of them.
 
-    `largest` and `total`, the sum of `exp(logit - largest)`, float32 [...], and `place` int32
+    `maximum` and `total`, the sum of `exp(logit - largest)`, float32 [...], and `argmax` int32
     [...], the first place of the largest.
     """
 
-    largest: jax.Array
+    maximum: jax.Array
     total: jax.Array
-    place: jax.Array
+    argmax: jax.Array
 
 
 def definition(logits: jax.Array) -> SoftmaxSums:
     """One after the other; what a CPU does best too, with its own way to find the place."""
-    largest = jnp.max(logits, axis=-1)
-    total = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1)
-    return SoftmaxSums(largest, total, most_likely(logits))
+    maximum = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1)
+    return SoftmaxSums(maximum, total, argmax(logits))
 
 
 def in_one_pass(logits: jax.Array) -> SoftmaxSums:
@@ -42,32 +42,32 @@ def in_one_pass(logits: jax.Array) -> SoftmaxSums:
     """
     # Each device of a split vocabulary makes its own three, which are merged last: these are
     # gathered, the logits never.
-    parts = parts_of("vocab")
+    parts = axis_size("vocab")
     parts = parts if logits.shape[-1] % parts == 0 else 1
     logits = logits.reshape(*logits.shape[:-1], parts, -1)
-    place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    place += logits.shape[-1] * jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
-    sums = SoftmaxSums(logits, jnp.ones_like(logits), place)
+    argmax = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    argmax += logits.shape[-1] * jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
+    sums = SoftmaxSums(logits, jnp.ones_like(logits), argmax)
     # The start must change nothing, even merged with itself: lowest minus lowest is 0, where minus
     # infinity would give NaN. Its place comes after all others, so that it never is the first.
     start = SoftmaxSums(
-        largest=jnp.float32(jnp.finfo(jnp.float32).min),
+        maximum=jnp.float32(jnp.finfo(jnp.float32).min),
         total=jnp.float32(0),
-        place=jnp.int32(jnp.iinfo(jnp.int32).max),
+        argmax=jnp.int32(jnp.iinfo(jnp.int32).max),
     )
 
     def merge(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         left = SoftmaxSums(*left)
         right = SoftmaxSums(*right)
-        largest = jnp.maximum(left.largest, right.largest)
-        left_total = left.total * jnp.exp(left.largest - largest)
-        right_total = right.total * jnp.exp(right.largest - largest)
+        maximum = jnp.maximum(left.maximum, right.maximum)
+        left_total = left.total * jnp.exp(left.maximum - maximum)
+        right_total = right.total * jnp.exp(right.maximum - maximum)
         total = left_total + right_total
         # On a tie the lower place, since a reduction merges in any order.
-        above = left.largest > right.largest
-        tie = left.largest == right.largest
-        first = above | (tie & (left.place < right.place))
-        return largest, total, jnp.where(first, left.place, right.place)
+        above = left.maximum > right.maximum
+        tie = left.maximum == right.maximum
+        first = above | (tie & (left.argmax < right.argmax))
+        return maximum, total, jnp.where(first, left.argmax, right.argmax)
 
     for axis in (logits.ndim - 1, logits.ndim - 2):
         sums = SoftmaxSums(*jax.lax.reduce(tuple(sums), tuple(start), merge, (axis,)))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.argmax import argmax
 from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.sharding import constrain
 
@@ -124,7 +124,7 @@ def token_loss(
         target_probs = jnp.exp(target_log_probs)
         divergence = jnp.sum(target_probs * (target_log_probs - log_probs), axis=-1)
     nll = -at_place(log_probs, target_ids)
-    return TokenLoss(nll, most_likely(logits), divergence)
+    return TokenLoss(nll, argmax(logits), divergence)
 
 
 def weighted_sum(token: TokenLoss, labels: Labels, objective: Objective) -> jax.Array:

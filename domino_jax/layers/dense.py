@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.config.model import DecoderShape
-from domino_jax.kernels.matmul import project
+from domino_jax.kernels.matmul import linear
 from domino_jax.sharding import constrain, logical_axes
 
 
@@ -39,7 +39,7 @@ class Dense(nn.Module):
         )
         # The master stays float32 and is cast at each use: bfloat16's eight bits would lose the
         # small updates.
-        product = project(x.astype(self.dtype), weight.astype(self.dtype))
+        product = linear(x.astype(self.dtype), weight.astype(self.dtype))
         if not self.use_bias:
             return product
         zeros = logical_axes(nn.initializers.zeros, self.axes[0])

@@ -32,18 +32,9 @@ from domino_jax.draft.blocks import (
 )
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.chunked_cross_entropy import vocabulary_loss
-from domino_jax.kernels.token_loss import (
-    Labels,
-    Objective,
-    States,
-    Tables,
-    VocabularyLoss,
-)
+from domino_jax.kernels.token_loss import Labels, Objective, States, Tables, VocabularyLoss
 from domino_jax.objective.loss import dual_loss, position_weights
-from domino_jax.objective.metrics import (
-    DFlashStepMetrics,
-    prediction_metrics,
-)
+from domino_jax.objective.metrics import DFlashStepMetrics, prediction_metrics
 from domino_jax.objective.objectives import (
     check_objective,
     checked_options,

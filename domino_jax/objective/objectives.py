@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from domino_jax.base.errors import from_tree, require
+from domino_jax.base.errors import from_dict, require
 from domino_jax.draft.blocks import sample_prefix_lengths
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 
@@ -122,7 +122,7 @@ def checked_options(name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         InputError: an unknown objective or option, or a value that the objective refuses.
     """
-    return from_tree(objective_named(name).options, options, place=f"options of {name}")
+    return from_dict(objective_named(name).options, options, source=f"options of {name}")
 
 
 def check_objective(

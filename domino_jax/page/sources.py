@@ -180,7 +180,7 @@ def _read(directory: Path, name: str) -> RunFiles:
     text, config, evaluation = None, None, None
     if (directory / CONFIG).exists():
         text = read_text(directory / CONFIG, limit=YAML_CHARACTERS)
-        config = parse_yaml(text, place=str(directory / CONFIG))
+        config = parse_yaml(text, source=str(directory / CONFIG))
     if (directory / EVALUATION).exists():
         evaluation = read_json(directory / EVALUATION)
     return RunFiles(

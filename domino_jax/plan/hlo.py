@@ -100,11 +100,11 @@ class _Visit:
 
 @dataclass(frozen=True)
 class CompiledProgram:
-    """A program's computations; `unknown_turns` counts a loop whose length only data knows."""
+    """A program's computations; `unknown_trip_count` counts a loop whose length only data knows."""
 
     computations: Mapping[str, Computation]
     entry: str
-    unknown_turns: int
+    unknown_trip_count: int
     _visits: list[_Visit] = field(default_factory=list, repr=False)  # walked once, read by all
 
     def visits(self) -> list[_Visit]:
@@ -120,12 +120,14 @@ class CompiledProgram:
             opcode = operation.opcode
             attributes = operation.attributes
             if opcode == "while":
-                turns = self._turns(computation, operation)
+                trip_count = self._trip_count(computation, operation)
                 inside = operation.path or operation.name
                 # A loop of known length runs without asking its condition.
                 asked = () if _KNOWN_TURNS.search(attributes) else ("condition",)
                 for part in ("body", *asked):
-                    yield from self._walk(_named(attributes, part), times * turns, inside, fused)
+                    yield from self._walk(
+                        _named(attributes, part), times * trip_count, inside, fused
+                    )
             elif opcode == "conditional":
                 for branch in _branches(attributes):
                     yield from self._walk(branch, times, loop, fused)
@@ -135,7 +137,7 @@ class CompiledProgram:
                 assert operation.called
                 yield from self._walk(operation.called, times, loop, True)
 
-    def _turns(self, computation: Computation, loop: Operation) -> int:
+    def _trip_count(self, computation: Computation, loop: Operation) -> int:
         known = _KNOWN_TURNS.search(loop.attributes)
         if known:
             return int(known[1])
@@ -143,11 +145,11 @@ class CompiledProgram:
         condition = self.computations[_named(loop.attributes, "condition")]
         compare = condition.operations[condition.root]
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
-            return self.unknown_turns
+            return self.unknown_trip_count
         counter, bound = compare.operands
         limit = _constant(condition, bound)
         if limit is None:
-            return self.unknown_turns
+            return self.unknown_trip_count
         place = _element(condition, counter)
         start = computation.operations.get(loop.operands[0].partition("#")[0])
         first = None
@@ -157,12 +159,12 @@ class CompiledProgram:
         return max(limit - (first or 0), 1)
 
 
-def read_program(text: str, *, unknown_turns: int = 1) -> CompiledProgram:
+def read_program(text: str, *, unknown_trip_count: int = 1) -> CompiledProgram:
     """Reads the text of a compiled program (`compiled.as_text()`, or a dump of XLA's).
 
     Args:
         text: HLO after optimisation, one instruction a line.
-        unknown_turns: of a loop whose length is not in the text, at most.
+        unknown_trip_count: of a loop whose length is not in the text, at most.
     Raises:
         ValueError: there is no entry computation.
     """
@@ -182,7 +184,7 @@ def read_program(text: str, *, unknown_turns: int = 1) -> CompiledProgram:
             root = operation.name if line.lstrip().startswith("ROOT ") else root
     if entry is None:
         raise ValueError("no entry computation in the program's text")
-    return CompiledProgram(computations, entry, unknown_turns)
+    return CompiledProgram(computations, entry, unknown_trip_count)
 
 
 def _operation(line: str) -> Operation | None:
@@ -303,10 +305,7 @@ def _origin(operation: Operation, operations: Mapping[str, Operation]) -> Operat
 
 
 def _operand_bytes(
-    name: str,
-    operations: Mapping[str, Operation],
-    *,
-    main_memory: bool = False,
+    name: str, operations: Mapping[str, Operation], *, main_memory: bool = False
 ) -> list[int]:
     whole, _, place = name.partition("#")
     operation = operations.get(whole)

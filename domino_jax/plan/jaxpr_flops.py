@@ -35,23 +35,23 @@ class Product:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Scope:
     """Where a walk stands: names so far, and how often what is there runs."""
 
     path: str
     times: int
 
 
-def products(traced: jax.stages.Traced, *, platform: str, unknown_turns: int) -> list[Product]:
+def products(traced: jax.stages.Traced, *, platform: str, unknown_trip_count: int) -> list[Product]:
     """Every matrix product of a program.
 
     Args:
         traced: the program.
         platform: of the planned devices, as jax names it.
-        unknown_turns: of a loop whose length only data knows, at most.
+        unknown_trip_count: of a loop whose length only data knows, at most.
     """
-    walk = _Walk(_PLATFORMS[platform], unknown_turns)
-    return list(walk.of_jaxpr(traced.jaxpr.jaxpr, _Place("", 1)))
+    walk = _Walk(_PLATFORMS[platform], unknown_trip_count)
+    return list(walk.of_jaxpr(traced.jaxpr.jaxpr, _Scope("", 1)))
 
 
 def flops_by_stage(found: list[Product]) -> dict[str, float]:
@@ -70,17 +70,17 @@ def float32_flops(found: list[Product]) -> float:
 class _Walk:
     """Goes through a program's equations and those inside them."""
 
-    def __init__(self, platforms: tuple[str, ...], unknown_turns: int) -> None:
+    def __init__(self, platforms: tuple[str, ...], unknown_trip_count: int) -> None:
         self._platforms = platforms
-        self._unknown_turns = unknown_turns
+        self._unknown_trip_count = unknown_trip_count
 
-    def of_jaxpr(self, jaxpr: Any, at: _Place) -> Iterator[Product]:
+    def of_jaxpr(self, jaxpr: Any, at: _Scope) -> Iterator[Product]:
         for equation in jaxpr.eqns:
             names = str(equation.source_info.name_stack)
             path = f"{at.path}/{names}" if names else at.path
-            yield from self._of_equation(equation, _Place(path, at.times))
+            yield from self._of_equation(equation, _Scope(path, at.times))
 
-    def _of_equation(self, equation: Any, at: _Place) -> Iterator[Product]:
+    def _of_equation(self, equation: Any, at: _Scope) -> Iterator[Product]:
         name = equation.primitive.name
         params = equation.params
         flops = _flops(equation)
@@ -90,22 +90,22 @@ class _Walk:
         if name == "cond":
             yield from self._most_expensive(equation, at)
             return
-        turns = 1
+        trip_count = 1
         if name == "scan":
-            turns = params["length"]
+            trip_count = params["length"]
         elif name == "while":
-            turns = self._unknown_turns
+            trip_count = self._unknown_trip_count
         elif name == "pallas_call":
             # Its program is that of one tile.
-            turns = math.prod(params["grid_mapping"].grid)
+            trip_count = math.prod(params["grid_mapping"].grid)
         elif name == "shard_map":
             # Its program is that of one device; axes that were manual outside are counted there.
             sides = [params["mesh"].shape[axis] for axis in params["newly_manual_axes"]]
-            turns = math.prod(sides)
+            trip_count = math.prod(sides)
         for jaxpr in _inside(params):
-            yield from self.of_jaxpr(jaxpr, _Place(at.path, at.times * turns))
+            yield from self.of_jaxpr(jaxpr, _Scope(at.path, at.times * trip_count))
 
-    def _most_expensive(self, equation: Any, at: _Place) -> Iterator[Product]:
+    def _most_expensive(self, equation: Any, at: _Scope) -> Iterator[Product]:
         branches = equation.params["branches"]
         # `jax.lax.platform_dependent` is traced as a choice, of which a program keeps one branch.
         platforms = equation.params.get("branches_platforms")

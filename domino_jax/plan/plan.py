@@ -31,7 +31,7 @@ from domino_jax.base.files import write_whole
 from domino_jax.base.progress import Reporter
 from domino_jax.objective.objectives import reads_target
 from domino_jax.plan import hlo, jaxpr_flops
-from domino_jax.plan.topology import Compiler, Place
+from domino_jax.plan.topology import Compiler, DeviceSpec
 from domino_jax.training.flops import step_flops
 from domino_jax.training.prepare import AbstractStep
 from domino_jax.training.program import traced_step
@@ -54,7 +54,7 @@ class Plan:
     """What a step takes at a place; bytes, launches and seconds are of one device.
 
     Attributes:
-        place: as it was asked for.
+        spec: as it was asked for.
         device_kind: of its devices.
         devices: how many.
         mesh: devices along each axis.
@@ -80,7 +80,7 @@ class Plan:
         cached: whether this was planned before.
     """
 
-    place: str
+    spec: str
     device_kind: str
     devices: int
     mesh: dict[str, int]
@@ -133,59 +133,61 @@ def planned_step(step: AbstractStep) -> PlannedStep:
 
 
 def plan(
-    abstract: AbstractStep, place: Place, compiler: Compiler, *, cache: Path, reporter: Reporter
+    abstract: AbstractStep, spec: DeviceSpec, compiler: Compiler, *, cache: Path, reporter: Reporter
 ) -> Plan:
     """Compiles the step of a run for a place, unless that program was planned before.
 
     Args:
         abstract: the step, over the compiler's devices.
-        place: where it would run.
+        spec: where it would run.
         compiler: of the place.
         cache: a directory that keeps plans by program; made where it is missing.
         reporter: is told each long stage.
     """
     step = planned_step(abstract)
     batch_size = abstract.arguments.batch.input_ids.shape[1]
-    kept = cache / f"{_key(step, place, compiler)}.json"
+    kept = cache / f"{_key(step, spec, compiler)}.json"
     if kept.is_file():
-        reporter.say(f"{place.name}, batch {batch_size}: planned before ({kept})")
+        reporter.say(f"{spec.name}, batch {batch_size}: planned before ({kept})")
         return dataclasses.replace(read_plan(kept), cached=True)
-    reporter.say(f"compiling for {place.name}, batch {batch_size}")
+    reporter.say(f"compiling for {spec.name}, batch {batch_size}")
     began = time.monotonic()
-    made = _compiled_plan(step, place, compiler)
-    reporter.say(f"compiled for {place.name} in {time.monotonic() - began:.0f} s")
+    made = _compiled_plan(step, spec, compiler)
+    reporter.say(f"compiled for {spec.name} in {time.monotonic() - began:.0f} s")
     cache.mkdir(parents=True, exist_ok=True)
     write_json(kept, dataclasses.asdict(made))
     return made
 
 
-def _key(step: PlannedStep, place: Place, compiler: Compiler) -> str:
+def _key(step: PlannedStep, spec: DeviceSpec, compiler: Compiler) -> str:
     """The program, its place, the compiler, and the code that reads what comes out."""
     # So that a plan which older code made is not taken for one of this code.
     readers = [Path(module.__file__ or "").read_text() for module in (hlo, jaxpr_flops)]
     readers.append(Path(__file__).read_text())
-    told = (step.lowered.as_text(), place.name, jax.__version__, compiler.version, *readers)
+    told = (step.lowered.as_text(), spec.name, jax.__version__, compiler.version, *readers)
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
-def _compiled_plan(step: PlannedStep, place: Place, compiler: Compiler) -> Plan:
+def _compiled_plan(step: PlannedStep, spec: DeviceSpec, compiler: Compiler) -> Plan:
     device = compiler.devices[0]
     chip = CHIPS[device.device_kind]
     count = len(compiler.devices)
     # Which piece holds the last supervised block only data knows: at most the loss runs all.
     trainer = step.abstract.program.trainer
     pieces = -(-trainer.num_anchors // trainer.chunk_blocks)
-    products = jaxpr_flops.products(step.traced, platform=device.platform, unknown_turns=pieces)
+    products = jaxpr_flops.products(
+        step.traced, platform=device.platform, unknown_trip_count=pieces
+    )
     executed = jaxpr_flops.flops_by_stage(products)
     began = time.monotonic()
-    outcome = compile_step(step.lowered, place, compiler)
+    outcome = compile_step(step.lowered, spec, compiler)
     seconds = time.monotonic() - began
-    read = _read(outcome, pieces, place) if outcome.refusal is None else {}
+    read = _read(outcome, pieces, spec) if outcome.refusal is None else {}
     moved = read.get("bytes_moved")
     peak = outcome.peak_bytes
     micro_batches, batch_size, _ = step.abstract.arguments.batch.input_ids.shape
     return Plan(
-        place=place.name,
+        spec=spec.name,
         device_kind=device.device_kind,
         devices=count,
         mesh=dict(step.abstract.mesh.shape),
@@ -221,11 +223,11 @@ class Outcome:
     refusal: str | None = None
 
 
-def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) -> Outcome:
+def compile_step(lowered: jax.stages.Lowered, spec: DeviceSpec, compiler: Compiler) -> Outcome:
     """Compiles a lowered step for a place."""
     with tempfile.TemporaryDirectory() as scratch:
         options = dict(compiler.options)
-        if place.is_tpu:
+        if spec.is_tpu:
             # A large TPU program may crash `as_text`; a dump is the same text.
             options |= {"xla_dump_to": scratch, "xla_dump_hlo_as_text": True}
         try:
@@ -235,7 +237,7 @@ def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) 
                 raise  # a fault of the program or of the compiler, not an answer
             said = [line.strip() for line in str(error).splitlines() if line.strip()]
             return Outcome(refusal=" ".join(said[:2])[:400])
-        if place.is_tpu:
+        if spec.is_tpu:
             # The step's is the longest: small modules may be dumped beside it.
             dumps = Path(scratch).rglob("*.after_optimizations.txt")
             text = max((dump.read_text() for dump in dumps), key=len)
@@ -249,8 +251,8 @@ def compile_step(lowered: jax.stages.Lowered, place: Place, compiler: Compiler) 
     return Outcome(text, peak, memory.argument_size_in_bytes)
 
 
-def _read(outcome: Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
-    program = hlo.read_program(outcome.text, unknown_turns=unknown_turns)
+def _read(outcome: Outcome, unknown_trip_count: int, spec: DeviceSpec) -> dict[str, Any]:
+    program = hlo.read_program(outcome.text, unknown_trip_count=unknown_trip_count)
     exchanges: dict[str, Exchange] = {}
     for one in hlo.collectives(program):
         so_far = exchanges.get(one.kind, Exchange(0, 0, 0, 0))
@@ -263,7 +265,7 @@ def _read(outcome: Outcome, unknown_turns: int, place: Place) -> dict[str, Any]:
     return {
         "exchanges": exchanges,
         "buffers": tuple(hlo.largest_buffers(program)),
-        "launches": None if place.is_tpu else hlo.launches(program),
+        "launches": None if spec.is_tpu else hlo.launches(program),
         "bytes_moved": hlo.bytes_moved(program),
     }
 

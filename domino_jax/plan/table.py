@@ -15,7 +15,7 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     table = Table(title="A training step: figures of one device, FLOPs of all")
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(plan.place)
+        table.add_column(plan.spec)
     table.caption = "The bounds are what the chip's published peaks allow, not a step time."
 
     def row(name: str, cell: Callable[[Plan], str | None]) -> None:
@@ -41,8 +41,8 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     row("bound by FLOPs", lambda plan: _milliseconds(plan.seconds_of_flops))
     row("bound by bytes", _bytes)
     row("compiled in", lambda plan: f"{plan.compile_seconds:.0f} s{', before' * plan.cached}")
-    for place in range(BUFFERS):
-        row("largest buffers" if place == 0 else "", _buffer_at(place))
+    for spec in range(BUFFERS):
+        row("largest buffers" if spec == 0 else "", _buffer_at(spec))
     return table
 
 
@@ -112,11 +112,11 @@ def _bytes(plan: Plan) -> str | None:
     return f"{_milliseconds(plan.seconds_of_bytes)} ({_size(plan.bytes_moved)})"
 
 
-def _buffer_at(place: int) -> Callable[[Plan], str | None]:
+def _buffer_at(spec: int) -> Callable[[Plan], str | None]:
     def cell(plan: Plan) -> str | None:
-        if place >= len(plan.buffers):
+        if spec >= len(plan.buffers):
             return None
-        buffer = plan.buffers[place]
+        buffer = plan.buffers[spec]
         return f"{_size(buffer.bytes)} {buffer.shape} {buffer.scope}"
 
     return cell

@@ -38,7 +38,7 @@ _LIBTPU = {
 
 
 @dataclass(frozen=True)
-class Place:
+class DeviceSpec:
     """A place by its name, as parsed: `chip` and the devices along each side."""
 
     name: str
@@ -63,13 +63,13 @@ class Compiler:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse_place(name: str) -> Place:
+def parse_device_spec(name: str) -> DeviceSpec:
     """Reads a place.
 
     Raises:
         InputError: no such place; the message tells how one is written.
 
-    >>> parse_place("v5p:2x2x4")
+    >>> parse_device_spec("v5p:2x2x4")
     Place(name='v5p:2x2x4', chip='v5p', sides=(2, 2, 4))
     """
     chip, _, shape = name.partition(":")
@@ -77,22 +77,22 @@ def parse_place(name: str) -> Place:
     sides = shape.split("x")
     if not dimensions or len(sides) != dimensions or not all(map(_is_size, sides)):
         raise InputError(f"--on {name!r}: expected {_SYNTAX}")
-    place = Place(name, chip, tuple(map(int, sides)))
-    count = math.prod(place.sides)
-    if not place.is_tpu and count > GPUS_PER_HOST and count % GPUS_PER_HOST:
+    spec = DeviceSpec(name, chip, tuple(map(int, sides)))
+    count = math.prod(spec.sides)
+    if not spec.is_tpu and count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise InputError(f"--on {name}: beyond one host, GPUs come in multiples of {GPUS_PER_HOST}")
-    return place
+    return spec
 
 
 def _is_size(text: str) -> bool:
     return re.fullmatch(r"[1-9]\d*", text) is not None
 
 
-def missing_compiler(place: Place) -> str | None:
+def missing_compiler(spec: DeviceSpec) -> str | None:
     """The package that planning for a place lacks, with the command that brings it; else None."""
-    extra = "plan-tpu" if place.is_tpu else "plan-gpu"
+    extra = "plan-tpu" if spec.is_tpu else "plan-gpu"
     needed = {"libtpu": "libtpu"}
-    if not place.is_tpu:
+    if not spec.is_tpu:
         needed = {
             "jax_cuda13_plugin": "jax-cuda13-plugin",
             "jax_plugins.xla_cuda13": "jax-cuda13-pjrt",
@@ -101,7 +101,7 @@ def missing_compiler(place: Place) -> str | None:
         }
     for module, package in needed.items():
         if not _is_installed(module):
-            return f"planning for {place.chip} needs {package}: pip install 'domino-jax[{extra}]'"
+            return f"planning for {spec.chip} needs {package}: pip install 'domino-jax[{extra}]'"
     return None
 
 
@@ -112,7 +112,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def compiler_for(place: Place) -> Compiler:
+def compiler_for(spec: DeviceSpec) -> Compiler:
     """The described devices of a place.
 
     Call it in a process whose jax has CPUs only: then the CUDA plugin is registered without being
@@ -121,7 +121,7 @@ def compiler_for(place: Place) -> Compiler:
     Raises:
         InputError: the compiler is not installed, or knows no such topology.
     """
-    lacking = missing_compiler(place)
+    lacking = missing_compiler(spec)
     if lacking is not None:
         raise InputError(lacking)
     import jax
@@ -130,33 +130,33 @@ def compiler_for(place: Place) -> Compiler:
     jax.devices("cpu")  # registers the plugins
     jnp.zeros(())  # and what this process computes itself stays there
     try:
-        return _tpu(place) if place.is_tpu else _gpus(place)
+        return _tpu(spec) if spec.is_tpu else _gpus(spec)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # Of many lines the first: a message of this program is one.
         said = str(error).strip().partition("\n")[0]
-        raise InputError(f"--on {place.name}: no such topology: {said[:300]}") from error
+        raise InputError(f"--on {spec.name}: no such topology: {said[:300]}") from error
 
 
-def _tpu(place: Place) -> Compiler:
+def _tpu(spec: DeviceSpec) -> Compiler:
     from jax.experimental import topologies
 
     # Defaults: what a user has set for a TPU of theirs stays.
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{place.chip}-{math.prod(place.sides)}")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=place.name)
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{spec.chip}-{math.prod(spec.sides)}")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=spec.name)
     return Compiler(topology.devices, f"libtpu {importlib.metadata.version('libtpu')}")
 
 
-def _gpus(place: Place) -> Compiler:
+def _gpus(spec: DeviceSpec) -> Compiler:
     from jax.experimental import topologies
 
-    (count,) = place.sides
+    (count,) = spec.sides
     per_host = min(count, GPUS_PER_HOST)
-    description = files("domino_jax.plan") / f"{place.chip}.txtpb"
+    description = files("domino_jax.plan") / f"{spec.chip}.txtpb"
     topology = topologies.get_topology_desc(
         platform="cuda",
-        topology_name=place.chip,
+        topology_name=spec.chip,
         target_config=description.read_text(encoding="utf-8"),
         topology=f"1x{count // per_host}x{per_host}",  # partitions x hosts x GPUs
     )

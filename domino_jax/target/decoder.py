@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
         (keys, values) = attention.keys_values(normed, tables)
         if cache is None:
             heads = causal_attention(
-                queries, keys, values, documents=at.documents, form=self.attention
+                queries, keys, values, documents=at.documents, implementation=self.attention
             )
         else:
             heads, cache = cached_attention(queries, keys, values, cache, at.start)
@@ -137,7 +137,7 @@ class Target(nn.Module):
         depth: how many layers run, the first ones, None for all of `cfg`; fewer give captured
             states only.
         scan_layers: run the layers under `nn.scan`.
-        attention: form of the attention over whole rows (see `kernels.causal_attention.form_for`).
+        attention: name of an implementation (see `kernels.causal_attention.implementation_for`).
     """
 
     cfg: DecoderConfig
@@ -201,10 +201,10 @@ class Target(nn.Module):
         features = jnp.concatenate(captured, axis=-1) if captured else none
         return TargetOutput(hidden, features, cache)
 
-    def empty_cache(self, *, batch: int, slots: int) -> LayerCaches:
+    def empty_cache(self, *, batch: int, cache_len: int) -> LayerCaches:
         """A cache of zeros of all layers, in the compute dtype and the form that passes take."""
         layers = tuple(
-            empty_cache(self.cfg, batch=batch, slots=slots) for _ in range(self.layers_run)
+            empty_cache(self.cfg, batch=batch, cache_len=cache_len) for _ in range(self.layers_run)
         )
         if not self.scan_layers:
             return layers

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError, from_tree, shown
+from domino_jax.base.errors import InputError, from_dict, shown
 from domino_jax.base.files import checked_file, read_json
 from domino_jax.config.model import DecoderConfig
 from domino_jax.formats.rope_keys import read_rope_scaling, read_rope_theta
@@ -41,18 +41,18 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     Raises:
         InputError: the file, the key, what was found and what is supported.
     """
-    place = checked_file(Path(directory), "config.json")
-    tree = read_json(place)
+    source = checked_file(Path(directory), "config.json")
+    tree = read_json(source)
     model_type = tree.get("model_type")
     if model_type not in MODEL_TYPES:
         raise InputError(
-            f"{place}: model_type is {shown(model_type)}; supported: {', '.join(MODEL_TYPES)}"
+            f"{source}: model_type is {shown(model_type)}; supported: {', '.join(MODEL_TYPES)}"
         )
     # Qwen2 always has the biases and its files do not say so.
     for key, value in (_ONLY_VALUE | {"attention_bias": model_type == "qwen2"}).items():
         if tree.get(key, value) not in (value, None):
-            raise InputError(f"{place}: {key} is {shown(tree[key])}; supported: {value!r}")
-    _check_layer_types(tree, place)
+            raise InputError(f"{source}: {key} is {shown(tree[key])}; supported: {value!r}")
+    _check_layer_types(tree, source)
     same = (
         "vocab_size",
         "hidden_size",
@@ -65,28 +65,28 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
     }
     for key in ("num_attention_heads", "hidden_size", "rms_norm_eps"):
         if key not in values:
-            raise InputError(f"{place}: missing {key}")
+            raise InputError(f"{source}: missing {key}")
     values["num_key_value_heads"] = _given(
         tree, "num_key_value_heads", values["num_attention_heads"]
     )
     values["head_dim"] = _given(tree, "head_dim", None)
     if values["head_dim"] is None:
-        values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], place)
+        values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], source)
     values |= {
-        "rope_theta": read_rope_theta(tree, place=str(place)),
-        "rope_scaling": read_rope_scaling(tree, place=str(place)),
+        "rope_theta": read_rope_theta(tree, source=str(source)),
+        "rope_scaling": read_rope_scaling(tree, source=str(source)),
     }
     values["tie_word_embeddings"] = _given(tree, "tie_word_embeddings", False)
     values |= {
         "qk_norm": model_type in ("qwen3", "qwen3_moe"),
         "attention_bias": model_type == "qwen2",
     }
-    values |= _experts(tree, place) if model_type == "qwen3_moe" else {}
+    values |= _experts(tree, source) if model_type == "qwen3_moe" else {}
     values["dtype"] = dtype
-    return from_tree(DecoderConfig, values, place=str(place))
+    return from_dict(DecoderConfig, values, source=str(source))
 
 
-def _check_layer_types(tree: Mapping[str, Any], place: Path) -> None:
+def _check_layer_types(tree: Mapping[str, Any], source: Path) -> None:
     kinds = tree.get("layer_types")
     if kinds is None:
         return
@@ -94,15 +94,15 @@ def _check_layer_types(tree: Mapping[str, Any], place: Path) -> None:
     other = [kind for kind in kinds if kind != "full_attention"] if listed else []
     if other:
         raise InputError(
-            f"{place}: layer_types holds {shown(other[0])}; supported: 'full_attention'"
+            f"{source}: layer_types holds {shown(other[0])}; supported: 'full_attention'"
         )
     if not listed or len(kinds) not in (0, tree.get("num_hidden_layers")):
         raise InputError(
-            f"{place}: layer_types is {shown(kinds)}; expected one name for each layer"
+            f"{source}: layer_types is {shown(kinds)}; expected one name for each layer"
         )
 
 
-def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
+def _experts(tree: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """The fields of a mixture of experts.
 
     transformers 5 writes `num_local_experts` for `num_experts`.
@@ -112,18 +112,18 @@ def _experts(tree: Mapping[str, Any], place: Path) -> dict[str, Any]:
     ]
     if any(count != counts[0] for count in counts):
         raise InputError(
-            f"{place}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} "
+            f"{source}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} "
             "contradict"
         )
     if not counts or counts[0] == 0:
         raise InputError(
-            f"{place}: {'num_experts is 0' if counts else 'missing num_experts'}; "
+            f"{source}: {'num_experts is 0' if counts else 'missing num_experts'}; "
             "expected a mixture"
         )
     values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
     for key in ("num_experts_per_tok", "moe_intermediate_size"):
         if key not in tree:
-            raise InputError(f"{place}: missing {key}")
+            raise InputError(f"{source}: missing {key}")
         values[key] = tree[key]
     return values
 
@@ -132,12 +132,12 @@ def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if tree.get(key) is None else tree[key]
 
 
-def _head_dim(hidden_size: Any, heads: Any, place: Path) -> int:
+def _head_dim(hidden_size: Any, heads: Any, source: Path) -> int:
     if not (
         type(hidden_size) is int and type(heads) is int and heads > 0 and hidden_size % heads == 0
     ):
         raise InputError(
-            f"{place}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
+            f"{source}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
             f"hidden_size {shown(hidden_size)}"
         )
     return hidden_size // heads

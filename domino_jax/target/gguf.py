@@ -174,8 +174,8 @@ def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
         # allocates nothing, whatever shape the file claims.
         shape = tuple(int(size) for size in reversed(tensor.shape))
         found[name] = np.broadcast_to(np.float32(0), shape)
-    shapes = stored_shapes(config, found=len(found), place=source.path)
-    check_tensors(found, shapes, place=source.path)
+    shapes = stored_shapes(config, found=len(found), source=source.path)
+    check_tensors(found, shapes, source=source.path)
 
 
 def _tensors(

@@ -123,13 +123,13 @@ def expected_tensors(config: DecoderConfig) -> dict[ParameterPath, tuple[str, tu
     return _named_parameters(boxed_parameters(Target(config)))
 
 
-def stored_shapes(config: DecoderConfig, *, found: int, place: Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: DecoderConfig, *, found: int, source: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the files of a target hold.
 
     Args:
         config: the target.
         found: how many tensors there are; so many more in the config are not even listed.
-        place: of the tensors, for the message.
+        source: of the tensors, for the message.
     Raises:
         InputError: the config describes far more tensors.
     """
@@ -138,7 +138,7 @@ def stored_shapes(config: DecoderConfig, *, found: int, place: Path) -> dict[str
     count = sum(math.prod(shape[: name.count("*")]) for name, shape in stacked.values())
     # With room to spare: what is missing or unexpected is told by name, see `check_tensors`.
     if count > 2 * found + 1000:
-        raise InputError(f"{place}: config.json describes {count} tensors, the files hold {found}")
+        raise InputError(f"{source}: config.json describes {count} tensors, the files hold {found}")
     shapes = {}
     for pattern, shape in stacked.values():
         stored = shape[pattern.count("*") :]
@@ -212,7 +212,7 @@ def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTenso
     if config.tie_word_embeddings and table is not None:
         copy = tensors.pop("lm_head.weight", None)
     check_tensors(
-        tensors, stored_shapes(config, found=len(tensors), place=directory), place=directory
+        tensors, stored_shapes(config, found=len(tensors), source=directory), source=directory
     )
     # Last: it reads numbers, where the checks before it read headers.
     if table is not None and copy is not None and not equal_tensors(copy, table):
@@ -258,19 +258,15 @@ def _stored_names(pattern: str, entries: Sequence[range]) -> Iterator[tuple[tupl
         Where each lies among the wanted entries, and its name.
     """
     stacked = entries[: pattern.count("*")]
-    for place in np.ndindex(*map(len, stacked)):
+    for entry in np.ndindex(*map(len, stacked)):
         name = pattern
-        for numbers, index in zip(stacked, place, strict=True):
+        for numbers, index in zip(stacked, entry, strict=True):
             name = name.replace("*", str(numbers[index]), 1)
-        yield place, name
+        yield entry, name
 
 
 def _read_part(
-    tensors: Mapping[str, StoredTensor],
-    pattern: str,
-    bounds: Bounds,
-    *,
-    dtype: str,
+    tensors: Mapping[str, StoredTensor], pattern: str, bounds: Bounds, *, dtype: str
 ) -> np.ndarray:
     """A part of a parameter in `dtype`, from the tensors that hold it; finite or refused.
 
@@ -279,18 +275,16 @@ def _read_part(
     stacked = pattern.count("*")
     part = np.empty([stop - start for start, stop in bounds], jnp.dtype(dtype))
     inside = tuple(slice(*bound) for bound in bounds[stacked:])
-    for place, name in _stored_names(pattern, [range(*bound) for bound in bounds]):
+    for entry, name in _stored_names(pattern, [range(*bound) for bound in bounds]):
         with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
-            part[place] = tensors[name].read(inside)
-        if not all_finite(part[place]):
+            part[entry] = tensors[name].read(inside)
+        if not all_finite(part[entry]):
             raise not_finite_tensor(tensors[name], dtype=dtype)
     return part
 
 
 def _sharded(
-    read: Callable[[Bounds], np.ndarray],
-    shape: tuple[int, ...],
-    layout: NamedSharding,
+    read: Callable[[Bounds], np.ndarray], shape: tuple[int, ...], layout: NamedSharding
 ) -> jax.Array:
     """An array read part by part; devices that hold the same part share a read."""
     # By bounds: the slices of an index have no hash in Python 3.11.

@@ -61,7 +61,7 @@ class StepOutcome:
         }
 
 
-class Window:
+class MetricAccumulator:
     """Outcomes that no line tells yet."""
 
     def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -132,14 +132,14 @@ def sound_checkpoint(
     if recorded is not None and only is None and (not steps or recorded > steps[0]):
         reporter.say(f"{directory}/{recorded}: the newest checkpoint is gone")
     for step in steps if only is None else [only]:
-        place = directory / str(step)
-        found = damage(place, unlisted=[COMMITTED])
+        checkpoint = directory / str(step)
+        found = damage(checkpoint, unlisted=[COMMITTED])
         if found is None:
             return step
         moved = ""
         if set_aside and jax.process_index() == 0:
-            moved = f"; moved to {_put_aside(run_dir, place)}"
-        reporter.say(f"{place}: damaged, not used: {found}{moved}")
+            moved = f"; moved to {_put_aside(run_dir, checkpoint)}"
+        reporter.say(f"{checkpoint}: damaged, not used: {found}{moved}")
     if steps or recorded is not None:
         raise InputError(
             f"{directory}: no undamaged checkpoint is left; put one back, or begin again in "
@@ -317,9 +317,9 @@ def load_draft(
             else "not a run directory (no checkpoints/ in it)"
         )
         raise InputError(f"{run_dir}: {what}")
-    place = directory / str(found)
-    record = read_draft_record(place)
-    item = "ema" if (place / "ema").is_dir() else "params"
+    checkpoint = directory / str(found)
+    record = read_draft_record(checkpoint)
+    item = "ema" if (checkpoint / "ema").is_dir() else "params"
     shapes = nn.meta.unbox(boxed_parameters(record.config))
     # On one device, whatever mesh trained it: who reads a draft decodes or exports.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -362,15 +362,15 @@ def _recorded_step(run_dir: Path) -> int | None:
     return step
 
 
-def _put_aside(run_dir: Path, place: Path) -> Path:
-    to = run_dir / SET_ASIDE / place.name
+def _put_aside(run_dir: Path, checkpoint: Path) -> Path:
+    to = run_dir / SET_ASIDE / checkpoint.name
     number = 1
     # A step that was set aside is trained and saved again, and may be damaged again.
     while to.exists():
         number += 1
-        to = to.with_name(f"{place.name}.{number}")
+        to = to.with_name(f"{checkpoint.name}.{number}")
     to.parent.mkdir(exist_ok=True)
-    place.rename(to)
+    checkpoint.rename(to)
     return to
 
 

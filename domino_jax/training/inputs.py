@@ -33,7 +33,7 @@ from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import asked, check_length
 from domino_jax.objective.objectives import reads_target
-from domino_jax.sharding import make_mesh, partition_spec, parts_of
+from domino_jax.sharding import axis_size, make_mesh, partition_spec
 from domino_jax.target.decoder import Target
 from domino_jax.training.step import Batch
 
@@ -197,7 +197,7 @@ def read_prompts(
         assert row.line is not None, "held-out rows are read from a file"
         question = asked(conversations[row.line])
         prompt = encode_prompt(question, tokenizer, chat_template_kwargs)
-        check_length(reader, prompt, place=f"{path}:{row.line}")
+        check_length(reader, prompt, source=f"{path}:{row.line}")
         prompts.append(prompt)
     return prompts
 
@@ -273,7 +273,7 @@ def run_mesh(
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     # Devices that split a model's tensors work on the same batch rows.
-    parts = parts_of("batch", mesh)
+    parts = axis_size("batch", mesh)
     if batch_size % parts:
         raise InputError(
             f"data.batch_size {batch_size} must be a multiple of {parts}, the parts "

@@ -32,7 +32,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     lines = read_text(path, limit=LOG_BYTES).splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if line.endswith("\n"):
-            record = parse_json(line, place=f"{path}:{number}", nonfinite=True)
+            record = parse_json(line, source=f"{path}:{number}", nonfinite=True)
             # Its type and not `isinstance`, to which true is an integer.
             if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise InputError(
@@ -50,6 +50,6 @@ def read_timing(directory: Path) -> Iterator[dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     for line in text.splitlines(keepends=True):
         with contextlib.suppress(InputError):
-            record = parse_json(line, place=str(path), nonfinite=True)
+            record = parse_json(line, source=str(path), nonfinite=True)
             if isinstance(record, dict) and line.endswith("\n"):
                 yield record

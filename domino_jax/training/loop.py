@@ -25,7 +25,7 @@ from domino_jax.base.chips import CHIPS
 from domino_jax.base.errors import Diverged, Interrupted
 from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.data.packing import row_lengths
-from domino_jax.training.accumulator import Window, spikes, total
+from domino_jax.training.accumulator import MetricAccumulator, spikes, total
 from domino_jax.training.checkpoint import Checkpoints
 from domino_jax.training.eval import HeldOut
 from domino_jax.training.inputs import device_batch
@@ -42,10 +42,7 @@ from domino_jax.training.trace import Trace
 
 
 def train(
-    run: Run,
-    *,
-    reporter: Reporter = STDERR,
-    stop_requested: Callable[[], bool] = lambda: False,
+    run: Run, *, reporter: Reporter = STDERR, stop_requested: Callable[[], bool] = lambda: False
 ) -> Path:
     """Trains a drafter, or resumes a run that was cut off.
 
@@ -135,7 +132,7 @@ class _Training:
             target_runs=not run.rows.captured,
             chip=CHIPS.get(run.mesh.devices.flat[0].device_kind),
         )
-        self._window = Window(stored.outcomes if stored else ())
+        self._window = MetricAccumulator(stored.outcomes if stored else ())
         self._watch = StepWatch(
             run.rows.rows,
             run.source,

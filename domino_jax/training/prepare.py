@@ -25,7 +25,7 @@ import optax
 from flax.core import FrozenDict
 from jax.sharding import Mesh
 
-from domino_jax.base.errors import InputError, Scalars, from_tree
+from domino_jax.base.errors import InputError, Scalars, from_dict
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
@@ -53,13 +53,7 @@ from domino_jax.target.load import (
 )
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
-from domino_jax.training.inputs import (
-    InputRows,
-    read_features,
-    read_prompts,
-    read_rows,
-    run_mesh,
-)
+from domino_jax.training.inputs import InputRows, read_features, read_prompts, read_rows, run_mesh
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.preflight import (
     check_conversations,
@@ -74,12 +68,12 @@ from domino_jax.training.preflight import (
 from domino_jax.training.program import (
     BatchShape,
     StepArguments,
-    batch_layout,
+    abstract_batch,
+    abstract_state,
+    abstract_target,
     chunk_blocks,
     default_logits_mib,
     scanned_target,
-    state_layout,
-    target_layout,
 )
 from domino_jax.training.records import (
     OTHER_VERSION,
@@ -191,7 +185,7 @@ def read_inputs(
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
     config, data, train, tokenizer = run.config, run.config.data, run.config.train, run.tokenizer
-    sources = [place for place in (data.train, data.hidden_states, data.eval) if place]
+    sources = [source for source in (data.train, data.hidden_states, data.eval) if source]
     reporter.say(f"loading rows {' and '.join(sources)}")
     if data.hidden_states is not None:
         rows = _captured_rows(run, data.hidden_states, target_sha256=target_sha256())
@@ -286,7 +280,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     else:
         check_inputs(run.directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
         # Its layout alone: beside the restored state the devices might not hold a second one.
-        state = state_layout(run.program, record.config, run.mesh)
+        state = abstract_state(run.program, record.config, run.mesh)
     # The first thing that is written: nothing is left that could refuse the run.
     text = dump_config(config)
     write_config(run.directory, text)
@@ -328,21 +322,21 @@ def _resumable(
     step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
     if step is None:
         return None
-    place = directory / CHECKPOINTS / str(step)
-    run = read_run_record(place)
-    check_settings(place, _stored_settings(place, run), dataclasses.asdict(config))
-    check_draft(place, read_draft_record(place), record)
+    source = directory / CHECKPOINTS / str(step)
+    run = read_run_record(source)
+    check_settings(source, _stored_settings(source, run), dataclasses.asdict(config))
+    check_draft(source, read_draft_record(source), record)
     return Resumed(step, run)
 
 
-def _stored_settings(place: Path, record: RunRecord) -> dict[str, Any]:
+def _stored_settings(source: Path, record: RunRecord) -> dict[str, Any]:
     """The settings of a checkpoint's run, with the defaults of keys that it did not know.
 
     Raises:
         InputError: a setting that this version does not know.
     """
     try:
-        config = from_tree(RunConfig, record.config, place=str(place))
+        config = from_dict(RunConfig, record.config, source=str(source))
         # Older versions left the objective's own settings open in their records.
         domino = config.draft.projector_type is not None
         loss = resolved_loss(config.loss, domino=domino)
@@ -484,11 +478,7 @@ def make_program(
             **_trainer_options(loss),
         ),
         target=scanned_target(
-            target,
-            capture=draft.target_layer_ids,
-            depth=depth,
-            mesh=mesh,
-            packed=data.packing,
+            target, capture=draft.target_layer_ids, depth=depth, mesh=mesh, packed=data.packing
         ),
         optimizer=make_optimizer(
             _learning_rate(config, total_steps=total_steps),
@@ -567,7 +557,7 @@ def abstract_step(config: RunConfig, models: Models, devices: Sequence[jax.Devic
     steps = config.train.steps or _UNKNOWN_STEPS
     program = make_program(config, models.target, models.draft, mesh, total_steps=steps)
     captured = data.hidden_states is not None
-    batch = batch_layout(
+    batch = abstract_batch(
         _batch_shape(config),
         models.draft,
         mesh,
@@ -577,8 +567,8 @@ def abstract_step(config: RunConfig, models: Models, devices: Sequence[jax.Devic
     )
     # Captured states spare the layers, unless held-out rows need them.
     tables_only = captured and data.eval is None
-    target = target_layout(program.target, mesh, tables_only=tables_only)
-    state = state_layout(program, models.draft, mesh)
+    target = abstract_target(program.target, mesh, tables_only=tables_only)
+    state = abstract_state(program, models.draft, mesh)
     return AbstractStep(program, mesh, StepArguments(state, target, batch))
 
 

@@ -32,7 +32,7 @@ from domino_jax.training.preflight import (
     checkpoints_at_once,
     free_bytes,
 )
-from domino_jax.training.program import batch_layout
+from domino_jax.training.program import abstract_batch
 from domino_jax.training.rollout import prompts_at_once, target_cache_bytes
 from domino_jax.training.run import RunInputs
 from domino_jax.training.step import Batch
@@ -203,7 +203,7 @@ def _steps(run: RunInputs) -> Iterator[tuple[str, str]]:
 
 def _shapes(run: RunInputs, first: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     trainer = run.program.trainer
-    layout = batch_layout(
+    layout = abstract_batch(
         run.shape,
         run.record.config,
         run.mesh,

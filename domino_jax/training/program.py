@@ -22,8 +22,8 @@ from optax.tree_utils import tree_map_params
 from domino_jax.base.chips import CHIPS
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.draft.build import boxed_parameters
-from domino_jax.kernels.causal_attention import form_for
-from domino_jax.sharding import parameter_shardings, partition_spec, parts_of
+from domino_jax.kernels.causal_attention import implementation_for
+from domino_jax.sharding import axis_size, parameter_shardings, partition_spec
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import TABLES
 from domino_jax.target.load import boxed_parameters as boxed_target
@@ -63,13 +63,13 @@ def chunk_blocks(
 
     Pieces are of about the same size.
     """
-    device_rows = batch_size // parts_of("batch", mesh)
-    vocabulary = -(-draft.vocab_size // parts_of("vocab", mesh))
+    device_rows = batch_size // axis_size("batch", mesh)
+    vocabulary = -(-draft.vocab_size // axis_size("vocab", mesh))
     block = device_rows * draft.num_predictions * vocabulary * 4
     # One block at least, however large. As few pieces as there may be, then evened out: the last
     # one would else be mostly padding.
-    pieces = -(-num_anchors // max(int(logits_mib * MIB // block), 1))
-    return -(-num_anchors // pieces)
+    chunks = -(-num_anchors // max(int(logits_mib * MIB // block), 1))
+    return -(-num_anchors // chunks)
 
 
 def scanned_target(
@@ -86,22 +86,24 @@ def scanned_target(
     """
     # Of the mesh and not of this process, which may plan for other devices.
     platform = mesh.devices.flat[0].platform
-    form = form_for(platform, dtype=config.dtype, head_dim=config.head_dim, packed=packed)
-    return Target(config, capture=capture, depth=depth, scan_layers=True, attention=form)
+    implementation = implementation_for(
+        platform, dtype=config.dtype, head_dim=config.head_dim, packed=packed
+    )
+    return Target(config, capture=capture, depth=depth, scan_layers=True, attention=implementation)
 
 
-def draft_layout(draft: DraftConfig, mesh: Mesh) -> Any:
+def abstract_draft(draft: DraftConfig, mesh: Mesh) -> Any:
     """The draft's parameters as `ShapeDtypeStruct`s with their shardings."""
     boxed = boxed_parameters(draft)
     return _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh))
 
 
-def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState:
+def abstract_state(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState:
     """The state of a run likewise.
 
     Moments and average are split as the parameters are, counts are replicated.
     """
-    params = draft_layout(draft, mesh)
+    params = abstract_draft(draft, mesh)
     split = jax.tree.map(lambda x: x.sharding, params)
     replicated = NamedSharding(mesh, partition_spec())
     shapes = jax.eval_shape(functools.partial(initial_state, program), params)
@@ -118,7 +120,7 @@ def state_layout(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState
     return _laid_out(shapes, shardings)
 
 
-def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
+def abstract_target(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
     """The target's parameters likewise, in its compute type.
 
     Args:
@@ -135,7 +137,7 @@ def target_layout(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
     return {name: leaf for name, leaf in laid_out.items() if name in TABLES}
 
 
-def batch_layout(
+def abstract_batch(
     shape: BatchShape,
     draft: DraftConfig,
     mesh: Mesh,

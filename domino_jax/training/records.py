@@ -14,11 +14,7 @@ from typing import Any
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import read_json
-from domino_jax.config.model import (
-    DraftConfig,
-    draft_from_tree,
-    draft_tree,
-)
+from domino_jax.config.model import DraftConfig, draft_from_dict, draft_tree
 from domino_jax.data.template import ChatTemplate, recorded_kwargs
 from domino_jax.training.metrics import LogMark
 
@@ -61,7 +57,7 @@ class RunRecord:
     Attributes:
         config: the run's configuration, as plain values.
         inputs: what was read, by name -> a few words with its hash.
-        outcomes: of the steps that no line of the log tells yet (`Window`).
+        outcomes: of the steps that no line of the log tells yet (`MetricAccumulator`).
         watch: the consecutive non-finite steps up to then (`StepWatch`).
         log: where `metrics.jsonl` stood.
         heldout_due: whether the held-out pass of this step was still to come.
@@ -81,43 +77,43 @@ class RunRecord:
         return vars(self) | {"log": vars(self.log)}
 
 
-def read_run_record(place: Path) -> RunRecord:
+def read_run_record(source: Path) -> RunRecord:
     """What the run of an undamaged checkpoint, a directory, is resumed with.
 
     Raises:
         InputError: it holds an imported draft, or a version without such records saved it.
     """
     # First: an imported draft has no record either, and is not of another version.
-    if not (place / "optimizer").is_dir():
+    if not (source / "optimizer").is_dir():
         raise InputError(
-            f"{place}: an imported draft without optimiser state cannot be continued; "
+            f"{source}: an imported draft without optimiser state cannot be continued; "
             "give its checkpoint as draft.init_from of another run_dir"
         )
     try:
-        tree = _json_item(place, RUN)
+        tree = _json_item(source, RUN)
         return RunRecord(**{**tree, "log": LogMark(**tree["log"])})
     except (InputError, KeyError, TypeError) as error:
-        raise InputError(f"{place}: {OTHER_VERSION}") from error
+        raise InputError(f"{source}: {OTHER_VERSION}") from error
 
 
-def read_draft_record(place: Path) -> DraftRecord:
+def read_draft_record(source: Path) -> DraftRecord:
     """What an undamaged checkpoint, a directory, says of its draft.
 
     Raises:
         InputError: it was written by hand, or by another version.
     """
-    stored = _json_item(place, DRAFT)
+    stored = _json_item(source, DRAFT)
     try:
-        config = draft_from_tree(stored["config"], place=f"{place}/draft")
+        config = draft_from_dict(stored["config"], source=f"{source}/draft")
         template = ChatTemplate(
-            stored["chat_template"], recorded_kwargs(stored, place=f"{place}/draft")
+            stored["chat_template"], recorded_kwargs(stored, source=f"{source}/draft")
         )
         hashes = (stored[name] for name in ("target_sha256", "tokenizer_sha256"))
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:
-        raise InputError(f"{place}/draft: {error} is missing") from error
+        raise InputError(f"{source}/draft: {error} is missing") from error
 
 
-def _json_item(place: Path, name: str) -> dict[str, Any]:
+def _json_item(source: Path, name: str) -> dict[str, Any]:
     # Where Orbax puts it. As a file it is read within bounds, and without opening any array.
-    return read_json(place / name / "metadata")
+    return read_json(source / name / "metadata")

@@ -16,10 +16,10 @@ import jax
 from domino_jax.data.conversations import stop_token_ids
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.evaluation.counts import acceptance, tau
-from domino_jax.sharding import parts_of
+from domino_jax.sharding import axis_size
 from domino_jax.training.run import Run, RunInputs
 from domino_jax.training.step import TrainState
 
@@ -77,7 +77,7 @@ def rollout_decoder(run: RunInputs) -> Decoder:
 def prompts_at_once(run: RunInputs) -> int:
     """Prompts of a batch, all devices together."""
     # As many as a micro-batch has rows, which the mesh divides, or fewer where there are fewer.
-    parts = parts_of("batch", run.mesh)
+    parts = axis_size("batch", run.mesh)
     needed = -(-len(run.prompts) // parts) * parts
     return min(run.shape.batch_size, needed)
 
@@ -86,10 +86,10 @@ def target_cache_bytes(run: RunInputs) -> int:
     """What the target's keys and values of a batch of prompts take, all devices together."""
     decoder = rollout_decoder(run)
     longest = max(map(len, run.prompts))
-    slots = required_slots(decoder, longest, run.cadence.rollout_tokens)
+    cache_len = required_cache_len(decoder, longest, run.cadence.rollout_tokens)
 
     def cache() -> Any:
-        return decoder.target.empty_cache(batch=prompts_at_once(run), slots=slots)
+        return decoder.target.empty_cache(batch=prompts_at_once(run), cache_len=cache_len)
 
     # Shapes alone: a dry run holds none of it.
     leaves = jax.tree.leaves(jax.eval_shape(cache))

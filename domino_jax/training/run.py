@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from domino_jax.config.model import DecoderConfig
 from domino_jax.objective.objectives import objective_named
-from domino_jax.sharding import parts_of
+from domino_jax.sharding import axis_size
 from domino_jax.training.inputs import InputRows, training_batches
 from domino_jax.training.program import BatchShape
 from domino_jax.training.records import DraftRecord, RunRecord
@@ -117,7 +117,7 @@ def announcement(run: RunInputs) -> Iterator[str]:
     for name, part in (("training", run.rows), ("held out", run.heldout)):
         if part is not None:
             yield f"{name}: {part.summary(max_length=run.shape.max_length)}"
-    parts = parts_of("kv_heads", run.mesh)
+    parts = axis_size("kv_heads", run.mesh)
     for name, heads in (
         ("target", run.target_config.num_key_value_heads),
         ("draft", record.config.num_key_value_heads),

@@ -38,11 +38,11 @@ _FREE = (
 _PLACES = ("target", "data.train", "data.hidden_states", "data.eval", "draft.init_from")
 
 
-def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def check_settings(source: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuses settings that would train something else than the run was started with.
 
     Args:
-        place: the checkpoint, for messages.
+        source: the checkpoint, for messages.
         stored: plain values of the resolved configuration that it was started with.
         settings: of this start, likewise.
     Raises:
@@ -61,14 +61,14 @@ def check_settings(place: Path, stored: Mapping[str, Any], settings: Mapping[str
             "the schedules are stretched over them: train.extra_steps=N trains N steps further at "
             "the last rate"
         )
-    raise InputError(f"{place}: started with other settings ({words}); {remedy}")
+    raise InputError(f"{source}: started with other settings ({words}); {remedy}")
 
 
-def check_inputs(place: Path, stored: Mapping[str, str], inputs: Mapping[str, str]) -> None:
+def check_inputs(source: Path, stored: Mapping[str, str], inputs: Mapping[str, str]) -> None:
     """Refuses inputs that are not those that a run was started with.
 
     Args:
-        place: the checkpoint, for messages.
+        source: the checkpoint, for messages.
         stored: `RunRecord.inputs` of it.
         inputs: those of this start that are known by now.
     Raises:
@@ -82,10 +82,10 @@ def check_inputs(place: Path, stored: Mapping[str, str], inputs: Mapping[str, st
     if changed:
         # Twelve digits of each hash: the line has room for all that changed.
         words = re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1", "; ".join(changed))
-        raise InputError(f"{place}: what the run reads has changed: {words}; use another run_dir")
+        raise InputError(f"{source}: what the run reads has changed: {words}; use another run_dir")
 
 
-def check_draft(place: Path, stored: DraftRecord, record: DraftRecord) -> None:
+def check_draft(source: Path, stored: DraftRecord, record: DraftRecord) -> None:
     """Refuses a target whose config or template would make another draft of the same settings.
 
     Raises:
@@ -97,7 +97,7 @@ def check_draft(place: Path, stored: DraftRecord, record: DraftRecord) -> None:
         changed.append(f"chat template {stored.chat_template} -> {record.chat_template}")
     if changed:
         raise InputError(
-            f"{place}: the target has changed: {'; '.join(changed)}; use another run_dir"
+            f"{source}: the target has changed: {'; '.join(changed)}; use another run_dir"
         )
 
 

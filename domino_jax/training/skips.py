@@ -19,15 +19,12 @@ from domino_jax.data.conversations import Row
 from domino_jax.training.accumulator import Spike, StepOutcome
 
 NONFINITE, NO_ANCHOR = "nonfinite", "no_anchor"
-REASONS = {
-    NONFINITE: "its loss or gradient is not finite",
-    NO_ANCHOR: "no anchor in its batch",
-}
+REASONS = {NONFINITE: "its loss or gradient is not finite", NO_ANCHOR: "no anchor in its batch"}
 MAX_SHOWN = 16  # lines of one step in a message; metrics.jsonl has all of them
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchSource:
     """Which part of the data a step was made of.
 
     Attributes:
@@ -52,17 +49,17 @@ class Skip:
 
     step: int
     reason: str
-    place: Place
+    rows: BatchSource
 
     @property
     def words(self) -> str:
         """Why, and on what, for a person."""
-        return f"{REASONS[self.reason]}; {self.place}"
+        return f"{REASONS[self.reason]}; {self.rows}"
 
     @property
     def record(self) -> dict[str, Any]:
         """What `metrics.jsonl` says of it."""
-        return {"reason": self.reason, self.place.unit: self.place.numbers}
+        return {"reason": self.reason, self.rows.unit: self.rows.numbers}
 
 
 class StepWatch:
@@ -111,35 +108,35 @@ class StepWatch:
             if outcome.nonfinite:
                 self._count(outcome)
             reason = NONFINITE if outcome.nonfinite else NO_ANCHOR
-            yield Skip(outcome.step, reason, self._place(outcome.rows))
+            yield Skip(outcome.step, reason, self._rows_of(outcome.rows))
 
     def spike_words(self, spike: Spike) -> str:
         """A spike for a person: how large, and on what."""
         loss = f"loss {spike.outcome.loss:.3f} is {spike.times:.1f} times the window's median"
-        return f"{loss}; {self._place(spike.outcome.rows)}"
+        return f"{loss}; {self._rows_of(spike.outcome.rows)}"
 
     def spike_record(self, spike: Spike) -> dict[str, Any]:
         """What `metrics.jsonl` says of a spike."""
-        place = self._place(spike.outcome.rows)
-        return {"loss": spike.outcome.loss, "median": spike.median, place.unit: place.numbers}
+        rows = self._rows_of(spike.outcome.rows)
+        return {"loss": spike.outcome.loss, "median": spike.median, rows.unit: rows.numbers}
 
     def _count(self, outcome: StepOutcome) -> None:
         if self._bad_in_a_row == 0:
-            # Numbers and no `Place`: a checkpoint holds them as JSON.
+            # Numbers and no `BatchSource`: a checkpoint holds them as JSON.
             self._first_bad = [outcome.step, outcome.rows]
         self._bad_in_a_row += 1
         if self._bad_in_a_row == self._max_nonfinite_steps and self.diverged_at is None:
             assert self._first_bad is not None
             step, numbers = self._first_bad
-            self.diverged_at = Skip(step, NONFINITE, self._place(numbers))
+            self.diverged_at = Skip(step, NONFINITE, self._rows_of(numbers))
 
-    def _place(self, numbers: Sequence[int]) -> Place:
+    def _rows_of(self, numbers: Sequence[int]) -> BatchSource:
         # All lines or none: one message never counts two things.
         known = [self._rows[number].line for number in numbers]
         lines = [line for line in known if line is not None]
         if len(lines) == len(numbers):
-            return Place(self._source, "lines", lines)
-        return Place(self._source, "rows", [number + 1 for number in numbers])
+            return BatchSource(self._source, "lines", lines)
+        return BatchSource(self._source, "rows", [number + 1 for number in numbers])
 
 
 def divergence(
@@ -148,7 +145,7 @@ def divergence(
     """One line on a run that had to stop: since when, on which rows, what is left, what to do."""
     return (
         f"stopped: {max_nonfinite_steps} updates in a row (train.max_nonfinite_steps) were not "
-        f"finite, from step {first.step} on ({first.place}); {_way_on(run_dir, newest_checkpoint)}"
+        f"finite, from step {first.step} on ({first.rows}); {_way_on(run_dir, newest_checkpoint)}"
     )
 
 

@@ -27,7 +27,7 @@ from domino_jax.draft.build import init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import ParameterPath, load_sharded_target
-from domino_jax.training.program import state_layout
+from domino_jax.training.program import abstract_state
 from domino_jax.training.step import Program, TrainState, initial_state
 
 
@@ -52,7 +52,7 @@ def state_at_start(
     """
     # The last number of int32: steps fold their own into the same seed, and none comes that far.
     key = jax.random.fold_in(jax.random.key(program.seed), np.iinfo(np.int32).max)
-    layout = jax.tree.map(lambda x: x.sharding, state_layout(program, config, mesh))
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(program, config, mesh))
     fresh = jax.jit(
         lambda: nn.meta.unbox(init_variables(DraftModel(config), key))["params"],
         out_shardings=layout.params,

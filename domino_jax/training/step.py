@@ -240,10 +240,7 @@ def batch_metrics(
             documents = document_ids(batch.seq_lens, input_ids.shape[1])
         with jax.named_scope(TARGET):
             out = program.target.apply(
-                {"params": target_params},
-                input_ids,
-                batch.position_ids,
-                documents=documents,
+                {"params": target_params}, input_ids, batch.position_ids, documents=documents
             )
         features = out.features
         target_states = out.hidden

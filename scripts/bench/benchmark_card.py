@@ -37,10 +37,7 @@ def compare(options: argparse.Namespace) -> None:
     """Measures the settings of a workload one after another and prints the figures."""
     sys.stdout.reconfigure(line_buffering=True)  # a call that is cut off has said what it measured
     chosen = settings(
-        options.workload,
-        anchors=options.anchors,
-        modes=options.modes,
-        tiny=options.tiny,
+        options.workload, anchors=options.anchors, modes=options.modes, tiny=options.tiny
     )
     asked = {
         "workload": options.workload,
@@ -123,22 +120,19 @@ def take_turns(sides: list[Side], rounds: int) -> None:
 
 
 def setting_figures(
-    setting: Setting,
-    turns: str,
-    sides: list[Side],
-    said: dict[str, dict[str, Any]],
+    setting: Setting, turns: str, sides: list[Side], said: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """What was measured, in the form of the report."""
     target = target_config(setting.shape, dtype="bfloat16", tiny=setting.tiny)
     draft = draft_config(target)
     online = target if setting.mode == "online" else None
-    flops = step_flops(draft, setting.length, setting.slots, target=online)
+    flops = step_flops(draft, setting.length, setting.cache_len, target=online)
     total, chip = sum(flops.values()), CHIPS.get(said["ours"]["device"])
     peak = chip and chip.flops
     report: dict[str, Any] = {
         "mode": setting.mode,
         "length": setting.length,
-        "anchors": setting.slots,
+        "anchors": setting.cache_len,
         "turns": turns,
         "flops": flops,
         "step_flops": total,
@@ -164,8 +158,8 @@ def setting_figures(
 
 def show(report: dict[str, Any]) -> None:
     """The figures of a setting as text."""
-    place = f"{report['mode']}, S {report['length']}, N {report['anchors']}"
-    print(f"{place}: {report['step_flops'] / 1e12:.4g} useful TFLOP a step, {report['turns']}")
+    spec = f"{report['mode']}, S {report['length']}, N {report['anchors']}"
+    print(f"{spec}: {report['step_flops'] / 1e12:.4g} useful TFLOP a step, {report['turns']}")
     for name, title in (("ours", "here"), ("nemo", "NeMo 0.7.0")):
         side = report.get(name)
         if side is None:
@@ -197,7 +191,7 @@ def side_step(setting: Setting, options: argparse.Namespace) -> Worker:
     row = np.random.default_rng(0).integers(0, draft.mask_token_id, (1, setting.length))
     if options.worker == "ours":
         np.savez(anchors, **side.drawn_anchors(draft, setting, steps=WARM_UP + options.rounds))
-        own = {"num_anchors": setting.slots, "chunk_blocks": options.chunk_blocks}
+        own = {"num_anchors": setting.cache_len, "chunk_blocks": options.chunk_blocks}
     else:
         own = {"compiled": options.nemo_compile, **np.load(anchors)}
     return side.recipe_step(draft, target, input_ids=row, online=setting.mode == "online", **own)

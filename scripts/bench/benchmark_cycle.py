@@ -11,9 +11,9 @@ import numpy as np
 
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.evaluation.timing import cycle_times
-from domino_jax.kernels.argmax import most_likely
+from domino_jax.kernels.argmax import argmax
 from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import Target, lm_head_weight
 
@@ -32,13 +32,13 @@ def target_pass(
     target: Target, params: Any, *, size: int, context: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A jitted pass over `size` tokens at `context`, and its arguments; the cache is donated."""
-    cache = target.empty_cache(batch=1, slots=context + 64)
+    cache = target.empty_cache(batch=1, cache_len=context + 64)
     tokens = jnp.ones((1, size), jnp.int32)
     positions = context + jnp.arange(size, dtype=jnp.int32)[None]
 
     def run(cache: Any, params: Any, tokens: jax.Array, positions: jax.Array) -> Any:
         out = target.apply({"params": params}, tokens, positions, cache=cache)
-        return out.cache, most_likely(vocabulary_logits(out.hidden, lm_head_weight(params)))
+        return out.cache, argmax(vocabulary_logits(out.hidden, lm_head_weight(params)))
 
     return jax.jit(run, donate_argnums=0), (cache, params, tokens, positions)
 
@@ -70,9 +70,9 @@ def batch_speed(
     decoder: Decoder, weights: Weights, prompts: list[np.ndarray], *, count: int
 ) -> dict[str, float]:
     """Tokens per second and tau of a batch whose rows accept different lengths."""
-    slots = required_slots(decoder, max(map(len, prompts)), count)
+    cache_len = required_cache_len(decoder, max(map(len, prompts)), count)
     for _ in range(2):  # the first compiles
-        answers = generate(decoder, weights, prompts, max_new_tokens=count, slots=slots)
+        answers = generate(decoder, weights, prompts, max_new_tokens=count, cache_len=cache_len)
     tokens = sum(len(answer.tokens) for answer in answers)
     committed, checks = sum(a.committed for a in answers), sum(a.verifications for a in answers)
     return {"tokens_per_second": tokens / answers[0].seconds, "tau": committed / checks}

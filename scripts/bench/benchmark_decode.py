@@ -38,7 +38,7 @@ from benchmark_workloads import SHAPES, draft_config, target_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.evaluation.record import hardware
 from domino_jax.interop.hf import save_hf_draft
@@ -71,8 +71,8 @@ def main() -> None:
     report = measured(case, options) | described(case, options)
     show(report)
     device = jax.devices()[0]
-    place = {"platform": device.platform, "device": device.device_kind}
-    record(options.record, report, device=place)
+    spec = {"platform": device.platform, "device": device.device_kind}
+    record(options.record, report, device=spec)
     report |= {"hardware": hardware(), "revision": revision()}
     print(json.dumps(report | {"date": datetime.date.today().isoformat()}))
 
@@ -114,10 +114,10 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     prompts, count = case.prompts, options.max_new_tokens
     decoders = our_decoders(case, proposals=options.proposals)
     longest = max(map(len, prompts))
-    ways = {name: our_way(*pair, longest=longest, count=count) for name, pair in decoders.items()}
+    modes = {name: our_way(*pair, longest=longest, count=count) for name, pair in decoders.items()}
     if not options.no_torch:
-        ways |= torch_ways(*case.torch_models(), case.stops, count=count)
-    report: dict[str, Any] = {"ways": take_turns(ways, prompts)}
+        modes |= torch_ways(*case.torch_models(), case.stops, count=count)
+    report: dict[str, Any] = {"ways": take_turns(modes, prompts)}
     target = Target(case.target)
     report["verification"] = verification(target, case.target_params, context=case.context)
     report["cycle"] = {
@@ -239,10 +239,10 @@ def case_of_shape(options: argparse.Namespace) -> Case:
 
 def our_way(decoder: Decoder, weights: Weights, *, longest: int, count: int) -> Way:
     """Tokens and verifications of one prompt; every prompt uses the same compiled loop."""
-    slots = required_slots(decoder, longest, count)
+    cache_len = required_cache_len(decoder, longest, count)
 
     def run(prompt: np.ndarray) -> tuple[list[int], int]:
-        (answer,) = generate(decoder, weights, [prompt], max_new_tokens=count, slots=slots)
+        (answer,) = generate(decoder, weights, [prompt], max_new_tokens=count, cache_len=cache_len)
         return answer.tokens.tolist(), answer.verifications
 
     return run
@@ -259,7 +259,7 @@ def torch_ways(
     calls: list[None] = []
     model.register_forward_pre_hook(lambda *_: calls.append(None))
 
-    def way(run: Callable[[Any], Any]) -> Way:
+    def mode(run: Callable[[Any], Any]) -> Way:
         def counted(prompt: np.ndarray) -> tuple[list[int], int]:
             calls.clear()
             with torch.inference_mode():
@@ -269,9 +269,9 @@ def torch_ways(
         return counted
 
     limits = {"max_new_tokens": count, "do_sample": False, "eos_token_id": list(stops) or None}
-    ways = {"transformers": way(lambda ids: model.generate(ids, **limits))}
+    modes = {"transformers": mode(lambda ids: model.generate(ids, **limits))}
     for name, draft in drafts.items():
-        ways[name] = way(
+        modes[name] = mode(
             lambda ids, draft=draft: draft.eval().spec_generate(
                 target=model,
                 input_ids=ids,
@@ -280,22 +280,22 @@ def torch_ways(
                 temperature=0.0,
             )
         )
-    return ways
+    return modes
 
 
-def take_turns(ways: dict[str, Any], prompts: list[np.ndarray]) -> dict[str, dict[str, float]]:
+def take_turns(modes: dict[str, Any], prompts: list[np.ndarray]) -> dict[str, dict[str, float]]:
     """Every way answers every prompt, the first once more before that to compile and warm up."""
-    seconds: dict[str, float] = dict.fromkeys(ways, 0.0)
-    answers: dict[str, list[tuple[list[int], int]]] = {name: [] for name in ways}
-    for name, way in ways.items():
+    seconds: dict[str, float] = dict.fromkeys(modes, 0.0)
+    answers: dict[str, list[tuple[list[int], int]]] = {name: [] for name in modes}
+    for name, mode in modes.items():
         for prompt in (
             {len(prompt): prompt for prompt in prompts}.values() if name in OURS else prompts[:1]
         ):
-            way(prompt)
+            mode(prompt)
     for number, prompt in enumerate(prompts, start=1):
-        for name, way in ways.items():
+        for name, mode in modes.items():
             began = time.perf_counter()
-            answers[name].append(way(prompt))
+            answers[name].append(mode(prompt))
             seconds[name] += time.perf_counter() - began
         print(f"{number}/{len(prompts)} prompts", file=sys.stderr)
     figures = {}
@@ -318,11 +318,11 @@ def take_turns(ways: dict[str, Any], prompts: list[np.ndarray]) -> dict[str, dic
 
 def show(report: dict[str, Any]) -> None:
     """The figures in words."""
-    for name, way in report["ways"].items():
-        equal = f"{way['answers_equal_to_plain']}/{report['prompts']} answers equal to plain"
-        cycle = f"{way['seconds_per_verification'] * 1e3:.2f} ms a verification"
+    for name, mode in report["ways"].items():
+        equal = f"{mode['answers_equal_to_plain']}/{report['prompts']} answers equal to plain"
+        cycle = f"{mode['seconds_per_verification'] * 1e3:.2f} ms a verification"
         print(
-            f"{name:13} {way['tokens_per_second']:6.1f} tokens/s  tau {way['tau']:.3f}  "
+            f"{name:13} {mode['tokens_per_second']:6.1f} tokens/s  tau {mode['tau']:.3f}  "
             f"{cycle}  {equal}"
         )
     single = report["verification"][1]

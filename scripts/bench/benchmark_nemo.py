@@ -102,9 +102,9 @@ def target_model(config: DecoderConfig) -> torch.nn.Module:
 def target_tables(config: DecoderConfig) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The target's head and embedding alone, which draft-only training reads."""
     vocabulary, width = config.vocab_size, config.hidden_size
-    place = {"device": DEVICE, "dtype": DTYPES[config.dtype]}
-    embed_tokens = torch.nn.Embedding(vocabulary, width, **place).requires_grad_(False)
-    lm_head = torch.nn.Linear(width, vocabulary, bias=False, **place).requires_grad_(False)
+    spec = {"device": DEVICE, "dtype": DTYPES[config.dtype]}
+    embed_tokens = torch.nn.Embedding(vocabulary, width, **spec).requires_grad_(False)
+    lm_head = torch.nn.Linear(width, vocabulary, bias=False, **spec).requires_grad_(False)
     fill_torch("model.embed_tokens.weight", embed_tokens.weight)
     if config.tie_word_embeddings:
         lm_head.weight = embed_tokens.weight
@@ -245,10 +245,7 @@ def optimisation_step(
     """A step of the recipe's optimiser, which returns its loss when it is done."""
     loss_mask = supervised(ids)
     optimizer = torch.optim.AdamW(
-        trainer.parameters(),
-        lr=LEARNING_RATE,
-        betas=BETAS,
-        weight_decay=0.0,
+        trainer.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
     )
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -256,10 +253,7 @@ def optimisation_step(
 
     def step() -> float:
         metrics = trainer(
-            input_ids=ids,
-            hidden_states=features(),
-            loss_mask=loss_mask,
-            lambda_base=LAMBDA_BASE,
+            input_ids=ids, hidden_states=features(), loss_mask=loss_mask, lambda_base=LAMBDA_BASE
         )
         metrics.loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters(), CLIP_NORM)

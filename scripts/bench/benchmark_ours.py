@@ -31,7 +31,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.blocks import anchor_candidates, sample_anchors
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import hf_tensors
-from domino_jax.kernels.causal_attention import form_for
+from domino_jax.kernels.causal_attention import implementation_for
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import TABLES, expected_tensors
@@ -46,10 +46,7 @@ def default_dtype() -> str:
 
 
 def target_params(
-    config: DecoderConfig,
-    *,
-    stacked: bool = False,
-    only: tuple[str, ...] = (),
+    config: DecoderConfig, *, stacked: bool = False, only: tuple[str, ...] = ()
 ) -> Any:
     """A target's parameters in its compute type.
 
@@ -101,23 +98,18 @@ def drawn_anchors(config: DraftConfig, setting: Setting, *, steps: int) -> dict[
         micro_batch = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), step), 0)
         streams = {"anchors": micro_batch}
         key = module.apply({}, method=lambda m: m.make_rng("anchors"), rngs=streams)
-        return sample_anchors(key, candidates, num_anchors=setting.slots)
+        return sample_anchors(key, candidates, num_anchors=setting.cache_len)
 
     anchors, keep = jax.vmap(draw)(jnp.arange(steps))
     return {"anchors": np.asarray(anchors, np.int64), "keep": np.asarray(keep)}
 
 
 def recipe_program(
-    config: DraftConfig,
-    target: DecoderConfig,
-    *,
-    depth: int,
-    num_anchors: int,
-    chunk_blocks: int,
+    config: DraftConfig, target: DecoderConfig, *, depth: int, num_anchors: int, chunk_blocks: int
 ) -> Program:
     """The program of a run on this device; the target runs `depth` layers."""
     device = jax.devices()[0]
-    attention = form_for(
+    attention = implementation_for(
         device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False
     )
     return Program(

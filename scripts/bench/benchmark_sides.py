@@ -31,10 +31,7 @@ class Side:
     """
 
     def __init__(
-        self,
-        name: str,
-        words: Sequence[str],
-        environment: dict[str, str] | None = None,
+        self, name: str, words: Sequence[str], environment: dict[str, str] | None = None
     ) -> None:
         self.name, self.last = name, 0.0
         self.seconds: list[float] = []

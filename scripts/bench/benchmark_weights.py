@@ -27,11 +27,7 @@ def is_norm(name: str) -> bool:
 
 
 def jax_weight(
-    names: str | Sequence[str],
-    shape: Sequence[int],
-    dtype: str,
-    *,
-    std: float = STD,
+    names: str | Sequence[str], shape: Sequence[int], dtype: str, *, std: float = STD
 ) -> jax.Array:
     """The tensor of a name, or those of several stacked on a first axis, on the default device.
 
@@ -50,8 +46,8 @@ def jax_weight(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _spread(salts: jax.Array, shape: tuple[int, ...], dtype: str, width: float) -> jax.Array:
-    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    mixed = _mixed(_mixed(place) ^ salts.reshape(*salts.shape, *(1 for _ in shape)))
+    spec = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    mixed = _mixed(_mixed(spec) ^ salts.reshape(*salts.shape, *(1 for _ in shape)))
     even = (mixed >> 8).astype(jnp.float32) * jnp.float32(2.0**-24) - jnp.float32(0.5)
     return (even * jnp.float32(width)).astype(dtype)
 
@@ -76,8 +72,8 @@ def fill_torch(name: str, tensor: Any, *, std: float = STD, piece: int = TORCH_P
         flat = tensor.view(-1)
         for begin in range(0, flat.numel(), piece):
             part = flat[begin : begin + piece]
-            place = torch.arange(begin, begin + part.numel(), device=tensor.device)
-            mixed = _torch_mixed(_torch_mixed(place) ^ salt(name))
+            spec = torch.arange(begin, begin + part.numel(), device=tensor.device)
+            mixed = _torch_mixed(_torch_mixed(spec) ^ salt(name))
             even = (mixed >> 8).to(torch.float32) * 2.0**-24 - 0.5
             part.copy_(even * width(std))
 

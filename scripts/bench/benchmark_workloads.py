@@ -120,17 +120,13 @@ class Setting:
         return WORKLOADS[self.workload].length // (32 if self.tiny else 1)
 
     @property
-    def slots(self) -> int:
+    def cache_len(self) -> int:
         """N, as it is run."""
         return self.anchors // (64 if self.tiny else 1)
 
 
 def settings(
-    workload: str,
-    *,
-    anchors: Sequence[int],
-    modes: Sequence[str],
-    tiny: bool,
+    workload: str, *, anchors: Sequence[int], modes: Sequence[str], tiny: bool
 ) -> list[Setting]:
     """The settings of a workload, all of them or those with the given anchors and modes."""
     row = WORKLOADS[workload]

@@ -33,14 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_prompts import (
-    PROMPTS,
-    Record,
-    essence,
-    evaluated_in,
-    interleaved,
-    read_records,
-)
+from make_prompts import PROMPTS, Record, essence, evaluated_in, interleaved, read_records
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import file_sha256, whole_file, write_whole

@@ -18,16 +18,7 @@ from pathlib import Path
 
 from faults_damage import STEPS, stopped_place
 from faults_kills import VERBS
-from faults_place import (
-    Bits,
-    Case,
-    Place,
-    all_cases,
-    cleared,
-    directory_bits,
-    in_turn,
-    run_bits,
-)
+from faults_place import Bits, Case, Place, all_cases, cleared, directory_bits, in_turn, run_bits
 from faults_verdict import BAD_INPUT, DONE, completion, crash, refusal
 
 PAGE, FILLER = 4096, "filler"

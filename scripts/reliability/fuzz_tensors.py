@@ -128,7 +128,7 @@ def _gguf_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     parts_of_layers = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
     tops = {theirs: ours for ours, theirs in _TOP_NAMES.items()}
     shapes = {}
-    for name, shape in stored_shapes(CONFIG, found=1000, place=path).items():
+    for name, shape in stored_shapes(CONFIG, found=1000, source=path).items():
         if name in tops:
             shapes[tops[name]] = shape
             continue

@@ -13,7 +13,7 @@ from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DraftConfig
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.decoder import Target
@@ -57,12 +57,12 @@ def test_greedy_tokens_are_the_targets_own(use_head: bool) -> None:
         sharp(init_variables(draft, jax.random.key(1))),
     )
     speculative = make_decoder(TARGET, draft, use_head=use_head)
-    slots = required_slots(speculative, max(map(len, PROMPTS)), COUNT)
+    cache_len = required_cache_len(speculative, max(map(len, PROMPTS)), COUNT)
     # In full float32, as the command decodes: in fewer bits words may tie in one program alone.
     with jax.default_matmul_precision("highest"):
-        ours = generate(speculative, weights, PROMPTS, max_new_tokens=COUNT, slots=slots)
+        ours = generate(speculative, weights, PROMPTS, max_new_tokens=COUNT, cache_len=cache_len)
         alone, target = make_decoder(TARGET), Weights(weights.target)
-        plain = generate(alone, target, PROMPTS, max_new_tokens=COUNT, slots=slots)
+        plain = generate(alone, target, PROMPTS, max_new_tokens=COUNT, cache_len=cache_len)
     written = np.concatenate([answer.tokens for answer in plain])
     assert written.size == len(PROMPTS) * COUNT
     assert len(set(written.tolist())) > 3, "too dull to show a difference"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from domino_jax.base.errors import LINE_CHARACTERS, InputError, Scalars, from_tree, scalars, shown
+from domino_jax.base.errors import LINE_CHARACTERS, InputError, Scalars, from_dict, scalars, shown
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Section:
 
 def test_a_mapping_keeps_names_and_types() -> None:
     given = {"thinking": False, "budget": 0, "share": 0.5, "rate": "1e-3", "": "x"}
-    found = from_tree(Section, {"options": given}, place="file").options
+    found = from_dict(Section, {"options": given}, source="file").options
     assert [(name, type(value), value) for name, value in found.items()] == [
         (name, type(value), value) for name, value in given.items()
     ]
     assert found is not given, "what is changed later in the user's tree is not changed here"
-    assert from_tree(Section, {}, place="file") == Section({})
+    assert from_dict(Section, {}, source="file") == Section({})
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_a_mapping_keeps_names_and_types() -> None:
 )
 def test_a_mapping_refuses(value: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"^file: {message}$"):
-        from_tree(Section, {"options": value}, place="file")
+        from_dict(Section, {"options": value}, source="file")
     with pytest.raises(InputError, match=f"^{message}$"):
-        scalars(value, place="options")
+        scalars(value, source="options")
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_a_number_that_float32_does_not_hold_is_refused() -> None:
     class Rate:
         rate: float
 
-    assert from_tree(Rate, {"rate": 0}, place="file") == Rate(0.0) and from_tree(
-        Rate, {"rate": "1e38"}, place="file"
+    assert from_dict(Rate, {"rate": 0}, source="file") == Rate(0.0) and from_dict(
+        Rate, {"rate": "1e38"}, source="file"
     )
     for value in (1e39, "1e-39", -1e300):
         with pytest.raises(InputError, match=r"file: rate: .* is not a number that float32 holds"):
-            from_tree(Rate, {"rate": value}, place="file")
+            from_dict(Rate, {"rate": value}, source="file")

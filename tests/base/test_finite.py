@@ -34,10 +34,10 @@ def test_all_finite_agrees_with_numpy_on_every_number_of_16_bits(dtype: str) -> 
 
 def test_require_finite_says_where_and_how_many() -> None:
     values = np.ones((3, 4), np.float32)
-    require_finite(values, place="x", remedy="y")
+    require_finite(values, source="x", remedy="y")
     values[0, 1], values[2] = np.nan, np.inf
     with pytest.raises(InputError) as caught:
-        require_finite(values, place="draft: tensor fc.weight", remedy="take another")
+        require_finite(values, source="draft: tensor fc.weight", remedy="take another")
     assert (
         str(caught.value)
         == "draft: tensor fc.weight: 5 of 12 entries are not finite in float32; take another"

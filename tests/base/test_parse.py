@@ -24,7 +24,7 @@ from domino_jax.base.parse import parse_json, parse_yaml
     ],
 )
 def test_parse_yaml_reads_plain_values(text: str, value: Any) -> None:
-    found = parse_yaml(text, place="f")
+    found = parse_yaml(text, source="f")
     assert found == value or text.startswith("[[")
 
 
@@ -49,7 +49,7 @@ def test_parse_yaml_reads_plain_values(text: str, value: Any) -> None:
 )
 def test_parse_yaml_refuses(text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^f: .*{message}"):
-        parse_yaml(text, place="f")
+        parse_yaml(text, source="f")
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_parse_yaml_refuses(text: str, message: str) -> None:
 )
 def test_parse_json_refuses(text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^f: .*{message}"):
-        parse_json(text, place="f")
+        parse_json(text, source="f")
 
 
 def test_parse_json_reads_the_bounds() -> None:
     assert (
-        parse_json("[" * 64 + "]" * 64, place="f")
-        and parse_json(f"{'9' * 64}", place="f") == 10**64 - 1
+        parse_json("[" * 64 + "]" * 64, source="f")
+        and parse_json(f"{'9' * 64}", source="f") == 10**64 - 1
     )
-    assert parse_json("[Infinity]", place="f", nonfinite=True) == [float("inf")]
+    assert parse_json("[Infinity]", source="f", nonfinite=True) == [float("inf")]

@@ -41,4 +41,4 @@ def test_a_head_that_does_not_fit_is_named_with_the_file_to_mend(
 
 def test_heads_are_known_by_name() -> None:
     assert {"domino": DominoHeadConfig} == HEADS
-    assert head_kind("domino", place="file") is DominoHeadConfig
+    assert head_kind("domino", source="file") is DominoHeadConfig

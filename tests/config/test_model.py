@@ -12,7 +12,7 @@ from domino_jax.config.model import (
     DraftConfig,
     RopeScaling,
     default_target_layer_ids,
-    draft_from_tree,
+    draft_from_dict,
     draft_tree,
 )
 from domino_jax.config.sizes import SIZE_LIMIT, SIZE_LIMITS
@@ -156,7 +156,7 @@ def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
 )
 def test_a_stored_draft_is_read_strictly(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        draft_from_tree(DRAFT | change, place="file")
+        draft_from_dict(DRAFT | change, source="file")
     assert str(caught.value).startswith(f"file: {message}")
 
 
@@ -177,14 +177,14 @@ def test_draft_config_accepts_the_edges() -> None:
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
 def test_draft_config_round_trips_through_json(scaling: RopeScaling | None) -> None:
     draft = DraftConfig(**DRAFT | {"rope_scaling": scaling})
-    assert draft_from_tree(json.loads(json.dumps(draft_tree(draft))), place="file") == draft
+    assert draft_from_dict(json.loads(json.dumps(draft_tree(draft))), source="file") == draft
     tree = draft_tree(draft) | {"rope_scaling": {"rope_type": "linear", "factr": 2.0}}
     with pytest.raises(
         InputError, match="file: rope_scaling: unknown key 'factr'; did you mean 'factor'"
     ):
-        draft_from_tree(tree, place="file")
+        draft_from_dict(tree, source="file")
     with pytest.raises(InputError, match="file: rope_scaling: expected a mapping, found 2"):
-        draft_from_tree(tree | {"rope_scaling": 2}, place="file")
+        draft_from_dict(tree | {"rope_scaling": 2}, source="file")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from trees import SMALLEST
 
-from domino_jax.base.errors import InputError, from_tree
+from domino_jax.base.errors import InputError, from_dict
 from domino_jax.config.run import RENAMED, RunConfig, load_config
 from domino_jax.config.schema import described
 
@@ -18,8 +18,7 @@ def test_load_config_applies_overrides_in_order(smallest: Path) -> None:
         "draft.target_layer_ids=[1, 3]",
     ]
     config = load_config(
-        smallest,
-        [*words, "data.eval=held=out.jsonl", "draft.projector_type=null", "dtype=float32"],
+        smallest, [*words, "data.eval=held=out.jsonl", "draft.projector_type=null", "dtype=float32"]
     )
     assert config.train.steps == 9
     assert config.optimizer.learning_rate == 1e-3
@@ -27,7 +26,7 @@ def test_load_config_applies_overrides_in_order(smallest: Path) -> None:
     assert config.draft.projector_type is None
     assert config.data.eval == "held=out.jsonl"
     assert config.dtype == "float32"
-    assert load_config(smallest) == from_tree(RunConfig, SMALLEST, place="smallest"), (
+    assert load_config(smallest) == from_dict(RunConfig, SMALLEST, source="smallest"), (
         "overrides must not stick"
     )
 

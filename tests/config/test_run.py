@@ -10,12 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import DECODER, LLAMA3, SMALLEST
 
-from domino_jax.base.errors import InputError, from_tree
+from domino_jax.base.errors import InputError, from_dict
 from domino_jax.config.draft import DraftRecipe, make_draft_config
-from domino_jax.config.model import (
-    DecoderConfig,
-    DraftConfig,
-)
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig, dump_config, load_config
 from domino_jax.config.schema import described
 
@@ -150,10 +147,7 @@ def test_every_key_says_what_it_means() -> None:
     ("override", "message"),
     [
         ("data.max_length=16", "data.max_length 16 must exceed draft.block_size 16"),
-        (
-            "train.keep_best=heldout",
-            "train.keep_best is 'heldout', but data.eval is missing",
-        ),
+        ("train.keep_best=heldout", "train.keep_best is 'heldout', but data.eval is missing"),
         ("train.rollout_every=5", "train.rollout_every is 5, but data.eval is missing"),
     ],
 )
@@ -272,8 +266,8 @@ def test_dump_config_round_trips_any_value(rate: float, steps: int | None, targe
         "train": {"steps": steps},
         "target": target,
     }
-    config = from_tree(RunConfig, tree, place="given")
-    assert from_tree(RunConfig, yaml.safe_load(dump_config(config)), place="dumped") == config
+    config = from_dict(RunConfig, tree, source="given")
+    assert from_dict(RunConfig, yaml.safe_load(dump_config(config)), source="dumped") == config
 
 
 def test_configs_are_frozen(smallest: Path) -> None:

@@ -35,18 +35,18 @@ def test_a_record_reads_back_and_an_old_one_means_nothing_told() -> None:
     ours = ChatTemplate("abc", {"enable_thinking": False})
     tree = ours.as_json()
     assert tree == {"chat_template": "abc", "chat_template_kwargs": {"enable_thinking": False}}
-    assert recorded_kwargs(tree, place="file") == ours.kwargs
-    assert recorded_kwargs({"chat_template": "abc"}, place="file") == {}
+    assert recorded_kwargs(tree, source="file") == ours.kwargs
+    assert recorded_kwargs({"chat_template": "abc"}, source="file") == {}
     with pytest.raises(
         InputError, match=r"^file: chat_template_kwargs: expected a mapping, found 1$"
     ):
-        recorded_kwargs({"chat_template_kwargs": 1}, place="file")
+        recorded_kwargs({"chat_template_kwargs": 1}, source="file")
 
 
 def test_another_template_than_the_drafts_is_told_by_its_part() -> None:
     def told(ours: ChatTemplate) -> str:
         with pytest.raises(InputError) as caught:
-            ours.check_trained(ChatTemplate("a", {"x": 1}), place="run", target="tiny")
+            ours.check_trained(ChatTemplate("a", {"x": 1}), source="run", target="tiny")
         return str(caught.value)
 
     assert told(ChatTemplate("b", {"x": 1})).startswith("run: the chat template of tiny is not the")
@@ -54,7 +54,7 @@ def test_another_template_than_the_drafts_is_told_by_its_part() -> None:
         'run: trained with chat_template_kwargs {"x": 1}, asked for are {}; '
         "leave them out to take the draft's own"
     )
-    ChatTemplate("a", {"x": 1}).check_trained(ChatTemplate("a", {"x": 1}), place="", target="")
+    ChatTemplate("a", {"x": 1}).check_trained(ChatTemplate("a", {"x": 1}), source="", target="")
 
 
 READS = {

@@ -18,8 +18,7 @@ from domino_jax.data.conversations import (
 
 # As Qwen3: told not to think, the answer follows empty thoughts.
 SWITCHED = THINKING.replace(
-    "{% if loop.last and",
-    "{% if enable_thinking is defined and enable_thinking is false and",
+    "{% if loop.last and", "{% if enable_thinking is defined and enable_thinking is false and"
 ).replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is defined and enable_thinking is false %}"

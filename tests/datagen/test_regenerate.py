@@ -17,7 +17,7 @@ from domino_jax.data.template import NO_KWARGS
 from domino_jax.datagen.regenerate import Answerer, AnswerSettings, Regenerated, regenerate
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import TextStream, generate, stream_answer
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
 
@@ -43,9 +43,9 @@ class Tiny:
 
     def answer_alone(self, messages: Any, count: int = 12, kwargs: Scalars = NO_KWARGS) -> str:
         prompt = encode_prompt(messages, self.tokenizer, kwargs)
-        slots = required_slots(self.decoder, len(prompt), count)
+        cache_len = required_cache_len(self.decoder, len(prompt), count)
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=count, slots=slots
+            self.decoder, self.weights, [prompt], max_new_tokens=count, cache_len=cache_len
         )
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
@@ -237,8 +237,8 @@ def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
         encode_prompt(messages, tiny.tokenizer)
         for _, messages in read_messages(prompts).conversations
     ]
-    slots = required_slots(tiny.decoder, max(map(len, ids)), 40)
-    answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, slots=slots)
+    cache_len = required_cache_len(tiny.decoder, max(map(len, ids)), 40)
+    answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, cache_len=cache_len)
     for answer in answers:
         assert answer.stopped == (answer.tokens[-1] == tiny.tokenizer.eos_token_id)
         assert answer.stopped or len(answer.tokens) == 40

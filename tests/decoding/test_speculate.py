@@ -13,7 +13,7 @@ from toy_models import PROMPTS, TARGET, answers, draft_config, models
 
 from domino_jax.decoding.acceptance import accept_greedy
 from domino_jax.decoding.decoder import Weights, make_decoder, number_of_proposals
-from domino_jax.decoding.speculate import _draft, finish, required_slots, start, stream
+from domino_jax.decoding.speculate import _draft, finish, required_cache_len, start, stream
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.matmul import vocabulary_logits
@@ -122,7 +122,9 @@ def test_a_cycle_drafts_what_training_would_predict(
     model, weights = models(target_params, config)
     decoder = make_decoder(Target(TARGET), model)
     prompts = [np.array([1, 5, 2, 2, 4, 0, 3, 1, 5, 3, 3]), np.array([2, 4, 4])]
-    state = start(decoder, weights, prompts, max_new_tokens=8, slots=required_slots(decoder, 11, 8))
+    state = start(
+        decoder, weights, prompts, max_new_tokens=8, cache_len=required_cache_len(decoder, 11, 8)
+    )
     anchors = np.asarray(state.lengths) - 1
     bonus = np.take_along_axis(np.asarray(state.tokens), anchors[:, None], axis=1)
     drafted, _ = jax.jit(_draft, static_argnums=0)(
@@ -161,7 +163,7 @@ def test_a_scanned_target_decodes_the_same_tokens(target_params: Any) -> None:
         (True, weights._replace(target=stack_layers(target_params))),
     ):
         decoder = make_decoder(Target(TARGET, scan_layers=scan), model)
-        state = start(decoder, held, PROMPTS, max_new_tokens=12, slots=100)
+        state = start(decoder, held, PROMPTS, max_new_tokens=12, cache_len=100)
         outputs.append(finish(decoder, held, state))
     np.testing.assert_array_equal(outputs[0].tokens, outputs[1].tokens)
     np.testing.assert_array_equal(outputs[0].verifications, outputs[1].verifications)
@@ -194,8 +196,8 @@ def test_a_stop_token_ends_its_row_where_it_stands(target_params: Any) -> None:
 def test_streaming_gives_growing_prefixes_of_the_same_output(target_params: Any) -> None:
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft)
-    slots = required_slots(decoder, 3, 20)
-    first = start(decoder, weights, PROMPTS[:1], max_new_tokens=20, slots=slots)
+    cache_len = required_cache_len(decoder, 3, 20)
+    first = start(decoder, weights, PROMPTS[:1], max_new_tokens=20, cache_len=cache_len)
     pieces = [
         np.asarray(state.tokens[0, 3 : int(state.lengths[0])]).tolist()
         for state in stream(decoder, weights, first, cycles=2)
@@ -228,20 +230,20 @@ def test_number_of_proposals_and_bad_combinations() -> None:
 def test_start_refuses_what_does_not_fit(target_params: Any) -> None:
     decoder, weights = make_decoder(Target(TARGET)), Weights(target_params)
     with pytest.raises(ValueError, match="slots"):
-        start(decoder, weights, PROMPTS, max_new_tokens=80, slots=70)
+        start(decoder, weights, PROMPTS, max_new_tokens=80, cache_len=70)
     with pytest.raises(ValueError, match="without tokens"):
-        start(decoder, weights, [np.array([], np.int32)], max_new_tokens=2, slots=100)
+        start(decoder, weights, [np.array([], np.int32)], max_new_tokens=2, cache_len=100)
 
 
 def test_a_stale_cache_is_never_read(target_params: Any) -> None:
     """Rewinding only moves a length: garbage from the last committed position on has no effect."""
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft)
-    slots = required_slots(decoder, 7, 20)
-    state = start(decoder, weights, PROMPTS, max_new_tokens=20, slots=slots)
+    cache_len = required_cache_len(decoder, 7, 20)
+    state = start(decoder, weights, PROMPTS, max_new_tokens=20, cache_len=cache_len)
 
     def spoil(cache: jax.Array) -> jax.Array:
-        stale = jnp.arange(slots) >= (state.lengths - 1)[:, None]
+        stale = jnp.arange(cache_len) >= (state.lengths - 1)[:, None]
         return jnp.where(stale[:, None, :, None], 1e3, cache)
 
     spoiled = replace_caches(state, spoil)

@@ -95,10 +95,7 @@ def test_layer_spans_holds_each_type_once() -> None:
     chex.assert_trees_all_equal(found["sliding_attention"], windowed)
 
 
-@pytest.mark.pitfall(
-    "context up to and with the anchor",
-    seen="draft/mask.py: the anchor included",
-)
+@pytest.mark.pitfall("context up to and with the anchor", seen="draft/mask.py: the anchor included")
 def test_context_span_ends_strictly_before_the_anchor() -> None:
     found = context_span(jnp.array([[0, 1, 5, 5]]), jnp.array([[True, True, True, False]]))
     chex.assert_type(list(found), jnp.int32)

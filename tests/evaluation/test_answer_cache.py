@@ -7,7 +7,7 @@ import pytest
 from tiny import Heard
 
 from domino_jax.decoding.generate import Answer
-from domino_jax.evaluation.answer_cache import known_answers, prompts_sha256
+from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
 
 IDENTITY = {"target": "abc", "max_new_tokens": 4, "dtype": "float32"}
 
@@ -25,8 +25,8 @@ def never() -> list[Answer]:
 
 
 def test_answers_are_computed_once(tmp_path: Path) -> None:
-    known_answers(tmp_path / "answers", IDENTITY, answers)
-    found = known_answers(tmp_path / "answers", IDENTITY, never)
+    cached_answers(tmp_path / "answers", IDENTITY, answers)
+    found = cached_answers(tmp_path / "answers", IDENTITY, never)
     for one, expected in zip(found, answers(), strict=True):
         np.testing.assert_array_equal(one.tokens, expected.tokens)
         assert one.tokens.dtype == np.int32 and not one.drafted.any()
@@ -38,25 +38,25 @@ def test_answers_are_computed_once(tmp_path: Path) -> None:
     "change", [{"target": "abd"}, {"max_new_tokens": 5}, {"dtype": "bfloat16"}]
 )
 def test_anything_else_is_another_set(tmp_path: Path, change: dict[str, object]) -> None:
-    known_answers(tmp_path, IDENTITY, answers)
+    cached_answers(tmp_path, IDENTITY, answers)
     with pytest.raises(AssertionError, match="decoded again"):
-        known_answers(tmp_path, IDENTITY | change, never)
+        cached_answers(tmp_path, IDENTITY | change, never)
 
 
 @pytest.mark.parametrize("damage", ["", "{}", '{"identity": {}}', "[1]", "\x00"])
 def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str) -> None:
-    known_answers(tmp_path, IDENTITY, answers)
+    cached_answers(tmp_path, IDENTITY, answers)
     (path,) = tmp_path.iterdir()
     whole = path.read_text()
     path.write_text(damage)
-    assert len(known_answers(tmp_path, IDENTITY, answers)) == 2
+    assert len(cached_answers(tmp_path, IDENTITY, answers)) == 2
     assert path.read_text() == whole
 
 
 def test_a_place_that_cannot_be_written_is_told_and_passed_over(tmp_path: Path) -> None:
     (tmp_path / "file").touch()  # not a directory, to root either
     heard = Heard()
-    found = known_answers(tmp_path / "file" / "answers", IDENTITY, answers, reporter=heard)
+    found = cached_answers(tmp_path / "file" / "answers", IDENTITY, answers, reporter=heard)
     assert len(found) == 2
     (line,) = heard.lines
     assert line.endswith("answers: Not a directory; the target's answers are not kept")

@@ -11,7 +11,7 @@ from toy_models import PROMPTS, TARGET, draft_config, models
 
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import advance, required_slots, start
+from domino_jax.decoding.speculate import advance, required_cache_len, start
 from domino_jax.evaluation.counts import acceptance, tau, verifications
 from domino_jax.target.decoder import Target
 
@@ -130,14 +130,14 @@ def test_a_decoded_batch_is_counted_by_its_cycles(target_params: Any, stopped: b
     model, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), model, proposals="serving")
     assert decoder.proposals == P
-    slots = required_slots(decoder, max(map(len, PROMPTS)), 20)
+    cache_len = required_cache_len(decoder, max(map(len, PROMPTS)), 20)
     if stopped:
-        free = generate(decoder, weights, PROMPTS, max_new_tokens=20, slots=slots)
+        free = generate(decoder, weights, PROMPTS, max_new_tokens=20, cache_len=cache_len)
         decoder = replace(decoder, stop_ids=(drafted_stop(free),))
     seen: list[Cycle] = []
     # Of several limits some cut a last cycle.
     for limit in range(12, 21):
-        state = start(decoder, weights, PROMPTS, max_new_tokens=limit, slots=slots)
+        state = start(decoder, weights, PROMPTS, max_new_tokens=limit, cache_len=cache_len)
         cycles: list[Cycle] = []
         while not bool(jnp.all(state.finished)):
             before, finished = np.asarray(state.lengths), np.asarray(state.finished)
@@ -146,7 +146,7 @@ def test_a_decoded_batch_is_counted_by_its_cycles(target_params: Any, stopped: b
             for row in np.flatnonzero(~finished):
                 new = drafted[row, before[row] : after[row]]
                 cycles.append(Cycle(int(new.sum()), cut=bool(new.all())))
-        answered = generate(decoder, weights, PROMPTS, max_new_tokens=limit, slots=slots)
+        answered = generate(decoder, weights, PROMPTS, max_new_tokens=limit, cache_len=cache_len)
         assert_counts(answered, cycles)
         seen += cycles
     assert any(cycle.kept for cycle in seen) and any(cycle.cut for cycle in seen)

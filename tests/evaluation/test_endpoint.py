@@ -13,9 +13,9 @@ from toy_models import PROMPTS, TARGET, draft_config, models
 
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.evaluation.bootstrap import PerPrompt
-from domino_jax.evaluation.endpoint import EndpointFigures, beside
+from domino_jax.evaluation.endpoint import EndpointFigures, compare_with_server
 from domino_jax.evaluation.evaluate import plain_answers
 from domino_jax.evaluation.servers import ask, find_server
 from domino_jax.target.decoder import Target
@@ -34,9 +34,9 @@ class Ours:
 
     def decode(self, prompt: np.ndarray, limit: int, stop_ids: Sequence[int]) -> Answer:
         assert tuple(stop_ids) == self.decoder.stop_ids and limit == TOKENS
-        slots = required_slots(self.decoder, max(map(len, PROMPTS)), TOKENS)
+        cache_len = required_cache_len(self.decoder, max(map(len, PROMPTS)), TOKENS)
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=TOKENS, slots=slots
+            self.decoder, self.weights, [prompt], max_new_tokens=TOKENS, cache_len=cache_len
         )
         return answer
 
@@ -64,7 +64,7 @@ def measured(respond: Any, ours: Ours) -> EndpointFigures:
     with serving(respond) as url:
         server = find_server(url, timeout=60.0)
         served = ask(server, PROMPTS, max_new_tokens=TOKENS, stop_ids=(5,), reporter=Heard())
-    figures = beside(served, ours.plain, ours.per_prompt, text_of=text_of)
+    figures = compare_with_server(served, ours.plain, ours.per_prompt, text_of=text_of)
     assert figures.url == url and figures.tokens_per_second > 0
     return figures
 
@@ -142,5 +142,5 @@ def test_text_that_ends_earlier_or_later_differs_there(ours: Ours, text: str, eq
     with serving(respond) as url:
         server = find_server(url, timeout=5.0)
         served = ask(server, PROMPTS[:1], max_new_tokens=4, stop_ids=(), reporter=Heard())
-    figures = beside(served, [own], PerPrompt((3,), (2,)), text_of=text_of)
+    figures = compare_with_server(served, [own], PerPrompt((3,), (2,)), text_of=text_of)
     assert (figures.tokens_equal, figures.tokens_compared) == (equal, equal + 1)

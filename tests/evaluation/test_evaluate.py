@@ -44,19 +44,19 @@ def test_every_way_writes_the_same_text_and_says_what_it_took(weights: Weights) 
     assert compared is not None and compared.lossless and compared.differences == ()
     assert figures.prompts == 3 and figures.tokens == 30
     assert compared.tokens_compared == compared.tokens_equal == 3 * 30
-    assert list(figures.ways) == ["serving", "block", "head_off", "ngram"]
-    assert [way.proposals for way in figures.ways.values()] == [4, 5, 4, 4]
-    for way in figures.ways.values():
+    assert list(figures.modes) == ["serving", "block", "head_off", "ngram"]
+    assert [mode.proposals for mode in figures.modes.values()] == [4, 5, 4, 4]
+    for mode in figures.modes.values():
         # The first token of an answer costs no verification.
-        assert way.committed == sum(way.per_prompt.committed) == 27
-        assert way.tau == pytest.approx(27 / way.verifications) and way.tau >= 1
-        assert way.interval is not None and way.interval[0] <= way.tau <= way.interval[1]
-    headline = figures.ways["serving"]
+        assert mode.committed == sum(mode.per_prompt.committed) == 27
+        assert mode.tau == pytest.approx(27 / mode.verifications) and mode.tau >= 1
+        assert mode.interval is not None and mode.interval[0] <= mode.tau <= mode.interval[1]
+    headline = figures.modes["serving"]
     assert figures.tau == headline.tau and headline.gain is None
     for name in ("block", "head_off", "ngram"):
-        gain = figures.ways[name].gain
+        gain = figures.modes[name].gain
         assert gain is not None
-        assert gain.ratio == pytest.approx(headline.tau / figures.ways[name].tau)
+        assert gain.ratio == pytest.approx(headline.tau / figures.modes[name].tau)
     speed = figures.speed
     assert speed is not None and speed.prompts == 1
     assert speed.speed_up == pytest.approx(speed.tokens_per_second / speed.tokens_per_second_plain)
@@ -83,15 +83,15 @@ def test_replayed_counts_are_those_of_decoding(weights: Weights) -> None:
     )
     assert heard.lines == ["replayed 2/3", "replayed 3/3"]
     assert again.comparison is None and again.tokens == decoded.tokens
-    assert list(again.ways) == list(decoded.ways)
-    for name, way in again.ways.items():
-        assert way == replace(decoded.ways[name], comparison=None)
+    assert list(again.modes) == list(decoded.modes)
+    for name, mode in again.modes.items():
+        assert mode == replace(decoded.modes[name], comparison=None)
     for one, other in zip(again.answers, decoded.answers, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_array_equal(one.drafted, other.drafted)
         assert one.stopped == other.stopped
     timed = evaluate(decoder, weights, PROMPTS, replay=True, **settings | {"timed": 2})
-    assert timed.comparison == timed.ways["serving"].comparison
+    assert timed.comparison == timed.modes["serving"].comparison
     tokens = sum(len(answer.tokens) for answer in decoded.answers[:2])
     assert timed.comparison is not None and timed.comparison.tokens_equal == tokens
     # Otherwise nothing was drafted, or everything.
@@ -122,8 +122,8 @@ def test_dflash_has_neither_a_head_to_switch_off_nor_another_block(weights: Weig
     figures = evaluate(
         decoder, weights._replace(draft=draft), PROMPTS[:1], max_new_tokens=4, timed=0
     )
-    assert list(figures.ways) == ["serving", "ngram"] and figures.tau >= 1
-    assert figures.ways["serving"].interval is None  # of one prompt nothing can be drawn
+    assert list(figures.modes) == ["serving", "ngram"] and figures.tau >= 1
+    assert figures.modes["serving"].interval is None  # of one prompt nothing can be drawn
 
 
 def test_answers_of_one_token_leave_a_record_that_can_be_read(weights: Weights) -> None:
@@ -136,7 +136,7 @@ def test_answers_of_one_token_leave_a_record_that_can_be_read(weights: Weights) 
 def test_samples_are_not_compared(weights: Weights) -> None:
     decoder = make_decoder(TARGET, DraftModel(CONFIG), temperature=1.0)
     figures = evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=4, timed=0)
-    assert figures.comparison is None and "ngram" not in figures.ways
+    assert figures.comparison is None and "ngram" not in figures.modes
     assert "lossless" not in figures.as_json()["ways"]["serving"]
 
 

@@ -153,13 +153,13 @@ def test_other_addresses_are_refused(url: str) -> None:
 
 def test_a_response_is_read_by_path_and_type() -> None:
     record = {"a": [{"b": 3}], "c": True, "d": -1}
-    assert find(record, "a", 0, "b") == need(record, "a", 0, "b", kind=int, place="x") == 3
+    assert find(record, "a", 0, "b") == need(record, "a", 0, "b", kind=int, source="x") == 3
     assert find(record, "a", 1, "b") is None and find(record, "a", "b") is None
     assert find([], "a") is None and find(None, 0) is None
-    assert count(record, "a", 0, "b", place="x") == 3
+    assert count(record, "a", 0, "b", source="x") == 3
     with pytest.raises(InputError, match=r"x: expected str as a.0.b, found \{'a'"):
-        need(record, "a", 0, "b", kind=str, place="x")
+        need(record, "a", 0, "b", kind=str, source="x")
     with pytest.raises(InputError, match="x: expected int as c"):
-        count(record, "c", place="x")
+        count(record, "c", source="x")
     with pytest.raises(InputError, match="x: expected a count as d, found -1"):
-        count(record, "d", place="x")
+        count(record, "d", source="x")

@@ -82,14 +82,14 @@ def test_open_safetensors_refuses_a_file_that_was_cut_off(tmp_path: Path) -> Non
 
 def test_check_tensors_names_what_differs(tmp_path: Path) -> None:
     tensors = stored(tmp_path, a=np.ones((2, 3), np.float32))
-    check_tensors(tensors, {"a": (2, 3)}, place=tmp_path)
+    check_tensors(tensors, {"a": (2, 3)}, source=tmp_path)
     for shapes, message in (
         ({"a": (2, 3), "b": (1,)}, "missing tensor: b; expected 2, found 1"),
         ({}, "unexpected tensor: a; expected 0, found 1"),
         ({"a": (3, 2)}, r"tensor a has shape \[2, 3\], expected \[3, 2\]"),
     ):
         with pytest.raises(InputError, match=f"{tmp_path}: {message}"):
-            check_tensors(tensors, shapes, place=tmp_path)
+            check_tensors(tensors, shapes, source=tmp_path)
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 80, 2**20])

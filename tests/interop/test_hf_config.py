@@ -167,13 +167,13 @@ def test_fields_of_a_head_of_any_plain_type_read_back(monkeypatch: pytest.Monkey
     monkeypatch.setitem(HEADS, "mixed", MixedHead)
     config = draft_config(head=MixedHead(decay=2.0, gated=False, activation="relu"))
     tree = json.loads(json.dumps(config_json(config, "float32")))
-    assert config_from_json(tree, place="file") == config
+    assert config_from_json(tree, source="file") == config
     tree["dflash_config"]["decay"] = "slow"
     with pytest.raises(InputError, match="file: decay: expected float, found 'slow'"):
-        config_from_json(tree, place="file")
+        config_from_json(tree, source="file")
     del tree["dflash_config"]["decay"]
     with pytest.raises(InputError, match="file: decay is missing"):
-        config_from_json(tree, place="file")
+        config_from_json(tree, source="file")
 
 
 # What this project wrote before plain DFlash could be shifted.

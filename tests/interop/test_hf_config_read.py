@@ -238,10 +238,7 @@ def test_load_refuses_other_configs(
         (("architectures",), ["Qwen3DFlashDraftModel"]),
         (("dflash_config", "causal"), ...),
         (("dflash_config", "use_aux_hidden_state"), True),
-        (
-            ("dflash_config", "target_layer_id_convention"),
-            "zero_based_transformer_block_index",
-        ),
+        (("dflash_config", "target_layer_id_convention"), "zero_based_transformer_block_index"),
         (("target_layer_ids",), [0, 2, 4]),
         (("mask_token_id",), 119),
         (("eagle_aux_hidden_state_layer_ids",), [1, 3, 5]),  # as vLLM counts them

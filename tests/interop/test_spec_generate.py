@@ -29,7 +29,7 @@ from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.data.conversations import encode_prompt
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import required_slots, start, stream
+from domino_jax.decoding.speculate import required_cache_len, start, stream
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
@@ -132,7 +132,7 @@ def compare_all(
     config, params = load_hf_draft(draft)
     loaded = load_target(target, dtype="float32")
     decoder = make_decoder(Target(loaded.config), DraftModel(config))
-    slots = required_slots(decoder, max(map(len, prompts)), NEW_TOKENS + BLOCK_SIZE)
+    slots = required_cache_len(decoder, max(map(len, prompts)), NEW_TOKENS + BLOCK_SIZE)
     here = Here(decoder, Weights(loaded.params, params), slots)
     torch_target = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     nemo = Qwen3DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
@@ -173,7 +173,7 @@ def trained_draft(
     recipe = DraftRecipe(num_hidden_layers=1, block_size=BLOCK_SIZE, projector_type=None, **fields)
     config = make_draft_config(recipe, loaded.config, special_ids={}, dtype="float32")
     plain, weights = make_decoder(Target(loaded.config)), Weights(loaded.params)
-    slots = required_slots(plain, max(map(len, prompts)), NEW_TOKENS)
+    slots = required_cache_len(plain, max(map(len, prompts)), NEW_TOKENS)
     answers = generate(plain, weights, prompts, max_new_tokens=NEW_TOKENS, slots=slots)
     longest = max(map(len, prompts)) + NEW_TOKENS
     ids, loss_mask = np.zeros((2, len(prompts), longest), np.int32)
@@ -229,9 +229,7 @@ def check(seen: Seen) -> None:
 
 
 @pytest.mark.parametrize(
-    "layers",
-    [(0, 3), pytest.param((0, 2), marks=pytest.mark.slow)],
-    ids=["last layer", "middle"],
+    "layers", [(0, 3), pytest.param((0, 2), marks=pytest.mark.slow)], ids=["last layer", "middle"]
 )
 def test_three_decoders_agree_on_a_tiny_target(
     layers: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,7 +54,7 @@ def random_inputs(
 
 def drawn(packed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     batch = random_batch(draft_config(), rows=ROWS, length=LENGTH, packed=packed)
-    anchors, keep = random_anchors(draft_config(block_size=SIZE), batch, slots=SLOTS)
+    anchors, keep = random_anchors(draft_config(block_size=SIZE), batch, cache_len=SLOTS)
     anchors[0, 0] = 0  # a used block without context
     assert keep.any() and not keep.all()
     return anchors, keep, batch.packing.get("seq_lens")
@@ -111,14 +111,14 @@ def random_case(seed: int, *, longest: int = 60) -> Case:
         int(rng.integers(1, 3)),
         int(rng.integers(1, 9)),
     )
-    size, slots, length = (
+    size, cache_len, length = (
         int(rng.integers(2, 17)),
         int(rng.integers(1, 9)),
         int(rng.integers(1, longest)),
     )
     reach = np.maximum(1, length * rng.choice([0.1, 0.5, 1.0], (rows, 1))).astype(int)
-    anchors = np.sort(rng.integers(0, reach, (rows, slots)), axis=1).astype(np.int32)
-    keep = np.arange(slots) < rng.integers(0, slots + 1, (rows, 1))
+    anchors = np.sort(rng.integers(0, reach, (rows, cache_len)), axis=1).astype(np.int32)
+    keep = np.arange(cache_len) < rng.integers(0, cache_len + 1, (rows, 1))
     packed, window = (
         rng.random() < 0.5,
         int(rng.integers(size, 3 * size)) if rng.random() < 0.5 else None,
@@ -132,15 +132,17 @@ def random_case(seed: int, *, longest: int = 60) -> Case:
         block_size=size,
         window=window,
     )
-    inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, slots * size, seed=seed)
+    inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, cache_len * size, seed=seed)
     tiles = TileSize(int(rng.integers(1, 4 * groups * size)), int(rng.integers(1, length + 9)))
     return Case(inputs, span, bool(rng.random() < 0.3), tiles)
 
 
-def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: float) -> None:
+def check_against_the_definition(
+    case: Case, implementation: kernel.Implementation, *, gradient: float
+) -> None:
     options: dict[str, Any] = {"span": case.span, "causal": case.causal}
     found, slopes = values_and_gradients(
-        functools.partial(block_attention, **options, form=form), case.inputs
+        functools.partial(block_attention, **options, implementation=implementation), case.inputs
     )
     expected, exact = values_and_gradients(
         functools.partial(kernel.definition, **options), case.inputs
@@ -151,8 +153,7 @@ def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: flo
 
 
 @pytest.mark.pitfall(
-    "a boolean mask added as +1 and 0",
-    seen="kernels/block_attention_xla.py: `scores + seen`",
+    "a boolean mask added as +1 and 0", seen="kernels/block_attention_xla.py: `scores + seen`"
 )
 @pytest.mark.pitfall(
     "merged softmaxes: the log-sum-exp's gradient is dropped without a word",
@@ -161,15 +162,15 @@ def check_against_the_definition(case: Case, form: kernel.Form, *, gradient: flo
         "the context; in the own block"
     ),
 )
-@pytest.mark.parametrize("form", ["cpu", "tiles", "whole context"])
+@pytest.mark.parametrize("implementation", ["cpu", "tiles", "whole context"])
 @pytest.mark.parametrize("seed", CASES)
-def test_tiled_form_equals_the_definition(seed: int, form: str) -> None:
+def test_tiled_form_equals_the_definition(seed: int, implementation: str) -> None:
     case = random_case(seed)
     size = case.size
-    if form == "whole context":
+    if implementation == "whole context":
         size = dataclasses.replace(size, keys=WHOLE_CONTEXT.keys)
     check_against_the_definition(
-        case, kernel.by_tiles(size, transposed=form == "cpu"), gradient=GRADIENT
+        case, kernel.by_tiles(size, transposed=implementation == "cpu"), gradient=GRADIENT
     )
 
 
@@ -180,11 +181,11 @@ def test_the_kernel_of_a_tpu_equals_the_definition(seed: int) -> None:
         "size": KernelTile(queries=128, keys=128, context=256),
         "interpret": True,
     }
-    form = kernel.Form(
+    implementation = kernel.Implementation(
         functools.partial(pallas_tpu.forward, **interpreted),
         functools.partial(pallas_tpu.backward, **interpreted),
     )
-    check_against_the_definition(case, form, gradient=KERNEL_GRADIENT)
+    check_against_the_definition(case, implementation, gradient=KERNEL_GRADIENT)
 
 
 @pytest.mark.parametrize("seed", CASES)

@@ -69,9 +69,9 @@ def test_causal_attention_sees_its_document_up_to_itself() -> None:
         np.testing.assert_allclose(found, slow_attention(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["query tiles", "tpu"])
+@pytest.mark.parametrize("implementation", ["query tiles", "tpu"])
 @pytest.mark.parametrize("seed", CASES)
-def test_forms_of_accelerators_equal_the_definition(seed: int, form: str) -> None:
+def test_forms_of_accelerators_equal_the_definition(seed: int, implementation: str) -> None:
     rng = np.random.default_rng(seed)
     batch, kv_heads, groups, length = (int(rng.integers(1, top)) for top in (4, 3, 9, 300))
     shape = (batch, kv_heads, length, int(rng.choice([8, 64, 128])))
@@ -84,7 +84,7 @@ def test_forms_of_accelerators_equal_the_definition(seed: int, form: str) -> Non
             np.sum(np.arange(length)[:, None] >= ends[:, None], axis=-1), jnp.int32
         )
     expected = kernel.whole(q, k, v, documents)
-    if form == "tpu":
+    if implementation == "tpu":
         found = kernel.on_tpu(q, k, v, documents, interpret=True)
     else:
         found = kernel.by_query_tiles(q, k, v, documents, tile=int(rng.integers(1, 200)))
@@ -93,12 +93,16 @@ def test_forms_of_accelerators_equal_the_definition(seed: int, form: str) -> Non
 
 def test_cudnn_is_chosen_where_it_fits_and_refuses_packed_rows() -> None:
     fits = {"dtype": "bfloat16", "head_dim": 128, "packed": False}
-    assert kernel.form_for("gpu", **fits) == "cudnn"
+    assert kernel.implementation_for("gpu", **fits) == "cudnn"
     for other in ({"dtype": "float32"}, {"head_dim": 256}, {"packed": True}):
-        assert kernel.form_for("gpu", **(fits | other)) == "portable"
-    assert kernel.form_for("tpu", **fits) == kernel.form_for("cpu", **fits) == "portable"
+        assert kernel.implementation_for("gpu", **(fits | other)) == "portable"
+    assert (
+        kernel.implementation_for("tpu", **fits)
+        == kernel.implementation_for("cpu", **fits)
+        == "portable"
+    )
     q = jnp.zeros((1, 1, 4, 8))
     with pytest.raises(ValueError, match="packed rows need the portable form"):
-        causal_attention(q, q, q, documents=jnp.zeros((1, 4), jnp.int32), form="cudnn")
+        causal_attention(q, q, q, documents=jnp.zeros((1, 4), jnp.int32), implementation="cudnn")
     with pytest.raises(ValueError, match="form must be portable or cudnn"):
-        causal_attention(q, q, q, form="flash")
+        causal_attention(q, q, q, implementation="flash")

@@ -52,14 +52,14 @@ def random_inputs(
 
 
 def run(
-    inputs: Inputs, labels: Labels, *, form: Any = vocabulary_loss, **options: Any
+    inputs: Inputs, labels: Labels, *, implementation: Any = vocabulary_loss, **options: Any
 ) -> VocabularyLoss:
     states, tables = (
         States(inputs.hidden, inputs.low_rank),
         Tables(inputs.lm_head, inputs.expansion),
     )
     labels = labels._replace(target_states=inputs.target_states)
-    return form(states, tables, labels, **({"lambda_base": 0.3} | options))
+    return implementation(states, tables, labels, **({"lambda_base": 0.3} | options))
 
 
 def gradient(
@@ -134,7 +134,7 @@ OBJECTIVES = {
 def test_definition_equals_torch_autograd(objective: Objective, lambda_base: float) -> None:
     inputs, labels = random_inputs()
     found, loss = gradient(
-        inputs, labels, form=dual_loss, objective=objective, lambda_base=lambda_base
+        inputs, labels, implementation=dual_loss, objective=objective, lambda_base=lambda_base
     )
     ones = np.ones_like(labels.weights)
     factors = [
@@ -171,14 +171,16 @@ def random_objective(rng: np.random.Generator) -> Objective:
 
 @pytest.mark.parametrize("transposed", [True, False], ids=["cpu", "others"])
 @pytest.mark.parametrize("seed", CASES)
-def test_the_form_in_pieces_equals_the_definition(
+def test_the_form_in_chunks_equals_the_definition(
     seed: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Objectives, divergences, fractional masks, unused slots, pieces of any size, head or none."""
-    in_pieces = kernel._in_pieces
+    in_pieces = kernel._in_chunks
     # What the other platforms run is tried here too: every branch is traced, and this one is taken.
     monkeypatch.setattr(
-        kernel, "_in_pieces", lambda form, *a: in_pieces(replace(form, transposed=transposed), *a)
+        kernel,
+        "_in_chunks",
+        lambda implementation, *a: in_pieces(replace(implementation, transposed=transposed), *a),
     )
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 4)), int(rng.integers(1, 9)), int(rng.integers(1, 6)))
@@ -196,7 +198,7 @@ def test_the_form_in_pieces_equals_the_definition(
     }
     chunk = int(rng.integers(0, shape[1] + 2))
     found_gradient, found = gradient(inputs, labels, **options, chunk_blocks=chunk)
-    exact_gradient, exact = gradient(inputs, labels, form=dual_loss, **options)
+    exact_gradient, exact = gradient(inputs, labels, implementation=dual_loss, **options)
     chex.assert_trees_all_close(found[:3], exact[:3], rtol=VALUE, atol=VALUE)
     seen = labels.mask > 0
     for ours, theirs in ((found.final, exact.final), (found.base, exact.base)):
@@ -289,8 +291,7 @@ def test_pieces_after_the_last_supervised_prediction_are_left_out() -> None:
 
 
 @pytest.mark.pitfall(
-    "whole logits twice",
-    seen="kernels/chunked_cross_entropy.py: chunk_blocks ignored",
+    "whole logits twice", seen="kernels/chunked_cross_entropy.py: chunk_blocks ignored"
 )
 def test_vocabulary_loss_in_chunks_holds_the_logits_of_one_chunk() -> None:
     blocks, size, vocabulary, width = 32, 4, 4000, 8
@@ -359,7 +360,7 @@ def test_an_objective_that_reads_logits_is_not_the_kernels() -> None:
     )
     with pytest.raises(ValueError, match=r"runs on training\.loss\.dual_loss"):
         run(inputs, labels, objective=smoothed)
-    loss = run(inputs, labels, form=dual_loss, objective=smoothed, lambda_base=1.0)
+    loss = run(inputs, labels, implementation=dual_loss, objective=smoothed, lambda_base=1.0)
     logits = inputs.hidden @ inputs.lm_head.T
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     np.testing.assert_allclose(

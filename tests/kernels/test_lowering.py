@@ -64,7 +64,7 @@ def traced_step() -> Any:
 def traced_cycle() -> Any:
     decoder = make_decoder(TARGET, DraftModel(CONFIG))
     weights = Weights(shapes_of(TARGET, jnp.zeros((1, 4), jnp.int32)), draft_shapes())
-    read = functools.partial(start, decoder, prompts=[np.arange(3)], max_new_tokens=9, slots=80)
+    read = functools.partial(start, decoder, prompts=[np.arange(3)], max_new_tokens=9, cache_len=80)
     return _advance.trace(
         decoder, weights, jax.eval_shape(read, weights), jax.ShapeDtypeStruct((), jnp.int32)
     )
@@ -75,10 +75,10 @@ def traced_cycle() -> Any:
     [(traced_step, STEP_FORMS), (traced_cycle, CYCLE_FORMS)],
     ids=["step", "cycle"],
 )
-def test_a_program_has_the_forms_of_its_own_platform(trace: Any, forms: set[str]) -> None:
+def test_a_program_has_the_forms_of_its_own_platform(trace: Any, implementations: set[str]) -> None:
     traced = trace()
     text = {platform: lowered(traced, platform) for platform in ("cpu", "tpu", "cuda")}
-    assert set(re.findall(r"cpu_\w+", text["cpu"])) == forms
+    assert set(re.findall(r"cpu_\w+", text["cpu"])) == implementations
     assert barriers(text["cpu"]) > barriers(text["tpu"]) == barriers(text["cuda"])
     # A step on a TPU attends in kernels: of the target, of the blocks, and the blocks' backward.
     kernels = {platform: text[platform].count("@tpu_custom_call") for platform in text}
@@ -97,6 +97,6 @@ def lowered(traced: Any, platform: str) -> str:
 
 def barriers(text: str, *, of: str = "") -> int:
     """Barriers of a program whose place in the code says `of`."""
-    places = dict(re.findall(r'^(#loc\d+) = loc\("([^"]*)"', text, re.MULTILINE))
+    specs = dict(re.findall(r'^(#loc\d+) = loc\("([^"]*)"', text, re.MULTILINE))
     found = re.findall(r"stablehlo\.optimization_barrier .* loc\((#loc\d+)\)", text)
-    return sum(of in places[place] for place in found)
+    return sum(of in specs[spec] for spec in found)

@@ -28,12 +28,14 @@ def test_scaled_equals_its_definition_in_values_and_gradients(shape: tuple[int, 
     chex.assert_trees_all_close(run(scale.scaled), run(scale.definition), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [scale._sum_over_rows, scale._sum_as_product])
+@pytest.mark.parametrize("implementation", [scale._sum_over_rows, scale._sum_as_product])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_form_sums_the_gradient_of_the_weight(form: Any, shape: tuple[int, ...]) -> None:
+def test_each_form_sums_the_gradient_of_the_weight(
+    implementation: Any, shape: tuple[int, ...]
+) -> None:
     rng = np.random.default_rng(0)
     x, gradient, weight = (
         rng.standard_normal(s).astype(np.float32) for s in (shape, shape, shape[-1:])
     )
     expected = jax.vjp(scale.definition, x, weight)[1](gradient)[1]
-    chex.assert_trees_all_close(form(gradient, x), expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(implementation(gradient, x), expected, rtol=1e-5, atol=1e-6)

@@ -30,10 +30,7 @@ def test_dense_multiplies_by_the_transposed_weight() -> None:
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.pitfall(
-    "bfloat16 masters and softmax",
-    seen="layers/dense.py: masters in `dtype`",
-)
+@pytest.mark.pitfall("bfloat16 masters and softmax", seen="layers/dense.py: masters in `dtype`")
 def test_dense_keeps_a_float32_master_and_computes_in_its_dtype() -> None:
     x = jnp.asarray(normal(2, 5))
     layer = Dense(7, ("mlp", "embed"), "bfloat16")

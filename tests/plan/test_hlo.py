@@ -64,12 +64,12 @@ KNOWN = ', backend_config={"known_trip_count":{"n":"5"}}'
 
 
 @pytest.mark.parametrize(("known", "turns"), [("", 3), (KNOWN, 5)])
-def test_loops_are_counted_out(known: str, turns: int) -> None:
-    program = read_program(NESTED.replace("KNOWN", known), unknown_turns=7)
+def test_loops_are_counted_out(known: str, trip_count: int) -> None:
+    program = read_program(NESTED.replace("KNOWN", known), unknown_trip_count=7)
     found = {one.kind: one for one in collectives(program)}
     gathered, reduced = found["all-gather"], found["all-reduce"]
-    assert (gathered.times, gathered.bytes) == (turns, 128)
-    assert (reduced.times, reduced.bytes) == (turns * 7, 128)
+    assert (gathered.times, gathered.bytes) == (trip_count, 128)
+    assert (reduced.times, reduced.bytes) == (trip_count * 7, 128)
     assert gathered.loop == "jit(train_step)/target/while"
     assert reduced.loop == "jit(train_step)/head/while"
 

@@ -15,9 +15,9 @@ def square(x: jax.Array) -> jax.Array:
     return x @ x
 
 
-def counted(function, *, platform: str = "gpu", turns: int = 1) -> dict[str, float]:
+def counted(function, *, platform: str = "gpu", trip_count: int = 1) -> dict[str, float]:
     traced = jax.jit(function).trace(jax.ShapeDtypeStruct((8, 8), jnp.float32))
-    return flops_by_stage(products(traced, platform=platform, unknown_turns=turns))
+    return flops_by_stage(products(traced, platform=platform, unknown_trip_count=trip_count))
 
 
 def test_products_belong_to_the_innermost_stage_and_loops_count_their_turns() -> None:
@@ -45,7 +45,7 @@ def test_a_loop_of_unknown_length_takes_the_bound() -> None:
     def step(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, jnp.int32(x[0, 0]), lambda _, x: square(x), x)
 
-    assert counted(step, turns=7) == {OTHER: 7 * ONE}
+    assert counted(step, trip_count=7) == {OTHER: 7 * ONE}
 
 
 @pytest.mark.parametrize(("platform", "times"), [("cpu", 1), ("tpu", 2), ("gpu", 3)])
@@ -77,6 +77,6 @@ def test_what_each_device_does_counts_for_all_devices() -> None:
 @pytest.mark.parametrize(("dtype", "float32"), [(jnp.float32, True), (jnp.bfloat16, False)])
 def test_products_tell_their_type(dtype, float32: bool) -> None:
     traced = jax.jit(square).trace(jax.ShapeDtypeStruct((8, 8), dtype))
-    (product,) = products(traced, platform="tpu", unknown_turns=1)
+    (product,) = products(traced, platform="tpu", unknown_trip_count=1)
     assert (product.flops, product.times, product.float32) == (ONE, 1, float32)
     assert product.path.endswith("/dot_general")

@@ -31,11 +31,11 @@ from domino_jax.plan.plan import (
     write_json,
 )
 from domino_jax.plan.table import plan_table
-from domino_jax.plan.topology import compiler_for, parse_place
+from domino_jax.plan.topology import compiler_for, parse_device_spec
 from domino_jax.training.prepare import Models, abstract_step, read_models
 
 MADE = Plan(
-    place="v5e:2x2",
+    spec="v5e:2x2",
     device_kind="TPU v5e",
     devices=4,
     mesh={"data": 1, "fsdp": 4, "tensor": 1},
@@ -61,7 +61,7 @@ MADE = Plan(
 )
 REFUSED = dataclasses.replace(
     MADE,
-    place="v5e:2x4",
+    spec="v5e:2x4",
     fits=False,
     peak_bytes=None,
     argument_bytes=None,
@@ -125,37 +125,37 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("place", ["v5e:2x2", "h100:1"])
-def test_the_command_plans_and_keeps_the_plan(domino, config: Path, place: str) -> None:
-    require_compiler(place)
+@pytest.mark.parametrize("spec", ["v5e:2x2", "h100:1"])
+def test_the_command_plans_and_keeps_the_plan(domino, config: Path, spec: str) -> None:
+    require_compiler(spec)
     file = config.parent / "plans.json"
-    code, out, log = domino("plan", config, "--on", place, "--json", file)
+    code, out, log = domino("plan", config, "--on", spec, "--json", file)
     assert code == 0 and "yes" in out and out.endswith(f"{file}\n")
-    assert f"compiling for {place}, batch 8\n" in log
+    assert f"compiling for {spec}, batch 8\n" in log
     (made,) = json.loads(file.read_text())
     assert made["fits"] and 0 < made["argument_bytes"] < made["peak_bytes"] < 2**30
     assert set(made["useful_flops"]) == set(STAGES) - {"update"}
     executed = made["executed_flops"]
     assert all(executed[stage] >= flops for stage, flops in made["useful_flops"].items())
-    assert (made["launches"] is None) == (place == "v5e:2x2")
-    code, _, log = domino("plan", config, "--on", place, "--json", file)
+    assert (made["launches"] is None) == (spec == "v5e:2x2")
+    code, _, log = domino("plan", config, "--on", spec, "--json", file)
     assert code == 0 and "planned before" in log and "compiling" not in log
     assert json.loads(file.read_text()) == [made | {"cached": True}]
 
 
-@pytest.mark.parametrize("place", ["v5e:2x2", "h100:1"])
-def test_bad_input_is_one_line(domino, config: Path, place: str) -> None:
+@pytest.mark.parametrize("spec", ["v5e:2x2", "h100:1"])
+def test_bad_input_is_one_line(domino, config: Path, spec: str) -> None:
     code, _, log = domino("plan", config, "--on", "v9:2x2")
     assert code == 2 and log.startswith("error: --on 'v9:2x2': expected v4:AxBxC")
-    code, _, log = domino("plan", config, "--on", place, "--json", "nowhere/plan.json")
+    code, _, log = domino("plan", config, "--on", spec, "--json", "nowhere/plan.json")
     assert (code, log) == (
         2,
         "error: --json nowhere/plan.json: no directory nowhere; make it first\n",
     )
-    require_compiler(place)
-    code, _, log = domino("plan", config, "--on", place, "mesh.data=3")
+    require_compiler(spec)
+    code, _, log = domino("plan", config, "--on", spec, "mesh.data=3")
     assert code == 2 and "error: mesh: mesh data=3" in log
-    code, _, log = domino("plan", config, "--on", place, "target=nowhere")
+    code, _, log = domino("plan", config, "--on", spec, "target=nowhere")
     assert code == 2 and "error: nowhere: no such directory" in log
 
 
@@ -236,18 +236,18 @@ def test_largest_batch_asks_for_no_size_twice(first: int, most: int) -> None:
     assert len(set(asked)) == len(asked) <= 2 * math.log2(max(first, most) / 4 + 1) + 2
 
 
-@pytest.mark.parametrize("place", slow_after(1, ["v5e:2x2", "h100:4"]))
-def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, place: str) -> None:
-    require_compiler(place)
+@pytest.mark.parametrize("spec", slow_after(1, ["v5e:2x2", "h100:4"]))
+def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, spec: str) -> None:
+    require_compiler(spec)
     draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")
-    where = parse_place(place)
+    where = parse_device_spec(spec)
     compiler = compiler_for(where)
     abstract = abstract_step(small_config, Models(SMALL, draft), compiler.devices)
     step = planned_step(abstract)
     pieces = -(-small_config.loss.num_anchors // abstract.program.trainer.chunk_blocks)
     assert pieces > 1  # there is a loop to stay out of
     outcome = compile_step(step.lowered, where, compiler)
-    program = hlo.read_program(outcome.text, unknown_turns=pieces)
+    program = hlo.read_program(outcome.text, unknown_trip_count=pieces)
 
     found = hlo.collectives(program)
     heads = [one for one in found if one.kind == "all-gather" and SMALL_HEAD in one.arrays]
@@ -269,7 +269,7 @@ def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, plac
         assert len(loops) > 2 and {stage_of(one.path) for one in waiting} == {VOCABULARY_LOSS}
 
     platform = compiler.devices[0].platform
-    products = jaxpr_flops.products(step.traced, platform=platform, unknown_turns=pieces)
+    products = jaxpr_flops.products(step.traced, platform=platform, unknown_trip_count=pieces)
     total = sum(one.flops * one.times for one in products)
     whole = [one for one in products if one.float32 and one.flops * one.times > total / 1000]
     assert not whole
@@ -280,7 +280,7 @@ NODE = ("mesh.fsdp=8", "data.batch_size=16", "optimizer.grad_accumulation=1")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "words", "gib"),
+    ("spec", "words", "gib"),
     [
         ("v5p:2x2x2", NODE, 16),
         ("v6e:2x4", NODE, 32),
@@ -288,9 +288,9 @@ NODE = ("mesh.fsdp=8", "data.batch_size=16", "optimizer.grad_accumulation=1")
     ],
 )
 def test_the_published_recipe_fits(
-    tmp_path: Path, place: str, words: tuple[str, ...], gib: int
+    tmp_path: Path, spec: str, words: tuple[str, ...], gib: int
 ) -> None:
-    require_compiler(place)
+    require_compiler(spec)
     tree = {"model_type": "qwen3", "max_position_embeddings": 40960, "rms_norm_eps": 1e-6}
     tree |= {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288}
     tree |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
@@ -298,7 +298,7 @@ def test_the_published_recipe_fits(
     (tmp_path / "config.json").write_text(json.dumps(tree))
     path = Path(__file__).parents[2] / "configs/qwen3-8b.yaml"
     config = load_config(path, [*words, f"target={tmp_path}"])
-    where = parse_place(place)
+    where = parse_device_spec(spec)
     models = read_models(config, reporter=quiet())
     compiler = compiler_for(where)
     step = abstract_step(config, models, compiler.devices)

@@ -41,11 +41,7 @@ def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
     ("workload", "anchors", "teraflops"),
     [("qwen3-8b", 256, 65.5), ("qwen3-8b", 512, 101.7), ("qwen3-4b", 256, 36.8)],
 )
-def test_step_flops_count_what_is_useful(
-    workload: str,
-    anchors: int,
-    teraflops: float,
-) -> None:
+def test_step_flops_count_what_is_useful(workload: str, anchors: int, teraflops: float) -> None:
     from benchmark_workloads import WORKLOADS, draft_config, target_config
 
     target = target_config(WORKLOADS[workload].shape, dtype="bfloat16", tiny=False)
@@ -81,10 +77,7 @@ def test_both_sides_make_the_same_weights(dtype: str) -> None:
     ],
 )
 def test_both_sides_take_the_same_steps(
-    workload: str,
-    mode: str,
-    dtype: str,
-    tolerance: float,
+    workload: str, mode: str, dtype: str, tolerance: float
 ) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("nemo_automodel")
@@ -99,20 +92,10 @@ def test_both_sides_take_the_same_steps(
     online = mode == "online"
     drawn = benchmark_ours.drawn_anchors(draft, setting, steps=2)
     ours, our_words = benchmark_ours.recipe_step(
-        draft,
-        target,
-        input_ids=row,
-        online=online,
-        num_anchors=setting.slots,
-        chunk_blocks=2,
+        draft, target, input_ids=row, online=online, num_anchors=setting.slots, chunk_blocks=2
     )
     nemo, nemo_words = benchmark_nemo.recipe_step(
-        draft,
-        target,
-        input_ids=row,
-        online=online,
-        compiled=False,
-        **drawn,
+        draft, target, input_ids=row, online=online, compiled=False, **drawn
     )
     steps = np.array([[ours(), nemo()] for _ in range(2)])
     np.testing.assert_allclose(steps[:, 0], steps[:, 1], rtol=tolerance)
@@ -148,9 +131,7 @@ class FakeSide:
     ],
 )
 def test_each_side_runs_alone_where_both_do_not_fit(
-    lives: tuple[int, ...],
-    turns: str,
-    has_peer: bool,
+    lives: tuple[int, ...], turns: str, has_peer: bool
 ) -> None:
     import benchmark_card
     from benchmark_workloads import Setting

@@ -27,9 +27,9 @@ NEEDS_ACCELERATOR = "needs a GPU or TPU: JAX_PLATFORMS=cuda pytest -m accelerato
 
 def require_compiler(place: str) -> None:
     """Skips a test of plans for a place, written `v5e:2x2`, where its compiler is not installed."""
-    from domino_jax.plan.topology import missing_compiler, parse_place
+    from domino_jax.plan.topology import missing_compiler, parse_device_spec
 
-    lacking = missing_compiler(parse_place(place))
+    lacking = missing_compiler(parse_device_spec(place))
     if lacking is not None:
         pytest.skip(lacking)
 

@@ -12,7 +12,7 @@ import pytest
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.speculate import finish, required_slots, start
+from domino_jax.decoding.speculate import finish, required_cache_len, start
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.target.decoder import Target
@@ -62,11 +62,11 @@ PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3
 def answers(
     decoder: Decoder, weights: Weights, prompts: list[np.ndarray], count: int, seed: int = 0
 ) -> Any:
-    slots = required_slots(decoder, max(map(len, prompts)), count)
+    cache_len = required_cache_len(decoder, max(map(len, prompts)), count)
     return finish(
         decoder,
         weights,
-        start(decoder, weights, prompts, max_new_tokens=count, slots=slots, seed=seed),
+        start(decoder, weights, prompts, max_new_tokens=count, cache_len=cache_len, seed=seed),
     )
 
 

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from domino_jax.config.model import (
-    RopeScaling,
-)
+from domino_jax.config.model import RopeScaling
 
 SMALLEST: dict[str, Any] = {
     "run_dir": "runs/x",

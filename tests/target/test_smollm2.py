@@ -131,7 +131,7 @@ def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
             np.arange(first, first + length, dtype=np.int32), (len(TEXTS), length)
         )
 
-    cache = Target(loaded.config).empty_cache(batch=len(TEXTS), slots=start + count)
+    cache = Target(loaded.config).empty_cache(batch=len(TEXTS), cache_len=start + count)
     token, cache = next_tokens(loaded.params, prompts, cache, positions(0, start))
     tokens = [token]
     for at in range(start, start + count - 1):

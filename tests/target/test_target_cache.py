@@ -38,16 +38,16 @@ FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", *SCALED)
 def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch: int) -> None:
     tokens = random_tokens(batch, 9)
     apart = Target(loaded.config, capture=(0, 3))
-    forms = [
+    implementations = [
         (apart, loaded.params),
         (replace(apart, scan_layers=True), stack_layers(loaded.params)),
     ]
-    caches = [target.empty_cache(batch=batch, slots=12) for target, _ in forms]
+    caches = [target.empty_cache(batch=batch, cache_len=12) for target, _ in implementations]
     for start, stop in ((0, 6), (6, 7), (5, 9)):  # the last pass rewinds
         positions = np.tile(np.arange(start, stop, dtype=np.int32), (batch, 1))
         outs = [
             jitted(target)({"params": params}, tokens[:, start:stop], positions, cache=cache)
-            for (target, params), cache in zip(forms, caches, strict=True)
+            for (target, params), cache in zip(implementations, caches, strict=True)
         ]
         caches = [out.cache for out in outs]
         chex.assert_trees_all_close(outs[1][:2], outs[0][:2], atol=1e-5)
@@ -64,7 +64,7 @@ def test_cached_pieces_equal_the_whole_pass(
 ) -> None:
     loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
     expected = whole(loaded, tokens)
-    cache, start = Target(loaded.config).empty_cache(batch=batch, slots=24), 0
+    cache, start = Target(loaded.config).empty_cache(batch=batch, cache_len=24), 0
     for length in (6, 1, 6, 1, 3):
         out = step(loaded, tokens[:, start : start + length], [start] * batch, cache)
         assert_rows_equal(out, expected, [slice(start, start + length)] * batch)
@@ -75,7 +75,7 @@ def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
     tokens = random_tokens(2, 14)
     expected = whole(loaded, tokens)
     cache = step(
-        loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, slots=16)
+        loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, cache_len=16)
     ).cache
     # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
     cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
@@ -89,7 +89,7 @@ def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> 
     tokens = random_tokens(3, 16)
     expected = whole(loaded, tokens)
     cache = step(
-        loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, slots=20)
+        loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, cache_len=20)
     ).cache
     starts = [3, 11, 7]
     rows = [slice(start, start + 4) for start in starts]
@@ -102,7 +102,7 @@ def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> 
 
 
 def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
-    tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, slots=8)
+    tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, cache_len=8)
     with pytest.raises(ValueError, match="documents have no cache"):
         Target(loaded.config).apply(
             {"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int)

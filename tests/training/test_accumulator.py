@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domino_jax.training.accumulator import StepOutcome, Window, spikes, total
+from domino_jax.training.accumulator import MetricAccumulator, StepOutcome, spikes, total
 
 
 def sums_of(loss: float, weight: float = 1.0, *, updates: int = 1) -> dict[str, jax.Array]:
@@ -23,7 +23,7 @@ def sums_of(loss: float, weight: float = 1.0, *, updates: int = 1) -> dict[str, 
 
 def test_a_window_is_the_same_after_a_checkpoint() -> None:
     rng = np.random.default_rng(0)
-    whole, parts = Window(), Window()
+    whole, parts = MetricAccumulator(), MetricAccumulator()
     device: Any = None
     for step in range(1, 40):
         sums = sums_of(rng.exponential(), rng.exponential() * 1e3)
@@ -34,7 +34,7 @@ def test_a_window_is_the_same_after_a_checkpoint() -> None:
             window.add(step, np.array([[step, -1], [step + 1, -1]]), sums)
         if step % 7 == 0:
             stored = json.dumps([outcome.as_json() for outcome in parts.fetch()], allow_nan=False)
-            parts = Window(json.loads(stored))
+            parts = MetricAccumulator(json.loads(stored))
     one, other = whole.fetch(), parts.fetch()
     assert [(x.step, x.rows) for x in one] == [(x.step, x.rows) for x in other]
     assert one[3].rows == [4, 5]

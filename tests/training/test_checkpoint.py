@@ -54,10 +54,7 @@ def place(trained: Path, tmp_path: Path) -> Iterator[Path]:
 def resume(place: Path, *words: str) -> str:
     """What a start of the run in `place` says."""
     heard = Heard()
-    train(
-        load_config(place / "config.yaml", [f"run_dir={place / 'run'}", *words]),
-        reporter=heard,
-    )
+    train(load_config(place / "config.yaml", [f"run_dir={place / 'run'}", *words]), reporter=heard)
     return heard.text
 
 

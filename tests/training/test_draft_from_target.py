@@ -54,9 +54,7 @@ def test_draft_from_target_takes_what_a_dense_draft_has(target: Path, tmp_path: 
 
 
 def test_a_run_starts_as_the_top_of_its_target_and_reads_no_more_of_it(
-    target: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = run_config(tmp_path, target)
     fresh = prepare(load_config(path), reporter=quiet())

@@ -124,9 +124,9 @@ def test_attention_is_counted_up_to_the_anchor_and_the_window(in_block: str) -> 
     for kind in kinds:
         sliding = kind == "sliding_attention"
         for anchor in range(S):
-            for place in range(4):
+            for spec in range(4):
                 keys += min(anchor, window) if sliding else anchor
-                keys += place + 1 if sliding and in_block == "causal" else 4
+                keys += spec + 1 if sliding and in_block == "causal" else 4
     # Scores and values of 2 heads of 6; 2 FLOPs, three times.
     expected = N / S * keys * 2 * 2 * 6 * 6
     parts = step_flops(dataclasses.replace(DRAFT, **windows), S, N)

@@ -52,10 +52,7 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     timing = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in timing] == [20, 40, 60] and not timing[0].keys() & training[
         0
-    ].keys() - {
-        "step",
-        "split",
-    }
+    ].keys() - {"step", "split"}
     tokens = [line["tokens_per_second"] * line["seconds_per_step"] * 20 for line in timing]
     lengths = [len(row.input_ids) for row in prepare(load_config(path), reporter=quiet()).rows.rows]
     assert sum(tokens) == pytest.approx(60 * 8 / 24 * sum(lengths))
@@ -69,10 +66,7 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
     # As it was resolved: where none were given, the objective's own settings and a CPU's memory.
     stored, given = load_config(directory / "config.yaml"), load_config(path)
     resolved = dataclasses.replace(
-        given.loss,
-        loss_decay_gamma=7.0,
-        normalize="weights",
-        logits_mib=program.CPU_LOGITS_MIB,
+        given.loss, loss_decay_gamma=7.0, normalize="weights", logits_mib=program.CPU_LOGITS_MIB
     )
     assert stored == dataclasses.replace(given, loss=resolved)
 

@@ -21,7 +21,7 @@ from domino_jax.datagen.capture import capture
 from domino_jax.decoding import speculate
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import generate
-from domino_jax.decoding.speculate import required_slots
+from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.evaluation.counts import acceptance, tau
 from domino_jax.target.decoder import Target
@@ -84,10 +84,10 @@ def decoded(run: Path, target: Path, heldout: Path, *, step: int) -> dict[str, f
     prompts = [encode_prompt(line["messages"][:-1], tokenizer) for line in conversations]
     assert min(map(len, prompts)) < speculate.PROMPT_BUCKET < max(map(len, prompts))
     weights = Weights(loaded.params, draft.params)
-    slots = required_slots(decoder, max(map(len, prompts)), TOKENS)
+    cache_len = required_cache_len(decoder, max(map(len, prompts)), TOKENS)
     answers = []
     for prompt in prompts:
-        answers += generate(decoder, weights, [prompt], max_new_tokens=TOKENS, slots=slots)
+        answers += generate(decoder, weights, [prompt], max_new_tokens=TOKENS, cache_len=cache_len)
     held = acceptance(answers, PROPOSALS)
     figures: dict[str, float | None] = {"tau": tau(answers), "prompts": len(answers)}
     figures["tokens"] = sum(len(answer.tokens) for answer in answers)

@@ -112,11 +112,7 @@ def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
     seen="training/skips.py: never too many",
 )
 @pytest.mark.parametrize(
-    ("override", "first"),
-    [
-        ("target", 1),
-        ("optimizer.learning_rate=1e30", 2),
-    ],
+    ("override", "first"), [("target", 1), ("optimizer.learning_rate=1e30", 2)]
 )
 def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     tmp_path: Path, override: str, first: int

@@ -20,10 +20,7 @@ from domino_jax.training.speed import Speed, peak_memory_bytes, speed_words
 from domino_jax.training.step import Program
 
 RECIPE = DraftRecipe(
-    mask_token_id=MASK_TOKEN_ID,
-    num_hidden_layers=1,
-    block_size=4,
-    target_layer_ids=(0, 2),
+    mask_token_id=MASK_TOKEN_ID, num_hidden_layers=1, block_size=4, target_layer_ids=(0, 2)
 )
 LENGTHS = [10, 20, 30, 40]
 SUMS = {"valid_tokens": np.float32(48), "valid_blocks": np.float32(21)}
@@ -57,12 +54,7 @@ def toy_speed(
         curriculum=optax.constant_schedule(0.5),
     )
     return Speed(
-        program,
-        make_mesh(),
-        lengths=LENGTHS,
-        step_rows=16,
-        target_runs=target_runs,
-        chip=chip,
+        program, make_mesh(), lengths=LENGTHS, step_rows=16, target_runs=target_runs, chip=chip
     )
 
 
@@ -100,9 +92,7 @@ def test_speeds_count_what_was_there(clock: Clock) -> None:
     ids=["online", "kl", "offline"],
 )
 def test_mfu_is_of_blocks_and_tokens_that_were_there(
-    clock: Clock,
-    settings: dict[str, Any],
-    counted: dict[str, Any],
+    clock: Clock, settings: dict[str, Any], counted: dict[str, Any]
 ) -> None:
     speed = toy_speed(**settings, chip=Chip(flops=1e6, memory=1, bandwidth=1.0))
     speed.add(np.array([[0, 1], [2, -1], [3, -1]]))  # 4 conversations of 100 tokens, 21 blocks

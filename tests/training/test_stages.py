@@ -16,10 +16,7 @@ from domino_jax.training.step import train_step
 
 
 @pytest.mark.parametrize("projector", ["domino", None])
-def test_every_product_of_a_step_belongs_to_a_stage(
-    tmp_path: Path,
-    projector: str | None,
-) -> None:
+def test_every_product_of_a_step_belongs_to_a_stage(tmp_path: Path, projector: str | None) -> None:
     words = [f"draft.projector_type={projector or 'null'}", "optimizer.grad_accumulation=2"]
     target = write_target(tmp_path / "target")
     run = prepare(load_config(run_config(tmp_path, target), words), reporter=quiet())

@@ -28,11 +28,7 @@ from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.step import Batch, Program, batch_metrics, initial_state, train_step
 
 CONFIG = draft_config(num_target_layers=6, target_layer_ids=(1, 3))
-TARGET = Target(
-    target_config(CONFIG),
-    capture=CONFIG.target_layer_ids,
-    scan_layers=True,
-)
+TARGET = Target(target_config(CONFIG), capture=CONFIG.target_layer_ids, scan_layers=True)
 
 
 def adamw(**changes: Any) -> optax.GradientTransformation:

@@ -32,9 +32,7 @@ def traces(run: Path) -> list[Path]:
 
 
 def test_a_profiled_run_has_the_same_numbers(
-    target: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CHIPS, "cpu", Chip(flops=1e9, memory=2**30, bandwidth=1.0))
     runs, said = [], []
@@ -66,8 +64,7 @@ def test_a_profiled_run_has_the_same_numbers(
 
 @pytest.mark.slow
 def test_a_trace_ends_with_a_run_that_is_stopped_and_may_change_with_the_next_start(
-    target: Path,
-    tmp_path: Path,
+    target: Path, tmp_path: Path
 ) -> None:
     path = run_config(tmp_path, target, data={"eval": None})
     answers = iter([False, False, True])
@@ -94,11 +91,7 @@ def test_a_trace_ends_with_a_run_that_is_stopped_and_may_change_with_the_next_st
     ],
 )
 def test_the_steps_that_are_traced(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    profile: Any,
-    done: int,
-    expected: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: Any, done: int, expected: Any
 ) -> None:
     running: list[Any] = []
     monkeypatch.setattr(jax.profiler, "start_trace", running.append)
