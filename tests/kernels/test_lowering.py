@@ -71,7 +71,7 @@ def traced_cycle() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("trace", "forms"),
+    ("trace", "implementations"),
     [(traced_step, STEP_FORMS), (traced_cycle, CYCLE_FORMS)],
     ids=["step", "cycle"],
 )

@@ -63,7 +63,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 KNOWN = ', backend_config={"known_trip_count":{"n":"5"}}'
 
 
-@pytest.mark.parametrize(("known", "turns"), [("", 3), (KNOWN, 5)])
+@pytest.mark.parametrize(("known", "trip_count"), [("", 3), (KNOWN, 5)])
 def test_loops_are_counted_out(known: str, trip_count: int) -> None:
     program = read_program(NESTED.replace("KNOWN", known), unknown_trip_count=7)
     found = {one.kind: one for one in collectives(program)}
