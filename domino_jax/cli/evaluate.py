@@ -99,19 +99,19 @@ def evaluate(
     """
     if replay and temperature > 0:
         raise InputError("--replay follows greedy answers; leave --temperature out")
-    path = run / EVALUATION
-    names = set_names(prompt_files, path)
+    output = run / EVALUATION
+    names = set_names(prompt_files, output)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_run
     from domino_jax.cli.measurement import Measurement, evaluator_of
     from domino_jax.page.terminal import evaluation_table, training_summary
 
-    keeps(f"{path} was not written; the same command starts over")
+    keeps(f"{output} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
     evaluator = evaluator_of(drafter, temperature, seed=seed, max_new_tokens=max_new_tokens)
-    earlier = read_earlier(path, evaluator) if append else Earlier({}, None)
+    earlier = read_earlier(output, evaluator) if append else Earlier({}, None)
     sets = dict(earlier.sets)
     measurement = Measurement(
         loaded, drafter, evaluator, batch_size=batch_size, timed=timed, replay=replay
@@ -120,15 +120,15 @@ def evaluate(
         sets[name] = measurement.of_set(name, path, limit, server)
     # What was timed of the same draft stands until it is timed again.
     cycle = measurement.cycle() if timed and temperature == 0 else earlier.cycle
-    reporter.say(f"saving {path}")
+    reporter.say(f"saving {output}")
     # Before the table, which a closed pipe may refuse.
     record = write_evaluation(
-        path, evaluator, training=training_summary(run), cycle=cycle, sets=sets
+        output, evaluator, training=training_summary(run), cycle=cycle, sets=sets
     )
-    keeps(f"{path} is written")
+    keeps(f"{output} is written")
     results().print(evaluation_table(record))
     for name in names:
         for mode, figures in sets[name]["ways"].items():
             for difference in figures.get("differences", ()):
                 click.echo(f"{name}, {mode}: first difference {difference}")
-    click.echo(path)
+    click.echo(output)

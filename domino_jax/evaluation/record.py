@@ -86,7 +86,7 @@ def set_names(files: Sequence[Path], path: Path) -> list[str]:
     Raises:
         InputError: two of them would be one set.
     """
-    names = [path.name.split(".jsonl")[0] for path in files]
+    names = [file.name.split(".jsonl")[0] for file in files]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two files of prompts would both be called {name} in {path}")
