@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
@@ -23,18 +24,18 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", type=options.PATH)
+@options.overrides
 @click.option(
     "--on",
-    "places",
+    "specs",
     multiple=True,
     required=True,
     metavar="PLACE",
     help="Where it would run: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB or h100:N. May be repeated.",
 )
 @click.option("--largest-batch", is_flag=True, help="Search the largest data.batch_size that fits.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the plans there.")
+@click.option("--json", "file", type=options.PATH, help="Also write the plans there.")
 @click.pass_context
 def plan_verb(
     ctx: click.Context,

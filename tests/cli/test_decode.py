@@ -98,7 +98,7 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     shutil.copytree(trained / "run", tmp_path / "run")
     loaded, drafter = load_run(trained / "run", None, step=None, max_new_tokens=8)
     decoder = make_decoder(
-        Target(loaded.config), DraftModel(drafter.config), proposals="serving", stop_ids=(0,)
+        Target(loaded.config), DraftModel(drafter.record.config), proposals="serving", stop_ids=(0,)
     )
 
     def decode(prompt: np.ndarray, limit: int, stop_ids: list[int]) -> Answer:

@@ -34,7 +34,11 @@ TABLE = (
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),
     (4, "page", "terminal sources growth cells verdict tables charts pictures notes document"),
-    (5, "cli", "interrupts shared loading config data train plan decode measurement evaluate"),
+    (
+        5,
+        "cli",
+        "interrupts options shared loading config data train plan decode measurement evaluate",
+    ),
     (5, "cli", "report checkpoint verbs"),
     (6, "", "__main__"),
 )
