@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from domino_jax.base.errors import require
-from domino_jax.config.heads import HEADS, HeadConfig, head_kind
+from domino_jax.config.heads import HEADS, head_kind
 from domino_jax.config.model import (
     SLIDING_ATTENTION,
     DecoderConfig,
@@ -18,14 +18,14 @@ from domino_jax.config.model import (
     DraftConfig,
     default_target_layer_ids,
 )
-from domino_jax.config.schema import REQUIRED, check_keys, key
+from domino_jax.config.schema import REQUIRED, Section, key
 from domino_jax.config.sizes import SIZE_LIMIT
 
 LENGTH_LIMIT = 2**24  # of the sides of an array
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftRecipe:
+class DraftRecipe(Section):
     """The draft to train; what is left null is the target's."""
 
     num_hidden_layers: int = key(5, "layers of the draft", least=1, below=LENGTH_LIMIT)
@@ -92,7 +92,7 @@ class DraftRecipe:
 
     def __post_init__(self) -> None:
         """Refuses what no draft can have; the rest depends on the target."""
-        check_keys(self)
+        super().__post_init__()
         # Which of two starts would win is not for a reader to guess.
         require(
             not (self.init_from and self.init_layers_from_target),
@@ -148,17 +148,13 @@ def make_draft_config(
         # Null is what the target has, which stands there already.
         if chosen is not None:
             fields[f.name] = chosen
-    fields["head"] = _head_of(recipe)  # null is plain DFlash, nothing left open
+    fields["head"] = None
+    if recipe.projector_type is not None:
+        kind = head_kind(recipe.projector_type, source="draft")
+        fields["head"] = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})
     fields.setdefault("shift_label", fields["head"] is not None)
     # A window without types is meant for all layers: none would use it otherwise.
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
     fields |= {"num_target_layers": target.num_hidden_layers, "target_layer_ids": layers}
     return DraftConfig(**fields | {"dtype": dtype})
-
-
-def _head_of(recipe: DraftRecipe) -> HeadConfig | None:
-    if recipe.projector_type is None:
-        return None
-    kind = head_kind(recipe.projector_type, source="draft")
-    return kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})

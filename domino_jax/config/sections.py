@@ -9,7 +9,7 @@ from typing import Literal
 
 from domino_jax.base.errors import Scalars, require, shown
 from domino_jax.config.draft import LENGTH_LIMIT
-from domino_jax.config.schema import check_keys, key
+from domino_jax.config.schema import Section, key
 
 COUNT_LIMIT = 2**31  # of what is counted in int32: steps, rows, devices
 # Those of `draft/blocks.py`, which imports jax.
@@ -19,7 +19,7 @@ BEST_FIGURES = {"heldout": "accept_len", "rollout": "tau"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
 
     train: str | None = key(None, "JSONL or JSONL.gz of conversations that the target answered")
@@ -58,7 +58,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuses two sources of rows, or none."""
-        check_keys(self)
+        super().__post_init__()
         found = (
             "neither" if self.train is None else f"both, {self.train!r} and {self.hidden_states!r}"
         )
@@ -69,7 +69,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     """Anchors, objective and the curriculum (N, gamma, lambda_base of `objective/loss.py`)."""
 
     num_anchors: int = key(
@@ -112,13 +112,9 @@ class LossConfig:
         above=0,
     )
 
-    def __post_init__(self) -> None:
-        """Refuses what no loss can be; an objective checks its own parameters."""
-        check_keys(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
@@ -146,13 +142,9 @@ class OptimizerConfig:
         below=1,
     )
 
-    def __post_init__(self) -> None:
-        """Refuses what no optimiser can be."""
-        check_keys(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Length of the run and what happens along the way."""
 
     epochs: int = key(
@@ -218,7 +210,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuses a run that may not begin."""
-        check_keys(self)
+        super().__post_init__()
         # Figures belong to a checkpoint: a pass between two of them could keep neither.
         every = self.checkpoint_every
         rollouts = "null" if self.rollout_every is None else self.rollout_every
@@ -242,7 +234,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Devices along each axis of the mesh."""
 
     # -1 by default: a configuration need not know the machine that it will run on.
@@ -260,7 +252,3 @@ class MeshConfig:
     tensor: int = key(
         1, "devices that share the tensors of a layer", unit="devices", least=1, below=COUNT_LIMIT
     )
-
-    def __post_init__(self) -> None:
-        """Refuses counts that no mesh can have."""
-        check_keys(self)
