@@ -82,10 +82,7 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
             {"pure_draft_prefix_len": 4, "shift_label": True},
             "pure_draft_prefix_len 4 leaves the head none of 4 predictions",
         ),
-        (
-            {"layer_types": ("full_attention",)},
-            "layer_types names 1 layers, num_hidden_layers is 2",
-        ),
+        ({"layer_types": ("full_attention",)}, "layer_types names 1 layers, num_hidden_layers is"),
         (
             {"layer_types": ("full_attention", "linear")},
             "layer_types holds ['linear']; known: full_attention, sliding",
@@ -108,23 +105,20 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
         ),
         (
             {"input_embedding_scale": float("inf")},
-            "input_embedding_scale must be finite in float32, found inf",
+            "input_embedding_scale must be positive and finite in float32, found inf",
         ),
-        ({"output_multiplier": float("nan")}, "output_multiplier must be positive, found nan"),
+        ({"output_multiplier": float("nan")}, "output_multiplier must be positive and finite"),
         (
             {"final_logit_softcapping": 1e300},
-            "final_logit_softcapping must be finite in float32, found 1e+300",
+            "final_logit_softcapping must be positive and finite in float32, found 1e+300",
         ),
         (
             {"num_target_layers": 2**62},
             f"num_target_layers must be at most {SIZE_LIMIT}, found {2**62}",
         ),
-        ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive, found 0.0"),
-        ({"output_multiplier": -1.0}, "output_multiplier must be positive, found -1.0"),
-        (
-            {"final_logit_softcapping": 0.0},
-            "final_logit_softcapping must be positive or null, found 0.0",
-        ),
+        ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive and finite"),
+        ({"output_multiplier": -1.0}, "output_multiplier must be positive and finite"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be positive and finite"),
     ],
 )
 def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
@@ -137,10 +131,7 @@ def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"projector_type": "mlp"}, "projector_type must be 'domino' or null, found 'mlp'"),
-        (
-            {"projector_type": ["domino"]},
-            "projector_type must be 'domino' or null, found ['domino']",
-        ),
+        ({"projector_type": ["domino"]}, "projector_type must be 'domino' or null, found ['dom"),
         ({"emb_dim": 0}, "emb_dim must be positive, found 0"),
         ({"gru_hidden_dim": 0}, "gru_hidden_dim must be positive, found 0"),
         ({"emb_dim": 2**62}, f"emb_dim must be at most {SIZE_LIMIT}, found {2**62}"),
@@ -148,10 +139,7 @@ def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
         ({"projector_type": None, "emb_dim": 8}, "unknown key 'emb_dim'"),
         ({"attention_bias": True}, "unknown key 'attention_bias'"),  # a draft has none
         ({"num_experts": 4}, "unknown key 'num_experts'"),
-        (
-            {"pure_draft_prefix_len": 3},
-            "pure_draft_prefix_len 3 leaves the head none of 3 predictions",
-        ),
+        ({"pure_draft_prefix_len": 3}, "pure_draft_prefix_len 3 leaves the head none of 3 pred"),
     ],
 )
 def test_a_stored_draft_is_read_strictly(change: dict[str, Any], message: str) -> None:
@@ -161,17 +149,12 @@ def test_a_stored_draft_is_read_strictly(change: dict[str, Any], message: str) -
 
 
 def test_draft_config_accepts_the_edges() -> None:
-    assert (
-        DraftConfig(
-            **DRAFT | {"pure_draft_prefix_len": 2, "target_layer_ids": (0, 5)}
-        ).num_predictions
-        == 3
-    )
-    assert (
-        DraftConfig(**DRAFT | {"pure_draft_prefix_len": 3, "shift_label": True}).num_predictions
-        == 4
-    )
-    assert DraftConfig(**DRAFT | {"head": None, "shift_label": True}).num_predictions == 4
+    for change, predictions in (
+        ({"pure_draft_prefix_len": 2, "target_layer_ids": (0, 5)}, 3),
+        ({"pure_draft_prefix_len": 3, "shift_label": True}, 4),
+        ({"head": None, "shift_label": True}, 4),
+    ):
+        assert DraftConfig(**DRAFT | change).num_predictions == predictions
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
@@ -179,9 +162,8 @@ def test_draft_config_round_trips_through_json(scaling: RopeScaling | None) -> N
     draft = DraftConfig(**DRAFT | {"rope_scaling": scaling})
     assert draft_from_dict(json.loads(json.dumps(draft_tree(draft))), source="file") == draft
     tree = draft_tree(draft) | {"rope_scaling": {"rope_type": "linear", "factr": 2.0}}
-    with pytest.raises(
-        InputError, match="file: rope_scaling: unknown key 'factr'; did you mean 'factor'"
-    ):
+    misspelt = "file: rope_scaling: unknown key 'factr'; did you mean 'factor'"
+    with pytest.raises(InputError, match=misspelt):
         draft_from_dict(tree, source="file")
     with pytest.raises(InputError, match="file: rope_scaling: expected a mapping, found 2"):
         draft_from_dict(tree | {"rope_scaling": 2}, source="file")
