@@ -6,18 +6,17 @@ imported where they are used. What needs no array (`--version`, help, `config`, 
 imports no jax, which takes seconds.
 """
 
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
 import yaml
+from commands import run_commands
 from tiny import write_target
 from trees import SMALLEST
 
@@ -91,55 +90,32 @@ for words in (["--help"], ["generate", str(run), "a b c", "--max-new-tokens", "8
         assert not end.code, end.code
 """
 
-# Runs commands without jax, numpy or what imports them; writes each exit code, stdout and stderr.
 WITHOUT_JAX = """
-import contextlib, io, json, sys
-
-HEAVY = ("jax", "flax", "transformers", "orbax", "matplotlib")
-for name in HEAVY:
+import sys
+for name in ("jax", "flax", "transformers", "orbax", "matplotlib"):
     sys.modules[name] = None  # importing it fails now
-from domino_jax.cli import command
-from domino_jax.cli.shared import logs
-
-told = []
-for sys.argv in json.load(sys.stdin):
-    out, errors = io.StringIO(), io.StringIO()
-    logs.file = errors
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            command()
-        except SystemExit as stop:
-            told.append((stop.code, out.getvalue(), errors.getvalue()))
-assert "numpy" not in sys.modules
-json.dump(told, sys.stdout)
 """
+NO_NUMPY = "assert 'numpy' not in sys.modules"
 
 
-def python(program: str, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A program in a process of its own, which succeeds."""
+def test_steps_decoding_and_the_command_need_no_data_packages(tmp_path: Path) -> None:
+    target = write_target(tmp_path / "target")
     result = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)],
+        [sys.executable, "-c", PROGRAM, str(target), str(tmp_path / "run")],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
-        **options,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    return result
-
-
-def test_steps_decoding_and_the_command_need_no_data_packages(tmp_path: Path) -> None:
-    result = python(PROGRAM, write_target(tmp_path / "target"), tmp_path / "run")
     assert "Usage: domino" in result.stdout
     assert "8 tokens, tau" in result.stderr
 
 
 def run_without_jax(commands: list[list[str]], directory: Path) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each command, in one process without jax."""
-    words = json.dumps([["domino", *words] for words in commands])
-    result = python(WITHOUT_JAX, input=words, cwd=directory)
-    return [tuple(told) for told in json.loads(result.stdout)]
+    """Exit code, stdout and stderr of each command, in one process without jax and numpy."""
+    words = [["domino", *words] for words in commands]
+    return run_commands(words, directory, before=WITHOUT_JAX, after=NO_NUMPY)
 
 
 def test_version_help_and_config_import_no_jax(tmp_path: Path) -> None:

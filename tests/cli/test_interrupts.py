@@ -54,7 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(**words: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(TOP), **words}
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    return {**os.environ, "PYTHONPATH": str(TOP), "XLA_FLAGS": one_device, **words}
 
 
 def python(*words: str, **options: Any) -> subprocess.Popen[str]:
@@ -62,12 +63,12 @@ def python(*words: str, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, *words], **{"env": environment(), **pipes, **options})
 
 
-def begin(place: Path, line: str) -> subprocess.Popen[str]:
+def begin(place: Path, line: str, **changed: str) -> subprocess.Popen[str]:
     """A command in `place`, which is about to be interrupted."""
     # What ends at any moment must not leave half a program for others to read; and answers of
     # another test, or of another state of the code, would be taken from the user's.
-    changed = {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
-    changed["XDG_CACHE_HOME"] = str(place / "cache")
+    changed |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+    changed |= {"XDG_CACHE_HOME": str(place / "cache")}
     return python("-m", "domino_jax", *shlex.split(line), cwd=place, env=environment(**changed))
 
 
@@ -98,7 +99,7 @@ MOMENTS = (
         "answered batches are kept in answers.jsonl.partial; the same command resumes",
     ),
     (
-        "evaluate run prompts.jsonl --max-new-tokens 2000",
+        "evaluate run prompts.jsonl --max-new-tokens 20 --limit 4",
         "compiling",
         "run/evaluation.json was not written; the same command starts over",
     ),
@@ -132,7 +133,7 @@ MOMENTS = (
 
 @pytest.mark.parametrize(("line", "moment", "kept"), slow_after(2, MOMENTS))
 def test_ctrl_c_ends_with_one_line(place: Path, line: str, moment: str, kept: str) -> None:
-    process = begin(place, line)
+    process = begin(place, line, XLA_FLAGS="")  # compiles longer
     read_until(process, moment)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

@@ -25,11 +25,10 @@ IN_CONFIG = "data.chat_template_kwargs.enable_thinking=false"
 TRAINED_WITH = 'trained with chat_template_kwargs {"enable_thinking": false}, asked for are '
 
 
-def domino(*words: object) -> str:
-    """The output of a verb that succeeds."""
+def domino(*words: object) -> None:
+    """A verb that succeeds."""
     result = CliRunner().invoke(cli, list(map(str, words)))
     assert result.exit_code == 0, result.output
-    return result.output
 
 
 def refused(*words: object) -> str:
@@ -47,22 +46,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = write_conversations(place / "prompts.jsonl", 8, answers=False)
     words = ("--target", place / "target", "--max-new-tokens", 8, "--batch-size", 8, *TOLD)
     domino("regenerate", prompts, place / "answers.jsonl", *words)
-    config = run_config(place, place / "target", train={"steps": 2, "eval_every": 2})
-    tree = json.loads(config.read_text())
-    tree["data"] |= {"train": str(place / "answers.jsonl"), "eval": None}
-    config.write_text(json.dumps(tree))
+    rows = {"train": str(place / "answers.jsonl"), "eval": None}
+    config = run_config(place, place / "target", data=rows)
     domino("train", config, IN_CONFIG)
     return place
 
 
 def without(path: Path, *names: str) -> None:
-    """Removes keys from a JSON file: what an earlier version wrote."""
+    """Removes keys from a JSON file: another program wrote it."""
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in tree.items() if key not in names}))
 
 
 def draft_record(run: Path) -> Path:
-    (record,) = run.glob("checkpoints/2/draft/metadata")
+    (record,) = run.glob("checkpoints/6/draft/metadata")
     return record
 
 
@@ -126,8 +123,8 @@ def test_decoding_takes_the_setting_of_the_run(
     for module in (conversations, measurement):
         monkeypatch.setattr(module, "encode_prompt", spy)
     domino("generate", run, "a b", "--max-new-tokens", 4, *TOLD)
-    domino("evaluate", run, prompts, "--limit", 1, "--max-new-tokens", 4)
-    assert asked == [OFF, OFF]
+    domino("evaluate", run, prompts, "--limit", 2, "--max-new-tokens", 8, "--timed", 0)
+    assert asked == [OFF] * 3
     evaluator = json.loads((run / "evaluation.json").read_text())["evaluator"]
     assert evaluator["chat_template_kwargs"] == OFF
     for verb in (("generate", run, "a b"), ("evaluate", run, prompts)):

@@ -36,7 +36,7 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
     assert f"{answers}: {share} are unfinished" in log
     asked, evaluation = prompts.read_bytes(), tmp_path / "run" / "evaluation.json"
-    words = ("--limit", 2, "--max-new-tokens", 6)
+    words = ("--limit", 2, "--max-new-tokens", 8)
     code, out, log = domino("evaluate", tmp_path / "run", prompts, *words)
     assert code == 0 and "n-gram" in out and prompts.read_bytes() == asked
     assert "\nprompts: compiling\n" in log and log.endswith(f"saving {evaluation}\n")
@@ -51,9 +51,9 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     # A tau says nothing without these.
     template = load_draft(tmp_path / "run").record.chat_template
     measured = {"target": str(target), "chat_template": template.sha256, "step": 6}
-    measured |= {"block_size": 4, "head": "domino", "temperature": 0.0, "max_new_tokens": 6}
+    measured |= {"block_size": 4, "head": "domino", "temperature": 0.0, "max_new_tokens": 8}
     assert measured.items() <= report["evaluator"].items()
-    assert "step 6, block 4, head domino, temperature 0.0, 6 new tokens" in " ".join(out.split())
+    assert "step 6, block 4, head domino, temperature 0.0, 8 new tokens" in " ".join(out.split())
 
 
 def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
-"""The layers of the package: which file may import which, and who names mesh axes."""
+"""The layers of the package: which file may import which, who names mesh axes and sections."""
 
 import ast
+import dataclasses
+import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+
+from domino_jax.config.run import RunConfig
 
 TOP = Path(__file__).parents[2]
 PACKAGE = TOP / "domino_jax"
@@ -67,6 +72,17 @@ WITHOUT_JAX = {
     *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }
 MESH_AXES = {"fsdp", "tensor"}
+# A function that takes a whole configuration does not show which values it depends on: only where a
+# run is prepared may a module import a section, or have a parameter of one.
+KNOW_SECTIONS = ("config", "cli", "training.prepare")
+_HINTS = typing.get_type_hints(RunConfig).values()
+SECTIONS = {hint.__name__ for hint in (RunConfig, *_HINTS) if dataclasses.is_dataclass(hint)}
+_MAKERS = {"load_config", "dump_config", "make_draft_config"}
+# A module of sections as a whole, or what makes or takes a section; constants are free.
+_SECTION_IMPORT = re.compile(
+    r"domino_jax\.config|"
+    rf"domino_jax\.config\.(run|sections|draft)(\.({'|'.join(SECTIONS | _MAKERS)}|\*))?"
+)
 
 
 def public_modules() -> dict[str, str]:
@@ -120,11 +136,6 @@ def place_of(name: str) -> tuple[float, str, int] | None:
     return PLACES[known[0]]
 
 
-def unplaced(module: str) -> list[str]:
-    """A complaint about a file that the table does not know."""
-    return [] if module in PLACES else [f"{module}: not in the table"]
-
-
 def wrong_imports(source: str, module: str) -> list[str]:
     """Imports of something that does not stand below the module, and of test tools."""
     rank, row, order = PLACES[module]
@@ -153,11 +164,29 @@ def mesh_axis_names(source: str, module: str) -> list[str]:
     ]
 
 
-CHECKS = (wrong_imports, mesh_axis_names)
+def sections_elsewhere(source: str, module: str) -> list[str]:
+    """Imports and parameters of sections outside the modules that may know them."""
+    if module.startswith(KNOW_SECTIONS):
+        return []
+    found = [
+        f"{module}:{line}: imports {name}"
+        for line, name in imports(source, module)
+        if _SECTION_IMPORT.fullmatch(name)
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            # Quoted annotations included.
+            names = set(re.findall(r"\w+", ast.unparse(node.annotation))) & SECTIONS
+            found += [f"{module}:{node.lineno}: takes {name}" for name in sorted(names)]
+    return found
+
+
+CHECKS = (wrong_imports, mesh_axis_names, sections_elsewhere)
 
 
 def complaints(path: Path, package: Path = PACKAGE) -> list[str]:
     """What is against the rules in a file of the package or of a copy of it."""
     module, source = module_name(path, package), path.read_text(encoding="utf-8")
-    found = unplaced(module)
-    return found or [complaint for check in CHECKS for complaint in check(source, module)]
+    if module not in PLACES:
+        return [f"{module}: not in the table"]
+    return [complaint for check in CHECKS for complaint in check(source, module)]
