@@ -173,7 +173,9 @@ generate run a --top-p nan --temperature 1  nan is not a finite number
 generate run a --seed -1                  --seed
 generate run a --seed 4294967296          --seed
 generate run a --chat-template-kwargs '{a: 1, a: 2}'  the key 'a' is given twice
-generate run a --chat-template-kwargs '{a: 1'         not valid YAML
+generate run a --chat-template-kwargs '{a: ['         --chat-template-kwargs: not valid YAML: line 1
+generate run a --chat-template-kwargs thinking        --chat-template-kwargs: expected a mapping, f
+generate run a --chat-template-kwargs '{a: null}'     a: expected true, false, a number or text, fo
 import draft new                          a built-in name (smollm2-135m-instruct)
 plan nope.yaml                            Missing option '--on'.
 plan config.yaml --on h100:1 --json no/plan.json      no directory no; make it first

@@ -78,7 +78,10 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         InputError: not there, not a regular file, or not readable, also within the body.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        # A pipe that nobody writes is opened without waiting for a writer.
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), f"{path}: not a regular file")
             yield file
     except InputError:
@@ -244,11 +247,6 @@ def _files_below(directory: Path) -> list[str]:
     paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
     names = (path.relative_to(directory).as_posix() for path in paths)
     return sorted(name for name in names if name != CHECKSUMS)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe that nobody writes without waiting for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_new(path: Path) -> None:

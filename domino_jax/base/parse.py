@@ -112,10 +112,7 @@ def _is_within(value: Any, levels: int) -> bool:
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """The part of YAML that settings need.
-
-    What it leaves out costs memory or says what nobody meant.
-    """
+    """The part of YAML that settings need; the rest costs memory or says what nobody meant."""
 
     depth = 0
 
@@ -170,20 +167,9 @@ _PLAIN = {
     "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
-_RESOLVERS = [
-    (f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()
-]
-_CONSTRUCTORS: dict[str, Any] = {
-    "null": yaml.SafeLoader.construct_yaml_null,
-    "bool": yaml.SafeLoader.construct_yaml_bool,
-    "str": yaml.SafeLoader.construct_yaml_str,
-    "seq": yaml.SafeLoader.construct_yaml_seq,
-    "map": yaml.SafeLoader.construct_yaml_map,
-    "int": _BoundedLoader.construct_number,
-    "float": _BoundedLoader.construct_number,
-}
 # Under None: whatever character a plain scalar begins with.
-_BoundedLoader.yaml_implicit_resolvers = {None: _RESOLVERS}
-_BoundedLoader.yaml_constructors = {
-    f"{_TAG}{kind}": constructor for kind, constructor in _CONSTRUCTORS.items()
+_BoundedLoader.yaml_implicit_resolvers = {
+    None: [(f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()]
 }
+for _kind in ("int", "float"):
+    _BoundedLoader.add_constructor(f"{_TAG}{_kind}", _BoundedLoader.construct_number)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.cli.shared import reporter
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.data.template import chat_template
@@ -44,10 +44,10 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
     path = resolve_target(name, reporter=reporter)
     # From config.json alone, before the weights: those take longest to read.
     longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
-    if max_new_tokens > longest:
-        raise InputError(
-            f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer"
-        )
+    require(
+        max_new_tokens <= longest,
+        f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer",
+    )
     reporter.say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
@@ -83,21 +83,18 @@ def load_run(
     # Hashing reads all of the weights, so it runs beside their loading.
     with hashed_beside(path) as target_sha256:
         loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
-        now = {
-            "target": target_sha256(),
-            "tokenizer": tokenizer_fingerprint(path, loaded.tokenizer),
-        }
+        hashes = target_sha256(), tokenizer_fingerprint(path, loaded.tokenizer)
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
     asked.check_trained(trained, source=str(run), target=record.target)
-    then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
-    for name, known in then.items():
-        if known != now[name]:
-            raise InputError(
-                f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
-                f"{str(known)[:12]}, is {now[name][:12]}; put its files back"
-            )
+    trained_with = record.target_sha256, record.tokenizer_sha256
+    for name, was, now in zip(("target", "tokenizer"), trained_with, hashes, strict=True):
+        require(
+            was == now,
+            f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
+            f"{str(was)[:12]}, is {now[:12]}; put its files back",
+        )
     record = replace(record, config=replace(record.config, dtype=compute))
     check_fit(record.config, Target(loaded.config), loaded.tokenizer)
     return loaded, replace(stored, record=record)
@@ -111,7 +108,7 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     special = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
-    if config.mask_token_id in special:
-        raise InputError(
-            f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target"
-        )
+    require(
+        config.mask_token_id not in special,
+        f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target",
+    )

@@ -91,13 +91,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for word in overrides:
         source = f"override {shown(word)}"
         name, equals, value = word.partition("=")
-        names = name.split(".")
+        *sections, last = name.split(".")
         expected = "expected key=value, for example train.steps=100"
         require(name != "" and equals != "", f"{source}: {expected}")
         # No deeper than a file may be: what reads the tree goes down by recursion.
-        parts = len(names)
+        parts = len(sections) + 1
         require(parts <= DEPTH, f"{source}: a key of {parts} parts, expected at most {DEPTH}")
-        _assign(tree, names, parse_yaml(value, source=source), source)
+        branch = tree
+        for section in sections:
+            # A file holds only what differs, so the section may not be there yet.
+            branch = branch.setdefault(section, {})
+            is_section = isinstance(branch, dict)
+            require(is_section, f"{source}: {shown(section)} is a value, not a section")
+        branch[last] = parse_yaml(value, source=source)
     for old, new in RENAMED.items():
         section, name = old.split(".")
         found = tree.get(section)
@@ -109,12 +115,3 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _assign(tree: dict[str, Any], names: list[str], value: Any, source: str) -> None:
-    for name in names[:-1]:
-        # A file holds only what differs, so the section may not be there yet.
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise InputError(f"{source}: {shown(name)} is a value, not a section")
-    tree[names[-1]] = value

@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from domino_jax.base.errors import Scalars, require, shown
+from domino_jax.config.sizes import SIZE_LIMIT
 
 _KEY = "key"
 REQUIRED = object()
+# Bounds that several keys share.
+COUNT: dict[str, Any] = {"least": 1, "below": 2**31}  # counted in int32: steps, rows, devices
+LENGTH: dict[str, Any] = {"least": 1, "below": 2**24}  # the side of an array
+SIZE: dict[str, Any] = {"least": 1, "most": SIZE_LIMIT}
+INDEX: dict[str, Any] = {"least": 0, "most": SIZE_LIMIT}
+SHARE: dict[str, Any] = {"least": 0, "most": 1}
 _TYPES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 

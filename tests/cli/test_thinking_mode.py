@@ -174,22 +174,11 @@ def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) ->
     assert load_draft(tmp_path / "back").record.chat_template.kwargs == {}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("enable_thinking", "--chat-template-kwargs: expected a mapping, found 'enable_thinking'"),
-        ("{a: [", "--chat-template-kwargs: not valid YAML: line 1, column 6: "),
-        (
-            "{a: null}",
-            "--chat-template-kwargs: a: expected true, false, a number or text, found None",
-        ),
-        ("{messages: 1}", "the chat template does not read 'messages'; it reads enable_thinking"),
-    ],
-)
-def test_a_bad_option_is_one_line(place: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_a_setting_that_the_template_does_not_read_is_refused(place: Path, tmp_path: Path) -> None:
     answers = tmp_path / "a.jsonl"
-    words = ("--target", place / "target", "--chat-template-kwargs", text)
-    assert message in refused("regenerate", place / "prompts.jsonl", answers, *words)
+    words = ("--target", place / "target", "--chat-template-kwargs", "{messages: 1}")
+    line = refused("regenerate", place / "prompts.jsonl", answers, *words)
+    assert "the chat template does not read 'messages'; it reads enable_thinking" in line
     assert not answers.exists()
 
 

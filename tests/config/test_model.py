@@ -1,9 +1,11 @@
 """The shapes of target and draft: what they refuse, and how a draft is stored."""
 
 import json
+import re
 from typing import Any
 
 import pytest
+import yaml
 from trees import DECODER, DRAFT, LLAMA3
 
 from domino_jax.base.errors import InputError
@@ -17,7 +19,7 @@ from domino_jax.config.model import (
 )
 from domino_jax.config.sizes import SIZE_LIMIT, SIZE_LIMITS
 
-SLIDING = ("sliding_attention",) * DECODER["num_hidden_layers"]
+SLIDING = ["sliding_attention"] * DECODER["num_hidden_layers"]
 
 
 @pytest.mark.parametrize(
@@ -49,82 +51,54 @@ def test_decoder_config_refuses(change: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"head_dim": 3}, "head_dim must be even"),
-        (
-            {"block_size": 1},
-            "block_size 1 predicts no token without shift_label; use block_size 2 or more, or "
-            "shift_label true",
-        ),
-        ({"block_size": 0, "shift_label": True}, "block_size must be positive, found 0"),
-        (
-            {"block_size": 1, "shift_label": True, "pure_draft_prefix_len": 1},
-            "pure_draft_prefix_len 1 leaves the head none of 1 predictions to correct; use 0 to 0",
-        ),
-        ({"mask_token_id": 32}, "mask_token_id 32 is outside the vocabulary of 32"),
-        ({"mask_token_id": -1}, "mask_token_id -1 is outside the vocabulary of 32"),
-        ({"target_layer_ids": ()}, "target_layer_ids [] must lie in 0..5"),
-        ({"target_layer_ids": (1, 6)}, "target_layer_ids [1, 6] must lie in 0..5"),
-        ({"target_layer_ids": (-1, 1)}, "target_layer_ids [-1, 1] must lie in 0..5"),
-        ({"target_layer_ids": (3, 1)}, "target_layer_ids [3, 1] must rise"),
-        ({"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] must rise"),
-        (
-            {"pure_draft_prefix_len": -1},
-            "pure_draft_prefix_len -1 leaves the head none of 3 predictions to correct; use 0 to 2",
-        ),
-        (
-            {"pure_draft_prefix_len": 3},
-            "pure_draft_prefix_len 3 leaves the head none of 3 predictions to correct; use 0 to 2",
-        ),
-        (
-            {"pure_draft_prefix_len": 4, "shift_label": True},
-            "pure_draft_prefix_len 4 leaves the head none of 4 predictions",
-        ),
-        ({"layer_types": ("full_attention",)}, "layer_types names 1 layers, num_hidden_layers is"),
-        (
-            {"layer_types": ("full_attention", "linear")},
-            "layer_types holds ['linear']; known: full_attention, sliding",
-        ),
-        (
-            {"sliding_window": 8},
-            "sliding_window is 8, layer_types []: a window needs sliding_attention layers",
-        ),
-        (
-            {"layer_types": SLIDING},
-            "sliding_window is None, layer_types ['sliding_attention', 'sliding_attention']",
-        ),
-        (
-            {"layer_types": SLIDING, "sliding_window": 3},
-            "sliding_window 3 must be at least block_size 4",
-        ),
-        (
-            {"sliding_in_block": "forward"},
-            "sliding_in_block must be 'bidirectional' or 'causal', found 'forward'",
-        ),
-        (
-            {"input_embedding_scale": float("inf")},
-            "input_embedding_scale must be positive and finite in float32, found inf",
-        ),
-        ({"output_multiplier": float("nan")}, "output_multiplier must be positive and finite"),
-        (
-            {"final_logit_softcapping": 1e300},
-            "final_logit_softcapping must be positive and finite in float32, found 1e+300",
-        ),
-        (
-            {"num_target_layers": 2**62},
-            f"num_target_layers must be at most {SIZE_LIMIT}, found {2**62}",
-        ),
-        ({"input_embedding_scale": 0.0}, "input_embedding_scale must be positive and finite"),
-        ({"output_multiplier": -1.0}, "output_multiplier must be positive and finite"),
-        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be positive and finite"),
-    ],
-)
-def test_draft_config_refuses(change: dict[str, Any], message: str) -> None:
+# Fields, as YAML, and what the message begins with.
+DRAFT_REFUSED = f"""
+head_dim: 3                       head_dim must be even
+block_size: 1                     block_size 1 predicts no token without shift_label; use block_size
+block_size: 0, shift_label: true  block_size must be positive, found 0
+mask_token_id: 32                 mask_token_id 32 is outside the vocabulary of 32
+mask_token_id: -1                 mask_token_id -1 is outside the vocabulary of 32
+target_layer_ids: []              target_layer_ids [] must lie in 0..5
+target_layer_ids: [1, 6]          target_layer_ids [1, 6] must lie in 0..5
+target_layer_ids: [-1, 1]         target_layer_ids [-1, 1] must lie in 0..5
+target_layer_ids: [3, 1]          target_layer_ids [3, 1] must rise
+target_layer_ids: [1, 1]          target_layer_ids [1, 1] must rise
+pure_draft_prefix_len: -1         pure_draft_prefix_len -1 leaves the head none of 3 predictions to
+pure_draft_prefix_len: 3          pure_draft_prefix_len 3 leaves the head none of 3 predictions to
+pure_draft_prefix_len: 4, shift_label: true  pure_draft_prefix_len 4 leaves the head none of 4 pred
+layer_types: [full_attention]     layer_types names 1 layers, num_hidden_layers is 2
+layer_types: [full_attention, linear]        layer_types holds ['linear']; known: full_attention, s
+sliding_window: 8                 sliding_window is 8, layer_types []: a window needs sliding_atten
+layer_types: {SLIDING}            sliding_window is None, layer_types ['sliding_attention', 'slidin
+layer_types: {SLIDING}, sliding_window: 3    sliding_window 3 must be at least block_size 4
+sliding_in_block: forward         sliding_in_block must be 'bidirectional' or 'causal', found 'forw
+num_target_layers: {2**62}        num_target_layers must be at most {SIZE_LIMIT}, found {2**62}
+input_embedding_scale: .inf       input_embedding_scale must be positive and finite in float32, fou
+input_embedding_scale: 0.0        input_embedding_scale must be positive and finite in float32, fou
+output_multiplier: .nan           output_multiplier must be positive and finite in float32, found n
+output_multiplier: -1.0           output_multiplier must be positive and finite in float32, found -1
+final_logit_softcapping: 1.0e+300  final_logit_softcapping must be positive and finite in float32, f
+final_logit_softcapping: 0.0      final_logit_softcapping must be positive and finite in float32, f
+"""
+
+
+@pytest.mark.parametrize("line", DRAFT_REFUSED.strip().splitlines())
+def test_draft_config_refuses(line: str) -> None:
+    change, message = re.split(r" {2,}", line)
     with pytest.raises(InputError) as caught:
-        DraftConfig(**DRAFT | change)
+        DraftConfig(**DRAFT | yaml.safe_load(f"{{{change}}}"))
     assert str(caught.value).startswith(message)
+
+
+def test_draft_config_says_what_to_do() -> None:
+    for change, remedy in (
+        ({"block_size": 1}, "; use block_size 2 or more, or shift_label true"),
+        ({"pure_draft_prefix_len": 3}, " to correct; use 0 to 2"),
+        ({"block_size": 1, "shift_label": True, "pure_draft_prefix_len": 1}, "; use 0 to 0"),
+    ):
+        with pytest.raises(InputError) as caught:
+            DraftConfig(**DRAFT | change)
+        assert str(caught.value).endswith(remedy)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ OTHER_TESTS = {"accelerator", "parity", "scripts"}
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
     (0, "base", "errors parse files finite marks progress chips scopes"),
-    (0.2, "config", "schema sizes heads model draft sections run"),
+    (0.2, "config", "sizes schema heads model draft sections run"),
     (0.3, "", "sharding"),
     (1, "kernels", "causal_attention kv_cache matmul scale argmax softmax operands"),
     (1, "kernels", "block_attention_xla tpu_tiles block_attention_pallas_tpu block_attention"),
