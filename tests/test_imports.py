@@ -8,6 +8,7 @@ imports no jax, which takes seconds.
 
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from commands import run_commands
+from commands import TOP, run_commands
 from tiny import write_target
 from trees import SMALLEST
 
@@ -135,6 +136,16 @@ def test_version_help_and_config_import_no_jax(tmp_path: Path) -> None:
     codes = {0: "done", 1: "plan: ", 2: "bad input", 3: "train: ", 130: "interrupted", 141: ""}
     for code, words in codes.items():
         assert re.search(rf"^ +{code} +{words}", described, re.MULTILINE), code
+
+
+@pytest.mark.parametrize("line", ["--version", "config --list"])
+def test_a_light_command_takes_a_moment(line: str) -> None:
+    command = [sys.executable, "-m", "domino_jax", *line.split()]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(TOP)}, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert taken < 0.4  # seconds of a processor, of which a third is Python's own
 
 
 # Commands and what their message holds; `run`, `config.yaml` and `empty.yaml` are there.

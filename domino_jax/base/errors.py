@@ -104,8 +104,7 @@ def from_dict(kind: type[T], tree: Mapping[str, Any], *, source: str) -> T:
         kind: the dataclass.
         tree: mapping of its fields, a dataclass among them as a mapping or made; a float may be an
             integer or a string such as "1e-3", which YAML reads as text. A field of type `Scalars`
-            takes a mapping, see `scalars`; where its
-            dataclass is to be hashable, the field is declared with `hash=False`.
+            takes a mapping, see `scalars`.
         source: where the mapping comes from, for messages.
     Raises:
         InputError: unknown or missing keys, wrong types, or a value that the dataclass refuses.

@@ -67,9 +67,8 @@ def answered_signals() -> Iterator[None]:
         # Stands where Python's handler would raise; the watcher answers.
         signal.signal(number, lambda number, frame: None)
     try:
-        yield
-    except Stopped:
-        pass
+        with suppress(Stopped):
+            yield
     finally:
         # What remains is the interpreter's teardown, where Python's own handler would break in. The
         # work is done: the system's would end the process by a signal that came too late to matter.

@@ -41,9 +41,7 @@ class FiniteRange(click.FloatRange):
 
 
 class _TargetName(click.ParamType[str]):
-    """Text; where it is missing, the message says what could stand there."""
-
-    # No target is assumed: answers of another one are worth nothing to a drafter.
+    """Text. No target is assumed: where it is missing, the message says what could stand there."""
 
     name = "text"
 

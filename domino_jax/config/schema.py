@@ -137,14 +137,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Described:
-    """A key as `domino config` prints it.
-
-    Attributes:
-        name: dotted, as an override has it.
-        kind: of its values, for example "integer or null".
-        default: as YAML; "required" for none.
-        key: what it means.
-    """
+    """A key as `domino config` prints it: its dotted name, type, default as YAML, and meaning."""
 
     name: str
     kind: str
