@@ -45,15 +45,17 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     commands = printed_commands((TOP / "README.md").read_text(encoding="utf-8"))
     assert all(any(command.startswith(begin) for command in commands) for begin in NOT_RUN)
     commands = [command for command in commands if not command.startswith(tuple(NOT_RUN))]
-    # The toy target's prompts; all else is as printed.
-    commands = [command.replace("--count 20000", "--count 20") for command in commands]
+    # Few prompts and short answers; all else is as printed.
+    for printed, toy in (("--count 20000", "--count 20"), ("-tokens 3072", "-tokens 64")):
+        assert sum(printed in command for command in commands) == 1
+        commands = [command.replace(printed, toy) for command in commands]
     verbs = [shlex.split(command)[:2] for command in commands]
     assert all(name == "domino" for name, _ in verbs)
     used = {"prompts", "regenerate", "train", "capture", "evaluate", "generate", "export", "import"}
     assert used <= {verb for _, verb in verbs}
 
     target = write_target(tmp_path / "DIR") / "config.json"
-    settings = json.loads(target.read_text()) | {"max_position_embeddings": 4096}
+    settings = json.loads(target.read_text()) | {"max_position_embeddings": 512}
     target.write_text(json.dumps(settings))
     (tmp_path / "configs").mkdir()
     config = load_config(TOP / "configs/qwen3-8b.yaml", TOY)
@@ -69,7 +71,7 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     cut = sum(not answer["finished"] for answer in answers)
     assert cut
     regenerated = next(log for command, log in logs.items() if " regenerate " in command)
-    assert f"{cut} of 20 answers ({cut / 20:.0%}) were cut at 3072 tokens" in regenerated
+    assert f"{cut} of 20 answers ({cut / 20:.0%}) were cut at 64 tokens" in regenerated
     trained = next(log for command, log in logs.items() if "data.train=answers.jsonl" in command)
     assert f"answers.jsonl: {cut} of 20 answers ({cut / 20:.0%}) are unfinished" in trained
     assert (tmp_path / "runs/qwen3-8b/evaluation.json").is_file()

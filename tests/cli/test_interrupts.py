@@ -94,14 +94,14 @@ def wait_until_answered(process: subprocess.Popen[str]) -> None:
 # the signal comes in the middle of a compilation.
 MOMENTS = (
     (
-        "regenerate prompts.jsonl answers.jsonl --target target --max-new-tokens 4000",
-        "compiling",
-        "answered batches are kept in answers.jsonl.partial; the same command resumes",
-    ),
-    (
         "evaluate run prompts.jsonl --max-new-tokens 20 --limit 4",
         "compiling",
         "run/evaluation.json was not written; the same command starts over",
+    ),
+    (
+        "regenerate prompts.jsonl answers.jsonl --target target --max-new-tokens 4000",
+        "compiling",
+        "answered batches are kept in answers.jsonl.partial; the same command resumes",
     ),
     (
         "evaluate run prompts.jsonl --max-new-tokens 200",
@@ -131,7 +131,7 @@ MOMENTS = (
 )
 
 
-@pytest.mark.parametrize(("line", "moment", "kept"), slow_after(2, MOMENTS))
+@pytest.mark.parametrize(("line", "moment", "kept"), slow_after(1, MOMENTS))
 def test_ctrl_c_ends_with_one_line(place: Path, line: str, moment: str, kept: str) -> None:
     process = begin(place, line, XLA_FLAGS="")  # compiles longer
     read_until(process, moment)
