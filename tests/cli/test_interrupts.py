@@ -214,7 +214,7 @@ def test_what_is_half_written_goes_when_the_process_ends(tmp_path: Path) -> None
         "from domino_jax.cli import interrupts\n"
         "from domino_jax.base.files import whole_directory\n"
         "with interrupts.answered_signals():\n"
-        "    interrupts.keeps('nothing')\n"
+        "    interrupts.keeps('nothing', at_once=True)\n"
         "    with whole_directory(Path('draft')) as beside:\n"
         "        (beside / 'file').write_text('half')\n"
         "        print('ready', flush=True)\n"
