@@ -132,10 +132,10 @@ def _override_words(good: Path) -> Parser:
 
 
 def _template_kwargs(directory: Path) -> Parser:
-    from domino_jax.cli.shared import template_option
+    from domino_jax.cli.options import chat_template_kwargs
 
     @click.command()
-    @template_option
+    @chat_template_kwargs
     def kwargs(**options: Any) -> Any: ...
 
     def cases(rng: random.Random) -> Case:

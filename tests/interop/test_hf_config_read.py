@@ -212,7 +212,7 @@ def test_a_dflash_draft_may_name_its_layout_either_way(
         (
             ("dflash_config", "input_embedding_scale"),
             1e300,
-            "input_embedding_scale must be finite in float32",
+            "input_embedding_scale must be positive and finite in float32",
         ),
         (("dflash_config", "mask_token_id"), "\0" * 10**5, "mask_token_id is '"),
     ],
