@@ -72,12 +72,15 @@ class Here(NamedTuple):
         states = stream(self.decoder, self.weights, state, cycles=1)
         begins = [int(np.asarray(state.lengths)[0]) - 1 for state in states][:-1]
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, cache_len=self.cache_len
+            self.decoder,
+            self.weights,
+            [prompt],
+            max_new_tokens=new_tokens,
+            cache_len=self.cache_len,
         )
         # The last token of the answer begins no block: nothing is left to write.
-        assert answer.verifications == len(
-            [begin for begin in begins if begin < len(prompt) + new_tokens - 1]
-        )
+        last = len(prompt) + new_tokens - 1
+        assert answer.verifications == len([begin for begin in begins if begin < last])
         return Decoded(answer.tokens, begins)
 
 
@@ -221,9 +224,8 @@ def one_torch_thread() -> Iterator[None]:
 
 def check(seen: Seen) -> None:
     """Enough was compared, and the draft was taken often but not always."""
-    tau = (
-        seen.tokens - 5
-    ) / seen.verifications  # the first token of each answer comes from reading the prompt
+    # The first token of each answer comes from reading the prompt.
+    tau = (seen.tokens - 5) / seen.verifications
     print(f"{seen}, tau {tau:.3f}")
     assert seen.tokens == 5 * NEW_TOKENS and 1.1 < tau < BLOCK_SIZE
 
