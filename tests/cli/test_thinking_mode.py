@@ -162,21 +162,6 @@ def test_exchange_keeps_the_setting(place: Path, tmp_path: Path) -> None:
     assert load_draft(tmp_path / "silent").record.chat_template.kwargs == {}
 
 
-def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) -> None:
-    run, exported = tmp_path / "run", tmp_path / "draft"
-    shutil.copytree(place / "run", run)
-    without(draft_record(run), "chat_template_kwargs")
-    seal(draft_record(run).parent.parent)
-    assert "trained with chat_template_kwargs {}, " in refused("generate", run, "a b", *TOLD)
-    domino("export", run, exported)
-    (exported / "SHA256SUMS").unlink()
-    without(exported / "config.json", "chat_template_kwargs")
-    line = refused("import", exported, tmp_path / "other", "--target", place / "target", *TOLD)
-    assert "trained with chat_template_kwargs {}, " in line
-    domino("import", exported, tmp_path / "back", "--target", place / "target")
-    assert load_draft(tmp_path / "back").record.chat_template.kwargs == {}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -204,3 +189,7 @@ def test_a_record_of_something_else_is_told(place: Path, tmp_path: Path) -> None
     seal(record.parent.parent)
     line = refused("generate", tmp_path / "run", "a b")
     assert "draft: chat_template_kwargs: expected a mapping, found [1]" in line
+    without(record, "chat_template_kwargs")
+    seal(record.parent.parent)
+    line = refused("generate", tmp_path / "run", "a b")
+    assert "draft: 'chat_template_kwargs' is missing" in line
