@@ -93,7 +93,7 @@ def regenerate(
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
     from domino_jax.data.conversations import stop_token_ids
-    from domino_jax.datagen.regenerate import Answerer, AnswerSettings
+    from domino_jax.datagen.regenerate import AnswerSettings
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
     from domino_jax.decoding.decoder import Weights, make_decoder
     from domino_jax.target.decoder import Target
@@ -106,9 +106,11 @@ def regenerate(
         Target(loaded.config), temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stops
     )
     result = regenerate_answers(
-        Answerer(decoder, Weights(loaded.params), loaded.tokenizer),
         prompts,
         answers,
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=loaded.tokenizer,
         settings=AnswerSettings(
             target=target_name,
             max_new_tokens=max_new_tokens,
@@ -211,10 +213,10 @@ def prompts(
         stop_ids=tuple(sorted(stops)),
     )
     drawn = write_prompts(
-        decoder,
-        Weights(loaded.params),
-        loaded.tokenizer,
         out,
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=loaded.tokenizer,
         settings=PromptSettings(
             target=target_name,
             count=count,
@@ -231,6 +233,6 @@ def prompts(
         reporter=reporter,
     )
     keeps(f"{out} is complete")
-    words = f"{drawn.drawn} drawn by this start, left out: {drawn.words}"
+    words = f"{drawn.drawn} drawn by this start, left out: {drawn.left_out}"
     reporter.say(f"saved {count} prompts; {words}")
     click.echo(out)
