@@ -67,7 +67,7 @@ def regenerate(
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
     from domino_jax.data.conversations import stop_token_ids
-    from domino_jax.datagen.regenerate import Answerer, AnswerSettings
+    from domino_jax.datagen.regenerate import AnswerSettings
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
     from domino_jax.decoding.decoder import Weights
 
@@ -82,9 +82,11 @@ def regenerate(
         stop_ids=stop_token_ids(loaded.tokenizer, settings.chat_template_kwargs),
     )
     result = regenerate_answers(
-        Answerer(decoder, Weights(loaded.params), loaded.tokenizer),
         prompts,
         answers,
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=loaded.tokenizer,
         settings=settings,
         reporter=reporter,
     )
@@ -154,9 +156,14 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
         stop_ids=tuple(sorted(stops)),
     )
     drawn = write_prompts(
-        decoder, Weights(loaded.params), loaded.tokenizer, out, settings=settings, reporter=reporter
+        out,
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=loaded.tokenizer,
+        settings=settings,
+        reporter=reporter,
     )
     keeps(f"{out} is complete")
-    words = f"{drawn.drawn} drawn by this start, left out: {drawn.words}"
+    words = f"{drawn.drawn} drawn by this start, left out: {drawn.left_out}"
     reporter.say(f"saved {settings.count} prompts; {words}")
     click.echo(out)

@@ -61,14 +61,12 @@ class InputRows:
     @property
     def figures(self) -> dict[str, int]:
         """How many conversations there are, and tokens of them that the target wrote."""
-        # Masks of captured rows lie beside gigabytes of states; older captures do not count.
-        known = (
-            self.rows.manifest.answer_tokens
-            if isinstance(self.rows, FeatureRows)
-            else answer_tokens(self.rows)
-        )
-        counted = {} if known is None else {"answer_tokens": known}
-        return {"conversations": len(self.rows), **counted}
+        # Masks of captured rows lie beside gigabytes of states.
+        if isinstance(self.rows, FeatureRows):
+            tokens = self.rows.manifest.answer_tokens
+        else:
+            tokens = answer_tokens(self.rows)
+        return {"conversations": len(self.rows), "answer_tokens": tokens}
 
     @property
     def fingerprint(self) -> str:

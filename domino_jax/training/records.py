@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, scalars
 from domino_jax.base.files import read_json
 from domino_jax.config.model import DraftConfig, draft_from_dict, draft_tree
-from domino_jax.data.template import ChatTemplate, recorded_kwargs
+from domino_jax.data.template import KWARGS, ChatTemplate
 from domino_jax.training.metrics import LogMark
 
 OTHER_VERSION = (
@@ -105,9 +105,8 @@ def read_draft_record(source: Path) -> DraftRecord:
     stored = _json_item(source, DRAFT)
     try:
         config = draft_from_dict(stored["config"], source=f"{source}/draft")
-        template = ChatTemplate(
-            stored["chat_template"], recorded_kwargs(stored, source=f"{source}/draft")
-        )
+        kwargs = scalars(stored[KWARGS], source=f"{source}/draft: {KWARGS}")
+        template = ChatTemplate(stored["chat_template"], kwargs)
         hashes = (stored[name] for name in ("target_sha256", "tokenizer_sha256"))
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:

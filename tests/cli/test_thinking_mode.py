@@ -166,3 +166,8 @@ def test_a_record_of_something_else_is_told(place: Path, tmp_path: Path) -> None
     seal(record.parent.parent)
     line = refused("generate", tmp_path / "run", "a b")
     assert "draft: chat_template_kwargs: expected a mapping, found [1]" in line
+    del tree["chat_template_kwargs"]
+    record.write_text(json.dumps(tree))
+    seal(record.parent.parent)
+    line = refused("generate", tmp_path / "run", "a b")
+    assert "draft: 'chat_template_kwargs' is missing" in line
