@@ -300,9 +300,9 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
 
 def _check_answered(generator: Any, kwargs: Scalars, *, source: str) -> None:
     """Refuses an answer that `regenerate` asked for under another setting."""
-    if not isinstance(generator, dict):  # of another program
+    if not isinstance(generator, dict) or KWARGS not in generator:  # of another program
         return
-    recorded = scalars(generator.get(KWARGS), source=f"{source}: generator: {KWARGS}")
+    recorded = scalars(generator[KWARGS], source=f"{source}: generator: {KWARGS}")
     answered = settings_text(recorded)
     if answered != settings_text(kwargs):
         raise InputError(

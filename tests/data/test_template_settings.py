@@ -66,6 +66,7 @@ def test_an_earlier_answer_whose_prompt_is_gone_is_not_marked() -> None:
         ({"chat_template_kwargs": {}}, {}, None),
         ({"chat_template_kwargs": NO_THINKING}, NO_THINKING, None),
         ("another program", NO_THINKING, None),
+        ({"made_with": "another program"}, NO_THINKING, None),
         ({"chat_template_kwargs": NO_THINKING}, {}, '{"enable_thinking": false}'),
         ({"chat_template_kwargs": {"enable_thinking": 0}}, NO_THINKING, '{"enable_thinking": 0}'),
     ],
@@ -88,11 +89,8 @@ def test_answers_of_another_setting_are_refused(
     )
 
 
-@pytest.mark.parametrize("generator", [{"chat_template_kwargs": [1]}, {"target": "x"}])
-def test_an_answer_that_records_nonsense_is_told_by_its_line(
-    generator: Any, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "a.jsonl", {**GOOD, "generator": generator})
+def test_an_answer_that_records_nonsense_is_told_by_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {**GOOD, "generator": {"chat_template_kwargs": [1]}})
     message = r"a.jsonl:1: generator: chat_template_kwargs: expected a map"
     with pytest.raises(InputError, match=message):
         load_rows(path, make_tokenizer(), max_length=100)
