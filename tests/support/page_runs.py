@@ -5,6 +5,8 @@ another one, or rounds it otherwise, is found out.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,20 @@ def write_run(
     *,
     head: bool = True,
     tau: float = 1.34,
-    break_even: float = 1.73,
-    answer_tokens: int | None = 18418,
+    answer_tokens: int = 18418,
     sets: tuple[str, ...] = ("everyday", "humaneval"),
     steps: int = 160,
     heldout: bool = True,
 ) -> Path:
     """A whole run, evaluated."""
-    directory.mkdir(parents=True)
-    (directory / "checkpoints").mkdir()
-    write_config(directory, head=head, steps=steps)
+    (directory / "checkpoints").mkdir(parents=True)
+    source = Path(__file__).parents[2] / "configs/smollm2-demo.yaml"
+    words = [f"run_dir={directory}", f"train.steps={steps}"]
+    words += [] if head else ["draft.projector_type=null"]
+    (directory / "config.yaml").write_text(dump_config(load_config(source, words)))
     write_logs(directory, head=head, steps=steps, heldout=heldout)
-    evaluation = evaluation_of(head=head, tau=tau, break_even=break_even, sets=sets, steps=steps)
-    if answer_tokens is not None:
-        evaluation["training"]["data"] = {"answer_tokens": answer_tokens, "conversations": 640}
+    evaluation = evaluation_of(head=head, tau=tau, sets=sets, steps=steps)
+    evaluation["training"]["data"] = {"answer_tokens": answer_tokens, "conversations": 640}
     write_evaluation(directory, evaluation)
     return directory
 
@@ -47,11 +49,12 @@ def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
     (directory / "evaluation.json").write_text(json.dumps(evaluation, indent=2))
 
 
-def write_config(directory: Path, *, head: bool, steps: int) -> None:
-    source = Path(__file__).parents[2] / "configs/smollm2-demo.yaml"
-    words = [f"run_dir={directory}", f"train.steps={steps}"]
-    words += [] if head else ["draft.projector_type=null"]
-    (directory / "config.yaml").write_text(dump_config(load_config(source, words)))
+@contextmanager
+def edited(run: Path) -> Iterator[dict[str, Any]]:
+    """The evaluation of a run, written again once it has been changed."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    yield evaluation
+    write_evaluation(run, evaluation)
 
 
 def write_logs(directory: Path, *, head: bool, steps: int, heldout: bool) -> None:
@@ -93,7 +96,12 @@ def _heldout(step: int, share: float, head: bool) -> dict[str, Any]:
 
 
 def evaluation_of(
-    *, head: bool, tau: float, break_even: float, sets: tuple[str, ...], steps: int = 160
+    *,
+    sets: tuple[str, ...],
+    head: bool = True,
+    tau: float = 1.34,
+    break_even: float = 1.73,
+    steps: int = 160,
 ) -> dict[str, Any]:
     """An `evaluation.json`: the first set as good as `tau` says, later ones worse."""
     evaluator = {"target": "smollm2-135m-instruct", "target_sha256": "ab" * 32}
