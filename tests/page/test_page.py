@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,41 +34,40 @@ VOID = {"meta", "link", "path", "use", "br", "img"}
 
 
 @dataclass
+class Element:
+    """An element of a page, and the text that is directly in it."""
+
+    tag: str
+    attributes: dict[str, str | None]
+    text: str = ""
+
+
 class Parsed(HTMLParser):
     """What a page holds, by a parser that repairs nothing."""
 
-    figures: list[tuple[dict[str, str], str]] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    links: list[str] = field(default_factory=list)
-    tags: set[str] = field(default_factory=set)
-    drafted: list[str] = field(default_factory=list)
-    text: str = ""
-    _open: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
+        self.elements: list[Element] = []
+        self.text = ""
+        self._open: list[Element] = [Element("", {})]
+        self.feed(page)
+        assert len(self._open) == 1
+        self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = {name: value or "" for name, value in attrs}
-        self.tags.add(tag)
-        if "id" in named and tag not in ("clippath", "path"):
-            self.ids.append(named["id"])
-        if tag == "a":
-            self.links.append(named["href"])
+        self.elements.append(Element(tag, dict(attrs)))
         if tag not in VOID:
-            self._open.append((tag, named))
+            self._open.append(self.elements[-1])
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self._open.pop()[0] == tag, tag
+        assert tag in VOID or self._open.pop().tag == tag, tag
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        tag, named = self._open[-1] if self._open else ("", {})
-        if tag == "data":
-            self.figures.append((named, data))
-        if tag == "span" and named.get("class") == "drafted":
-            self.drafted.append(data)
+        self._open[-1].text += data
+
+    def of(self, tag: str) -> list[Element]:
+        return [element for element in self.elements if element.tag == tag]
 
 
 @pytest.fixture
@@ -86,11 +85,7 @@ def page_of(*runs: Path) -> Parsed:
     """Writes the page of runs and reads it."""
     out = runs[0] / "report.html"
     write_page(read_runs(runs), out)
-    parsed = Parsed()
-    parsed.feed(out.read_text(encoding="utf-8"))
-    assert not parsed._open
-    parsed.text = " ".join(parsed.text.split())
-    return parsed
+    return Parsed(out.read_text(encoding="utf-8"))
 
 
 def stored(home: Path, file: str, pointer: str) -> Any:
@@ -122,9 +117,10 @@ def test_every_figure_is_the_one_of_its_file(undrawn: None, tmp_path: Path) -> N
     two = write_run(tmp_path / "dflash", head=False, tau=1.27)
     page = page_of(one, two)
     keys = set()
-    for named, shown in page.figures:
+    for figure in page.of("data"):
+        named = figure.attributes
         value = stored(tmp_path, named["data-file"], named["data-key"])
-        assert agrees(shown, value) and float(named["value"]) == value, named
+        assert agrees(figure.text, value) and float(named["value"]) == value, named
         keys.add((named["data-file"], re.sub(r"\d+", "N", named["data-key"])))
     everyday = "/sets/everyday/ways"
     expected = {
@@ -162,15 +158,20 @@ def test_a_page_says_first_whether_it_pays_and_needs_nothing_else(tmp_path: Path
     assert "everyday does not pay Tau 1.34 (1.30 to 1.38) is below the break-even of 1.73" in words
     assert "costs no verification and is not counted" in words
     assert words.index("Does it pay?") < words.index("Acceptance by position")
-    assert not page.tags & {"script", "img", "iframe"} and len(set(page.ids)) == len(page.ids)
-    for link in page.links:
-        there = link[1:] in page.ids if link.startswith("#") else (run / link).is_file()
+    assert not (page.of("script") or page.of("img") or page.of("iframe"))
+    drawn = ("clippath", "path")
+    ids = [one.attributes.get("id") for one in page.elements if one.tag not in drawn]
+    ids = [name for name in ids if name is not None]
+    assert len(set(ids)) == len(ids)
+    for link in (element.attributes["href"] for element in page.of("a")):
+        there = link[1:] in ids if link.startswith("#") else (run / link).is_file()
         assert there, link
     text = (run / "report.html").read_text()
     assert len(text) < 2e6 and not re.search(r"(src|href)=\"(https?:)?//", text)
     pieces = evaluation_of(sets=("a",))["sets"]["a"]
     drafted = [word for word, own in pieces["examples"][0]["pieces"] if own]
-    assert page.drafted == [*drafted, *drafted]  # of two sets
+    marked = [one.text for one in page.of("span") if one.attributes.get("class") == "drafted"]
+    assert marked == [*drafted, *drafted]  # of two sets
     write_page(read_runs([run]), run / "again.html")
     # The same bytes, but for the name of the pictures' folder.
     assert (run / "again.html").read_text() == text.replace('href="report/', 'href="again/')
@@ -257,7 +258,7 @@ def test_text_of_prompts_answers_and_names_is_escaped(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(f"{log}{json.dumps(skipped)}\n")
     page = page_of(run)
     text = (run / "report.html").read_text(encoding="utf-8")
-    assert "script" not in page.tags and "b" not in page.tags and "<script" not in text
+    assert not (page.of("script") or page.of("b")) and "<script" not in text
     assert text.count(SHOWN_EVIL) > 10 and "&lt;b&gt;$1_^" in text
 
 
@@ -306,27 +307,21 @@ def test_warnings_name_differences_that_are_no_ties(undrawn: None, tmp_path: Pat
     assert "for prompt 13" in text and "for prompt 14" in text and "for prompt 3 " not in text
 
 
-def paths(tree: Any, before: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """The way to everything in a tree; of a list to its first two entries."""
-    pairs: list[tuple[str | int, Any]] = []
-    if isinstance(tree, dict):
-        pairs = list(tree.items())
-    elif isinstance(tree, list):
-        pairs = list(enumerate(tree[:2]))
-    for key, value in pairs:
-        yield (*before, key)
-        yield from paths(value, (*before, key))
+def places(tree: Any) -> Iterator[tuple[Any, str | int]]:
+    """All that stands in a tree, by what holds it and its key there; two entries of a list."""
+    keys = range(len(tree[:2])) if isinstance(tree, list) else list(tree)
+    for key in keys:
+        yield tree, key
+        if isinstance(tree[key], list | dict):
+            yield from places(tree[key])
 
 
 def test_whatever_stands_in_an_evaluation_makes_a_page(tmp_path: Path) -> None:
     """Contents are made for every damage; drawing, which takes longer, for some of them."""
     run = write_run(tmp_path / "run", sets=("everyday",), steps=40)
     (files,) = read_runs([run])
-    tree = files.evaluation.value
     damaged = 0
-    for place in list(paths(tree)):
-        *parents, key = place
-        inside = functools.reduce(lambda found, step: found[step], parents, tree)
+    for inside, key in list(places(files.evaluation.value)):
         whole = inside[key]
         for odd in (None, "x", [], {}, [1], {"a": 1}, -1, 10**60, True):
             inside[key] = odd

@@ -78,7 +78,13 @@ def write_logs(directory: Path, *, head: bool, steps: int, heldout: bool) -> Non
             spike = {"loss": 27.125, "median": 9.8712, "lines": [5]}
             lines.append({"step": 19, "split": "spike", **spike})
         if step % 40 == 0 and heldout:
-            lines.append(_heldout(step, share, head))
+            last = 6.1 - 3.2 * share
+            record = {"step": step, "split": "heldout", "loss": last, "accuracy": 0.4321}
+            record["accept_len"] = 1 + 1.22567 * share
+            if head:
+                record |= {"final_loss": last, "base_loss": last + 0.45}
+                record["base_accept_len"] = 1 + 0.8666 * share
+            lines.append(record)
             rollout = {"tau": 1 + 0.35 * share, "marginal_1": 0.2, "conditional_1": 0.2}
             lines.append({"step": step, "split": "rollout", **rollout})
     for name, records in (("metrics", lines), ("timing", timing)):
@@ -86,29 +92,15 @@ def write_logs(directory: Path, *, head: bool, steps: int, heldout: bool) -> Non
         (directory / f"{name}.jsonl").write_text(text)
 
 
-def _heldout(step: int, share: float, head: bool) -> dict[str, Any]:
-    record = {"step": step, "split": "heldout", "loss": 6.1 - 3.2 * share, "accuracy": 0.4321}
-    record["accept_len"] = 1 + 1.22567 * share
-    if head:
-        record |= {"final_loss": record["loss"], "base_loss": record["loss"] + 0.45}
-        record["base_accept_len"] = 1 + 0.8666 * share
-    return record
-
-
 def evaluation_of(
-    *,
-    sets: tuple[str, ...],
-    head: bool = True,
-    tau: float = 1.34,
-    break_even: float = 1.73,
-    steps: int = 160,
+    *, sets: tuple[str, ...], head: bool = True, tau: float = 1.34, steps: int = 160
 ) -> dict[str, Any]:
     """An `evaluation.json`: the first set as good as `tau` says, later ones worse."""
     evaluator = {"target": "smollm2-135m-instruct", "target_sha256": "ab" * 32}
     evaluator |= {"chat_template": "cd" * 32, "chat_template_kwargs": {}, "step": steps}
     evaluator |= {"block_size": 4, "head": "domino" if head else None, "temperature": 0.0}
     evaluator |= {"seed": 0, "max_new_tokens": 64, "dtype": "float32"}
-    plain = 15.0321
+    plain, break_even = 15.0321, 1.73
     whole = plain * break_even
     head_ms = 1.2345 if head else 0.0
     parts = {"draft": 3.1111, "head": head_ms, "verification": whole - 5.5, "rest": 1.0159}
