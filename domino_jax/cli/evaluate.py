@@ -16,7 +16,6 @@ from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results
 from domino_jax.evaluation.record import (
     EVALUATION,
-    Earlier,
     Evaluator,
     read_earlier,
     set_names,
@@ -109,13 +108,13 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         dtype=record.config.dtype,
     )
-    earlier = read_earlier(evaluation, evaluator) if append else Earlier({}, None)
-    sets = dict(earlier.sets)
+    earlier = read_earlier(evaluation, evaluator) if append else {"sets": {}, "cycle": None}
+    sets = earlier["sets"]
     measurement = Measurement(loaded, drafter, evaluator, batch_size, timed, replay)
     for name, path in zip(names, prompt_files, strict=True):
         sets[name] = measurement.of_set(name, path, limit, server)
     # What was timed of the same draft stands until it is timed again.
-    cycle = measurement.cycle() if timed and temperature == 0 else earlier.cycle
+    cycle = measurement.cycle() if timed and temperature == 0 else earlier["cycle"]
     reporter.say(f"saving {evaluation}")
     # Before the table, which a closed pipe may refuse.
     written = write_evaluation(

@@ -95,7 +95,7 @@ class Measurement:
         if served and plain is not None:
             text_of = functools.partial(self.loaded.tokenizer.decode, skip_special_tokens=True)
             ours = figures.modes[SERVING].per_prompt
-            record["endpoint"] = compare_with_server(served, plain, ours, text_of=text_of).as_json()
+            record["endpoint"] = compare_with_server(served, plain, ours, text_of=text_of)
         return record
 
     def cycle(self) -> dict[str, Any]:
