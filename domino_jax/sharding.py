@@ -120,8 +120,8 @@ def axis_size(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
         KeyError: an unknown logical axis.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    (names,) = partition_spec(axis)
-    return 1 if mesh.empty else _parts(names, mesh)
+    (axes,) = partition_spec(axis)
+    return 1 if mesh.empty else _parts(_unsplit(axes, mesh), mesh)
 
 
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -142,28 +142,28 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
         spec = partition_spec(*leaf.names)
         return NamedSharding(mesh, _fitted(spec, leaf.value.shape, mesh))
 
-    def is_box(leaf: Any) -> bool:
-        return isinstance(leaf, nn.Partitioned)
-
-    return jax.tree.map(sharding, boxed, is_leaf=is_box)
+    return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+def _unsplit(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that no `shard_map` around this code has split already."""
     names = (axes,) if isinstance(axes, str) else axes or ()
-    # A manual axis is one that a `shard_map` around this code has split: here it has no parts left.
-    return math.prod(mesh.shape[name] for name in names if name not in mesh.manual_axes)
+    return tuple(name for name in names if name not in mesh.manual_axes)
+
+
+def _parts(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _fitted(
     spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    def fitted(axes: str | tuple[str, ...] | None, size: int) -> tuple[str, ...] | None:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        left = tuple(name for name in names if name not in mesh.manual_axes)
-        return left if left and size % _parts(left, mesh) == 0 else None
-
-    sides = [fitted(axes, size) for axes, size in zip(spec, shape, strict=True)]
-    return PartitionSpec(*sides)
+    """The spec without mesh axes that are split already or do not divide an axis of `shape`."""
+    fitted: list[tuple[str, ...] | None] = []
+    for axes, size in zip(spec, shape, strict=True):
+        names = _unsplit(axes, mesh)
+        fitted.append(names if names and size % _parts(names, mesh) == 0 else None)
+    return PartitionSpec(*fitted)
 
 
 def split_over_batch(
@@ -220,7 +220,7 @@ def split_over_devices(
 
     Args:
         function: of arrays (or trees of them), traceable.
-        inputs: the logical axes of each array, one tuple of names per array, in a tuple of the
+        inputs: the logical axes of each array, a `PartitionSpec` of names, in a tuple of the
             arguments.
         outputs: likewise of its result. An axis whose length the mesh does not divide stays whole.
     Returns:
@@ -230,14 +230,9 @@ def split_over_devices(
     """
 
     def specs(axes: Any, arrays: Any, mesh: AbstractMesh) -> Any:
-        flat = jax.tree.leaves(arrays)
-        # Trees of arrays may be tuples too: a tuple of nothing but names is a leaf of `axes`.
-        named = jax.tree.leaves(axes, is_leaf=lambda leaf: type(leaf) is tuple and _is_axes(leaf))
-        fitted = [
-            _fitted(partition_spec(*names), x.shape, mesh)
-            for names, x in zip(named, flat, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(arrays), fitted)
+        return jax.tree.map(
+            lambda names, x: _fitted(partition_spec(*names), x.shape, mesh), axes, arrays
+        )
 
     def split(*arrays: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
@@ -254,8 +249,3 @@ def split_over_devices(
         return run(*arrays)
 
     return split
-
-
-def _is_axes(leaf: tuple[Any, ...]) -> bool:
-    # None stands for an axis that is never split, and so is a name too.
-    return all(axis is None or isinstance(axis, str) for axis in leaf)

@@ -17,7 +17,7 @@ the backward of each part reads.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +71,11 @@ RESULT = "block_attention"  # the name of what it gives, for policies of `jax.ch
 
 # Every device attends for its own rows and key heads, which need nothing of another's. The context
 # stays whole: a query may see all of it.
-_BY_BLOCK: Any = ("batch", "kv_heads", None, None, None)
-_BY_POSITION: Any = ("batch", "kv_heads", None, None)
+_BY_BLOCK: Any = jax.P("batch", "kv_heads", None, None, None)
+_BY_POSITION: Any = jax.P("batch", "kv_heads", None, None)
+_BY_QUERY: Any = jax.P("batch", None, None)
 _OPERAND_AXES = Operands(_BY_BLOCK, _BY_POSITION, _BY_POSITION, _BY_BLOCK, _BY_BLOCK)
-_SPAN_AXES = ContextSpan(*[cast(Any, ("batch", None, None))] * 2)
+_SPAN_AXES = ContextSpan(_BY_QUERY, _BY_QUERY)
 _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 

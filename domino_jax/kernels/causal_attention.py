@@ -155,8 +155,8 @@ def implementation_for(platform: str, *, dtype: str, head_dim: int, packed: bool
 
 
 # Positions stay whole whatever the layout says of "length": a query sees all before it.
-_HEADS: Any = ("batch", "kv_heads", None, None)
-_DOCUMENTS: Any = ("batch", None)
+_HEADS = jax.P("batch", "kv_heads", None, None)
+_DOCUMENTS = jax.P("batch", None)
 
 
 def causal_attention(
