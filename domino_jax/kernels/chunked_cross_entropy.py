@@ -110,13 +110,13 @@ class _Slopes(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of states and of `expansion`, [V, R] or, transposed, [R, V], without the labels' part.
+    """Of `states` and of `expansion`, [V, R] or None.
 
-    That part is a vector of `low_rank` per prediction, times `labelled` [B, n, M].
+    Of a piece, `expansion` (transposed, [R, V]) lacks the labels' part: a vector of `low_rank` per
+    prediction, times `labelled` [B, n, M].
     """
 
-    hidden: jax.Array | None = None
-    low_rank: jax.Array | None = None
+    states: States | None = None
     expansion: jax.Array | None = None
     labelled: jax.Array | None = None
 
@@ -163,30 +163,6 @@ class _Softmax:
         return dense, jnp.ones_like(own)
 
 
-class _WholeGradients(NamedTuple):
-    """Of all states and of `expansion`, [V, R] or None, with the labels' part."""
-
-    states: States
-    expansion: jax.Array | None
-
-
-class _OfRows(NamedTuple):
-    """What belongs to predictions: it stays on the device that has their rows."""
-
-    final: TokenLoss
-    base: TokenLoss
-    states: States
-
-
-class _OverRows(NamedTuple):
-    """Sums over rows, which are added up over the devices."""
-
-    total: jax.Array
-    final_sum: jax.Array
-    base_sum: jax.Array
-    expansion: jax.Array | None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _vocabulary_loss(
     implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
@@ -197,7 +173,7 @@ def _vocabulary_loss(
 
 def _forward(
     implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _WholeGradients]:
+) -> tuple[VocabularyLoss, _Gradients]:
     return _of_devices(
         replace(implementation, with_gradient=True), states, tables, labels, lambda_base
     )
@@ -205,12 +181,12 @@ def _forward(
 
 def _of_devices(
     implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _WholeGradients]:
+) -> tuple[VocabularyLoss, _Gradients]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
     def of_device(
         states: States, labels: Labels, tables: Tables, lambda_base: jax.Array
-    ) -> tuple[_OfRows, _OverRows]:
+    ) -> tuple[Any, Any]:
         # A kernel of a TPU's or a GPU's own becomes a branch here.
         loss, gradients = jax.lax.platform_dependent(
             states,
@@ -220,27 +196,23 @@ def _of_devices(
             cpu=functools.partial(_in_chunks, replace(implementation, transposed=True)),
             default=functools.partial(_in_chunks, implementation),
         )
-        of_rows = _OfRows(loss.final, loss.base, gradients.states)
-        sums = _OverRows(loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+        of_rows = loss.final, loss.base, gradients.states
+        sums = loss.total, loss.final_sum, loss.base_sum, gradients.expansion
         return of_rows, sums
 
     run = split_over_batch(of_device, by_row=(True, True, False, False))
-    of_rows, over_rows = run(states, labels, tables, lambda_base)
-    loss = VocabularyLoss(
-        total=over_rows.total,
-        final_sum=over_rows.final_sum,
-        base_sum=over_rows.base_sum,
-        final=of_rows.final,
-        base=of_rows.base,
+    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(
+        states, labels, tables, lambda_base
     )
-    return loss, _WholeGradients(of_rows.states, over_rows.expansion)
+    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
+    return loss, _Gradients(of_states, expansion)
 
 
 def _backward(
-    _: Any, gradients: _WholeGradients, cotangent: VocabularyLoss
+    _: Any, gradients: _Gradients, cotangent: VocabularyLoss
 ) -> tuple[States, Tables, None, None]:
     # The gradients of `total` are there since the forward pass; it is all that carries one.
-    states, expansion = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
+    states, expansion, _ = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
     return states, Tables(None, expansion), None, None  # type: ignore[arg-type]
 
 
@@ -249,7 +221,7 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 def _in_chunks(
     implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _WholeGradients]:
+) -> tuple[VocabularyLoss, _Gradients]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
@@ -298,7 +270,7 @@ def _in_chunks(
 
 def _with_labels(
     gradients: _Gradients, states: States, labels: Labels, *, transposed: bool
-) -> _WholeGradients:
+) -> _Gradients:
     """The gradients of states and expansion, with the labels' part added once for all pieces."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
@@ -309,8 +281,7 @@ def _with_labels(
         expansion = expansion.at[labels.target_ids].add(
             -gradients.labelled[..., None] * states.low_rank
         )
-    of_states = States(gradients.hidden, gradients.low_rank)  # type: ignore[arg-type]
-    return _WholeGradients(of_states, expansion)
+    return _Gradients(gradients.states, expansion)
 
 
 def _chunk(
@@ -353,7 +324,7 @@ def _chunk(
     ones = jnp.ones_like(scale)
     hidden_gradient = _states_gradient(dlogits, ones, tables.lm_head, labelled, ids)
     if states.low_rank is None or tables.expansion is None:
-        return loss, _Gradients(hidden_gradient)
+        return loss, _Gradients(States(hidden_gradient))
     dense = dense.astype(states.low_rank.dtype)
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
     scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
@@ -361,9 +332,8 @@ def _chunk(
     equation = "bnmr,bnmv->rv" if implementation.transposed else "bnmv,bnmr->vr"
     factors = (scaled, dense) if implementation.transposed else (dense, scaled)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
-    return loss, _Gradients(
-        hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll
-    )
+    of_states = States(hidden_gradient, low_rank_gradient)
+    return loss, _Gradients(of_states, expansion_gradient, final_slopes.nll)
 
 
 def _total(final_sum: jax.Array, base_sum: jax.Array, lambda_base: jax.Array) -> jax.Array:
