@@ -210,23 +210,14 @@ def finished_answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
     """The answers of a state in which all are finished, to its first prompts."""
-    tokens, drafted = np.asarray(state.tokens), np.asarray(state.drafted)
-    lengths = np.asarray(state.lengths)
-    committed = np.asarray(state.committed)
-    verifications = np.asarray(state.verifications)
+    parts = state.tokens, state.drafted, state.lengths, state.committed, state.verifications
+    # A batch that was filled up has more rows than prompts.
+    rows = zip(prompts, *map(np.asarray, parts), strict=False)
     answers = []
-    for index, prompt in enumerate(prompts):
-        own = slice(len(prompt), lengths[index])
-        ids = tokens[index, own]
-        stopped = int(ids[-1]) in decoder.stop_ids
+    for prompt, tokens, drafted, length, committed, verifications in rows:
+        own = slice(len(prompt), length)
+        stopped = int(tokens[length - 1]) in decoder.stop_ids
         answers.append(
-            Answer(
-                ids,
-                drafted[index, own],
-                stopped,
-                committed=int(committed[index]),
-                verifications=int(verifications[index]),
-                seconds=seconds,
-            )
+            Answer(tokens[own], drafted[own], stopped, int(committed), int(verifications), seconds)
         )
     return answers

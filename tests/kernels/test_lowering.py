@@ -19,7 +19,7 @@ import pytest
 from reference import draft_config, target_config
 
 from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.speculate import _advance, start
+from domino_jax.decoding.speculate import advance, start
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.objective.curriculum import lambda_base_schedule
@@ -65,8 +65,8 @@ def traced_cycle() -> Any:
     decoder = make_decoder(TARGET, DraftModel(CONFIG))
     weights = Weights(shapes_of(TARGET, jnp.zeros((1, 4), jnp.int32)), draft_shapes())
     read = functools.partial(start, decoder, prompts=[np.arange(3)], max_new_tokens=9, cache_len=80)
-    return _advance.trace(
-        decoder, weights, jax.eval_shape(read, weights), jax.ShapeDtypeStruct((), jnp.int32)
+    return advance.trace(
+        decoder, weights, jax.eval_shape(read, weights), cycles=jax.ShapeDtypeStruct((), jnp.int32)
     )
 
 
