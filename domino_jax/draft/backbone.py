@@ -64,10 +64,6 @@ class DraftLayer(nn.Module):
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
-    def context_keys_values(self, context: jax.Array, tables: Rotary) -> Cache:
-        """Keys and values of the context, [B, S, D] -> two [B, KV, S, head_dim]; no norm here."""
-        return Cache(*self.self_attn.keys_values(context, tables))
-
 
 def _run(layer: DraftLayer, *arguments: Any) -> jax.Array:
     return layer(*arguments)
@@ -157,7 +153,7 @@ class DraftModel(nn.Module):
         # Normed once for all layers: their own input norms are for the blocks alone.
         states = self.hidden_norm(self.fc(features))
         tables = rotary(positions, self.cfg)
-        return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
+        return tuple(Cache(*layer.self_attn.keys_values(states, tables)) for layer in self.layers)
 
     @jax.named_scope(BACKBONE)
     def block_states(

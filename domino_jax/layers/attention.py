@@ -23,16 +23,12 @@ class AttentionProjections(nn.Module):
 
     def setup(self) -> None:
         """Creates the four projections and the two norms."""
-        cfg, bias = self.cfg, self.bias
-        self.q_proj = Dense(
-            cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype, bias
-        )
-        self.k_proj = Dense(
-            cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
-        )
-        self.v_proj = Dense(
-            cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
-        )
+        cfg = self.cfg
+        query_width = cfg.num_attention_heads * cfg.head_dim
+        key_width = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = Dense(query_width, ("heads", "embed"), cfg.dtype, self.bias)
+        self.k_proj = Dense(key_width, ("kv_heads", "embed"), cfg.dtype, self.bias)
+        self.v_proj = Dense(key_width, ("kv_heads", "embed"), cfg.dtype, self.bias)
         # Never a bias: Qwen2 has biases of q, k and v alone.
         self.o_proj = Dense(cfg.hidden_size, ("embed", "heads"), cfg.dtype)
         if cfg.qk_norm:
@@ -57,8 +53,8 @@ class AttentionProjections(nn.Module):
 
     def output(self, heads: jax.Array) -> jax.Array:
         """Joins the heads, [B, H, T, head_dim] -> [B, T, D]."""
-        batch, count, length, width = heads.shape
-        return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, count * width))
+        batch, _, length, _ = heads.shape
+        return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, -1))
 
     # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
     def _heads(self, x: jax.Array) -> jax.Array:

@@ -72,7 +72,11 @@ class Here(NamedTuple):
         states = stream(self.decoder, self.weights, state, cycles=1)
         begins = [int(np.asarray(state.lengths)[0]) - 1 for state in states][:-1]
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, cache_len=self.cache_len
+            self.decoder,
+            self.weights,
+            [prompt],
+            max_new_tokens=new_tokens,
+            cache_len=self.cache_len,
         )
         # The last token of the answer begins no block: nothing is left to write.
         assert answer.verifications == len(

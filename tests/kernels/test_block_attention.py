@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_cases import CASES, GRADIENT, KERNEL_GRADIENT, QUICK, VALUE
-from reference import draft_config, random_anchors, random_batch
+from reference import draft_config, random_anchors, random_batch, slow_mask
 
-from domino_jax.draft.mask import block_mask, context_span
+from domino_jax.draft.mask import context_span
 from domino_jax.kernels import block_attention as kernel
 from domino_jax.kernels import block_attention_pallas_tpu as pallas_tpu
 from domino_jax.kernels import block_attention_xla as xla
@@ -79,9 +79,10 @@ def values_and_gradients(attention: Any, inputs: Inputs) -> tuple[jax.Array, Inp
 )
 def test_definition_equals_dense_attention(packed: bool, window: int | None, causal: bool) -> None:
     anchors, keep, seq_lens = drawn(packed)
-    rule: dict[str, Any] = {"block_size": SIZE, "seq_lens": seq_lens, "window": window}
-    span = context_span(anchors, keep, **rule)
-    mask = block_mask(anchors, keep, **rule, context_len=LENGTH, causal=causal)
+    span = context_span(anchors, keep, seq_lens=seq_lens, block_size=SIZE, window=window)
+    mask = jnp.asarray(
+        slow_mask(anchors, keep, seq_lens, length=LENGTH, size=SIZE, window=window, causal=causal)
+    )
 
     def dense(q: jax.Array, context: Any, own: Any) -> jax.Array:
         k, v = (jnp.concatenate(pair, axis=2) for pair in zip(context, own, strict=True))
@@ -111,14 +112,14 @@ def random_case(seed: int, *, longest: int = 60) -> Case:
         int(rng.integers(1, 3)),
         int(rng.integers(1, 9)),
     )
-    size, cache_len, length = (
+    size, slots, length = (
         int(rng.integers(2, 17)),
         int(rng.integers(1, 9)),
         int(rng.integers(1, longest)),
     )
     reach = np.maximum(1, length * rng.choice([0.1, 0.5, 1.0], (rows, 1))).astype(int)
-    anchors = np.sort(rng.integers(0, reach, (rows, cache_len)), axis=1).astype(np.int32)
-    keep = np.arange(cache_len) < rng.integers(0, cache_len + 1, (rows, 1))
+    anchors = np.sort(rng.integers(0, reach, (rows, slots)), axis=1).astype(np.int32)
+    keep = np.arange(slots) < rng.integers(0, slots + 1, (rows, 1))
     packed, window = (
         rng.random() < 0.5,
         int(rng.integers(size, 3 * size)) if rng.random() < 0.5 else None,
@@ -132,7 +133,7 @@ def random_case(seed: int, *, longest: int = 60) -> Case:
         block_size=size,
         window=window,
     )
-    inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, cache_len * size, seed=seed)
+    inputs = random_inputs(rows, kv_heads * groups, kv_heads, length, slots * size, seed=seed)
     tiles = TileSize(int(rng.integers(1, 4 * groups * size)), int(rng.integers(1, length + 9)))
     return Case(inputs, span, bool(rng.random() < 0.3), tiles)
 

@@ -104,7 +104,7 @@ def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
 
 
 def place_of(name: str) -> tuple[float, str, int] | None:
-    """Where the table puts `domino_jax.draft.mask.block_mask`: its longest known prefix.
+    """Where the table puts `domino_jax.draft.mask.layer_spans`: its longest known prefix.
 
     None for a name of another package.
     """

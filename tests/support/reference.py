@@ -389,3 +389,28 @@ def slow_document_ids(seq_lens: np.ndarray, length: int) -> np.ndarray:
                 end += size
                 ids[row, position] += end <= position
     return ids
+
+
+def slow_mask(
+    anchors: np.ndarray,
+    keep: np.ndarray,
+    seq_lens: np.ndarray | None,
+    *,
+    length: int,
+    size: int,
+    window: int | None = None,
+    causal: bool = False,
+) -> np.ndarray:
+    """What each query of each block sees of `[context | all blocks]`, bool [B, N*K, S + N*K]."""
+    rows, slots = anchors.shape
+    documents = None if seq_lens is None else slow_document_ids(seq_lens, length)
+    mask = np.zeros((rows, slots * size, length + slots * size), bool)
+    for b, n, k in np.ndindex(rows, slots, size):
+        a = anchors[b, n]
+        for j in range(length):
+            same = documents is None or documents[b, j] == documents[b, a]
+            near = window is None or (a + k) - j < window
+            mask[b, n * size + k, j] = keep[b, n] and j < a and same and near
+        for other in range(k + 1 if causal else size):
+            mask[b, n * size + k, length + n * size + other] = True
+    return mask
