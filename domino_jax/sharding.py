@@ -1,8 +1,6 @@
-"""Layers say what an axis means; what it is split over is decided here, for all of them at once.
+"""The mesh, and the one table from logical axes ("embed", "vocab", ..) to the axes of the mesh.
 
-This is the only file that says what an axis of the mesh does; `config/sections.py` has its sizes.
-Elsewhere parameters and activations carry logical axes ("embed", "vocab", ..), so that another
-layout is a change of one table.
+No other file says what an axis of the mesh does; `config/sections.py` has its sizes.
 """
 
 import math
@@ -41,12 +39,9 @@ def make_mesh(
 
     Args:
         data: copies of the state, -1 for as many as the devices allow.
-        fsdp: parts that parameters with an "embed" axis are split into, and the batch; what has
-            none of that axis (norms, a head's tables of the vocabulary) is whole on each of them.
+        fsdp: parts that the batch and parameters with an "embed" axis are split into.
         tensor: parts that heads, feed-forward width and vocabulary are split into.
         devices: in the place of all devices.
-    Returns:
-        `Mesh` with axes "data", "fsdp", "tensor".
     Raises:
         ValueError: a size is not positive, or the product does not match the number of devices.
     """
@@ -109,13 +104,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def axis_size(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """How many parts a mesh splits a logical axis into.
+    """How many parts a mesh splits a logical axis into; `mesh` is the one that is set by default.
 
     1 without a mesh, and where each device has its own part already.
 
-    Args:
-        axis: the logical axis.
-        mesh: the one that is set when not given.
     Raises:
         KeyError: an unknown logical axis.
     """
@@ -131,9 +123,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     Args:
         boxed: variables as `init` or `jax.eval_shape` of it returns them, boxes included.
-        mesh: the mesh of `make_mesh`.
-    Returns:
-        A tree of `NamedSharding` like the unboxed parameters.
+        mesh: of `make_mesh`.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
@@ -176,10 +166,8 @@ def split_over_batch(
 
     Args:
         function: returns what belongs to rows (arrays with the batch in front) and sums over rows.
+            Where no mesh divides the rows it runs as it is.
         by_row: of each argument, whether its arrays have the batch in front; the others are shared.
-    Returns:
-        A function of the same arguments and result; `function` itself where no mesh divides the
-        rows.
     """
 
     def split(*arguments: Any) -> Any:
@@ -220,11 +208,8 @@ def split_over_devices(
 
     Args:
         function: of arrays (or trees of them), traceable.
-        inputs: the logical axes of each array, a `PartitionSpec` of names, in a tuple of the
-            arguments.
+        inputs: for each argument, a `PartitionSpec` of logical axes for each of its arrays.
         outputs: likewise of its result. An axis whose length the mesh does not divide stays whole.
-    Returns:
-        A function of the same arguments and result.
     Raises:
         KeyError: an unknown logical axis.
     """

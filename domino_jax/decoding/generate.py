@@ -1,4 +1,4 @@
-"""One batch of prompts is decoded to its end, or one answer is passed on as it grows.
+"""Answers to prompts: of a batch, decoded to its end, or of one, passed on as it grows.
 
 prompts -> `start` -> `finish`                         -> an `Answer` each
 prompt  -> `start` -> `stream`, every STREAM_CYCLES -> show, ... -> `Answer`
@@ -51,14 +51,10 @@ def asked(messages: Messages) -> Messages:
 
 
 def check_length(decoder: Decoder, prompt: np.ndarray, *, source: str) -> None:
-    """Refuses a prompt that is longer than any text that the target knows positions for.
+    """Refuses a prompt [n] that is longer than any text that the target knows positions for.
 
-    Args:
-        decoder: what is to answer it.
-        prompt: token ids, int32 [n].
-        source: where it comes from, for the message.
     Raises:
-        InputError: with both lengths.
+        InputError: with both lengths and the prompt's `source`.
     """
     longest = decoder.target.cfg.max_position_embeddings
     if len(prompt) > longest:
@@ -85,8 +81,8 @@ def generate(
         weights: its parameters.
         prompts: token ids of each.
         max_new_tokens: per answer.
-        size: of all batches, which then run through one program: short of prompts, the last one is
-            decoded again, and its answer dropped; 0 for as many as there are.
+        size: of all batches, which then run through one program: short of prompts, the last one
+            fills up; 0 for as many as there are.
         cache_len: cache positions, see `speculate.start`; None for as few as `longest` needs.
         longest: of the prompts of all batches, likewise; 0 for those of this one.
         seed: of the sampler.

@@ -1,12 +1,10 @@
-"""Speculative decoding: a pass costs the reading of its weights, so one pass verifies a block.
+"""The speculative loop; plain decoding is the same loop without proposals. A cycle of P = 3 from `lengths` = n:
 
-Plain decoding is the same compiled loop without proposals. A cycle of P = 3 from `lengths` = n:
-
-    position           n-2  n-1  n    n+1  n+2
-    committed, drafted t    b    d1   d2   d3    b `bonus`, unread; d from the states before it
-    one target pass         b    d1   d2   d3    writes both caches from n-1 on
-    its next tokens         d1   x    .    .     one after each token that it reads
-    committed          t    b    d1   x          d1 accepted, x is the next b; d2, d3 are stale
+position           n-2  n-1  n    n+1  n+2
+committed, drafted t    b    d1   d2   d3    b `bonus`, unread; d from the states before it
+one target pass         b    d1   d2   d3    writes both caches from n-1 on
+its next tokens         d1   x    .    .     one after each token that it reads
+committed          t    b    d1   x          d1 accepted, x is the next b; d2, d3 are stale
 """
 
 import functools

@@ -1,7 +1,6 @@
-"""A backbone that fills a block at once cannot know what it drafts earlier in it; a head does.
+"""The Domino head: a GRU over a block's previous tokens and a low-rank correction of the logits.
 
-A head is small, since at inference it runs once a token where the backbone runs once a block. The
-Domino head is a GRU over a block's previous tokens and a low-rank correction of the logits:
+A head is small: at inference it runs once a token, where the backbone runs once a block.
 
     prediction m             0        1        2      of token a + 1 + m, a the anchor's place
     previous token           a      a + 1    a + 2    the row's own in training, drafted in decoding

@@ -1,4 +1,4 @@
-"""What a draft sees in training and lacks at inference spoils it; this says who sees what.
+"""Which keys each draft query attends to: its span of the context.
 
 A block sees all of itself, and of the context one span per query. With K = 2 and anchors 3 and 6:
 

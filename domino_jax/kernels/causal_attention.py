@@ -1,6 +1,5 @@
-"""Attention of the target, whose scores [T, S] of all heads would be gigabytes a layer in training.
+"""Causal attention of the target: a token sees itself and what stands before it.
 
-Each token sees itself and what stands before it, in a row or behind a cache:
 
     keys of the cache      0 1 2 3 4 5 . .     S slots; those after a row's last position are stale
     queries at 4, 5        4 sees 0..4, 5 sees 0..5
@@ -12,7 +11,6 @@ gradient.
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,7 +58,9 @@ def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) ->
     return mask & (documents[:, queries, None] == documents[:, None, :])
 
 
-def whole(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
+def whole(
+    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None = None
+) -> jax.Array:
     """The definition with all scores at once, best on a CPU at the lengths that it can train."""
     length = q.shape[2]
     mask = causal_mask(jnp.arange(length), length, documents)
@@ -68,7 +68,12 @@ def whole(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None)
 
 
 def by_query_tiles(
-    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, *, tile: int = TILE
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    documents: jax.Array | None = None,
+    *,
+    tile: int = TILE,
 ) -> jax.Array:
     """The definition for some queries at a time: scores [tile, S] instead of [T, S]."""
     batch, heads, length, width = q.shape
@@ -92,7 +97,7 @@ def on_tpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    documents: jax.Array | None,
+    documents: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -188,14 +193,13 @@ def causal_attention(
     # Heads that share keys stay on the device that has the keys.
     by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
     # Axes are named array by array, so documents that are not there are left out, not None.
-    packed = () if documents is None else (documents,)
-    of_documents = () if documents is None else (_DOCUMENTS,)
+    arrays, axes = (by_kv_head, k, v), (_HEADS,) * 3
+    if documents is not None:
+        arrays, axes = (*arrays, documents), (*axes, _DOCUMENTS)
     run = split_over_devices(
-        functools.partial(_of_device, implementation=implementation),
-        inputs=(_HEADS, _HEADS, _HEADS, *of_documents),
-        outputs=_HEADS,
+        functools.partial(_of_device, implementation=implementation), inputs=axes, outputs=_HEADS
     )
-    return run(by_kv_head, k, v, *packed).reshape(q.shape)
+    return run(*arrays).reshape(q.shape)
 
 
 def _of_device(
@@ -206,9 +210,7 @@ def _of_device(
     heads = q.reshape(batch, -1, length, width)
     if implementation == CUDNN:
         return by_cudnn(heads, k, v).reshape(q.shape)
-
-    def taking(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return lambda q, k, v, *documents: run(q, k, v, *documents or (None,))
-
-    branches = {"cpu": taking(whole), "tpu": taking(on_tpu), "default": taking(by_query_tiles)}
-    return jax.lax.platform_dependent(heads, k, v, *documents, **branches).reshape(q.shape)
+    out = jax.lax.platform_dependent(
+        heads, k, v, *documents, cpu=whole, tpu=on_tpu, default=by_query_tiles
+    )
+    return out.reshape(q.shape)

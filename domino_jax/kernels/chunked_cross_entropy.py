@@ -1,8 +1,7 @@
-"""The losses of two logits over one vocabulary, without ever holding the logits of all predictions.
+"""Chunked linear cross-entropy of two logits over one vocabulary.
 
-Logits of [V] for each of N*K predictions are 5.0 GB a row in float32 (N 512, K 16, V 151,936), two
-of them twice that, and differentiating them keeps several copies. So blocks go through in pieces,
-and a piece makes its gradient as soon as it has its loss:
+Logits of [V] for each of N*K predictions are 5.0 GB a row in float32 (N 512, K 16, V 151,936). So
+blocks go through in pieces, and a piece makes its gradient as soon as it has its loss:
 
     hidden [B, N, M, D]   ┌ piece ┐┌ piece ┐┌ piece ┐     per piece: U = h W^T, U + E, both losses,
                           └───────┘└───────┘└───────┘     d loss / d h, d r, d W2; then its logits

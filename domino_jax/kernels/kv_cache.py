@@ -1,6 +1,4 @@
-"""Without a cache of keys and values each step of decoding would run every earlier token again.
-
-One operation both writes and reads it, so that its layout is its own affair.
+"""The cache of keys and values; one operation both writes and reads it.
 
     slots of a row    0 1 2 3 4 5 6 7     a pass over T = 2 tokens from position 4 writes 4 and 5,
     holding           p p p p n n s s     and its queries see 0..4 and 0..5: past, new, never stale

@@ -1,10 +1,8 @@
-"""The loss's definition and its kernel can only be compared if they share what they speak of.
+"""The loss of each prediction, shared by the loss's definition and its kernel.
 
-That is what the logits of a vocabulary say of each prediction, and what they are made from:
-
-    hidden    h [B, N, M, D]    base logits     U = h W^T           [B, N, M, V]
-    low rank  r [B, N, M, R]    final logits    U + E = U + r W2^T  [B, N, M, V]
-    logits and target_ids       nll, prediction, divergence         [B, N, M]
+hidden    h [B, N, M, D]    base logits     U = h W^T           [B, N, M, V]
+low rank  r [B, N, M, R]    final logits    U + E = U + r W2^T  [B, N, M, V]
+logits and target_ids       nll, prediction, divergence         [B, N, M]
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """How block attention is cut for a TPU, and which tiles of the context are worth reading.
 
 A kernel's grid is fixed when it is compiled, so both axes are cut into tiles of one size and filled
-up; which of them some query sees is known on the device alone, and told to the kernel as a list.
+up. Which of them some query sees is known on the device alone: the kernel gets a list.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""A draft starts as its target's top layers, so both project queries, keys and values alike.
+"""The projections around attention, the same in target and draft; what attends is theirs.
 
-What attends differs and is left to target and draft; here are the weights around it, with heads
-first so that each head's positions lie together:
+Heads go first, so that each head's positions lie together:
 
     x [B, T, D] -> queries [B, H, T, head_dim], keys and values [B, KV, T, head_dim] -> [B, T, D]
 """

@@ -1,4 +1,4 @@
-"""Target and draft normalise alike, in float32 whatever they compute in: once, for both."""
+"""RMSNorm with a float32 reduction, for target and draft."""
 
 import flax.linen as nn
 import jax
