@@ -1,4 +1,6 @@
-"""The speculative loop; plain decoding is the same loop without proposals. A cycle of P = 3 from `lengths` = n:
+"""The speculative loop; plain decoding is the same loop without proposals.
+
+A cycle of P = 3 from `lengths` = n:
 
 position           n-2  n-1  n    n+1  n+2
 committed, drafted t    b    d1   d2   d3    b `bonus`, unread; d from the states before it

@@ -176,7 +176,7 @@ class DraftModel(nn.Module):
         )
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
-        """The positions that predict, [B, N, K, D] -> [B, N, M, D]: without the anchor's, or all."""
+        """The positions that predict, [B, N, K, D] -> [B, N, M, D]; see `draft.blocks`."""
         return hidden if self.cfg.shift_label else hidden[:, :, 1:]
 
     def corrections(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:

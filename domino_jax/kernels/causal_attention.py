@@ -1,6 +1,5 @@
 """Causal attention of the target: a token sees itself and what stands before it.
 
-
     keys of the cache      0 1 2 3 4 5 . .     S slots; those after a row's last position are stale
     queries at 4, 5        4 sees 0..4, 5 sees 0..5
 

@@ -32,8 +32,8 @@ CONFIG = draft_config(
 )
 TARGET = Target(target_config(CONFIG), capture=CONFIG.target_layer_ids)
 # The scopes of the CPU's implementations, and in which of the two programs each is read.
-STEP_FORMS = {"cpu_largest", "cpu_expansion", "cpu_transposed", "cpu_scale"}
-CYCLE_FORMS = {"cpu_largest", "cpu_few_rows", "cpu_cache"}
+STEP_FORMS = {"cpu_largest", "cpu_expansion", "cpu_transposed"}
+CYCLE_FORMS = {"cpu_largest", "cpu_few_rows"}
 
 
 def shapes_of(model: nn.Module, *arguments: Any) -> Any:

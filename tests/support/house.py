@@ -15,7 +15,7 @@ TABLE = (
     (0, "base", "errors parse files finite marks progress chips scopes"),
     (0.2, "config", "schema sizes heads model draft sections run"),
     (0.3, "", "sharding"),
-    (1, "kernels", "causal_attention kv_cache matmul scale argmax softmax operands"),
+    (1, "kernels", "causal_attention kv_cache matmul argmax softmax operands"),
     (1, "kernels", "block_attention_xla tpu_tiles block_attention_pallas_tpu block_attention"),
     (1, "kernels", "token_loss chunked_cross_entropy"),
     (1.5, "layers", "dense norm rotary attention"),
