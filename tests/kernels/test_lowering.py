@@ -21,7 +21,7 @@ from reference import draft_config, target_config
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.speculate import advance, start
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.objective.curriculum import lambda_base_schedule
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.target.decoder import Target
@@ -41,9 +41,7 @@ def shapes_of(model: nn.Module, *arguments: Any) -> Any:
 
 
 def draft_shapes() -> Any:
-    return nn.meta.unbox(
-        jax.eval_shape(lambda: init_variables(DraftModel(CONFIG), jax.random.key(0)))
-    )["params"]
+    return nn.meta.unbox(boxed_parameters(CONFIG))
 
 
 def traced_step() -> Any:
