@@ -262,16 +262,9 @@ def forward(
     size: KernelTile = TILE,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The online softmax over the own block and the context.
+    """The online softmax; arguments and result as `block_attention_xla.forward`.
 
-    Arguments and result are those of `block_attention_xla.forward`.
-
-    Args:
-        operands: of the call.
-        span: of each block, or of each of its queries.
-        causal: as in `block_attention`.
-        size: of the tiles.
-        interpret: run the kernel without a TPU, for tests.
+    `interpret` runs the kernel without a TPU, for tests.
     """
     batch, heads, blocks, block_queries, width = operands.queries.shape
     # One part, whatever the context: nothing of it is held here, and each softmax runs over it all.
@@ -361,11 +354,7 @@ def backward(
 
 
 def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
-    """Block and shape of each gradient.
-
-    Sums of the context's keys and values, which stay in memory, and what each part adds to the
-    rest.
-    """
+    """Block and shape of each gradient; sums of the context's keys and values stay in memory."""
     batch, heads, _, _, width = operands.queries.shape
 
     def of_tile(count: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:

@@ -139,16 +139,10 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def implementation_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
-    """The form of `causal_attention` for a mesh's devices.
+    """The implementation of `causal_attention` for devices of a platform, as jax names it.
 
     cuDNN cannot be traced for other platforms, so it is never a branch of a program: it is named
-    here, once.
-
-    Args:
-        platform: of the devices, as jax names it.
-        dtype: of queries, keys and values.
-        head_dim: width of a head.
-        packed: whether rows hold several documents.
+    here, once. It takes no `packed` rows of several documents.
     """
     # Widths that JAX lets cuDNN take on every GPU; those up to 256 need a Hopper or a later one.
     fits = head_dim <= 128 and head_dim % 8 == 0
@@ -192,7 +186,8 @@ def causal_attention(
     # Heads that share keys stay on the device that has the keys.
     by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
     # Axes are named array by array, so documents that are not there are left out, not None.
-    arrays, axes = (by_kv_head, k, v), (_HEADS,) * 3
+    arrays: tuple[jax.Array, ...] = by_kv_head, k, v
+    axes: tuple[jax.P, ...] = _HEADS, _HEADS, _HEADS
     if documents is not None:
         arrays, axes = (*arrays, documents), (*axes, _DOCUMENTS)
     run = split_over_devices(

@@ -83,7 +83,7 @@ def vocabulary_loss(
 
 @dataclass(frozen=True)
 class _Form:
-    """How the loss is computed: what is static, and hashable as `custom_vjp` asks of it.
+    """What is static, hashable as `custom_vjp` asks of it.
 
     Attributes:
         objective: as in `vocabulary_loss`.
@@ -163,19 +163,13 @@ class _Softmax:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _vocabulary_loss(
-    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> VocabularyLoss:
-    loss, _ = _of_devices(implementation, states, tables, labels, lambda_base)
+def _vocabulary_loss(implementation: _Form, *operands: Any) -> VocabularyLoss:
+    loss, _ = _of_devices(implementation, *operands)
     return loss
 
 
-def _forward(
-    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _Gradients]:
-    return _of_devices(
-        replace(implementation, with_gradient=True), states, tables, labels, lambda_base
-    )
+def _forward(implementation: _Form, *operands: Any) -> tuple[VocabularyLoss, _Gradients]:
+    return _of_devices(replace(implementation, with_gradient=True), *operands)
 
 
 def _of_devices(
@@ -254,9 +248,8 @@ def _in_chunks(
     of_sums, of_outs = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_sums)
     outs = jax.tree.map(lambda x: jnp.zeros((chunks, *x.shape), x.dtype), of_outs)
-    # A loop with a traced end, though it stacks nothing by itself: a scan would need a conditional
-    # to skip the last pieces, and XLA on CPU ran a conditional's products on one core (2.0 s a step
-    # against 1.14 s).
+    # A loop with a traced end: a scan would need a conditional to skip the last pieces, whose
+    # products XLA on CPU ran on one core (2.0 s a step against 1.14 s).
     supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, chunks + 1), 0))
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))

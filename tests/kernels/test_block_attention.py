@@ -278,15 +278,12 @@ def test_block_attention_of_an_unused_slot_sees_its_own_block_only() -> None:
     nothing = ContextSpan(*jnp.zeros((2, ROWS, SLOTS, 1), jnp.int32))
     inputs = random_inputs()
     found = attend(*inputs, span=nothing)
-    k, v = (np.repeat(np.asarray(x), HEADS // KV_HEADS, axis=1) for x in inputs.own)
+    everything = jnp.ones((1, SIZE, SIZE), bool)
     for n in range(SLOTS):
-        block = slice(n * SIZE, (n + 1) * SIZE)
-        scores = np.asarray(inputs.q)[:, :, block] @ k[:, :, block].swapaxes(2, 3) / np.sqrt(WIDTH)
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        np.testing.assert_allclose(
-            found[:, :, block], weights @ v[:, :, block], rtol=1e-5, atol=1e-5
-        )
+        block = np.s_[:, :, n * SIZE : (n + 1) * SIZE]
+        k, v = (x[block] for x in inputs.own)
+        expected = causal_attention.definition(inputs.q[block], k, v, mask=everything)
+        np.testing.assert_allclose(found[block], expected, rtol=1e-5, atol=1e-5)
 
     def total(inputs: Inputs) -> jax.Array:
         return jnp.sum(jnp.sin(block_attention(*inputs, span=nothing)))
