@@ -28,7 +28,6 @@ def accept_sampled(
     """Speculative sampling: accepted tokens and the next follow the target's distribution exactly.
 
     Args:
-        key: a PRNG key.
         drafted: int32 [B, P], drawn from `draft_probs`.
         draft_probs: float32 [B, P, V].
         target_probs: float32 [B, P + 1, V], the target's after each prefix of the draft.

@@ -77,15 +77,12 @@ def generate(
     """Answers a batch of prompts.
 
     Args:
-        decoder: what decodes.
-        weights: its parameters.
         prompts: token ids of each.
         max_new_tokens: per answer.
         size: of all batches, which then run through one program: short of prompts, the last one
             fills up; 0 for as many as there are.
         cache_len: cache positions, see `speculate.start`; None for as few as `longest` needs.
         longest: of the prompts of all batches, likewise; 0 for those of this one.
-        seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
     """
@@ -120,13 +117,10 @@ def stream_answer(
     """Answers one prompt and passes on the answer as it grows.
 
     Args:
-        decoder: what decodes.
-        weights: its parameters.
         prompt: token ids, int32 [n].
         max_new_tokens: at most.
         show: receives the tokens of the answer so far and whether each was drafted, int32 and
             bool [n], every few cycles.
-        seed: of the sampler.
     Returns:
         The whole `Answer`; its `seconds` hold no compilation.
     """

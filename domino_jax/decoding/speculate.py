@@ -63,13 +63,10 @@ def start(
     """Reads the prompts and commits the first token of each answer.
 
     Args:
-        decoder: what decodes.
-        weights: its parameters.
         prompts: token ids, at least one each.
         max_new_tokens: tokens of each answer at most.
         cache_len: cache positions, at least `required_cache_len`; one number compiles once.
         longest: tokens that prompts are filled up to at least, likewise.
-        seed: of the sampler.
     Raises:
         ValueError: too few slots or an empty prompt.
     """

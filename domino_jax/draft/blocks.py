@@ -101,7 +101,6 @@ def sample_anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -
     """Draws anchors uniformly without replacement into a static number of slots.
 
     Args:
-        key: a PRNG key.
         candidates: bool [B, S].
         num_anchors: N; more than the candidates leaves slots unused.
     """
@@ -183,7 +182,6 @@ def sample_prefix_lengths(
     `weight_base ** l`.
 
     Args:
-        key: a PRNG key.
         shape: (B, N).
         block_size: K.
         weight_base: positive; below 1 favours short prefixes.

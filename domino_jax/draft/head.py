@@ -35,14 +35,11 @@ class Head(Protocol):
     expansion: jax.Array
 
     def __call__(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
-        """The factors of teacher-forced predictions.
+        """The factors of teacher-forced predictions, [..., M, D] twice -> [..., M, R].
 
-        Args:
-            hidden: [..., M, D], backbone states of the predictions.
-            previous: [..., M, D], embeddings of the tokens just before them.
-        Returns:
-            [..., M, R], of all predictions: `DraftModel.corrections` and decoding leave the first
-            `pure_draft_prefix_len` uncorrected.
+        `hidden` are backbone states of the predictions, `previous` embeddings of the tokens just
+        before them. `DraftModel.corrections` and decoding leave the first `pure_draft_prefix_len`
+        uncorrected.
         """
 
     def initial_state(self, count: int) -> Any:

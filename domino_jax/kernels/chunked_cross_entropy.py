@@ -56,9 +56,7 @@ def vocabulary_loss(
     added up before the product with the head.
 
     Args:
-        states: of the predictions.
         tables: the head is frozen.
-        labels: of the predictions.
         lambda_base: weight of the base loss, may be traced.
         objective: without a `cost` of its own.
         chunk_blocks: blocks whose logits exist at the same time, 0 for all. The pieces after the
