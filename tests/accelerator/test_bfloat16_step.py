@@ -13,8 +13,7 @@ import pytest
 from reference import draft_config, target_config
 
 from domino_jax.config.heads import DominoHeadConfig
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import init_draft
 from domino_jax.objective.curriculum import lambda_base_schedule
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.target.decoder import Target
@@ -59,7 +58,7 @@ def loss_and_gradient(dtype: str) -> tuple[float, np.ndarray]:
     # Made in float32 both times, then rounded as `load_target` rounds them.
     variables = scanned("float32").init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))
     target_params = jax.tree.map(lambda x: x.astype(dtype), nn.meta.unbox(variables)["params"])
-    params = nn.meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(2)))["params"]
+    params = init_draft(CONFIG, jax.random.key(2))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, CONFIG.vocab_size, (1, ROWS, LENGTH), dtype=np.int32)
     batch = Batch(jnp.asarray(ids), jnp.asarray(rng.random(ids.shape) < 0.9))

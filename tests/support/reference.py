@@ -16,8 +16,7 @@ import numpy as np
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.objective.modules import DFlashTrainerModule
@@ -63,9 +62,7 @@ def dflash_config(**changes: Any) -> DraftConfig:
 def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
     """Float32 weights of the draft at a scale at which every one of them shows in the loss."""
     rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(
-        jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))
-    )["params"]
+    shapes = nn.meta.unbox(boxed_parameters(config))
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         x = rng.standard_normal(leaf.shape)
