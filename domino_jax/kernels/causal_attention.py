@@ -4,7 +4,7 @@
     queries at 4, 5        4 sees 0..4, 5 sees 0..5
 
 On an accelerator the scores never exist: JAX's splash attention on a TPU, cuDNN's on a GPU that has
-it, the definition over tiles of queries on the rest. The target is frozen: none of them needs a
+it. Elsewhere the definition runs over tiles of queries. The target is frozen: none of them needs a
 gradient.
 """
 
@@ -57,15 +57,6 @@ def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) ->
     return mask & (documents[:, queries, None] == documents[:, None, :])
 
 
-def whole(
-    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None = None
-) -> jax.Array:
-    """The definition with all scores at once, best on a CPU at the lengths that it can train."""
-    length = q.shape[2]
-    mask = causal_mask(jnp.arange(length), length, documents)
-    return definition(q, k, v, mask=mask)
-
-
 def by_query_tiles(
     q: jax.Array,
     k: jax.Array,
@@ -77,7 +68,7 @@ def by_query_tiles(
     """The definition for some queries at a time: scores [tile, S] instead of [T, S]."""
     batch, heads, length, width = q.shape
     if length <= tile:
-        return whole(q, k, v, documents)
+        return definition(q, k, v, mask=causal_mask(jnp.arange(length), length, documents))
     count = -(-length // tile)
     tiles = jnp.pad(q, ((0, 0), (0, 0), (0, count * tile - length), (0, 0)))
     tiles = jnp.moveaxis(tiles.reshape(batch, heads, count, tile, width), 2, 0)
@@ -204,7 +195,5 @@ def _of_device(
     heads = q.reshape(batch, -1, length, width)
     if implementation == CUDNN:
         return by_cudnn(heads, k, v).reshape(q.shape)
-    out = jax.lax.platform_dependent(
-        heads, k, v, *documents, cpu=whole, tpu=on_tpu, default=by_query_tiles
-    )
+    out = jax.lax.platform_dependent(heads, k, v, *documents, tpu=on_tpu, default=by_query_tiles)
     return out.reshape(q.shape)
