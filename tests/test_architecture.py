@@ -50,7 +50,7 @@ def test_complaints_refuse_an_unknown_file(tmp_path: Path) -> None:
         ("layers.dense", "import domino_jax"),  # the gathered names stand above
         ("layers.dense", "from domino_jax import load_hf_draft"),
         ("draft.mask", "from domino_jax.draft.head import DominoHead"),
-        ("draft.mask", "from domino_jax.draft import block_mask"),  # the folder's own `__init__`
+        ("draft.mask", "from domino_jax.draft import layer_spans"),  # the folder's own `__init__`
         ("draft.mask", "from domino_jax.target.decoder import Target"),  # same rank, another folder
         ("draft.mask", "from ..target.decoder import Target"),
         ("draft.mask", "from .. import target"),
@@ -82,10 +82,10 @@ def test_wrong_imports_refuses(module: str, source: str) -> None:
         ("layers.dense", "from domino_jax import config, sharding"),
         (
             "draft.head",
-            "from domino_jax.draft.mask import block_mask\n"
+            "from domino_jax.draft.mask import layer_spans\n"
             "from . import blocks\nfrom ..layers.dense import Dense",
         ),
-        ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
+        ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import layer_spans"),
         (
             "training.loop",
             "from domino_jax.training import step\nfrom domino_jax.target import Target",

@@ -20,7 +20,7 @@ TABLE = (
     (0, "base", "errors parse files finite marks progress chips scopes"),
     (0.2, "config", "sizes schema heads model draft sections run"),
     (0.3, "", "sharding"),
-    (1, "kernels", "causal_attention kv_cache matmul scale argmax softmax operands"),
+    (1, "kernels", "causal_attention kv_cache matmul argmax softmax operands"),
     (1, "kernels", "block_attention_xla tpu_tiles block_attention_pallas_tpu block_attention"),
     (1, "kernels", "token_loss chunked_cross_entropy"),
     (1.5, "layers", "dense norm rotary attention"),
@@ -124,7 +124,7 @@ def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
 
 
 def place_of(name: str) -> tuple[float, str, int] | None:
-    """Where the table puts `domino_jax.draft.mask.block_mask`: its longest known prefix.
+    """Where the table puts `domino_jax.draft.mask.layer_spans`: its longest known prefix.
 
     None for a name of another package.
     """

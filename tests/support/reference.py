@@ -16,8 +16,7 @@ import numpy as np
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
 from domino_jax.objective.domino_module import build_trainer
 from domino_jax.objective.modules import DFlashTrainerModule
@@ -63,9 +62,7 @@ def dflash_config(**changes: Any) -> DraftConfig:
 def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
     """Float32 weights of the draft at a scale at which every one of them shows in the loss."""
     rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(
-        jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))
-    )["params"]
+    shapes = nn.meta.unbox(boxed_parameters(config))
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         x = rng.standard_normal(leaf.shape)
@@ -389,3 +386,28 @@ def slow_document_ids(seq_lens: np.ndarray, length: int) -> np.ndarray:
                 end += size
                 ids[row, position] += end <= position
     return ids
+
+
+def slow_mask(
+    anchors: np.ndarray,
+    keep: np.ndarray,
+    seq_lens: np.ndarray | None,
+    *,
+    length: int,
+    size: int,
+    window: int | None = None,
+    causal: bool = False,
+) -> np.ndarray:
+    """What each query of each block sees of `[context | all blocks]`, bool [B, N*K, S + N*K]."""
+    rows, slots = anchors.shape
+    documents = None if seq_lens is None else slow_document_ids(seq_lens, length)
+    mask = np.zeros((rows, slots * size, length + slots * size), bool)
+    for b, n, k in np.ndindex(rows, slots, size):
+        a = anchors[b, n]
+        for j in range(length):
+            same = documents is None or documents[b, j] == documents[b, a]
+            near = window is None or (a + k) - j < window
+            mask[b, n * size + k, j] = keep[b, n] and j < a and same and near
+        for other in range(k + 1 if causal else size):
+            mask[b, n * size + k, length + n * size + other] = True
+    return mask
