@@ -35,7 +35,7 @@ from domino_jax.data.conversations import Row
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.objective.objectives import (
     check_objective,
     checked_options,

@@ -28,8 +28,7 @@ from reference import (
 
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.objective.domino_module import DominoTrainerModule, build_trainer
-from domino_jax.objective.modules import DFlashTrainerModule
+from domino_jax.objective.modules import DFlashTrainerModule, DominoTrainerModule, build_trainer
 
 SLOTS = 11
 

@@ -27,7 +27,7 @@ from domino_jax.config.sections import LossConfig
 from domino_jax.draft.blocks import Anchors
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.objective import objectives
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.objective.objectives import (
     OBJECTIVES,
     DpaceOptions,

@@ -21,7 +21,7 @@ from reference import (
 )
 
 from domino_jax.config.heads import DominoHeadConfig
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 
 DRAWS = 48
 QUICK_DRAWS = 8

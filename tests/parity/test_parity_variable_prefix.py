@@ -22,7 +22,7 @@ from reference import (
 )
 
 from domino_jax.draft.blocks import sample_prefix_lengths
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 
 SLOTS = 11
 

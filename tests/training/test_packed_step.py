@@ -23,7 +23,7 @@ from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.training.prepare import prepare
 

@@ -19,8 +19,8 @@ from domino_jax.config.sections import OptimizerConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
 from domino_jax.objective.metrics import DominoStepMetrics
+from domino_jax.objective.modules import build_trainer
 from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.decoder import Target
 from domino_jax.training.metrics import metric_means, metric_sums
