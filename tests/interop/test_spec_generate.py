@@ -61,18 +61,18 @@ class Here(NamedTuple):
 
     decoder: Decoder
     weights: Weights
-    slots: int
+    cache_len: int
 
     def decode(self, prompt: np.ndarray, *, new_tokens: int) -> Decoded:
         """Decodes K tokens past the limit too, cycle by cycle, to see where each cycle begins."""
         further = new_tokens + BLOCK_SIZE
         state = start(
-            self.decoder, self.weights, [prompt], max_new_tokens=further, slots=self.slots
+            self.decoder, self.weights, [prompt], max_new_tokens=further, cache_len=self.cache_len
         )
         states = stream(self.decoder, self.weights, state, cycles=1)
         begins = [int(np.asarray(state.lengths)[0]) - 1 for state in states][:-1]
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, slots=self.slots
+            self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, cache_len=self.cache_len
         )
         # The last token of the answer begins no block: nothing is left to write.
         assert answer.verifications == len(
@@ -132,8 +132,8 @@ def compare_all(
     config, params = load_hf_draft(draft)
     loaded = load_target(target, dtype="float32")
     decoder = make_decoder(Target(loaded.config), DraftModel(config))
-    slots = required_cache_len(decoder, max(map(len, prompts)), NEW_TOKENS + BLOCK_SIZE)
-    here = Here(decoder, Weights(loaded.params, params), slots)
+    cache_len = required_cache_len(decoder, max(map(len, prompts)), NEW_TOKENS + BLOCK_SIZE)
+    here = Here(decoder, Weights(loaded.params, params), cache_len)
     torch_target = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     nemo = Qwen3DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
     zlab = DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
@@ -173,8 +173,8 @@ def trained_draft(
     recipe = DraftRecipe(num_hidden_layers=1, block_size=BLOCK_SIZE, projector_type=None, **fields)
     config = make_draft_config(recipe, loaded.config, special_ids={}, dtype="float32")
     plain, weights = make_decoder(Target(loaded.config)), Weights(loaded.params)
-    slots = required_cache_len(plain, max(map(len, prompts)), NEW_TOKENS)
-    answers = generate(plain, weights, prompts, max_new_tokens=NEW_TOKENS, slots=slots)
+    cache_len = required_cache_len(plain, max(map(len, prompts)), NEW_TOKENS)
+    answers = generate(plain, weights, prompts, max_new_tokens=NEW_TOKENS, cache_len=cache_len)
     longest = max(map(len, prompts)) + NEW_TOKENS
     ids, loss_mask = np.zeros((2, len(prompts), longest), np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -54,7 +54,7 @@ def random_inputs(
 
 def drawn(packed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     batch = random_batch(draft_config(), rows=ROWS, length=LENGTH, packed=packed)
-    anchors, keep = random_anchors(draft_config(block_size=SIZE), batch, cache_len=SLOTS)
+    anchors, keep = random_anchors(draft_config(block_size=SIZE), batch, slots=SLOTS)
     anchors[0, 0] = 0  # a used block without context
     assert keep.any() and not keep.all()
     return anchors, keep, batch.packing.get("seq_lens")

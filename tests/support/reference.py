@@ -149,7 +149,7 @@ def _document_positions(seq_lens: np.ndarray, length: int) -> dict[str, np.ndarr
 
 
 def random_anchors(
-    config: DraftConfig, batch: Batch, *, cache_len: int, seed: int = 0
+    config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ascending anchors int32 [B, slots] and which slots hold one.
 
@@ -157,7 +157,7 @@ def random_anchors(
     """
     rng, size = np.random.default_rng(seed), config.block_size
     rows, length = batch.loss_mask.shape
-    anchors, keep = np.zeros((rows, cache_len), np.int32), np.zeros((rows, cache_len), bool)
+    anchors, keep = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
     for row in range(rows):
         candidates = [
             position
@@ -169,7 +169,7 @@ def random_anchors(
             candidates = [position for position in candidates if remaining[position] >= size - 1]
         if row % 2:
             candidates = candidates[::3]
-        drawn = sorted(rng.permutation(candidates)[:cache_len])
+        drawn = sorted(rng.permutation(candidates)[:slots])
         anchors[row, : len(drawn)], keep[row, : len(drawn)] = drawn, True
     return anchors, keep
 
@@ -356,7 +356,7 @@ def compare_with_nemo(
     rows: int = 3,
     length: int = 32,
     packed: bool = False,
-    cache_len: int = 11,
+    slots: int = 11,
     gamma: float | None = None,
     chunk_blocks: int = 0,
     lambda_base: float = 0.5,
@@ -367,7 +367,7 @@ def compare_with_nemo(
         random_params(config, seed=seed),
         random_batch(config, rows=rows, length=length, packed=packed, seed=seed),
     )
-    anchors = random_anchors(config, batch, cache_len=cache_len, seed=seed)
+    anchors = random_anchors(config, batch, slots=slots, seed=seed)
     curriculum = {"lambda_base": lambda_base} if config.projector_type else {}
     theirs = nemo_trainer(config, params, batch, loss_decay_gamma=gamma)
     expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, **curriculum)
