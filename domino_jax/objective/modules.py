@@ -173,7 +173,7 @@ class DFlashTrainerModule(nn.Module):
         )
         low_rank = expansion = None
         if draft.cfg.head is None:
-            lambda_base = 0.0
+            lambda_base = 0.0  # its base logits are the final ones
         else:
             lambda_base = jnp.asarray(lambda_base, jnp.float32)  # it is returned among the metrics
             with jax.named_scope(HEAD):
@@ -190,8 +190,8 @@ class DFlashTrainerModule(nn.Module):
         )
         normalize = self.normalize or objective_named(self.loss_type).normalize
         weight = loss_divisor(weights, blocks.mask, normalize=normalize)
-        # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
         if draft.cfg.head is None:
+            # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
             return DFlashStepMetrics(
                 loss=loss.total / (weight + 1e-6),
                 loss_weight=weight,
@@ -293,10 +293,9 @@ class DFlashTrainerModule(nn.Module):
             output_logits=functools.partial(output_logits, self.draft_model.cfg),
             cost=_with_options(entry.cost, options),
         )
-        given = {"lambda_base": lambda_base, "objective": objective}
-        if objective.cost is not None:
-            return dual_loss(states, tables, labels, **given)
-        return vocabulary_loss(states, tables, labels, **given, chunk_blocks=self.chunk_blocks)
+        chunked = functools.partial(vocabulary_loss, chunk_blocks=self.chunk_blocks)
+        loss = chunked if objective.cost is None else dual_loss
+        return loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
 
 
 class DominoTrainerModule(DFlashTrainerModule):
