@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from domino_jax.base.errors import InputError, require
+from domino_jax.base.errors import require
 from domino_jax.base.scopes import HEAD, VOCABULARY_LOSS
 from domino_jax.config.model import DraftConfig
 from domino_jax.config.sections import ANCHOR_RULES

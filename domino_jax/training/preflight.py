@@ -14,7 +14,6 @@ import jax
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
-from domino_jax.data.hidden_states import MANIFEST
 from domino_jax.draft.build import boxed_parameters
 
 GIGABYTE = 10**9
@@ -24,12 +23,6 @@ PACKAGES = {
     "array_record": "array-record",
     "tensorboardX": "'domino-jax[tensorboard]'",
 }
-
-
-def packages_of(*, hidden_states: bool, tensorboard: bool) -> list[str]:
-    """The keys of `PACKAGES` that a run with or without these two imports."""
-    optional = {"array_record": hidden_states, "tensorboardX": tensorboard}
-    return ["grain", *(module for module, used in optional.items() if used)]
 
 
 def check_packages(modules: Iterable[str]) -> None:
@@ -42,24 +35,11 @@ def check_packages(modules: Iterable[str]) -> None:
             )
 
 
-def check_hidden_states(directory: str | None) -> None:
-    """Refuses `data.hidden_states` where no capture is."""
-    if directory is not None and not (Path(directory) / MANIFEST).is_file():
-        found = _instead(Path(directory), lacking=MANIFEST)
-        raise InputError(
-            f"data.hidden_states: {directory}: {found}; expected a directory that `domino capture` "
-            "wrote"
-        )
-
-
-def check_start_files(directory: str | None) -> None:
-    """Refuses `draft.init_from` where no draft is."""
-    if directory is not None and not (Path(directory) / "config.json").is_file():
-        found = _instead(Path(directory), lacking="config.json")
-        raise InputError(
-            f"draft.init_from: {directory}: {found}; expected the directory of a draft, as export "
-            "writes it"
-        )
+def check_directory(key: str, directory: str | None, *, lacking: str, expected: str) -> None:
+    """Refuses a directory without the file `lacking`; a key of the configuration names it."""
+    if directory is not None and not (Path(directory) / lacking).is_file():
+        found = _instead(Path(directory), lacking=lacking)
+        raise InputError(f"{key}: {directory}: {found}; expected {expected}")
 
 
 def check_conversations(key: str, name: str | None) -> None:

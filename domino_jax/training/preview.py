@@ -135,7 +135,7 @@ def _where(run: RunInputs, numbers: list[int]) -> str:
 def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
     yield "target", f"{run.record.target}: {run.target}"
     # Scanned: one trace of a layer counts for all of them.
-    whole = Target(run.target_config, scan_layers=True)
+    whole = Target(run.program.target.cfg, scan_layers=True)
     yield "target's parameters", _counts(boxed_target(whole))
     yield "draft's parameters", _counts(boxed_parameters(run.record.config))
     yield "target's layers read", ", ".join(map(str, run.record.config.target_layer_ids))

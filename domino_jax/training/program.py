@@ -197,11 +197,6 @@ def traced_step(program: Program, arguments: StepArguments) -> jax.stages.Traced
     return step.trace(*arguments)
 
 
-def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lowered:
-    """`traced_step`, ready to be compiled."""
-    return traced_step(program, arguments).lower()
-
-
 def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
     # A type of its own for the target, which is held in the type that it computes in.
     return jax.tree.map(

@@ -61,7 +61,7 @@ class RunRecord:
         watch: the consecutive non-finite steps up to then (`StepWatch`).
         log: where `metrics.jsonl` stood.
         heldout_due: whether the held-out pass of this step was still to come.
-        rollout_due: whether its rollout was; checkpoints of versions without rollouts do not say.
+        rollout_due: whether its rollout was.
     """
 
     config: Mapping[str, Any]
@@ -70,18 +70,27 @@ class RunRecord:
     watch: Mapping[str, Any]
     log: LogMark
     heldout_due: bool
-    rollout_due: bool = False
+    rollout_due: bool
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
         return vars(self) | {"log": vars(self.log)}
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run is resumed from; `source` is its directory."""
+
+    step: int
+    source: Path
+    record: RunRecord
+
+
 def read_run_record(source: Path) -> RunRecord:
     """What the run of an undamaged checkpoint, a directory, is resumed with.
 
     Raises:
-        InputError: it holds an imported draft, or a version without such records saved it.
+        InputError: it holds an imported draft, or another version saved it.
     """
     # First: an imported draft has no record either, and is not of another version.
     if not (source / "optimizer").is_dir():

@@ -36,28 +36,28 @@ class Rollout:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._decoder = rollout_decoder(run)
+        self._decoder = rollout_decoder(run.inputs)
 
     def __call__(
         self, state: TrainState, *, stop_requested: Callable[[], bool]
     ) -> RolloutFigures | None:
         """The figures, or None where the run was asked to stop between two batches."""
-        run = self._run
+        inputs = self._run.inputs
         # As `HeldOut`: what is exported is measured.
         params = state.params if state.ema is None else state.ema
-        weights = Weights(run.target_params, params)
-        size = prompts_at_once(run)
+        weights = Weights(self._run.target_params, params)
+        size = prompts_at_once(inputs)
         # Of all batches, though most are shorter: each other bucket would be another program.
-        longest = max(map(len, run.prompts))
+        longest = max(map(len, inputs.prompts))
         answers: list[Answer] = []
-        for begin in range(0, len(run.prompts), size):
+        for begin in range(0, len(inputs.prompts), size):
             if stop_requested():
                 return None
             answers += generate(
                 self._decoder,
                 weights,
-                run.prompts[begin : begin + size],
-                max_new_tokens=run.cadence.rollout_tokens,
+                inputs.prompts[begin : begin + size],
+                max_new_tokens=inputs.cadence.rollout_tokens,
                 size=size,
                 longest=longest,
             )

@@ -65,7 +65,7 @@ def test_thirty_updates_equal_nemos(
     start = prepare(twin(tmp_path, target, "start", **sections), reporter=quiet())
     with pytest.raises(AssertionError) as caught:
         check_close(
-            hf_tensors(start.record.config, start.state.params),
+            hf_tensors(start.inputs.record.config, start.state.params),
             theirs.parameters[-1],
             relative=100 * TOLERANCE,
         )

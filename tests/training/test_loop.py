@@ -54,7 +54,9 @@ def test_the_loss_falls_and_everything_is_logged(target: Path, tmp_path: Path) -
         0
     ].keys() - {"step", "split"}
     tokens = [line["tokens_per_second"] * line["seconds_per_step"] * 20 for line in timing]
-    lengths = [len(row.input_ids) for row in prepare(load_config(path), reporter=quiet()).rows.rows]
+    lengths = [
+        len(row.input_ids) for row in prepare(load_config(path), reporter=quiet()).inputs.rows.rows
+    ]
     assert sum(tokens) == pytest.approx(60 * 8 / 24 * sum(lengths))
     for line, figures in zip(timing, training, strict=True):
         assert line["samples_per_second"] == pytest.approx(8 / line["seconds_per_step"])
@@ -125,7 +127,7 @@ def test_the_step_is_compiled_once(
 )
 def test_the_resolved_recipe_is_printed_and_stored(target: Path, tmp_path: Path) -> None:
     heard = Heard()
-    run = prepare(load_config(run_config(tmp_path, target)), reporter=heard)
+    run = prepare(load_config(run_config(tmp_path, target)), reporter=heard).inputs
     stored = tmp_path / "run" / "config.yaml"
     assert "loss_decay_gamma: 7.0" in heard.text and stored.read_text() in heard.text
     assert dataclasses.asdict(load_config(stored)) == run.settings
@@ -168,7 +170,7 @@ def test_bad_lines_are_named_and_left_out(target: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("not JSON\n" + rows.read_text())
     heard = Heard()
-    run = prepare(load_config(path), reporter=heard)
+    run = prepare(load_config(path), reporter=heard).inputs
     said = heard.text
     assert len(run.rows.rows) == 24 and "rows.jsonl:1:" in said and "1 of 25 lines left out" in said
 
@@ -176,7 +178,7 @@ def test_bad_lines_are_named_and_left_out(target: Path, tmp_path: Path) -> None:
 def test_epochs_give_the_number_of_steps(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, train={"steps": None, "epochs": 2})
     assert (
-        prepare(load_config(path), reporter=quiet()).last_step == 6
+        prepare(load_config(path), reporter=quiet()).inputs.last_step == 6
     )  # 2 epochs of 24 rows, 8 a step
 
 

@@ -125,7 +125,7 @@ def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Pat
         heard = Heard()
         run = prepare(
             load_config(path, [override, f"run_dir={tmp_path / override}"]), reporter=heard
-        )
+        ).inputs
         said = heard.text
         line = next(line for line in said.splitlines() if line.startswith("training: "))
         assert count in line

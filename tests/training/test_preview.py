@@ -90,7 +90,7 @@ def test_a_dry_run_tells_all_and_creates_nothing(
     assert f"lm_head {table:,}" in figures["target's parameters"]
     assert figures["a checkpoint"].startswith(f"{16 * draft / 1e9:.3g} GB at most")
     assert figures["on disk"].startswith(f"3 at once, {48 * draft / 1e9:.3g} GB; ")
-    rows = run.rows.rows
+    rows = run.inputs.rows.rows
     tokens, supervised = (
         sum(len(row.input_ids) for row in rows),
         sum(row.loss_mask.sum() for row in rows),

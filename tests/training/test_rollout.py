@@ -261,7 +261,7 @@ def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
     thanks["messages"].append({"role": "user", "content": "a b"})
     lines[:3] = [json.dumps(question), "not JSON", json.dumps(thanks)]
     heldout.write_text("\n".join(lines) + "\n")
-    prompts = prepare(load_config(path), reporter=quiet()).prompts
+    prompts = prepare(load_config(path), reporter=quiet()).inputs.prompts
     tokenizer = load_tokenizer(target)
     assert len(prompts) == 3
     for index, (prompt, line) in enumerate(zip(prompts, lines[2:], strict=True)):

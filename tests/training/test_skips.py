@@ -218,7 +218,7 @@ def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
     )
     assert first.record == {"reason": "nonfinite", "lines": [13, 10, 15]}
     assert first.record.keys() == fields_of("skipped") - {"step", "split", "rows"}
-    assert str(first.place) == "lines 13, 10, 15 of a.jsonl"
+    assert str(first.rows) == "lines 13, 10, 15 of a.jsonl"
     assert (
         second.words.startswith("no anchor in its batch; lines 10, 11,")
         and "and 4 more of a.jsonl" in second.words
@@ -230,7 +230,7 @@ def test_captured_rows_are_named_by_their_number() -> None:
     (skip,) = StepWatch(rows, "states", max_nonfinite_steps=3).skips(
         [outcome(1, *BAD, rows=[2, 0])]
     )
-    assert str(skip.place) == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
+    assert str(skip.rows) == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
 
 
 def test_the_message_without_a_checkpoint_promises_none() -> None:

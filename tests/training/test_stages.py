@@ -20,10 +20,10 @@ def test_every_product_of_a_step_belongs_to_a_stage(tmp_path: Path, projector: s
     words = [f"draft.projector_type={projector or 'null'}", "optimizer.grad_accumulation=2"]
     target = write_target(tmp_path / "target")
     run = prepare(load_config(run_config(tmp_path, target), words), reporter=quiet())
-    with jax.set_mesh(run.mesh):
-        rows = next(run.batches())
-        batch = device_batch(run.mesh, rows, micro_batches=2)
-        step = jax.jit(functools.partial(train_step, run.program))
+    with jax.set_mesh(run.inputs.mesh):
+        rows = next(run.inputs.batches())
+        batch = device_batch(run.inputs.mesh, rows, micro_batches=2)
+        step = jax.jit(functools.partial(train_step, run.inputs.program))
         lowered = step.lower(run.state, run.target_params, batch)
     text = lowered.compile().as_text()
     names = re.findall(r'op_name="([^"]*)"', text)
