@@ -43,6 +43,7 @@ from domino_jax.config.model import DecoderShape, DraftConfig
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.decoder import Target
 from domino_jax.training.checkpoint import load_draft, save_draft
@@ -72,8 +73,10 @@ state, sums = jax.jit(functools.partial(train_step, program))(
 )
 assert int(state.step) == 1 and np.isfinite(sums["loss_sum"]), sums
 
-template = chat_template(load_tokenizer(directory), {})
-save_draft(run, state.params, DraftRecord(config, str(directory), template))
+tokenizer = load_tokenizer(directory)
+template = chat_template(tokenizer, {})
+hashes = target_fingerprint(directory), tokenizer_fingerprint(directory, tokenizer)
+save_draft(run, state.params, DraftRecord(config, str(directory), template, *hashes))
 assert load_draft(run).step == 0
 for words in (["--help"], ["generate", str(run), "a b c", "--max-new-tokens", "8"]):
     sys.argv = ["domino", *words]

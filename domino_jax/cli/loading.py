@@ -104,11 +104,10 @@ def load_run(
     asked.check_trained(trained, source=str(run), target=record.target)
     then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
     for name, known in then.items():
-        # None: a checkpoint of an older version, which does not know it.
-        if known not in (None, now[name]):
+        if known != now[name]:
             raise InputError(
                 f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
-                f"{known[:12]}, is {now[name][:12]}; put its files back"
+                f"{str(known)[:12]}, is {now[name][:12]}; put its files back"
             )
     config = replace(record.config, dtype=compute)
     check_fit(config, Target(loaded.config), loaded.tokenizer)

@@ -152,6 +152,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         draft_config,
         config.target,
         chat_template(tokenizer, data.chat_template_kwargs),
+        target_sha256=None,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
     )
     # The last check: it reads every byte of a checkpoint.
@@ -202,7 +203,7 @@ def read_inputs(
             data.hidden_states,
             settings,
             target=target_sha256(),
-            tokenizer=str(run.record.tokenizer_sha256),
+            tokenizer=run.record.tokenizer_sha256,
             target_layer_ids=run.record.config.target_layer_ids,
             packing=data.packing,
             loss_type=loss.loss_type,

@@ -29,15 +29,15 @@ DRAFT, RUN = "draft", "run"  # the items of a checkpoint
 class DraftRecord:
     """A draft, the built-in name or directory of its target, and the template of its rows.
 
-    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None until they
-    are computed, never in a checkpoint.
+    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`), the first None
+    until it is computed, never in a checkpoint.
     """
 
     config: DraftConfig
     target: str
     chat_template: ChatTemplate
-    target_sha256: str | None = None
-    tokenizer_sha256: str | None = None
+    target_sha256: str | None
+    tokenizer_sha256: str
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""

@@ -21,6 +21,7 @@ from domino_jax.config.run import load_config
 from domino_jax.data.template import chat_template
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
+from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.checkpoint import save_draft
 from domino_jax.training.prepare import draft_of
@@ -58,7 +59,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         load_config(run_config(directory, directory / "target")), target.config, tokenizer
     )
     params = nn.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
-    record = DraftRecord(config, str(directory / "target"), chat_template(tokenizer, {}))
+    path = directory / "target"
+    hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
+    record = DraftRecord(config, str(path), chat_template(tokenizer, {}), *hashes)
     save_draft(directory / "run", params, record)
     write_conversations(directory / "prompts.jsonl", 30, seed=5, answers=False)
     return directory
