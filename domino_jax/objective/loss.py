@@ -87,7 +87,7 @@ def dual_loss(
         lambda_base: weight of the base loss, 0..1, may be traced.
         objective: what a prediction costs.
     Returns:
-        `VocabularyLoss`: sums, still to be divided (`objectives.loss_divisor`). Logits and sums
+        `VocabularyLoss`: sums, still to be divided (`objectives.DIVISORS`). Logits and sums
         are float32.
     """
     # The head is the target's: frozen here and never exported, so a gradient would go nowhere.

@@ -43,9 +43,9 @@ from domino_jax.kernels.token_loss import Labels, Objective, States, Tables, Voc
 from domino_jax.objective.loss import dual_loss, position_weights
 from domino_jax.objective.metrics import DFlashStepMetrics, DominoStepMetrics, prediction_metrics
 from domino_jax.objective.objectives import (
+    DIVISORS,
     check_objective,
     checked_options,
-    loss_divisor,
     objective_named,
     reads_target,
 )
@@ -63,7 +63,7 @@ class DFlashTrainerModule(nn.Module):
         loss_decay_gamma: decay of the position weights, None for none.
         loss_type: name of an objective (`objectives.py`).
         loss_options: the objective's own parameters, by name.
-        normalize: divisor of the loss (see `loss_divisor`), None for the objective's own.
+        normalize: divisor of the loss (see `DIVISORS`), None for the objective's own.
         kl_weight: share of the divergence from the target's distribution in each token's loss.
         anchor_rule: "nemo" or "specforge" (see `anchor_candidates`).
         chunk_blocks: memory bound of the vocabulary loss (see `vocabulary_loss`).
@@ -189,7 +189,7 @@ class DFlashTrainerModule(nn.Module):
             lambda_base=lambda_base,
         )
         normalize = self.normalize or objective_named(self.loss_type).normalize
-        weight = loss_divisor(weights, blocks.mask, normalize=normalize)
+        weight = DIVISORS[normalize](weights, blocks.mask)
         if draft.cfg.head is None:
             # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
             return DFlashStepMetrics(

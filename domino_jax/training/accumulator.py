@@ -12,16 +12,12 @@ it had never stopped, to the last bit.
 """
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-
-SPIKE = 2.0  # times the median of the window
-SPIKE_STEPS = 5  # a median of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -99,26 +95,3 @@ def total(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
     for outcome in others:
         sums = {name: value + outcome.sums[name] for name, value in sums.items()}
     return sums
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A step whose loss stands out: `times` the `median` of its window."""
-
-    outcome: StepOutcome
-    median: float
-
-    @property
-    def times(self) -> float:
-        """The step's loss over the window's median."""
-        return self.outcome.loss / self.median
-
-
-def spikes(outcomes: Sequence[StepOutcome]) -> list[Spike]:
-    """The steps of a window with more than `SPIKE` times its median loss; of short windows none."""
-    # The sums of skipped steps are 0 and would pull the median down.
-    updated = [outcome for outcome in outcomes if outcome.updated]
-    if len(updated) < SPIKE_STEPS:
-        return []
-    median = statistics.median(outcome.loss for outcome in updated)
-    return [Spike(outcome, median) for outcome in updated if outcome.loss > SPIKE * median]

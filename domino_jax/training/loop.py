@@ -25,7 +25,7 @@ from domino_jax.base.chips import CHIPS
 from domino_jax.base.errors import Diverged, Interrupted
 from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.data.packing import row_lengths
-from domino_jax.training.accumulator import MetricAccumulator, spikes, total
+from domino_jax.training.accumulator import MetricAccumulator, total
 from domino_jax.training.checkpoint import Checkpoints
 from domino_jax.training.eval import HeldOut
 from domino_jax.training.inputs import device_batch
@@ -35,7 +35,7 @@ from domino_jax.training.program import StepArguments, traced_step
 from domino_jax.training.records import RunRecord
 from domino_jax.training.rollout import Rollout, rollout_words
 from domino_jax.training.run import Run
-from domino_jax.training.skips import Skip, StepWatch, divergence, overflow
+from domino_jax.training.skips import StepRows, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
 from domino_jax.training.trace import Trace
@@ -155,7 +155,7 @@ class _Training:
             reporter=reporter,
         )
 
-    def run_steps(self) -> Skip | None:
+    def run_steps(self) -> StepRows | None:
         """Trains to the last step.
 
         Returns the first of too many consecutive non-finite steps where the run had to stop.
@@ -246,12 +246,9 @@ class _Training:
             "lambda_base": float(self._inputs.program.curriculum(self._step - 1)),
             "learning_rate": float(self._inputs.learning_rate(max(updates - 1, 0))),
         }
-        for skip in self._watch.skips(outcomes):
-            self._reporter.say(f"step {skip.step}: update skipped, {skip.words}")
-            self.log.write(skip.step, "skipped", skip.record)
-        for spike in spikes(outcomes):
-            self._reporter.say(f"step {spike.outcome.step}: {self._watch.spike_words(spike)}")
-            self.log.write(spike.outcome.step, "spike", self._watch.spike_record(spike))
+        for notice in self._watch.notices(outcomes):
+            self._reporter.say(f"step {notice.step}: {notice.words}")
+            self.log.write(notice.step, notice.split, notice.record)
         self.log.write(self._step, "train", figures, timing=timing)
         bar.tell(self._step, f"{_formatted(figures)}  {speed_words(timing)}")
         self._window.clear()

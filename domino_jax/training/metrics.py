@@ -122,9 +122,13 @@ class MetricsLog:
             tensorboard: write TensorBoard files too.
             reporter: is told when a log is gone.
         Raises:
-            InputError: `metrics.jsonl` is not what it was, or TensorBoard is not installed.
+            InputError: `metrics.jsonl` is not what it was.
         """
-        self._board = _tensorboard(directory) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"))
         kept = b""
         if at is not None:
             kept = _bytes_until(directory / METRICS, at, reporter=reporter)
@@ -214,13 +218,3 @@ def _json_line(record: dict[str, Any]) -> str:
     if odd:  # JSON knows neither NaN nor infinity, and strict readers stop at them
         record = record | dict.fromkeys(odd) | {"not_finite": odd}
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "train.tensorboard needs tensorboardX: pip install 'domino-jax[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(directory / "tensorboard"))

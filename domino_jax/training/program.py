@@ -92,21 +92,15 @@ def scanned_target(
     return Target(config, capture=capture, depth=depth, scan_layers=True, attention=implementation)
 
 
-def abstract_draft(draft: DraftConfig, mesh: Mesh) -> Any:
-    """The draft's parameters as `ShapeDtypeStruct`s with their shardings."""
-    boxed = boxed_parameters(draft)
-    return _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh))
-
-
 def abstract_state(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState:
-    """The state of a run likewise.
+    """The state of a run as `ShapeDtypeStruct`s with their shardings.
 
     Moments and average are split as the parameters are, counts are replicated.
     """
-    params = abstract_draft(draft, mesh)
-    split = jax.tree.map(lambda x: x.sharding, params)
+    boxed = boxed_parameters(draft)
+    split = parameter_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, partition_spec())
-    shapes = jax.eval_shape(functools.partial(initial_state, program), params)
+    shapes = jax.eval_shape(functools.partial(initial_state, program), nn.meta.unbox(boxed))
     # Only optax knows which leaves of its state are like parameters.
     moments = tree_map_params(
         program.optimizer,

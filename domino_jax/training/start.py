@@ -60,7 +60,12 @@ def state_at_start(
     if init_from is None:
         params = fresh()
     else:
-        params = _placed(starting_params(init_from, config), layout.params)
+        # By callback: each device asks for its own part of what the host holds.
+        params = jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            starting_params(init_from, config),
+            layout.params,
+        )
     if layers_from is not None:
         # Apart, because a draft names each of its layers; in float32, because they become masters.
         apart = Target(replace(program.target.cfg, dtype="float32"))
@@ -71,16 +76,6 @@ def state_at_start(
         params = jax.jit(with_top, out_shardings=layout.params)(params, top)
     state = functools.partial(initial_state, program)
     return jax.jit(state, out_shardings=layout)(params)
-
-
-def _placed(params: Any, layout: Any) -> Any:
-    """Arrays of the host on the devices, to each its share; a process fills its own devices."""
-    # By callback: each device asks for its own part of what the host holds.
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-        params,
-        layout,
-    )
 
 
 def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:

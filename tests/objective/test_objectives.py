@@ -29,12 +29,12 @@ from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.objective import objectives
 from domino_jax.objective.modules import build_trainer
 from domino_jax.objective.objectives import (
+    DIVISORS,
     OBJECTIVES,
     DpaceOptions,
     NoOptions,
     accept_until_fail,
     dpace_weights,
-    loss_divisor,
     reads_target,
     register_objective,
 )
@@ -111,20 +111,15 @@ def test_accept_until_fail_ends_with_the_first_wrong_prediction() -> None:
     assert 0 < found.mean() < 1
 
 
-def test_loss_divisor_counts_what_its_name_says() -> None:
+def test_divisors_count_what_their_names_say() -> None:
     mask = drawn()[1].mask
     weights = mask * np.float32(0.5)
-    found = {
-        name: float(loss_divisor(weights, mask, normalize=name))
-        for name in ("weights", "tokens", "blocks")
-    }
+    found = {name: float(divisor(weights, mask)) for name, divisor in DIVISORS.items()}
     assert found == {
         "weights": mask.sum() / 2,
         "tokens": mask.sum(),
         "blocks": mask.any(axis=-1).sum(),
     }
-    with pytest.raises(ValueError, match="one of weights, tokens, blocks, found 'mean'"):
-        loss_divisor(weights, mask, normalize="mean")
 
 
 @pytest.mark.parametrize("make", slow_after(1, [draft_config, dflash_config]))
