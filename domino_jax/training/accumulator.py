@@ -62,15 +62,12 @@ class MetricAccumulator:
 
     def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:
         self._outcomes = []
-        for one in stored:
-            sums = {name: np.float32(x) for name, x in one["sums"].items()}
-            self._outcomes.append(StepOutcome(one["step"], one["rows"], sums))
+        for outcome in stored:
+            sums = {name: np.float32(x) for name, x in outcome["sums"].items()}
+            self._outcomes.append(StepOutcome(outcome["step"], outcome["rows"], sums))
 
     def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
-        """Takes note of a step: its rows, int [...] with -1 for none, and its sums.
-
-        `sums` is what `train_step` returned, and stays on the device.
-        """
+        """Adds a step: its rows, int [...] with -1 for none; its sums stay on the device."""
         numbers = [int(number) for number in row_numbers.flat if number >= 0]
         self._outcomes.append(StepOutcome(step, numbers, sums))
 

@@ -86,7 +86,7 @@ class InputRows:
         return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
-        """How many batch rows there are and what share of their positions is padding, formatted."""
+        """The number of batch rows and the share of padding in their positions, in words."""
         packs = single_packs(len(self.rows)) if self.packs is None else self.packs
         share = padding_share(row_lengths(self.rows), packs, max_length=max_length)
         packed = "" if self.packs is None else f" packed from {len(self.rows)} conversations"
@@ -171,9 +171,9 @@ def read_prompts(
     Args:
         path: the file of held-out conversations.
         rows: read from it; a line that gave no row has no prompt either.
-        tokenizer: the target's.
+        tokenizer: the target's, as are the `chat_template_kwargs`.
         target: the target.
-        chat_template_kwargs: of the target's chat template.
+        chat_template_kwargs: see `DataConfig`.
         rollout_tokens: longest answer.
     Returns:
         Token ids, int32 [n] each.

@@ -88,13 +88,10 @@ def train(
 
 @dataclass(frozen=True)
 class _Pass:
-    """A measurement of the draft between two steps, every so many and at the last.
+    """A measurement of the draft after `every` so many steps and the last.
 
-    Attributes:
-        split: of its records.
-        every: the steps.
-        measure: gives the figures of a state, None where the run was asked to stop.
-        words: what is told of them.
+    `measure` gives the figures of a state, None where the run was asked to stop, `words` what the
+    reporter is told of them; `split` is that of their record.
     """
 
     split: str

@@ -96,11 +96,10 @@ class LogMark:
 class MetricsLog:
     """`metrics.jsonl` and `timing.jsonl` of a run directory and, when asked for, TensorBoard files.
 
-    One record per line: `step`, `split` ("train", "heldout", "rollout", "skipped" or "spike") and
-    its figures.
-    `metrics.jsonl` holds what the seed determines: two runs of one configuration write the same
-    bytes, however often they are stopped and resumed. What varies between them, times and speeds,
-    is in `timing.jsonl`. A figure that is not finite is null there, and `not_finite` names it.
+    One record per line: `step`, `split` ("data", "train", "heldout", "rollout", "skipped" or
+    "spike") and its figures. `metrics.jsonl` holds what the seed determines: two runs of one
+    configuration write the same bytes, however often they are stopped and resumed. Times and speeds
+    are in `timing.jsonl`. A figure that is not finite is null, and `not_finite` names it.
     """
 
     def __init__(
@@ -116,8 +115,8 @@ class MetricsLog:
 
         Args:
             directory: the run's.
-            at: where `metrics.jsonl` stood then; what follows is cut off, since it will be written
-                again. None begins a log.
+            at: end of `metrics.jsonl` then; what follows is cut off, to be written again. None
+                begins a log.
             step: of that state; later records of `timing.jsonl` are dropped.
             tensorboard: write TensorBoard files too.
             reporter: is told when a log is gone.
@@ -163,10 +162,7 @@ class MetricsLog:
         *,
         timing: dict[str, float] | None = None,
     ) -> None:
-        """Adds one record of `figures`, and one of `timing` if given.
-
-        The system has them when this returns.
-        """
+        """Adds one record of `figures`, and one of `timing` if given, and flushes both."""
         for name, part in ((METRICS, figures), (TIMING, timing)):
             if part is None:
                 continue

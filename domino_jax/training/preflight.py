@@ -7,7 +7,7 @@ directory made.
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -85,12 +85,10 @@ def check_room(
         keep: `train.keep_checkpoints`.
         keep_best: whether the best checkpoint is kept too.
     """
-    # All that lie there at once: a disk that is full stops a run at a save, long after it could
-    # have been told.
     count = checkpoints_at_once(keep, keep_best=keep_best)
     needed = checkpoint_bytes(draft, average=average) * count
-    held = sum(_file_sizes(Path(run_dir) / "checkpoints"))
-    free = free_bytes(run_dir) + held
+    there = (Path(run_dir) / "checkpoints").rglob("*")
+    free = free_bytes(run_dir) + sum(path.stat().st_size for path in there if path.is_file())
     if needed > free:
         best = ", train.keep_best" if keep_best else ""
         raise InputError(
@@ -102,18 +100,13 @@ def check_room(
 
 
 def checkpoint_bytes(draft: DraftConfig, *, average: bool) -> int:
-    """What one checkpoint takes at most, all in float32.
-
-    Parameters, two moments, and the average if one is kept.
-    """
+    """Size of a checkpoint at most: parameters, two moments and an average, in float32."""
     copies = 1 + 2 + int(average)
-    sizes = [leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft))]
-    return 4 * copies * sum(sizes)
+    return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft)))
 
 
 def checkpoints_at_once(keep: int, *, keep_best: bool) -> int:
-    """How many checkpoints a run holds at most: an old one goes when the next is written."""
-    # One more: the oldest goes only once the new one is whole.
+    """How many checkpoints a run holds at most: the oldest goes once the new one is whole."""
     return keep + int(keep_best) + 1
 
 
@@ -125,7 +118,7 @@ def free_bytes(path: str | Path) -> int:
 def nearest_existing(path: str | Path) -> Path:
     """The path, or the first directory above it that is there."""
     whole = Path(path).absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())
+    return next(there for there in (whole, *whole.parents) if there.exists())
 
 
 def _instead(path: Path, *, lacking: str = "") -> str:
@@ -135,9 +128,3 @@ def _instead(path: Path, *, lacking: str = "") -> str:
     if lacking:
         return f"no {lacking} in it" if path.is_dir() else "not a directory"
     return "may not be read by this user" if path.is_file() else "not a file"
-
-
-def _file_sizes(directory: Path) -> Iterator[int]:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            yield path.stat().st_size

@@ -123,12 +123,9 @@ def abstract_target(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
         tables_only: leave out the layers, where training reads captured states.
     """
     boxed = boxed_target(model)
-    laid_out = _laid_out(
-        nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype
-    )
-    if not tables_only:
-        return laid_out
-    return {name: leaf for name, leaf in laid_out.items() if name in TABLES}
+    shardings = parameter_shardings(boxed, mesh)
+    laid_out = _laid_out(nn.meta.unbox(boxed), shardings, dtype=model.cfg.dtype)
+    return {name: laid_out[name] for name in laid_out if name in TABLES or not tables_only}
 
 
 def abstract_batch(
@@ -157,16 +154,16 @@ def abstract_batch(
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-    batch = Batch(of(by_token, np.int32), of(by_token, np.bool_))
+    ids, mask = of(by_token, np.int32), of(by_token, np.bool_)
+    batch = Batch(ids, mask)
     if documents is not None:
-        packed = {"position_ids": of(by_token, np.int32), "doc_remaining": of(by_token, np.int32)}
-        batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
+        seq_lens = of((*leading, documents), np.int32)
+        batch = batch._replace(position_ids=ids, seq_lens=seq_lens, doc_remaining=ids)
     if captured:
-        width = draft.hidden_size
         # As captures store them unless told otherwise.
-        batch = batch._replace(
-            features=of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
-        )
+        width = draft.hidden_size
+        features = of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
+        batch = batch._replace(features=features)
         if target_states:
             batch = batch._replace(target_states=of((*by_token, width), jnp.bfloat16))
     return batch

@@ -8,8 +8,7 @@ conversations are the prompts, each without the answer that it ends with:
                read and answered by one program each                      `evaluation.counts`
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 
@@ -23,7 +22,8 @@ from domino_jax.sharding import axis_size
 from domino_jax.training.run import Run, RunInputs
 from domino_jax.training.step import TrainState
 
-# tau, shares by position and counts; a share is None where nothing came so far.
+# `tau`; `marginal_1` to `marginal_P` and `conditional_1` to `conditional_P` of P proposals (see
+# `counts.Acceptance`), None where nothing came so far; the counts `tokens` and `prompts`.
 RolloutFigures = dict[str, float | None]
 
 
@@ -61,7 +61,13 @@ class Rollout:
                 size=size,
                 longest=longest,
             )
-        return rollout_figures(answers, proposals=self._decoder.proposals)
+        figures: RolloutFigures = {"tau": tau(answers)}
+        shares = vars(acceptance(answers, self._decoder.proposals))
+        for kind in ("marginal", "conditional"):
+            for position, share in enumerate(shares[kind], start=1):
+                figures[f"{kind}_{position}"] = share
+        tokens = sum(len(answer.tokens) for answer in answers)
+        return figures | {"tokens": tokens, "prompts": len(answers)}
 
 
 def rollout_decoder(run: RunInputs) -> Decoder:
@@ -88,32 +94,11 @@ def target_cache_bytes(run: RunInputs) -> int:
     longest = max(map(len, run.prompts))
     cache_len = required_cache_len(decoder, longest, run.cadence.rollout_tokens)
 
-    def cache() -> Any:
-        return decoder.target.empty_cache(batch=prompts_at_once(run), cache_len=cache_len)
-
     # Shapes alone: a dry run holds none of it.
-    leaves = jax.tree.leaves(jax.eval_shape(cache))
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-    return sum(sizes)
-
-
-def rollout_figures(answers: Sequence[Answer], *, proposals: int) -> RolloutFigures:
-    """What a line of the log says of answers.
-
-    Args:
-        answers: decoded with a draft.
-        proposals: P, the tokens of each draft.
-    Returns:
-        `tau`; `marginal_1` to `marginal_P` and `conditional_1` to `conditional_P` (see
-        `counts.Acceptance`); `tokens` and `prompts`, the counts of both.
-    """
-    shares = vars(acceptance(answers, proposals))
-    figures: RolloutFigures = {"tau": tau(answers)}
-    for kind in ("marginal", "conditional"):
-        for position, share in enumerate(shares[kind], start=1):
-            figures[f"{kind}_{position}"] = share
-    tokens = [len(answer.tokens) for answer in answers]
-    return figures | {"tokens": sum(tokens), "prompts": len(answers)}
+    cache = jax.eval_shape(
+        lambda: decoder.target.empty_cache(batch=prompts_at_once(run), cache_len=cache_len)
+    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def rollout_words(figures: RolloutFigures) -> str:

@@ -96,11 +96,7 @@ def check_inputs(resumed: Resumed | None, hashes: Mapping[str, str]) -> None:
 
 
 def check_draft(source: Path, stored: DraftRecord, record: DraftRecord) -> None:
-    """Refuses a target whose config or template would make another draft of the same settings.
-
-    Raises:
-        InputError: each field of the draft that differs, or the template.
-    """
+    """Raises `InputError` for a target whose config or template makes another draft."""
     then, now = (dataclasses.asdict(one.config) for one in (stored, record))
     changed = [f"draft {key} {then[key]!r} -> {now[key]!r}" for key in now if then[key] != now[key]]
     if stored.chat_template != record.chat_template:

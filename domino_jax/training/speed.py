@@ -26,8 +26,7 @@ from domino_jax.training.step import Program
 class Speed:
     """Counts the steps of a window and gives its figures.
 
-    With several processes each counts the tokens of its own rows and takes those of the others to
-    be as many.
+    Each process counts the tokens of its own rows and takes the others to have as many.
     """
 
     def __init__(
@@ -84,10 +83,9 @@ class Speed:
             sums: of `train_step` over the window.
         Returns:
             `samples_per_second` (rows of batches), `tokens_per_second`,
-            `supervised_tokens_per_second`, `seconds_per_step`; `mfu`, the useful FLOPs per second
-            (`step_flops`) over the published bfloat16 peak of all devices, where one is known; and
-            `peak_memory_bytes`, the most that one device of this process has held since it started,
-            where the platform tells.
+            `supervised_tokens_per_second`, `seconds_per_step`; where known, `mfu`, the useful FLOPs
+            per second (`step_flops`) over the published bfloat16 peak of all devices, and
+            `peak_memory_bytes`, the most that one device of this process has held.
         """
         seconds = time.monotonic() - self._began
         figures = {
@@ -107,8 +105,7 @@ class Speed:
 
     def _useful_flops(self, blocks: float) -> float:
         # Per conversation, not per batch row: packed ones do not see each other.
-        program, count = self._program, self._conversations
-        trainer = program.trainer
+        program, trainer, count = self._program, self._program.trainer, self._conversations
         parts = step_flops(
             trainer.draft_model.cfg,
             self._tokens / count,
@@ -121,11 +118,8 @@ class Speed:
 
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
     """The most memory that one of the devices has held; None where the platform is silent."""
-    peaks = []
-    for device in devices:
-        statistics = device.memory_stats() or {}  # None on a CPU
-        if "peak_bytes_in_use" in statistics:
-            peaks.append(statistics["peak_bytes_in_use"])
+    statistics = [device.memory_stats() or {} for device in devices]  # None on a CPU
+    peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
     return max(peaks, default=None)
 
 

@@ -19,8 +19,8 @@ from domino_jax.base.progress import Reporter
 class Trace:
     """Traces the steps that `train.profile` asks for, as a context around all steps of a run.
 
-    The devices are waited for at both ends, so that the trace holds whole steps and no others. A
-    run that ends or is stopped between them leaves what it had.
+    The devices are waited for at both ends, so that it holds whole steps. A run that ends between
+    them leaves what it had.
     """
 
     def __init__(
@@ -48,8 +48,7 @@ class Trace:
         self._running, self._reached = False, 0
         if profile is None:
             return
-        first, count = profile
-        last = first + count - 1
+        first, last = profile[0], sum(profile) - 1
         # An earlier start may have run some of them, and this one may end before the rest.
         self._first = max(first, coming.start)
         self._last = min(last, coming.stop - 1)
