@@ -1,9 +1,8 @@
 """The named objectives: what a prediction costs besides its position weight, and the divisor.
 
-To try a new one should not mean to edit config, trainer and kernel. So an entry owns everything
-that is its own: its factor, its options with their defaults and bounds, its divisor, its default
-decay, and how many real tokens a block shows. A new one is a frozen dataclass of options, a
-function, and a call:
+An entry owns its factor, its options with their defaults and bounds, its divisor, its default
+decay, and how many real tokens a block shows. A new one needs no change elsewhere: it is a frozen
+dataclass of options, a function, and a call:
 
     @dataclass(frozen=True)
     class FocalOptions:

@@ -1,14 +1,13 @@
-"""The steps since the last line of the log: what each measured, on the device until somebody asks.
+"""The outcomes of the steps since the last line of the log.
 
-A line of `metrics.jsonl` speaks of a window of `train.log_every` steps. Asking the device after
-each of them would make the host wait, so the outcomes of a window stay where they are and come
-over together:
+Asking the device after each step would make the host wait, so the outcomes of a window of
+`train.log_every` steps stay where they are and come over together:
 
     step 11  step 12  step 13 | checkpoint: fetched, and stored with the state
     step 14  step 15          | line: fetched, added up, told, forgotten
 
-They belong to a checkpoint: a run that is resumed after step 13 writes the line of step 15 as if
-it had never stopped, to the last bit.
+A run that is resumed after step 13 writes the line of step 15 as if it had never stopped, to the
+last bit.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
-"""How well a draft predicts rows that it is not trained on, measured inside the training process.
+"""Held-out passes: how well a draft predicts rows that it is not trained on, teacher-forced.
 
-Teacher-forced: each position sees the row's own tokens before it, whatever the draft would have
-said. The same rows and the same anchors every time, so that two passes differ by the draft alone:
+The same rows and the same anchors every time, so that two passes differ by the draft alone:
 
     held-out rows -> batches -> sums on the devices -> added up over batches -> means
 """

@@ -1,8 +1,4 @@
-"""A run that will be refused should be refused in the first second, and leave nothing behind.
-
-So what costs nothing to check is checked here, before a target is fetched, a row read or a
-directory made.
-"""
+"""Checks that cost nothing, made before a target is fetched, a row read or a directory made."""
 
 import importlib.util
 import os

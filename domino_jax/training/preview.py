@@ -1,7 +1,6 @@
 """What a run would be, told before it costs anything: `domino train CONFIG --dry-run`.
 
-The last part is what most mistakes show in: the first row that is trained on, as the tokenizer
-reads it, with the tokens that the loss counts marked.
+Most mistakes show in the last part, the first row with the tokens that the loss counts marked:
 
     user What is 2 + 2?\\n assistant ⟦4\\n⟧        in colour on a terminal
 """

@@ -1,7 +1,7 @@
 """The parts of a step's program: shapes and layouts of its arguments, memory, target.
 
-A plan for machines that nobody owns here is worth nothing unless it is of the very program that a
-run would compile there. So shapes and layouts are known before there are arrays:
+A plan compiles the very program of a run, on machines that are not here. So shapes and layouts are
+known before there are arrays:
 
     state     parameters, moments, average    split as each parameter is; counts replicated
     target    parameters, compute type        split likewise; tables alone for captured states

@@ -1,7 +1,6 @@
-"""What a checkpoint says besides its arrays: of the draft for its readers, of the run to resume it.
+"""Records of a checkpoint besides its arrays: the draft for its readers, the run to resume it.
 
-Arrays alone do not say which draft they are, for which target and template, nor what a run had read
-and told when it was saved. So two records lie beside them, in step 40 for example:
+In step 40 for example:
 
     40/draft/metadata   DraftRecord, JSON
     40/run/metadata     RunRecord, JSON
@@ -23,6 +22,7 @@ OTHER_VERSION = (
     "use another run_dir, which may begin with the old run's export (draft.init_from)"
 )
 DRAFT, RUN = "draft", "run"  # the items of a checkpoint
+METADATA = "metadata"  # where Orbax puts JSON; as a file it is read within bounds
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def read_run_record(source: Path) -> RunRecord:
             "give its checkpoint as draft.init_from of another run_dir"
         )
     try:
-        tree = _json_item(source, RUN)
+        tree = read_json(source / RUN / METADATA)
         return RunRecord(**{**tree, "log": LogMark(**tree["log"])})
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{source}: {OTHER_VERSION}") from error
@@ -111,7 +111,7 @@ def read_draft_record(source: Path) -> DraftRecord:
     Raises:
         InputError: it was written by hand, or by another version.
     """
-    stored = _json_item(source, DRAFT)
+    stored = read_json(source / DRAFT / METADATA)
     try:
         config = draft_from_dict(stored["config"], source=f"{source}/draft")
         template = ChatTemplate(
@@ -121,8 +121,3 @@ def read_draft_record(source: Path) -> DraftRecord:
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:
         raise InputError(f"{source}/draft: {error} is missing") from error
-
-
-def _json_item(source: Path, name: str) -> dict[str, Any]:
-    # Where Orbax puts it. As a file it is read within bounds, and without opening any array.
-    return read_json(source / name / "metadata")

@@ -1,8 +1,7 @@
-"""Teacher-forced figures follow a row's own text; what a drafter saves shows when it drafts.
+"""Rollouts: the draft drafts and the target verifies inside the training process.
 
-So the draft drafts and the target verifies inside the training process, as `domino evaluate` has
-them do with a checkpoint: greedily, the head included, K - 1 proposals of each block. Held-out
-conversations are the prompts, each without the answer that it ends with:
+As `domino evaluate` has them do with a checkpoint: greedily, the head included, K - 1 proposals of
+each block. Held-out conversations are the prompts, each without the answer that it ends with:
 
     prompts -> batches of one shape, the last one filled up -> answers -> tau, shares by position
                read and answered by one program each                      `evaluation.counts`

@@ -1,9 +1,8 @@
 """A run belongs to one configuration and one set of inputs: what may change between two starts.
 
-A run that is resumed with another learning rate or other rows trains on without an error, and is
-neither the one run nor the other. So settings and hashes of inputs are stored in each checkpoint,
-under its checksums, and compared. A run that was never saved has nothing to lose: it may begin with
-anything.
+A run that is resumed with other settings or rows would be neither the one run nor the other. So
+both are stored in each checkpoint, under its checksums, and compared. A run that was never saved
+may begin with anything.
 
     run/checkpoints/40/run/      settings and inputs of the start that saved it, compared
     run/checkpoints/40/draft/    the draft and its template, compared

@@ -1,9 +1,8 @@
 """Steps that a person should hear of: skipped updates, spikes, and when a run has to stop.
 
-A run that skips in silence wastes its data, and nobody learns which line of it was bad. A step
-leaves everything as it was where its batch has no anchor, or where its loss or its gradient is not
-finite (`training.step`). Such steps, and those whose loss stands out of their window, are told with
-the lines of the data that they were made of.
+A step leaves everything as it was where its batch has no anchor, or where its loss or its gradient
+is not finite (`training.step`). Such steps, and those whose loss stands out of their window, are
+told with the lines of the data that they were made of.
 
     a step was               updated              not finite    without anchors
     is told                  only as a spike      as skipped    as skipped

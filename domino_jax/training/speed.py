@@ -95,25 +95,22 @@ class Speed:
             "seconds_per_step": seconds / self._steps,
         }
         if self._chip is not None:
+            program, trainer, count = self._program, self._program.trainer, self._conversations
+            # Per conversation, not per batch row: packed ones do not see each other.
+            parts = step_flops(
+                trainer.draft_model.cfg,
+                self._tokens / count,
+                float(sums["valid_blocks"]) / count,
+                target=program.target.cfg if self._target_runs else None,
+                target_logits=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
+            )
             # Over the whole mesh: tokens and blocks are those of all processes.
-            flops = self._useful_flops(float(sums["valid_blocks"]))
-            figures["mfu"] = flops / seconds / (self._mesh.size * self._chip.flops)
+            peak_flops = self._mesh.size * self._chip.flops
+            figures["mfu"] = count * sum(parts.values()) / seconds / peak_flops
         peak = peak_memory_bytes(self._mesh.local_devices)
         if peak is not None:
             figures["peak_memory_bytes"] = peak
         return figures
-
-    def _useful_flops(self, blocks: float) -> float:
-        # Per conversation, not per batch row: packed ones do not see each other.
-        program, trainer, count = self._program, self._program.trainer, self._conversations
-        parts = step_flops(
-            trainer.draft_model.cfg,
-            self._tokens / count,
-            blocks / count,
-            target=program.target.cfg if self._target_runs else None,
-            target_logits=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
-        )
-        return count * sum(parts.values())
 
 
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int | None:

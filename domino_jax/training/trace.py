@@ -1,7 +1,7 @@
 """A trace of some steps of a run, for TensorBoard's profiler: what the devices did, and when.
 
-Seconds per step do not say where they go. A trace does, if it begins and ends between two steps,
-which the host only starts: so the devices are waited for, and that time is not training's.
+The host only starts steps. So at both ends the devices are waited for, and that time is not
+training's:
 
     step 9 | wait, start | step 10  step 11  step 12 | wait, stop | step 13      profile: [10, 3]
 """
