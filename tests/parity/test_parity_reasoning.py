@@ -64,16 +64,9 @@ def test_loss_mask_equals_nemos(
 
 
 def test_reasoning_changes_the_mask(tokenizer: Any) -> None:
-    messages = [ASK, answer("d e", "f g h")]
-    counts = [
-        int(
-            encode_conversation(
-                messages, tokenizer, max_length=99, mask_reasoning_content=masked
-            ).loss_mask.sum()
+    """`<think> f g h </think> d e` and the end of the turn; then without the first five."""
+    for masked, count in ((False, 8), (True, 3)):
+        row = encode_conversation(
+            [ASK, answer("d e", "f g h")], tokenizer, max_length=99, mask_reasoning_content=masked
         )
-        for masked in (False, True)
-    ]
-    assert counts == [
-        8,
-        3,
-    ]  # <think> f g h </think> d e and the end of the turn; then without the first five
+        assert row is not None and row.loss_mask.sum() == count

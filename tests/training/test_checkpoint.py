@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chex
 import pytest
 from saved_bits import final_bits
-from tiny import Heard, quiet, run_config, write_conversations, write_target
+from tiny import Heard, quiet, run_config, seal, write_conversations, write_target
 from whole_run import train
 
 from domino_jax.base.errors import InputError
@@ -23,6 +23,7 @@ from domino_jax.training.checkpoint import (
     save_draft,
     sound_checkpoint,
 )
+from domino_jax.training.log import read_metrics
 from domino_jax.training.records import read_draft_record, read_run_record
 
 STEPS: dict[str, Any] = {
@@ -45,10 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(trained: Path, tmp_path: Path) -> Iterator[Path]:
+def place(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, which a test may damage; the config still names the one of all tests."""
-    shutil.copytree(trained, tmp_path / "place")
-    yield tmp_path / "place"
+    return shutil.copytree(trained, tmp_path / "place")
 
 
 def resume(place: Path, *words: str) -> str:
@@ -170,28 +170,22 @@ def test_one_step_can_be_asked_for(place: Path) -> None:
         load_draft(place / "run", reporter=quiet(), step=4)
 
 
-def changed_words(place: Path) -> str:
+def edited_rows(place: Path, edit: Callable[[list[str]], list[str]]) -> str:
     rows = place / "rows.jsonl"
-    lines = rows.read_text().splitlines()
-    turns = json.loads(lines[3])
-    turns["messages"][1]["content"] = "a a a a"
-    lines[3] = json.dumps(turns)
-    rows.write_text("\n".join(lines) + "\n")
+    rows.write_text("".join(edit(rows.read_text().splitlines(keepends=True))))
     return f"data.train={rows}"
+
+
+def changed_words(place: Path) -> str:
+    return edited_rows(place, lambda lines: [lines[0].replace(': "', ': "a '), *lines[1:]])
 
 
 def reordered(place: Path) -> str:
-    rows = place / "rows.jsonl"
-    rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
-    return f"data.train={rows}"
+    return edited_rows(place, lambda lines: lines[::-1])
 
 
 def longer(place: Path) -> str:
-    rows = place / "rows.jsonl"
-    rows.write_text(
-        rows.read_text() + write_conversations(place / "more.jsonl", 1, seed=9).read_text()
-    )
-    return f"data.train={rows}"
+    return edited_rows(place, lambda lines: [*lines, lines[0]])
 
 
 def other_heldout(place: Path) -> str:
@@ -236,6 +230,47 @@ def test_what_changed_is_named(place: Path, change: Any, named: str) -> None:
     assert named in said and "use another run_dir" in said and len(said) <= 500, said
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="training/run_directory.py: mask_token_id free to change",
+)
+def test_a_run_directory_belongs_to_its_settings(place: Path) -> None:
+    with pytest.raises(InputError, match=r"draft\.mask_token_id 2 -> 9.*use another run_dir"):
+        resume(place, "draft.mask_token_id=9")
+    with pytest.raises(InputError, match=r"target_layer_ids \[0, 2\] -> \[0, 1\]"):
+        resume(place, "draft.target_layer_ids=[0,1]")
+    resume(place, "train.log_every=1")  # changes no number
+
+
+def test_a_run_of_another_version_is_not_resumed(place: Path) -> None:
+    for step in ("2", "4", "6"):
+        checkpoint = place / "run" / "checkpoints" / step
+        stored = checkpoint / "run" / "metadata"
+        stored.write_text(stored.read_text().replace('"options": {}', '"dpace_alpha": 0.5'))
+        seal(checkpoint)
+    message = r"loss\.dpace_alpha, loss\.options: .*another version.*use another run_dir"
+    with pytest.raises(InputError, match=message):
+        resume(place)
+
+
+@pytest.mark.pitfall(
+    "an unfinished save picked up",
+    seen="training/checkpoint.py: the newest directory taken, finished or not",
+)
+def test_an_unfinished_save_is_never_picked_up(place: Path) -> None:
+    leftover = place / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (leftover / "params").mkdir(parents=True)
+    assert load_draft(place / "run", reporter=quiet()).step == 6
+    assert "resuming at step 6 of 6" in resume(place)
+
+
+def test_the_metrics_log_drops_what_a_resumed_run_does_again(trained: Path, place: Path) -> None:
+    log = place / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 9, "split": "train"}\n{"step": 10, "spl')
+    resume(place)
+    assert log.read_bytes() == (trained / "run" / "metrics.jsonl").read_bytes()
+
+
 def test_inputs_may_move(place: Path) -> None:
     moved = shutil.move(place / "rows.jsonl", place / "moved.jsonl")
     assert "already trained for 6 steps" in resume(
@@ -257,12 +292,9 @@ def test_a_finished_run_is_extended(place: Path) -> None:
         reporter=quiet(),
     )
     chex.assert_trees_all_equal(final_bits(whole, 9), final_bits(place / "run", 9))
-    last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-2]
-    assert (
-        last["step"] == 9
-        and last["lambda_base"] == 0
-        and last["learning_rate"] == pytest.approx(6e-5)
-    )
+    last = read_metrics(whole)[-2]
+    assert (last["step"], last["lambda_base"]) == (9, 0)
+    assert last["learning_rate"] == pytest.approx(6e-5)
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -290,25 +322,15 @@ def test_what_is_best_may_change_between_two_starts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("by", "figure"), [("heldout", "accept_len"), ("rollout", "tau")])
 def test_a_run_keeps_its_best_checkpoint(place: Path, by: str, figure: str) -> None:
-    words = (
-        f"train.keep_best={by}",
-        "train.rollout_every=3",
-        "train.rollout_tokens=8",
-        "train.keep_checkpoints=1",
-        "train.steps=12",
-        "train.checkpoint_every=3",
-    )
-    train(
-        load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), reporter=quiet()
-    )
-    lines = [
-        json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()
-    ]
-    measured = {line["step"]: line[figure] for line in lines if line["split"] == by}
+    words = [f"train.keep_best={by}", "train.keep_checkpoints=1", "train.steps=9"]
+    words += ["train.checkpoint_every=3", f"run_dir={place / 'best'}"]
+    if by == "rollout":
+        words += ["train.rollout_every=3", "train.rollout_tokens=8"]
+    run = train(load_config(place / "config.yaml", words), reporter=quiet())
+    measured = {line["step"]: line[figure] for line in read_metrics(run) if line["split"] == by}
     best = max(measured, key=lambda step: (measured[step], step))
-    kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
-    assert kept == {best, 12}
-    assert load_draft(place / "best", reporter=quiet(), step=best).step == best
+    assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {best, 9}
+    assert load_draft(run, reporter=quiet(), step=best).step == best
 
 
 @pytest.mark.parametrize(

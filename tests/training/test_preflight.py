@@ -86,6 +86,7 @@ def refusal(path: Path, *overrides: str) -> str:
         ("data.batch_size=12", "data.batch_size 12 must be a multiple of 8, the parts"),
         ("seed=-1", "seed must be at least 0 and below 2**32, found -1"),
         ("seed=4294967296", "seed must be at least 0 and below 2**32, found 4294967296"),
+        ("draft.mask_token_id=32", "mask_token_id 32 is outside the vocabulary of 32"),
         ("draft.mask_token_id=0", "draft.mask_token_id 0 is the target's eos token"),
         ("draft.target_layer_ids=[0,4]", "target_layer_ids [0, 4] must lie in 0..3"),
         ("loss.loss_type=focal", "loss: loss_type must be one of"),
