@@ -134,12 +134,12 @@ def read_features(
     Args:
         directory: of the capture.
         settings: of the rows.
-        target: its sha256 (see `target.fingerprint`), as is `tokenizer`.
-        tokenizer: likewise.
+        target: sha256 of the target (see `target.fingerprint`), `tokenizer` that of its tokenizer.
+        tokenizer: see `target`.
         target_layer_ids: layers that the draft reads.
         packing: whether rows share batch rows.
-        loss_type: objective of the run; with `kl_weight` it decides which states are read.
-        kl_weight: share of the divergence from the target's distribution.
+        loss_type: decides with `kl_weight` which states are read.
+        kl_weight: see `LossConfig`.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers,
             length or masking, or without the final states, for a loss that reads them.
@@ -224,12 +224,12 @@ def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: in
 def run_mesh(
     sizes: Mapping[str, int], *, batch_size: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh of a run over all devices, or over planned ones.
+    """The mesh of a run over the devices of a plan, or over all that are here.
 
     Args:
         sizes: devices along each axis, by the arguments of `make_mesh`.
         batch_size: batch rows of a micro-batch, over all devices.
-        devices: those of a plan; None for all devices that are here.
+        devices: of a plan.
     Raises:
         InputError: the sizes do not fit the devices, or the batch does not divide over them.
     """

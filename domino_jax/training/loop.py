@@ -47,8 +47,7 @@ def train(
     """Trains a drafter, or resumes a run that was cut off.
 
     Args:
-        run: as `prepare` made it; its directory receives metrics.jsonl, timing.jsonl and
-            checkpoints/.
+        run: its directory receives metrics.jsonl, timing.jsonl and checkpoints/.
         reporter: is told the progress.
         stop_requested: asked after each step and during held-out passes and rollouts; once it says
             so, the state is saved and the run ends.
@@ -252,10 +251,9 @@ class _Training:
         self._speed.begin()
 
     def _measure(self, *, stop_requested: Callable[[], bool]) -> dict[str, Mapping[str, Any]]:
-        """Measures what is due, in its order, and writes it.
+        """Measures what is due, in its order, and writes it; returns the figures by split.
 
-        Returns the figures by split. Where the run was asked to stop, the pass that was cut short
-        and those behind it stay due.
+        Where the run was asked to stop, the pass that was cut short and those behind it stay due.
         """
         measured: dict[str, Mapping[str, Any]] = {}
         while self._due:

@@ -1,8 +1,7 @@
 """The preparation of a run, in the order of what it costs to be refused.
 
-A mistake in a path should be reported before the weights are loaded, and a refused run should leave
-nothing behind. This is the only module of `training` that reads the configuration: each part
-receives the values that it needs.
+A refused run leaves nothing behind. This is the only module of `training` that reads the
+configuration: each part receives the values that it needs.
 
     check             paths, mesh, ids, room on the disk, the checkpoint to resume    seconds
     read_inputs       rows, and whether they are those of the checkpoint              minutes
@@ -100,10 +99,8 @@ class CheckedRun:
 def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedRun:
     """Checks whatever can be checked before rows and weights are read, what is free first.
 
-    Args:
-        config: the run.
-        reporter: is told each stage, and each damaged checkpoint.
-        set_aside: move damaged checkpoints out of the way.
+    With `set_aside` damaged checkpoints are moved out of the way.
+
     Raises:
         InputError: the run cannot be, or its directory belongs to other settings; nothing was
             created.
@@ -181,8 +178,8 @@ def read_inputs(
 
     Args:
         run: what was checked.
-        target_sha256: returns the target's fingerprint; only asked where captured states are read.
-        reporter: is told each stage, and each line of the data that is left out.
+        target_sha256: returns the target's fingerprint; only called for captured states.
+        reporter: is told each line of the data that is left out.
     Raises:
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
@@ -336,13 +333,7 @@ def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftC
 
 
 def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """The run with what it left open in its loss.
-
-    These are the objective's own settings, and the memory that suits the devices.
-
-    Raises:
-        InputError: a loss that cannot be (see `resolved_loss`).
-    """
+    """The run with a `resolved_loss`, and with the memory of the loss that suits the devices."""
     loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
     if loss.logits_mib is None:
         loss = dataclasses.replace(loss, logits_mib=default_logits_mib(mesh))
@@ -385,14 +376,10 @@ def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
 def make_program(
     config: RunConfig, target: DecoderConfig, draft: DraftConfig, mesh: Mesh, *, total_steps: int
 ) -> Program:
-    """The program of a run's steps.
+    """The program of the steps of a run that is `resolved`.
 
-    Args:
-        config: the run, `resolved`.
-        target: the target.
-        draft: the draft that the run trains for it.
-        mesh: of devices that are here, or of a topology that is only described.
-        total_steps: which the schedules are stretched over.
+    `mesh` is of devices that are here, or of a topology that is only described; the schedules are
+    stretched over `total_steps`.
     """
     data, loss, optimizer = config.data, config.loss, config.optimizer
     assert loss.logits_mib is not None, "a run is resolved before its program is made"

@@ -46,20 +46,11 @@ class RunInputs:
     """A run whose rows are read.
 
     Attributes:
-        directory: of the run.
         source: file or directory of the training rows.
-        mesh: devices of the run.
-        target: the target's directory.
-        tokenizer: the target's.
-        record: the draft, its target and its template.
+        target: directory of the target, whose tokenizer `tokenizer` is.
         resumed: the checkpoint that replaces the state of step 0.
-        rows: the training rows.
-        heldout: the held-out rows, None without them.
         prompts: of rollouts, int32 [n] each.
-        shape: of a step's batch.
-        program: of a step.
         learning_rate: the rate as a function of the number of updates.
-        cadence: intervals and limits of the loop.
         last_step: the step at which the run ends.
         hashes: a few words with the hash of each input, by name.
         settings: the resolved configuration as plain values, for the record of a checkpoint.
@@ -101,8 +92,7 @@ class RunInputs:
 class Run:
     """Everything that the loop needs.
 
-    `target_params` are frozen. `state` is that of step 0; of a resumed run its shapes and
-    shardings, which the checkpoint fills.
+    `state` is that of step 0; of a resumed run its shapes and shardings, for the checkpoint's.
     """
 
     inputs: RunInputs

@@ -44,10 +44,10 @@ def check_settings(source: Path, stored: Mapping[str, Any], settings: Mapping[st
 
     Args:
         source: the checkpoint, for messages.
-        stored: plain values of the resolved configuration that it was started with.
-        settings: of this start, likewise.
+        stored: its resolved configuration as plain values.
+        settings: that of this start.
     Raises:
-        InputError: each setting that differs, or that one of the two versions does not have.
+        InputError: each setting that differs, or that only one of the two has.
     """
     unknown = sorted(_keys(stored) ^ _keys(settings))
     if unknown:

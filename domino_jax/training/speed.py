@@ -42,12 +42,12 @@ class Speed:
         """Begins a window.
 
         Args:
-            program: what the run trains.
-            mesh: its devices.
+            program: of a step.
+            mesh: devices of the run.
             lengths: tokens of each row of its data.
-            step_rows: batch rows that a step takes.
+            step_rows: batch rows of a step.
             target_runs: whether a step runs the target's layers, or reads captured states.
-            chip: what is published of the devices, None where nothing is.
+            chip: what is published of the devices, if anything.
         """
         self._program, self._mesh = program, mesh
         self._lengths = np.asarray(lengths)

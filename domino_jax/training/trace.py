@@ -36,9 +36,9 @@ class Trace:
 
         Args:
             run_dir: receives `profile/`.
-            profile: the first step and how many, or None; those that run are traced.
+            profile: the first step and how many, or None.
             coming: the steps that this start has to run, perhaps none.
-            paused: `Speed.paused`; starting and stopping takes time that is not training's.
+            paused: `Speed.paused`.
             reporter: is told where the trace is.
         """
         self._directory = run_dir / "profile"

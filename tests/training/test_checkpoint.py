@@ -99,21 +99,16 @@ def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> N
     assert sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 4
     assert len(said) == 1 and f"{place}/run/checkpoints/6: damaged, not used: " in said[0]
     # Readers move nothing: the run may be training.
-    assert (
-        load_draft(place / "run", reporter=Heard(lines=said)).step == 4
-        and (place / "run" / "checkpoints" / "6").is_dir()
-    )
+    assert load_draft(place / "run", reporter=Heard(lines=said)).step == 4
+    assert (place / "run" / "checkpoints" / "6").is_dir()
 
 
 def test_a_damaged_run_ends_with_the_same_bits(trained: Path, place: Path) -> None:
     damaged(place / "run" / "checkpoints" / "6", "flip")
     damaged(place / "run" / "checkpoints" / "4", "position")
     said = resume(place)
-    assert (
-        "checkpoints/6: damaged" in said
-        and "moved to" in said
-        and "resuming at step 2 of 6" in said
-    )
+    for words in ("checkpoints/6: damaged", "moved to", "resuming at step 2 of 6"):
+        assert words in said
     assert {path.name for path in (place / "run" / "set_aside").iterdir()} == {"4", "6"}
     chex.assert_trees_all_equal(final_bits(trained / "run", 6), final_bits(place / "run", 6))
     for name in ("metrics.jsonl", "config.yaml"):
@@ -295,6 +290,14 @@ def test_a_finished_run_is_extended(place: Path) -> None:
     last = read_metrics(whole)[-2]
     assert (last["step"], last["lambda_base"]) == (9, 0)
     assert last["learning_rate"] == pytest.approx(6e-5)
+
+
+def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(domino: Any, trained: Path) -> None:
+    path = trained / "config.yaml"
+    code, out, _ = domino("train", path, "--dry-run", "train.extra_steps=4")
+    assert code == 0 and "10 of 8 rows: 3.33 epochs; the run resumes at step 6" in out
+    code, out, log = domino("train", path, "--dry-run", "draft.emb_dim=4")
+    assert (code, out) == (2, "") and "draft.emb_dim 8 -> 4" in log
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
