@@ -119,15 +119,10 @@ def test_a_rollout_is_what_the_checkpoint_decodes(
     offline: bool,
 ) -> None:
     """To the last figure, through programs that are compiled once for all batches."""
-    path = run_config(
-        tmp_path,
-        target,
-        train={**ROLLOUTS, "tensorboard": True},
-        mesh=mesh,
-        data={"max_length": 48},
-        loss={"num_anchors": 16},
-        optimizer={"learning_rate": 2e-2, "ema_decay": 0.8},
-    )
+    sections: dict[str, Any] = {"train": {**ROLLOUTS, "tensorboard": True}, "mesh": mesh}
+    sections |= {"data": {"max_length": 48}, "loss": {"num_anchors": 16}}
+    sections |= {"optimizer": {"learning_rate": 2e-2, "ema_decay": 0.8}}
+    path = run_config(tmp_path, target, **sections)
     heldout = write_heldout(tmp_path)
     write_answered(tmp_path, target, heldout)
     words = captured(path, tmp_path / "states") if offline else []

@@ -74,10 +74,8 @@ def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
     path = run_config(tmp_path, target, train={"log_every": 3, "checkpoint_every": 1})
     rows = tmp_path / "rows.jsonl"
     lines = rows.read_text().splitlines()
-    messages = [
-        {"role": "user", "content": "unheard"},
-        {"role": "assistant", "content": "a b c d e f"},
-    ]
+    question = {"role": "user", "content": "unheard"}
+    messages = [question, {"role": "assistant", "content": "a b c d e f"}]
     lines[6:7] = ["", json.dumps({"messages": messages})]  # an empty line counts, and gives no row
     rows.write_text("\n".join(lines) + "\n")
     heard = Heard()
@@ -121,31 +119,20 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     if override == "target":
         edit(target, overflow)
         words = []
-    settings = {
-        "log_every": 2,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 9,
-        "max_nonfinite_steps": 3,
-    }
-    path = run_config(tmp_path, target, train=settings)
+    settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9}
+    path = run_config(tmp_path, target, train={**settings, "max_nonfinite_steps": 3})
     with pytest.raises(Diverged) as raised:
         train(load_config(path, words), reporter=quiet())
     said = str(raised.value)
-    assert (
-        "stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite, "
-        f"from step {first} on" in said
-    )
+    many = "stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite"
+    assert said.startswith(f"{many}, from step {first} on")
     assert "rows.jsonl" in said and "is finite" in said and "\n" not in said
     run = tmp_path / "run"
     steps = assert_checkpoints_are_finite(run)
     assert f"the newest checkpoint, of step {steps[-1]}," in said and steps[0] == 1
     lines = strictly(run / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["split"] == "skipped"] == [
-        first,
-        first + 1,
-        first + 2,
-        *[4] * (first == 1),
-    ]
+    skipped = [line["step"] for line in lines if line["split"] == "skipped"]
+    assert skipped == [*range(first, 5)]
     assert [line["loss"] for line in lines if line["split"] == "train"][-1] is None
     training_summary(run)  # reads a log without a loss
 
@@ -158,11 +145,9 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
     """Absurd settings make parameters overflow under finite gradients; the next save finds them."""
     (tmp_path / "target").mkdir()
     path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
-    with pytest.raises(
-        Diverged,
-        match=r"the parameters are not finite after step 1, .*no checkpoint was written yet",
-    ):
-        words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
+    words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
+    message = "the parameters are not finite after step 1, .*no checkpoint was written yet"
+    with pytest.raises(Diverged, match=message):
         train(load_config(path, words), reporter=quiet())
     assert sound_checkpoint(tmp_path / "run", reporter=quiet()) is None
     strictly(tmp_path / "run" / "metrics.jsonl")

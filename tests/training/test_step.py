@@ -303,7 +303,8 @@ def test_metric_means_weigh_by_tokens_and_blocks(target_params: Any, draft_param
 def test_dflash_takes_the_same_step(target_params: Any) -> None:
     config = dflash_config(num_target_layers=6, target_layer_ids=(1, 3))
     program = make_program(trainer=build_trainer(config, num_anchors=4))
-    params = nn.meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
+    init = jax.jit(lambda: init_variables(DraftModel(config), jax.random.key(0)))
+    params = nn.meta.unbox(init())["params"]
     _, sums = stepped(program, params, target_params, make_batch(1, 4))
     assert "final_loss_sum" not in sums and metric_means(sums)["loss"] > 0
 
@@ -320,10 +321,9 @@ def test_learning_rate_equals_nemos_schedule(total_steps: int, warmup_ratio: flo
     schedule = learning_rate_schedule(
         learning_rate=2e-3, warmup_ratio=warmup_ratio, min_lr_ratio=0.1, total_steps=total_steps
     )
-    updates = range(total_steps + 3)
-    np.testing.assert_allclose(
-        [float(schedule(k)) for k in updates], [2e-3 * expected(k) for k in updates], rtol=1e-5
-    )
+    updates = np.arange(total_steps + 3)
+    rates = [2e-3 * expected(k) for k in updates]
+    np.testing.assert_allclose(jax.vmap(schedule)(updates), rates, rtol=1e-5)
     assert float(schedule(0)) == pytest.approx(2e-3 / warmup)
 
 
@@ -342,8 +342,6 @@ def test_the_optimizer_is_clipped_adamw() -> None:
         params = optax.apply_updates(params, updates)
         clipped = gradient / 10
         mean, square = 0.9 * mean + 0.1 * clipped, 0.95 * square + 0.05 * clipped**2
-        ratio = (mean / (1 - 0.9 ** (step + 1))) / (
-            np.sqrt(square / (1 - 0.95 ** (step + 1))) + 1e-8
-        )
-        weight = weight - float(schedule(step)) * (ratio + 0.1 * weight)
+        unbiased, root = mean / (1 - 0.9 ** (step + 1)), np.sqrt(square / (1 - 0.95 ** (step + 1)))
+        weight = weight - float(schedule(step)) * (unbiased / (root + 1e-8) + 0.1 * weight)
     np.testing.assert_allclose(params, weight, rtol=1e-5)
