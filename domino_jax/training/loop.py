@@ -236,7 +236,7 @@ class _Training:
         # The window's steps have run: that waited for them. Only those of this start were timed.
         timed = [outcome for outcome in outcomes if outcome.step > self._began_at]
         timing = self._speed.figures(total(timed))
-        # Steps and updates are counted since: the last of each read its counter before.
+        # Both counters have advanced since: a step and an update read them before they count.
         updates = int(updates_done(self._state.opt_state))
         figures = metric_means(total(outcomes)) | {
             "lambda_base": float(self._inputs.program.curriculum(self._step - 1)),
