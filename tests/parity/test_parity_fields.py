@@ -14,9 +14,14 @@ from domino_jax.config.draft import DraftRecipe, make_draft_config
 from domino_jax.config.model import DecoderConfig, RopeScaling
 
 SLIDING: dict[str, Any] = {"layer_types": ("sliding_attention",) * 2}
-ORIGINAL: dict[str, Any] = {"original_max_position_embeddings": 16}
-LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL)
-YARN = RopeScaling("yarn", 4.0, **ORIGINAL)
+LLAMA3 = RopeScaling(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 
 
 @pytest.mark.parametrize(
