@@ -42,8 +42,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         checked = check(settings, reporter=reporter, set_aside=False)
         # Asked for only where captured states are read: it takes a pass over the target's files.
         fingerprint = functools.partial(target_fingerprint, checked.target)
-        run = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
-        print_preview(run, results())
+        inputs = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
+        print_preview(inputs, results())
         return
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(

@@ -93,9 +93,7 @@ def capture(
         hidden_size=config.hidden_size,
         dtype=dtype,
         compute_dtype=config.dtype,
-        max_length=inputs.max_length,
-        chat_template_kwargs=inputs.chat_template_kwargs,
-        mask_reasoning_content=inputs.mask_reasoning_content,
+        **vars(inputs.settings),
         target_states=target_states,
         row_lengths=tuple(row_lengths(rows)),
         shard_rows=(),
@@ -139,7 +137,7 @@ def capture(
                     part,
                     lambda batch: states(params, device_batch(mesh, batch, micro_batches=1)),
                     batch_size=inputs.batch_size,
-                    max_length=inputs.max_length,
+                    max_length=inputs.settings.max_length,
                 )
                 write_shard(directory, index, captured)
                 written += len(part)

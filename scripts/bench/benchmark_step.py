@@ -249,7 +249,7 @@ def compiled_step(
     import jax.numpy as jnp
     import optax
 
-    from domino_jax.objective.domino_module import build_trainer
+    from domino_jax.objective.modules import build_trainer
 
     module = build_trainer(config, chunk_blocks=chunk_blocks)
     optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)

@@ -15,7 +15,7 @@ from reference import draft_config, target_config
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.draft.build import init_draft
 from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 

@@ -107,7 +107,7 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
     rows, loaded = FeatureRows(place / "float32"), load_target(place / "target")
     online = prepare(
         load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), reporter=quiet()
-    ).rows.rows
+    ).inputs.rows.rows
     assert len(rows) == len(online) == 24 and len(rows.manifest.shard_rows) > 3
     model = Target(loaded.config, capture=LAYERS)
     for number in (0, 9, 23):
@@ -161,7 +161,7 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
     run = prepare(config, reporter=quiet())
     assert set(run.target_params) == {"embed_tokens", "lm_head"}
     assert set(read) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert run.rows.packs and run.rows.epoch_rows < 24
+    assert run.inputs.rows.packs and run.inputs.rows.epoch_rows < 24
 
 
 def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Path) -> None:

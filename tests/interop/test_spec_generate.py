@@ -33,7 +33,7 @@ from domino_jax.decoding.speculate import required_cache_len, start, stream
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.start import draft_from_target

@@ -49,7 +49,7 @@ def test_step_0_has_the_weights_of_the_checkpoint(
     chex.assert_trees_all_equal(jax.device_get(run.state.ema), jax.device_get(expected))
     assert int(run.state.step) == 0
     # Split from the host's memory: no device ever holds more than its share.
-    host = jax.tree.leaves(starting_params(checkpoint, run.record.config))
+    host = jax.tree.leaves(starting_params(checkpoint, run.inputs.record.config))
     assert {(type(leaf), leaf.dtype.name) for leaf in host} == {(np.ndarray, "float32")}
     chex.assert_trees_all_equal_shapes_and_dtypes(run.state.params, expected)
 

@@ -23,7 +23,7 @@ from domino_jax.decoding.speculate import advance, start
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 

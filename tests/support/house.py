@@ -30,7 +30,7 @@ TABLE = (
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "filters acceptance decoder speculate generate"),
-    (2.8, "objective", "curriculum loss objectives metrics modules domino_module"),
+    (2.8, "objective", "curriculum loss objectives metrics modules"),
     (2.9, "evaluation", "bootstrap counts compare prompt_lookup throughput replay evaluate timing"),
     (2.9, "evaluation", "answer_cache record responses servers endpoint"),
     (3, "training", "flops log metrics accumulator optimizer step program records checkpoint"),

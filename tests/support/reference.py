@@ -18,8 +18,7 @@ from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
-from domino_jax.objective.domino_module import build_trainer
-from domino_jax.objective.modules import DFlashTrainerModule
+from domino_jax.objective.modules import DFlashTrainerModule, build_trainer
 
 METRIC, GRADIENT = 1e-5, 1e-4  # relative, of a metric and of a gradient's norm
 
