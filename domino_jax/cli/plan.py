@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--on",
-    "places",
+    "specs",
     multiple=True,
     required=True,
     metavar="PLACE",
