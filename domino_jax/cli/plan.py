@@ -15,7 +15,7 @@ from domino_jax.base.errors import InputError
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.plan.topology import Compiler, DeviceSpec, compiler_for, parse_device_spec
+from domino_jax.plan.topology import Compiler, compiler_for, parse_device_spec
 
 if TYPE_CHECKING:
     from domino_jax.plan.plan import Plan
@@ -72,9 +72,7 @@ def plan_verb(
     compilers = [compiler_for(spec) for spec in asked]
     models = read_models(settings, reporter=reporter)
     work = _largest if largest_batch else _as_it_stands
-    plans = []
-    for spec, compiler in zip(asked, compilers, strict=True):
-        plans.append(work(settings, models, spec, compiler))
+    plans = [work(settings, models, compiler) for compiler in compilers]
     results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
@@ -90,26 +88,24 @@ def plan_verb(
         ctx.exit(1)
 
 
-def _as_it_stands(config: RunConfig, models: Models, spec: DeviceSpec, compiler: Compiler) -> Plan:
+def _as_it_stands(config: RunConfig, models: Models, compiler: Compiler) -> Plan:
     from domino_jax.plan.plan import plan
     from domino_jax.training.prepare import abstract_step
 
     cache = user_cache("plans", verb="plan")
     step = abstract_step(config, models, compiler.devices)
-    return plan(step, spec, compiler, cache=cache, reporter=reporter)
+    return plan(step, compiler, cache=cache, reporter=reporter)
 
 
-def _largest(config: RunConfig, models: Models, spec: DeviceSpec, compiler: Compiler) -> Plan:
+def _largest(config: RunConfig, models: Models, compiler: Compiler) -> Plan:
     """The plan of the largest batch that fits, or of the smallest, which does not."""
     from domino_jax.plan.plan import largest_batch
 
     def planned(batch_size: int) -> Plan:
         data = dataclasses.replace(config.data, batch_size=batch_size)
         changed = dataclasses.replace(config, data=data)
-        one = _as_it_stands(changed, models, spec, compiler)
-        reporter.say(
-            f"{spec.name}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}"
-        )
+        one = _as_it_stands(changed, models, compiler)
+        reporter.say(f"{one.spec}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}")
         return one
 
     count, first = len(compiler.devices), config.data.batch_size

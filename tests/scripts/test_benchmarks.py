@@ -92,7 +92,7 @@ def test_both_sides_take_the_same_steps(
     online = mode == "online"
     drawn = benchmark_ours.drawn_anchors(draft, setting, steps=2)
     ours, our_words = benchmark_ours.recipe_step(
-        draft, target, input_ids=row, online=online, num_anchors=setting.slots, chunk_blocks=2
+        draft, target, input_ids=row, online=online, num_anchors=setting.cache_len, chunk_blocks=2
     )
     nemo, nemo_words = benchmark_nemo.recipe_step(
         draft, target, input_ids=row, online=online, compiled=False, **drawn
