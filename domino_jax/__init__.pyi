@@ -18,12 +18,12 @@ from .interop.hf import load_hf_draft as load_hf_draft
 from .interop.hf import save_hf_draft as save_hf_draft
 from .objective.curriculum import get_lambda_base as get_lambda_base
 from .objective.curriculum import lambda_base_schedule as lambda_base_schedule
-from .objective.domino_module import DominoTrainerModule as DominoTrainerModule
-from .objective.domino_module import build_trainer as build_trainer
 from .objective.loss import compute_accept_len as compute_accept_len
 from .objective.metrics import DFlashStepMetrics as DFlashStepMetrics
 from .objective.metrics import DominoStepMetrics as DominoStepMetrics
 from .objective.modules import DFlashTrainerModule as DFlashTrainerModule
+from .objective.modules import DominoTrainerModule as DominoTrainerModule
+from .objective.modules import build_trainer as build_trainer
 from .objective.objectives import register_objective as register_objective
 from .target.decoder import Target as Target
 from .target.decoder import lm_head_weight as lm_head_weight

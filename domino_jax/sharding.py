@@ -1,8 +1,6 @@
-"""Layers say what an axis means; what it is split over is decided here, for all of them at once.
+"""The mesh, and the one table from logical axes ("embed", "vocab", ..) to the axes of the mesh.
 
-This is the only file that says what an axis of the mesh does; `config/sections.py` has its sizes.
-Elsewhere parameters and activations carry logical axes ("embed", "vocab", ..), so that another
-layout is a change of one table.
+No other file says what an axis of the mesh does; `config/sections.py` has its sizes.
 """
 
 import math
@@ -41,12 +39,9 @@ def make_mesh(
 
     Args:
         data: copies of the state, -1 for as many as the devices allow.
-        fsdp: parts that parameters with an "embed" axis are split into, and the batch; what has
-            none of that axis (norms, a head's tables of the vocabulary) is whole on each of them.
+        fsdp: parts that the batch and parameters with an "embed" axis are split into.
         tensor: parts that heads, feed-forward width and vocabulary are split into.
         devices: in the place of all devices.
-    Returns:
-        `Mesh` with axes "data", "fsdp", "tensor".
     Raises:
         ValueError: a size is not positive, or the product does not match the number of devices.
     """
@@ -109,19 +104,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def axis_size(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
-    """How many parts a mesh splits a logical axis into.
+    """How many parts a mesh splits a logical axis into; `mesh` is the one that is set by default.
 
     1 without a mesh, and where each device has its own part already.
 
-    Args:
-        axis: the logical axis.
-        mesh: the one that is set when not given.
     Raises:
         KeyError: an unknown logical axis.
     """
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    (names,) = partition_spec(axis)
-    return 1 if mesh.empty else _parts(names, mesh)
+    (axes,) = partition_spec(axis)
+    return 1 if mesh.empty else _parts(_unsplit(axes, mesh), mesh)
 
 
 def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -131,9 +123,7 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     Args:
         boxed: variables as `init` or `jax.eval_shape` of it returns them, boxes included.
-        mesh: the mesh of `make_mesh`.
-    Returns:
-        A tree of `NamedSharding` like the unboxed parameters.
+        mesh: of `make_mesh`.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
@@ -142,28 +132,28 @@ def parameter_shardings(boxed: Any, mesh: Mesh) -> Any:
         spec = partition_spec(*leaf.names)
         return NamedSharding(mesh, _fitted(spec, leaf.value.shape, mesh))
 
-    def is_box(leaf: Any) -> bool:
-        return isinstance(leaf, nn.Partitioned)
-
-    return jax.tree.map(sharding, boxed, is_leaf=is_box)
+    return jax.tree.map(sharding, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def _parts(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+def _unsplit(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes that no `shard_map` around this code has split already."""
     names = (axes,) if isinstance(axes, str) else axes or ()
-    # A manual axis is one that a `shard_map` around this code has split: here it has no parts left.
-    return math.prod(mesh.shape[name] for name in names if name not in mesh.manual_axes)
+    return tuple(name for name in names if name not in mesh.manual_axes)
+
+
+def _parts(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _fitted(
     spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    def fitted(axes: str | tuple[str, ...] | None, size: int) -> tuple[str, ...] | None:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        left = tuple(name for name in names if name not in mesh.manual_axes)
-        return left if left and size % _parts(left, mesh) == 0 else None
-
-    sides = [fitted(axes, size) for axes, size in zip(spec, shape, strict=True)]
-    return PartitionSpec(*sides)
+    """The spec without mesh axes that are split already or do not divide an axis of `shape`."""
+    fitted: list[tuple[str, ...] | None] = []
+    for axes, size in zip(spec, shape, strict=True):
+        names = _unsplit(axes, mesh)
+        fitted.append(names if names and size % _parts(names, mesh) == 0 else None)
+    return PartitionSpec(*fitted)
 
 
 def split_over_batch(
@@ -176,10 +166,8 @@ def split_over_batch(
 
     Args:
         function: returns what belongs to rows (arrays with the batch in front) and sums over rows.
+            Where no mesh divides the rows it runs as it is.
         by_row: of each argument, whether its arrays have the batch in front; the others are shared.
-    Returns:
-        A function of the same arguments and result; `function` itself where no mesh divides the
-        rows.
     """
 
     def split(*arguments: Any) -> Any:
@@ -220,24 +208,16 @@ def split_over_devices(
 
     Args:
         function: of arrays (or trees of them), traceable.
-        inputs: the logical axes of each array, one tuple of names per array, in a tuple of the
-            arguments.
+        inputs: for each argument, a `PartitionSpec` of logical axes for each of its arrays.
         outputs: likewise of its result. An axis whose length the mesh does not divide stays whole.
-    Returns:
-        A function of the same arguments and result.
     Raises:
         KeyError: an unknown logical axis.
     """
 
     def specs(axes: Any, arrays: Any, mesh: AbstractMesh) -> Any:
-        flat = jax.tree.leaves(arrays)
-        # Trees of arrays may be tuples too: a tuple of nothing but names is a leaf of `axes`.
-        named = jax.tree.leaves(axes, is_leaf=lambda leaf: type(leaf) is tuple and _is_axes(leaf))
-        fitted = [
-            _fitted(partition_spec(*names), x.shape, mesh)
-            for names, x in zip(named, flat, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(arrays), fitted)
+        return jax.tree.map(
+            lambda names, x: _fitted(partition_spec(*names), x.shape, mesh), axes, arrays
+        )
 
     def split(*arrays: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
@@ -254,8 +234,3 @@ def split_over_devices(
         return run(*arrays)
 
     return split
-
-
-def _is_axes(leaf: tuple[Any, ...]) -> bool:
-    # None stands for an axis that is never split, and so is a name too.
-    return all(axis is None or isinstance(axis, str) for axis in leaf)

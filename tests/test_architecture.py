@@ -7,11 +7,12 @@ from house import (
     OTHER_TESTS,
     PACKAGE,
     ROWS,
+    SECTIONS,
     TOP,
     complaints,
     mesh_axis_names,
     module_name,
-    unplaced,
+    sections_elsewhere,
     wrong_imports,
 )
 
@@ -36,9 +37,9 @@ def test_folders_of_tests_are_those_of_the_package() -> None:
     assert found <= {folder for _, folder in ROWS} | OTHER_TESTS
 
 
-def test_unplaced_refuses_an_unknown_file() -> None:
-    assert unplaced("draft.utils") == ["draft.utils: not in the table"]
-    assert not unplaced("draft.mask") and not unplaced("draft") and not unplaced("")
+def test_complaints_refuse_an_unknown_file(tmp_path: Path) -> None:
+    (tmp_path / "utils.py").write_text("")
+    assert complaints(tmp_path / "utils.py", tmp_path) == ["utils: not in the table"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_unplaced_refuses_an_unknown_file() -> None:
         ("layers.dense", "import domino_jax"),  # the gathered names stand above
         ("layers.dense", "from domino_jax import load_hf_draft"),
         ("draft.mask", "from domino_jax.draft.head import DominoHead"),
-        ("draft.mask", "from domino_jax.draft import block_mask"),  # the folder's own `__init__`
+        ("draft.mask", "from domino_jax.draft import layer_spans"),  # the folder's own `__init__`
         ("draft.mask", "from domino_jax.target.decoder import Target"),  # same rank, another folder
         ("draft.mask", "from ..target.decoder import Target"),
         ("draft.mask", "from .. import target"),
@@ -81,10 +82,10 @@ def test_wrong_imports_refuses(module: str, source: str) -> None:
         ("layers.dense", "from domino_jax import config, sharding"),
         (
             "draft.head",
-            "from domino_jax.draft.mask import block_mask\n"
+            "from domino_jax.draft.mask import layer_spans\n"
             "from . import blocks\nfrom ..layers.dense import Dense",
         ),
-        ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import block_mask"),
+        ("draft", "from domino_jax.draft.head import DominoHead\nfrom .mask import layer_spans"),
         (
             "training.loop",
             "from domino_jax.training import step\nfrom domino_jax.target import Target",
@@ -107,3 +108,42 @@ def test_mesh_axis_names_refuses_them_elsewhere() -> None:
     assert not mesh_axis_names(
         '"""Splits a tensor over fsdp."""\nname = "tensors"', "draft.backbone"
     )
+
+
+def test_sections_are_those_of_a_run() -> None:
+    assert {"RunConfig", "DraftRecipe", "DataConfig", "LossConfig", "TrainConfig"} < SECTIONS
+    assert len(SECTIONS) == 7
+    source = (PACKAGE / "training/prepare.py").read_text(encoding="utf-8")
+    assert sections_elsewhere(source, "training.loop")
+    assert not sections_elsewhere(source, "training.prepare")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from domino_jax.config.run import RunConfig",
+        "from domino_jax.config.run import SEED_LIMIT, load_config",
+        "from domino_jax.config.sections import LossConfig as Loss",
+        "from domino_jax.config.sections import *",
+        "from domino_jax.config import run",
+        "from ..config.draft import DraftRecipe",
+        "import domino_jax.config.sections as sections",
+        "def late():\n    from domino_jax.config.run import RunConfig",
+        "def train(config: RunConfig) -> None: ...",
+        "def train(*, config: 'RunConfig | None' = None) -> None: ...",
+        "def train(*configs: sections.LossConfig) -> None: ...",
+        "def train(planned: Callable[[RunConfig], Plan]) -> None: ...",
+        "class Run:\n    config: RunConfig",
+    ],
+)
+def test_sections_elsewhere_refuses(source: str) -> None:
+    assert len(sections_elsewhere(source, "training.loop")) == 1
+
+
+def test_sections_elsewhere_allows_constants_and_models() -> None:
+    source = (
+        "from domino_jax.config.run import SEED_LIMIT\n"
+        "from domino_jax.config.model import DraftConfig\n"
+        "def f(draft: DraftConfig, loss: float) -> None: ...\n"
+    )
+    assert not sections_elsewhere(source, "training.loop")

@@ -1,6 +1,7 @@
 """A missing package skips the tests that import it, nothing else; a platform that is set stays."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,31 +30,20 @@ def test_device(): raise AssertionError
 """
 
 
-def run(program: str, *, platform: str | None, directory: Path) -> str:
-    """What a Python in `directory` prints that finds the tests' folder, JAX_PLATFORMS as given."""
-    own = ("JAX_PLATFORMS", "XLA_FLAGS")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
-    if platform is not None:
-        environment["JAX_PLATFORMS"] = platform
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout + done.stderr
-
-
 def test_only_what_imports_a_missing_package_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "test_top.py").write_text(AT_TOP)
     (tmp_path / "test_inside.py").write_text(INSIDE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = accelerator\n")
     options = ["-p", "availability", "-p", "no:cacheprovider", "-rsf", "-q"]
-    program = f"{WITHOUT} import pytest; pytest.main({options})"
-    printed = run(program, platform="cpu", directory=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT} import pytest; pytest.main({options})"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    printed = done.stdout
     assert "1 passed, 4 skipped" in printed and "2 failed" in printed
     assert "FAILED test_inside.py::test_another" in printed
     assert "FAILED test_inside.py::test_of_the_package" in printed  # it needs grain: never a reason
@@ -68,8 +58,14 @@ QUICK = (
 
 
 @pytest.mark.parametrize("given", [None, "cpu", "cuda"])
-def test_a_platform_that_is_set_stays(tmp_path: Path, given: str | None) -> None:
-    variables = "os.environ['JAX_PLATFORMS'], os.environ.get('XLA_FLAGS')"
-    printed = run(f"import conftest, os; print({variables})", platform=given, directory=tmp_path)
-    fake = "None" if given == "cuda" else f"{QUICK} --xla_force_host_platform_device_count=8"
-    assert printed.split() == [given or "cpu", *fake.split()]
+def test_a_platform_that_is_set_stays(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    # First set, so that the variables are as before after the test.
+    monkeypatch.setenv("JAX_PLATFORMS", given or "")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    del os.environ["XLA_FLAGS"]
+    if given is None:
+        del os.environ["JAX_PLATFORMS"]
+    runpy.run_path(str(TESTS / "conftest.py"))
+    fake = f"{QUICK} --xla_force_host_platform_device_count=8"
+    assert os.environ["JAX_PLATFORMS"] == (given or "cpu")
+    assert os.environ.get("XLA_FLAGS", "").split() == ([] if given == "cuda" else fake.split())

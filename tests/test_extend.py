@@ -1,17 +1,15 @@
 """docs/extend.md holds: its programs and commands run, its listings apply to the package."""
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
+from commands import run_commands
 from documents import TOP, apply_listings, commands, page, programs, section
 from house import complaints
 from safetensors.flax import load_file
@@ -22,41 +20,16 @@ from domino_jax.target.decoder_keys import read_decoder_config
 PAGE = page("docs/extend.md")
 LOSS, HEAD, TARGET = (section(PAGE, f"Your own {part}") for part in ("loss", "head", "target"))
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="listings are applied by git")
-# Reads files to run and the command's words; everything in one process, which starts jax once.
-RUNNER = """
-import json, runpy, sys
-from domino_jax.cli import command
-for program, words in json.load(sys.stdin):
-    sys.argv = words
-    try:
-        runpy.run_path(program, run_name="__main__") if program else command()
-    except SystemExit as end:
-        assert not end.code, (words, end.code)
-"""
 
 
 def run(directory: Path, package: Path, names: list[str], lines: list[str]) -> str:
     """Runs programs and then commands in a directory with a package; returns what they log."""
-    work = [(name, [name]) for name in names]
-    for line in lines:
-        words = shlex.split(line)
-        # A script of the page's own stands for the command.
-        work.append((words[1], words[1:]) if words[0] == "python" else ("", words))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(package), str(directory), str(TOP / "tests/support")]),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(work),
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    words = [[name] for name in names]
+    # A script of the page's own stands for the command.
+    words += [shlex.split(line.removeprefix("python ")) for line in lines]
+    told = run_commands(words, directory, paths=(package, directory, TOP / "tests/support"))
+    assert [code for code, _, _ in told] == [0] * len(words), told
+    return "".join(log for _, _, log in told)
 
 
 @pytest.fixture

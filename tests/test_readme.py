@@ -1,14 +1,12 @@
 """The commands that README.md prints, run in their order and as printed, on one device."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_commands
 from tiny import MASK_TOKEN_ID, write_target
 
 from domino_jax.config.run import dump_config, load_config
@@ -34,24 +32,6 @@ TOY = (
     "loss.num_anchors=4",
     "dtype=float32",  # a CPU takes ten times as long for bfloat16
 )
-# Reads a list of commands; writes the exit code and stderr of each. One process: one start of jax.
-RUNNER = """
-import contextlib, io, json, sys
-from domino_jax.cli import command
-told = []
-for sys.argv in json.load(sys.stdin):
-    errors = io.StringIO()
-    from domino_jax.cli import shared
-    shared.logs.file = errors
-    with contextlib.redirect_stdout(sys.stderr), contextlib.redirect_stderr(errors):
-        try:
-            command()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-    told.append((code, errors.getvalue()))
-json.dump(told, sys.stdout)
-"""
 
 
 def printed_commands(text: str) -> list[str]:
@@ -65,56 +45,33 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     commands = printed_commands((TOP / "README.md").read_text(encoding="utf-8"))
     assert all(any(command.startswith(begin) for command in commands) for begin in NOT_RUN)
     commands = [command for command in commands if not command.startswith(tuple(NOT_RUN))]
-    # The toy target's prompts; all else is as printed.
-    commands = [command.replace("--count 20000", "--count 20") for command in commands]
+    # Few prompts and short answers; all else is as printed.
+    for printed, toy in (("--count 20000", "--count 20"), ("-tokens 3072", "-tokens 64")):
+        assert sum(printed in command for command in commands) == 1
+        commands = [command.replace(printed, toy) for command in commands]
     verbs = [shlex.split(command)[:2] for command in commands]
     assert all(name == "domino" for name, _ in verbs)
-    expected = {
-        "prompts",
-        "regenerate",
-        "train",
-        "capture",
-        "evaluate",
-        "generate",
-        "export",
-        "import",
-    }
-    assert expected <= {verb for _, verb in verbs}
+    used = {"prompts", "regenerate", "train", "capture", "evaluate", "generate", "export", "import"}
+    assert used <= {verb for _, verb in verbs}
 
-    (tmp_path / "DIR").mkdir()
     target = write_target(tmp_path / "DIR") / "config.json"
-    target.write_text(
-        json.dumps(json.loads(target.read_text()) | {"max_position_embeddings": 4096})
-    )
+    settings = json.loads(target.read_text()) | {"max_position_embeddings": 512}
+    target.write_text(json.dumps(settings))
     (tmp_path / "configs").mkdir()
     config = load_config(TOP / "configs/qwen3-8b.yaml", TOY)
     (tmp_path / "configs/qwen3-8b.yaml").write_text(dump_config(config))
 
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TOP),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),  # not the answers of another state of the code
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps([shlex.split(command) for command in commands]),
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+    told = run_commands(map(shlex.split, commands), tmp_path)
+    assert [code for code, _, _ in told] == [0] * len(commands), list(
+        zip(commands, told, strict=True)
     )
-    told = json.loads(process.stdout)
-    assert [code for code, _ in told] == [0] * len(commands), list(zip(commands, told, strict=True))
 
-    logs = dict(zip(commands, (log for _, log in told), strict=True))
+    logs = dict(zip(commands, (log for _, _, log in told), strict=True))
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     cut = sum(not answer["finished"] for answer in answers)
     assert cut
     regenerated = next(log for command, log in logs.items() if " regenerate " in command)
-    assert f"{cut} of 20 answers ({cut / 20:.0%}) were cut at 3072 tokens" in regenerated
+    assert f"{cut} of 20 answers ({cut / 20:.0%}) were cut at 64 tokens" in regenerated
     trained = next(log for command, log in logs.items() if "data.train=answers.jsonl" in command)
     assert f"answers.jsonl: {cut} of 20 answers ({cut / 20:.0%}) are unfinished" in trained
     assert (tmp_path / "runs/qwen3-8b/evaluation.json").is_file()
@@ -129,12 +86,8 @@ def test_a_configuration_runs_on_one_device_as_it_stands(path: Path) -> None:
     assert config.mesh.data in (-1, 1) and config.mesh.fsdp == config.mesh.tensor == 1
     if "qwen3" in path.stem:
         assert config.data.eval is None
-        words = (
-            re.search(r"domino train \S+ (mesh\.fsdp=8 .*)", path.read_text())
-            .group(1)  # type: ignore[union-attr]
-            .split()
-        )
-        node = load_config(path, words)
+        (words,) = re.findall(r"domino train \S+ (mesh\.fsdp=8 .*)", path.read_text())
+        node = load_config(path, words.split())
         assert node.mesh.fsdp == 8 and node.data.batch_size % 8 == 0
         for published in (config, node):
             assert published.data.batch_size * published.optimizer.grad_accumulation == 16

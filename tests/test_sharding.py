@@ -165,7 +165,7 @@ def test_positions_stay_whole_whatever_length_means(
         q, k, v, own_k, own_v = arrays
         return block_attention(q, (k, v), (own_k, own_v), span=span)
 
-    expected = run(queries, *context, *own)
+    expected = jax.jit(run)(queries, *context, *own)
     monkeypatch.setitem(RULES, "length", "tensor")
     with jax.set_mesh(make_mesh(data=1, tensor=8)):
         found = jax.jit(run)(queries, *context, *own)

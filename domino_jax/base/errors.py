@@ -63,13 +63,7 @@ def one_line(text: str) -> str:
 
 def printable(text: str) -> str:
     """Text with escapes in the place of what a terminal would obey or not show."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:
@@ -110,8 +104,7 @@ def from_dict(kind: type[T], tree: Mapping[str, Any], *, source: str) -> T:
         kind: the dataclass.
         tree: mapping of its fields, a dataclass among them as a mapping or made; a float may be an
             integer or a string such as "1e-3", which YAML reads as text. A field of type `Scalars`
-            takes a mapping, see `scalars`; where its
-            dataclass is to be hashable, the field is declared with `hash=False`.
+            takes a mapping, see `scalars`.
         source: where the mapping comes from, for messages.
     Raises:
         InputError: unknown or missing keys, wrong types, or a value that the dataclass refuses.
@@ -124,10 +117,10 @@ def from_dict(kind: type[T], tree: Mapping[str, Any], *, source: str) -> T:
             remedy = did_you_mean(str(key), fields) or f"known: {', '.join(fields)}"
             raise InputError(f"{source}: unknown key {shown(key)}; {remedy}")
         values[key] = _typed(hints[key], value, source=f"{source}: {key}")
-    needed = [name for name, f in fields.items() if not _has_default(f)]
+    none = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [name for name, f in fields.items() if (f.default, f.default_factory) == none]
     missing = [name for name in needed if name not in values]
-    if missing:
-        raise InputError(f"{source}: missing {', '.join(missing)}")
+    require(not missing, f"{source}: missing {', '.join(missing)}")
     # A dataclass checks its values without knowing where they stand.
     try:
         return kind(**values)
@@ -145,26 +138,25 @@ def scalars(value: Any, *, source: str) -> dict[str, Scalar]:
         InputError: not a mapping, a name that is not text, or a value that is none of true, false,
             a finite number and text.
     """
-    if not isinstance(value, dict):
-        raise InputError(f"{source}: expected a mapping, found {shown(value)}")
+    require(isinstance(value, dict), f"{source}: expected a mapping, found {shown(value)}")
     for name, item in value.items():
-        if not isinstance(name, str):
-            raise InputError(f"{source}: expected text as a name, found {shown(name)}")
+        named = isinstance(name, str)
+        require(named, f"{source}: expected text as a name, found {shown(name)}")
         # Not `abs(item) >= 2**63`, which is false of NaN.
         endless = isinstance(item, int | float) and not abs(item) < 2**63
         if type(item) not in typing.get_args(Scalar) or endless:
             raise InputError(
                 f"{source}: {name}: expected true, false, a number or text, found {shown(item)}"
             )
-        for text in (name, item):
-            if isinstance(text, str) and text_problem(text):
-                raise InputError(f"{source}: {shown(text)} {text_problem(text)}")
+        _check_text(name, source=source)
+        _check_text(item, source=source)
     return dict(value)
 
 
-def _has_default(field: "dataclasses.Field[Any]") -> bool:
-    defaults = (field.default, field.default_factory)
-    return any(default is not dataclasses.MISSING for default in defaults)
+def _check_text(value: Any, *, source: str) -> None:
+    problem = text_problem(value) if isinstance(value, str) else None
+    if problem:
+        raise InputError(f"{source}: {shown(value)} {problem}")
 
 
 def _typed(hint: Any, value: Any, *, source: str) -> Any:
@@ -175,15 +167,13 @@ def _typed(hint: Any, value: Any, *, source: str) -> Any:
         if dataclasses.is_dataclass(value) and type(value) in options:
             return value
         literals = [option for option in options if typing.get_origin(option) is typing.Literal]
-        words = [word for literal in literals for word in typing.get_args(literal)]
-        if value in words:  # Literal["default"], for example
-            return value
+        if any(value in typing.get_args(literal) for literal in literals):
+            return value  # of Literal["default"], for example
         (hint,) = [option for option in options if option not in literals]
     if hint == Scalars:
         return scalars(value, source=source)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{source}: expected a mapping, found {shown(value)}")
+        require(isinstance(value, dict), f"{source}: expected a mapping, found {shown(value)}")
         return from_dict(typing.cast(type, hint), value, source=source)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
@@ -199,7 +189,6 @@ def _typed(hint: Any, value: Any, *, source: str) -> Any:
         if math.isfinite(number):
             raise InputError(f"{source}: {shown(value)} is not a number that float32 holds")
     elif type(value) is hint:
-        if isinstance(value, str) and text_problem(value):
-            raise InputError(f"{source}: {shown(value)} {text_problem(value)}")
+        _check_text(value, source=source)
         return value
     raise InputError(f"{source}: expected {hint.__name__}, found {shown(value)}")

@@ -19,14 +19,14 @@ import shutil
 import stat
 import uuid
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, require
 from domino_jax.base.parse import parse_json
 
 CHECKSUMS = "SHA256SUMS"
@@ -70,20 +70,24 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def open_regular(path: Path) -> BufferedReader:
+@contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Opens a regular file for reading; a pipe or a device, which may never answer, is refused.
 
     Raises:
-        InputError: not there, not readable, or not a regular file.
+        InputError: not there, not a regular file, or not readable, also within the body.
     """
     try:
-        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115  (the caller closes it)
+        # A pipe that nobody writes is opened without waiting for a writer.
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
+            require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), f"{path}: not a regular file")
+            yield file
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: NUL in a name
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise InputError(f"{path}: not a regular file")
-    return file
 
 
 def checked_file(directory: Path, name: str) -> Path:
@@ -98,7 +102,8 @@ def checked_file(directory: Path, name: str) -> Path:
         InputError: not there, not a regular file, or a link that leads out of the model.
     """
     path = directory / name
-    open_regular(path).close()
+    with open_regular(path):
+        pass
     home = directory.resolve()
     caches = [place for place in home.parents if place.name.startswith("models--")]
     found = path.resolve()
@@ -118,8 +123,7 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise InputError(f"{path}: {size} bytes, expected at most {limit}")
+        require(size <= limit, f"{path}: {size} bytes, expected at most {limit}")
         try:
             # Bounded here too: the file may have grown since its size was asked.
             return file.read(limit + 1).decode("utf-8")
@@ -127,8 +131,6 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
             raise InputError(
                 f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
             ) from error
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}") from error
 
 
 def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
@@ -141,39 +143,25 @@ def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, by
         InputError: as `open_regular`, it cannot be read, or it is packed and damaged or a bomb.
     """
     with open_regular(path) as file:
-        read = _unpacked_lines(file, path, spare=limit) if path.suffix == ".gz" else file.readline
+        packed = path.suffix == ".gz"
+        text = gzip.GzipFile(fileobj=file) if packed else file
+        # A line is bounded by its reader, but what becomes of a thousand million short ones is not.
+        most = limit + MAX_UNPACKING * os.fstat(file.fileno()).st_size
+        number, inside = 0, False  # of a line that is too long
         try:
-            number = 0
-            while line := read(limit + 1):
-                number += 1
-                yield number, line
-                while len(line) > limit and not line.endswith(b"\n"):
-                    line = read(limit + 1)
-        # Before OSError, of which a bad header is one.
+            while line := text.readline(limit + 1):
+                if packed and text.tell() > most:
+                    raise InputError(
+                        f"{path}: unpacks to more than {MAX_UNPACKING} times its size; "
+                        "unpack it yourself if it is meant so"
+                    )
+                if not inside:
+                    number += 1
+                    yield number, line
+                inside = len(line) > limit and not line.endswith(b"\n")
+        # A bad header is an OSError.
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path}: damaged, or not gzip: {error}") from error
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}") from error
-
-
-def _unpacked_lines(file: BinaryIO, path: Path, *, spare: int) -> Callable[[int], bytes]:
-    """A `readline` of the text in a gzip file, which refuses to unpack a bomb.
-
-    A line is bounded by its reader, but what becomes of a thousand million short ones is not.
-    """
-    text = gzip.GzipFile(fileobj=file)
-    most = spare + MAX_UNPACKING * os.fstat(file.fileno()).st_size
-
-    def readline(size: int) -> bytes:
-        line = text.readline(size)
-        if text.tell() > most:
-            raise InputError(
-                f"{path}: unpacks to more than {MAX_UNPACKING} times its size; "
-                "unpack it yourself if it is meant so"
-            )
-        return line
-
-    return readline
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -183,8 +171,8 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: as `read_text` and `parse_json`, or it is not an object; it names the file.
     """
     tree = parse_json(read_text(path), source=str(path))
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    kind = type(tree).__name__
+    require(isinstance(tree, dict), f"{path}: expected a JSON object, found {kind}")
     return tree
 
 
@@ -195,10 +183,7 @@ def file_sha256(path: Path) -> str:
         InputError: it cannot be read.
     """
     with open_regular(path) as file:
-        try:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror or error}") from error
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_checksums(directory: Path) -> None:
@@ -208,14 +193,11 @@ def write_checksums(directory: Path) -> None:
         InputError: a file cannot be read.
         OSError: SHA256SUMS cannot be written.
     """
-
-    def line(name: str) -> str:
-        return f"{file_sha256(directory / name)}  {name}\n"
-
+    names = _files_below(directory)
     with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
-        lines = threads.map(line, _files_below(directory))
-        text = "".join(lines)
-    write_whole(directory / CHECKSUMS, text)
+        hashes = threads.map(file_sha256, [directory / name for name in names])
+    lines = [f"{digest}  {name}\n" for digest, name in zip(hashes, names, strict=True)]
+    write_whole(directory / CHECKSUMS, "".join(lines))
 
 
 def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | None:
@@ -267,11 +249,6 @@ def _files_below(directory: Path) -> list[str]:
     return sorted(name for name in names if name != CHECKSUMS)
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe that nobody writes without waiting for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def check_new(path: Path) -> None:
     """Raises `InputError` unless a directory may be written there: nothing is, or an empty one."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -293,10 +270,14 @@ def whole_directory(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     _unfinished.add(beside)
     try:
-        with _errors_name(path, beside):
-            beside.mkdir(parents=True)
-            yield beside
-            beside.replace(path)
+        beside.mkdir(parents=True)
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        # Of another file, such as one that the body reads: it names its place already.
+        if error.filename is not None and not Path(error.filename).is_relative_to(beside):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         # Removed, then forgotten: a signal in between still finds what there is to remove.
         shutil.rmtree(beside, ignore_errors=True)
@@ -322,15 +303,3 @@ def write_error(error: Exception, path: Path) -> OSError:
             return OSError(number, os.strerror(number), str(path))
     words = " ".join(str(error).split())
     return OSError(errno.EIO, f"could not be written: {words[:200]}", str(path))
-
-
-@contextmanager
-def _errors_name(path: Path, beside: Path) -> Iterator[None]:
-    """Lets a failed write below `beside` name the place that the user knows."""
-    try:
-        yield
-    except OSError as error:
-        # Of another file, such as one that the body reads: it names its place already.
-        if error.filename is not None and not Path(error.filename).is_relative_to(beside):
-            raise
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error

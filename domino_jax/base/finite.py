@@ -47,10 +47,8 @@ def require_finite(values: np.ndarray, *, source: str, remedy: str) -> None:
         remedy: what to do, for the message.
     """
     if not all_finite(values):
-        # Counted only now: the slow way, which a sound array is spared.
-        count = count_non_finite(values)
-        dtype = str(values.dtype)
-        raise not_finite(source, count, of=values.size, dtype=dtype, remedy=remedy)
+        count = count_non_finite(values)  # the slow way, which a sound array is spared
+        raise not_finite(source, count, of=values.size, dtype=str(values.dtype), remedy=remedy)
 
 
 def not_finite(source: str, count: int, *, of: int, dtype: str, remedy: str) -> InputError:

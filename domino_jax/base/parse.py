@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from domino_jax.base.errors import InputError, shown
+from domino_jax.base.errors import InputError, require, shown
 
 YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
 DEPTH = 64  # levels of mappings and lists
@@ -33,20 +33,20 @@ def parse_json(text: str | bytes, *, source: str | None, nonfinite: bool = False
             or of more than `NUMBER_CHARACTERS`, or more than `DEPTH` levels.
     """
     where = "" if source is None else f"{source}: "
+    too_deep = f"{where}more than {DEPTH} levels of lists and mappings"
     try:
         value = json.loads(
             text,
             object_pairs_hook=_without_doubles,
-            parse_int=_whole_number,
+            parse_int=lambda text: int(_short(text)),
             parse_float=_number,
             parse_constant=float if nonfinite else _no_constant,
         )
     except RecursionError as error:  # in json's parser, before there is a value to look at
-        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings") from error
+        raise InputError(too_deep) from error
     except ValueError as error:
         raise InputError(f"{where}not valid JSON: {error}") from error
-    if _deeper_than(value, DEPTH):
-        raise InputError(f"{where}more than {DEPTH} levels of lists and mappings")
+    require(_is_within(value, DEPTH), too_deep)
     return value
 
 
@@ -60,10 +60,8 @@ def parse_yaml(text: str, *, source: str) -> Any:
         InputError: not YAML, a key that is given twice, an alias, a tag, a number of more than
             `NUMBER_CHARACTERS`, more than `DEPTH` levels, or more than `YAML_CHARACTERS`.
     """
-    if len(text) > YAML_CHARACTERS:
-        raise InputError(
-            f"{source}: {len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
-        )
+    characters = f"{len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
+    require(len(text) <= YAML_CHARACTERS, f"{source}: {characters}")
     try:
         return yaml.load(text, Loader=_BoundedLoader)
     except yaml.MarkedYAMLError as error:
@@ -83,10 +81,6 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         ((twice, _),) = counts.most_common(1)
         raise ValueError(f"the key {shown(twice)} is given twice")
     return mapping
-
-
-def _whole_number(text: str) -> int:
-    return int(_short(text))
 
 
 def _number(text: str) -> float:
@@ -109,24 +103,16 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number of JSON")
 
 
-def _deeper_than(value: Any, depth: int) -> bool:
-    """Whether lists and mappings lie in each other more than `depth` times, without recursion."""
-    level = [value]
-    for _ in range(depth + 1):
-        holders = [item for item in level if isinstance(item, dict | list)]
-        if not holders:
-            return False
-        level = []
-        for holder in holders:
-            level += holder.values() if isinstance(holder, dict) else holder
-    return True
+def _is_within(value: Any, levels: int) -> bool:
+    """Whether lists and mappings lie in each other at most so many times."""
+    if not isinstance(value, dict | list):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_within(item, levels - 1) for item in items)
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """The part of YAML that settings need.
-
-    What it leaves out costs memory or says what nobody meant.
-    """
+    """The part of YAML that settings need; the rest costs memory or says what nobody meant."""
 
     depth = 0
 
@@ -181,20 +167,9 @@ _PLAIN = {
     "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
 }
-_RESOLVERS = [
-    (f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()
-]
-_CONSTRUCTORS: dict[str, Any] = {
-    "null": yaml.SafeLoader.construct_yaml_null,
-    "bool": yaml.SafeLoader.construct_yaml_bool,
-    "str": yaml.SafeLoader.construct_yaml_str,
-    "seq": yaml.SafeLoader.construct_yaml_seq,
-    "map": yaml.SafeLoader.construct_yaml_map,
-    "int": _BoundedLoader.construct_number,
-    "float": _BoundedLoader.construct_number,
-}
 # Under None: whatever character a plain scalar begins with.
-_BoundedLoader.yaml_implicit_resolvers = {None: _RESOLVERS}
-_BoundedLoader.yaml_constructors = {
-    f"{_TAG}{kind}": constructor for kind, constructor in _CONSTRUCTORS.items()
+_BoundedLoader.yaml_implicit_resolvers = {
+    None: [(f"{_TAG}{kind}", re.compile(f"(?:{spelling})$")) for kind, spelling in _PLAIN.items()]
 }
+for _kind in ("int", "float"):
+    _BoundedLoader.add_constructor(f"{_TAG}{_kind}", _BoundedLoader.construct_number)

@@ -52,8 +52,8 @@ class Reporter:
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
         )
-        drawn = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        with drawn:
+        in_log = not self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=in_log) as drawn:
             drawn.add_task(name, total=total, completed=done, figures="")
             yield Bar(self, drawn)
 

@@ -35,6 +35,3 @@ def command() -> None:
         from domino_jax.cli.verbs import run
 
         run()
-
-
-__all__ = ["command", "main"]

@@ -9,8 +9,9 @@ import click
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import check_new, whole_directory, write_error
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter, step_option, target_option, template_option
+from domino_jax.cli.shared import reporter
 from domino_jax.data.template import chat_template, check_kwargs
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.target.decoder_keys import read_decoder_config
@@ -19,23 +20,16 @@ from domino_jax.target.resolve import resolve_target
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Type of the stored tensors.",
-)
+@click.argument("run", type=options.PATH)
+@click.argument("directory", type=options.PATH)
+@click.option("--dtype", type=options.DTYPE, default="bfloat16", help="Type of the stored tensors.")
 @click.option(
     "--for",
     "engine",
     type=click.Choice(ENGINES),
-    default=None,
     help="Refuse what this reader would misread, see above.",
 )
-@step_option
+@options.step
 def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int | None) -> None:
     """Write the drafter of RUN to DIRECTORY as config.json and safetensors, which engines serve.
 
@@ -77,13 +71,11 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
 
 
 @click.command(name="import")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("run", type=click.Path(path_type=Path))
-@target_option
-@template_option
-def import_(
-    directory: Path, run: Path, target_name: str, chat_template_kwargs: Scalars | None
-) -> None:
+@click.argument("directory", type=options.PATH)
+@click.argument("run", type=options.PATH)
+@options.target
+@options.chat_template_kwargs
+def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scalars | None) -> None:
     """Make the run directory RUN from the draft checkpoint in DIRECTORY.
 
     RUN then serves generate, evaluate and export.
@@ -106,7 +98,7 @@ def import_(
         f"shift_label {str(config.shift_label).lower()}, target layers "
         f"{list(config.target_layer_ids)}"
     )
-    path = resolve_target(target_name, reporter=reporter)
+    path = resolve_target(target, reporter=reporter)
     tokenizer = load_tokenizer(path)
     # Sizes alone are compared: no weights are read, and the compute type does not matter.
     check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
@@ -120,13 +112,13 @@ def import_(
         check_kwargs(tokenizer, kwargs)
         reporter.say(
             f"{directory} does not say which chat template it was trained with; "
-            f"taking that of {target_name}"
+            f"taking that of {target}"
         )
     else:
-        template.check_trained(trained_with, source=str(directory), target=target_name)
+        template.check_trained(trained_with, source=str(directory), target=target)
     reporter.say(f"saving {run}")
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
-    record = DraftRecord(config, target_name, template, *hashes)
+    record = DraftRecord(config, target, template, *hashes)
     # Half a run directory would be taken for a run by every other verb.
     with whole_directory(run) as beside:
         try:

@@ -44,7 +44,9 @@ def config_verb(key: str | None, every: bool) -> None:
         return
     (one,) = found
     click.echo(f"{one.name}: {one.key.meaning}")
-    click.echo(f"  takes    {_takes(one)}")
+    unit = f" ({one.key.unit})" if one.key.unit else ""
+    parts = (f"{one.kind}{unit}", one.key.bounds)
+    click.echo(f"  takes    {', '.join(part for part in parts if part)}")
     click.echo(f"  default  {one.default}")
 
 
@@ -54,10 +56,3 @@ def _print(keys: list[Described]) -> None:
     defaults = max(len(one.default) for one in keys)
     for one in keys:
         click.echo(f"{one.name:{names}}  {one.default:{defaults}}  {one.key.meaning}")
-
-
-def _takes(one: Described) -> str:
-    """Type, unit and bounds of a key, formatted."""
-    unit = f" ({one.key.unit})" if one.key.unit else ""
-    parts = (f"{one.kind}{unit}", one.key.bounds)
-    return ", ".join(part for part in parts if part)

@@ -1,34 +1,24 @@
 """A drafter learns to predict one target, so it is trained on that target's own answers.
 
 The verb `target` makes a directory of the target, `prompts` lets it write requests, `regenerate`
-answer them.
+answer them. The options of how the target draws are the settings that each line records.
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import (
-    TEMPERATURES,
-    FiniteRange,
-    dtype_option,
-    new_tokens_option,
-    reporter,
-    seed_option,
-    target_option,
-    temperature_option,
-    template_option,
-    top_k_option,
-    top_p_option,
-)
+from domino_jax.cli.shared import reporter
 from domino_jax.target.resolve import resolve_target
 
 
 @click.command()
 @click.argument("source")
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", required=False, type=options.PATH)
 def target(source: str, directory: Path | None) -> None:
     """Prepare a target and print its directory.
 
@@ -54,35 +44,19 @@ def target(source: str, directory: Path | None) -> None:
 
 
 @click.command()
-@click.argument("prompts", type=click.Path(path_type=Path))
-@click.argument("answers", type=click.Path(path_type=Path))
-@target_option
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 2**16),
-    default=32,
-    show_default=True,
-    help="Rows decoded together.",
-)
-@new_tokens_option
-@temperature_option
-@top_k_option
-@top_p_option
-@seed_option
-@dtype_option
-@template_option
+@click.argument("prompts", type=options.PATH)
+@click.argument("answers", type=options.PATH)
+@options.target
+@click.option("--batch-size", type=options.BATCH_SIZE, default=32, help="Rows decoded together.")
+@options.max_new_tokens
+@options.temperature
+@options.top_k
+@options.top_p
+@options.seed
+@options.target_dtype
+@options.chat_template_kwargs
 def regenerate(
-    prompts: Path,
-    answers: Path,
-    target_name: str,
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    dtype: str,
-    chat_template_kwargs: Scalars | None,
+    prompts: Path, answers: Path, chat_template_kwargs: Scalars | None, **drawing: Any
 ) -> None:
     """Let the target answer PROMPTS into ANSWERS, the training data of a drafter.
 
@@ -93,33 +67,27 @@ def regenerate(
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
     from domino_jax.data.conversations import stop_token_ids
-    from domino_jax.datagen.regenerate import Answerer, AnswerSettings
+    from domino_jax.datagen.regenerate import AnswerSettings
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
-    from domino_jax.decoding.decoder import Weights, make_decoder
-    from domino_jax.target.decoder import Target
+    from domino_jax.decoding.decoder import Weights
 
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
-    loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
-    kwargs = chat_template_kwargs or {}
-    stops = stop_token_ids(loaded.tokenizer, kwargs)
-    decoder = make_decoder(
-        Target(loaded.config), temperature=temperature, top_k=top_k, top_p=top_p, stop_ids=stops
+    settings = AnswerSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
+    length = settings.max_new_tokens
+    loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
+    decoder = loaded.decoder(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_ids=stop_token_ids(loaded.tokenizer, settings.chat_template_kwargs),
     )
     result = regenerate_answers(
-        Answerer(decoder, Weights(loaded.params), loaded.tokenizer),
         prompts,
         answers,
-        settings=AnswerSettings(
-            target=target_name,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            dtype=dtype,
-            batch_size=batch_size,
-            chat_template_kwargs=kwargs,
-        ),
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=loaded.tokenizer,
+        settings=settings,
         reporter=reporter,
     )
     keeps(f"{answers} is complete")
@@ -127,64 +95,41 @@ def regenerate(
     if result.cut:
         reporter.say(
             f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
-            f"{max_new_tokens} tokens: a drafter sees no end in them; "
-            "--max-new-tokens sets the limit"
+            f"{length} tokens: a drafter sees no end in them; --max-new-tokens sets the limit"
         )
     click.echo(answers)
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@target_option
+@click.argument("out", type=options.PATH)
+@options.target
 @click.option("--count", type=click.IntRange(1, 2**31 - 1), required=True, help="Prompts to write.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1, 2**16),
-    default=64,
-    show_default=True,
-    help="Rows drawn together.",
-)
+@click.option("--batch-size", type=options.BATCH_SIZE, default=64, help="Rows drawn together.")
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(1, 2**20),
+    type=options.LENGTH,
     # SmolLM2: nine of ten prompts are shorter, and a batch takes as long as its longest row.
     default=64,
-    show_default=True,
     help="Length of a prompt at most; longer ones are left out.",
 )
 @click.option(
     "--temperature",
-    type=FiniteRange(*TEMPERATURES),
+    type=options.FiniteRange(*options.TEMPERATURES),
     default=0.9,
-    show_default=True,
     help="Higher: more various and less sensible.",
 )
-@top_k_option
-@top_p_option
+@options.top_k
+@options.top_p
 @click.option(
     "--language",
-    default=None,
     metavar="CODE",
     help="Leave out what is told to be in another language than this one (ISO 639-1, as en); needs "
     "domino-jax[language].",
 )
-@seed_option
-@dtype_option
-@template_option
-def prompts(
-    out: Path,
-    target_name: str,
-    count: int,
-    batch_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    language: str | None,
-    seed: int,
-    dtype: str,
-    chat_template_kwargs: Scalars | None,
-) -> None:
+@options.seed
+@options.target_dtype
+@options.chat_template_kwargs
+def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> None:
     """Let the target write prompts into OUT: training data for who has none.
 
     Given the opening of a user's turn, a chat model writes a request. Those that end, ask for
@@ -196,41 +141,29 @@ def prompts(
     from domino_jax.cli.loading import load_named_target
     from domino_jax.data.conversations import stop_token_ids
     from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
-    from domino_jax.decoding.decoder import Weights, make_decoder
-    from domino_jax.target.decoder import Target
+    from domino_jax.decoding.decoder import Weights
 
     keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
-    loaded = load_named_target(target_name, dtype, max_new_tokens=max_new_tokens)
     kwargs = chat_template_kwargs or {}
+    settings = PromptSettings(**drawing, chat_template_kwargs=kwargs)
+    length = settings.max_new_tokens
+    loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
     stops = {user_turn(loaded.tokenizer, kwargs).end, *stop_token_ids(loaded.tokenizer, kwargs)}
-    decoder = make_decoder(
-        Target(loaded.config),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+    decoder = loaded.decoder(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
         stop_ids=tuple(sorted(stops)),
     )
     drawn = write_prompts(
-        decoder,
-        Weights(loaded.params),
-        loaded.tokenizer,
         out,
-        settings=PromptSettings(
-            target=target_name,
-            count=count,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            dtype=dtype,
-            batch_size=batch_size,
-            language=language,
-            chat_template_kwargs=kwargs,
-        ),
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=loaded.tokenizer,
+        settings=settings,
         reporter=reporter,
     )
     keeps(f"{out} is complete")
-    words = f"{drawn.drawn} drawn by this start, left out: {drawn.words}"
-    reporter.say(f"saved {count} prompts; {words}")
+    words = f"{drawn.drawn} drawn by this start, left out: {drawn.left_out}"
+    reporter.say(f"saved {settings.count} prompts; {words}")
     click.echo(out)

@@ -1,10 +1,8 @@
 """What a drafter gains, in one answer, as it streams: the verb `generate`."""
 
-from __future__ import annotations
-
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -12,26 +10,13 @@ from rich.console import Console
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import LINE_BYTES
 from domino_jax.base.marks import MARKS, has_colours, marked
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, safe_point
-from domino_jax.cli.shared import (
-    new_tokens_option,
-    proposals_option,
-    reporter,
-    run_dtype_option,
-    seed_option,
-    step_option,
-    temperature_option,
-    template_option,
-    top_k_option,
-    top_p_option,
-)
-
-if TYPE_CHECKING:
-    from domino_jax.decoding.generate import Answer, TextStream
+from domino_jax.cli.shared import reporter
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=options.PATH)
 @click.argument("prompt", required=False)
 @click.option("--plain", is_flag=True, help="Decode without the drafter, to compare.")
 @click.option("--no-head", is_flag=True, help="Switch the Domino head off.")
@@ -40,15 +25,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Mark what was drafted and kept: green on a terminal, in brackets elsewhere.",
 )
-@proposals_option
-@new_tokens_option
-@temperature_option
-@top_k_option
-@top_p_option
-@seed_option
-@run_dtype_option
-@template_option
-@step_option
+@options.proposals
+@options.max_new_tokens
+@options.temperature
+@options.top_k
+@options.top_p
+@options.seed
+@options.run_dtype
+@options.chat_template_kwargs
+@options.step
 def generate(
     run: Path,
     prompt: str | None,
@@ -79,19 +64,17 @@ def generate(
     # Until `keeps` a signal ends the process at once, also while it waits for a prompt.
     from domino_jax.cli.loading import load_run
     from domino_jax.data.conversations import encode_prompt, stop_token_ids
-    from domino_jax.decoding.decoder import Weights, make_decoder
-    from domino_jax.decoding.generate import check_length, stream_answer
-    from domino_jax.draft.backbone import DraftModel
-    from domino_jax.target.decoder import Target
+    from domino_jax.decoding.decoder import Weights
+    from domino_jax.decoding.generate import TextStream, check_length, stream_answer
+    from domino_jax.evaluation.counts import acceptance
 
     keeps("nothing is kept of the answer; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
     kwargs = drafter.record.chat_template.kwargs
-    decoder = make_decoder(
-        Target(loaded.config),
-        None if plain else DraftModel(drafter.config),
+    decoder = loaded.decoder(
+        None if plain else drafter.record.config,
         proposals=proposals,
         use_head=not no_head,
         temperature=temperature,
@@ -101,7 +84,7 @@ def generate(
     )
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
     check_length(decoder, ids, source="the prompt")
-    text_stream = _text_stream(loaded.tokenizer, color=color)
+    text_stream = TextStream(loaded.tokenizer, _writer(color=color), apart=color)
     reporter.say("compiling")
     answer = stream_answer(
         decoder,
@@ -113,13 +96,15 @@ def generate(
     )
     text_stream.end(answer.tokens, answer.drafted)
     click.echo()
-    reporter.say(_figures(answer, decoder.proposals))
+    figures = [f"{len(answer.tokens)} tokens", f"tau {answer.tau:.2f}"]
+    if decoder.proposals:  # plain decoding drafts nothing
+        kept = acceptance([answer], decoder.proposals).marginal
+        figures.append(f"{sum(kept) / len(kept):.0%} of drafted tokens kept")
+    reporter.say(", ".join([*figures, f"{answer.tokens_per_second:.1f} tokens/s"]))
 
 
-def _text_stream(tokenizer: Any, *, color: bool) -> TextStream:
-    """Writes an answer to stdout; with `color` what was drafted is marked, and a legend told."""
-    from domino_jax.decoding.generate import TextStream
-
+def _writer(*, color: bool) -> Callable[[str, bool], None]:
+    """Writes pieces of an answer to stdout; with `color` drafted ones are marked."""
     coloured = color and has_colours(Console())
     if color:
         reporter.say(
@@ -133,20 +118,7 @@ def _text_stream(tokenizer: Any, *, color: bool) -> TextStream:
         # Colours that FORCE_COLOR asks for reach a pipe too, where click takes them out.
         click.echo(piece, nl=False, color=coloured or None)
 
-    return TextStream(tokenizer, write, apart=color)
-
-
-def _figures(answer: Answer, proposals: int) -> str:
-    """What an answer took, in a line."""
-    import numpy as np
-
-    from domino_jax.evaluation.counts import acceptance
-
-    figures = [f"{len(answer.tokens)} tokens", f"tau {answer.tau:.2f}"]
-    if proposals:  # plain decoding drafts nothing
-        kept = np.mean(acceptance([answer], proposals).marginal)
-        figures.append(f"{kept:.0%} of drafted tokens kept")
-    return ", ".join([*figures, f"{answer.tokens_per_second:.1f} tokens/s"])
+    return write
 
 
 def _standard_input() -> str:

@@ -11,21 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import (
-    endpoint_option,
-    new_tokens_option,
-    reporter,
-    results,
-    run_dtype_option,
-    seed_option,
-    step_option,
-    temperature_option,
-    template_option,
-)
+from domino_jax.cli.shared import reporter, results
 from domino_jax.evaluation.record import (
     EVALUATION,
-    Earlier,
+    Evaluator,
     read_earlier,
     set_names,
     write_evaluation,
@@ -36,25 +27,19 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument(
-    "prompt_files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PROMPTS..."
-)
-@click.option(
-    "--limit", type=click.IntRange(1), default=None, help="Only the first prompts of each file."
-)
+@click.argument("run", type=options.PATH)
+@click.argument("prompt_files", nargs=-1, required=True, type=options.PATH, metavar="PROMPTS...")
+@click.option("--limit", type=click.IntRange(1), help="Only the first prompts of each file.")
 @click.option(
     "--batch-size",
-    type=click.IntRange(1, 2**16),
+    type=options.BATCH_SIZE,
     default=32,
-    show_default=True,
     help="Prompts decoded together; what is timed is decoded one by one.",
 )
 @click.option(
     "--timed",
     type=click.IntRange(0),
     default=4,
-    show_default=True,
     help="Prompts of each file that are timed; 0: no time is measured.",
 )
 @click.option(
@@ -66,13 +51,13 @@ if TYPE_CHECKING:
 @click.option(
     "--append", is_flag=True, help="Keep what evaluation.json holds already of other sets."
 )
-@endpoint_option
-@new_tokens_option
-@temperature_option
-@seed_option
-@run_dtype_option
-@template_option
-@step_option
+@options.endpoint
+@options.max_new_tokens
+@options.temperature
+@options.seed
+@options.run_dtype
+@options.chat_template_kwargs
+@options.step
 def evaluate(
     run: Path,
     prompt_files: tuple[Path, ...],
@@ -99,36 +84,46 @@ def evaluate(
     """
     if replay and temperature > 0:
         raise InputError("--replay follows greedy answers; leave --temperature out")
-    path = run / EVALUATION
-    names = set_names(prompt_files, path)
+    evaluation = run / EVALUATION
+    names = set_names(prompt_files, evaluation)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_run
-    from domino_jax.cli.measurement import Measurement, evaluator_of
+    from domino_jax.cli.measurement import Measurement
     from domino_jax.page.terminal import evaluation_table, training_summary
 
-    keeps(f"{path} was not written; the same command starts over")
+    keeps(f"{evaluation} was not written; the same command starts over")
     loaded, drafter = load_run(
         run, dtype, chat_template_kwargs, step=step, max_new_tokens=max_new_tokens
     )
-    evaluator = evaluator_of(drafter, temperature, seed=seed, max_new_tokens=max_new_tokens)
-    earlier = read_earlier(path, evaluator) if append else Earlier({}, None)
-    sets = dict(earlier.sets)
-    measurement = Measurement(
-        loaded, drafter, evaluator, batch_size=batch_size, timed=timed, replay=replay
+    record = drafter.record
+    evaluator = Evaluator(
+        target=record.target,
+        target_sha256=record.target_sha256,
+        chat_template=record.chat_template,
+        step=drafter.step,
+        block_size=record.config.block_size,
+        head=record.config.projector_type,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        dtype=record.config.dtype,
     )
+    earlier = read_earlier(evaluation, evaluator) if append else {"sets": {}, "cycle": None}
+    sets = earlier["sets"]
+    measurement = Measurement(loaded, drafter, evaluator, batch_size, timed, replay)
     for name, path in zip(names, prompt_files, strict=True):
         sets[name] = measurement.of_set(name, path, limit, server)
     # What was timed of the same draft stands until it is timed again.
-    cycle = measurement.cycle() if timed and temperature == 0 else earlier.cycle
-    reporter.say(f"saving {path}")
+    cycle = measurement.cycle() if timed and temperature == 0 else earlier["cycle"]
+    reporter.say(f"saving {evaluation}")
     # Before the table, which a closed pipe may refuse.
-    record = write_evaluation(
-        path, evaluator, training=training_summary(run), cycle=cycle, sets=sets
+    written = write_evaluation(
+        evaluation, evaluator, training=training_summary(run), cycle=cycle, sets=sets
     )
-    keeps(f"{path} is written")
-    results().print(evaluation_table(record))
+    keeps(f"{evaluation} is written")
+    results().print(evaluation_table(written))
     for name in names:
         for mode, figures in sets[name]["ways"].items():
             for difference in figures.get("differences", ()):
                 click.echo(f"{name}, {mode}: first difference {difference}")
-    click.echo(path)
+    click.echo(evaluation)

@@ -64,11 +64,11 @@ def answered_signals() -> Iterator[None]:
     # Where the pipe is full, signals are in it already.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in SIGNALS:
-        signal.signal(number, _nothing)
+        # Stands where Python's handler would raise; the watcher answers.
+        signal.signal(number, lambda number, frame: None)
     try:
-        yield
-    except Stopped:
-        pass
+        with suppress(Stopped):
+            yield
     finally:
         # What remains is the interpreter's teardown, where Python's own handler would break in. The
         # work is done: the system's would end the process by a signal that came too late to matter.
@@ -107,10 +107,6 @@ def stop_requested() -> bool:
     """Whether a signal has come; from the first question on, the caller ends the work by itself."""
     _state.saves = True
     return _state.requested
-
-
-def _nothing(number: int, frame: object) -> None:
-    """Stands where Python's handler would raise; the watcher answers."""
 
 
 def _watch(reader: int) -> None:

@@ -7,42 +7,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.cli.shared import reporter
-from domino_jax.config.model import DraftConfig
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.data.template import chat_template
-from domino_jax.decoding.decoder import make_decoder
+from domino_jax.decoding.decoder import Decoder, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.target.decoder import Target
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.resolve import resolve_target
-from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.records import DraftRecord
+from domino_jax.training.checkpoint import StoredDraft, load_draft
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
 
-    config: Any
+    config: DecoderConfig
     params: Any
     tokenizer: Any
 
-
-@dataclass(frozen=True)
-class Drafter:
-    """A draft of a run; `config` is the record's in the chosen compute type.
-
-    `target_sha256` is the fingerprint of the target that it is used with.
-    """
-
-    record: DraftRecord
-    config: DraftConfig
-    params: Any
-    step: int
-    target_sha256: str
+    def decoder(self, draft: DraftConfig | None = None, **how: Any) -> Decoder:
+        """What decodes with this target, alone or with a draft; `how` as of `make_decoder`."""
+        return make_decoder(Target(self.config), DraftModel(draft) if draft else None, **how)
 
 
 def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
@@ -55,10 +44,10 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
     path = resolve_target(name, reporter=reporter)
     # From config.json alone, before the weights: those take longest to read.
     longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
-    if max_new_tokens > longest:
-        raise InputError(
-            f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer"
-        )
+    require(
+        max_new_tokens <= longest,
+        f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer",
+    )
     reporter.say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
     return Loaded(loaded.config, loaded.params, load_tokenizer(path))
@@ -69,10 +58,10 @@ def load_run(
     dtype: str | None,
     chat_template_kwargs: Scalars | None = None,
     *,
-    step: int | None,
+    step: int | None = None,
     max_new_tokens: int,
-) -> tuple[Loaded, Drafter]:
-    """Reads a run: its target as loaded, and its draft, in this order.
+) -> tuple[Loaded, StoredDraft]:
+    """Reads a run: its target, and its draft with a config in the compute type.
 
     Args:
         run: the run directory.
@@ -94,25 +83,21 @@ def load_run(
     # Hashing reads all of the weights, so it runs beside their loading.
     with hashed_beside(path) as target_sha256:
         loaded = load_named_target(record.target, compute, max_new_tokens=max_new_tokens)
-        now = {
-            "target": target_sha256(),
-            "tokenizer": tokenizer_fingerprint(path, loaded.tokenizer),
-        }
+        hashes = target_sha256(), tokenizer_fingerprint(path, loaded.tokenizer)
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
     asked = chat_template(loaded.tokenizer, kwargs)
     asked.check_trained(trained, source=str(run), target=record.target)
-    then = {"target": record.target_sha256, "tokenizer": record.tokenizer_sha256}
-    for name, known in then.items():
-        # None: a checkpoint of an older version, which does not know it.
-        if known not in (None, now[name]):
-            raise InputError(
-                f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
-                f"{known[:12]}, is {now[name][:12]}; put its files back"
-            )
-    config = replace(record.config, dtype=compute)
-    check_fit(config, Target(loaded.config), loaded.tokenizer)
-    return loaded, Drafter(record, config, stored.params, stored.step, now["target"])
+    trained_with = record.target_sha256, record.tokenizer_sha256
+    for name, was, now in zip(("target", "tokenizer"), trained_with, hashes, strict=True):
+        require(
+            was == now,
+            f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
+            f"{str(was)[:12]}, is {now[:12]}; put its files back",
+        )
+    record = replace(record, config=replace(record.config, dtype=compute))
+    check_fit(record.config, Target(loaded.config), loaded.tokenizer)
+    return loaded, replace(stored, record=record)
 
 
 def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
@@ -122,11 +107,8 @@ def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
         make_decoder(target, DraftModel(config))
     except ValueError as error:
         raise InputError(str(error)) from error
-    if config.mask_token_id in (
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.bos_token_id,
-    ):
-        raise InputError(
-            f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target"
-        )
+    special = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    require(
+        config.mask_token_id not in special,
+        f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target",
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", type=options.PATH)
+@options.overrides
 @click.option(
     "--on",
     "specs",
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     help="Where it would run: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB or h100:N. May be repeated.",
 )
 @click.option("--largest-batch", is_flag=True, help="Search the largest data.batch_size that fits.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the plans there.")
+@click.option("--json", "file", type=options.PATH, help="Also write the plans there.")
 @click.pass_context
 def plan_verb(
     ctx: click.Context,
@@ -71,8 +72,7 @@ def plan_verb(
     jax.config.update("jax_platforms", "cpu")
     compilers = [compiler_for(spec) for spec in asked]
     models = read_models(settings, reporter=reporter)
-    work = _largest if largest_batch else _as_it_stands
-    plans = [work(settings, models, compiler) for compiler in compilers]
+    plans = [_planned(settings, models, one, largest=largest_batch) for one in compilers]
     results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
@@ -88,28 +88,25 @@ def plan_verb(
         ctx.exit(1)
 
 
-def _as_it_stands(config: RunConfig, models: Models, compiler: Compiler) -> Plan:
-    from domino_jax.plan.plan import plan
+def _planned(config: RunConfig, models: Models, compiler: Compiler, *, largest: bool) -> Plan:
+    """The plan of the batch as it stands, or of the largest that fits, else of the smallest."""
+    from domino_jax.plan.plan import largest_batch, plan
     from domino_jax.training.prepare import abstract_step
 
     cache = user_cache("plans", verb="plan")
-    step = abstract_step(config, models, compiler.devices)
-    return plan(step, compiler, cache=cache, reporter=reporter)
 
-
-def _largest(config: RunConfig, models: Models, compiler: Compiler) -> Plan:
-    """The plan of the largest batch that fits, or of the smallest, which does not."""
-    from domino_jax.plan.plan import largest_batch
-
-    def planned(batch_size: int) -> Plan:
+    def with_batch(batch_size: int) -> Plan:
         data = dataclasses.replace(config.data, batch_size=batch_size)
-        changed = dataclasses.replace(config, data=data)
-        one = _as_it_stands(changed, models, compiler)
-        reporter.say(f"{one.spec}: batch {one.batch_size} {'fits' if one.fits else 'does not fit'}")
+        step = abstract_step(dataclasses.replace(config, data=data), models, compiler.devices)
+        one = plan(step, compiler, cache=cache, reporter=reporter)
+        if largest:
+            fits = "fits" if one.fits else "does not fit"
+            reporter.say(f"{one.spec}: batch {one.batch_size} {fits}")
         return one
 
     count, first = len(compiler.devices), config.data.batch_size
-    if count % config.mesh.tensor:
-        return planned(first)  # raises, and says what is wrong
+    # Where tensor does not divide the devices, the plan itself raises, and says what is wrong.
+    if not largest or count % config.mesh.tensor:
+        return with_batch(first)
     # A batch is a multiple of the devices that it is split over.
-    return largest_batch(first, planned, multiple_of=count // config.mesh.tensor)
+    return largest_batch(first, with_batch, multiple_of=count // config.mesh.tensor)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
 from domino_jax.page.sources import read_runs
@@ -13,12 +14,10 @@ PAGE = "report.html"  # its name in a run directory
 
 
 @click.command()
-@click.argument(
-    "runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN [RUN]..."
-)
+@click.argument("runs", nargs=-1, required=True, type=options.PATH, metavar="RUN [RUN]...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     metavar="FILE.html",
     help=f"Where to write it; {PAGE} of the first RUN where it is not given.",
 )

@@ -10,15 +10,16 @@ import click
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.progress import Reporter
+from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import FiniteRange, logs, reporter, results
+from domino_jax.cli.shared import logs, reporter, results
 from domino_jax.config.run import load_config
 from domino_jax.target.fingerprint import target_fingerprint
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("config", type=options.PATH)
+@options.overrides
 @click.option(
     "--dry-run", is_flag=True, help="Check the run, print what it would be, and create nothing."
 )
@@ -41,8 +42,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         checked = check(settings, reporter=reporter, set_aside=False)
         # Asked for only where captured states are read: it takes a pass over the target's files.
         fingerprint = functools.partial(target_fingerprint, checked.target)
-        run = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
-        print_preview(run, results())
+        inputs = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
+        print_preview(inputs, results())
         return
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
@@ -60,16 +61,10 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Type of the stored states.",
-)
+@click.argument("config", type=options.PATH)
+@click.argument("directory", type=options.PATH)
+@options.overrides
+@click.option("--dtype", type=options.DTYPE, default="bfloat16", help="Type of the stored states.")
 @click.option(
     "--with-target-states",
     is_flag=True,
@@ -77,9 +72,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 )
 @click.option(
     "--limit-gb",
-    type=FiniteRange(0, min_open=True),
+    type=options.FiniteRange(0, min_open=True),
     default=50.0,
-    show_default=True,
     help="Refuse to write more than this many gigabytes without --yes.",
 )
 @click.option("--yes", is_flag=True, help="Write above the limit.")

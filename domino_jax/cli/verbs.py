@@ -74,7 +74,11 @@ class _Group(click.Group):
         except BrokenPipeError:
             raise  # nobody reads what is printed, see `run`
         except OSError as error:
-            raise click.UsageError(_system_words(error)) from error
+            words = f"{error.filename or 'a file'}: {error.strerror or error}"
+            # With room again the same command resumes.
+            if error.errno in NO_ROOM and kept():
+                words = f"{words}; {kept()}"
+            raise click.UsageError(words) from error
         # These two are no errors of the user's: they have codes of their own, and no "error:".
         except Interrupted as error:
             print(error, file=sys.stderr)
@@ -84,19 +88,11 @@ class _Group(click.Group):
             ctx.exit(DIVERGED)
 
 
-def _system_words(error: OSError) -> str:
-    """What the system refused, and on a full disk what the verb keeps of its work."""
-    words = f"{error.filename or 'a file'}: {error.strerror or error}"
-    # Only where it helps: with room again the same command resumes.
-    going_on = kept() if error.errno in NO_ROOM else None
-    return f"{words}; {going_on}" if going_on else words
-
-
 @click.group(
     cls=_Group,
     commands=_Verbs(),
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(__version__, prog_name="domino", message="%(prog)s %(version)s")
 @click.pass_context

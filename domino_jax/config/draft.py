@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from domino_jax.base.errors import require
-from domino_jax.config.heads import HEADS, HeadConfig, head_kind
+from domino_jax.config.heads import HEADS, head_kind
 from domino_jax.config.model import (
     SLIDING_ATTENTION,
     DecoderConfig,
@@ -18,50 +18,36 @@ from domino_jax.config.model import (
     DraftConfig,
     default_target_layer_ids,
 )
-from domino_jax.config.schema import REQUIRED, check_keys, key
-from domino_jax.config.sizes import SIZE_LIMIT
-
-LENGTH_LIMIT = 2**24  # of the sides of an array
+from domino_jax.config.schema import INDEX, LENGTH, REQUIRED, SIZE, Section, key
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftRecipe:
+class DraftRecipe(Section):
     """The draft to train; what is left null is the target's."""
 
-    num_hidden_layers: int = key(5, "layers of the draft", least=1, below=LENGTH_LIMIT)
-    num_attention_heads: int | None = key(
-        None, "query heads; null: the target's", least=1, most=SIZE_LIMIT
-    )
-    num_key_value_heads: int | None = key(
-        None, "key and value heads; null: the target's", least=1, most=SIZE_LIMIT
-    )
-    head_dim: int | None = key(
-        None, "width of a head; null: the target's", least=1, most=SIZE_LIMIT
-    )
+    num_hidden_layers: int = key(5, "layers of the draft", **LENGTH)
+    num_attention_heads: int | None = key(None, "query heads; null: the target's", **SIZE)
+    num_key_value_heads: int | None = key(None, "key and value heads; null: the target's", **SIZE)
+    head_dim: int | None = key(None, "width of a head; null: the target's", **SIZE)
     block_size: int = key(
-        16,
-        "K, tokens of a block, its clean first one included; 1 needs shift_label",
-        least=1,
-        below=LENGTH_LIMIT,
+        16, "K, tokens of a block, its clean first one included; 1 needs shift_label", **LENGTH
     )
     # No default: which token a vocabulary can spare differs from target to target.
     mask_token_id: int = key(
         REQUIRED,
         "token that stands where a block is to be predicted; no eos, pad or bos of the target",
-        least=0,
-        most=SIZE_LIMIT,
+        **INDEX,
     )
     target_layer_ids: tuple[int, ...] | None = key(
         None,
         "layers of the target whose outputs the draft reads, from 0; null: spread over its depth",
-        least=0,
-        most=SIZE_LIMIT,
+        **INDEX,
     )
     projector_type: str | None = key("domino", "head over the base logits; null: plain DFlash")
-    emb_dim: int = key(256, "R, width of the head's low-rank correction", least=1, most=SIZE_LIMIT)
-    gru_hidden_dim: int = key(1024, "G, width of the Domino head's GRU", least=1, most=SIZE_LIMIT)
+    emb_dim: int = key(256, "R, width of the head's low-rank correction", **SIZE)
+    gru_hidden_dim: int = key(1024, "G, width of the Domino head's GRU", **SIZE)
     pure_draft_prefix_len: int = key(
-        1, "first predictions of a block that the head leaves alone", least=0, most=SIZE_LIMIT
+        1, "first predictions of a block that the head leaves alone", **INDEX
     )
     # Null and not a value: Domino and plain DFlash differ in it, and so do their readers.
     shift_label: bool | None = key(
@@ -71,8 +57,7 @@ class DraftRecipe:
         None,
         "context that sliding layers see; every layer slides unless layer_types says which",
         unit="tokens",
-        least=1,
-        most=SIZE_LIMIT,
+        **SIZE,
     )
     layer_types: tuple[str, ...] | None = key(
         None, "full_attention or sliding_attention, for each layer; null: all alike"
@@ -92,7 +77,7 @@ class DraftRecipe:
 
     def __post_init__(self) -> None:
         """Refuses what no draft can have; the rest depends on the target."""
-        check_keys(self)
+        super().__post_init__()
         # Which of two starts would win is not for a reader to guess.
         require(
             not (self.init_from and self.init_layers_from_target),
@@ -148,17 +133,13 @@ def make_draft_config(
         # Null is what the target has, which stands there already.
         if chosen is not None:
             fields[f.name] = chosen
-    fields["head"] = _head_of(recipe)  # null is plain DFlash, nothing left open
+    fields["head"] = None
+    if recipe.projector_type is not None:
+        kind = head_kind(recipe.projector_type, source="draft")
+        fields["head"] = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})
     fields.setdefault("shift_label", fields["head"] is not None)
     # A window without types is meant for all layers: none would use it otherwise.
     if recipe.sliding_window is not None and recipe.layer_types is None:
         fields["layer_types"] = (SLIDING_ATTENTION,) * recipe.num_hidden_layers
     fields |= {"num_target_layers": target.num_hidden_layers, "target_layer_ids": layers}
     return DraftConfig(**fields | {"dtype": dtype})
-
-
-def _head_of(recipe: DraftRecipe) -> HeadConfig | None:
-    if recipe.projector_type is None:
-        return None
-    kind = head_kind(recipe.projector_type, source="draft")
-    return kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(kind)})

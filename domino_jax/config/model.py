@@ -11,7 +11,7 @@ from typing import Any
 
 from domino_jax.base.errors import FLOAT32_LARGEST, FLOAT32_SMALLEST, from_dict, require, shown
 from domino_jax.config.heads import HEADS, DominoHeadConfig, HeadConfig, head_kind
-from domino_jax.config.sizes import check_positive, check_size
+from domino_jax.config.sizes import check_positive
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
@@ -68,12 +68,10 @@ class RopeScaling:
                 f"rope_type {kind!r} does not read {field.name}",
             )
             # `truncate` is a bool, which is an int to Python.
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            require(not number or value > 0, f"{field.name} must be positive, found {value}")
-            check_size(field.name, value)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_positive(field.name, value)
         require(self.factor >= 1, f"factor must be at least 1, found {self.factor}")
-        low = self.low_freq_factor
-        high = self.high_freq_factor
+        low, high = self.low_freq_factor, self.high_freq_factor
         # Equal ones would divide by 0 where Llama 3.1 blends between the two.
         require(
             low is None or high is None or low < high,
@@ -129,8 +127,9 @@ class DecoderShape:
             f"head_dim must be even for rotary embeddings, found {self.head_dim}",
         )
         # Its powers must fall, and YaRN divides by its logarithm.
-        require(self.rope_theta > 1, f"rope_theta must be above 1, found {self.rope_theta}")
-        _check_scale("rope_theta", self.rope_theta, "positive")
+        theta = self.rope_theta
+        require(theta > 1, f"rope_theta must be above 1, found {theta}")
+        require(theta <= FLOAT32_LARGEST, f"rope_theta must be finite in float32, found {theta}")
         require(
             self.dtype in ("float32", "bfloat16"),
             f"dtype must be float32 or bfloat16, found {self.dtype!r}",
@@ -238,11 +237,11 @@ class DraftConfig(DecoderShape):
                 f"correct; use 0 to {count - 1}",
             )
         self._check_windows()
-        for name in ("input_embedding_scale", "output_multiplier"):
-            _check_scale(name, getattr(self, name), "positive")
-        if self.final_logit_softcapping is not None:
-            _check_scale(
-                "final_logit_softcapping", self.final_logit_softcapping, "positive or null"
+        for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
+            value = getattr(self, name)
+            require(
+                value is None or FLOAT32_SMALLEST <= value <= FLOAT32_LARGEST,
+                f"{name} must be positive and finite in float32, found {value}",
             )
 
     def _check_windows(self) -> None:
@@ -268,7 +267,7 @@ class DraftConfig(DecoderShape):
             f"sliding_window {window} must be at least block_size {self.block_size}",
         )
         if window is not None:
-            check_size("sliding_window", window)
+            check_positive("sliding_window", window)
         require(
             self.sliding_in_block in ("bidirectional", "causal"),
             "sliding_in_block must be 'bidirectional' or 'causal', "
@@ -313,23 +312,13 @@ def draft_from_dict(tree: Mapping[str, Any], *, source: str) -> DraftConfig:
     Raises:
         InputError: as `base.errors.from_dict`, or an unknown head.
     """
-    rest = dict(tree)
+    rest, head = dict(tree), None
     name = rest.pop("projector_type", DominoHeadConfig.projector_type)
-    if name is None:
-        return from_dict(DraftConfig, rest | {"head": None}, source=source)
-    kind = head_kind(name, source=source)
-    widths = {f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest}
-    head = from_dict(kind, widths, source=source)
+    if name is not None:
+        kind = head_kind(name, source=source)
+        widths = {f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest}
+        head = from_dict(kind, widths, source=source)
     return from_dict(DraftConfig, rest | {"head": head}, source=source)
-
-
-def _check_scale(name: str, value: float, expected: str) -> None:
-    """Refuses a factor that is not positive and finite in float32."""
-    require(value > 0, f"{name} must be {expected}, found {value}")
-    require(
-        FLOAT32_SMALLEST <= value <= FLOAT32_LARGEST,
-        f"{name} must be finite in float32, found {value}",
-    )
 
 
 def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> tuple[int, ...]:

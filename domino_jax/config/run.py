@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,7 +14,7 @@ from domino_jax.base.errors import InputError, from_dict, require, shown
 from domino_jax.base.files import read_text
 from domino_jax.base.parse import DEPTH, YAML_CHARACTERS, parse_yaml
 from domino_jax.config.draft import DraftRecipe
-from domino_jax.config.schema import REQUIRED, check_keys, key
+from domino_jax.config.schema import REQUIRED, Section, key
 from domino_jax.config.sections import (
     DataConfig,
     LossConfig,
@@ -37,7 +36,7 @@ RENAMED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Everything `domino train` needs. A YAML file holds only what differs from these defaults."""
 
     run_dir: str = key(REQUIRED, "directory of the run; made where missing")
@@ -57,7 +56,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuses sections that cannot train together."""
-        check_keys(self)
+        super().__post_init__()
         for name in ("keep_best", "rollout_every"):
             value = getattr(self.train, name)
             require(
@@ -91,34 +90,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for word in overrides:
         source = f"override {shown(word)}"
         name, equals, value = word.partition("=")
-        names = name.split(".")
-        if not equals or not name:
-            raise InputError(f"{source}: expected key=value, for example train.steps=100")
+        *sections, last = name.split(".")
+        expected = "expected key=value, for example train.steps=100"
+        require(name != "" and equals != "", f"{source}: {expected}")
         # No deeper than a file may be: what reads the tree goes down by recursion.
-        if len(names) > DEPTH:
-            raise InputError(f"{source}: a key of {len(names)} parts, expected at most {DEPTH}")
-        _assign(tree, names, parse_yaml(value, source=source), source)
-    _refuse_renamed(tree, source=str(path))
+        parts = len(sections) + 1
+        require(parts <= DEPTH, f"{source}: a key of {parts} parts, expected at most {DEPTH}")
+        branch = tree
+        for section in sections:
+            # A file holds only what differs, so the section may not be there yet.
+            branch = branch.setdefault(section, {})
+            is_section = isinstance(branch, dict)
+            require(is_section, f"{source}: {shown(section)} is a value, not a section")
+        branch[last] = parse_yaml(value, source=source)
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        found = tree.get(section)
+        renamed = isinstance(found, dict) and name in found
+        require(not renamed, f"{path}: {old} is now {new}; rename the key")
     return from_dict(RunConfig, tree, source=str(path))
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _refuse_renamed(tree: dict[str, Any], *, source: str) -> None:
-    for old, new in RENAMED.items():
-        section, name = old.split(".")
-        found = tree.get(section)
-        if isinstance(found, dict) and name in found:
-            raise InputError(f"{source}: {old} is now {new}; rename the key")
-
-
-def _assign(tree: dict[str, Any], names: list[str], value: Any, source: str) -> None:
-    for name in names[:-1]:
-        # A file holds only what differs, so the section may not be there yet.
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise InputError(f"{source}: {shown(name)} is a value, not a section")
-    tree[names[-1]] = value

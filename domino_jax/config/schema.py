@@ -8,6 +8,7 @@ and the message of an error cannot tell different stories.
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -16,9 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from domino_jax.base.errors import Scalars, require, shown
+from domino_jax.config.sizes import SIZE_LIMIT
 
 _KEY = "key"
 REQUIRED = object()
+# Bounds that several keys share.
+COUNT: dict[str, Any] = {"least": 1, "below": 2**31}  # counted in int32: steps, rows, devices
+LENGTH: dict[str, Any] = {"least": 1, "below": 2**24}  # the side of an array
+SIZE: dict[str, Any] = {"least": 1, "most": SIZE_LIMIT}
+INDEX: dict[str, Any] = {"least": 0, "most": SIZE_LIMIT}
+SHARE: dict[str, Any] = {"least": 0, "most": 1}
 _TYPES: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
 
@@ -56,19 +64,17 @@ class Key:
         'above 0'
         """
         words = [f"{number:g}" for number in self.special]
+        ends = {
+            "at least": self.least,
+            "above": self.above,
+            "at most": self.most,
+            "below": self.below,
+        }
+        given = [f"{word} {_number(end)}" for word, end in ends.items() if math.isfinite(end)]
         if math.isfinite(self.least) and math.isfinite(self.most):
-            words.append(f"in {_number(self.least)}..{_number(self.most)}")
-        else:
-            ends = {
-                "at least": self.least,
-                "above": self.above,
-                "at most": self.most,
-                "below": self.below,
-            }
-            given = {word: end for word, end in ends.items() if math.isfinite(end)}
-            if given:
-                told = [f"{word} {_number(end)}" for word, end in given.items()]
-                words.append(" and ".join(told))
+            given = [f"in {_number(self.least)}..{_number(self.most)}"]
+        if given:
+            words.append(" and ".join(given))
         if self.choices:
             words.append(f"one of {', '.join(self.choices)}")
         return " or ".join(words)
@@ -110,36 +116,28 @@ def key(default: Any, meaning: str, **bounds: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_keys(section: Any) -> None:
-    """Refuses values out of bounds; a section calls it when it is made.
+@dataclass(frozen=True)
+class Section:
+    """Fields made by `key`, each within its bounds, and other sections."""
 
-    Raises:
-        InputError: the first of them, with its bounds.
-    """
-    hints = typing.get_type_hints(type(section))
-    for field in dataclasses.fields(section):
-        known = field.metadata.get(_KEY)
-        value = getattr(section, field.name)
-        # A section inside a section has no key: it has checked itself.
-        if known is not None:
-            may_be_null = types.NoneType in typing.get_args(hints[field.name])
-            null = " or null" if may_be_null else ""
-            # As a YAML file has it, not as a tuple of Python.
-            found = shown(list(value) if isinstance(value, tuple) else value)
-            expected = f"{known.bounds}{null}"
-            require(known.allows(value), f"{field.name} must be {expected}, found {found}")
+    def __post_init__(self) -> None:
+        """Refuses the first value out of its bounds."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            known = field.metadata.get(_KEY)
+            value = getattr(self, field.name)
+            # A section inside a section has no key: it has checked itself.
+            if known is not None:
+                may_be_null = types.NoneType in typing.get_args(hints[field.name])
+                expected = f"{known.bounds}{' or null' if may_be_null else ''}"
+                # As a YAML file has it, not as a tuple of Python.
+                found = shown(list(value) if isinstance(value, tuple) else value)
+                require(known.allows(value), f"{field.name} must be {expected}, found {found}")
 
 
 @dataclass(frozen=True)
 class Described:
-    """A key as `domino config` prints it.
-
-    Attributes:
-        name: dotted, as an override has it.
-        kind: of its values, for example "integer or null".
-        default: as YAML; "required" for none.
-        key: what it means.
-    """
+    """A key as `domino config` prints it: its dotted name, type, default as YAML, and meaning."""
 
     name: str
     kind: str
@@ -177,7 +175,5 @@ def _default(field: "dataclasses.Field[Any]") -> str:
         return "{}"
     if field.default is dataclasses.MISSING:
         return "required"
-    as_yaml = {None: "null", True: "true", False: "false"}
-    # By identity: 1 equals True, and is no truth value.
-    plain = field.default is None or isinstance(field.default, bool)
-    return as_yaml[field.default] if plain else str(field.default)
+    # JSON's null, true, false and numbers are YAML's.
+    return field.default if isinstance(field.default, str) else json.dumps(field.default)

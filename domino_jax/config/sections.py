@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from domino_jax.base.errors import Scalars, require, shown
-from domino_jax.config.draft import LENGTH_LIMIT
-from domino_jax.config.schema import check_keys, key
+from domino_jax.config.schema import COUNT, LENGTH, SHARE, Section, key
 
-COUNT_LIMIT = 2**31  # of what is counted in int32: steps, rows, devices
 # Those of `draft/blocks.py`, which imports jax.
 ANCHOR_RULES = ("nemo", "specforge")
 # The best checkpoint has the highest such figure, by what `train.keep_best` says.
@@ -19,7 +17,7 @@ BEST_FIGURES = {"heldout": "accept_len", "rollout": "tau"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
 
     train: str | None = key(None, "JSONL or JSONL.gz of conversations that the target answered")
@@ -29,15 +27,12 @@ class DataConfig:
     eval: str | None = key(
         None, "JSONL or JSONL.gz to measure on; the target runs for them either way"
     )
-    max_length: int = key(
-        3072, "S; longer conversations are cut", unit="tokens", least=1, below=LENGTH_LIMIT
-    )
+    max_length: int = key(3072, "S; longer conversations are cut", unit="tokens", **LENGTH)
     batch_size: int = key(
         16,
         "rows that train together, over all devices; with packing, packed rows",
         unit="rows",
-        least=1,
-        below=LENGTH_LIMIT,
+        **LENGTH,
     )
     chat_template_kwargs: Scalars = key(
         {},
@@ -58,7 +53,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Refuses two sources of rows, or none."""
-        check_keys(self)
+        super().__post_init__()
         found = (
             "neither" if self.train is None else f"both, {self.train!r} and {self.hidden_states!r}"
         )
@@ -69,12 +64,10 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     """Anchors, objective and the curriculum (N, gamma, lambda_base of `objective/loss.py`)."""
 
-    num_anchors: int = key(
-        512, "N, blocks that a row trains at most", unit="anchors", least=1, below=LENGTH_LIMIT
-    )
+    num_anchors: int = key(512, "N, blocks that a row trains at most", unit="anchors", **LENGTH)
     anchor_rule: str = key(
         "nemo",
         "where a block may begin: nemo keeps it inside the row, specforge asks for one more token",
@@ -96,14 +89,11 @@ class LossConfig:
     kl_weight: float = key(
         0.0,
         "share of the divergence from the target's distribution; the rest is cross-entropy",
-        least=0,
-        most=1,
+        **SHARE,
     )
-    lambda_start: float = key(1.0, "lambda_base of the first step", least=0, most=1)
+    lambda_start: float = key(1.0, "lambda_base of the first step", **SHARE)
     # Over the whole run, as in the paper; the half that `get_lambda_base` has is its own default.
-    decay_ratio: float = key(
-        1.0, "share of the steps after which lambda_base is 0", least=0, most=1
-    )
+    decay_ratio: float = key(1.0, "share of the steps after which lambda_base is 0", **SHARE)
     # A bound of memory and so of speed: pieces change the order of sums and nothing else.
     logits_mib: float | None = key(
         None,
@@ -112,13 +102,9 @@ class LossConfig:
         above=0,
     )
 
-    def __post_init__(self) -> None:
-        """Refuses what no loss can be; an objective checks its own parameters."""
-        check_keys(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     learning_rate: float = key(6e-4, "peak of the learning rate", above=0)
@@ -131,12 +117,11 @@ class OptimizerConfig:
     warmup_ratio: float = key(
         0.04,
         "share of the updates with a rising learning rate, rounded down, at least one update",
-        least=0,
-        most=1,
+        **SHARE,
     )
-    min_lr_ratio: float = key(0.1, "last learning rate over the peak", least=0, most=1)
+    min_lr_ratio: float = key(0.1, "last learning rate over the peak", **SHARE)
     grad_accumulation: int = key(
-        1, "batches that are added up for one update", unit="batches", least=1, below=LENGTH_LIMIT
+        1, "batches that are added up for one update", unit="batches", **LENGTH
     )
     # Between the ends: 0 is the draft itself, and 1 the draft of step 0 for ever.
     ema_decay: float | None = key(
@@ -146,50 +131,30 @@ class OptimizerConfig:
         below=1,
     )
 
-    def __post_init__(self) -> None:
-        """Refuses what no optimiser can be."""
-        check_keys(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Length of the run and what happens along the way."""
 
-    epochs: int = key(
-        3, "length of the run where steps is null", unit="epochs", least=1, below=COUNT_LIMIT
-    )
-    steps: int | None = key(
-        None, "length of the run; null: epochs", unit="steps", least=1, below=COUNT_LIMIT
-    )
-    log_every: int = key(
-        10, "steps of one line of metrics.jsonl", unit="steps", least=1, below=COUNT_LIMIT
-    )
-    eval_every: int = key(
-        200, "steps between held-out passes", unit="steps", least=1, below=COUNT_LIMIT
-    )
+    epochs: int = key(3, "length of the run where steps is null", unit="epochs", **COUNT)
+    steps: int | None = key(None, "length of the run; null: epochs", unit="steps", **COUNT)
+    log_every: int = key(10, "steps of one line of metrics.jsonl", unit="steps", **COUNT)
+    eval_every: int = key(200, "steps between held-out passes", unit="steps", **COUNT)
     rollout_every: int | None = key(
         None,
         "steps between rollouts, in which the draft drafts and the target verifies; null: never",
         unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        **COUNT,
     )
     rollout_prompts: int = key(
         32,
         "conversations of data.eval that a rollout answers, the first ones",
         unit="prompts",
-        least=1,
-        below=COUNT_LIMIT,
+        **COUNT,
     )
-    rollout_tokens: int = key(
-        64, "longest answer of a rollout", unit="tokens", least=1, below=LENGTH_LIMIT
-    )
-    checkpoint_every: int = key(
-        200, "steps between checkpoints", unit="steps", least=1, below=COUNT_LIMIT
-    )
-    keep_checkpoints: int = key(
-        2, "newest checkpoints that stay", unit="checkpoints", least=1, below=COUNT_LIMIT
-    )
+    rollout_tokens: int = key(64, "longest answer of a rollout", unit="tokens", **LENGTH)
+    checkpoint_every: int = key(200, "steps between checkpoints", unit="steps", **COUNT)
+    keep_checkpoints: int = key(2, "newest checkpoints that stay", unit="checkpoints", **COUNT)
     keep_best: str | None = key(
         None,
         "also keep the best checkpoint: heldout, by accept_len, or rollout, by tau; null: do not",
@@ -201,24 +166,23 @@ class TrainConfig:
         "train so much further once the run has ended, at its last rate and lambda_base",
         unit="steps",
         least=0,
-        below=COUNT_LIMIT,
+        below=COUNT["below"],
     )
     # Many, and not the first: a single bad batch is no divergence, and is told in any case.
     max_nonfinite_steps: int = key(
-        20, "skipped steps in a row that end the run", unit="steps", least=1, below=COUNT_LIMIT
+        20, "skipped steps in a row that end the run", unit="steps", **COUNT
     )
     tensorboard: bool = key(False, "also write TensorBoard files")
     profile: tuple[int, int] | None = key(
         None,
         "[step, steps]: trace so many steps from that one on into the run's profile/; null: none",
         unit="steps",
-        least=1,
-        below=COUNT_LIMIT,
+        **COUNT,
     )
 
     def __post_init__(self) -> None:
         """Refuses a run that may not begin."""
-        check_keys(self)
+        super().__post_init__()
         # Figures belong to a checkpoint: a pass between two of them could keep neither.
         every = self.checkpoint_every
         rollouts = "null" if self.rollout_every is None else self.rollout_every
@@ -242,7 +206,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Devices along each axis of the mesh."""
 
     # -1 by default: a configuration need not know the machine that it will run on.
@@ -250,17 +214,8 @@ class MeshConfig:
         -1,
         "devices that hold the whole draft; -1: those that the other axes leave",
         unit="devices",
-        least=1,
-        below=COUNT_LIMIT,
+        **COUNT,
         special=(-1,),
     )
-    fsdp: int = key(
-        1, "devices that share parameters and batch", unit="devices", least=1, below=COUNT_LIMIT
-    )
-    tensor: int = key(
-        1, "devices that share the tensors of a layer", unit="devices", least=1, below=COUNT_LIMIT
-    )
-
-    def __post_init__(self) -> None:
-        """Refuses counts that no mesh can have."""
-        check_keys(self)
+    fsdp: int = key(1, "devices that share parameters and batch", unit="devices", **COUNT)
+    tensor: int = key(1, "devices that share the tensors of a layer", unit="devices", **COUNT)

@@ -14,15 +14,9 @@ SIZE_LIMITS = {
 SIZE_LIMIT = 2**24  # of every other size
 
 
-def check_positive(name: str, value: int) -> None:
-    """Refuses a count that is not positive, or beyond any model's."""
+def check_positive(name: str, value: float) -> None:
+    """Refuses a number that is not positive, and an integer beyond any that a model has."""
     require(value > 0, f"{name} must be positive, found {value}")
-    check_size(name, value)
-
-
-def check_size(name: str, value: object) -> None:
-    """Refuses a number beyond any that a model has; other types pass."""
-    # A bool is an int to `isinstance`, and no size.
     limit = SIZE_LIMITS.get(name, SIZE_LIMIT)
-    if type(value) is int:
-        require(value <= limit, f"{name} must be at most {limit}, found {value}")
+    allowed = isinstance(value, float) or value <= limit
+    require(allowed, f"{name} must be at most {limit}, found {value}")

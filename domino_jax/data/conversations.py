@@ -5,18 +5,18 @@ turn, teaches it tokens that the target does not write there. Only the chat temp
 answer begins and ends, so what it renders is compared and never imitated.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.base.errors import InputError, Scalars, shown
+from domino_jax.base.errors import InputError, Scalars, scalars, shown
 from domino_jax.base.files import LINE_BYTES, read_lines
 from domino_jax.base.parse import parse_json
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, recorded_kwargs, settings_text
+from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, settings_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -61,19 +61,7 @@ class Row:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What the row says of its tokens, [n, ...] each, by name."""
-        held = vars(self).items()
-        return {name: x for name, x in held if name != "line" and x is not None}
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """How conversations become rows; see `encode_conversation`. `stop_ids` end an answer."""
-
-    tokenizer: Any
-    kwargs: Scalars
-    stop_ids: tuple[int, ...]
-    max_length: int
-    mask_reasoning_content: bool
+        return {name: x for name, x in vars(self).items() if isinstance(x, np.ndarray)}
 
 
 class RowSet(NamedTuple):
@@ -113,29 +101,27 @@ def load_rows(
 
     Args:
         path: JSONL, see `read_messages`.
-        tokenizer: a transformers fast tokenizer with a chat template.
-        max_length: longer conversations keep their first `max_length` tokens.
-        chat_template_kwargs: what the template is told besides the messages.
-        mask_reasoning_content: see `encode_conversation`.
+        tokenizer, max_length, chat_template_kwargs, mask_reasoning_content: see `Encoder`.
     Returns:
         The rows, and per other line its number and what is wrong with it.
     Raises:
         InputError: the file cannot be read, no line of it gives a row, an answer of `regenerate`
-            was given under other kwargs, or the template does not read one of them, has no end of
-            turn, or breaks its limits (see `rendering`).
+            was given under other kwargs, or the template breaks its limits; as `stop_token_ids`.
     """
     records, bad_lines = _read_records(path)
-    stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
-    encoding = _Encoding(
-        tokenizer, chat_template_kwargs, stop_ids, max_length, mask_reasoning_content
+    encoder = Encoder(
+        tokenizer,
+        max_length=max_length,
+        chat_template_kwargs=chat_template_kwargs,
+        mask_reasoning_content=mask_reasoning_content,
     )
     rows, unfinished = [], 0
     what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
     for line, record in records:
-        _check_answered(record, chat_template_kwargs, source=f"{path}:{line}")
+        _check_answered(record.get("generator"), chat_template_kwargs, source=f"{path}:{line}")
         finished = record.get("finished") is not False
         try:
-            row = _encode(record["messages"], encoding, finished=finished)
+            row = encoder.row(record["messages"], finished=finished)
         except CostlyTemplate:  # each further line would take as long
             raise
         except InputError as error:
@@ -152,41 +138,101 @@ def load_rows(
     return RowSet(rows, bad_lines, unfinished)
 
 
-def encode_conversation(
-    messages: Messages,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    chat_template_kwargs: Scalars = NO_KWARGS,
-    mask_reasoning_content: bool = False,
-) -> Row | None:
-    """Renders a conversation with the chat template and marks what the assistant wrote.
+class Encoder:
+    """Renders conversations with the chat template and marks what the assistant wrote.
 
     The tokens of each answer and the one that ends its turn are marked; neither the role header
     before it nor a newline after it. A token that lies across the start of an answer is not marked:
     the target cannot generate it after the prompt. Nor is an earlier answer whose prompt the
     template renders otherwise once more follows: the target never saw this text before it.
-
-    Args:
-        messages: the conversation, with one answer at least.
-        tokenizer: a transformers fast tokenizer with a chat template.
-        max_length: the row keeps its first `max_length` tokens.
-        chat_template_kwargs: what the template is told besides the messages.
-        mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags included,
-            whether they stand in `content` or are rendered from `reasoning_content`. Their tokens
-            stay in the row. A span that is never closed reaches to the end of the turn. An answer
-            that is nothing but reasoning has no marked token, not even its end of turn.
-    Returns:
-        The row, or None if no marked token is left after the cut.
-    Raises:
-        InputError: there is no answer, or the template does not show where the last one begins or
-            where one ends.
     """
-    stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
-    encoding = _Encoding(
-        tokenizer, chat_template_kwargs, stop_ids, max_length, mask_reasoning_content
-    )
-    return _encode(messages, encoding, finished=True)
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        chat_template_kwargs: Scalars = NO_KWARGS,
+        mask_reasoning_content: bool = False,
+    ) -> None:
+        """Finds out what ends an answer.
+
+        Args:
+            tokenizer: a transformers fast tokenizer with a chat template.
+            max_length: a row keeps its first `max_length` tokens.
+            chat_template_kwargs: what the template is told besides the messages.
+            mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags
+                included, whether they stand in `content` or are rendered from `reasoning_content`.
+                Their tokens stay in the row. A span that is never closed reaches to the end of the
+                turn. An answer that is nothing but reasoning has no marked token, not even its end
+                of turn.
+        Raises:
+            InputError: as `stop_token_ids`.
+        """
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._kwargs = chat_template_kwargs
+        self._mask_reasoning_content = mask_reasoning_content
+        self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
+
+    def row(self, messages: Messages, *, finished: bool = True) -> Row | None:
+        """The row of a conversation with one answer at least; None without a marked token.
+
+        Args:
+            messages: the conversation.
+            finished: False leaves out the end of turn of the last answer.
+        Raises:
+            InputError: there is no answer, one holds as text what ends it, or the template does not
+                show where the last one begins or where one ends.
+        """
+        stop_texts = self._tokenizer.convert_ids_to_tokens(list(self._stop_ids))
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        before = [Rendering(messages[:at], generation_prompt=True) for at in answers]
+        text, *prompts = render(self._tokenizer, [Rendering(messages), *before], self._kwargs)
+        begins = []
+        for at, prompt in zip(answers, prompts, strict=True):
+            written = messages[at]["content"] + (messages[at].get("reasoning_content") or "")
+            for stop in stop_texts:
+                if stop in written:
+                    raise InputError(
+                        f"message {at + 1} holds the end-of-turn token {stop!r} as text"
+                    )
+            if text.startswith(prompt):
+                said = (messages[at]["content"].strip(), THINK_BEGIN)
+                # A role header between them would count as part of the answer. Some templates know
+                # no generation prompt and need none.
+                if not text[len(prompt) :].lstrip().startswith(said):
+                    (without,) = render(self._tokenizer, [Rendering(messages[:at])], self._kwargs)
+                    if prompt == without:
+                        raise InputError(
+                            "the chat template ignores add_generation_prompt, which marks where an "
+                            "answer begins"
+                        )
+                begins.append(len(prompt))
+            elif at == answers[-1]:
+                # An earlier one may be: Qwen3 shows empty thoughts before the last answer alone.
+                raise InputError(
+                    f"the chat template renders what precedes message {at + 1} otherwise without it"
+                )
+        if not begins:
+            raise InputError("no assistant message")
+        ids, spans = _tokenize(text, self._tokenizer)
+        mask = np.zeros(len(ids), bool)
+        for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True):
+            inside = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 0] < limit))
+            stops = inside[np.isin(ids[inside], self._stop_ids)]
+            if not len(stops):
+                raise InputError("the chat template puts no end-of-turn token after an answer")
+            mask[inside[0] : stops[0] + 1] = True
+            if self._mask_reasoning_content:
+                # A generation prompt may end with the opening tag: the answer begins in reasoning.
+                opened = text[:begin].rstrip().endswith(THINK_BEGIN)
+                for start, end in _reasoning_spans(text[begin : spans[stops[0], 0]], opened=opened):
+                    mask &= (spans[:, 1] <= begin + start) | (spans[:, 0] >= begin + end)
+        # The loop ended with the last answer, the one that may be unfinished.
+        length = self._max_length if finished else min(self._max_length, int(stops[0]))
+        row = Row(ids[:length], mask[:length])
+        return row if row.loss_mask.any() else None
 
 
 def encode_prompt(
@@ -218,7 +264,6 @@ def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) ->
             or refuses a plain exchange.
     """
     check_kwargs(tokenizer, chat_template_kwargs)
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # A tokenizer does not name the end of a turn: it is the first added token after an answer.
     answer = "Certainly, here it is"
     exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
@@ -227,54 +272,14 @@ def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) ->
         raise InputError("the chat template does not show the text of an answer")
     ids, spans = _tokenize(text, tokenizer)
     after = ids[spans[:, 0] >= text.rindex(answer) + len(answer)]
-    end_of_turn = next(
-        (int(token) for token in after if int(token) in tokenizer.added_tokens_decoder), None
-    )
-    if end_of_turn is not None and end_of_turn not in stops:
-        stops.append(end_of_turn)
+    ends = [int(token) for token in after if int(token) in tokenizer.added_tokens_decoder]
+    stops = dict.fromkeys([tokenizer.eos_token_id, *ends[:1]])
+    stops.pop(None, None)
     if not stops:
         raise InputError(
             "the tokenizer has no eos token and its chat template no token that ends a turn"
         )
     return tuple(stops)
-
-
-def _encode(messages: Messages, encoding: _Encoding, *, finished: bool) -> Row | None:
-    tokenizer, stop_ids = encoding.tokenizer, encoding.stop_ids
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    before = [Rendering(messages[:index], generation_prompt=True) for index in answers]
-    text, *prompts = render(tokenizer, [Rendering(messages), *before], encoding.kwargs)
-    stop_texts = tokenizer.convert_ids_to_tokens(list(stop_ids))
-    begins = []
-    for index, prompt in zip(answers, prompts, strict=True):
-        _check_own_words(index, messages[index], stop_texts)
-        if text.startswith(prompt):
-            _check_marked(messages[: index + 1], prompt, text[len(prompt) :], encoding)
-            begins.append(len(prompt))
-        elif index == answers[-1]:
-            # An earlier one may be: Qwen3 shows empty thoughts before the last answer alone.
-            raise InputError(
-                f"the chat template renders what precedes message {index + 1} otherwise without it"
-            )
-    if not begins:
-        raise InputError("no assistant message")
-    ids, spans = _tokenize(text, tokenizer)
-    mask = np.zeros(len(ids), bool)
-    for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True):
-        inside = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 0] < limit))
-        stops = inside[np.isin(ids[inside], stop_ids)]
-        if not len(stops):
-            raise InputError("the chat template puts no end-of-turn token after an answer")
-        mask[inside[0] : stops[0] + 1] = True
-        if encoding.mask_reasoning_content:
-            # A generation prompt may end with the opening tag: the answer begins in its reasoning.
-            opened = text[:begin].rstrip().endswith(THINK_BEGIN)
-            for start, end in _reasoning_spans(text[begin : spans[stops[0], 0]], opened=opened):
-                mask &= (spans[:, 1] <= begin + start) | (spans[:, 0] >= begin + end)
-    # The loop ended with the last answer, the one that may be unfinished.
-    length = encoding.max_length if finished else min(encoding.max_length, int(stops[0]))
-    row = Row(ids[:length], mask[:length])
-    return row if row.loss_mask.any() else None
 
 
 def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
@@ -293,35 +298,12 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
     return spans if outside.strip() else [(0, beyond)]
 
 
-def _check_own_words(index: int, message: dict[str, Any], stop_texts: Iterable[str]) -> None:
-    """Refuses an answer that holds as text what ends it."""
-    written = message["content"] + (message.get("reasoning_content") or "")
-    for stop in stop_texts:
-        if stop in written:
-            raise InputError(f"message {index + 1} holds the end-of-turn token {stop!r} as text")
-
-
-def _check_marked(messages: Messages, prompt: str, answered: str, encoding: _Encoding) -> None:
-    """Refuses a role header that would count as part of the last message, the answer after it.
-
-    `answered` is what the template renders after the `prompt`.
-    """
-    # Some templates know no generation prompt and need none.
-    if answered.lstrip().startswith((messages[-1]["content"].strip(), THINK_BEGIN)):
-        return
-    (without,) = render(encoding.tokenizer, [Rendering(messages[:-1])], encoding.kwargs)
-    if prompt == without:
-        raise InputError(
-            "the chat template ignores add_generation_prompt, which marks where an answer begins"
-        )
-
-
-def _check_answered(record: dict[str, Any], kwargs: Scalars, *, source: str) -> None:
+def _check_answered(generator: Any, kwargs: Scalars, *, source: str) -> None:
     """Refuses an answer that `regenerate` asked for under another setting."""
-    generator = record.get("generator")
-    if not isinstance(generator, dict):
+    if not isinstance(generator, dict) or KWARGS not in generator:  # of another program
         return
-    answered = settings_text(recorded_kwargs(generator, source=f"{source}: generator"))
+    recorded = scalars(generator[KWARGS], source=f"{source}: generator: {KWARGS}")
+    answered = settings_text(recorded)
     if answered != settings_text(kwargs):
         raise InputError(
             f"{source}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "
@@ -333,9 +315,8 @@ def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The ids int32 [n] of rendered text and the characters int64 [n, 2] of each, end exclusive."""
     # The template wrote the special tokens; verbose would warn of long rows, which are cut later.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return np.array(encoded["input_ids"], np.int32), np.array(
-        encoded["offset_mapping"], np.int64
-    ).reshape(-1, 2)
+    spans = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], np.int32), spans
 
 
 def _read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[BadLine]]:

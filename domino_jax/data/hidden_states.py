@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from domino_jax.base.errors import InputError, Scalars, from_dict, require, shown
-from domino_jax.base.files import checked_file, read_json, write_error, write_whole
+from domino_jax.base.files import checked_file, file_sha256, read_json, write_error, write_whole
 from domino_jax.base.finite import require_finite
 from domino_jax.config.sizes import SIZE_LIMIT
 from domino_jax.data.conversations import Row
@@ -44,9 +44,8 @@ class Manifest:
     `target`, `tokenizer` and `rows` are sha256 sums (see `target.fingerprint` and
     `rows_fingerprint`), `hidden_size` is D, `dtype` the stored type, `compute_dtype` the one the
     target ran in, `target_states` whether its states after the final norm are there too.
-    `chat_template_kwargs` is what the template was told for the rows, nothing in captures that do
-    not say. `row_lengths` are tokens per row, `shard_rows` rows per shard. `answer_tokens` are
-    those that the target wrote, of all rows; None in captures that do not say.
+    `row_lengths` are tokens per row, `shard_rows` rows per shard, `chat_template_kwargs` what the
+    template was told for the rows, `answer_tokens` how many tokens of all rows the target wrote.
     """
 
     target: str
@@ -61,8 +60,8 @@ class Manifest:
     target_states: bool
     row_lengths: tuple[int, ...]
     shard_rows: tuple[int, ...]
-    chat_template_kwargs: Scalars = field(default_factory=dict)
-    answer_tokens: int | None = None
+    chat_template_kwargs: Scalars
+    answer_tokens: int
 
     def __post_init__(self) -> None:
         """Refuses what no capture can hold; `shard_rows` may be empty until it is planned."""
@@ -78,17 +77,15 @@ class Manifest:
         rising = bool(layers) and layers == sorted(set(layers))
         inside = rising and layers[0] >= 0 and layers[-1] < SIZE_LIMIT
         require(inside, f"target_layer_ids must rise from 0 or more, found {shown(layers)}")
-        lengths = self.row_lengths
-        limit = self.max_length
-        require(bool(lengths), "row_lengths is empty")
+        require(bool(self.row_lengths), "row_lengths is empty")
+        shortest, longest = min(self.row_lengths), max(self.row_lengths)
         require(
-            min(lengths) >= 1 and max(lengths) <= limit,
-            f"row_lengths must lie in 1..{limit}, found {min(lengths)} to {max(lengths)}",
+            shortest >= 1 and longest <= self.max_length,
+            f"row_lengths must lie in 1..{self.max_length}, found {shortest} to {longest}",
         )
-        shards = self.shard_rows
         require(
-            not shards or min(shards) >= 1,
-            f"shard_rows must be positive, found {shown(list(shards))}",
+            min(self.shard_rows, default=1) >= 1,
+            f"shard_rows must be positive, found {shown(list(self.shard_rows))}",
         )
 
     @property
@@ -125,17 +122,15 @@ class FeatureRows(Sequence[Row]):
                 f"{directory}: an unfinished capture, {len(missing)} of {len(shards)} shards are "
                 f"missing ({missing[0]}); `domino capture` with the same words resumes"
             )
-        # A link to another file of this machine would be read like a shard.
         for path in shards:
             checked_file(self._directory, path.name)
         try:
             self._records = ArrayRecordDataSource([str(path) for path in shards])
         except RuntimeError as error:
             raise InputError(f"{directory}: a damaged shard: {error}") from error
-        if len(self._records) != len(self.lengths):
-            raise InputError(
-                f"{directory}: {len(self._records)} records, the manifest says {len(self.lengths)}"
-            )
+        held, count = len(self._records), len(self.lengths)
+        if held != count:
+            raise InputError(f"{directory}: {held} records, the manifest says {count}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -143,15 +138,17 @@ class FeatureRows(Sequence[Row]):
     @property
     def fingerprint(self) -> str:
         """sha256, in hex, of the manifest: of what was captured, and how."""
-        return hashlib.sha256(_manifest_text(self.manifest).encode()).hexdigest()
+        return file_sha256(self._directory / MANIFEST)
 
     # One row at a time, never a slice.
     def __getitem__(self, number: int) -> Row:  # type: ignore[override]
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
         try:
-            stored = deserialize(self._records[number])
-            arrays: dict[str, Any] = {name: _array(tensor) for name, tensor in stored}
+            arrays: dict[str, Any] = {}
+            for name, tensor in deserialize(self._records[number]):
+                values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
+                arrays[name] = values.reshape(tensor["shape"])
             row = Row(**arrays)
             self._check_row(number, row)
         except InputError:  # a ValueError as well, which says already what is wrong
@@ -164,15 +161,14 @@ class FeatureRows(Sequence[Row]):
         """Refuses arrays that are not what the manifest says of each row."""
         manifest = self.manifest
         length = self.lengths[number]
-        widths = {"features": manifest.hidden_size * len(manifest.target_layer_ids)}
-        if manifest.target_states:
-            widths["target_states"] = manifest.hidden_size
+        width = manifest.hidden_size
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "input_ids": (np.int32, (length,)),
             "loss_mask": (np.bool_, (length,)),
+            "features": (manifest.dtype, (length, width * len(manifest.target_layer_ids))),
         }
-        for name, width in widths.items():
-            expected[name] = (manifest.dtype, (length, width))
+        if manifest.target_states:
+            expected["target_states"] = (manifest.dtype, (length, width))
         arrays = row.arrays
         if set(arrays) != set(expected):
             raise InputError(
@@ -189,11 +185,6 @@ class FeatureRows(Sequence[Row]):
         _require_finite(
             row, source=f"{self._directory}: row {number}", remedy="capture the rows again"
         )
-
-
-def _array(tensor: Mapping[str, Any]) -> np.ndarray:
-    values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
-    return values.reshape(tensor["shape"])
 
 
 def shard_path(directory: str | Path, index: int) -> Path:
@@ -276,11 +267,8 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
     """Writes the manifest, beside its place first."""
-    write_whole(Path(directory) / MANIFEST, _manifest_text(manifest))
-
-
-def _manifest_text(manifest: Manifest) -> str:
-    return json.dumps(dataclasses.asdict(manifest)) + "\n"
+    text = json.dumps(dataclasses.asdict(manifest)) + "\n"
+    write_whole(Path(directory) / MANIFEST, text)
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -57,15 +57,12 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Pack]:
     """
     check_fits(lengths, max_length=max_length)
 
-    def longest_first(number: int) -> tuple[int, int]:
-        # Rows of one length by number: every process and every start must find the same packs.
-        return -lengths[number], number
-
     # Open packs by the room they have left.
     by_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]
     rooms: list[int] = []  # the rooms at which there is one, ascending
     packs: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=longest_first):
+    # Rows of one length by number: every process and every start must find the same packs.
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         place = bisect.bisect_left(rooms, lengths[number])
         if place == len(rooms):
             packs.append([])

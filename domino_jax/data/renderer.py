@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -20,12 +21,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 TEXT_CHARACTERS = 2**26  # of a rendered conversation
 
 
+@dataclass(frozen=True)
 class Template:
     """As much of a tokenizer as transformers' rendering asks for."""
 
-    def __init__(self, text: str, special_tokens_map: dict[str, str]) -> None:
-        self.text = text
-        self.special_tokens_map = special_tokens_map
+    text: str
+    special_tokens_map: dict[str, str]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         """The text of the template."""
@@ -53,7 +54,10 @@ class Template:
 def main(seconds: float, memory_bytes: int) -> None:
     """Answers requests until the other end closes the pipe."""
     template = Template("", {})
-    _limit_memory(memory_bytes)
+    # What the process takes already and a little more. Systems without /proc know no such bound.
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # Only with its first request: it may be long, and is the same for all that follow.
@@ -75,16 +79,6 @@ def main(seconds: float, memory_bytes: int) -> None:
         sys.stdout.buffer.flush()
         if "costly" in reply:
             return  # and gives the memory back
-
-
-def _limit_memory(further_bytes: int) -> None:
-    """Bounds the process to what it takes already and a little more.
-
-    Systems without /proc know no such bound.
-    """
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + further_bytes, held + further_bytes))
 
 
 if __name__ == "__main__":

@@ -51,10 +51,7 @@ def render(tokenizer: Any, conversations: Iterable[Rendering], kwargs: Scalars) 
         InputError: the template refuses one of them.
     """
     jobs = [(*conversation, dict(kwargs)) for conversation in conversations]
-    reply = _process.ask(tokenizer, jobs)
-    if "error" in reply:
-        raise InputError(f"the chat template refuses it: {reply['error']}")
-    return reply["answers"]
+    return _process.ask(tokenizer, jobs, problem="the chat template refuses it")
 
 
 def names_read(tokenizer: Any) -> set[str]:
@@ -64,10 +61,8 @@ def names_read(tokenizer: Any) -> set[str]:
         CostlyTemplate: to find out took more than `SECONDS` or `MEMORY_BYTES`.
         InputError: it is not a template.
     """
-    reply = _process.ask(tokenizer, [None])
-    if "error" in reply:
-        raise InputError(f"the chat template cannot be read: {reply['error']}")
-    return set(reply["answers"][0])
+    (names,) = _process.ask(tokenizer, [None], problem="the chat template cannot be read")
+    return set(names)
 
 
 class _Process:
@@ -79,36 +74,43 @@ class _Process:
     def __init__(self, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
         self._seconds, self._memory_bytes = seconds, memory_bytes
         self._lock = threading.Lock()
-        self._running: subprocess.Popen[bytes] | None = None
+        self._running: Any = None  # the process, with pipes as its input and output
         self._template: dict[str, Any] = {}
         atexit.register(self.end)
 
-    def ask(self, tokenizer: Any, jobs: list[Any]) -> dict[str, Any]:
-        """The reply to one request, see `renderer.main`.
+    def ask(self, tokenizer: Any, jobs: list[Any], *, problem: str) -> list[Any]:
+        """The answers to one request, see `renderer.main`.
 
         Raises:
             CostlyTemplate: one of the jobs broke a limit.
+            InputError: the template failed at one of them: the `problem`, and what it said.
         """
         template = {
             "text": tokenizer.get_chat_template(),
             "special_tokens_map": tokenizer.special_tokens_map,
         }
+        request: dict[str, Any] = {"jobs": jobs}
         # One exchange at a time: a reply does not say which request it answers.
         with self._lock:
             if self._running is None:
                 self._start()
-            request: dict[str, Any] = {"jobs": jobs}
             if template != self._template:
                 request["template"] = self._template = template
             try:
-                line = self._exchange(json.dumps(request).encode() + b"\n")
+                self._running.stdin.write(json.dumps(request).encode() + b"\n")
+                self._running.stdin.flush()
+                line = self._running.stdout.readline()
+            except BrokenPipeError:  # the process ended instead
+                line = b""
             except BaseException:  # half an exchange: the next one would read its rest
                 self.end()
                 raise
             if line.endswith(b"\n"):
                 reply = json.loads(line)
+                if "error" in reply:
+                    raise InputError(f"{problem}: {reply['error']}")
                 if "costly" not in reply:
-                    return reply
+                    return reply["answers"]
             code = self.end()
         # What is left of a line says that it was costly; below 0 is the signal that ended it.
         if line or code < 0:
@@ -125,7 +127,6 @@ class _Process:
         running, self._running, self._template = self._running, None, {}
         if running is None:
             return 0
-        assert running.stdin is not None and running.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             running.stdin.close()  # which ends it, unless it is rendering
         try:
@@ -147,17 +148,6 @@ class _Process:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-
-    def _exchange(self, line: bytes) -> bytes:
-        """Sends a request; the reply, empty or cut off where the process ended instead."""
-        assert self._running is not None
-        assert self._running.stdin is not None and self._running.stdout is not None
-        try:
-            self._running.stdin.write(line)
-            self._running.stdin.flush()
-        except BrokenPipeError:
-            return b""
-        return self._running.stdout.readline()
 
 
 _process = _Process()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from domino_jax.base.errors import InputError, Scalars, did_you_mean, scalars
+from domino_jax.base.errors import InputError, Scalars, did_you_mean
 from domino_jax.data.rendering import names_read
 
 KWARGS = "chat_template_kwargs"  # its name in every file
@@ -30,27 +30,24 @@ class ChatTemplate:
 
     # By the settings as text, see `settings_text`: the fields compare 0 and false as equal.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ChatTemplate) and self._identity() == other._identity()
+        if not isinstance(other, ChatTemplate):
+            return False
+        return settings_text(self.as_json()) == settings_text(other.as_json())
 
     def __str__(self) -> str:
         return f"sha256 {self.sha256[:12]} with {KWARGS} {settings_text(self.kwargs)}"
-
-    def _identity(self) -> tuple[str, str]:
-        return self.sha256, settings_text(self.kwargs)
 
     def as_json(self) -> dict[str, Any]:
         """As checkpoints and evaluations record it."""
         return {"chat_template": self.sha256, KWARGS: dict(self.kwargs)}
 
     def check_trained(self, trained: "ChatTemplate", *, source: str, target: str) -> None:
-        """Refuses a draft that was trained with something else.
+        """Raises `InputError` for a draft that was trained with another text or other kwargs.
 
         Args:
             trained: the template of the draft.
-            source: of the draft, for the message.
-            target: whose template this one is, for the message.
-        Raises:
-            InputError: the text of the template, or else what it is told, differs.
+            source: the draft, for the message.
+            target: whose template this is, for the message.
         """
         # The text first: settings mean nothing beside another template.
         if self.sha256 != trained.sha256:
@@ -68,17 +65,6 @@ def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
     """The template of a tokenizer, told `kwargs`."""
     digest = hashlib.sha256(tokenizer.chat_template.encode())
     return ChatTemplate(digest.hexdigest(), kwargs)
-
-
-def recorded_kwargs(tree: Mapping[str, Any], *, source: str) -> Scalars:
-    """What a file records under `chat_template_kwargs`.
-
-    A file that was written before there were any has none.
-
-    Raises:
-        InputError: something else than a mapping of plain values.
-    """
-    return scalars(tree.get(KWARGS, {}), source=f"{source}: {KWARGS}")
 
 
 def settings_text(settings: Any) -> str:
@@ -105,19 +91,12 @@ def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
     # Nothing to look up, so the process that renders need not be started.
     if not kwargs:
         return
-    read = _settings(tokenizer)
-    for name in kwargs:
-        if name in read:
-            continue
-        # Told by its nearest name where there is one: most of these are misspelt.
-        settings = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
-        remedy = did_you_mean(name, read) or settings
-        raise InputError(f"{KWARGS}: the chat template does not read {name!r}; {remedy}")
-
-
-def _settings(tokenizer: Any) -> set[str]:
-    """The names that a template looks up and that nobody but the user fills."""
-    read = names_read(tokenizer)
     # transformers fills these, the special tokens and what its own arguments are called.
     filled = {"messages", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
-    return read - filled - set(inspect.signature(tokenizer.apply_chat_template).parameters)
+    filled |= set(inspect.signature(tokenizer.apply_chat_template).parameters)
+    read = names_read(tokenizer) - filled
+    for name in kwargs:
+        if name not in read:
+            settings = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
+            remedy = did_you_mean(name, read) or settings
+            raise InputError(f"{KWARGS}: the chat template does not read {name!r}; {remedy}")

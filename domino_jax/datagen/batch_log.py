@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from domino_jax.base.errors import InputError, require
 from domino_jax.base.files import read_lines, whole_file
 from domino_jax.base.parse import parse_json
+from domino_jax.data.template import settings_text
 
 # No answer begins so (its first key is "messages"): this alone tells the two kinds of lines apart.
 _ATTESTS = b'{"sha256": '
@@ -49,19 +50,29 @@ class BatchLog:
             answer ended by itself.
     """
 
-    def __init__(self, path: Path, read: Callable[[Any], tuple[int, bool]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        read: Callable[[dict[str, Any]], tuple[int, bool] | None],
+        *,
+        kind: str,
+        generator: dict[str, Any],
+    ) -> None:
         """Opens the file, or makes it.
 
         Args:
             path: the file; what is not attested is cut off its end.
-            read: gives a record's prompt line, or its draw, and whether it ended by itself;
-                raises `InputError` for a record of another start.
+            read: gives a record's prompt line, or its draw, and whether it ended by itself; None
+                for what is no record. Raises `InputError` for a record of another start.
+            kind: what a record is, for messages.
+            generator: the settings of this start, which each record holds.
         Raises:
-            InputError: `read` refused a record, or the file is not what was written.
+            InputError: a record of another start, or the file is not what was written.
             OSError: it cannot be opened or written.
         """
         self.finished: dict[int, bool] = {}
         self._path, self._read_record = path, read
+        self._kind, self._generator = kind, generator
         self._digest = hashlib.sha256()
         self._length = 0
         if path.exists():
@@ -85,7 +96,8 @@ class BatchLog:
         Raises:
             OSError: it could not be written; the batches before it are as they were.
         """
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        whole = [record | {"generator": self._generator} for record in records]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in whole]
         batch = "".join(lines).encode()
         # A copy: after a failed write the log's own digest still is that of the lines on disk.
         digest = self._digest.copy()
@@ -146,7 +158,15 @@ class BatchLog:
 
     def _take(self, number: int, line: bytes) -> None:
         try:
-            prompt, finished = self._read_record(parse_json(line, source=None))
+            record = parse_json(line, source=None)
+            made_with = record.get("generator") if isinstance(record, dict) else None
+            require(isinstance(made_with, dict), f"not {self._kind}")
+            differs = settings_text(made_with) != settings_text(self._generator)
+            require(not differs, f"made with {made_with}, not {self._generator}")
+            known = self._read_record(record)
+            if known is None:
+                raise InputError(f"not {self._kind}")
+            prompt, finished = known
             require(prompt not in self.finished, f"the prompt of line {prompt} is answered twice")
         except InputError as error:
             raise InputError(

@@ -9,22 +9,19 @@ run once, and its states stored in the order of the rows:
     DIR/shard-00001.partial       a shard that is being written; renamed once it is whole
 """
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import BESIDE
 from domino_jax.base.progress import Reporter
-from domino_jax.config.model import DecoderConfig
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
     MANIFEST,
@@ -41,7 +38,6 @@ from domino_jax.data.hidden_states import (
 from domino_jax.data.packing import answer_tokens, row_lengths
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.sharding import constrain
-from domino_jax.target.decoder import Target
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.load import load_sharded_target
 from domino_jax.training.inputs import device_batch
@@ -88,7 +84,21 @@ def capture(
     _check_directory(directory)
     inputs = read_inputs()
     rows, mesh = inputs.rows, inputs.mesh
-    asked = _manifest(inputs, dtype=dtype, target_states=target_states)
+    layers, config = inputs.target_layer_ids, inputs.target_config
+    asked = Manifest(
+        target=target_fingerprint(inputs.target),
+        tokenizer=inputs.tokenizer_sha256,
+        rows=rows_fingerprint(rows),
+        target_layer_ids=layers,
+        hidden_size=config.hidden_size,
+        dtype=dtype,
+        compute_dtype=config.dtype,
+        **vars(inputs.settings),
+        target_states=target_states,
+        row_lengths=tuple(row_lengths(rows)),
+        shard_rows=(),
+        answer_tokens=answer_tokens(rows),
+    )
     manifest = _planned(directory, asked, shard_bytes=shard_bytes)
     # Before the target is loaded: a size that is refused should cost seconds.
     missing = _agreed(
@@ -97,12 +107,24 @@ def capture(
     if not missing:
         reporter.say("every shard is there")
         return
-    target = _load(inputs.target, inputs.target_config, manifest, mesh, reporter=reporter)
+    reporter.say(f"loading the target {inputs.target}, {config.dtype}")
+    # Nothing reads the layers behind the last captured one, but for the final norm's states.
+    depth = config.num_hidden_layers if target_states else max(layers) + 1
+    target = scanned_target(config, capture=layers, depth=depth, mesh=mesh, packed=False)
+    params = load_sharded_target(inputs.target, target, mesh).params
+
+    @jax.jit
+    def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        tokens = constrain(batch.input_ids[0], "batch", "length")
+        output = target.apply({"params": params}, tokens)
+        # Cast here and not on the host: as bfloat16 half the bytes leave the device.
+        final = output.hidden.astype(dtype) if target_states else None
+        return output.features.astype(dtype), final
+
     directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
     # Before its shards: without a manifest nobody could tell what they are, or resume them.
     write_manifest(directory, manifest)
     with jax.set_mesh(mesh):
-        states = _CapturedStates(target, manifest, mesh, batch_size=inputs.batch_size)
         reporter.say("compiling")
         written = 0
         began = time.monotonic()
@@ -111,51 +133,34 @@ def capture(
             for done, index in enumerate(missing, start=shards - len(missing) + 1):
                 first = sum(manifest.shard_rows[:index])
                 part = rows[first : first + manifest.shard_rows[index]]
-                write_shard(directory, index, states(part))
+                captured = _captured_rows(
+                    part,
+                    lambda batch: states(params, device_batch(mesh, batch, micro_batches=1)),
+                    batch_size=inputs.batch_size,
+                    max_length=inputs.settings.max_length,
+                )
+                write_shard(directory, index, captured)
                 written += len(part)
                 speed = written / (time.monotonic() - began)
                 bar.tell(done, f"written, {speed:.1f} rows/s")
-
-
-def _manifest(inputs: CaptureInputs, *, dtype: str, target_states: bool) -> Manifest:
-    """The manifest of a capture, without its shards."""
-    return Manifest(
-        target=target_fingerprint(inputs.target),
-        tokenizer=inputs.tokenizer_sha256,
-        rows=rows_fingerprint(inputs.rows),
-        target_layer_ids=inputs.target_layer_ids,
-        hidden_size=inputs.target_config.hidden_size,
-        dtype=dtype,
-        compute_dtype=inputs.target_config.dtype,
-        max_length=inputs.max_length,
-        chat_template_kwargs=inputs.chat_template_kwargs,
-        mask_reasoning_content=inputs.mask_reasoning_content,
-        target_states=target_states,
-        row_lengths=tuple(row_lengths(inputs.rows)),
-        shard_rows=(),
-        answer_tokens=answer_tokens(inputs.rows),
-    )
 
 
 def _check_directory(directory: Path) -> None:
     """Refuses a directory that holds something else than captured states."""
     if (directory / MANIFEST).is_file():
         return
+    if not directory.exists():
+        return
     # All that a kill during the first start can leave: the manifest is written before any shard.
     unfinished = MANIFEST + BESIDE
-    if directory.exists() and (
-        not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir())
-    ):
+    if not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir()):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"
         )
 
 
 def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manifest:
-    """The manifest with its shards: new ones, or those of an earlier start.
-
-    An earlier start must have been asked for the same.
-    """
+    """The manifest with its shards: new ones, or those of an earlier start of the same capture."""
     if (directory / MANIFEST).is_file():
         found = read_manifest(directory)
         # `rows` attests the lengths too, and shards stay cut as they were when they were begun.
@@ -171,24 +176,19 @@ def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manife
 def _agreed(
     directory: Path, manifest: Manifest, *, limit_gb: float, confirmed: bool, reporter: Reporter
 ) -> list[int]:
-    """The shards still to be written, once their size is told.
-
-    The size must lie within the limit or be confirmed, and fit the disk.
-    """
+    """The shards still to be written, once their size is told and within limit and disk."""
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
-    missing = []
-    for index, count in enumerate(manifest.shard_rows):
-        if not is_whole(directory, index, count):
-            missing.append(index)
-            path = shard_path(directory, index)
-            if path.exists():  # shards are renamed when they are whole, so this one broke later
-                reporter.say(f"{path}: damaged, it is written again")
-    bounds = [0, *itertools.accumulate(manifest.shard_rows)]
-    left_tokens = 0
-    for index in missing:
-        left_tokens += sum(manifest.row_lengths[bounds[index] : bounds[index + 1]])
-    left = left_tokens * manifest.token_bytes
+    missing, left = [], 0
+    bounds = itertools.pairwise([0, *itertools.accumulate(manifest.shard_rows)])
+    for index, (first, end) in enumerate(bounds):
+        if is_whole(directory, index, end - first):
+            continue
+        missing.append(index)
+        left += sum(manifest.row_lengths[first:end]) * manifest.token_bytes
+        path = shard_path(directory, index)
+        if path.exists():  # shards are renamed when they are whole, so this one broke later
+            reporter.say(f"{path}: damaged, it is written again")
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
     reporter.say(
         f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of "
@@ -209,65 +209,25 @@ def _agreed(
     return missing
 
 
-@dataclass(frozen=True)
-class _Captured:
-    """The target as it is run: `model`, cut after the last layer that is captured, and `params`."""
-
-    model: Target
-    params: Any
-
-
-def _load(
-    path: Path, config: DecoderConfig, manifest: Manifest, mesh: Mesh, *, reporter: Reporter
-) -> _Captured:
-    reporter.say(f"loading the target {path}, {config.dtype}")
-    layers = manifest.target_layer_ids
-    # Nothing reads the layers behind the last captured one, but for the final norm's states.
-    depth = config.num_hidden_layers if manifest.target_states else max(layers) + 1
-    model = scanned_target(config, capture=layers, depth=depth, mesh=mesh, packed=False)
-    return _Captured(model, load_sharded_target(path, model, mesh).params)
-
-
-class _CapturedStates:
-    """Rows -> the same rows with what the target computed for them.
-
-    One compiled program for each multiple of `LENGTH_STEP` that a batch is long.
-    """
-
-    def __init__(
-        self, target: _Captured, manifest: Manifest, mesh: Mesh, *, batch_size: int
-    ) -> None:
-        self._params = target.params
-        self._put = functools.partial(device_batch, mesh, micro_batches=1)
-        self._batch_size = batch_size
-        self._max_length = manifest.max_length
-
-        def states(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-            tokens = constrain(batch.input_ids[0], "batch", "length")
-            output = target.model.apply({"params": params}, tokens)
-            # Cast here and not on the host: as bfloat16 half the bytes leave the device.
-            final = output.hidden.astype(manifest.dtype) if manifest.target_states else None
-            return output.features.astype(manifest.dtype), final
-
-        self._states = jax.jit(states)
-
-    def __call__(self, rows: Sequence[Row]) -> Iterator[Row]:
-        batches = heldout_batches(rows, batch_size=self._batch_size, max_length=self._max_length)
-        for index, batch in enumerate(batches):
-            first = index * self._batch_size
-            # By the rows and not by the batch, whose last slots may be filled up with empty rows.
-            own_rows = rows[first : first + self._batch_size]
-            shorter = self._without_padding(batch, max(len(row.input_ids) for row in own_rows))
-            features, final = jax.device_get(self._states(self._params, self._put(shorter)))
-            for slot, row in enumerate(own_rows):
-                length = len(row.input_ids)
-                own = None if final is None else final[slot, :length]
-                yield replace(row, features=features[slot, :length], target_states=own)
-
-    def _without_padding(self, batch: dict[str, np.ndarray], longest: int) -> dict[str, np.ndarray]:
-        """A batch cut behind its longest row: the target sees nothing that lies behind a token."""
-        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self._max_length)
-        return {
-            name: array[:, :length] if array.shape[1:] == (self._max_length,) else array
-            for name, array in batch.items()
-        }
+def _captured_rows(
+    rows: Sequence[Row],
+    states: Callable[[dict[str, np.ndarray]], tuple[jax.Array, jax.Array | None]],
+    *,
+    batch_size: int,
+    max_length: int,
+) -> Iterator[Row]:
+    """The same rows with what the target computes for them, `states` of a batch."""
+    batches = heldout_batches(rows, batch_size=batch_size, max_length=max_length)
+    for index, batch in enumerate(batches):
+        # By the rows and not by the batch, whose last slots may be filled up with empty rows.
+        own_rows = rows[index * batch_size : (index + 1) * batch_size]
+        longest = max(len(row.input_ids) for row in own_rows)
+        # Cut behind the longest row: the target sees nothing that lies behind a token. One program
+        # is compiled for each multiple of `LENGTH_STEP`.
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, max_length)
+        shorter = {name: batch[name][:, :length] for name in ("input_ids", "loss_mask")}
+        features, final = jax.device_get(states(shorter))
+        for slot, row in enumerate(own_rows):
+            own = slice(len(row.input_ids))
+            target_states = None if final is None else final[slot, own]
+            yield replace(row, features=features[slot, own], target_states=target_states)

@@ -7,7 +7,6 @@ them are training data:
     <|im_start|>user\n          until the turn ends      no repeats     a `BatchLog`
 """
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -18,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars
-from domino_jax.base.progress import STDERR, Reporter
+from domino_jax.base.progress import Reporter
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.rendering import Rendering, render
-from domino_jax.data.template import settings_text
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, generate
@@ -29,7 +27,6 @@ from domino_jax.decoding.speculate import required_cache_len
 
 SHORTEST = 12  # characters; what is shorter asks for nothing
 FRUITLESS = 8  # batches without a usable prompt that end the work
-_NO_PROMPT = "not a prompt of `domino prompts`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +60,10 @@ class UserTurn:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a file of prompts took: rows `drawn` by this start, and why others were left out."""
+    """Rows `drawn` by this start, and how many were `left_out` for which reasons, formatted."""
 
     drawn: int
-    left_out: Counter[str]
-
-    @property
-    def words(self) -> str:
-        """Why rows were left out, formatted."""
-        return _counted(self.left_out)
+    left_out: str
 
 
 def user_turn(tokenizer: Any, chat_template_kwargs: Scalars) -> UserTurn:
@@ -116,32 +108,28 @@ def language_filter(language: str) -> Callable[[str], bool]:
         raise InputError(f"--language {language}: expected one of {', '.join(sorted(known))}")
     builder = lingua.LanguageDetectorBuilder.from_all_languages()
     detector = builder.with_minimum_relative_distance(0.25).build()
-
-    def passes(text: str) -> bool:
-        return detector.detect_language_of(text) in (None, known[language])
-
-    return passes
+    return lambda text: detector.detect_language_of(text) in (None, known[language])
 
 
 def write_prompts(
+    path: Path,
+    *,
     decoder: Decoder,
     weights: Weights,
     tokenizer: Any,
-    path: Path,
-    *,
     settings: PromptSettings,
-    reporter: Reporter = STDERR,
+    reporter: Reporter,
 ) -> Drawn:
     """Writes prompts that the target draws itself.
 
     A second start resumes after the last whole batch and ends with the same file.
 
     Args:
+        path: the JSONL to write, {"messages": [user's turn], "draw", "generator"} a line; until it
+            is complete, a `BatchLog`, `.partial`.
         decoder: the plain target as it samples; `stop_ids` hold the end of a user's turn.
         weights: its parameters.
         tokenizer: its tokenizer.
-        path: the JSONL to write, {"messages": [user's turn], "draw", "generator"} a line; until it
-            is complete, a `BatchLog`, `.partial`.
         settings: how they are drawn.
         reporter: is told each batch.
     Raises:
@@ -151,36 +139,44 @@ def write_prompts(
     """
     partial = log_of(path)
     opening = user_turn(tokenizer, settings.chat_template_kwargs).opening
+    cache_len = required_cache_len(decoder, len(opening), settings.max_new_tokens)
     sieve = _Sieve(language_filter(settings.language) if settings.language else None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    read = functools.partial(_read_prompt, settings=settings, sieve=sieve)
     drawn, fruitless = 0, 0
-    with BatchLog(partial, read) as log:
+    kind, generator = "a prompt of `domino prompts`", asdict(settings)
+    with BatchLog(partial, sieve.read, kind=kind, generator=generator) as log:
         written = len(log.finished)
         # A batch without a usable row leaves no trace: it is drawn again, to the same end.
         batch = max(log.finished, default=-1) // settings.batch_size + 1
         reporter.say(f"{written}/{settings.count} prompts are written; compiling")
-        draw = functools.partial(_draw, decoder, weights, opening, settings=settings)
         with reporter.bar("prompts", total=settings.count, done=written) as bar:
             while written < settings.count:
-                usable = sieve.usable(draw(batch), tokenizer, first=batch * settings.batch_size)
+                rows = generate(
+                    decoder,
+                    weights,
+                    [opening] * settings.batch_size,
+                    max_new_tokens=settings.max_new_tokens,
+                    cache_len=cache_len,
+                    # By the number of a batch: those that are left keep their seeds.
+                    seed=(settings.seed + batch) % SEED_LIMIT,
+                )
+                usable = sieve.usable(rows, tokenizer, first=batch * settings.batch_size)
                 kept = usable[: settings.count - written]
                 if kept:
-                    log.add([record | {"generator": asdict(settings)} for record in kept])
+                    log.add(kept)
                 written += len(kept)
                 drawn += settings.batch_size
                 fruitless = 0 if kept else fruitless + 1
+                left_out = sieve.counts()
                 if fruitless == FRUITLESS:
                     raise InputError(
                         f"none of the last {FRUITLESS * settings.batch_size} rows is a usable "
-                        f"prompt: {_counted(sieve.left_out)}; try another --temperature, or more "
-                        "--max-new-tokens"
+                        f"prompt: {left_out}; try another --temperature, or more --max-new-tokens"
                     )
-                left_out = _counted(sieve.left_out)
                 bar.tell(written, f"kept of {drawn} drawn; left out: {left_out}")
                 batch += 1
         log.publish(path)
-    return Drawn(drawn, sieve.left_out)
+    return Drawn(drawn, sieve.counts())
 
 
 class _Sieve:
@@ -195,9 +191,20 @@ class _Sieve:
         self._in_language = in_language
         self._known: set[str] = set()
 
-    def remember(self, text: str) -> None:
-        """Takes note of a prompt that is kept."""
+    def read(self, record: dict[str, Any]) -> tuple[int, bool] | None:
+        """Takes note of a prompt that an earlier start kept; the number of its row."""
+        try:
+            text, number = record["messages"][0]["content"], record["draw"]
+        except (KeyError, IndexError, TypeError):
+            return None
+        if not isinstance(text, str) or type(number) is not int:
+            return None
         self._known.add(_essence(text))
+        return number, True
+
+    def counts(self) -> str:
+        """The reasons with their counts, formatted."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.left_out.items()) or "none"
 
     def usable(self, rows: list[Answer], tokenizer: Any, *, first: int) -> list[dict[str, Any]]:
         """The records of a batch's usable rows; `first` is the number of its first row."""
@@ -208,7 +215,7 @@ class _Sieve:
             if reason:
                 self.left_out[reason] += 1
                 continue
-            self.remember(text)
+            self._known.add(_essence(text))
             records.append({"messages": [{"role": "user", "content": text}], "draw": number})
         return records
 
@@ -228,43 +235,6 @@ class _Sieve:
         return ""
 
 
-def _counted(left_out: Counter[str]) -> str:
-    """Counts with their reasons, formatted."""
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
-
-
 def _essence(text: str) -> str:
     """What two prompts share that differ in case, spaces and punctuation alone."""
     return re.sub(r"\W+", " ", text.casefold()).strip()
-
-
-def _draw(
-    decoder: Decoder, weights: Weights, opening: np.ndarray, batch: int, *, settings: PromptSettings
-) -> list[Answer]:
-    """The rows of a batch."""
-    return generate(
-        decoder,
-        weights,
-        [opening] * settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        cache_len=required_cache_len(decoder, len(opening), settings.max_new_tokens),
-        # By the number of a batch: those that are left keep their seeds.
-        seed=(settings.seed + batch) % SEED_LIMIT,
-    )
-
-
-def _read_prompt(record: Any, settings: PromptSettings, sieve: _Sieve) -> tuple[int, bool]:
-    """The number of a row that was kept; refuses one of another start."""
-    if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
-        raise InputError(_NO_PROMPT)
-    asked = asdict(settings)
-    if settings_text(record["generator"]) != settings_text(asked):
-        raise InputError(f"made with {record['generator']}, not {asked}")
-    try:
-        text, number = record["messages"][0]["content"], record["draw"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(_NO_PROMPT) from error
-    if not isinstance(text, str) or type(number) is not int:
-        raise InputError(_NO_PROMPT)
-    sieve.remember(text)
-    return number, True

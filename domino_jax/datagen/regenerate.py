@@ -9,7 +9,6 @@ That may take hours, which a stop must not lose, and the answers must be those o
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,13 @@ from typing import Any
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars
-from domino_jax.base.progress import STDERR, Reporter
+from domino_jax.base.progress import Reporter
 from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
-from domino_jax.data.template import settings_text
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, check_length, generate
+from domino_jax.decoding.generate import check_length, generate
 from domino_jax.decoding.speculate import required_cache_len
-
-_NO_ANSWER = "not an answer of `domino regenerate`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +45,6 @@ class AnswerSettings:
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """Who answers: the plain target as it decodes, its parameters and its tokenizer."""
-
-    decoder: Decoder
-    weights: Weights
-    tokenizer: Any
-
-
-@dataclass(frozen=True)
 class Regenerated:
     """What a file of answers holds: `total`, `answered` by this start, and `cut` at the limit."""
 
@@ -76,12 +63,14 @@ class _Prompt:
 
 
 def regenerate(
-    answerer: Answerer,
     prompts_path: Path,
     answers_path: Path,
     *,
+    decoder: Decoder,
+    weights: Weights,
+    tokenizer: Any,
     settings: AnswerSettings,
-    reporter: Reporter = STDERR,
+    reporter: Reporter,
 ) -> Regenerated:
     """Writes the target's own answers to the prompts of a file.
 
@@ -91,9 +80,11 @@ def regenerate(
     lengths, so that the prompts of a batch share their padding.
 
     Args:
-        answerer: the plain target.
         prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
         answers_path: the JSONL to write; until it is complete, a `BatchLog`, `.partial`.
+        decoder: the plain target as it decodes.
+        weights: its parameters.
+        tokenizer: its tokenizer.
         settings: how it answers.
         reporter: is told each batch that is answered.
     Returns:
@@ -105,15 +96,24 @@ def regenerate(
     """
     # In the order of what it costs to be refused; nothing is made before all prompts are usable.
     partial = log_of(answers_path)
-    usable = _all_usable(prompts_path)
-    prompts = _by_length(usable, answerer.tokenizer, settings.chat_template_kwargs)
+    conversations, bad_lines = read_messages(prompts_path)
+    if bad_lines:
+        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
+    prompts = []
+    for line, messages in conversations:
+        ids = encode_prompt(messages, tokenizer, settings.chat_template_kwargs)
+        prompts.append(_Prompt(line, messages, ids))
+    # The shortest first: those of a batch share their padding. Ties in the order of lines: another
+    # start must put the same prompts together into batches.
+    prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.line))
     longest = prompts[-1]
-    check_length(answerer.decoder, longest.ids, source=f"{prompts_path}:{longest.line}")
+    check_length(decoder, longest.ids, source=f"{prompts_path}:{longest.line}")
     # Of all prompts, not of those that are left: another start must run the same program.
-    cache_len = required_cache_len(answerer.decoder, len(longest.ids), settings.max_new_tokens)
+    cache_len = required_cache_len(decoder, len(longest.ids), settings.max_new_tokens)
     answers_path.parent.mkdir(parents=True, exist_ok=True)
-    read = functools.partial(_read_answer, settings=settings, prompts=usable, source=prompts_path)
-    with BatchLog(partial, read) as log:
+    read = functools.partial(_read_answer, prompts=dict(conversations), source=prompts_path)
+    kind, generator = "an answer of `domino regenerate`", asdict(settings)
+    with BatchLog(partial, read, kind=kind, generator=generator) as log:
         finished = dict(log.finished)
         left = [prompt for prompt in prompts if prompt.line not in finished]
         reporter.say(f"{len(finished)}/{len(prompts)} prompts are answered; compiling")
@@ -121,103 +121,49 @@ def regenerate(
         with reporter.bar("prompts", total=len(prompts), done=len(finished)) as bar:
             for first in range(0, len(left), settings.batch_size):
                 batch = left[first : first + settings.batch_size]
-                answers = _logged_answers(
-                    log, answerer, batch, settings=settings, cache_len=cache_len
+                answers = generate(
+                    decoder,
+                    weights,
+                    [prompt.ids for prompt in batch],
+                    max_new_tokens=settings.max_new_tokens,
+                    size=settings.batch_size,
+                    cache_len=cache_len,
+                    # By the line of a prompt, not by a count: batches that are left keep their
+                    # seeds.
+                    seed=(settings.seed + batch[0].line) % SEED_LIMIT,
                 )
-                written += sum(len(answer.tokens) for answer in answers)
+                records = []
                 for prompt, answer in zip(batch, answers, strict=True):
+                    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+                    turn = {"role": "assistant", "content": text}
+                    records.append(
+                        {
+                            "messages": [*prompt.messages, turn],
+                            "prompt_line": prompt.line,
+                            "finished": answer.stopped,
+                        }
+                    )
                     finished[prompt.line] = answer.stopped
+                    written += len(answer.tokens)
+                # Before anybody is told of them: the reporter may end the work.
+                log.add(records)
                 speed = written / (time.monotonic() - began)
                 bar.tell(len(finished), f"answered, {written} tokens, {speed:.0f} tokens/s")
         log.publish(answers_path)
     return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
 
 
-def _all_usable(prompts_path: Path) -> dict[int, Messages]:
-    """Line -> prompt of a file; one that cannot be used is an error."""
-    usable, bad_lines = read_messages(prompts_path)
-    if bad_lines:
-        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
-    return dict(usable)
-
-
-def _by_length(usable: Mapping[int, Messages], tokenizer: Any, kwargs: Scalars) -> list[_Prompt]:
-    """The prompts, the shortest first, so that those of a batch share their padding."""
-    prompts = []
-    for line, messages in usable.items():
-        ids = encode_prompt(messages, tokenizer, kwargs)
-        prompts.append(_Prompt(line, messages, ids))
-    # Ties in the order of lines: another start must put the same prompts together into batches.
-    return sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.line))
-
-
-def _logged_answers(
-    log: BatchLog,
-    answerer: Answerer,
-    batch: Sequence[_Prompt],
-    *,
-    settings: AnswerSettings,
-    cache_len: int,
-) -> list[Answer]:
-    """The answers of a batch; they are on disk when this returns."""
-    answers = _answers(answerer, batch, settings=settings, cache_len=cache_len)
-    # Before anybody is told of them: the reporter may end the work.
-    log.add(_lines(batch, answers, answerer.tokenizer, settings))
-    return answers
-
-
-def _answers(
-    answerer: Answerer, batch: Sequence[_Prompt], *, settings: AnswerSettings, cache_len: int
-) -> list[Answer]:
-    """The answers of a batch, in its order."""
-    return generate(
-        answerer.decoder,
-        answerer.weights,
-        [prompt.ids for prompt in batch],
-        max_new_tokens=settings.max_new_tokens,
-        size=settings.batch_size,
-        cache_len=cache_len,
-        # By the line of a prompt, not by a count: batches that are left keep their seeds.
-        seed=(settings.seed + batch[0].line) % SEED_LIMIT,
-    )
-
-
-def _lines(
-    batch: Sequence[_Prompt], answers: Sequence[Answer], tokenizer: Any, settings: AnswerSettings
-) -> list[dict[str, Any]]:
-    """The lines of a batch's answers, in its order."""
-    lines = []
-    for prompt, answer in zip(batch, answers, strict=True):
-        text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        lines.append(
-            {
-                "messages": [*prompt.messages, {"role": "assistant", "content": text}],
-                "prompt_line": prompt.line,
-                "finished": answer.stopped,
-                "generator": asdict(settings),
-            }
-        )
-    return lines
-
-
 def _read_answer(
-    record: Any, settings: AnswerSettings, prompts: dict[int, Messages], source: Path
-) -> tuple[int, bool]:
-    """The prompt's line and whether the answer is finished; refuses one of another start."""
-    if not isinstance(record, dict) or not isinstance(record.get("generator"), dict):
-        raise InputError(_NO_ANSWER)
-    made_with = record["generator"]
-    asked = asdict(settings)
-    if settings_text(made_with) != settings_text(asked):
-        raise InputError(f"made with {made_with}, not {asked}")
-    line = record.get("prompt_line")
-    finished = record.get("finished")
+    record: dict[str, Any], prompts: dict[int, Messages], source: Path
+) -> tuple[int, bool] | None:
+    """The prompt's line and whether the answer is finished; None for what is no answer."""
+    line, finished = record.get("prompt_line"), record.get("finished")
     messages = record.get("messages")
     # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.
     if type(line) is not int or type(finished) is not bool:
-        raise InputError(_NO_ANSWER)
+        return None
     if not isinstance(messages, list) or not messages:
-        raise InputError(_NO_ANSWER)
+        return None
     if messages[:-1] != prompts.get(line):
         raise InputError(f"answers another prompt than line {line} of {source}")
     return line, finished

@@ -1,4 +1,4 @@
-"""What a target keeps of a draft is all that makes speculative decoding exact, so it stands alone.
+"""Acceptance rules: what a target keeps of a draft, which makes speculative decoding exact.
 
 drafted        d1   d2   d3         proposed behind the bonus token
 the target's   t1   t2   t3   t4    one token, or distribution, after each prefix
@@ -28,7 +28,6 @@ def accept_sampled(
     """Speculative sampling: accepted tokens and the next follow the target's distribution exactly.
 
     Args:
-        key: a PRNG key.
         drafted: int32 [B, P], drawn from `draft_probs`.
         draft_probs: float32 [B, P, V].
         target_probs: float32 [B, P + 1, V], the target's after each prefix of the draft.

@@ -1,8 +1,4 @@
-"""What decodes is said once, before anything runs: a target, its draft, and how tokens are drawn.
-
-Everything here is fixed while decoding, so it is a static argument of the compiled loop; what
-changes from run to run are the parameters alone.
-"""
+"""A decoder: a target, its draft, and how tokens are drawn; all that is fixed while decoding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,10 +1,8 @@
-"""The tail of a distribution holds many tokens that are wrong, so it may be cut before drawing.
+"""Top-k and top-p: both keep what is at least as likely as a least token. Here k = 4, p = 0.8:
 
-Both filters keep what is at least as likely as a least token; here k = 4, p = 0.8:
-
-    probabilities   .45  .25  .15  .10  .05      the likeliest first
-    top-k           [----------------]           its 4 likeliest; now they are .47 .26 .16 .11
-    then top-p      [-----------]                .47 + .26 < 0.8 <= .47 + .26 + .16
+probabilities   .45  .25  .15  .10  .05      the likeliest first
+top-k           [----------------]           its 4 likeliest; now they are .47 .26 .16 .11
+then top-p      [-----------]                .47 + .26 < 0.8 <= .47 + .26 + .16
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""One batch of prompts is decoded to its end, or one answer is passed on as it grows.
+"""Answers to prompts: of a batch, decoded to its end, or of one, passed on as it grows.
 
 prompts -> `start` -> `finish`                         -> an `Answer` each
 prompt  -> `start` -> `stream`, every STREAM_CYCLES -> show, ... -> `Answer`
@@ -51,14 +51,10 @@ def asked(messages: Messages) -> Messages:
 
 
 def check_length(decoder: Decoder, prompt: np.ndarray, *, source: str) -> None:
-    """Refuses a prompt that is longer than any text that the target knows positions for.
+    """Refuses a prompt [n] that is longer than any text that the target knows positions for.
 
-    Args:
-        decoder: what is to answer it.
-        prompt: token ids, int32 [n].
-        source: where it comes from, for the message.
     Raises:
-        InputError: with both lengths.
+        InputError: with both lengths and the prompt's `source`.
     """
     longest = decoder.target.cfg.max_position_embeddings
     if len(prompt) > longest:
@@ -81,15 +77,12 @@ def generate(
     """Answers a batch of prompts.
 
     Args:
-        decoder: what decodes.
-        weights: its parameters.
         prompts: token ids of each.
         max_new_tokens: per answer.
-        size: of all batches, which then run through one program: short of prompts, the last one is
-            decoded again, and its answer dropped; 0 for as many as there are.
+        size: of all batches, which then run through one program: short of prompts, the last one
+            fills up; 0 for as many as there are.
         cache_len: cache positions, see `speculate.start`; None for as few as `longest` needs.
         longest: of the prompts of all batches, likewise; 0 for those of this one.
-        seed: of the sampler.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
     """
@@ -124,13 +117,10 @@ def stream_answer(
     """Answers one prompt and passes on the answer as it grows.
 
     Args:
-        decoder: what decodes.
-        weights: its parameters.
         prompt: token ids, int32 [n].
         max_new_tokens: at most.
         show: receives the tokens of the answer so far and whether each was drafted, int32 and
             bool [n], every few cycles.
-        seed: of the sampler.
     Returns:
         The whole `Answer`; its `seconds` hold no compilation.
     """
@@ -210,23 +200,14 @@ def finished_answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
     """The answers of a state in which all are finished, to its first prompts."""
-    tokens, drafted = np.asarray(state.tokens), np.asarray(state.drafted)
-    lengths = np.asarray(state.lengths)
-    committed = np.asarray(state.committed)
-    verifications = np.asarray(state.verifications)
+    parts = state.tokens, state.drafted, state.lengths, state.committed, state.verifications
+    # A batch that was filled up has more rows than prompts.
+    rows = zip(prompts, *map(np.asarray, parts), strict=False)
     answers = []
-    for index, prompt in enumerate(prompts):
-        own = slice(len(prompt), lengths[index])
-        ids = tokens[index, own]
-        stopped = int(ids[-1]) in decoder.stop_ids
+    for prompt, tokens, drafted, length, committed, verifications in rows:
+        own = slice(len(prompt), length)
+        stopped = int(tokens[length - 1]) in decoder.stop_ids
         answers.append(
-            Answer(
-                ids,
-                drafted[index, own],
-                stopped,
-                committed=int(committed[index]),
-                verifications=int(verifications[index]),
-                seconds=seconds,
-            )
+            Answer(tokens[own], drafted[own], stopped, int(committed), int(verifications), seconds)
         )
     return answers

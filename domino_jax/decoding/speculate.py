@@ -1,12 +1,12 @@
-"""Speculative decoding: a pass costs the reading of its weights, so one pass verifies a block.
+"""The speculative loop; plain decoding is the same loop without proposals.
 
-Plain decoding is the same compiled loop without proposals. A cycle of P = 3 from `lengths` = n:
+A cycle of P = 3 from `lengths` = n:
 
-    position           n-2  n-1  n    n+1  n+2
-    committed, drafted t    b    d1   d2   d3    b `bonus`, unread; d from the states before it
-    one target pass         b    d1   d2   d3    writes both caches from n-1 on
-    its next tokens         d1   x    .    .     one after each token that it reads
-    committed          t    b    d1   x          d1 accepted, x is the next b; d2, d3 are stale
+position           n-2  n-1  n    n+1  n+2
+committed, drafted t    b    d1   d2   d3    b `bonus`, unread; d from the states before it
+one target pass         b    d1   d2   d3    writes both caches from n-1 on
+its next tokens         d1   x    .    .     one after each token that it reads
+committed          t    b    d1   x          d1 accepted, x is the next b; d2, d3 are stale
 """
 
 import functools
@@ -30,14 +30,6 @@ from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import LayerCaches, lm_head_weight
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
-
-
-class _Prompts(NamedTuple):
-    """Prompts int32 [B, T], filled up at their ends, and their lengths, now and at most."""
-
-    tokens: jax.Array
-    lengths: jax.Array  # int32 [B]
-    limits: jax.Array  # int32 [B], the length that ends an answer
 
 
 class DecodeState(NamedTuple):
@@ -71,13 +63,10 @@ def start(
     """Reads the prompts and commits the first token of each answer.
 
     Args:
-        decoder: what decodes.
-        weights: its parameters.
         prompts: token ids, at least one each.
         max_new_tokens: tokens of each answer at most.
         cache_len: cache positions, at least `required_cache_len`; one number compiles once.
         longest: tokens that prompts are filled up to at least, likewise.
-        seed: of the sampler.
     Raises:
         ValueError: too few slots or an empty prompt.
     """
@@ -93,18 +82,13 @@ def start(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     reader = replace(decoder, proposals=0, use_head=False)  # however the draft is used: one program
     limits = lengths + max_new_tokens
-    read = _Prompts(jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits))
-    return _prefill(reader, weights, read, jax.random.key(seed), cache_len=cache_len)
+    key = jax.random.key(seed)
+    return _prefill(reader, weights, padded, lengths, limits, key, cache_len=cache_len)
 
 
 def required_cache_len(decoder: Decoder, prompt_length: int, max_new_tokens: int) -> int:
     """Cache positions for prompts up to `prompt_length`; a last block may reach past the limit."""
     return max(bucketed(prompt_length), prompt_length + max_new_tokens) + decoder.proposals + 1
-
-
-def advance(decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int) -> DecodeState:
-    """Runs up to `cycles` cycles, fewer when all answers end; the state given is consumed."""
-    return _advance(decoder, weights, state, jnp.int32(cycles))  # traced: one program for any
 
 
 def stream(
@@ -124,9 +108,16 @@ def finish(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeStat
 
 @functools.partial(jax.jit, static_argnames=("decoder", "cache_len"))
 def _prefill(
-    decoder: Decoder, weights: Weights, read: _Prompts, key: jax.Array, *, cache_len: int
+    decoder: Decoder,
+    weights: Weights,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    limits: jax.Array,
+    key: jax.Array,
+    *,
+    cache_len: int,
 ) -> DecodeState:
-    prompts, lengths, limits = read
+    """Reads prompts int32 [B, T], filled up at their ends; see `DecodeState` for the rest."""
     batch, padded = prompts.shape
     cache = decoder.target.empty_cache(batch=batch, cache_len=cache_len)
     out = decoder.target.apply({"params": weights.target}, prompts, cache=cache)
@@ -149,10 +140,13 @@ def _prefill(
     )
 
 
+# `cycles` is traced: one program for any number of them.
 @functools.partial(jax.jit, static_argnames=("decoder",), donate_argnames=("state",))
-def _advance(
-    decoder: Decoder, weights: Weights, state: DecodeState, cycles: jax.Array
+def advance(
+    decoder: Decoder, weights: Weights, state: DecodeState, *, cycles: int | jax.Array
 ) -> DecodeState:
+    """Runs up to `cycles` cycles, fewer when all answers end; the state given is consumed."""
+
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         done, state = carry
         return (done < cycles) & ~jnp.all(state.finished)
@@ -222,21 +216,6 @@ def commit(
         accepted, following = accept_sampled(key, block[:, 1:], drafts.probs, target_probs)
     else:
         accepted, following = accept_greedy(block[:, 1:], argmax(logits))
-    state = _behind(decoder, state, block, accepted, following)
-    draft_cache = state.draft_cache
-    if decoder.draft is not None:
-        draft_cache = remember(decoder, weights, draft_cache, verified.features, begin)
-    return state._replace(target_cache=verified.cache, draft_cache=draft_cache)
-
-
-def _behind(
-    decoder: Decoder,
-    state: DecodeState,
-    block: jax.Array,
-    accepted: jax.Array,
-    following: jax.Array,
-) -> DecodeState:
-    """The state behind a block, its caches apart: accepted tokens, then the target's own."""
     # What is written behind the target's own token is overwritten by the next cycle.
     index = jnp.arange(block.shape[1])
     new = jnp.where(index < accepted[:, None], jnp.roll(block, -1, axis=1), following[:, None])
@@ -245,14 +224,19 @@ def _behind(
     count = jnp.where(state.finished, 0, jnp.minimum(until_stop, state.limits - state.lengths))
     lengths = state.lengths + count
     active = (~state.finished).astype(jnp.int32)  # shapes are static: finished ones run along
-    return state._replace(
+    state = state._replace(
         tokens=_written(state.tokens, new, state.lengths),
         drafted=_written(state.drafted, index < accepted[:, None], state.lengths),
         lengths=lengths,
         finished=state.finished | jnp.any(stops, axis=1) | (lengths >= state.limits),
         committed=state.committed + count,
         verifications=state.verifications + active,
+        target_cache=verified.cache,
     )
+    if decoder.draft is None:
+        return state
+    draft_cache = remember(decoder, weights, state.draft_cache, verified.features, begin)
+    return state._replace(draft_cache=draft_cache)
 
 
 def remember(
@@ -280,9 +264,8 @@ def _draft(
     """Proposed tokens [B, P] and, when sampling, the distributions they come from, [B, P, V]."""
     # A draft of one prediction proposes none where K - 1 tokens are proposed.
     if decoder.draft is None or decoder.proposals == 0:
-        return jnp.zeros((bonus.shape[0], 0), jnp.int32), jnp.zeros(
-            (bonus.shape[0], 0, decoder.target.cfg.vocab_size)
-        )
+        none = jnp.zeros((bonus.shape[0], 0), jnp.int32)
+        return none, jnp.zeros((*none.shape, decoder.target.cfg.vocab_size))
     model, cfg = decoder.draft.bind({"params": weights.draft}), decoder.draft.cfg
     embedding = weights.target["embed_tokens"]
     anchors = state.lengths - 1

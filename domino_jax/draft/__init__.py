@@ -1,7 +1,4 @@
-"""The draft model: a target alone writes one token a pass, and verifies a drafted block in one.
-
-It reads the target's states and fills a whole block in one pass of its own; what the target agrees
-with is kept.
+"""The draft: it reads the target's states and fills a whole block in one pass.
 
     blocks      which anchors are drawn, what each block holds and what it must predict
     mask        what each block sees of the context

@@ -1,13 +1,14 @@
-"""Drafting token by token costs a pass a token; this model fills every block in one pass.
+"""The draft model: the DFlash backbone, which fills every block in one pass, and a head or none.
 
-It is the DFlash backbone and, when its config asks for one, the Domino head. The context's keys and
-values are made apart from the blocks, so that decoding can keep them between its cycles:
+The context's keys and values are made apart from the blocks, so that decoding can keep them between
+its cycles:
 
     features [B, S, C*D] -> fc -> hidden_norm -> [B, S, D] -> each layer's keys and values
                                                                   | seen up to each anchor
     blocks [B, N, K, D] -> [B, N*K, D] -> layer 1 -> ... -> layer n -> norm -> [B, N, K, D]
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,17 +65,9 @@ class DraftLayer(nn.Module):
         x = x + self.self_attn.output(heads)
         return constrain(x + self.mlp(self.post_attention_layernorm(x)), "batch", "length", None)
 
-    def context_keys_values(self, context: jax.Array, tables: Rotary) -> Cache:
-        """Keys and values of the context, [B, S, D] -> two [B, KV, S, head_dim]; no norm here."""
-        return Cache(*self.self_attn.keys_values(context, tables))
-
 
 def _run(layer: DraftLayer, *arguments: Any) -> jax.Array:
     return layer(*arguments)
-
-
-def _run_forward(layer: DraftLayer, *arguments: Any) -> tuple[jax.Array, Any]:
-    return nn.vjp(_run, layer, *arguments)
 
 
 def _run_backward(vjp: Any, cotangent: jax.Array) -> Any:
@@ -85,10 +78,12 @@ def _run_backward(vjp: Any, cotangent: jax.Array) -> Any:
     return jax.tree.map(lambda x: x if x.dtype == jax.dtypes.float0 else next(ordered), gradients)
 
 
-# A layer whose gradients are there before those of the layer below are begun. A compiler that sees
-# memory to spare leaves the products for the weights to the end, and keeps all that they read until
-# then. The barrier of `_run_backward` forbids it: no gradient leaves before all of them are there.
-_gradients_in_turn = nn.custom_vjp(_run, forward_fn=_run_forward, backward_fn=_run_backward)
+# A layer whose gradients are there before those of the layer below are begun: the barrier of
+# `_run_backward`. A compiler that sees memory to spare would leave the products for the weights to
+# the end, and keep all that they read until then.
+_gradients_in_turn = nn.custom_vjp(
+    _run, forward_fn=functools.partial(nn.vjp, _run), backward_fn=_run_backward
+)
 
 
 class DraftModel(nn.Module):
@@ -146,18 +141,11 @@ class DraftModel(nn.Module):
 
     @jax.named_scope(CONTEXT)
     def context(self, features: jax.Array, positions: jax.Array) -> tuple[Cache, ...]:
-        """Each layer's keys and values of the context.
-
-        Args:
-            features: [B, S, C*D], states of the captured target layers.
-            positions: int32 [B, S].
-        Returns:
-            One `Cache` of [B, KV, S, head_dim] per layer.
-        """
+        """Each layer's keys and values of the context; arguments as in the whole call."""
         # Normed once for all layers: their own input norms are for the blocks alone.
         states = self.hidden_norm(self.fc(features))
         tables = rotary(positions, self.cfg)
-        return tuple(layer.context_keys_values(states, tables) for layer in self.layers)
+        return tuple(Cache(*layer.self_attn.keys_values(states, tables)) for layer in self.layers)
 
     @jax.named_scope(BACKBONE)
     def block_states(
@@ -188,10 +176,7 @@ class DraftModel(nn.Module):
         )
 
     def prediction_states(self, hidden: jax.Array) -> jax.Array:
-        """The positions that predict, [B, N, K, D] -> [B, N, M, D].
-
-        All of them with `shift_label`, else all but the anchor's own.
-        """
+        """The positions that predict, [B, N, K, D] -> [B, N, M, D]; see `draft.blocks`."""
         return hidden if self.cfg.shift_label else hidden[:, :, 1:]
 
     def corrections(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
@@ -210,9 +195,8 @@ class DraftModel(nn.Module):
 
 
 def output_logits(cfg: DraftConfig, logits: jax.Array) -> jax.Array:
-    """What the target's head makes of its product, elementwise.
+    """Scales and softly bounds the target head's product, where the config says so.
 
-    Scaled and softly bounded, where the config says so.
     Source: NeMo AutoModel 0.7.0, `Qwen3DFlashDraftModel.compute_logits`.
     """
     cap = cfg.final_logit_softcapping

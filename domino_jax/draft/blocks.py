@@ -1,8 +1,7 @@
-"""Training blocks: one pass over a row must stand for many moments of decoding it.
+"""Training blocks: anchors drawn over each row, and a block of K tokens cut at each.
 
-At each of them one token is known, the anchor, and those after it are to be drafted. So anchors are
-drawn over the row, and a block is cut at each, here K = 4 tokens from place `a` (`_` is the mask
-token, `-` nothing):
+A block stands for a moment of decoding: its anchor is known, the tokens after it are to be drafted.
+Here K = 4 from place `a` (`_` is the mask token, `-` nothing):
 
     block position k                 0      1      2      3
     noise_ids                        a      _      _      _     rotary positions a .. a + 3
@@ -102,7 +101,6 @@ def sample_anchors(key: jax.Array, candidates: jax.Array, *, num_anchors: int) -
     """Draws anchors uniformly without replacement into a static number of slots.
 
     Args:
-        key: a PRNG key.
         candidates: bool [B, S].
         num_anchors: N; more than the candidates leaves slots unused.
     """
@@ -132,16 +130,13 @@ def make_blocks(
 ) -> Blocks:
     """Cuts the blocks that start at the anchors.
 
-    The first position of an unshifted block holds its anchor, which is known, so it predicts
-    nothing and is left out of the M predictions; either way prediction m is the token `1 + m` after
-    the anchor.
+    Prediction m is the token `1 + m` after the anchor.
 
     Args:
         input_ids: int [B, S].
         loss_mask: [B, S], supervised tokens, or the share in which each is.
         anchors: of the blocks.
-        cfg: the draft, whose `shift_label` says whether block position k predicts `anchor + 1 + k`
-            (M = K) or `anchor + k` (M = K - 1).
+        cfg: the draft.
         packing: documents of packed rows; labels stop at the end of the anchor's document.
         prefix_lengths: int32 [B, N], how many positions of each block show their real token and are
             not supervised; None shows the anchor alone.
@@ -187,7 +182,6 @@ def sample_prefix_lengths(
     `weight_base ** l`.
 
     Args:
-        key: a PRNG key.
         shape: (B, N).
         block_size: K.
         weight_base: positive; below 1 favours short prefixes.

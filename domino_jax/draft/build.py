@@ -1,10 +1,8 @@
-"""A draft's parameters are known before any batch is: checkpoints, plans and starts ask here.
+"""A draft's parameters, from its config alone: nothing needs to run, or even to be allocated.
 
-Their shapes follow from the config alone, so nothing needs to run, or even to be allocated:
-
-    DraftConfig -> `boxed_parameters`   shapes with their logical axes
-                -> `init_variables`     arrays with their logical axes
-                -> `init_draft`         plain arrays, float32 masters
+DraftConfig -> `boxed_parameters`   shapes with their logical axes
+            -> `init_variables`     arrays with their logical axes
+            -> `init_draft`         plain arrays, float32 masters
 """
 
 import functools
@@ -20,18 +18,11 @@ from domino_jax.draft.mask import layer_spans
 
 
 def init_variables(model: DraftModel, key: jax.Array) -> dict:
-    """Boxed variables of a draft, with the logical axes of each parameter.
-
-    `sharding.parameter_shardings` reads the boxes.
-
-    Args:
-        model: the draft.
-        key: a PRNG key.
-    """
+    """Boxed variables of a draft, with the logical axes of each parameter."""
     cfg = model.cfg
 
-    # Linen makes the parameters of what is called, so the head is called too. Their shapes follow
-    # from the config alone: one position of context and one block are enough.
+    # Linen makes the parameters of what is called, so the head is called too. One position of
+    # context and one block are enough.
     def touch_all(module: DraftModel) -> None:
         states = jnp.zeros((1, 1, len(cfg.target_layer_ids) * cfg.hidden_size), cfg.dtype)
         block = jnp.zeros((1, 1, cfg.block_size, cfg.hidden_size), cfg.dtype)
@@ -53,12 +44,5 @@ def boxed_parameters(config: DraftConfig) -> Any:
 
 
 def init_draft(config: DraftConfig, key: jax.Array) -> Any:
-    """Fresh parameters of a draft, as `load_hf_draft` returns them.
-
-    Args:
-        config: the draft.
-        key: a PRNG key.
-    Returns:
-        A nested mapping of float32 arrays.
-    """
+    """Fresh parameters of a draft, as `load_hf_draft` returns them: float32 arrays by path."""
     return nn.meta.unbox(init_variables(DraftModel(config), key))["params"]

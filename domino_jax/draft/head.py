@@ -1,7 +1,6 @@
-"""A backbone that fills a block at once cannot know what it drafts earlier in it; a head does.
+"""The Domino head: a GRU over a block's previous tokens and a low-rank correction of the logits.
 
-A head is small, since at inference it runs once a token where the backbone runs once a block. The
-Domino head is a GRU over a block's previous tokens and a low-rank correction of the logits:
+A head is small: at inference it runs once a token, where the backbone runs once a block.
 
     prediction m             0        1        2      of token a + 1 + m, a the anchor's place
     previous token           a      a + 1    a + 2    the row's own in training, drafted in decoding
@@ -36,14 +35,11 @@ class Head(Protocol):
     expansion: jax.Array
 
     def __call__(self, hidden: jax.Array, previous: jax.Array) -> jax.Array:
-        """The factors of teacher-forced predictions.
+        """The factors of teacher-forced predictions, [..., M, D] twice -> [..., M, R].
 
-        Args:
-            hidden: [..., M, D], backbone states of the predictions.
-            previous: [..., M, D], embeddings of the tokens just before them.
-        Returns:
-            [..., M, R], of all predictions: `DraftModel.corrections` and decoding leave the first
-            `pure_draft_prefix_len` uncorrected.
+        `hidden` are backbone states of the predictions, `previous` embeddings of the tokens just
+        before them. `DraftModel.corrections` and decoding leave the first `pure_draft_prefix_len`
+        uncorrected.
         """
 
     def initial_state(self, count: int) -> Any:

@@ -1,7 +1,6 @@
-"""What a draft sees in training and lacks at inference spoils it; this says who sees what.
+"""Which keys each draft query attends to: its span of the context.
 
-Two forms: a span of the context per query, which is all that the kernels need, and the dense mask
-that spells out everything, their slow reference. With K = 2 and anchors 3 and 6:
+A block sees all of itself, and of the context one span per query. With K = 2 and anchors 3 and 6:
 
                                  context             blocks' tokens
                                  0 1 2 3 4 5 6 7     0 0 1 1
@@ -75,42 +74,3 @@ def layer_spans(
         # Sorted: a set has another order in each process, and with it the traced program.
         for kind in sorted(set(cfg.attention_types))
     }
-
-
-def block_mask(
-    anchors: jax.Array,
-    keep: jax.Array,
-    *,
-    context_len: int,
-    block_size: int,
-    seq_lens: jax.Array | None = None,
-    window: int | None = None,
-    causal: bool = False,
-) -> jax.Array:
-    """The whole mask over `[context | all blocks]`: the slow reference for `block_attention`.
-
-    Args:
-        anchors: int32 [B, N].
-        keep: bool [B, N].
-        context_len: S.
-        block_size: K.
-        seq_lens: int [B, documents] for packed rows.
-        window: as in `context_span`.
-        causal: whether a query sees only its own and earlier positions of its block.
-    Returns:
-        bool [B, N*K, S + N*K], True where attention is allowed. An unused slot still sees itself,
-        so that no softmax is empty.
-    """
-    batch, count = anchors.shape
-    size = count * block_size
-    span = context_span(anchors, keep, seq_lens=seq_lens, block_size=block_size, window=window)
-    places = jnp.arange(context_len)
-    context = (span.first[..., None] <= places) & (places < span.end[..., None])  # [B, N, Q, S]
-    context = jnp.broadcast_to(context, (batch, count, block_size, context_len))
-    context = context.reshape(batch, size, context_len)
-    position = jnp.arange(size)
-    own = position[:, None] // block_size == position[None, :] // block_size
-    if causal:
-        own &= position[None, :] <= position[:, None]
-    own = jnp.broadcast_to(own, (batch, size, size))
-    return jnp.concatenate([context, own], axis=-1)

@@ -1,7 +1,7 @@
-"""The target's own greedy answers to a set are the same for every draft: they are decoded once.
+"""A cache of the target's own greedy answers, which are the same for every draft.
 
-They lie in the user's cache, each set in a file whose name is the hash of all that they depend on,
-so that another target, prompt, length, type or version finds other ones:
+Each set is a file whose name is the hash of all that the answers depend on: another target, prompt,
+length, type or version finds another file:
 
     answers/3f9a....json    {"identity": {...}, "tokens": [[...], ...], "stopped": [...]}
 """
@@ -52,8 +52,7 @@ def cached_answers(
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(record) + "\n")
     except OSError as error:
-        reason = error.strerror or error
-        reporter.say(f"{directory}: {reason}; the target's answers are not kept")
+        reporter.say(f"{directory}: {error.strerror or error}; the target's answers are not kept")
     return answers
 
 
@@ -70,20 +69,11 @@ def _read(path: Path, identity: str) -> list[Answer] | None:
         record = read_json(path)
         if settings_text(record["identity"]) != identity:
             return None
-        pairs = zip(record["tokens"], record["stopped"], strict=True)
-        return [_answer(np.array(tokens, np.int32), bool(stopped)) for tokens, stopped in pairs]
+        answers = []
+        for tokens, stopped in zip(record["tokens"], record["stopped"], strict=True):
+            ids = np.array(tokens, np.int32)
+            count = max(len(ids) - 1, 0)  # the target alone verifies nothing
+            answers.append(Answer(ids, np.zeros(len(ids), bool), bool(stopped), count, count, 0))
+        return answers
     except (InputError, KeyError, TypeError, ValueError, OverflowError):
         return None
-
-
-def _answer(tokens: np.ndarray, stopped: bool) -> Answer:
-    """An answer of the target alone, which verifies nothing; it has no time."""
-    count = max(len(tokens) - 1, 0)
-    return Answer(
-        tokens,
-        np.zeros(len(tokens), bool),
-        stopped,
-        committed=count,
-        verifications=count,
-        seconds=0,
-    )

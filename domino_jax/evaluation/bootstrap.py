@@ -1,8 +1,7 @@
-"""A tau of eighty prompts is one draw of many; an interval says what others might have given.
+"""Bootstrap intervals of tau and of paired gains, over prompts.
 
-Prompts are drawn again and again with replacement (the bootstrap), each with all that was decoded
-for it. Two ways to decode are compared on the same prompts, so that what a prompt is worth, easy or
-hard, cancels:
+Prompts are drawn again and again with replacement, each with all that was decoded for it. Two ways
+to decode are compared on the same prompts, so that what a prompt is worth, easy or hard, cancels:
 
     prompt       1     2     3   ..          ratio of sums, of each draw of prompts
     one way      c/v   c/v   c/v             tau = sum c / sum v

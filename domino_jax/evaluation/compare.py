@@ -1,7 +1,7 @@
-"""Speculative decoding promises the target's own text, so every token is held against it.
+"""Comparison of speculative greedy answers with the target's own, token by token.
 
-Two greedy outputs may part where two logits are a tie for the arithmetic. So a difference is told
-with the gap between both logits, and whoever reads it can tell a tie from a fault.
+Two greedy outputs may part where two logits are a tie for the arithmetic. So a difference has the
+gap between both logits, which tells a tie from a fault.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ TIES = {"float32": 1e-3, "bfloat16": 0.25}
 class Difference:
     """The first place where two greedy outputs differ, and how far apart the target's logits are.
 
-    `logit_gap` is between both tokens; a token is -1, and the gap None, where that output had
-    already ended.
+    `logit_gap` is between both tokens after the common prefix; a token is -1, and the gap None,
+    where that output had already ended.
     """
 
     prompt: int
@@ -75,8 +75,7 @@ def compare(
 ) -> Comparison:
     """Compares speculative greedy answers with plain ones.
 
-    After a first difference the two texts are answers to different prefixes, so a prompt is
-    compared up to there.
+    A prompt is compared up to the first difference: behind it the prefixes differ.
 
     Args:
         weights: parameters of the target.
@@ -84,9 +83,6 @@ def compare(
         prompts: token ids of each prompt.
         plain: answers of the target alone.
         speculative: answers with a draft.
-    Returns:
-        `Comparison`; `logit_gap` is the absolute difference of the target's two logits after the
-        common prefix.
     """
     compared = equal = 0
     differences = []
@@ -99,8 +95,9 @@ def compare(
             continue
         compared += position + 1
         equal += position
-        left_token = _token_at(left, position)
-        right_token = _token_at(right, position)
+        left_token, right_token = (
+            int(one.tokens[position]) if position < len(one.tokens) else -1 for one in (left, right)
+        )
         gap = None
         if -1 not in (left_token, right_token):
             read = np.concatenate([prompt, left.tokens[:position]])
@@ -118,11 +115,6 @@ def first_difference(left: np.ndarray, right: np.ndarray) -> int | None:
         return int(unequal[0])
     # Equal as far as both go: they part where one of them has ended.
     return None if len(left) == len(right) else shorter
-
-
-def _token_at(answer: Answer, position: int) -> int:
-    """A token of an answer, -1 where it has ended."""
-    return int(answer.tokens[position]) if position < len(answer.tokens) else -1
 
 
 def next_logits(target: Target, params: Any, tokens: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How drafts are counted, in one place: training, evaluation and pages may not differ in it.
+"""The counting rule of drafts: verifications, committed tokens, tau, acceptance by position.
 
 An answer is the target's first token, which costs no verification, then cycles: the drafted tokens
 that were kept (d), and the target's own (t). The last cycle may be cut by a stop or the limit:
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from domino_jax.decoding.generate import Answer
+from domino_jax.evaluation.bootstrap import PerPrompt
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ def in_cycles(greedy: Answer, kept: Sequence[int]) -> Answer:
     )
 
 
+def per_prompt(answers: Sequence[Answer]) -> PerPrompt:
+    """What each answer took."""
+    committed = tuple(answer.committed for answer in answers)
+    return PerPrompt(committed, tuple(answer.verifications for answer in answers))
+
+
 def tau(answers: Sequence[Answer]) -> float:
     """Tokens committed per verification by the target, its own token included."""
-    committed = sum(answer.committed for answer in answers)
-    return committed / max(verifications(answers), 1)
-
-
-def verifications(answers: Sequence[Answer]) -> int:
-    """Blocks that the target verified."""
-    return sum(answer.verifications for answer in answers)
+    return per_prompt(answers).tau
 
 
 def acceptance(answers: Sequence[Answer], proposals: int) -> Acceptance:
@@ -80,7 +81,7 @@ def acceptance(answers: Sequence[Answer], proposals: int) -> Acceptance:
         for length, cut in _cycles(answer):
             kept[:length] += 1
             decided[: length if cut else length + 1] += 1
-    total = max(verifications(answers), 1)
+    total = max(sum(answer.verifications for answer in answers), 1)
     return Acceptance(
         marginal=tuple(float(count / total) for count in kept),
         conditional=tuple(

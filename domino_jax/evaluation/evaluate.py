@@ -1,8 +1,7 @@
-"""A long acceptance length says nothing where the output has changed: both are measured together.
+"""Acceptance, outputs and speed of a draft on a set of prompts, measured in one run.
 
-Nor does one of another day, or another set. So what a drafter gains on a set of prompts is measured
-in one run; acceptance in batches, which is quick, and time one prompt after the other, which is how
-a user waits:
+Acceptance is counted in batches, which is quick; time is taken one prompt after the other, as a
+user waits:
 
     prompts -> plain, the target alone      -.   every token of the others is held against it
             -> serving, K - 1 proposals      |
@@ -11,25 +10,23 @@ a user waits:
             -> ngram, copied from the text  -'
     some    -> plain and serving in turns, batch 1 -> tokens/s
 
-Where drafts are replayed on the target's own answers, what is timed is all that is decoded, and so
-all that can be held against them.
+Where drafts are replayed on the target's own answers, only what is timed is decoded and compared.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from domino_jax.base.progress import STDERR, Reporter
+from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.decoding.decoder import Decoder, Weights, alone, number_of_proposals
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import required_cache_len
-from domino_jax.evaluation import counts
 from domino_jax.evaluation.bootstrap import Gain, PerPrompt, gain, tau_interval
 from domino_jax.evaluation.compare import Comparison, compare
-from domino_jax.evaluation.counts import Acceptance
+from domino_jax.evaluation.counts import Acceptance, acceptance, per_prompt
 from domino_jax.evaluation.prompt_lookup import look_up
 from domino_jax.evaluation.replay import replayed
 from domino_jax.evaluation.throughput import Speed, measured_speed
@@ -44,13 +41,9 @@ class ModeFigures:
 
     Attributes:
         proposals: drafted tokens per verification, at most.
-        tau: tokens committed per verification, the target's own included; the first token of an
+        tau: committed tokens per verification, the target's own included; the first token of an
             answer costs none and is not counted.
         interval: of tau, 95 % over prompts; None for one prompt.
-        committed: tokens that were counted.
-        verifications: blocks that the target verified.
-        acceptance: by position.
-        per_prompt: of each prompt.
         comparison: of what was decoded greedily with the target's own; None where tokens were
             drawn, and for what is only computed from the target's own outputs.
         gain: of the headline over this way; None for itself, and over a way without a tau.
@@ -78,7 +71,6 @@ class SetFigures:
     """What a draft gains on a set of prompts.
 
     Attributes:
-        prompts: how many there are.
         modes: by name; `serving` is there always.
         speed: None where nothing was timed.
         answers: those of `serving`, in the order of the prompts.
@@ -144,24 +136,29 @@ def evaluate(
         reporter: is told each batch.
     """
     modes = _modes(decoder)
-    longest = max(map(len, prompts))
-    # One number for all ways, and for sets of like lengths: any other would be another program to
-    # compile. Programs are warmed up by answers of two tokens.
-    cache_len = max(
-        required_cache_len(mode, longest, max(max_new_tokens, 2)) for mode in modes.values()
-    )
-    cache_len = _power_of_two(cache_len)
-    settings = _Batches(batch_size, max_new_tokens, cache_len, seed)
+    cache_len = _cache_len(modes.values(), prompts, max_new_tokens)
     if decoder.temperature > 0:
         if replay:
             raise ValueError("drawn tokens cannot be replayed: replay is for temperature 0")
         plain = None  # drawn tokens have nothing to be held against
     elif plain is None:
-        answered = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        plain = plain_answers(decoder, weights, prompts, **answered, reporter=reporter)
-    answers = _answers_of(
-        modes, weights, prompts, plain if replay else None, settings=settings, reporter=reporter
-    )
+        plain = plain_answers(
+            decoder,
+            weights,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            reporter=reporter,
+        )
+    batches = _Batches(weights, prompts, batch_size, max_new_tokens, cache_len, seed)
+    answers: dict[str, list[Answer]] = {}
+    if replay and plain is not None:
+        with reporter.bar("replayed", total=len(prompts)) as bar:
+            answers = batches.replayed(modes, plain, bar)
+    else:
+        with reporter.bar("answers", total=len(modes) * len(prompts)) as bar:
+            for name, mode in modes.items():
+                answers[name] = batches.decoded(mode, bar, name, len(answers) * len(prompts))
     speed, timed_answers = measured_speed(
         modes[SERVING],
         weights,
@@ -171,8 +168,9 @@ def evaluate(
         seed=seed,
         reporter=reporter,
     )
+    # What the target itself stood for.
     decoded = {SERVING: timed_answers} if replay else answers
-    figures = _of_modes(modes, weights, prompts, answers, plain, decoded=decoded)
+    figures = _mode_figures(modes, batches, answers, plain, decoded)
     return SetFigures(prompts=len(prompts), modes=figures, speed=speed, answers=answers[SERVING])
 
 
@@ -196,34 +194,80 @@ def plain_answers(
         reporter: is told each batch.
     """
     plain = alone(replace(decoder, temperature=0.0))
-    cache_len = _power_of_two(required_cache_len(plain, max(map(len, prompts)), max_new_tokens))
+    cache_len = _cache_len([plain], prompts, max_new_tokens)
+    batches = _Batches(weights, prompts, batch_size, max_new_tokens, cache_len)
     with reporter.bar("answers", total=len(prompts)) as bar:
-        return _in_batches(
-            plain,
-            weights=weights,
-            prompts=prompts,
-            settings=_Batches(batch_size, max_new_tokens, cache_len, 0),
-            tell=functools.partial(_tell, bar.tell, "plain", 0),
-        )
+        return batches.decoded(plain, bar, "plain")
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """How prompts are decoded; what is compiled depends on the first three."""
+    """A set of prompts, decoded in batches; what is compiled depends on their three numbers."""
 
+    weights: Weights
+    prompts: Sequence[np.ndarray]
     size: int
     max_new_tokens: int
     cache_len: int
-    seed: int
+    seed: int = 0
+
+    def decoded(self, decoder: Decoder, bar: Bar, name: str, before: int = 0) -> list[Answer]:
+        """The answers to all prompts; `bar` is told them beyond those `before`."""
+        answers: dict[int, Answer] = {}
+        for batch in self._filled(list(map(len, self.prompts))):
+            found = generate(
+                decoder,
+                self.weights,
+                [self.prompts[index] for index in batch],
+                max_new_tokens=self.max_new_tokens,
+                cache_len=self.cache_len,
+                seed=self.seed + len(answers),
+            )
+            for index, answer in zip(batch, found, strict=True):
+                answers.setdefault(index, answer)  # a repeated prompt is answered by the first
+            bar.tell(before + len(answers), name)
+        return [answers[index] for index in range(len(self.prompts))]
+
+    def replayed(
+        self, modes: Mapping[str, Decoder], plain: Sequence[Answer], bar: Bar
+    ) -> dict[str, list[Answer]]:
+        """The target's own answers as each way would have written them."""
+        pairs = zip(self.prompts, plain, strict=True)
+        answers: dict[str, dict[int, Answer]] = {name: {} for name in modes}
+        for batch in self._filled([len(prompt) + len(one.tokens) for prompt, one in pairs]):
+            written = replayed(
+                modes,
+                self.weights,
+                [self.prompts[index] for index in batch],
+                [plain[index] for index in batch],
+                cache_len=self.cache_len,
+                max_new_tokens=self.max_new_tokens,
+            )
+            for name, of_batch in written.items():
+                answers[name] |= dict(zip(batch, of_batch, strict=True))
+            bar.tell(len(answers[SERVING]))
+        return {name: [of[index] for index in range(len(plain))] for name, of in answers.items()}
+
+    def _filled(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Places of prompts, `size` at a time, by length: few paddings are compiled.
+
+        Short of prompts, the last batch repeats one: another size is another program.
+        """
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        size = min(self.size, len(order))
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            yield [*batch, *[batch[-1]] * (size - len(batch))]
 
 
-def _power_of_two(number: int) -> int:
-    """The least one that is not below a number."""
-    return 1 << (number - 1).bit_length()
-
-
-def _tell(tell: Callable[[int, str], None], name: str, before: int, done: int) -> None:
-    tell(before + done, name)
+def _cache_len(
+    decoders: Iterable[Decoder], prompts: Sequence[np.ndarray], max_new_tokens: int
+) -> int:
+    """A power of two for all ways, and for sets of like lengths: another would be recompiled."""
+    longest = max(map(len, prompts))
+    # Programs are warmed up by answers of two tokens.
+    needed = max(required_cache_len(one, longest, max(max_new_tokens, 2)) for one in decoders)
+    return 1 << (needed - 1).bit_length()
 
 
 def _modes(decoder: Decoder) -> dict[str, Decoder]:
@@ -240,149 +284,39 @@ def _modes(decoder: Decoder) -> dict[str, Decoder]:
     return modes
 
 
-def _answers_of(
+def _mode_figures(
     modes: Mapping[str, Decoder],
-    weights: Weights,
-    prompts: Sequence[np.ndarray],
-    known: Sequence[Answer] | None,
-    *,
-    settings: _Batches,
-    reporter: Reporter,
-) -> dict[str, list[Answer]]:
-    """The answers of each way: those that are known, replayed, or decoded."""
-    if known is not None:
-        return _replayed(modes, weights, prompts, known, settings=settings, reporter=reporter)
-    answers = {}
-    with reporter.bar("answers", total=len(modes) * len(prompts)) as bar:
-        for done, (name, mode) in enumerate(modes.items()):
-            tell = functools.partial(_tell, bar.tell, name, done * len(prompts))
-            answers[name] = _in_batches(
-                mode, weights=weights, prompts=prompts, settings=settings, tell=tell
-            )
-    return answers
-
-
-def _replayed(
-    modes: Mapping[str, Decoder],
-    weights: Weights,
-    prompts: Sequence[np.ndarray],
-    plain: Sequence[Answer],
-    *,
-    settings: _Batches,
-    reporter: Reporter,
-) -> dict[str, list[Answer]]:
-    """The target's own answers as each way would have written them."""
-    texts = [len(prompt) + len(one.tokens) for prompt, one in zip(prompts, plain, strict=True)]
-    order = sorted(range(len(prompts)), key=texts.__getitem__)
-    size = min(settings.size, len(prompts))
-    answers: dict[str, dict[int, Answer]] = {name: {} for name in modes}
-    with reporter.bar("replayed", total=len(prompts)) as bar:
-        for first in range(0, len(order), size):
-            batch = order[first : first + size]
-            # Short of prompts, the last batch repeats one: another size is another program.
-            filled = [*batch, *[batch[-1]] * (size - len(batch))]
-            written = replayed(
-                modes,
-                weights,
-                [prompts[index] for index in filled],
-                [plain[index] for index in filled],
-                cache_len=settings.cache_len,
-                max_new_tokens=settings.max_new_tokens,
-            )
-            for name, of_batch in written.items():
-                answers[name] |= dict(zip(batch, of_batch, strict=False))
-            bar.tell(first + len(batch))
-    return {name: [of[index] for index in range(len(prompts))] for name, of in answers.items()}
-
-
-def _in_batches(
-    decoder: Decoder,
-    *,
-    weights: Weights,
-    prompts: Sequence[np.ndarray],
-    settings: _Batches,
-    tell: Callable[[int], None],
-) -> list[Answer]:
-    """The answers to all prompts, in their order."""
-    # Like lengths share their padding, so that few lengths are compiled.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    size = min(settings.size, len(prompts))
-    answers: dict[int, Answer] = {}
-    for first in range(0, len(order), size):
-        batch = order[first : first + size]
-        found = generate(
-            decoder,
-            weights,
-            [prompts[index] for index in batch],
-            max_new_tokens=settings.max_new_tokens,
-            size=size,
-            cache_len=settings.cache_len,
-            seed=settings.seed + first,
-        )
-        answers |= dict(zip(batch, found, strict=True))
-        tell(len(answers))
-    return [answers[index] for index in range(len(prompts))]
-
-
-def _of_modes(
-    modes: Mapping[str, Decoder],
-    weights: Weights,
-    prompts: Sequence[np.ndarray],
+    batches: _Batches,
     answers: Mapping[str, Sequence[Answer]],
     plain: Sequence[Answer] | None,
-    *,
     decoded: Mapping[str, Sequence[Answer]],
 ) -> dict[str, ModeFigures]:
-    """The figures of each way, and of the floor where the target's own answers are known.
-
-    `decoded` are the answers, to the first prompts, that the target itself stood for.
-    """
-    target = modes[SERVING].target
-    headline = _per_prompt(answers[SERVING])
-    figures = {}
-    for name, mode in modes.items():
-        compared = None
-        if plain is not None and decoded.get(name):
-            count = len(decoded[name])
-            compared = compare(weights, target, prompts[:count], plain[:count], decoded[name])
-        figures[name] = _figures(
-            answers[name], mode.proposals, headline, name=name, comparison=compared
-        )
+    """The figures of each way, and of the floor where the target's own answers are known."""
+    serving, every = modes[SERVING], dict(answers)
     if plain is not None:
         # As many proposals as the headline has: both cost the target the same block.
-        proposals = modes[SERVING].proposals
-        copied = [
-            look_up(prompt, answer, proposals=proposals)
-            for prompt, answer in zip(prompts, plain, strict=True)
-        ]
-        figures[NGRAM] = _figures(copied, proposals, headline, name=NGRAM, comparison=None)
+        pairs = zip(batches.prompts, plain, strict=True)
+        every[NGRAM] = [look_up(*pair, proposals=serving.proposals) for pair in pairs]
+    headline = per_prompt(answers[SERVING])
+    figures = {}
+    for name, of_mode in every.items():
+        compared, known = None, decoded.get(name, ())
+        if plain is not None and known:
+            first = slice(len(known))
+            compared = compare(
+                batches.weights, serving.target, batches.prompts[first], plain[first], known
+            )
+        taken = per_prompt(of_mode)
+        proposals = modes.get(name, serving).proposals
+        figures[name] = ModeFigures(
+            proposals=proposals,
+            tau=taken.tau,
+            interval=tau_interval(taken),
+            committed=sum(taken.committed),
+            verifications=sum(taken.verifications),
+            acceptance=acceptance(of_mode, proposals),
+            per_prompt=taken,
+            comparison=compared,
+            gain=None if name == SERVING else gain(headline, taken),
+        )
     return figures
-
-
-def _per_prompt(answers: Sequence[Answer]) -> PerPrompt:
-    return PerPrompt(
-        tuple(answer.committed for answer in answers),
-        tuple(answer.verifications for answer in answers),
-    )
-
-
-def _figures(
-    answers: Sequence[Answer],
-    proposals: int,
-    headline: PerPrompt,
-    *,
-    name: str,
-    comparison: Comparison | None,
-) -> ModeFigures:
-    per_prompt = _per_prompt(answers)
-    return ModeFigures(
-        proposals=proposals,
-        tau=counts.tau(answers),
-        interval=tau_interval(per_prompt),
-        committed=sum(per_prompt.committed),
-        verifications=counts.verifications(answers),
-        acceptance=counts.acceptance(answers, proposals),
-        per_prompt=per_prompt,
-        comparison=comparison,
-        gain=None if name == SERVING else gain(headline, per_prompt),
-    )

@@ -1,7 +1,7 @@
-"""The floor of a drafter: proposals that cost nothing, copied from the text itself.
+"""Prompt look-up, the baseline of a drafter: proposals copied from the text itself.
 
-Where the last tokens stood before, what followed them then is proposed again (prompt look-up, as
-serving engines offer it). It needs no training: a drafter that does not beat it is worth nothing.
+Where the last tokens stood before, what followed them then is proposed again, as serving engines
+offer it. It needs no training: a drafter that does not beat it is worth nothing.
 
     the cat sat. now the cat | sat . now       the longest run of last tokens that stood before,
         `--------'   `-----'                   its latest place, and what followed there

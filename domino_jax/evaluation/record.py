@@ -1,18 +1,17 @@
-"""A tau says nothing without its evaluator: another template or block size gives another one.
+"""`evaluation.json` of a run: figures with all that they depend on, and what training said.
 
-So `evaluation.json` of a run holds both, with what training said of the same draft:
-
-    {"evaluator": {target, chat template, step, block, seed, ...},
-     "training":  {first and last loss, held-out figures},
-     "cycle":     {milliseconds of a cycle by part, break-even tau, where and when},
-     "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when,
-                          "endpoint": `EndpointFigures`, where a server was asked}, ...}}
+{"evaluator": {target, chat template, step, block, seed, ...},
+ "training":  {first and last loss, held-out figures},
+ "cycle":     {milliseconds of a cycle by part, break-even tau, where and when},
+ "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when,
+                      "endpoint" of `compare_with_server`, if one was asked}, ...}}
 """
 
 import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,9 +71,8 @@ def hardware() -> str:
 def processor() -> str:
     """The name of this machine's cores."""
     known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:(.*)", known.read_text() if known.exists() else "", re.M)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def set_names(files: Sequence[Path], path: Path) -> list[str]:
@@ -86,29 +84,21 @@ def set_names(files: Sequence[Path], path: Path) -> list[str]:
     Raises:
         InputError: two of them would be one set.
     """
-    names = [path.name.split(".jsonl")[0] for path in files]
+    names = [file.name.split(".jsonl")[0] for file in files]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"two files of prompts would both be called {name} in {path}")
     return names
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """What an evaluation holds already: its sets, and the times of a cycle where it has them."""
-
-    sets: Mapping[str, Any]
-    cycle: Mapping[str, Any] | None
-
-
-def read_earlier(path: Path, evaluator: Evaluator) -> Earlier:
-    """An evaluation that more sets are added to; an empty one where there is no file.
+def read_earlier(path: Path, evaluator: Evaluator) -> dict[str, Any]:
+    """An evaluation that more sets are added to: its `sets` and `cycle`, which may be None.
 
     Raises:
         InputError: it was measured otherwise: with another checkpoint or length, for example.
     """
     if not path.exists():
-        return Earlier({}, None)
+        return {"sets": {}, "cycle": None}
     record = read_json(path)
     known, now = record.get("evaluator"), evaluator.as_json()
     sets, cycle = record.get("sets"), record.get("cycle")
@@ -122,7 +112,7 @@ def read_earlier(path: Path, evaluator: Evaluator) -> Earlier:
                 f"{path}: was measured with {name} {settings_text(known.get(name))}, this is "
                 f"{settings_text(value)}; leave --append out to replace it"
             )
-    return Earlier(sets, cycle)
+    return {"sets": sets, "cycle": cycle}
 
 
 def write_evaluation(

@@ -1,8 +1,8 @@
-"""What greedy decoding commits is the target's own text: where that is known, drafts run alone.
+"""Drafts run alone on known greedy answers, which are what verification would commit.
 
-Verifying is what costs, and several ways to draft are measured on the same prompts. So the target
-reads each text once, and all tokens of an answer are anchors at once, as in training. A draft is
-kept as far as it says what the text says; so far the head has read the text, too:
+Verifying is what costs. So the target reads each text once, and all tokens of an answer are anchors
+at once, as in training. A draft is kept as far as it agrees with the text; so far the head has read
+the text, too:
 
     text    t0 t1 t2 t3 t4 t5
     at t0      t1 t2  x            2 kept: the cycle from t0 on writes t1 t2 and the target's own t3
@@ -57,8 +57,10 @@ def replayed(
     Returns:
         By way, one `Answer` per prompt; it has no time.
     """
-    pairs = zip(prompts, answers, strict=True)
-    texts = [np.concatenate([prompt, answer.tokens]) for prompt, answer in pairs]
+    texts = [
+        np.concatenate([prompt, answer.tokens])
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     padded = np.zeros((len(texts), bucketed(max(map(len, texts)))), np.int32)
     for index, text in enumerate(texts):
         padded[index, : len(text)] = text

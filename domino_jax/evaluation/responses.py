@@ -1,8 +1,4 @@
-"""A server is somebody else's program: it may hang, lie or never end, and this one goes on.
-
-So time and size of a response are bounded, what it should hold is looked for by its path, and
-whatever else comes is one line that names the address.
-"""
+"""JSON responses of servers, bounded in time and size; a fault is one line with the address."""
 
 import http.client
 import json
@@ -65,13 +61,11 @@ def fetch(
         InputError: there is none, or not in time, or one that has no end.
     """
     data = None if question is None else json.dumps(question).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(address, data, headers)
-    opener = urllib.request.build_opener(_AsAnswered)
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
     ends = time.monotonic() + timeout
     said = bytearray()
     try:
-        with opener.open(request, timeout=timeout) as response:
+        with urllib.request.build_opener(_AsAnswered).open(request, timeout=timeout) as response:
             # In pieces: who sends a byte now and then is always within the time of a piece.
             while piece := response.read1(2**16):
                 said += piece

@@ -1,6 +1,6 @@
-"""Servers count what drafts took otherwise than `counts` does: here theirs is converted.
+"""Greedy answers of serving engines, and what drafts took, converted to the rule of `counts`.
 
-They are asked for greedy answers by token ids, one prompt after the other, as a user waits:
+Servers are asked by token ids, one prompt after the other, as a user waits:
 
     find_server(URL)      -> `Server`, SGLang, vLLM or another OpenAI-style one
     ask(server, prompts)  -> `Served`, tokens, verifications and seconds
@@ -26,7 +26,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,15 @@ from domino_jax.evaluation.responses import (
 NAME_CHARACTERS = 60  # of what a server calls itself
 
 # Counters of vLLM, of all requests together, and how Prometheus writes them.
-DRAFTS, DRAFTED = "spec_decode_num_drafts", "spec_decode_num_draft_tokens"
-KEPT, GENERATED = "spec_decode_num_accepted_tokens", "generation_tokens"
-COUNTER = re.compile(r"vllm:(\w+)_total(?:\{.*\})? (\d{1,30}(?:\.\d{1,30})?(?:e\+?\d{1,2})?)")
+COUNTERS = (
+    "spec_decode_num_drafts",
+    "spec_decode_num_accepted_tokens",
+    "spec_decode_num_draft_tokens",
+    "generation_tokens",
+)
+COUNTER = re.compile(
+    r"^vllm:(\w+)_total(?:\{.*\})? (\d{1,30}(?:\.\d{1,30})?(?:e\+?\d{1,2})?)\r?$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,7 @@ class ServedAnswer:
     """One answer of a server.
 
     Attributes:
-        text: of the answer.
-        tokens: its token ids, int32 [n]; None where the server tells text alone.
+        tokens: token ids, int32 [n]; None where the server tells text alone.
         length: n.
         drafting: None where the server does not tell it of a request.
         seconds: from the question to the end of the answer.
@@ -108,23 +113,14 @@ class ServedAnswer:
 class Served:
     """The answers of a server to a set of prompts.
 
-    `drafting` is what drafts took of all together; None where the server does not tell it.
+    `drafting` is what drafts took of all together, `per_prompt` of each; None where the server does
+    not tell it.
     """
 
     server: Server
     answers: Sequence[ServedAnswer]
-    drafting: Drafting | None
-
-    @property
-    def per_prompt(self) -> PerPrompt | None:
-        """What each prompt took; None where the server does not tell it."""
-        told = [answer.drafting for answer in self.answers if answer.drafting is not None]
-        if len(told) < len(self.answers):
-            return None
-        return PerPrompt(
-            tuple(answer.committed for answer in self.answers),
-            tuple(drafting.verifications for drafting in told),
-        )
+    drafting: Drafting | None = None
+    per_prompt: PerPrompt | None = None
 
 
 def find_server(url: str, *, timeout: float = TIMEOUT_SECONDS) -> Server:
@@ -147,8 +143,7 @@ def find_server(url: str, *, timeout: float = TIMEOUT_SECONDS) -> Server:
     models = json_of(source, timeout)
     model = need(models, "data", 0, "id", kind=str, source=source)
     owner = find(models, "data", 0, "owned_by")
-    version = mapping_of(f"{base}/version", timeout)
-    name = _name(str(owner or "OpenAI-style server"), version)
+    name = _name(str(owner or "OpenAI-style server"), mapping_of(f"{base}/version", timeout))
     return Server(base, name, model, None, timeout)
 
 
@@ -179,14 +174,15 @@ def ask(
             bar.tell(len(answers))
     told = [answer.drafting for answer in answers if answer.drafting is not None]
     if len(told) == len(answers):
-        verifications = sum(drafting.verifications for drafting in told)
+        verifications = tuple(drafting.verifications for drafting in told)
         drafted = sum(drafting.drafted for drafting in told)
-        return Served(server, answers, Drafting(verifications, drafted))
+        per_prompt = PerPrompt(tuple(answer.committed for answer in answers), verifications)
+        return Served(server, answers, Drafting(sum(verifications), drafted), per_prompt)
     try:
         return Served(server, answers, _drafting_of_set(before, _counters(server), answers))
     except InputError as error:
         reporter.say(f"{server.url}: {error}; its text alone is compared")
-        return Served(server, answers, None)
+        return Served(server, answers)
 
 
 def _answer(
@@ -225,27 +221,23 @@ def _sglang_answer(record: Any, server: Server, seconds: float, *, source: str) 
     # Some versions return the last tokens of the prompt before them.
     tokens = _token_ids(find(record, "output_ids"), length, source=source)
     text = need(record, "text", kind=str, source=source) if tokens is None else ""
-    answer = ServedAnswer(text, tokens, length, None, seconds)
-    if find(record, "meta_info", "spec_verify_ct") is None:
-        return answer
-    verifications = count(record, "meta_info", "spec_verify_ct", source=source)
-    drafted = verifications * ((server.block or 1) - 1)
-    return replace(answer, drafting=Drafting(verifications, drafted))
+    drafting = None
+    if find(record, "meta_info", "spec_verify_ct") is not None:
+        verifications = count(record, "meta_info", "spec_verify_ct", source=source)
+        drafting = Drafting(verifications, verifications * ((server.block or 1) - 1))
+    return ServedAnswer(text, tokens, length, drafting, seconds)
 
 
 def _openai_answer(record: Any, server: Server, seconds: float, *, source: str) -> ServedAnswer:
     length = count(record, "usage", "completion_tokens", source=source)
     tokens = _token_ids(find(record, "choices", 0, "token_ids"), length, source=source)
     text = need(record, "choices", 0, "text", kind=str, source=source)
-    answer = ServedAnswer(text, tokens, length, None, seconds)
-    figures = ("metrics", "speculative_decoding")
-    if find(record, *figures) is None:
-        return answer
-    steps = count(record, *figures, "num_spec_steps", source=source)
-    kept = count(record, *figures, "num_accepted_draft_tokens", source=source)
-    drafted = count(record, *figures, "num_draft_tokens", source=source)
-    drafting = _drafting(answer.committed, steps, kept, drafted)
-    return replace(answer, drafting=drafting)
+    drafting, path = None, ("metrics", "speculative_decoding")
+    if find(record, *path) is not None:
+        names = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens")
+        counted = (count(record, *path, name, source=source) for name in names)
+        drafting = _drafting(max(length - 1, 0), *counted)
+    return ServedAnswer(text, tokens, length, drafting, seconds)
 
 
 def _drafting(committed: int, drafts: int, kept: int, drafted: int) -> Drafting:
@@ -260,11 +252,9 @@ def _counters(server: Server) -> Mapping[str, float] | None:
         return None
     _, said = fetch(f"{server.url}/metrics", server.timeout)
     counters: dict[str, float] = defaultdict(float)
-    for line in said.decode("utf-8", "replace").splitlines():
-        found = COUNTER.fullmatch(line)
-        if found:
-            counters[found[1]] += float(found[2])  # engines have a line each
-    return counters if DRAFTS in counters else None
+    for name, value in COUNTER.findall(said.decode("utf-8", "replace")):
+        counters[name] += float(value)  # engines have a line each
+    return counters if COUNTERS[0] in counters else None
 
 
 def _drafting_of_set(
@@ -275,8 +265,7 @@ def _drafting_of_set(
     """From vLLM's counters before and after all answers."""
     if before is None or after is None:
         raise InputError("tells verifications neither of a request nor, as vLLM, at /metrics")
-    names = (DRAFTS, KEPT, DRAFTED, GENERATED)
-    drafts, kept, drafted, generated = (int(after[name] - before[name]) for name in names)
+    drafts, kept, drafted, generated = (int(after[name] - before[name]) for name in COUNTERS)
     length = sum(answer.length for answer in answers)
     if generated != length:
         raise InputError(

@@ -1,6 +1,6 @@
-"""How fast a user gets an answer: one prompt after the other, with the draft and without, in turns.
+"""Tokens per second at batch 1, with the draft and without.
 
-A machine slows down and recovers; two ways that take turns at each prompt are slowed down alike.
+The two take turns at each prompt: where a machine slows down, both are slowed down alike.
 """
 
 import functools
@@ -67,17 +67,14 @@ def measured_speed(
         for prompt in buckets.values():
             # Two tokens: the pass over the prompt gives the first, so the loop runs for another.
             run(mode, prompts=[prompt], max_new_tokens=2)
-    taken = dict.fromkeys(modes, 0.0)
     answers: dict[str, list[Answer]] = {name: [] for name in modes}
     with reporter.bar("timed", total=len(prompts)) as bar:
         for done, prompt in enumerate(prompts, start=1):
-            # In turns: where a machine slows down, it slows both.
             for name, mode in modes.items():
-                (answer,) = run(mode, prompts=[prompt], max_new_tokens=max_new_tokens)
-                taken[name] += answer.seconds
-                answers[name].append(answer)
+                answers[name] += run(mode, prompts=[prompt], max_new_tokens=max_new_tokens)
             bar.tell(done)
-    speed = {
-        name: sum(len(answer.tokens) for answer in answers[name]) / taken[name] for name in modes
+    rates = {
+        name: sum(len(answer.tokens) for answer in given) / sum(answer.seconds for answer in given)
+        for name, given in answers.items()
     }
-    return Speed(len(prompts), speed["drafted"], speed["plain"]), answers["drafted"]
+    return Speed(len(prompts), rates["drafted"], rates["plain"]), answers["drafted"]

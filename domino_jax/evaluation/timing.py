@@ -1,7 +1,6 @@
-"""Tau alone does not say what drafting is worth: that depends on what a cycle costs on a machine.
+"""Times of a cycle, of its parts and of a step of the target alone: they give the break-even tau.
 
-So the parts of a cycle are timed apart, each as the program that it is within the cycle, and held
-against the whole cycle and against a step of the target alone, in turns:
+Each part is timed as the program that it is within the cycle, all in turns:
 
     draft          the backbone over its block, and the base logits
     head           what the Domino head adds to that
@@ -45,7 +44,6 @@ class CycleTimes:
 
     Attributes:
         context: tokens behind the cycle.
-        proposals: drafted tokens of it.
         draft: drafting without the head.
         head: what the head adds; None without one.
         verification: the target's pass.
@@ -99,7 +97,7 @@ def cycle_times(
     """
     # Nothing ends: a cycle that has nothing left to do must not be timed.
     endless = replace(decoder, stop_ids=())
-    plain = alone(endless)
+    plain, headless = alone(endless), replace(endless, use_head=False)
     committed = (rounds + WARM) * (decoder.proposals + 1)
     begin = functools.partial(
         start,
@@ -108,45 +106,43 @@ def cycle_times(
         max_new_tokens=committed + 1,
         cache_len=required_cache_len(decoder, context, committed + 1),
     )
-    drafts, verified = _given(endless, weights, begin(endless))
-    given = drafts, verified.logits, verified.features
-    steps: dict[str, tuple[Decoder, _Step]] = {
-        "whole": (endless, _whole),
-        "plain": (plain, _whole),
-        "draft": (replace(endless, use_head=False), _draft_alone),
-        "with_head": (endless, _draft_alone),
-        "verification": (endless, _verification),
-        "rest": (endless, _rest),
-        "call": (endless, _nothing),
+    given = _given(endless, weights, begin(endless))
+    parts: dict[str, _Part] = {
+        "whole": lambda weights, state, _: (cycle(endless, weights, state), None),
+        "plain": lambda weights, state, _: (cycle(plain, weights, state), None),
+        "draft": lambda weights, state, _: (state, _block(headless, weights, state)),
+        "with_head": lambda weights, state, _: (state, _block(endless, weights, state)),
+        "verification": functools.partial(_verification, endless),
+        "rest": functools.partial(_rest, endless),
+        "call": lambda weights, state, _: (state, None),
     }
     runs = {
-        name: _repeated(functools.partial(step, mode), weights, begin(mode), given)
-        for name, (mode, step) in steps.items()
+        name: _repeated(part, weights, begin(plain if name == "plain" else endless), given)
+        for name, part in parts.items()
     }
     times = _timed(runs, rounds=rounds)
     call = times.pop("call")
     times = {name: taken - call for name, taken in times.items()}
-    head = times.pop("with_head") - times["draft"] if decoder.use_head else None
-    times.pop("with_head", None)
+    with_head = times.pop("with_head")
+    head = with_head - times["draft"] if decoder.use_head else None
     return CycleTimes(context=context, proposals=decoder.proposals, head=head, call=call, **times)
 
 
 # What a part is given beside the state: drafts, and what the target said of them.
 _Given = tuple[Drafts, jax.Array, jax.Array]
 # A part as a program: the state, which is consumed, and whatever else it computes.
-_Step = Callable[[Decoder, Weights, DecodeState, _Given], tuple[DecodeState, Any]]
+_Part = Callable[[Weights, DecodeState, _Given], tuple[DecodeState, Any]]
 
 
-def _whole(
-    decoder: Decoder, weights: Weights, state: DecodeState, _: _Given
-) -> tuple[DecodeState, Any]:
-    return cycle(decoder, weights, state), None
+@functools.partial(jax.jit, static_argnums=0)
+def _given(decoder: Decoder, weights: Weights, state: DecodeState) -> _Given:
+    drafts = draft_block(decoder, weights, state, state.key)
+    verified = verify(decoder, weights, state, drafts.block)
+    return drafts, verified.logits, verified.features
 
 
-def _draft_alone(
-    decoder: Decoder, weights: Weights, state: DecodeState, _: _Given
-) -> tuple[DecodeState, Any]:
-    return state, draft_block(decoder, weights, state, state.key).block
+def _block(decoder: Decoder, weights: Weights, state: DecodeState) -> jax.Array:
+    return draft_block(decoder, weights, state, state.key).block
 
 
 def _verification(
@@ -164,34 +160,16 @@ def _rest(
     return commit(decoder, weights, state, drafts, verified, state.key), None
 
 
-def _nothing(
-    decoder: Decoder, weights: Weights, state: DecodeState, given: _Given
-) -> tuple[DecodeState, Any]:
-    del decoder, weights, given
-    return state, None
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _given(decoder: Decoder, weights: Weights, state: DecodeState) -> tuple[Drafts, Verified]:
-    drafts = draft_block(decoder, weights, state, state.key)
-    return drafts, verify(decoder, weights, state, drafts.block)
-
-
 def _repeated(
-    step: Callable[..., tuple[DecodeState, Any]],
-    weights: Weights,
-    state: DecodeState,
-    given: _Given,
+    part: _Part, weights: Weights, state: DecodeState, given: _Given
 ) -> Callable[[], None]:
     """Runs a part once more, on the state that it left."""
     # Arguments, all of them: what is known when a program is compiled, XLA computes there.
-    compiled = jax.jit(step, donate_argnums=1)
-    states = [state]
+    compiled = jax.jit(part, donate_argnums=1)
 
     def run() -> None:
-        state, rest = jax.block_until_ready(compiled(weights, states.pop(), given))
-        del rest
-        states.append(state)
+        nonlocal state
+        state = jax.block_until_ready(compiled(weights, state, given))[0]
 
     return run
 

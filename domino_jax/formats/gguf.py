@@ -78,7 +78,7 @@ class GgufSource:
         return index
 
     def token(self, role: str) -> str | None:
-        """The text of the token of a role, None when the file names none."""
+        """The text of that token."""
         index = self.token_id(role)
         return None if index is None else self.entries("tokenizer.ggml.tokens", str)[index]
 
@@ -94,7 +94,7 @@ def open_gguf(path: Path) -> GgufSource:
 
     with open_regular(path) as file:
         try:
-            _check_header(file, path.stat().st_size)
+            _Header(file, path.stat().st_size).check()
         except ValueError as error:
             raise InputError(f"{path}: not a readable GGUF file: {error}") from error
     try:
@@ -109,7 +109,7 @@ def open_gguf(path: Path) -> GgufSource:
 
 @dataclass(frozen=True)
 class _Header:
-    """A header under way: each method reads one part of it and stands behind that then.
+    """A header under way: each method reads one part of it, and the next one what follows.
 
     All raise `ValueError` where a part leads out of the file, whose `size` is in bytes, or beyond
     the bounds above.
@@ -117,6 +117,21 @@ class _Header:
 
     file: BufferedReader
     size: int
+
+    def check(self) -> None:
+        """Reads all of it."""
+        if self.file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        version = self.number("I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}, expected 2 or 3")
+        tensors, keys = self.count(), self.count()
+        for _ in range(keys):
+            self.text(_NAME_BYTES)
+            self.value(self.number("I"))
+        for _ in range(tensors):
+            self.text(_NAME_BYTES)
+            self.tensor()
 
     def number(self, kind: str) -> int:
         """An integer, `kind` as `struct` spells its type."""
@@ -147,7 +162,14 @@ class _Header:
         elif kind in _SCALAR_BYTES:
             self._skip(_SCALAR_BYTES[kind])
         elif kind == _ARRAY:
-            self._array(self.number("I"), self.count())
+            entries, length = self.number("I"), self.count()
+            if entries in _SCALAR_BYTES:
+                self._skip(length * _SCALAR_BYTES[entries])
+            elif entries == _STRING:
+                for _ in range(length):
+                    self.text(self.size)
+            else:  # arrays of arrays too, which the format has and these models do not need
+                raise ValueError(f"an array of type {entries}")
         else:
             raise ValueError(f"metadata of unknown type {kind}")
 
@@ -163,35 +185,8 @@ class _Header:
         if self.number("Q") > self.size or elements > 8 * self.size:
             raise ValueError("a tensor lies outside the file")
 
-    def _array(self, kind: int, length: int) -> None:
-        if kind in _SCALAR_BYTES:
-            self._skip(length * _SCALAR_BYTES[kind])
-        elif kind == _STRING:
-            for _ in range(length):
-                self.text(self.size)
-        else:  # arrays of arrays too, which the format has and these models do not need
-            raise ValueError(f"an array of type {kind}")
-
     def _skip(self, count: int) -> None:
         # Asked first: to seek beyond the end of a file is no error.
         if count > self.size - self.file.tell():
             raise ValueError("it ends inside its header")
         self.file.seek(count, 1)
-
-
-def _check_header(file: BufferedReader, size: int) -> None:
-    """Raises `ValueError` where a header leads out of its file or beyond the bounds above."""
-    if file.read(4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    header = _Header(file, size)
-    version = header.number("I")
-    if version not in (2, 3):
-        raise ValueError(f"version {version}, expected 2 or 3")
-    tensors = header.count()
-    keys = header.count()
-    for _ in range(keys):
-        header.text(_NAME_BYTES)
-        header.value(header.number("I"))
-    for _ in range(tensors):
-        header.text(_NAME_BYTES)
-        header.tensor()

@@ -4,7 +4,6 @@ So the vocabulary, the merges and the rule that splits text into words become a 
 a file that names a rule not known here is refused.
 """
 
-from pathlib import Path
 from typing import Any
 
 from tokenizers import (
@@ -19,7 +18,6 @@ from tokenizers import (
 )
 
 from domino_jax.base.errors import InputError, shown
-from domino_jax.base.files import write_error
 from domino_jax.formats.gguf import GgufSource
 
 # The pre-tokenizers that the model families publish in their tokenizer.json: GGUF has only their
@@ -72,7 +70,14 @@ def gguf_tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
         ) from error
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    words: pre_tokenizers.PreTokenizer
+    if pre == "smollm":
+        words = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
+    # GPT-2's pattern, which ByteLevel has, would cut words again that are cut already.
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=True):
         if kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
@@ -89,33 +94,19 @@ def gguf_tokenizer(source: GgufSource, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    if pre == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        own_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return pre_tokenizers.Sequence([digits, own_words])
-    words = pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated")
-    # The words are cut already: the pattern that ByteLevel has, GPT-2's, would cut them again.
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([words, as_bytes])
-
-
 def tokenizer_config(source: GgufSource) -> dict[str, Any]:
     """tokenizer_config.json: the special tokens and the chat template."""
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     tokens = {key: source.token(role) for key, role in roles.items()}
-    named = {key: token for key, token in tokens.items() if token is not None}
-    template = source.optional("tokenizer.chat_template", str)
     architecture = source.metadata["general.architecture"]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": source.need(f"{architecture}.context_length", int),
         "clean_up_tokenization_spaces": False,
-        **named,
+        **tokens,
+        "chat_template": source.optional("tokenizer.chat_template", str),
     }
-    if template is not None:
-        config["chat_template"] = template
-    return config
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def token_ids(source: GgufSource) -> dict[str, int]:
@@ -123,15 +114,3 @@ def token_ids(source: GgufSource) -> dict[str, int]:
     roles = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     ids = {key: source.token_id(role) for key, role in roles.items()}
     return {key: index for key, index in ids.items() if index is not None}
-
-
-def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Writes tokenizer.json.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    try:
-        tokenizer.save(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise write_error(error, path) from error

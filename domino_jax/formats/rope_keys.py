@@ -27,13 +27,12 @@ def read_rope_theta(tree: Mapping[str, Any], *, source: str) -> Any:
     Raises:
         InputError: two places that differ.
     """
-    found = {}
-    if tree.get("rope_theta") is not None:
-        found["rope_theta"] = tree["rope_theta"]
+    named = {"rope_theta": tree.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
         inner = tree.get(key)
-        if isinstance(inner, dict) and inner.get("rope_theta") is not None:
-            found[f"{key}.rope_theta"] = inner["rope_theta"]
+        if isinstance(inner, dict):
+            named[f"{key}.rope_theta"] = inner.get("rope_theta")
+    found = {key: value for key, value in named.items() if value is not None}
     theta = next(iter(found.values()), 10_000.0)
     if any(value != theta for value in found.values()):
         said = " and ".join(f"{key} {shown(value)}" for key, value in found.items())
@@ -75,8 +74,8 @@ def _rope_section(tree: Mapping[str, Any], key: str, source: str) -> dict[str, A
     read = ("rope_theta", "rope_type", "type")
     # A null stands for an absent key, except that transformers reads a null `truncate` as false: it
     # stays here and is refused further on.
-    section = {k: v for k, v in inner.items() if k not in read}
-    section = {k: v for k, v in section.items() if v is not None or k == "truncate"}
+    given = {k: v for k, v in inner.items() if v is not None or k == "truncate"}
+    section = {k: v for k, v in given.items() if k not in read}
     # Some writers say it where nothing is partial: 1 rotates whole heads, as is done here.
     if section.get("partial_rotary_factor") == 1:
         del section["partial_rotary_factor"]
@@ -100,9 +99,7 @@ def _rope_section(tree: Mapping[str, Any], key: str, source: str) -> dict[str, A
                 f"{key}.original_max_position_embeddings {shown(own)} contradict"
             )
         # What transformers takes when neither is there: a scaling that starts from the full length.
-        given = next(
-            (value for value in (own, outer) if value is not None),
-            tree.get("max_position_embeddings"),
-        )
-        section["original_max_position_embeddings"] = given
+        lengths = (own, outer, tree.get("max_position_embeddings"))
+        first = next((length for length in lengths if length is not None), None)
+        section["original_max_position_embeddings"] = first
     return None if kind is None else {"rope_type": kind, **section}

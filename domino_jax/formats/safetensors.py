@@ -9,7 +9,7 @@ tensor is then read in the parts that somebody has room for:
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,12 @@ _UNREADABLE = (SafetensorError, TypeError, ValueError, AttributeError)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file: what the header says of it, and its values when they are asked for.
-
-    Attributes:
-        file: where it lies.
-        name: its name in the file.
-        shape: its shape.
-    """
+    """A tensor of a file: what the header says of it, and its values when they are asked for."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     _values: Any = field(repr=False)  # safetensors' view of the mapped file, which it keeps open
-
-    @property
-    def source(self) -> str:
-        """Where it lies, for messages."""
-        return f"{self.file}: tensor {self.name}"
 
     def read(self, part: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads the tensor, or a part of it without the rest.
@@ -84,7 +73,11 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
     if single.exists():
         return _open_file(checked_file(directory, single.name))
     if not index.exists():
-        found = _instead(directory)
+        patterns = ("*.bin", "*.pt", "*.pth")
+        pickles = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
+        found = "not there"
+        if pickles:
+            found = f"found the pickle {pickles[0]}, which is never opened: save it as safetensors"
         raise InputError(f"{directory}: expected {single.name} or {index.name}; {found}")
     places = read_json(checked_file(directory, index.name)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -98,9 +91,10 @@ def open_safetensors(directory: str | Path) -> dict[str, StoredTensor]:
         # Both ways: a tensor that the index leaves out would be dropped unseen.
         differing = set(held) ^ {name for name, file in places.items() if file == shard}
         if differing:
-            source = directory / shard
-            said = f"than {index.name} says"
-            raise InputError(f"{source}: holds other tensors {said}: {_some(differing)}")
+            raise InputError(
+                f"{directory / shard}: holds other tensors than {index.name} says: "
+                f"{_some(differing)}"
+            )
         tensors |= held
     return tensors
 
@@ -152,27 +146,6 @@ def check_tensors(
             raise InputError(f"{source}: tensor {name} has shape {found}, expected {expected}")
 
 
-def check_layers(names: Iterable[str], count: int, *, prefix: str, source: Path) -> None:
-    """Refuses tensors of another depth than config.json has.
-
-    Called before anything is built for as many layers as a file claims.
-
-    Args:
-        names: of the tensors that were found.
-        count: layers that config.json describes.
-        prefix: of a layer's tensors; its number follows.
-        source: file or directory for the message.
-    Raises:
-        InputError: with both numbers.
-    """
-    inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    found = len({name.split(".")[0] for name in inside})
-    if found != count:
-        raise InputError(
-            f"{source}: tensors of {found} layers, config.json says num_hidden_layers {count}"
-        )
-
-
 def equal_tensors(
     one: StoredTensor, other: StoredTensor, *, chunk_bytes: int = CHUNK_BYTES
 ) -> bool:
@@ -204,8 +177,8 @@ def not_finite_tensor(tensor: StoredTensor, *, dtype: str) -> InputError:
         # warn of what the error says.
         with np.errstate(over="ignore", invalid="ignore"):
             count += count_non_finite(tensor.read(rows).astype(dtype))
-    size = math.prod(tensor.shape)
-    return not_finite(tensor.source, count, of=size, dtype=dtype, remedy=ANOTHER_COPY)
+    source, size = f"{tensor.file}: tensor {tensor.name}", math.prod(tensor.shape)
+    return not_finite(source, count, of=size, dtype=dtype, remedy=ANOTHER_COPY)
 
 
 def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
@@ -214,15 +187,6 @@ def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
     step = max(chunk_bytes // row_bytes, 1)
     for start in range(0, shape[0], step):
         yield (slice(start, min(start + step, shape[0])),)
-
-
-def _instead(directory: Path) -> str:
-    """What lies in a directory without safetensors."""
-    patterns = ("*.bin", "*.pt", "*.pth")
-    pickles = sorted(path.name for pattern in patterns for path in directory.glob(pattern))
-    if not pickles:
-        return "not there"
-    return f"found the pickle {pickles[0]}, which is never opened: save it as safetensors"
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
@@ -234,25 +198,18 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
                 values = file.get_slice(name)
                 _check_type(path, name, values.get_dtype())
                 tensors[name] = StoredTensor(path, name, tuple(values.get_shape()), values)
-    except InputError:  # a ValueError, which `_UNREADABLE` has too
-        raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
+    except InputError:  # a ValueError, which `_UNREADABLE` has too
+        raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-    # After the library, which has refused a header without an end.
-    _check_header(path)
-    return tensors
-
-
-def _check_header(path: Path) -> None:
-    """Refuses a header that describes a tensor twice, where the library takes the last one.
-
-    Sizes, offsets and overlaps are the library's: every byte belongs to one tensor of its shape.
-    """
+    # Of a tensor that is described twice the library takes the last; it has refused a header
+    # without an end, and whatever else does not add up.
     with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
         parse_json(file.read(size).rstrip(b"\0"), source=f"{path}: header")
+    return tensors
 
 
 def _check_type(path: Path, name: str, stored: str) -> None:

@@ -5,29 +5,15 @@ and the draft is accepted less than it was trained to be. So each reason is a ru
 at the config of a draft alone: no weight is read.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from domino_jax.config.model import SLIDING_ATTENTION, DraftConfig
 
 ENGINES = ("sglang", "vllm", "nemo", "specforge", "zlab")
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """Engines that misread a draft for which `found` returns what it found."""
-
-    engines: tuple[str, ...]
-    found: Callable[[DraftConfig, str], str | None]
-    reason: str
-
-
 def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16") -> list[str]:
     """The reasons why an engine would draft other tokens than this draft was trained to.
 
-    Vocabulary and depth are those of the target, integers and booleans are such, and both
-    `emb_dim`s and `block_size`s are equal in every export; only what a `DraftConfig` can hold and
-    an engine cannot is asked here.
+    Only what a `DraftConfig` can hold and an engine cannot is asked here.
 
     The target's last layer is read after the final norm here, in z-lab's dflash, in NeMo's
     `spec_generate` and with SpecForge's Hugging Face backend: all take `hidden_states[id + 1]`.
@@ -54,12 +40,94 @@ def engine_refusals(config: DraftConfig, engine: str, *, dtype: str = "bfloat16"
     # Not an `InputError`: the command line offers these names alone, so a script is wrong here.
     if engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, found {engine!r}")
-    rules = [rule for rule in _RULES if engine in rule.engines]
-    return [
-        f"{found}: {rule.reason}"
-        for rule in rules
-        if (found := rule.found(config, dtype)) is not None
-    ]
+    head = config.projector_type
+    domino = head == "domino"
+    prefix = config.pure_draft_prefix_len
+    last = config.num_target_layers - 1
+    reads_last = last in config.target_layer_ids
+    last_read = f"target_layer_ids ends with the last layer, {last}"
+    unnormed = "before the target's final norm, this draft was trained on it after"
+    sliding = SLIDING_ATTENTION in config.attention_types
+    refusals = []
+
+    def refuse(engines: tuple[str, ...], holds: bool, found: str, reason: str) -> None:
+        if engine in engines and holds:
+            refusals.append(f"{found}: {reason}")
+
+    refuse(
+        ENGINES,
+        head not in (None, "domino"),
+        f"projector_type is {head}",
+        "it does not know this head and would draft without it",
+    )
+    refuse(
+        ("vllm", "zlab"),
+        domino,
+        "projector_type is domino",
+        "it knows DFlash only and would draft without the head",
+    )
+    refuse(
+        ("vllm", "zlab"),
+        domino and config.shift_label,
+        "shift_label is true",
+        "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
+    )
+    # Those that do know sample_from_anchor, speculators and sglang-jax, are none of `ENGINES`.
+    refuse(
+        ENGINES,
+        head is None and config.shift_label,
+        "shift_label is true",
+        "it drafts plain DFlash from the second position of a block on and does not know "
+        "sample_from_anchor, block position 0 already predicts anchor + 1",
+    )
+    refuse(
+        ("sglang", "vllm", "zlab"),
+        config.block_size == 1,
+        "block_size is 1",
+        "it proposes K - 1 tokens per cycle, none of such a block",
+    )
+    refuse(
+        ("sglang",),
+        domino and prefix != 1,
+        f"pure_draft_prefix_len is {prefix}",
+        "its rollout starts to correct at the second token; expected 1",
+    )
+    refuse(
+        ("sglang",),
+        domino and dtype != "bfloat16",
+        f"dtype is {dtype}",
+        "its Domino head runs in bfloat16 only",
+    )
+    refuse(("sglang", "vllm"), reads_last, last_read, f"it takes that layer {unnormed}")
+    refuse(
+        ("nemo",),
+        reads_last,
+        last_read,
+        f"its trainer takes that layer {unnormed}, "
+        "only its spec_generate reads what this draft does",
+    )
+    refuse(
+        ("nemo",),
+        sliding and config.sliding_in_block == "causal",
+        "sliding_in_block is causal",
+        "it never reads is_causal and looks both ways inside the block",
+    )
+    refuse(
+        ("specforge",),
+        sliding and config.sliding_in_block == "bidirectional",
+        "sliding_in_block is bidirectional",
+        "it looks only back inside the block of a sliding layer",
+    )
+    for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping"):
+        value = getattr(config, name)
+        # 1 and None scale and cap nothing.
+        refuse(
+            ("sglang", "vllm", "specforge"),
+            value not in (1.0, None),
+            f"{name} is {value}",
+            "it does not apply it to the draft",
+        )
+    return refusals
 
 
 def proposals_note(config: DraftConfig, engine: str) -> str:
@@ -83,121 +151,3 @@ def proposals_note(config: DraftConfig, engine: str) -> str:
             f"--proposals serving measures what {engine} will do"
         )
     return note
-
-
-def _when(
-    holds: Callable[[DraftConfig], bool], found: str
-) -> Callable[[DraftConfig, str], str | None]:
-    return lambda config, _: found if holds(config) else None
-
-
-def _sliding(in_block: str) -> Callable[[DraftConfig, str], str | None]:
-    return _when(
-        lambda config: (
-            SLIDING_ATTENTION in config.attention_types and config.sliding_in_block == in_block
-        ),
-        f"sliding_in_block is {in_block}",
-    )
-
-
-def _transform(name: str) -> Callable[[DraftConfig, str], str | None]:
-    def found(config: DraftConfig, _: str) -> str | None:
-        value = getattr(config, name)
-        # 1 and None scale and cap nothing.
-        return None if value in (1.0, None) else f"{name} is {value}"
-
-    return found
-
-
-def _last_layer(config: DraftConfig, _: str) -> str | None:
-    # Ids rise, so only the last of them can be it.
-    last = config.num_target_layers - 1
-    layers = config.target_layer_ids
-    return f"target_layer_ids ends with the last layer, {last}" if last in layers else None
-
-
-def _other_prefix(config: DraftConfig, _: str) -> str | None:
-    prefix = config.pure_draft_prefix_len
-    return (
-        f"pure_draft_prefix_len is {prefix}"
-        if config.projector_type == "domino" and prefix != 1
-        else None
-    )
-
-
-def _unknown_head(config: DraftConfig, _: str) -> str | None:
-    name = config.projector_type
-    return None if name in (None, "domino") else f"projector_type is {name}"
-
-
-def _other_dtype(config: DraftConfig, dtype: str) -> str | None:
-    return (
-        f"dtype is {dtype}" if config.projector_type == "domino" and dtype != "bfloat16" else None
-    )
-
-
-def _no_proposal(config: DraftConfig, _: str) -> str | None:
-    return "block_size is 1" if config.block_size == 1 else None
-
-
-_UNNORMED = "before the target's final norm, this draft was trained on it after"
-
-# As the versions do that `engine_refusals` names: a later one may read what is refused here.
-_RULES = (
-    _Rule(ENGINES, _unknown_head, "it does not know this head and would draft without it"),
-    _Rule(
-        ("vllm", "zlab"),
-        _when(lambda config: config.projector_type == "domino", "projector_type is domino"),
-        "it knows DFlash only and would draft without the head",
-    ),
-    _Rule(
-        ("vllm", "zlab"),
-        _when(
-            lambda config: config.shift_label and config.projector_type == "domino",
-            "shift_label is true",
-        ),
-        "without its head the backbone is misaligned, block position 0 already predicts anchor + 1",
-    ),
-    # Those that do know sample_from_anchor, speculators and sglang-jax, are none of `ENGINES`.
-    _Rule(
-        ENGINES,
-        _when(
-            lambda config: config.shift_label and config.projector_type is None,
-            "shift_label is true",
-        ),
-        "it drafts plain DFlash from the second position of a block on and does not know "
-        "sample_from_anchor, block position 0 already predicts anchor + 1",
-    ),
-    _Rule(
-        ("sglang", "vllm", "zlab"),
-        _no_proposal,
-        "it proposes K - 1 tokens per cycle, none of such a block",
-    ),
-    _Rule(
-        ("sglang",), _other_prefix, "its rollout starts to correct at the second token; expected 1"
-    ),
-    _Rule(("sglang",), _other_dtype, "its Domino head runs in bfloat16 only"),
-    _Rule(("sglang", "vllm"), _last_layer, f"it takes that layer {_UNNORMED}"),
-    _Rule(
-        ("nemo",),
-        _last_layer,
-        f"its trainer takes that layer {_UNNORMED}, "
-        "only its spec_generate reads what this draft does",
-    ),
-    _Rule(
-        ("nemo",),
-        _sliding("causal"),
-        "it never reads is_causal and looks both ways inside the block",
-    ),
-    _Rule(
-        ("specforge",),
-        _sliding("bidirectional"),
-        "it looks only back inside the block of a sliding layer",
-    ),
-    *(
-        _Rule(
-            ("sglang", "vllm", "specforge"), _transform(name), "it does not apply it to the draft"
-        )
-        for name in ("input_embedding_scale", "output_multiplier", "final_logit_softcapping")
-    ),
-)

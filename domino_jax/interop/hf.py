@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
-from domino_jax.base.errors import InputError, shown
+from domino_jax.base.errors import InputError, scalars, shown
 from domino_jax.base.files import (
     CHECKSUMS,
     checked_file,
@@ -29,20 +29,18 @@ from domino_jax.base.files import (
 )
 from domino_jax.base.finite import require_finite
 from domino_jax.config.model import DraftConfig
-from domino_jax.data.template import KWARGS, ChatTemplate, recorded_kwargs
+from domino_jax.data.template import KWARGS, ChatTemplate
 from domino_jax.draft.build import boxed_parameters
 from domino_jax.draft.head import HEAD_TENSORS
 from domino_jax.formats.safetensors import (
     ANOTHER_COPY,
     StoredTensor,
-    check_layers,
     check_tensors,
     open_safetensors,
     write_safetensors,
 )
 from domino_jax.interop.hf_config import config_from_json, config_json
 
-WEIGHTS = "model.safetensors"
 TEMPLATE_KEY = "chat_template_sha256"
 SHARD_BYTES = 5 * 10**9  # as Hugging Face writes them
 OLD_HEAD = "logit_head."  # the first Domino checkpoints keep the head's tensors below this name
@@ -62,13 +60,10 @@ def hf_tensors(config: DraftConfig, params: Any) -> dict[str, np.ndarray]:
     Raises:
         InputError: a parameter is missing, unknown or mis-shaped for the config.
     """
-    expected = {
-        _tensor_name(path, config): shape for path, shape in _parameter_shapes(config).items()
-    }
-    found = {
-        _tensor_name(path, config): np.asarray(leaf)
-        for path, leaf in flax.traverse_util.flatten_dict(params).items()
-    }
+    shapes = _parameter_shapes(config)
+    expected = {_tensor_name(path, config): shape for path, shape in shapes.items()}
+    leaves = flax.traverse_util.flatten_dict(params)
+    found = {_tensor_name(path, config): np.asarray(leaf) for path, leaf in leaves.items()}
     check_tensors(found, expected, source=Path("params"))
     # In the model's order whatever the tree's is: one draft, one file, one checksum.
     return {name: found[name] for name in expected}
@@ -104,15 +99,14 @@ def save_hf_draft(
     path = Path(path)
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"dtype must be bfloat16 or float32, found {dtype!r}")
-    tensors = {}
-    for name, values in hf_tensors(config, params).items():
-        # In the type that is stored: a number that float32 holds may be infinite there.
-        with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
-            tensors[name] = np.asarray(values, jnp.dtype(dtype))
-        source = f"{path} was not written: tensor {name}"
+    # In the type that is stored: a number that float32 holds may be infinite there.
+    with np.errstate(over="ignore", invalid="ignore"):  # what it would warn of is refused
+        found = hf_tensors(config, params)
+        tensors = {name: np.asarray(x, jnp.dtype(dtype)) for name, x in found.items()}
+    for name in tensors:
         require_finite(
             tensors[name],
-            source=source,
+            source=f"{path} was not written: tensor {name}",
             remedy="a draft that diverged serves nobody: take an earlier one",
         )
     with whole_directory(path) as staging:
@@ -123,7 +117,11 @@ def save_hf_draft(
         _write_shards(staging, tensors, shard_bytes=shard_bytes)
         write_checksums(staging)
         # Before the rename: a draft that does not read back never appears.
-        _check_reads_back(staging, config, tensors)
+        stored, read_back = read_hf_draft(staging)
+        back = hf_tensors(stored, read_back)
+        equal = all(np.array_equal(back[name], x.astype("float32")) for name, x in tensors.items())
+        if not equal or config_json(stored, dtype) != config_json(config, dtype):
+            raise RuntimeError(f"{path}: what was written does not read back as the same draft")
 
 
 def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
@@ -144,10 +142,7 @@ def load_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
 
 
 def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
-    """`load_hf_draft`, config and parameters, for whoever splits them over devices.
-
-    The arrays lie in the host's memory.
-    """
+    """`load_hf_draft` into the host's memory, for whoever splits it over devices."""
     path = Path(path)
     # Other trainers write no checksums, and a model card may come after ours.
     found = damage(path, unlisted=None) if (path / CHECKSUMS).exists() else None
@@ -158,13 +153,17 @@ def read_hf_draft(path: str | Path) -> tuple[DraftConfig, Any]:
     config = read_hf_config(path)
     stored = _with_current_names(open_safetensors(path), source=path)
     # Before the shapes, for which a model of as many layers is built as config.json claims.
-    check_layers(stored, config.num_hidden_layers, prefix="layers.", source=path)
-    leaves = {
-        key: (_tensor_name(key, config), shape) for key, shape in _parameter_shapes(config).items()
-    }
-    check_tensors(stored, dict(leaves.values()), source=path)
+    layers = {name.split(".")[1] for name in stored if name.startswith("layers.")}
+    if len(layers) != config.num_hidden_layers:
+        raise InputError(
+            f"{path}: tensors of {len(layers)} layers, config.json says num_hidden_layers "
+            f"{config.num_hidden_layers}"
+        )
+    shapes = _parameter_shapes(config)
+    names = {key: _tensor_name(key, config) for key in shapes}
+    check_tensors(stored, {names[key]: shape for key, shape in shapes.items()}, source=path)
     tree = {}
-    for key, (name, _) in leaves.items():
+    for key, name in names.items():
         values = stored[name].read()
         require_finite(values, source=f"{path}: tensor {name}", remedy=ANOTHER_COPY)
         tree[key] = np.asarray(values, np.float32)
@@ -190,12 +189,11 @@ def recorded_template(path: str | Path) -> ChatTemplate | None:
     source = Path(path) / "config.json"
     tree = read_json(source)
     found = tree.get(TEMPLATE_KEY)
-    # No error: other trainers write no such key.
-    if found is None:
+    if found is None:  # other trainers write no such key
         return None
     if not isinstance(found, str):
         raise InputError(f"{source}: {TEMPLATE_KEY} is {shown(found)}, expected text")
-    return ChatTemplate(found, recorded_kwargs(tree, source=str(source)))
+    return ChatTemplate(found, scalars(tree.get(KWARGS), source=f"{source}: {KWARGS}"))
 
 
 def _with_current_names(
@@ -203,32 +201,18 @@ def _with_current_names(
 ) -> dict[str, StoredTensor]:
     """Gives the head's tensors of old checkpoints their present names.
 
-    Source: SpecForge 0.2.0, which renames them on load and, unlike here, prefers the new one where
-        both are there.
+    Source: SpecForge 0.2.0, which renames them on load, but takes the new one where both are there.
     """
-    names = {
+    renamed = {}
+    for name in sorted(tensors):
         # Before these two names alone: another tensor below that prefix stays, and is refused.
-        name: re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name)
-        for name in tensors
-    }
-    twice = sorted(new for old, new in names.items() if new != old and new in tensors)
-    if twice:
-        raise InputError(
-            f"{source}: tensor {twice[0]} is there twice, as {OLD_HEAD}{twice[0]} and as "
-            f"{twice[0]}; expected one"
-        )
-    return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def _check_reads_back(
-    directory: Path, config: DraftConfig, tensors: Mapping[str, np.ndarray]
-) -> None:
-    stored, params = read_hf_draft(directory)
-    found = hf_tensors(stored, params)
-    written = {name: np.asarray(x, np.float32) for name, x in tensors.items()}
-    equal = all(np.array_equal(found[name], x) for name, x in written.items())
-    if not equal or config_json(stored, "float32") != config_json(config, "float32"):
-        raise RuntimeError(f"{directory}: what was written does not read back as the same draft")
+        new = re.sub(rf"^{re.escape(OLD_HEAD)}(?=(prefix_gru|embed_proj)\.)", "", name)
+        if new != name and new in tensors:
+            raise InputError(
+                f"{source}: tensor {new} is there twice, as {name} and as {new}; expected one"
+            )
+        renamed[new] = tensors[name]
+    return renamed
 
 
 def _parameter_shapes(config: DraftConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -261,4 +245,4 @@ def _write_shards(directory: Path, tensors: dict[str, np.ndarray], *, shard_byte
         write_safetensors(directory / filename, shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

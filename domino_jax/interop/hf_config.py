@@ -52,6 +52,16 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         top["is_causal"] = dflash["causal"] = False
     if config.shift_label and config.head is None:
         top[SHIFTED_DFLASH] = dflash[SHIFTED_DFLASH] = True
+    # The new schema even for a plain one: some readers look nowhere else for the base.
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    if config.rope_scaling is not None:
+        # Without defaults: each type of scaling has keys of its own.
+        plain = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
+        scaling = {k: v for k, v in vars(config.rope_scaling).items() if v != plain[k]}
+        rope = {
+            "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+            "rope_scaling": scaling,
+        }
     if config.head is not None:
         dflash["projector_type"] = config.projector_type
         dflash["pure_draft_prefix_len"] = config.pure_draft_prefix_len
@@ -71,7 +81,7 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        **_rope_json(config),
+        **rope,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": config.sliding_window is not None,
@@ -85,22 +95,6 @@ def config_json(config: DraftConfig, dtype: str) -> dict[str, Any]:
         **top,
         "dtype": dtype,
         "dflash_config": dflash,
-    }
-
-
-def _rope_json(config: DraftConfig) -> dict[str, Any]:
-    """The rotary embedding in the new schema and, when it is scaled, in the old one too."""
-    # The new schema even for a plain one: some readers look nowhere else for the base.
-    if config.rope_scaling is None:
-        return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
-    # Without defaults: each type of scaling has keys of its own.
-    plain = {field.name: field.default for field in dataclasses.fields(RopeScaling)}
-    scaling = {
-        key: value for key, value in vars(config.rope_scaling).items() if value != plain[key]
-    }
-    return {
-        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
-        "rope_scaling": scaling,
     }
 
 
@@ -138,10 +132,14 @@ def config_from_json(tree: dict[str, Any], *, source: str) -> DraftConfig:
     """
     nested = _draft_section(tree, source=source)
     for section, plain in ((tree, _PLAIN), (nested, _PLAIN_DFLASH)):
-        _check_plain(section, plain, source=source)
-    value = functools.partial(_value, source)
+        for key, only in plain.items():
+            # Null as well, which writers put where they have nothing to say.
+            if section.get(key, only) not in (only, None):
+                raise InputError(
+                    f"{source}: {key} is {shown(section[key])}; only {only!r} is supported"
+                )
+    value = functools.partial(_agreed, source)
     scaling = read_rope_scaling(tree, source=source)
-    rope = tree.get("rope_parameters") or {}
     layer_ids = _layer_ids(tree, nested, source=source)
     projector = nested.get("projector_type")
     optional: dict[str, Any] = _windows(tree, nested, source=source)
@@ -154,14 +152,14 @@ def config_from_json(tree: dict[str, Any], *, source: str) -> DraftConfig:
         kind = head_kind(projector, source=source)
         # Its own annotations say what each must be.
         names = [field.name for field in dataclasses.fields(kind)]
-        widths = {name: _agreed(source, name, nested, tree) for name in names}
+        widths = {name: value(name, nested, tree) for name in names}
         head = from_dict(kind, widths, source=source)
-        optional["pure_draft_prefix_len"] = value(
-            "pure_draft_prefix_len", {"pure_draft_prefix_len": 0} | nested, kind=int
-        )
+        if "pure_draft_prefix_len" in nested:
+            optional["pure_draft_prefix_len"] = value("pure_draft_prefix_len", nested, kind=int)
     try:
         sizes = {key: value(key, tree, kind=int) for key in (*SIZES, "num_target_layers")}
         eps = value("rms_norm_eps", tree, kind=(float, int))
+        rope = tree.get("rope_parameters") or {}
         theta = value("rope_theta", tree, rope, kind=(float, int))
         scaled = None
         if scaling:
@@ -195,10 +193,9 @@ def _draft_section(tree: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     if not isinstance(dflash, dict):
         raise InputError(f"{source}: no dflash_config section; is this a DFlash or Domino draft?")
     domino = tree.get("domino_config")
-    if domino is None:
-        domino = {}
-    if not isinstance(domino, dict):
+    if not isinstance(domino, dict | None):
         raise InputError(f"{source}: domino_config is {shown(domino)}, expected a mapping")
+    domino = domino or {}
     known = list(_DFLASH_KEYS)
     projector = dflash.get("projector_type")
     if projector is not None:
@@ -209,12 +206,13 @@ def _draft_section(tree: Mapping[str, Any], *, source: str) -> dict[str, Any]:
             if key not in known:
                 remedy = did_you_mean(key, known) or f"known: {', '.join(known)}"
                 raise InputError(f"{source}: {name}: unknown key {shown(key)}; {remedy}")
-    return {key: _agreed(source, key, dflash, domino, missing=None) for key in (*dflash, *domino)}
+    keys = (*dflash, *domino)
+    return {key: _agreed(source, key, dflash, domino, required=False) for key in keys}
 
 
 def _layer_ids(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: str) -> list[int]:
     """The layers of the target that the draft reads, counted from 0 by their outputs."""
-    layers = _value(source, "target_layer_ids", nested, tree, kind=list)
+    layers = _agreed(source, "target_layer_ids", nested, tree, kind=list)
     if any(type(layer) is not int for layer in layers):
         raise InputError(f"{source}: target_layer_ids is {shown(layers)}, expected integers")
     inputs = [layer + 1 for layer in layers]
@@ -228,39 +226,24 @@ def _layer_ids(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: st
     return layers
 
 
-def _check_plain(section: Mapping[str, Any], plain: Mapping[str, Any], *, source: str) -> None:
-    for key, only in plain.items():
-        # Null as well, which writers put where they have nothing to say.
-        if section.get(key, only) not in (only, None):
-            raise InputError(
-                f"{source}: {key} is {shown(section[key])}; only {only!r} is supported"
-            )
-
-
-_REQUIRED = object()
-
-
-def _agreed(source: str, key: str, *sections: Mapping[str, Any], missing: Any = _REQUIRED) -> Any:
-    """The value of a key in the sections that have it, which must agree; else `missing`."""
+def _agreed(
+    source: str,
+    key: str,
+    *sections: Mapping[str, Any],
+    kind: type | tuple[type, ...] = object,
+    required: bool = True,
+) -> Any:
+    """The value of a key, of this type, in the sections that have it, which must agree."""
     found = [section[key] for section in sections if section.get(key) is not None]
-    if not found and missing is not _REQUIRED:
-        return missing
-    if not found:
+    if not found and required:
         raise InputError(f"{source}: {key} is missing")
     if any(other != found[0] for other in found):
         raise InputError(f"{source}: {key} contradicts itself: {shown(found)}")
-    return found[0]
-
-
-def _value(
-    source: str, key: str, *sections: Mapping[str, Any], kind: type | tuple[type, ...]
-) -> Any:
-    """The same, of this type."""
-    found = _agreed(source, key, *sections)
+    value = found[0] if found else None
     # true is an int in Python, and no size.
-    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-        raise InputError(f"{source}: {key} is {shown(found)}, expected {kind}")
-    return found
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not object):
+        raise InputError(f"{source}: {key} is {shown(value)}, expected {kind}")
+    return value
 
 
 def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: str) -> bool:
@@ -270,16 +253,16 @@ def _shift_label(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: 
         false as its default; vLLM's speculators (#760), which write `sample_from_anchor` at the top
         with the same default.
     """
-    named = {
-        "dflash_config.shift_label": nested.get("shift_label"),
-        f"dflash_config.{SHIFTED_DFLASH}": nested.get(SHIFTED_DFLASH),
-        "shift_label": tree.get("shift_label"),
-        SHIFTED_DFLASH: tree.get(SHIFTED_DFLASH),
-    }
-    found = {name: value for name, value in named.items() if value is not None}
-    for name, value in found.items():
-        if not isinstance(value, bool):
-            raise InputError(f"{source}: {name} is {shown(value)}, expected true or false")
+    found = {}
+    for section, place in ((nested, "dflash_config."), (tree, "")):
+        for name in ("shift_label", SHIFTED_DFLASH):
+            value = section.get(name)
+            if value is not None:
+                found[place + name] = value
+            if not isinstance(value, bool | None):
+                raise InputError(
+                    f"{source}: {place}{name} is {shown(value)}, expected true or false"
+                )
     if len(set(found.values())) > 1:
         said = ", ".join(f"{name} is {json.dumps(value)}" for name, value in found.items())
         raise InputError(
@@ -299,9 +282,8 @@ def _windows(tree: Mapping[str, Any], nested: Mapping[str, Any], *, source: str)
                 f"{source}: is_causal is true; a block without windows looks both ways"
             )
         full = set(kinds) <= {FULL_ATTENTION}
-        if full and len(kinds) in (0, tree.get("num_hidden_layers")):
-            return {}
-        return {"layer_types": tuple(kinds)}
+        plain = full and len(kinds) in (0, tree.get("num_hidden_layers"))
+        return {} if plain else {"layer_types": tuple(kinds)}
     window = tree.get("sliding_window")
     # Hugging Face drops the window unless use_sliding_window is true: the layer would see all.
     if tree.get("use_sliding_window") is not True or type(window) is not int:

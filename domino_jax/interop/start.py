@@ -19,17 +19,10 @@ _FREE = ("dtype", "max_position_embeddings", "block_size")
 def starting_params(path: str | Path, config: DraftConfig) -> Any:
     """The weights of a draft checkpoint for a run that trains the same draft further.
 
-    Block size, compute type and `max_position_embeddings` may differ; nothing else may, so a DFlash
-    checkpoint does not start a Domino draft: with `shift_label` its positions mean other tokens.
-
-    Args:
-        path: a directory as `load_hf_draft` reads it.
-        config: the draft of the run.
     Returns:
         A tree of float32 arrays for `DraftModel(config)`, in the host's memory.
     Raises:
-        InputError: an unusable checkpoint, or every field in which it is another draft, found and
-            expected.
+        InputError: an unusable checkpoint, or as `check_start`.
     """
     # From config.json, before gigabytes of weights are read for a refusal.
     check_start(path, config)
@@ -38,7 +31,17 @@ def starting_params(path: str | Path, config: DraftConfig) -> Any:
 
 
 def check_start(path: str | Path, config: DraftConfig) -> None:
-    """Refuses a checkpoint of another draft, as `starting_params` does; no weight is read."""
+    """Refuses a checkpoint of another draft; no weight is read.
+
+    Block size, compute type and `max_position_embeddings` may differ; nothing else may, so a DFlash
+    checkpoint does not start a Domino draft: with `shift_label` its positions mean other tokens.
+
+    Args:
+        path: a directory as `load_hf_draft` reads it.
+        config: the draft of the run.
+    Raises:
+        InputError: every field in which it is another draft, found and expected.
+    """
     ours = _meaning(config)
     theirs = _meaning(read_hf_config(path))
     different = [

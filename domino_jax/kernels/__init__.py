@@ -1,11 +1,10 @@
-"""The operations that cost the time and the memory, which no one form makes fast on every machine.
+"""The operations that cost the time and the memory, a file each, in three parts.
 
-Each has a file of its own, in three parts. First the *definition*: plain jnp, short enough to be
-read as the mathematics, differentiated by JAX. Then the *implementations*, written for a platform
-or for all, each held to the definition in values and gradients by `tests/kernels`. Last the
-*choice*, made where a program is lowered (`jax.lax.platform_dependent`) and not where it is traced:
-a program for a TPU may be traced on a laptop. A form that cannot be traced everywhere is never a
-branch there.
+First the *definition*: plain jnp, short enough to be read as the mathematics, differentiated by
+JAX. Then *implementations* for a platform, each compared with the definition in values and
+gradients by `tests/kernels`. Last the *choice*, made where a program is lowered
+(`jax.lax.platform_dependent`) and not where it is traced: a program for a TPU may be traced on a
+laptop. A form that cannot be traced everywhere is never a branch there.
 
 What was measured on a CPU belongs to a CPU's implementation and never to a program for a TPU or a
 GPU. Such a form runs in a name scope `cpu_...`: `tests/kernels/test_lowering.py` lowers a training

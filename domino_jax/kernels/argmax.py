@@ -1,6 +1,6 @@
-"""On a CPU XLA's argmax is ten times slower than a maximum, and every prediction needs one.
+"""The place of the largest logit, which greedy decoding commits and a prediction is counted by.
 
-The place of the largest logit is what greedy decoding commits and what a prediction is counted by.
+On a CPU XLA's argmax is ten times slower than a maximum.
 
     logits    [ . . . . | . . 9 . | . . . . ]    on a CPU: in groups, whose largest are compared
     group                    1                   first, then the place inside the group that won

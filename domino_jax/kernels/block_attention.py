@@ -5,19 +5,17 @@
     a block at anchor 7   sees    x x x x x x x . . ...   x x x x     its own K tokens, no other's
 
 Every query of a block sees one span of the context, `first <= j < end`, so no mask [N*K, S + N*K]
-is ever needed. The definition stands first, then what serves it: tiles of plain products on a CPU
-and on a GPU (`block_attention_xla`), a kernel on a TPU (`block_attention_pallas_tpu`). The choice
-is made where a program is lowered.
+is ever needed. Tiles of plain products serve a CPU and a GPU (`block_attention_xla`), a kernel a
+TPU (`block_attention_pallas_tpu`).
 
-A merge of two softmaxes by their log-sum-exps is where gradients get lost, so the derivative stands
-around the whole operation: the forward pass keeps the merged output and the one log-sum-exp, which
-the backward of each part reads.
+A merge of two softmaxes by their log-sum-exps is where gradients get lost. So the derivative is of
+the whole operation: the forward pass keeps the merged output and its one log-sum-exp.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,10 +69,11 @@ RESULT = "block_attention"  # the name of what it gives, for policies of `jax.ch
 
 # Every device attends for its own rows and key heads, which need nothing of another's. The context
 # stays whole: a query may see all of it.
-_BY_BLOCK: Any = ("batch", "kv_heads", None, None, None)
-_BY_POSITION: Any = ("batch", "kv_heads", None, None)
+_BY_BLOCK: Any = jax.P("batch", "kv_heads", None, None, None)
+_BY_POSITION: Any = jax.P("batch", "kv_heads", None, None)
+_BY_QUERY: Any = jax.P("batch", None, None)
 _OPERAND_AXES = Operands(_BY_BLOCK, _BY_POSITION, _BY_POSITION, _BY_BLOCK, _BY_BLOCK)
-_SPAN_AXES = ContextSpan(*[cast(Any, ("batch", None, None))] * 2)
+_SPAN_AXES = ContextSpan(_BY_QUERY, _BY_QUERY)
 _SAVED_AXES = Saved(_OPERAND_AXES, _SPAN_AXES, _BY_BLOCK, _BY_BLOCK)
 
 
@@ -111,8 +110,7 @@ def _run(name: str, implementation: Implementation | None, *operands: Any, causa
     """A form's forward or backward: the given one's, else that of the program's own platform."""
     if implementation is not None:
         return getattr(implementation, name)(*operands, causal=causal)
-    # Every branch is traced and one of them lowered. `jax.default_backend()` would name the machine
-    # that traces, which a plan for a TPU does on a CPU.
+    # Not `jax.default_backend()`: it names the machine that traces, a CPU in a plan for a TPU.
     branches = {
         platform: functools.partial(getattr(implementation, name), causal=causal)
         for platform, implementation in IMPLEMENTATIONS.items()

@@ -177,14 +177,6 @@ def _forward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         log_sum[...] = largest[...] + jnp.log(total[...])
 
 
-class _OfKeys(NamedTuple):
-    """What a tile of keys adds to the gradients, of the queries and of its keys and values."""
-
-    queries: jax.Array
-    keys: jax.Array
-    values: jax.Array
-
-
 def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     at = _Inputs(*refs[:8])
     (cotangent, log_sum, slope) = refs[8:11]
@@ -195,7 +187,10 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     step = pl.program_id(4)
     scale = at.queries.shape[-1] ** -0.5
 
-    def of_keys(keys: jax.Array, values: jax.Array, seen: jax.Array) -> _OfKeys:
+    # What a tile of keys adds to the gradients of the queries, of its keys and of its values.
+    def of_keys(
+        keys: jax.Array, values: jax.Array, seen: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         # Chosen after the exponential, which may overflow where a query does not see the key.
         # Queries that fill up a tile have a cotangent of 0, and so add nothing.
         weights = jnp.where(
@@ -204,7 +199,7 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
         slopes = weights * (_times_transposed(values, cotangent[...]) - slope[...]) * scale
         slopes = slopes.astype(keys.dtype)
         weights = weights.astype(keys.dtype)
-        return _OfKeys(
+        return (
             _transposed_times(slopes, keys),
             _times(slopes, at.queries[...]),
             _times(weights, cotangent[...]),
@@ -221,21 +216,21 @@ def _backward_kernel(order: Any, counts: Any, *refs: Any, cut: Cut) -> None:
     def _own_block() -> None:
         # Of the first part of the context alone; the sums of the others begin with nothing.
         seen = (at.own_seen[...] != 0) & (part == 0)
-        new = of_keys(at.own_keys[...], at.own_values[...], seen)
-        gradients.queries[...] = new.queries
-        gradients.own_keys[...] = new.keys
-        gradients.own_values[...] = new.values
+        queries, keys, values = of_keys(at.own_keys[...], at.own_values[...], seen)
+        gradients.queries[...] = queries
+        gradients.own_keys[...] = keys
+        gradients.own_values[...] = values
 
     @pl.when(step < counts[place])
     def _context() -> None:
         index = order[place * cut.part_tiles + step]
         begin = (part * cut.part_tiles + index) * cut.keys
         seen = _seen(at, begin, (cut.keys, cut.queries))
-        new = of_keys(at.keys[...], at.values[...], seen)
-        gradients.queries[...] += new.queries
+        queries, keys, values = of_keys(at.keys[...], at.values[...], seen)
+        gradients.queries[...] += queries
         held = pl.ds(pl.multiple_of(index * cut.keys, cut.keys), cut.keys)
-        gradients.keys[held, :] += new.keys
-        gradients.values[held, :] += new.values
+        gradients.keys[held, :] += keys
+        gradients.values[held, :] += values
 
 
 def _call(kernel: Any, cut: Cut, operands: Operands, **arguments: Any) -> Any:
@@ -267,16 +262,9 @@ def forward(
     size: KernelTile = TILE,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The online softmax over the own block and the context.
+    """The online softmax; arguments and result as `block_attention_xla.forward`.
 
-    Arguments and result are those of `block_attention_xla.forward`.
-
-    Args:
-        operands: of the call.
-        span: of each block, or of each of its queries.
-        causal: as in `block_attention`.
-        size: of the tiles.
-        interpret: run the kernel without a TPU, for tests.
+    `interpret` runs the kernel without a TPU, for tests.
     """
     batch, heads, blocks, block_queries, width = operands.queries.shape
     # One part, whatever the context: nothing of it is held here, and each softmax runs over it all.
@@ -366,11 +354,7 @@ def backward(
 
 
 def _gradient_outputs(operands: Operands, cut: Cut) -> Any:
-    """Block and shape of each gradient.
-
-    Sums of the context's keys and values, which stay in memory, and what each part adds to the
-    rest.
-    """
+    """Block and shape of each gradient; sums of the context's keys and values stay in memory."""
     batch, heads, _, _, width = operands.queries.shape
 
     def of_tile(count: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:

@@ -1,7 +1,7 @@
-"""Scores of all blocks over a whole context are gigabytes a layer; here they live a tile at a time.
+"""Block attention by tiles of plain products, which run on every platform, forward and backward.
 
-Tiles of plain products run on every platform, forward and backward. Anchors are sorted: a tile of
-neighbouring blocks ends its walk over the context at its largest anchor.
+Anchors are sorted: a tile of neighbouring blocks ends its walk over the context at its largest
+anchor.
 
     key tiles    0   1   2   3   4     a walk ends where the tile's own queries say: a loop whose
     blocks 0-7   x   x   .   .   .     length the device only knows when it runs. Where that costs
@@ -93,7 +93,11 @@ class _Tiles(NamedTuple):
 def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
     block_queries = operands.queries.shape[3]
     queries = _in_tiles(operands.queries, size)
-    first, end = (_in_tiles(_per_query(x, block_queries), size) for x in span)
+
+    def per_query(x: jax.Array) -> jax.Array:  # [B, N, 1 or K] -> [B, 1, N, G * K, 1]
+        return jnp.tile(x, (1, 1, block_queries // x.shape[2]))[:, None, ..., None]
+
+    first, end = (_in_tiles(per_query(x), size) for x in span)
     tiles = queries.shape[0] // operands.queries.shape[0]
     sequence = jnp.arange(queries.shape[0]) // tiles
     keys = min(size.keys, operands.keys.shape[2])
@@ -105,12 +109,6 @@ def _tiles(operands: Operands, span: ContextSpan, size: TileSize) -> _Tiles:
     highest = jnp.where(seen, end, 0)
     stop = -(-jnp.max(highest, axis=(1, 2, 3)) // keys)
     return _Tiles(queries, first, end, sequence, begin, stop)
-
-
-# [B, N, 1 or K] -> [B, 1, N, G * K, 1]
-def _per_query(x: jax.Array, block_queries: int) -> jax.Array:
-    x = jnp.tile(x, (1, 1, block_queries // x.shape[2]))
-    return x[:, None, ..., None]
 
 
 # [B, KV, N, r, d] -> [B * tiles, KV, n * r, d]
@@ -221,62 +219,23 @@ def forward(
     return _from_tiles(out, operands.queries), _from_tiles(log_sum, operands.queries)
 
 
-@dataclass(frozen=True)
-class _OwnGradients:
-    """The own block's share of the queries' gradient, and its keys' and values'; float32."""
-
-    queries: jax.Array
-    keys: jax.Array
-    values: jax.Array
-
-
-def _own_gradients(
-    saved: Saved, cotangent: jax.Array, slope: jax.Array, *, causal: bool
-) -> _OwnGradients:
-    operands = saved.operands
-    scale = operands.queries.shape[-1] ** -0.5
-    dtype = operands.queries.dtype
-    weights = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
-    slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
-    slopes = (weights * (slopes - slope) * scale).astype(dtype)
-    return _OwnGradients(
-        _product("bknrc,bkncd->bknrd", slopes, operands.own_keys),
-        _product("bknrc,bknrd->bkncd", slopes, operands.queries),
-        _product("bknrc,bknrd->bkncd", weights.astype(dtype), cotangent),
-    )
-
-
-class _BackwardTile(NamedTuple):
-    """What the backward pass reads of a tile of queries.
-
-    Beside the tile the log-sum-exp of its scores, the sum of cotangent times output, and the
-    cotangent, [B * tiles, KV, queries, _] each.
-    """
-
-    tile: _Tiles
-    log_sum: jax.Array
-    slope: jax.Array
-    cotangent: jax.Array
-
-
-class _ContextSums(NamedTuple):
-    """Sums over tiles of queries: the gradients of the context's keys and values."""
-
-    keys: jax.Array
-    values: jax.Array
-
-
-class _TileSums(NamedTuple):
-    """What one tile of queries adds up: its own gradient, and into the sums of the context."""
-
-    queries: jax.Array
-    context: _ContextSums
+# Gradients of the context's keys and values, summed over tiles of queries.
+_ContextSums = tuple[jax.Array, jax.Array]
 
 
 def _add_tile(
-    sums: _ContextSums, item: _BackwardTile, *, operands: Operands, size: TileSize, transposed: bool
+    sums: _ContextSums,
+    item: tuple[_Tiles, jax.Array, jax.Array, jax.Array],
+    *,
+    operands: Operands,
+    size: TileSize,
+    transposed: bool,
 ) -> tuple[_ContextSums, jax.Array]:
-    """The sums with a tile of queries added, and the gradient of those queries."""
+    """The sums with a tile of queries added, and the gradient of those queries.
+
+    `item` is the tile, the log-sum-exp of its scores, its sum of cotangent times output, and its
+    cotangent, [KV, queries, _] each.
+    """
     tile, log_sum, slope, cotangent = item
     scale = tile.queries.shape[-1] ** -0.5
     dtype = tile.queries.dtype
@@ -289,13 +248,16 @@ def _add_tile(
             by_output = cotangent.swapaxes(1, 2)
     equation = "kdr,krs->kds" if transposed else "krd,krs->ksd"
 
-    def add(index: jax.Array, carry: _TileSums) -> _TileSums:
+    def add(
+        index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        queries, keys, values = carry
         key_tile = _key_tile(tile, index, operands, size)
         scores = _product("krd,ksd->krs", tile.queries, key_tile.keys) * scale
         weights = jnp.exp(jnp.minimum(scores, key_tile.bound) - log_sum)
         slopes = _product("krd,ksd->krs", cotangent, key_tile.values)
         slopes = (weights * (slopes - slope) * scale).astype(dtype)
-        queries = carry.queries + _product("krs,ksd->krd", slopes, key_tile.keys)
+        queries += _product("krs,ksd->krd", slopes, key_tile.keys)
         at: list[Any] = [tile.sequence, 0, 0, 0]
         at[axis] = key_tile.begin
 
@@ -305,13 +267,11 @@ def _add_tile(
             return jax.lax.dynamic_update_slice(total, old + new, at)
 
         weights = weights.astype(dtype)
-        keys = added(carry.context.keys, by_query, slopes)
-        values = added(carry.context.values, by_output, weights)
-        return _TileSums(queries, _ContextSums(keys, values))
+        return queries, added(keys, by_query, slopes), added(values, by_output, weights)
 
-    start = _TileSums(jnp.zeros(tile.queries.shape, jnp.float32), sums)
-    sums_of_tile = _walk(tile, add, start, operands=operands, size=size)
-    return sums_of_tile.context, sums_of_tile.queries
+    start = (jnp.zeros(tile.queries.shape, jnp.float32), *sums)
+    queries, keys, values = _walk(tile, add, start, operands=operands, size=size)
+    return (keys, values), queries
 
 
 def backward(
@@ -336,18 +296,26 @@ def backward(
     """
     operands, span = saved.operands, saved.span
     size = size.within_memory(operands)
+    scale = operands.queries.shape[-1] ** -0.5
+    dtype = operands.queries.dtype
     slope = jnp.sum(cotangent.astype(jnp.float32) * saved.out, axis=-1, keepdims=True)
-    cotangent = cotangent.astype(operands.queries.dtype)
+    cotangent = cotangent.astype(dtype)
 
-    own = _own_gradients(saved, cotangent, slope, causal=causal)
+    weights = jnp.exp(_own_scores(operands, causal) - saved.log_sum)
+    slopes = _product("bknrd,bkncd->bknrc", cotangent, operands.own_values)
+    slopes = (weights * (slopes - slope) * scale).astype(dtype)
+    own_queries = _product("bknrc,bkncd->bknrd", slopes, operands.own_keys)
+    own_keys = _product("bknrc,bknrd->bkncd", slopes, operands.queries)
+    own_values = _product("bknrc,bknrd->bkncd", weights.astype(dtype), cotangent)
+
     shape = operands.keys.swapaxes(2, 3).shape if transposed else operands.keys.shape
     # Float32: every tile of queries adds to them, which bfloat16 sums would round each time.
     zeros = jnp.zeros(shape, jnp.float32)
     figures = (_in_tiles(x, size) for x in (saved.log_sum, slope, cotangent))
     add_tile = functools.partial(_add_tile, operands=operands, size=size, transposed=transposed)
-    tiles = _BackwardTile(_tiles(operands, span, size), *figures)
-    sums, queries = jax.lax.scan(add_tile, _ContextSums(zeros, zeros), tiles)
+    tiles = (_tiles(operands, span, size), *figures)
+    sums, queries = jax.lax.scan(add_tile, (zeros, zeros), tiles)
     keys, values = (x.swapaxes(2, 3) if transposed else x for x in sums)
-    queries = _from_tiles(queries, operands.queries) + own.queries
-    gradients = Operands(queries, keys, values, own.keys, own.values)
+    queries = _from_tiles(queries, operands.queries) + own_queries
+    gradients = Operands(queries, keys, values, own_keys, own_values)
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, operands)

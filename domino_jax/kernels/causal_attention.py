@@ -1,18 +1,15 @@
-"""Attention of the target, whose scores [T, S] of all heads would be gigabytes a layer in training.
-
-Each token sees itself and what stands before it, in a row or behind a cache:
+"""Causal attention of the target: a token sees itself and what stands before it.
 
     keys of the cache      0 1 2 3 4 5 . .     S slots; those after a row's last position are stale
     queries at 4, 5        4 sees 0..4, 5 sees 0..5
 
 On an accelerator the scores never exist: JAX's splash attention on a TPU, cuDNN's on a GPU that has
-it, the definition over tiles of queries on the rest. The target is frozen: none of them needs a
+it. Elsewhere the definition runs over tiles of queries. The target is frozen: none of them needs a
 gradient.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,20 +57,18 @@ def causal_mask(queries: jax.Array, length: int, documents: jax.Array | None) ->
     return mask & (documents[:, queries, None] == documents[:, None, :])
 
 
-def whole(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None) -> jax.Array:
-    """The definition with all scores at once, best on a CPU at the lengths that it can train."""
-    length = q.shape[2]
-    mask = causal_mask(jnp.arange(length), length, documents)
-    return definition(q, k, v, mask=mask)
-
-
 def by_query_tiles(
-    q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None, *, tile: int = TILE
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    documents: jax.Array | None = None,
+    *,
+    tile: int = TILE,
 ) -> jax.Array:
     """The definition for some queries at a time: scores [tile, S] instead of [T, S]."""
     batch, heads, length, width = q.shape
     if length <= tile:
-        return whole(q, k, v, documents)
+        return definition(q, k, v, mask=causal_mask(jnp.arange(length), length, documents))
     count = -(-length // tile)
     tiles = jnp.pad(q, ((0, 0), (0, 0), (0, count * tile - length), (0, 0)))
     tiles = jnp.moveaxis(tiles.reshape(batch, heads, count, tile, width), 2, 0)
@@ -92,7 +87,7 @@ def on_tpu(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    documents: jax.Array | None,
+    documents: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -135,16 +130,10 @@ def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def implementation_for(platform: str, *, dtype: str, head_dim: int, packed: bool) -> str:
-    """The form of `causal_attention` for a mesh's devices.
+    """The implementation of `causal_attention` for devices of a platform, as jax names it.
 
     cuDNN cannot be traced for other platforms, so it is never a branch of a program: it is named
-    here, once.
-
-    Args:
-        platform: of the devices, as jax names it.
-        dtype: of queries, keys and values.
-        head_dim: width of a head.
-        packed: whether rows hold several documents.
+    here, once. It takes no `packed` rows of several documents.
     """
     # Widths that JAX lets cuDNN take on every GPU; those up to 256 need a Hopper or a later one.
     fits = head_dim <= 128 and head_dim % 8 == 0
@@ -155,8 +144,8 @@ def implementation_for(platform: str, *, dtype: str, head_dim: int, packed: bool
 
 
 # Positions stay whole whatever the layout says of "length": a query sees all before it.
-_HEADS: Any = ("batch", "kv_heads", None, None)
-_DOCUMENTS: Any = ("batch", None)
+_HEADS = jax.P("batch", "kv_heads", None, None)
+_DOCUMENTS = jax.P("batch", None)
 
 
 def causal_attention(
@@ -188,14 +177,14 @@ def causal_attention(
     # Heads that share keys stay on the device that has the keys.
     by_kv_head = q.reshape(*k.shape[:2], -1, q.shape[-1])
     # Axes are named array by array, so documents that are not there are left out, not None.
-    packed = () if documents is None else (documents,)
-    of_documents = () if documents is None else (_DOCUMENTS,)
+    arrays: tuple[jax.Array, ...] = by_kv_head, k, v
+    axes: tuple[jax.P, ...] = _HEADS, _HEADS, _HEADS
+    if documents is not None:
+        arrays, axes = (*arrays, documents), (*axes, _DOCUMENTS)
     run = split_over_devices(
-        functools.partial(_of_device, implementation=implementation),
-        inputs=(_HEADS, _HEADS, _HEADS, *of_documents),
-        outputs=_HEADS,
+        functools.partial(_of_device, implementation=implementation), inputs=axes, outputs=_HEADS
     )
-    return run(by_kv_head, k, v, *packed).reshape(q.shape)
+    return run(*arrays).reshape(q.shape)
 
 
 def _of_device(
@@ -206,9 +195,5 @@ def _of_device(
     heads = q.reshape(batch, -1, length, width)
     if implementation == CUDNN:
         return by_cudnn(heads, k, v).reshape(q.shape)
-
-    def taking(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return lambda q, k, v, *documents: run(q, k, v, *documents or (None,))
-
-    branches = {"cpu": taking(whole), "tpu": taking(on_tpu), "default": taking(by_query_tiles)}
-    return jax.lax.platform_dependent(heads, k, v, *documents, **branches).reshape(q.shape)
+    out = jax.lax.platform_dependent(heads, k, v, *documents, tpu=on_tpu, default=by_query_tiles)
+    return out.reshape(q.shape)

@@ -1,8 +1,7 @@
-"""The losses of two logits over one vocabulary, without ever holding the logits of all predictions.
+"""Chunked linear cross-entropy of two logits over one vocabulary.
 
-Logits of [V] for each of N*K predictions are 5.0 GB a row in float32 (N 512, K 16, V 151,936), two
-of them twice that, and differentiating them keeps several copies. So blocks go through in pieces,
-and a piece makes its gradient as soon as it has its loss:
+Logits of [V] for each of N*K predictions are 5.0 GB a row in float32 (N 512, K 16, V 151,936). So
+blocks go through in pieces, and a piece makes its gradient as soon as it has its loss:
 
     hidden [B, N, M, D]   ┌ piece ┐┌ piece ┐┌ piece ┐     per piece: U = h W^T, U + E, both losses,
                           └───────┘└───────┘└───────┘     d loss / d h, d r, d W2; then its logits
@@ -57,9 +56,7 @@ def vocabulary_loss(
     added up before the product with the head.
 
     Args:
-        states: of the predictions.
         tables: the head is frozen.
-        labels: of the predictions.
         lambda_base: weight of the base loss, may be traced.
         objective: without a `cost` of its own.
         chunk_blocks: blocks whose logits exist at the same time, 0 for all. The pieces after the
@@ -84,19 +81,17 @@ def vocabulary_loss(
 
 @dataclass(frozen=True)
 class _Form:
-    """How the loss is computed: what is static, and hashable as `custom_vjp` asks of it.
+    """What is static, hashable as `custom_vjp` asks of it.
 
     Attributes:
         objective: as in `vocabulary_loss`.
         chunk_blocks: as in `vocabulary_loss`.
         with_gradient: whether a piece makes its gradients too.
-        transposed: whether the gradient of `expansion` is summed as [R, V], for a CPU.
     """
 
     objective: Objective
     chunk_blocks: int
     with_gradient: bool = False
-    transposed: bool = False
 
 
 class _Slopes(NamedTuple):
@@ -110,13 +105,13 @@ class _Slopes(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of states and of `expansion`, [V, R] or, transposed, [R, V], without the labels' part.
+    """Of `states` and of `expansion`, [V, R] or None.
 
-    That part is a vector of `low_rank` per prediction, times `labelled` [B, n, M].
+    Of a piece, `expansion` lacks the labels' part: a vector of `low_rank` per prediction, times
+    `labelled` [B, n, M].
     """
 
-    hidden: jax.Array | None = None
-    low_rank: jax.Array | None = None
+    states: States | None = None
     expansion: jax.Array | None = None
     labelled: jax.Array | None = None
 
@@ -163,84 +158,42 @@ class _Softmax:
         return dense, jnp.ones_like(own)
 
 
-class _WholeGradients(NamedTuple):
-    """Of all states and of `expansion`, [V, R] or None, with the labels' part."""
-
-    states: States
-    expansion: jax.Array | None
-
-
-class _OfRows(NamedTuple):
-    """What belongs to predictions: it stays on the device that has their rows."""
-
-    final: TokenLoss
-    base: TokenLoss
-    states: States
-
-
-class _OverRows(NamedTuple):
-    """Sums over rows, which are added up over the devices."""
-
-    total: jax.Array
-    final_sum: jax.Array
-    base_sum: jax.Array
-    expansion: jax.Array | None
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _vocabulary_loss(
-    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> VocabularyLoss:
-    loss, _ = _of_devices(implementation, states, tables, labels, lambda_base)
+def _vocabulary_loss(implementation: _Form, *operands: Any) -> VocabularyLoss:
+    loss, _ = _of_devices(implementation, *operands)
     return loss
 
 
-def _forward(
-    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _WholeGradients]:
-    return _of_devices(
-        replace(implementation, with_gradient=True), states, tables, labels, lambda_base
-    )
+def _forward(implementation: _Form, *operands: Any) -> tuple[VocabularyLoss, _Gradients]:
+    return _of_devices(replace(implementation, with_gradient=True), *operands)
 
 
 def _of_devices(
     implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _WholeGradients]:
+) -> tuple[VocabularyLoss, _Gradients]:
     """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
 
     def of_device(
         states: States, labels: Labels, tables: Tables, lambda_base: jax.Array
-    ) -> tuple[_OfRows, _OverRows]:
-        # A kernel of a TPU's or a GPU's own becomes a branch here.
-        loss, gradients = jax.lax.platform_dependent(
-            states,
-            tables,
-            labels,
-            lambda_base,
-            cpu=functools.partial(_in_chunks, replace(implementation, transposed=True)),
-            default=functools.partial(_in_chunks, implementation),
-        )
-        of_rows = _OfRows(loss.final, loss.base, gradients.states)
-        sums = _OverRows(loss.total, loss.final_sum, loss.base_sum, gradients.expansion)
+    ) -> tuple[Any, Any]:
+        loss, gradients = _in_chunks(implementation, states, tables, labels, lambda_base)
+        of_rows = loss.final, loss.base, gradients.states
+        sums = loss.total, loss.final_sum, loss.base_sum, gradients.expansion
         return of_rows, sums
 
     run = split_over_batch(of_device, by_row=(True, True, False, False))
-    of_rows, over_rows = run(states, labels, tables, lambda_base)
-    loss = VocabularyLoss(
-        total=over_rows.total,
-        final_sum=over_rows.final_sum,
-        base_sum=over_rows.base_sum,
-        final=of_rows.final,
-        base=of_rows.base,
+    (final, base, of_states), (total, final_sum, base_sum, expansion) = run(
+        states, labels, tables, lambda_base
     )
-    return loss, _WholeGradients(of_rows.states, over_rows.expansion)
+    loss = VocabularyLoss(total, final_sum, base_sum, final, base)
+    return loss, _Gradients(of_states, expansion)
 
 
 def _backward(
-    _: Any, gradients: _WholeGradients, cotangent: VocabularyLoss
+    _: Any, gradients: _Gradients, cotangent: VocabularyLoss
 ) -> tuple[States, Tables, None, None]:
     # The gradients of `total` are there since the forward pass; it is all that carries one.
-    states, expansion = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
+    states, expansion, _ = jax.tree.map(lambda g: g * cotangent.total.astype(g.dtype), gradients)
     return states, Tables(None, expansion), None, None  # type: ignore[arg-type]
 
 
@@ -249,7 +202,7 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 def _in_chunks(
     implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
-) -> tuple[VocabularyLoss, _WholeGradients]:
+) -> tuple[VocabularyLoss, _Gradients]:
     """The loss and the gradients of states and expansion, one piece of blocks after the other."""
     # Once, not in every piece.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
@@ -258,7 +211,7 @@ def _in_chunks(
     chunk_blocks = implementation.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = chunk(states, labels)
-        return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
+        return loss, _with_labels(gradients, states, labels)
     chunks = -(-blocks // chunk_blocks)
 
     def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
@@ -283,9 +236,8 @@ def _in_chunks(
     of_sums, of_outs = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_sums)
     outs = jax.tree.map(lambda x: jnp.zeros((chunks, *x.shape), x.dtype), of_outs)
-    # A loop with a traced end, though it stacks nothing by itself: a scan would need a conditional
-    # to skip the last pieces, and XLA on CPU ran a conditional's products on one core (2.0 s a step
-    # against 1.14 s).
+    # A loop with a traced end: a scan would need a conditional to skip the last pieces, whose
+    # products XLA on CPU ran on one core (2.0 s a step against 1.14 s).
     supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, chunks + 1), 0))
     ((final_sum, base_sum), expanded), outs = jax.lax.fori_loop(0, needed, add, (sums, outs))
@@ -293,24 +245,17 @@ def _in_chunks(
     total = _total(final_sum, base_sum, lambda_base)
     loss = VocabularyLoss(total, final_sum, base_sum, final, base)
     gradients = gradients._replace(expansion=expanded)
-    return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
+    return loss, _with_labels(gradients, states, labels)
 
 
-def _with_labels(
-    gradients: _Gradients, states: States, labels: Labels, *, transposed: bool
-) -> _WholeGradients:
+def _with_labels(gradients: _Gradients, states: States, labels: Labels) -> _Gradients:
     """The gradients of states and expansion, with the labels' part added once for all pieces."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
-        if transposed:
-            # Without the barrier XLA would transpose the product again.
-            with jax.named_scope("cpu_expansion"):
-                expansion = jax.lax.optimization_barrier(expansion).T
         expansion = expansion.at[labels.target_ids].add(
             -gradients.labelled[..., None] * states.low_rank
         )
-    of_states = States(gradients.hidden, gradients.low_rank)  # type: ignore[arg-type]
-    return _WholeGradients(of_states, expansion)
+    return _Gradients(gradients.states, expansion)
 
 
 def _chunk(
@@ -353,17 +298,15 @@ def _chunk(
     ones = jnp.ones_like(scale)
     hidden_gradient = _states_gradient(dlogits, ones, tables.lm_head, labelled, ids)
     if states.low_rank is None or tables.expansion is None:
-        return loss, _Gradients(hidden_gradient)
+        return loss, _Gradients(States(hidden_gradient))
     dense = dense.astype(states.low_rank.dtype)
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
     scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
-    # On a CPU [R, V]: the other way round the large factor would be transposed first.
-    equation = "bnmr,bnmv->rv" if implementation.transposed else "bnmv,bnmr->vr"
-    factors = (scaled, dense) if implementation.transposed else (dense, scaled)
-    expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
-    return loss, _Gradients(
-        hidden_gradient, low_rank_gradient, expansion_gradient, final_slopes.nll
+    expansion_gradient = jnp.einsum(
+        "bnmv,bnmr->vr", dense, scaled, preferred_element_type=jnp.float32
     )
+    of_states = States(hidden_gradient, low_rank_gradient)
+    return loss, _Gradients(of_states, expansion_gradient, final_slopes.nll)
 
 
 def _total(final_sum: jax.Array, base_sum: jax.Array, lambda_base: jax.Array) -> jax.Array:

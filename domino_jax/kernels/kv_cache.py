@@ -1,6 +1,4 @@
-"""Without a cache of keys and values each step of decoding would run every earlier token again.
-
-One operation both writes and reads it, so that its layout is its own affair.
+"""The cache of keys and values; one operation both writes and reads it.
 
     slots of a row    0 1 2 3 4 5 6 7     a pass over T = 2 tokens from position 4 writes 4 and 5,
     holding           p p p p n n s s     and its queries see 0..4 and 0..5: past, new, never stale
@@ -8,8 +6,6 @@ One operation both writes and reads it, so that its layout is its own affair.
 Rewinding is implicit: a slot at or after a pass's first position is overwritten or masked.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,48 +34,6 @@ def _written(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     return jax.vmap(written)(cache, new, start)
 
 
-def write_definition(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
-    """See `write`."""
-    return Cache(_written(cache.keys, keys, start), _written(cache.values, values, start))
-
-
-def attend_definition(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    cache: Cache,
-    start: jax.Array,
-    *,
-    write: Callable[..., Cache] = write_definition,
-) -> tuple[jax.Array, Cache]:
-    """See `cached_attention`; `write` puts the run into the cache."""
-    # Written first: the run sees itself in the cache, as it sees everything before it.
-    cache = write(cache, keys, values, start)
-    positions = start[:, None] + jnp.arange(q.shape[2])
-    mask = jnp.arange(cache.keys.shape[2]) <= positions[:, :, None]
-    return causal_attention.definition(q, *cache, mask=mask), cache
-
-
-def _write_merged(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
-    """For a CPU: batch and heads are one axis while a run of several tokens is written.
-
-    XLA merges them for the product that reads the cache. In four dimensions it would copy the whole
-    cache for that product, in three it writes in place. A single token's product is read as it is.
-    """
-
-    def written(cache: jax.Array, new: jax.Array) -> jax.Array:
-        # Rows of a batch begin at slots of their own, which no single slice can write.
-        if cache.shape[0] > 1 or new.shape[2] == 1:
-            return _written(cache, new, start)
-        merged = cache.reshape(-1, *cache.shape[2:])
-        new = new.astype(cache.dtype).reshape(-1, *new.shape[2:])
-        merged = jax.lax.dynamic_update_slice(merged, new, (0, start[0], 0))
-        return merged.reshape(cache.shape)
-
-    with jax.named_scope("cpu_cache"):
-        return Cache(written(cache.keys, keys), written(cache.values, values))
-
-
 def write(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) -> Cache:
     """The cache with a further run of positions in each row.
 
@@ -91,9 +45,7 @@ def write(cache: Cache, keys: jax.Array, values: jax.Array, start: jax.Array) ->
     Returns:
         The cache with the run at `start .. start + T - 1` of each row, in its own type.
     """
-    return jax.lax.platform_dependent(
-        cache, keys, values, start, cpu=_write_merged, default=write_definition
-    )
+    return Cache(_written(cache.keys, keys, start), _written(cache.values, values, start))
 
 
 def cached_attention(
@@ -110,15 +62,11 @@ def cached_attention(
     Returns:
         [B, H, T, head_dim] in the type of `q`, and the cache with the run.
     """
-    return jax.lax.platform_dependent(
-        q,
-        keys,
-        values,
-        cache,
-        start,
-        cpu=functools.partial(attend_definition, write=_write_merged),
-        default=attend_definition,
-    )
+    # Written first: the run sees itself in the cache, as it sees everything before it.
+    cache = write(cache, keys, values, start)
+    positions = start[:, None] + jnp.arange(q.shape[2])
+    mask = jnp.arange(cache.keys.shape[2]) <= positions[:, :, None]
+    return causal_attention.definition(q, *cache, mask=mask), cache
 
 
 def empty_cache(cfg: DecoderShape, *, batch: int, cache_len: int) -> Cache:

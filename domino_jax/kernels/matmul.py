@@ -1,8 +1,7 @@
-"""Verifying a drafted block should cost one reading of each weight; the layout decides if it does.
+"""Products with weights stored [out, in].
 
-Weights are stored [out, in]. Training multiplies thousands of rows by each, which every compiler
-does well. Verifying multiplies K of them: reading the weight is its price, if the product is laid
-out for that.
+Training multiplies thousands of rows by each, which every compiler does well. Verifying a drafted
+block multiplies K of them: its price is reading the weight, if the product is laid out for that.
 
     many rows               x [rows, in] . W^T [in, out]      = [rows, out]
     few rows, on a CPU      W [out, in]  . x^T [in, 2^n]      = [out, 2^n], transposed and cut
@@ -36,9 +35,13 @@ def _as_columns(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax
         return product.reshape(*x.shape[:-1], -1)
 
 
+def _has_few_rows(x: jax.Array) -> bool:
+    return 1 < math.prod(x.shape[:-1]) <= FEW_ROWS
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
-    if not 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+    if not _has_few_rows(x):
         return definition(x, weight, dtype)
     return jax.lax.platform_dependent(
         x,
@@ -78,7 +81,7 @@ def linear(x: jax.Array, weight: jax.Array, *, dtype: jnp.dtype | None = None) -
         [..., out]. Gradients are products in the type of `x`.
     """
     # A result of another type has a cotangent of that type, which only `_product` casts back.
-    if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS or dtype not in (None, x.dtype):
+    if _has_few_rows(x) or dtype not in (None, x.dtype):
         return _product(x, weight, dtype)
     return definition(x, weight, dtype)
 

@@ -1,7 +1,6 @@
-"""Forms of block attention can replace each other only if they take and save the same arrays.
+"""The arrays that every implementation of block attention takes and saves.
 
-These are the operands, what a query sees of the context, and what the backward pass reads. Queries
-that look at the same keys lie together: of one key-value head and block, group by group.
+Queries that look at the same keys lie together: of one key-value head and block, group by group.
 
     queries [..., G*K, head_dim]     g0 k0, g0 k1, .., g1 k0, g1 k1, ..    for one head and block n
     own keys [..., K, head_dim]      k0, k1, ..                            of the same block

@@ -1,7 +1,6 @@
-"""A row of logits is a vocabulary of float32: read three times, it costs three times one pass.
+"""The largest of a row of logits, its place and the sum of exponentials, in one pass.
 
-A softmax and a count need three figures of it: the largest, where it stands, and the sum of
-exponentials. One reduction carries all three, on each part of a split vocabulary first:
+One reduction carries all three, on each part of a split vocabulary first:
 
     logits [V]       v0 v1 v2 | v3 v4 v5 | ..    one part a device
     triples          (largest, total, place) of each part, then merged into one

@@ -1,10 +1,8 @@
-"""The loss's definition and its kernel can only be compared if they share what they speak of.
+"""The loss of each prediction, shared by the loss's definition and its kernel.
 
-That is what the logits of a vocabulary say of each prediction, and what they are made from:
-
-    hidden    h [B, N, M, D]    base logits     U = h W^T           [B, N, M, V]
-    low rank  r [B, N, M, R]    final logits    U + E = U + r W2^T  [B, N, M, V]
-    logits and target_ids       nll, prediction, divergence         [B, N, M]
+hidden    h [B, N, M, D]    base logits     U = h W^T           [B, N, M, V]
+low rank  r [B, N, M, R]    final logits    U + E = U + r W2^T  [B, N, M, V]
+logits and target_ids       nll, prediction, divergence         [B, N, M]
 """
 
 from collections.abc import Callable
@@ -32,10 +30,9 @@ class TokenLoss(NamedTuple):
 
 
 class States(NamedTuple):
-    """What the logits are made from.
+    """`hidden` [B, N, M, D] of the backbone, `low_rank` [B, N, M, R] of the head, or None.
 
-    `hidden` [B, N, M, D] is the backbone's, `low_rank` [B, N, M, R] the head's: zero where the
-    logits stay uncorrected, and None without a head.
+    `low_rank` is zero where the logits stay uncorrected.
     """
 
     hidden: jax.Array
@@ -43,22 +40,18 @@ class States(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What turns states into logits.
-
-    `lm_head` [V, D] is the target's, frozen, and `expansion` [V, R] the head's, or None.
-    """
+    """`lm_head` [V, D] of the target, frozen, and `expansion` [V, R] of the head, or None."""
 
     lm_head: jax.Array
     expansion: jax.Array | None = None
 
 
 class Labels(NamedTuple):
-    """What the predictions are held against, all [B, N, M] but the last.
+    """Labels and weights of the predictions, all [B, N, M] but the last.
 
-    `target_ids` int32; `mask` float32, the share in which a prediction is supervised, 0 for not at
-    all; `weights` float32, the position weights, 0 outside the mask. `target_states` [B, N, M, D]
-    are the target's own states, after its final norm, that predict the same tokens; None without a
-    divergence.
+    `target_ids` int32; `mask` float32, the share in which a prediction is supervised; `weights`
+    float32, the position weights, 0 outside the mask. `target_states` [B, N, M, D] are the target's
+    normed states that predict the same tokens; None without a divergence.
     """
 
     target_ids: jax.Array
@@ -109,12 +102,9 @@ class VocabularyLoss(NamedTuple):
 def token_loss(
     logits: jax.Array, target_ids: jax.Array, target_logits: jax.Array | None = None
 ) -> TokenLoss:
-    """The definition of one prediction's loss, from whole logits.
+    """The definition of a prediction's loss, from float32 logits [..., V] and ids int32 [...].
 
-    Args:
-        logits: float32 [..., V].
-        target_ids: int32 [...].
-        target_logits: float32 [..., V], the target's own, for the divergence.
+    `target_logits` [..., V] are the target's own, for the divergence.
     """
     # Not the logarithm of a softmax: an unlikely label's could round to 0, with an infinite loss.
     log_probs = jax.nn.log_softmax(logits, axis=-1)

@@ -1,7 +1,7 @@
 """How block attention is cut for a TPU, and which tiles of the context are worth reading.
 
 A kernel's grid is fixed when it is compiled, so both axes are cut into tiles of one size and filled
-up; which of them some query sees is known on the device alone, and told to the kernel as a list.
+up. Which of them some query sees is known on the device alone: the kernel gets a list.
 """
 
 import math
@@ -33,11 +33,7 @@ TILE = KernelTile()
 
 @dataclass(frozen=True)
 class Cut:
-    """How one call is cut.
-
-    A tile of `queries` has `blocks`, a tile of the context `keys`. There are `tiles` of queries,
-    and the context is in `parts` of `part_tiles` tiles each.
-    """
+    """`tiles` of `blocks` or `queries`; `parts` of the context, `part_tiles` of `keys` each."""
 
     blocks: int
     queries: int
@@ -69,11 +65,10 @@ def cut_of(operands: Operands, size: KernelTile) -> Cut:
 
 
 class SeenTiles(NamedTuple):
-    """The key tiles that some query of a tile sees.
+    """The key tiles that some query of a tile sees, flat, as a scalar memory wants them.
 
-    By sequence of the batch, part of the context and tile of queries: `order` int32
-    [B * parts * tiles * part_tiles], the seen ones first; `counts` int32 [B * parts * tiles]. Flat,
-    as a scalar memory wants them.
+    `order` int32 [B * parts * tiles * part_tiles] holds the seen ones first; `counts` int32
+    [B * parts * tiles].
     """
 
     order: jax.Array

@@ -1,7 +1,6 @@
-"""A draft starts as its target's top layers, so both project queries, keys and values alike.
+"""The projections around attention, the same in target and draft; what attends is theirs.
 
-What attends differs and is left to target and draft; here are the weights around it, with heads
-first so that each head's positions lie together:
+Heads go first, so that each head's positions lie together:
 
     x [B, T, D] -> queries [B, H, T, head_dim], keys and values [B, KV, T, head_dim] -> [B, T, D]
 """
@@ -23,16 +22,12 @@ class AttentionProjections(nn.Module):
 
     def setup(self) -> None:
         """Creates the four projections and the two norms."""
-        cfg, bias = self.cfg, self.bias
-        self.q_proj = Dense(
-            cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), cfg.dtype, bias
-        )
-        self.k_proj = Dense(
-            cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
-        )
-        self.v_proj = Dense(
-            cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), cfg.dtype, bias
-        )
+        cfg = self.cfg
+        query_width = cfg.num_attention_heads * cfg.head_dim
+        key_width = cfg.num_key_value_heads * cfg.head_dim
+        self.q_proj = Dense(query_width, ("heads", "embed"), cfg.dtype, self.bias)
+        self.k_proj = Dense(key_width, ("kv_heads", "embed"), cfg.dtype, self.bias)
+        self.v_proj = Dense(key_width, ("kv_heads", "embed"), cfg.dtype, self.bias)
         # Never a bias: Qwen2 has biases of q, k and v alone.
         self.o_proj = Dense(cfg.hidden_size, ("embed", "heads"), cfg.dtype)
         if cfg.qk_norm:
@@ -57,8 +52,8 @@ class AttentionProjections(nn.Module):
 
     def output(self, heads: jax.Array) -> jax.Array:
         """Joins the heads, [B, H, T, head_dim] -> [B, T, D]."""
-        batch, count, length, width = heads.shape
-        return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, count * width))
+        batch, _, length, _ = heads.shape
+        return self.o_proj(heads.swapaxes(1, 2).reshape(batch, length, -1))
 
     # [B, T, heads * head_dim] -> [B, T, heads, head_dim]
     def _heads(self, x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Most of a decoder's parameters stand in products, so how one is stored and cast is said once.
+"""Linear layers, stored as checkpoints store them, `[out, in]`, and the gated MLP.
 
-Parameters are stored as checkpoints store them, `[out, in]`. A draft's are float32 masters, cast at
-each use; a target's have the compute type already, because its loader made them so and not `init`:
+A draft's parameters are float32 masters, cast at each use. A target's have the compute type
+already: its loader makes them, not `init`.
 
     x [..., in] @ weight [out, in].T (+ bias [out]) -> [..., out]
 """

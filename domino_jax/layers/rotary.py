@@ -1,7 +1,7 @@
-"""An angle that is off by a rounding moves every score, so rotary tables are made here alone.
+"""Rotary embeddings in the half-split layout of Llama and Qwen checkpoints.
 
-Frequencies are float64 until their last rounding and angles float32 always, in the half-split
-layout of Llama and Qwen checkpoints:
+An angle that is off by a rounding moves every score: frequencies are float64 until their last
+rounding, angles always float32.
 
     positions [B, T] -> angles [B, T, head_dim / 2], twice side by side -> cos, sin [B, T, head_dim]
 """
@@ -36,13 +36,8 @@ class RotaryFrequencies(NamedTuple):
 def rotary_frequencies(cfg: DecoderShape) -> RotaryFrequencies:
     """The rotary frequencies of a decoder, `theta ** (-2 i / head_dim)` stretched by its scaling.
 
-    All of it is float64 until the last rounding: nothing here is traced.
-
-    Args:
-        cfg: `head_dim`, `rope_theta` and `rope_scaling` are read.
-    Returns:
-        `RotaryFrequencies`. The amplitude is 1 except for YaRN, where it is `attention_factor`, or
-        follows from the factor and the two mscales.
+    The amplitude is 1 except for YaRN, where it is `attention_factor`, or follows from the factor
+    and the two mscales. Nothing here is traced.
     Source: RoFormer (arXiv:2104.09864); Llama 3.1's and YaRN's (arXiv:2309.00071) blends as
     transformers 5 reads them.
     """
@@ -108,11 +103,9 @@ def rotary(positions: jax.Array, cfg: DecoderShape) -> Rotary:
 
     Args:
         positions: int [B, T].
-        cfg: the decoder whose heads are rotated; see `rotary_frequencies`.
+        cfg: the decoder whose heads are rotated.
     Returns:
-        `Rotary` of float32 [B, T, head_dim]; both halves of the last axis are equal (half-rotation
-        layout).
-    Source: RoFormer (arXiv:2104.09864), in the half-split layout of Llama and Qwen checkpoints.
+        `Rotary` of float32 [B, T, head_dim]; both halves of the last axis are equal.
     """
     frequencies, amplitude = rotary_frequencies(cfg)
     # bfloat16 counts to 256: beyond, neighbouring positions would have the same angles.
@@ -122,14 +115,7 @@ def rotary(positions: jax.Array, cfg: DecoderShape) -> Rotary:
 
 
 def rotate(x: jax.Array, tables: Rotary) -> jax.Array:
-    """Rotates heads by their position.
-
-    Args:
-        x: [B, heads, T, head_dim].
-        tables: `Rotary` of [B, T, head_dim].
-    Returns:
-        An array like `x`; the arithmetic is float32.
-    """
+    """Rotates heads [B, heads, T, head_dim] by their position; the arithmetic is float32."""
     # A pair is (i, i + head_dim / 2) here, and not two neighbours as in GGUF files of Llama.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)

@@ -1,10 +1,7 @@
-"""The base-anchor curriculum: how much of the loss is the backbone's alone, falling to nothing.
+"""The base-anchor curriculum: how much of the loss is the backbone's alone (see `loss.py`).
 
-A head that learns fast leaves the backbone no reason to learn, so at first the backbone's own
-logits are trained as well.
-
-    step      0               ..           decay_steps   ..   total_steps
-    weight    lambda_start    linear to    0             ..   0
+step      0               ..           decay_steps   ..   total_steps
+weight    lambda_start    linear to    0             ..   0
 """
 
 import jax.numpy as jnp

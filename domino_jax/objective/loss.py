@@ -1,8 +1,7 @@
 """The loss of a draft in plain jnp, to be read and changed (Domino, arXiv:2605.29707).
 
-The kernel that trains is shaped by memory and speed; what it computes is read here, and JAX
-differentiates it. A block of K positions is drafted at once and verified left to right, and what
-stands behind the first wrong token is thrown away. Everything here follows from that:
+A block of K positions is drafted at once and verified left to right, and what stands behind the
+first wrong token is thrown away. Everything here follows from that:
 
     prediction m    0    1               2               ..   M - 1
     weight          1    e^(-1/gamma)    e^(-2/gamma)    ..   e^(-(M-1)/gamma)    times the mask
@@ -21,9 +20,8 @@ stands behind the first wrong token is thrown away. Everything here follows from
 What a prediction costs besides is the objective's affair (`objectives.py`): D-PACE, for example,
 weighs it by the draft's own confidence in the tokens before.
 
-Training runs `kernels.chunked_cross_entropy`, the same sums without whole logits; its values and
-gradients are tested against `dual_loss` in `tests/kernels/test_chunked_cross_entropy.py`. An
-objective that reads whole logits runs on `dual_loss` itself.
+Training runs `kernels.chunked_cross_entropy`, the same sums without whole logits, which is tested
+against `dual_loss`. An objective that reads whole logits runs on `dual_loss` itself.
 """
 
 from typing import NamedTuple
@@ -87,7 +85,7 @@ def dual_loss(
         lambda_base: weight of the base loss, 0..1, may be traced.
         objective: what a prediction costs.
     Returns:
-        `VocabularyLoss`: sums, still to be divided (`objectives.loss_divisor`). Logits and sums
+        `VocabularyLoss`: sums, still to be divided (`objectives.DIVISORS`). Logits and sums
         are float32.
     """
     # The head is the target's: frozen here and never exported, so a gradient would go nowhere.

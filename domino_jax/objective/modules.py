@@ -7,6 +7,12 @@ off by a token trains without an error and drafts badly, so they are made in one
     token that is read     ids[a]    MASK     MASK     ..   MASK
     predicted, shifted     a + 1     a + 2    a + 3    ..   a + K        M = K predictions
     predicted, unshifted   -         a + 1    a + 2    ..   a + K - 1    M = K - 1
+
+A head corrects logits that a backbone made, so both are supervised at the same predictions:
+
+    hidden      [B, N, M, D]   of the backbone          -> base logits
+    previous    [B, N, M, D]   tokens before, embedded  -> head -> low rank [B, N, M, R]
+    final logits = base logits + low rank @ expansion^T, but for the first predictions
 """
 
 import functools
@@ -19,7 +25,8 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from domino_jax.base.errors import require
-from domino_jax.base.scopes import VOCABULARY_LOSS
+from domino_jax.base.scopes import HEAD, VOCABULARY_LOSS
+from domino_jax.config.model import DraftConfig
 from domino_jax.config.sections import ANCHOR_RULES
 from domino_jax.draft.backbone import DraftModel, output_logits
 from domino_jax.draft.blocks import (
@@ -34,11 +41,11 @@ from domino_jax.draft.mask import layer_spans
 from domino_jax.kernels.chunked_cross_entropy import vocabulary_loss
 from domino_jax.kernels.token_loss import Labels, Objective, States, Tables, VocabularyLoss
 from domino_jax.objective.loss import dual_loss, position_weights
-from domino_jax.objective.metrics import DFlashStepMetrics, prediction_metrics
+from domino_jax.objective.metrics import DFlashStepMetrics, DominoStepMetrics, prediction_metrics
 from domino_jax.objective.objectives import (
+    DIVISORS,
     check_objective,
     checked_options,
-    loss_divisor,
     objective_named,
     reads_target,
 )
@@ -46,7 +53,7 @@ from domino_jax.sharding import constrain
 
 
 class DFlashTrainerModule(nn.Module):
-    """A DFlash draft and its block-wise loss.
+    """A draft and its block-wise loss, which a head splits into a final and a base loss.
 
     Attributes:
         draft_model: the draft; its parameters are the only ones.
@@ -56,7 +63,7 @@ class DFlashTrainerModule(nn.Module):
         loss_decay_gamma: decay of the position weights, None for none.
         loss_type: name of an objective (`objectives.py`).
         loss_options: the objective's own parameters, by name.
-        normalize: divisor of the loss (see `loss_divisor`), None for the objective's own.
+        normalize: divisor of the loss (see `DIVISORS`), None for the objective's own.
         kl_weight: share of the divergence from the target's distribution in each token's loss.
         anchor_rule: "nemo" or "specforge" (see `anchor_candidates`).
         chunk_blocks: memory bound of the vocabulary loss (see `vocabulary_loss`).
@@ -80,11 +87,7 @@ class DFlashTrainerModule(nn.Module):
         """Refuses what a run's config refuses, and fields that contradict the draft's config."""
         super().__post_init__()
         cfg = self.draft_model.cfg
-        # Fields of the reference's modules, which the draft's config knows too.
-        for name in ("block_size", "mask_token_id"):
-            here = getattr(self, name)
-            there = getattr(cfg, name)
-            require(here == there, f"{name} is {here} here and {there} in the draft's config")
+        self._check_agreement("block_size", "mask_token_id")
         # The modules are public: what a run's config has checked, a script has not.
         rules = ", ".join(ANCHOR_RULES)
         require(
@@ -104,6 +107,12 @@ class DFlashTrainerModule(nn.Module):
             kl_weight=self.kl_weight,
             domino=cfg.head is not None,
         )
+
+    def _check_agreement(self, *names: str) -> None:
+        """Refuses fields of the reference's modules that differ from the draft's config."""
+        for name in names:
+            here, there = getattr(self, name), getattr(self.draft_model.cfg, name)
+            require(here == there, f"{name} is {here} here and {there} in the draft's config")
 
     def __call__(
         self,
@@ -141,27 +150,65 @@ class DFlashTrainerModule(nn.Module):
             target_states: [B, S, D], the target's states after its final norm; read with
                 `kl_weight`, or where the objective reads the target's logits.
         Returns:
-            `DFlashStepMetrics`. Without any anchor its loss, gradient and `valid_blocks` are 0.
+            `DominoStepMetrics` of a draft with a head, else `DFlashStepMetrics`. Without any anchor
+            loss, gradient and `valid_blocks` are 0.
         Raises:
             ValueError: half of the packing or the anchors, or `kl_weight` without `target_states`.
         """
-        packing = packing_of(position_ids, seq_lens, doc_remaining)
+        draft = self.draft_model
+        packing = _packing(position_ids, seq_lens, doc_remaining)
         anchors = self._anchors(loss_mask, packing, anchor_positions, block_keep_mask)
         prefix_lengths = self.draw_prefix_lengths(anchors.positions)
-        blocks = self._blocks(input_ids, loss_mask, anchors, packing, prefix_lengths=prefix_lengths)
+        blocks = make_blocks(
+            input_ids,
+            loss_mask,
+            anchors,
+            cfg=draft.cfg,
+            packing=packing,
+            prefix_lengths=prefix_lengths,
+        )
         hidden = self._predictions(hidden_states, embed_tokens, blocks, anchors, packing)
         weights = position_weights(
             blocks.mask, gamma=self.loss_decay_gamma, prefix_lengths=prefix_lengths
         )
+        low_rank = expansion = None
+        if draft.cfg.head is None:
+            lambda_base = 0.0  # its base logits are the final ones
+        else:
+            lambda_base = jnp.asarray(lambda_base, jnp.float32)  # it is returned among the metrics
+            with jax.named_scope(HEAD):
+                # Teacher-forced: the head reads the real tokens before, at inference drafted ones.
+                previous = frozen_embeddings(embed_tokens, blocks.previous_ids)
+                low_rank = draft.corrections(hidden, previous)
+            expansion = draft.head.expansion
         label_states = self._label_states(target_states, anchors)
-        labels = Labels(blocks.target_ids, blocks.mask, weights, label_states)
-        loss = self._dual_loss(States(hidden), Tables(lm_head), labels)
-        divisor = self._divisor(weights, blocks)
-        # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
-        return DFlashStepMetrics(
-            loss=loss.total / (divisor + 1e-6),
-            loss_weight=divisor,
-            **prediction_metrics(loss.final, blocks, correct_share=blocks.mask),
+        loss = self._dual_loss(
+            States(hidden, low_rank),
+            Tables(lm_head, expansion),
+            Labels(blocks.target_ids, blocks.mask, weights, label_states),
+            lambda_base=lambda_base,
+        )
+        normalize = self.normalize or objective_named(self.loss_type).normalize
+        weight = DIVISORS[normalize](weights, blocks.mask)
+        if draft.cfg.head is None:
+            # Plus 1e-6: a batch without anchors has the loss 0, and no NaN in its gradient.
+            return DFlashStepMetrics(
+                loss=loss.total / (weight + 1e-6),
+                loss_weight=weight,
+                **prediction_metrics(loss.final, blocks, correct_share=blocks.mask),
+            )
+        # Unlike plain DFlash, whose correct tokens add their shares (see `prediction_metrics`).
+        correct_share = (blocks.mask > 0.5).astype(jnp.float32)
+        base = prediction_metrics(loss.base, blocks, correct_share=correct_share)
+        shared = ("accuracy", "correct_tokens", "accept_len", "accept_len_sum")
+        return DominoStepMetrics(
+            loss=loss.total / (weight + 1e-6),
+            loss_weight=weight,
+            **prediction_metrics(loss.final, blocks, correct_share=correct_share),
+            final_loss=loss.final_sum / (weight + 1e-6),
+            base_loss=loss.base_sum / (weight + 1e-6),
+            **{f"base_{name}": base[name] for name in shared},
+            lambda_base=lambda_base,
         )
 
     def draw_prefix_lengths(self, anchors: jax.Array) -> jax.Array | None:
@@ -194,24 +241,6 @@ class DFlashTrainerModule(nn.Module):
             rule=self.anchor_rule,
         )
         return sample_anchors(self.make_rng("anchors"), candidates, num_anchors=self.num_anchors)
-
-    def _blocks(
-        self,
-        input_ids: jax.Array,
-        loss_mask: jax.Array,
-        anchors: Anchors,
-        packing: Packing | None,
-        *,
-        prefix_lengths: jax.Array | None = None,
-    ) -> Blocks:
-        return make_blocks(
-            input_ids,
-            loss_mask,
-            anchors,
-            cfg=self.draft_model.cfg,
-            packing=packing,
-            prefix_lengths=prefix_lengths,
-        )
 
     def _predictions(
         self,
@@ -251,41 +280,72 @@ class DFlashTrainerModule(nn.Module):
         index = jnp.minimum(index, target_states.shape[1] - 1)
         return jax.vmap(lambda row, at: row[at])(target_states, index)
 
-    def _divisor(self, weights: jax.Array, blocks: Blocks) -> jax.Array:
-        normalize = self.normalize or objective_named(self.loss_type).normalize
-        return loss_divisor(weights, blocks.mask, normalize=normalize)
-
-    def _objective(self) -> Objective:
-        # Options are bound here: the kernel calls an objective with arrays and knows no names.
+    @jax.named_scope(VOCABULARY_LOSS)
+    def _dual_loss(
+        self, states: States, tables: Tables, labels: Labels, *, lambda_base: jax.Array | float
+    ) -> VocabularyLoss:
         entry = objective_named(self.loss_type)
         options = checked_options(self.loss_type, self.loss_options)
-        return Objective(
+        # Options are bound here: the kernel calls an objective with arrays and knows no names.
+        objective = Objective(
             factor=_with_options(entry.factor, options),
             kl_weight=self.kl_weight,
             output_logits=functools.partial(output_logits, self.draft_model.cfg),
             cost=_with_options(entry.cost, options),
         )
+        chunked = functools.partial(vocabulary_loss, chunk_blocks=self.chunk_blocks)
+        loss = chunked if objective.cost is None else dual_loss
+        return loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
 
-    @jax.named_scope(VOCABULARY_LOSS)
-    def _dual_loss(
-        self,
-        states: States,
-        tables: Tables,
-        labels: Labels,
-        *,
-        lambda_base: jax.Array | float = 0.0,
-    ) -> VocabularyLoss:
-        objective = self._objective()
-        if objective.cost is None:
-            return vocabulary_loss(
-                states,
-                tables,
-                labels,
-                lambda_base=lambda_base,
-                objective=objective,
-                chunk_blocks=self.chunk_blocks,
-            )
-        return dual_loss(states, tables, labels, lambda_base=lambda_base, objective=objective)
+
+class DominoTrainerModule(DFlashTrainerModule):
+    """A draft with a head, for which `DFlashTrainerModule` weighs corrected and base logits.
+
+    Attributes:
+        shift_label: block position k predicts `anchor + 1 + k` instead of `anchor + k`; as in the
+            draft's config.
+    Source: NeMo AutoModel 0.7.0, `DominoTrainerModule`.
+    """
+
+    shift_label: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses a draft that does not fit."""
+        super().__post_init__()
+        head = self.draft_model.cfg.head
+        require(
+            head is not None, "DominoTrainerModule needs a draft with a head, found one without"
+        )
+        self._check_agreement("shift_label")
+
+
+def build_trainer(
+    config: DraftConfig,
+    *,
+    num_anchors: int = 512,
+    loss_decay_gamma: float | None = None,
+    recompute: bool = False,
+    **options: Any,
+) -> DFlashTrainerModule:
+    """The trainer module of a draft config.
+
+    `DominoTrainerModule`, or `DFlashTrainerModule` without projector. Its variables are
+    `{"params": {"draft_model": params}}`, with `params` as `load_hf_draft` returns them.
+
+    Args:
+        config: the draft.
+        num_anchors: N.
+        loss_decay_gamma: decay of the position weights, None for none.
+        recompute: as in `DraftModel`.
+        options: further fields of the module.
+    """
+    draft = DraftModel(config, recompute)
+    # The config's own, and no options: given twice, each of them is an error.
+    options = dict(mask_token_id=config.mask_token_id, block_size=config.block_size, **options)
+    options.update(num_anchors=num_anchors, loss_decay_gamma=loss_decay_gamma)
+    if config.head is not None:
+        return DominoTrainerModule(draft, shift_label=config.shift_label, **options)
+    return DFlashTrainerModule(draft, **options)
 
 
 def _with_options(
@@ -295,7 +355,7 @@ def _with_options(
     return None if function is None else lambda *arguments: function(*arguments, options)
 
 
-def packing_of(
+def _packing(
     position_ids: jax.Array | None, seq_lens: jax.Array | None, doc_remaining: jax.Array | None
 ) -> Packing | None:
     """The packing of a batch, None for rows of one document each; half of one is an error."""
@@ -306,7 +366,6 @@ def packing_of(
     return Packing(position_ids, seq_lens, doc_remaining)
 
 
-# [V, D], [B, N, x] -> [B, N, x, D]
 def frozen_embeddings(table: jax.Array, ids: jax.Array) -> jax.Array:
     """The target's embeddings of tokens, [V, D] and [B, N, x] -> [B, N, x, D], without gradient."""
     # Split by rows of the batch here: what follows would else be split like the table, and gathered

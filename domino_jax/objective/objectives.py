@@ -1,9 +1,8 @@
 """The named objectives: what a prediction costs besides its position weight, and the divisor.
 
-To try a new one should not mean to edit config, trainer and kernel. So an entry owns everything
-that is its own: its factor, its options with their defaults and bounds, its divisor, its default
-decay, and how many real tokens a block shows. A new one is a frozen dataclass of options, a
-function, and a call:
+An entry owns its factor, its options with their defaults and bounds, its divisor, its default
+decay, and how many real tokens a block shows. A new one needs no change elsewhere: it is a frozen
+dataclass of options, a function, and a call:
 
     @dataclass(frozen=True)
     class FocalOptions:
@@ -80,7 +79,7 @@ def register_objective(
             alone. Plain DFlash only.
         options: a frozen dataclass of the objective's parameters, plain values with defaults; it
             refuses bad ones by `InputError`.
-        normalize: default divisor (`loss_divisor`): of weights before any factor or cost.
+        normalize: default divisor (`DIVISORS`): of weights before any factor or cost.
         loss_decay_gamma: default decay of the position weights, None for none.
         weighs_positions: whether the factor itself says what a position weighs; a decay is then
             refused.
@@ -169,31 +168,16 @@ def check_objective(
     )
 
 
-# None of them asks what was predicted. So micro-batches, devices and the two losses share one, and
-# an objective cannot shrink its loss by growing it.
+# What the weighted sum of a batch is divided by, of the position weights before any factor and the
+# supervised shares, float32 [B, N, M] both: the sum of the weights, that of the shares, or the
+# number of blocks with a supervised prediction. None of them asks what was predicted. So
+# micro-batches, devices and the two losses share one, and an objective cannot shrink its loss by
+# growing it.
 DIVISORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "weights": lambda weights, mask: jnp.sum(weights),
     "tokens": lambda weights, mask: jnp.sum(mask),
     "blocks": lambda weights, mask: jnp.sum(jnp.any(mask > 0, axis=-1).astype(jnp.float32)),
 }
-
-
-def loss_divisor(weights: jax.Array, mask: jax.Array, *, normalize: str) -> jax.Array:
-    """What the weighted sum of a batch is divided by; never depends on what the draft predicts.
-
-    Args:
-        weights: float32 [B, N, M], position weights before any factor.
-        mask: float32 [B, N, M], the share in which predictions are supervised.
-        normalize: "weights" sums the position weights, "tokens" the mask, "blocks" counts the
-            blocks that have a supervised prediction.
-    Returns:
-        float32 scalar.
-    Raises:
-        ValueError: another name.
-    """
-    if normalize not in DIVISORS:
-        raise ValueError(f"normalize must be one of {', '.join(DIVISORS)}, found {normalize!r}")
-    return DIVISORS[normalize](weights, mask)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A person asks of a run whether it pays: what its files say becomes one page with pictures.
+"""A page with pictures from the files of runs: does the drafter pay?
 
 sources    the files of runs; every value with its place in them
 cells      figures as text that knows where it came from

@@ -4,8 +4,8 @@ report.html       all of it, drawings included: it can be mailed
 report/tau-1.png  each drawing by itself, for slides and other pages
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -13,58 +13,40 @@ import jinja2
 from domino_jax import __version__
 from domino_jax.base.files import whole_file, write_whole
 from domino_jax.page import charts, notes, tables
-from domino_jax.page.cells import is_missing
-from domino_jax.page.notes import Answer, Warnings, left_out
+from domino_jax.page.cells import Cell
+from domino_jax.page.notes import Answer, left_out
 from domino_jax.page.pictures import Picture, drawn, run_key
-from domino_jax.page.sources import RunFiles
-from domino_jax.page.tables import Table
+from domino_jax.page.sources import RunFiles, set_names
+from domino_jax.page.tables import Table, side_by_side
 from domino_jax.page.verdict import verdicts
 
-COUNTING = (
-    "Tau is committed tokens over verifications. An answer's first token is the target's own, "
-    "costs no verification and is not counted; a verification commits the drafted tokens that the "
-    "target agrees with and one of the target's own, cut where the answer stops or reaches its "
-    "limit."
-)
-FORCED = (
-    "Two figures that are not the same: the acceptance length is teacher-forced, each block sees "
-    "the row's own tokens before it; tau is rolled out, what decoding really commits."
-)
-FLOOR = (
-    "The n-gram floor is prompt look-up: what followed the same tokens before is proposed, no "
-    "model drafts. Intervals hold 95 %, over prompts; gains are paired by prompt."
-)
-SHARES = (
-    "Conditional: the share that was kept of the drafted tokens at a position that all before it "
-    "had led to. Marginal: the share of all cycles that kept so many."
-)
-BREAK_EVEN = (
-    "The break-even tau is the time of a cycle over that of one step of the target alone, both at "
-    "batch 1 on the machine named below: above it drafting is faster there."
-)
+ONE_KIND = "needs runs of one kind, with a head or without, that differ in answer tokens"
 
 
-QUIET = "None: no skipped step, no spike, no difference from the target's own output but ties."
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Section:
-    """A part of the page; `lacking` says what is not there, and why."""
+    """A part of the page.
+
+    Attributes:
+        key, title: of its element and its heading.
+        tables: by caption.
+        warnings: of each run that has some, by its place.
+        lacking: what is not there, and why.
+    """
 
     key: str
     title: str
-    lead: tuple[str, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    tables: tuple[Table, ...] = ()
-    warnings: tuple[Warnings, ...] = ()
-    answers: tuple[Answer, ...] = ()
-    lacking: tuple[str, ...] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    warnings: Mapping[int, Sequence[Cell]] = field(default_factory=dict)
+    answers: Sequence[Answer] = ()
+    lacking: Sequence[str] = ()
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to show but why."""
-        rows = any(table.rows for table in self.tables)
-        return bool(self.lacking) and not (self.pictures or rows or self.warnings or self.answers)
+        shown = self.pictures or any(self.tables.values()) or self.warnings or self.answers
+        return bool(self.lacking) and not shown
 
 
 def write_page(runs: Sequence[RunFiles], out: Path) -> None:
@@ -77,12 +59,12 @@ def write_page(runs: Sequence[RunFiles], out: Path) -> None:
         InputError: matplotlib is not installed.
         OSError: something could not be written.
     """
-    parts = [*_evaluated(runs), *_trained(runs), *_told(runs)]
+    parts = [*_evaluated(runs), *_trained(runs)]
     text = _rendered(runs, parts, out.stem)
     folder = out.with_suffix("")
     folder.mkdir(exist_ok=True)
     for picture in (picture for part in parts for picture in part.pictures):
-        with whole_file(folder / f"{picture.name}.png") as file:
+        with whole_file(folder / f"{picture.chart.name}.png") as file:
             file.write(picture.png)
     # Last: what it links to is there by then. JSON may hold halves of characters, UTF-8 may not.
     write_whole(out, text.encode("utf-8", "replace").decode("utf-8"))
@@ -90,115 +72,96 @@ def write_page(runs: Sequence[RunFiles], out: Path) -> None:
 
 def _evaluated(runs: Sequence[RunFiles]) -> list[Section]:
     """What decoding measured."""
-    names = [run.name for run in runs]
-    unevaluated = left_out(runs, notes.no_evaluation)
+    names, sets = [run.name for run in runs], set_names(runs)
+    unevaluated = left_out(runs, "evaluation")
+    curves = drawn(charts.data_charts(runs), names)
     parts = [
         Section(
-            key="tau",
-            title="Tau",
-            lead=(COUNTING, FLOOR),
+            "tau",
+            "Tau",
             pictures=drawn(charts.tau_charts(runs), names),
-            tables=tables.tau_tables(runs),
+            tables={
+                name: side_by_side(tables.tau_column(run, name, runs[0]) for run in runs)
+                for name in sets
+            },
             lacking=unevaluated,
         ),
         Section(
-            key="position",
-            title="Acceptance by position",
-            lead=(SHARES,),
+            "position",
+            "Acceptance by position",
             pictures=drawn(charts.position_charts(runs), names),
-            tables=tables.position_tables(runs),
+            tables={name: tables.position_table(runs, name) for name in sets},
             lacking=unevaluated,
         ),
         Section(
-            key="cycle",
-            title="Time of a cycle",
-            lead=(BREAK_EVEN,),
+            "cycle",
+            "Time of a cycle",
             pictures=drawn(charts.cycle_charts(runs), names),
-            tables=(tables.cycle_table(runs),),
-            lacking=left_out(runs, notes.no_cycle),
+            tables={"A cycle at batch 1, medians": side_by_side(map(tables.cycle_column, runs))},
+            lacking=left_out(runs, "cycle"),
+        ),
+        Section(
+            "data",
+            "Tau by data",
+            pictures=curves,
+            tables={"Tau by answer tokens trained on": tables.data_table(runs)} if curves else {},
+            lacking=() if curves else (ONE_KIND,),
         ),
     ]
-    curves = drawn(charts.data_charts(runs), names)
     # Of a single run there is no curve, and nothing is lacking.
-    if len(runs) > 1:
-        told = "needs runs of one kind, with a head or without, that differ in answer tokens"
-        data = Section(
-            key="data",
-            title="Tau by data",
-            pictures=curves,
-            tables=(tables.data_table(runs),) if curves else (),
-            lacking=() if curves else (told,),
-        )
-        parts.append(data)
-    return parts
+    return parts if len(runs) > 1 else parts[:-1]
 
 
 def _trained(runs: Sequence[RunFiles]) -> list[Section]:
-    """What training measured."""
+    """What training measured, and what is no figure."""
     names = [run.name for run in runs]
-    lacking = (*left_out(runs, notes.no_heldout), *left_out(runs, notes.no_rollout))
+    warnings = {place: lines for place, run in enumerate(runs) if (lines := notes.warnings(run))}
+    unaccepted = [*left_out(runs, "heldout"), *left_out(runs, "rollout")]
     return [
         Section(
-            key="training",
-            title="Training",
+            "training",
+            "Training",
             pictures=drawn(charts.training_charts(runs), names),
-            tables=(tables.training_table(runs),),
-            lacking=left_out(runs, notes.no_log),
+            tables={
+                "What was trained, and on what": side_by_side(map(tables.training_column, runs))
+            },
+            lacking=left_out(runs, "training"),
         ),
         Section(
-            key="acceptance",
-            title="Acceptance while training",
-            lead=(FORCED,),
+            "acceptance",
+            "Acceptance while training",
             pictures=drawn(charts.acceptance_charts(runs), names),
-            tables=(tables.heldout_table(runs),),
-            lacking=tuple(dict.fromkeys(lacking)),
+            tables={"Last figures of training": side_by_side(map(tables.heldout_column, runs))},
+            lacking=list(dict.fromkeys(unaccepted)),
         ),
         Section(
-            key="speed",
-            title="Speed and memory of training",
-            tables=(tables.speed_table(runs),),
-            lacking=left_out(runs, notes.no_timing),
+            "speed",
+            "Speed and memory of training",
+            tables={
+                "Training, by the last line of timing.jsonl": side_by_side(
+                    map(tables.speed_column, runs)
+                )
+            },
+            lacking=left_out(runs, "timing"),
+        ),
+        Section("warnings", "Warnings", warnings=warnings, lacking=left_out(runs, "warnings")),
+        Section(
+            "answers", "Answers", answers=notes.answers(runs), lacking=left_out(runs, "answers")
+        ),
+        Section(
+            "evaluator",
+            "How it was measured",
+            tables={"How it was evaluated": side_by_side(map(tables.evaluator_column, runs))},
+            lacking=left_out(runs, "evaluation"),
         ),
     ]
-
-
-def _told(runs: Sequence[RunFiles]) -> list[Section]:
-    """What is no figure."""
-    warnings = notes.warnings(runs)
-    return [
-        Section(
-            key="warnings",
-            title="Warnings",
-            warnings=warnings,
-            lead=() if warnings else (QUIET,),
-            lacking=left_out(runs, notes.no_warnings),
-        ),
-        Section(
-            key="answers",
-            title="Answers",
-            answers=notes.answers(runs),
-            lacking=left_out(runs, notes.no_answers),
-        ),
-        Section(
-            key="evaluator",
-            title="How it was measured",
-            tables=(tables.evaluator_table(runs),),
-            lacking=left_out(runs, notes.no_evaluation),
-        ),
-    ]
-
-
-def _absent(parts: Sequence[Section]) -> dict[str, list[str]]:
-    """The titles of the empty sections by the reason."""
-    titles: dict[str, list[str]] = {}
-    for part in parts:
-        for why in part.lacking if part.empty else ():
-            titles.setdefault(why, []).append(part.title)
-    return titles
 
 
 def _rendered(runs: Sequence[RunFiles], parts: Sequence[Section], folder: str) -> str:
-    keys = [run_key(place, run.name) for place, run in enumerate(runs)]
+    absent: dict[str, list[str]] = {}  # titles of empty sections by the reason
+    for part in parts:
+        for why in part.lacking if part.empty else ():
+            absent.setdefault(why, []).append(part.title)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -206,15 +169,14 @@ def _rendered(runs: Sequence[RunFiles], parts: Sequence[Section], folder: str) -
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    summaries = [(key, tables.summary(run)) for key, run in zip(keys, runs, strict=True)]
     return environment.get_template("page.html").render(
         runs=runs,
-        sections=[part for part in parts if not part.empty],
-        absent=_absent(parts),
-        summaries=[pair for pair in summaries if not is_missing(pair[1])],
+        keys=[run_key(place, run.name) for place, run in enumerate(runs)],
+        summaries=[tables.summary(run) for run in runs],
         verdicts=verdicts(runs),
-        unevaluated=left_out(runs, notes.no_evaluation),
+        unevaluated=left_out(runs, "evaluation"),
+        sections=[part for part in parts if not part.empty],
+        absent=absent,
         folder=folder,
         version=__version__,
-        keys=keys,
     )

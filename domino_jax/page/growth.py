@@ -42,30 +42,26 @@ class Growth:
         return (most, float(line(math.log10(most)))), (more, float(line(math.log10(more))))
 
 
-def growths(runs: Sequence[RunFiles], name: str) -> tuple[Growth, ...]:
+def growths(runs: Sequence[RunFiles], name: str) -> list[Growth]:
     """A curve for each kind of draft whose runs differ in answer tokens, on one set of prompts."""
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, list[tuple[Point, Point, int]]] = {}
     for place, run in enumerate(runs):
-        kinds.setdefault(_kind(run), []).append(place)
-    found = (_growth(kind, places, runs, name) for kind, places in kinds.items())
-    return tuple(one for one in found if len({tokens for tokens, _ in one.points}) > 1)
+        serving = run.way(name, "serving")
+        tokens, tau = run.answer_tokens.number, serving["tau"].number
+        if tokens is not None and tokens > 0 and tau is not None:
+            measured = ((float(tokens), float(tau)), ends(serving, tau), place)
+            kinds.setdefault(_kind(run), []).append(measured)
+    found = []
+    for kind, of_kind in kinds.items():
+        points, intervals, places = zip(*sorted(of_kind), strict=True)
+        if points[0][0] < points[-1][0]:
+            found.append(Growth(kind, places, points, intervals))
+    return found
 
 
 def _kind(run: RunFiles) -> str:
     if run.head is None:
         return "no head"
     # Without a curriculum the same draft learns otherwise.
-    start = run.config.at("loss", "lambda_start").number
+    start = run.config["loss"]["lambda_start"].number
     return f"{run.head} head" + (", no curriculum" if start == 0 else "")
-
-
-def _growth(kind: str, places: Sequence[int], runs: Sequence[RunFiles], name: str) -> Growth:
-    found = []
-    for place in places:
-        serving = runs[place].evaluation.at("sets", name, "ways", "serving")
-        tokens, tau = runs[place].answer_tokens.number, serving["tau"].number
-        if tokens is not None and tokens > 0 and tau is not None:
-            found.append(((float(tokens), float(tau)), ends(serving, tau), place))
-    found.sort()
-    points, intervals, sorted_places = zip(*found, strict=True) if found else ((), (), ())
-    return Growth(kind, sorted_places, points, intervals)

@@ -9,12 +9,12 @@ serves light and dark. It is as wide as a phone, and so its words are read on on
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from domino_jax.base.errors import InputError, printable
-from domino_jax.page.charts import Bars, Chart, Curves, Dots, described
+from domino_jax.page.charts import PARTS, Chart, described
 
 WIDTH, HEIGHT = 3.6, 2.3  # inches; a phone's width at 100 units an inch
 ROW = 0.24  # inches of a line of dots or of a bar
@@ -37,7 +37,7 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: the class and the letter of a colour, and whose it is."""
+    """An entry of a legend: the name and the letter of a colour, and whose it is."""
 
     style: str
     glyph: str
@@ -49,7 +49,7 @@ class Picture:
     """A drawn chart.
 
     Attributes:
-        name, title, about: of the chart.
+        chart: what it shows.
         keys: its legend; of one run it needs none.
         alt: it in words.
         box: the `viewBox` of its SVG.
@@ -57,17 +57,15 @@ class Picture:
         png: the same drawing, light, its title above.
     """
 
-    name: str
-    title: str
-    about: str
-    keys: tuple[Key, ...]
+    chart: Chart
+    keys: list[Key]
     alt: str
     box: str
     body: str
     png: bytes
 
 
-def drawn(charts: Sequence[Chart], names: Sequence[str]) -> tuple[Picture, ...]:
+def drawn(charts: Sequence[Chart], names: Sequence[str]) -> list[Picture]:
     """Draws charts of runs with these names.
 
     Raises:
@@ -78,71 +76,54 @@ def drawn(charts: Sequence[Chart], names: Sequence[str]) -> tuple[Picture, ...]:
         import matplotlib
     except ModuleNotFoundError as error:
         raise InputError("domino report needs matplotlib: pip install matplotlib") from error
-    settings: dict[str, Any] = {
-        "font.family": "DejaVu Sans",  # matplotlib's own: the same widths on every machine
-        "font.size": NORMAL,
-        "text.parse_math": False,  # a run may be called $1
-        "svg.fonttype": "none",
-        "svg.hashsalt": "domino",  # the same bytes each time
-        "axes.edgecolor": RULE,
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": NORMAL,
-        "grid.color": RULE,
-        "grid.linewidth": 0.6,
-        "text.color": INK,
-        "xtick.color": RULE,
-        "ytick.color": RULE,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "xtick.labelsize": SMALL,
-        "ytick.labelsize": SMALL,
-        "axes.labelsize": SMALL,
-    }
-    # Its own names of settings are typed as literals.
-    chosen = cast(Any, settings)
-    with matplotlib.rc_context(chosen), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # matplotlib's own font: the same widths on every machine.
+        matplotlib.rc("font", family="DejaVu Sans", size=NORMAL)
+        matplotlib.rc("text", color=INK, parse_math=False)  # a run may be called $1
+        matplotlib.rc("svg", fonttype="none", hashsalt="domino")  # the same bytes each time
+        matplotlib.rc("axes", edgecolor=RULE, labelcolor=MUTED, titlesize=NORMAL, labelsize=SMALL)
+        matplotlib.rc("axes.spines", top=False, right=False)
+        matplotlib.rc("grid", color=RULE, linewidth=0.6)
+        for ticks in ("xtick", "ytick"):
+            matplotlib.rc(ticks, color=RULE, labelcolor=MUTED, labelsize=SMALL)
         # Of letters that its font lacks; on the page the reader's own fonts have them.
         warnings.simplefilter("ignore")
-        return tuple(_drawn(chart, names) for chart in charts)
+        return [_drawn(chart, names) for chart in charts]
 
 
 def _drawn(chart: Chart, names: Sequence[str]) -> Picture:
     from matplotlib.figure import Figure
 
-    draw = _DRAWS[type(chart)]
-    rows = 0
-    if isinstance(chart, Dots):
-        rows = len(chart.dots)
-    elif isinstance(chart, Bars):
-        rows = len(chart.bars)
-    height = HEIGHT if not rows else max(0.75 + rows * ROW, 1.0)
+    rows = [*(dot.label for dot in chart.dots), *(bar.label for bar in chart.bars)]
+    height = max(0.75 + len(rows) * ROW, 1.0) if rows else HEIGHT
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
+    draw = _curves if chart.lines else _dots if chart.dots else _bars
     draw(axes, chart)
+    if rows:  # the first one on top
+        axes.set_yticks(range(len(rows)), [_short(label, LABEL) for label in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
     axes.set_xlabel(chart.x)
     vector, raster = io.StringIO(), io.BytesIO()
     figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None})
     # In a file by itself nothing beside it says what it shows, and whose lines they are.
     axes.set_title(_short(chart.title, 60), loc="left")
-    if isinstance(chart, Curves) and len(names) > 1:
-        _legend(axes, _called(chart, names))
+    called = _called(chart, names)
+    if chart.lines and called:
+        _legend(axes, called)
     figure.savefig(raster, format="png", dpi=DPI, facecolor="white")
     box, body = _inline(vector.getvalue())
-    return Picture(
-        name=chart.name,
-        title=chart.title,
-        about=chart.about,
-        keys=_keys(chart, names),
-        alt=described(chart, names),
-        box=box,
-        body=body,
-        png=raster.getvalue(),
-    )
+    keys = [run_key(run, name) for run, name in called.items()]
+    if chart.bars:
+        keys = [Key(f"part-{place}", "■", name) for place, name in enumerate(PARTS)]
+    alt = described(chart, names)
+    return Picture(chart=chart, keys=keys, alt=alt, box=box, body=body, png=raster.getvalue())
 
 
-def _curves(axes: Any, chart: Curves) -> None:
+def _curves(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, PercentFormatter
 
     for line in chart.lines:
@@ -178,7 +159,7 @@ def _curves(axes: Any, chart: Curves) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _dots(axes: Any, chart: Dots) -> None:
+def _dots(axes: Any, chart: Chart) -> None:
     rows = range(len(chart.dots))
     for row, dot in zip(rows, chart.dots, strict=True):
         colour, mark = RUNS[dot.run % len(RUNS)], MARKS[dot.run % len(MARKS)]
@@ -193,15 +174,13 @@ def _dots(axes: Any, chart: Dots) -> None:
             markersize=5,
             markerfacecolor=colour if own else "none",
         )
-    for run, bound in chart.bounds:
+    for run, bound in chart.bounds.items():
         its = [row for row in rows if chart.dots[row].run == run]
         ends = (its[0] - 0.4, its[-1] + 0.4)
         axes.vlines(bound, *ends, color=RUNS[run % len(RUNS)], linestyle="--", linewidth=1.3)
-    _rows(axes, [dot.label for dot in chart.dots])
-    axes.grid(axis="x")
 
 
-def _bars(axes: Any, chart: Bars) -> None:
+def _bars(axes: Any, chart: Chart) -> None:
     for row, bar in enumerate(chart.bars):
         left = 0.0
         for colour, part in zip(PART_COLOURS, bar.parts, strict=True):
@@ -209,8 +188,6 @@ def _bars(axes: Any, chart: Bars) -> None:
             left += part
         if bar.mark is not None:
             axes.vlines(bar.mark, row - 0.42, row + 0.42, color=INK, linewidth=1.6)
-    _rows(axes, [bar.label for bar in chart.bars])
-    axes.grid(axis="x")
     axes.set_axisbelow(True)
 
 
@@ -219,21 +196,12 @@ def run_key(run: int, name: str) -> Key:
     return Key(f"run-{run % len(RUNS)}", GLYPHS[run % len(GLYPHS)], name)
 
 
-def _keys(chart: Chart, names: Sequence[str]) -> tuple[Key, ...]:
-    if isinstance(chart, Bars):
-        return tuple(Key(f"part-{place}", "■", name) for place, name in enumerate(chart.parts))
+def _called(chart: Chart, names: Sequence[str]) -> Mapping[int, str]:
+    """What the colours of lines or dots stand for, by their runs; of one run it goes unsaid."""
     if len(names) == 1:
-        return ()
-    return tuple(run_key(run, name) for run, name in _called(chart, names).items())
-
-
-def _called(chart: Curves | Dots, names: Sequence[str]) -> dict[int, str]:
-    """What the colours of a chart stand for, by their runs."""
-    if isinstance(chart, Curves) and chart.kinds:
-        return dict(chart.kinds)
-    marked = chart.lines if isinstance(chart, Curves) else chart.dots
-    shown = sorted({one.run for one in marked})
-    return {run: names[run] for run in shown}
+        return {}
+    shown = {*(line.run for line in chart.lines), *(dot.run for dot in chart.dots)}
+    return chart.kinds or {run: names[run] for run in sorted(shown)}
 
 
 def _legend(axes: Any, called: Mapping[int, str]) -> None:
@@ -245,18 +213,6 @@ def _legend(axes: Any, called: Mapping[int, str]) -> None:
         label = _short(name, LABEL)
         handles.append(Line2D([], [], color=colour, marker=mark, markersize=3.4, label=label))
     axes.legend(handles=handles, frameon=False, fontsize=SMALL)
-
-
-def _rows(axes: Any, labels: Sequence[str]) -> None:
-    """A line for each label, the first one on top."""
-    axes.set_yticks(range(len(labels)), [_short(label, LABEL) for label in labels])
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-
-
-# One function for each kind of chart.
-_DRAWS: dict[type, Callable[[Any, Any], None]] = {Curves: _curves, Dots: _dots, Bars: _bars}
 
 
 def _short(text: str, characters: int) -> str:

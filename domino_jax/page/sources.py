@@ -1,8 +1,8 @@
 """Every figure of a page stands in a file of a run, so it is carried with its place there.
 
-What another version wrote or somebody edited may be anything, and a page of what is left is worth
-more than a traceback. So no tree of a file is indexed itself: a `Source` answers, with None where
-something is not there or is something else.
+What somebody edited may be anything, and a page of what is left is worth more than a traceback. So
+no tree of a file is indexed itself: a `Source` answers, with None where something is not there or
+is something else.
 
     run.evaluation["sets"]["everyday"]["prompts"]    80, in demo/evaluation.json at
                                                    /sets/everyday/prompts
@@ -49,10 +49,6 @@ class Source:
             found = self.value[key]
         return Source(self.file, (*self.path, key), found)
 
-    def at(self, *path: str | int) -> "Source":
-        """What several keys and indices lead to."""
-        return functools.reduce(Source.__getitem__, path, self)
-
     @property
     def number(self) -> float | None:
         """A number of at most `LARGEST`, None for everything else."""
@@ -81,7 +77,7 @@ class Source:
     @property
     def pointer(self) -> str:
         """The place as a JSON pointer (RFC 6901)."""
-        steps = [str(step).replace("~", "~0").replace("/", "~1") for step in self.path]
+        steps = (str(step).replace("~", "~0").replace("/", "~1") for step in self.path)
         return "".join(f"/{step}" for step in steps)
 
 
@@ -115,20 +111,19 @@ class RunFiles:
         return self._by_split.get(split, [])
 
     @property
-    def sets(self) -> list[Source]:
-        """The evaluated prompt sets; none of an evaluation of an older version."""
+    def sets(self) -> dict[str, Source]:
+        """The evaluated prompt sets by name."""
         every = self.evaluation["sets"]
-        return [every[name] for name in every.names if every[name]["ways"].names]
+        return {name: every[name] for name in every.names if every[name]["ways"].names}
 
-    @property
-    def evaluated_before(self) -> bool:
-        """Whether there is an evaluation in the form of an older version alone."""
-        return bool(self.evaluation["sets"].names) and not self.sets
+    def way(self, prompts: str, kind: str) -> Source:
+        """The figures of a way to decode on a set of prompts."""
+        return self.evaluation["sets"][prompts]["ways"][kind]
 
     @property
     def answer_tokens(self) -> Source:
         """Supervised tokens of the data that the run was trained on."""
-        return self.evaluation.at("training", "data", "answer_tokens")
+        return self.evaluation["training"]["data"]["answer_tokens"]
 
     @property
     def head(self) -> str | None:
@@ -137,19 +132,14 @@ class RunFiles:
         return evaluated or self.config["draft"]["projector_type"].text
 
 
-NOTHING = Source("", (), None)
-
-
 def last(records: Sequence[Source]) -> Source:
     """The last record; nothing where there is none."""
-    return records[-1] if records else NOTHING
+    return records[-1] if records else Source("", (), None)
 
 
-def counts(source: Source) -> tuple[int, ...]:
-    """A list of counts; none where it holds anything else."""
-    found = [entry.value for entry in source.entries if entry.number is not None]
-    whole = len(found) == len(source.entries) and all(isinstance(one, int) for one in found)
-    return tuple(found) if whole and all(one >= 0 for one in found) else ()
+def set_names(runs: Sequence[RunFiles]) -> list[str]:
+    """The sets of prompts of all runs, each once, in the order in which they come."""
+    return list(dict.fromkeys(name for run in runs for name in run.sets))
 
 
 def ends(way: Source, tau: float) -> tuple[float, float]:
@@ -177,7 +167,7 @@ def _read(directory: Path, name: str) -> RunFiles:
             f"{directory}: not a run directory (none of {', '.join(SIGNS)} in it); "
             "give the run_dir of a training"
         )
-    text, config, evaluation = None, None, None
+    text = config = evaluation = None
     if (directory / CONFIG).exists():
         text = read_text(directory / CONFIG, limit=YAML_CHARACTERS)
         config = parse_yaml(text, source=str(directory / CONFIG))

@@ -1,6 +1,6 @@
 """A run's files are for programs: here a person gets training in figures, evaluation in a table."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,17 @@ def training_summary(run: Path) -> dict[str, Any]:
     measured = [record for record in records if record.get("loss") is not None]
     training = [record for record in measured if record.get("split") == "train"]
     heldout = [record for record in measured if record.get("split") == "heldout"]
+    data = [record for record in records if record.get("split") == "data"]
     summary: dict[str, Any] = {}
     if training:
-        summary |= {
-            "first_loss": training[0]["loss"],
-            "last_loss": training[-1]["loss"],
-            "steps": training[-1]["step"],
-        }
+        summary["first_loss"] = training[0]["loss"]
+        summary["last_loss"] = training[-1]["loss"]
+        summary["steps"] = training[-1]["step"]
     if heldout:
         summary["heldout"] = heldout[-1]
-    for record in records:
-        if record.get("split") == "data":
-            summary["data"] = {
-                name: record[name] for name in record if name not in ("step", "split")
-            }
+    if data:
+        known = data[-1].items()
+        summary["data"] = {name: value for name, value in known if name not in ("step", "split")}
     return summary
 
 
@@ -45,77 +42,53 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         f"{head}, temperature {evaluator['temperature']}, "
         f"{evaluator['max_new_tokens']} new tokens, {evaluator['dtype']}"
     )
-    table = Table("", *report["sets"], title=title)
-    columns = list(report["sets"].values())
-
-    def row(name: str, cell: Callable[[dict[str, Any]], str | None]) -> None:
-        cells = [cell(figures) for figures in columns]
+    table = Table("", *report["sets"], title=title, caption="; ".join(_caption(report)))
+    columns = [_column(figures) for figures in report["sets"].values()]
+    for name in columns[0]:
+        cells = [column[name] for column in columns]
         # What no set has is left out: a head that could be off, speeds.
         if any(cells):
             table.add_row(name, *(text or "-" for text in cells))
-
-    row("prompts", lambda figures: f"{figures['prompts']}")
-    row("proposals", lambda figures: f"{figures['ways']['serving']['proposals']}")
-    row("tau (95 %)", _tau_of("serving"))
-    row("tau, head off", _tau_of("head_off"))
-    row("tau, block proposals", _tau_of("block"))
-    row("n-gram floor", _tau_of("ngram"))
-    row("counted by", _counted_by)
-    row("tokens/s speculative / plain", _speeds)
-    row("tokens compared / equal", _compared)
-    row("endpoint: tau, over ours, proposals", _endpoint_tau)
-    row("endpoint: tokens compared / equal", _endpoint_text)
-    table.caption = "; ".join(_caption(report))
     return table
 
 
-def _tau_of(way: str) -> Callable[[dict[str, Any]], str | None]:
-    def cell(figures: dict[str, Any]) -> str | None:
-        measured = figures["ways"].get(way)
-        if measured is None:
-            return None
-        tau = f"{measured['tau']:.3f}"
-        # One prompt has no interval.
-        ends = measured.get("interval")
-        return f"{tau} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else tau
-
-    return cell
-
-
-def _counted_by(figures: dict[str, Any]) -> str | None:
-    if "replayed" not in figures:
-        return None
-    return "replay" if figures["replayed"] else "decoding"
-
-
-def _speeds(figures: dict[str, Any]) -> str | None:
-    speed = figures.get("speed")
-    if speed is None:
-        return None
-    return f"{speed['tokens_per_second']:.1f} / {speed['tokens_per_second_plain']:.1f}"
-
-
-def _compared(figures: dict[str, Any]) -> str | None:
-    """Of all ways that draft by a model, added up; None of sampled answers."""
-    compared = [way for way in figures["ways"].values() if "tokens_compared" in way]
-    if not compared:
-        return None
-    tokens = sum(way["tokens_compared"] for way in compared)
-    equal = sum(way["tokens_equal"] for way in compared)
-    return f"{tokens} / {equal}"
-
-
-def _endpoint_tau(figures: dict[str, Any]) -> str | None:
+def _column(figures: dict[str, Any]) -> dict[str, str]:
+    """What a set of prompts shows in each row; nothing where it was not measured."""
+    ways, speed, endpoint = figures["ways"], figures.get("speed"), figures.get("endpoint")
+    rates = [speed["tokens_per_second"], speed["tokens_per_second_plain"]] if speed else []
+    compared = [way for way in ways.values() if "tokens_compared" in way]  # none of samples
     # Not every server tells what its drafts took.
-    if "endpoint" not in figures:
-        return None
-    shown = [figures["endpoint"].get(key) for key in ("tau", "ratio", "proposals")]
-    return ", ".join("-" if figure is None else f"{figure:.4g}" for figure in shown)
+    served = [endpoint.get(key) for key in ("tau", "ratio", "proposals")] if endpoint else []
+    return {
+        "prompts": f"{figures['prompts']}",
+        "proposals": f"{ways['serving']['proposals']}",
+        "tau (95 %)": _tau(ways["serving"]),
+        "tau, head off": _tau(ways.get("head_off")),
+        "tau, block proposals": _tau(ways.get("block")),
+        "n-gram floor": _tau(ways.get("ngram")),
+        "counted by": "replay" if figures["replayed"] else "decoding",
+        "tokens/s speculative / plain": " / ".join(f"{rate:.1f}" for rate in rates),
+        "tokens compared / equal": _equal(compared),
+        "endpoint: tau, over ours, proposals": ", ".join(
+            "-" if figure is None else f"{figure:.4g}" for figure in served
+        ),
+        "endpoint: tokens compared / equal": _equal([endpoint] if endpoint else []),
+    }
 
 
-def _endpoint_text(figures: dict[str, Any]) -> str | None:
-    endpoint = figures.get("endpoint")
-    return f"{endpoint['tokens_compared']} / {endpoint['tokens_equal']}" if endpoint else None
+def _tau(way: dict[str, Any] | None) -> str:
+    if way is None:
+        return ""
+    # One prompt has no interval.
+    ends = way.get("interval")
+    return f"{way['tau']:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+
+
+def _equal(compared: list[dict[str, Any]]) -> str:
+    """Of all that were compared with the target's own output, added up."""
+    tokens = sum(one["tokens_compared"] for one in compared)
+    equal = sum(one["tokens_equal"] for one in compared)
+    return f"{tokens} / {equal}" if compared else ""
 
 
 def _caption(report: dict[str, Any]) -> Iterator[str]:
@@ -131,7 +104,5 @@ def _caption(report: dict[str, Any]) -> Iterator[str]:
     if "heldout" in training:
         # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
         heldout = training["heldout"]
-        base = ""
-        if "base_accept_len" in heldout:
-            base = f", base {heldout['base_accept_len']:.3f}"
+        base = f", base {heldout['base_accept_len']:.3f}" if "base_accept_len" in heldout else ""
         yield f"held-out accept_len (teacher-forced) {heldout['accept_len']:.3f}{base}"

@@ -12,22 +12,11 @@ drafter that stays below its tau, the floor, was trained for nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from domino_jax.page.cells import TAU, Cell, figure, interval, is_missing, with_interval
+from domino_jax.page.cells import INTERVAL, TAU, Cell, cell, with_interval
 from domino_jax.page.sources import RunFiles, Source, ends
 
 PAYS, DOES_NOT, OPEN, UNKNOWN = "pays", "does not pay", "too close to call", "not known"
-# What a style sheet calls them.
-KINDS = {PAYS: "yes", DOES_NOT: "no", OPEN: "open", UNKNOWN: "unknown"}
 _SIDES = {PAYS: "above", DOES_NOT: "below", OPEN: "around"}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure by itself, with its name above and a few words below."""
-
-    name: str
-    value: Cell
-    below: Cell = ()
 
 
 @dataclass(frozen=True)
@@ -36,36 +25,36 @@ class Verdict:
 
     Attributes:
         run: the place of the run among those of the page.
-        answer: one of `KINDS`.
+        prompts: the name of the set.
+        answer: `PAYS`, `DOES_NOT`, `OPEN` or `UNKNOWN`.
         sentence: it, and what it follows from.
-        tiles: the figures that it follows from.
+        tiles: the figures that it follows from: name, figure, a few words below.
     """
 
     run: int
     prompts: str
     answer: str
     sentence: Cell
-    tiles: tuple[Tile, ...]
-
-    @property
-    def kind(self) -> str:
-        """The answer for a style sheet."""
-        return KINDS[self.answer]
+    tiles: list[tuple[str, Cell, Cell]]
 
 
 def verdicts(runs: Sequence[RunFiles]) -> list[Verdict]:
     """A verdict for each run and each set of prompts that it was evaluated on."""
     found = []
     for place, run in enumerate(runs):
-        for prompts in run.sets:
+        break_even = run.evaluation["cycle"]["break_even_tau"]
+        for name, prompts in run.sets.items():
+            serving = prompts["ways"]["serving"]
             # A set without a tau of the headline's way says nothing.
-            if prompts["ways"]["serving"]["tau"].number is not None:
-                found.append(_verdict(place, prompts, run.evaluation["cycle"]["break_even_tau"]))
+            if serving["tau"].number is not None:
+                answer = answer_of(serving, break_even)
+                told = _sentence(prompts["ways"], answer, break_even)
+                found.append(Verdict(place, name, answer, told, _tiles(prompts, break_even)))
     return found
 
 
 def answer_of(serving: Source, break_even: Source) -> str:
-    """One of `KINDS`: on which side of the break-even the whole interval of a tau lies."""
+    """On which side of the break-even the whole interval of a tau lies."""
     bound, tau = break_even.number, serving["tau"].number
     if bound is None or tau is None:
         return UNKNOWN
@@ -75,42 +64,33 @@ def answer_of(serving: Source, break_even: Source) -> str:
     return DOES_NOT if high < bound else OPEN
 
 
-def _verdict(place: int, prompts: Source, break_even: Source) -> Verdict:
-    ways = prompts["ways"]
-    serving = ways["serving"]
-    name = str(prompts.path[-1])
-    answer = answer_of(serving, break_even)
-    tau = with_interval(serving["tau"], serving["interval"], TAU)
-    bound, floor = figure(break_even, TAU), figure(ways["ngram"]["tau"], TAU)
+def _sentence(ways: Source, answer: str, break_even: Source) -> Cell:
+    serving, floor = ways["serving"], ways["ngram"]["tau"]
     against: list[Cell] = []
     if answer != UNKNOWN:
-        against.append((f"{_SIDES[answer]} the break-even of ", *bound))
+        against.append(cell(f"{_SIDES[answer]} the break-even of {TAU}", break_even))
     # The interval against the floor, as against the break-even.
-    if not is_missing(floor):
-        side = _SIDES[answer_of(serving, ways["ngram"]["tau"])]
-        against.append((f"{side} the n-gram floor of ", *floor))
-    sentence: Cell = ("Tau ", *tau)
+    if floor.number is not None:
+        side = _SIDES[answer_of(serving, floor)]
+        against.append(cell(f"{side} the n-gram floor of {TAU}", floor))
+    told: Cell = ("Tau ", *with_interval(serving, "tau"))
     for word, part in zip((" is ", " and "), against, strict=False):
-        sentence = (*sentence, word, *part)
-    off = figure(ways["head_off"]["tau"], TAU)
-    if not is_missing(off):
-        sentence = (*sentence, "; with its head off it is ", *off)
+        told = (*told, word, *part)
+    told = (*told, *cell(f"; with its head off it is {TAU}", ways["head_off"]["tau"]))
     if answer == UNKNOWN:
-        sentence = (*sentence, "; no cycle was timed, so no break-even is known")
-    return Verdict(place, name, answer, (*sentence, "."), _tiles(prompts, break_even))
+        told = (*told, "; no cycle was timed, so no break-even is known")
+    return (*told, ".")
 
 
-def _tiles(prompts: Source, break_even: Source) -> tuple[Tile, ...]:
-    ways, speed = prompts["ways"], prompts["speed"]
-    both = interval(ways["serving"]["interval"], TAU)
-    spread: Cell = () if is_missing(both) else (*both, " (95 %)")
-    plain = figure(speed["tokens_per_second_plain"], ".1f")
-    fast = figure(speed["tokens_per_second"], ".1f")
-    rates: Cell = () if is_missing(plain) else (*plain, " to ", *fast, " tokens/s")
-    every = (
-        Tile("tau", figure(ways["serving"]["tau"], TAU), spread),
-        Tile("break-even", figure(break_even, TAU), ("steps that a cycle costs",)),
-        Tile("n-gram floor", figure(ways["ngram"]["tau"], TAU), ("prompt look-up, no model",)),
-        Tile("speed-up", figure(speed["speed_up"], TAU), rates),
-    )
-    return tuple(tile for tile in every if not is_missing(tile.value))
+def _tiles(prompts: Source, break_even: Source) -> list[tuple[str, Cell, Cell]]:
+    serving, speed = prompts["ways"]["serving"], prompts["speed"]
+    spread = cell(f"{INTERVAL} (95 %)", serving["interval"][0], serving["interval"][1])
+    plain, fast = speed["tokens_per_second_plain"], speed["tokens_per_second"]
+    rates = cell("{:.1f} to {:.1f} tokens/s", plain, fast)
+    every = [
+        ("tau", cell(TAU, serving["tau"]), spread),
+        ("break-even", cell(TAU, break_even), ("steps that a cycle costs",)),
+        ("n-gram floor", cell(TAU, prompts["ways"]["ngram"]["tau"]), ("prompt look-up, no model",)),
+        ("speed-up", cell(TAU, speed["speed_up"]), rates),
+    ]
+    return [tile for tile in every if tile[1]]

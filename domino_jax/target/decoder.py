@@ -44,25 +44,10 @@ class TargetOutput(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a pass's tokens lie.
+    """Where a pass's tokens lie: the first position of each row, and the document of each token."""
 
-    `start` int32 [B] is the first position of each row, which a cache needs; `documents` int32
-    [B, T] is the document of each token of packed rows.
-    """
-
-    start: jax.Array
-    documents: jax.Array | None = None
-
-
-class _LayersRun(NamedTuple):
-    """What all layers give: `x` [B, T, D] of the last one, outputs of the captured ones, a cache.
-
-    `captured` are C of [B, T, D], in the order of `Target.capture`.
-    """
-
-    x: jax.Array
-    captured: list[jax.Array]
-    cache: LayerCaches | None
+    start: jax.Array  # int32 [B], which a cache needs
+    documents: jax.Array | None = None  # int32 [B, T], of packed rows
 
 
 class DecoderLayer(nn.Module):
@@ -73,13 +58,13 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, tables: Rotary, at: "_Place", cache: Cache | None
+        self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:  # [B, T, D] -> [B, T, D]
         """Runs one layer over whole rows or, with a cache, over a run of tokens behind it."""
         attention = AttentionProjections(self.cfg, self.cfg.attention_bias, name="self_attn")
         normed = RMSNorm(self.cfg.rms_norm_eps, name="input_layernorm")(x)
         queries = attention.queries(normed, tables)
-        (keys, values) = attention.keys_values(normed, tables)
+        keys, values = attention.keys_values(normed, tables)
         if cache is None:
             heads = causal_attention(
                 queries, keys, values, documents=at.documents, implementation=self.attention
@@ -102,8 +87,8 @@ class _CapturingLayer(nn.Module):
     def __call__(
         self, carry: Any, item: tuple[jax.Array, jax.Array], tables: Rotary, at: _Place
     ) -> tuple[Any, None]:
-        (x, captured, caches) = carry
-        (layer, slot) = item
+        x, captured, caches = carry
+        layer, slot = item
         cache = None
         if caches is not None:
             cache = jax.tree.map(
@@ -126,9 +111,8 @@ class Target(nn.Module):
 
     Parameters carry Hugging Face's names: `embed_tokens`, `layers_{i}`, `norm` and, when the head
     is not tied, `lm_head` (read through `lm_head_weight`). With `scan_layers` the layers are
-    stacked under `layers/layer`: compilation is short, which suits whole-sequence passes, and
-    training decodes with the same parameters. Verbs that only decode want them apart: slicing a
-    stacked weight may copy it at every token.
+    stacked under `layers/layer`, which compiles fast. Verbs that only decode want them apart:
+    slicing a stacked weight may copy it at every token.
 
     Attributes:
         cfg: shape of the decoder.
@@ -165,9 +149,9 @@ class Target(nn.Module):
         Args:
             tokens: int32 [B, T].
             positions: int32 [B, T], consecutive in each row (in each document of a packed row),
-                from 0 when not given. With a cache they are also the slots the new keys and values
-                are written to. Rewinding is implicit: a slot at or after a row's first position is
-                overwritten or masked, so the caller just passes smaller positions.
+                from 0 when not given. With a cache, new keys and values are written there; what
+                lies at or after a row's first position is overwritten or masked, so that smaller
+                positions rewind.
             cache: of `Target.empty_cache`, or of an earlier pass.
             documents: int32 [B, T], the document of each token of packed rows; a document's tokens
                 are consecutive and see nothing of other documents. No cache then.
@@ -185,7 +169,12 @@ class Target(nn.Module):
             raise ValueError("documents have no cache: packed rows are whole passes")
         if positions is None:
             positions = _positions(tokens, documents)
-        x = self._embedded(tokens)
+        embedding = self._vocabulary_table("embed_tokens")
+        if not self.cfg.tie_word_embeddings:
+            # Only declared: logits are for the caller, who rarely wants those of every position.
+            self._vocabulary_table("lm_head")
+        x = jnp.take(embedding, tokens, axis=0).astype(self.cfg.dtype)
+        x = constrain(x, "batch", "length", None)
         tables = rotary(positions, self.cfg)
         at = _Place(positions[:, 0], documents)
         run: Any = self._scanned if self.scan_layers else self._unrolled
@@ -210,16 +199,6 @@ class Target(nn.Module):
             return layers
         return jax.tree.map(lambda *layer: jnp.stack(layer), *layers)
 
-    def _embedded(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, D]
-        """The tokens' embeddings; declares the head too, where it is not the same table."""
-        cfg = self.cfg
-        embedding = self._vocabulary_table("embed_tokens")
-        if not cfg.tie_word_embeddings:
-            # Only declared: logits are for the caller, who rarely wants those of every position.
-            self._vocabulary_table("lm_head")
-        x = jnp.take(embedding, tokens, axis=0).astype(cfg.dtype)
-        return constrain(x, "batch", "length", None)
-
     def _vocabulary_table(self, name: str) -> jax.Array:  # [V, D]
         init = logical_axes(nn.initializers.normal(stddev=0.02), "vocab", "embed")
         shape = (self.cfg.vocab_size, self.cfg.hidden_size)
@@ -227,7 +206,8 @@ class Target(nn.Module):
 
     def _unrolled(
         self, x: jax.Array, tables: Rotary, at: _Place, cache: tuple[Cache, ...] | None
-    ) -> _LayersRun:
+    ) -> tuple[jax.Array, list[jax.Array], tuple[Cache, ...] | None]:
+        """The last layer's output, those of `capture` in its order, and the caches."""
         outputs: dict[int, jax.Array] = {}
         layers: list[Any] = []
         for index in range(self.layers_run):
@@ -236,10 +216,12 @@ class Target(nn.Module):
             layers.append(layer_cache)
             if index in self.capture:
                 outputs[index] = x
-        captured = [outputs[index] for index in self.capture]
-        return _LayersRun(x, captured, tuple(layers) if cache else None)
+        return x, [outputs[index] for index in self.capture], tuple(layers) if cache else None
 
-    def _scanned(self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None) -> _LayersRun:
+    def _scanned(
+        self, x: jax.Array, tables: Rotary, at: _Place, cache: Cache | None
+    ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
+        """As `_unrolled`, of stacked layers."""
         count = len(self.capture)
         # The last slot takes the outputs nobody asked for, so that no layer's state outlives the
         # next one.
@@ -257,7 +239,7 @@ class Target(nn.Module):
         (x, captured, cache), _ = layers(
             (x, captured, cache), (jnp.arange(slots.size), slots), tables, at
         )
-        return _LayersRun(x, list(captured[:count]), cache)
+        return x, list(captured[:count]), cache
 
 
 def _positions(tokens: jax.Array, documents: jax.Array | None) -> jax.Array:

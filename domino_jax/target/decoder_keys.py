@@ -10,7 +10,7 @@ from typing import Any
 
 from domino_jax.base.errors import InputError, from_dict, shown
 from domino_jax.base.files import checked_file, read_json
-from domino_jax.config.model import DecoderConfig
+from domino_jax.config.model import SIZES, DecoderConfig
 from domino_jax.formats.rope_keys import read_rope_scaling, read_rope_theta
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -53,73 +53,62 @@ def read_decoder_config(directory: str | Path, *, dtype: str) -> DecoderConfig:
         if tree.get(key, value) not in (value, None):
             raise InputError(f"{source}: {key} is {shown(tree[key])}; supported: {value!r}")
     _check_layer_types(tree, source)
-    same = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    values = {
-        key: tree[key] for key in (*same, "max_position_embeddings", "rms_norm_eps") if key in tree
-    }
+    values = {key: tree[key] for key in (*SIZES, "rms_norm_eps") if key in tree}
     for key in ("num_attention_heads", "hidden_size", "rms_norm_eps"):
         if key not in values:
             raise InputError(f"{source}: missing {key}")
-    values["num_key_value_heads"] = _given(
-        tree, "num_key_value_heads", values["num_attention_heads"]
-    )
-    values["head_dim"] = _given(tree, "head_dim", None)
-    if values["head_dim"] is None:
-        values["head_dim"] = _head_dim(values["hidden_size"], values["num_attention_heads"], source)
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = heads
+    if values.get("head_dim") is None:
+        if not (type(hidden) is int and type(heads) is int and heads > 0 and hidden % heads == 0):
+            raise InputError(
+                f"{source}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
+                f"hidden_size {shown(hidden)}"
+            )
+        values["head_dim"] = hidden // heads
     values |= {
         "rope_theta": read_rope_theta(tree, source=str(source)),
         "rope_scaling": read_rope_scaling(tree, source=str(source)),
+        "tie_word_embeddings": _given(tree, "tie_word_embeddings", False),
     }
-    values["tie_word_embeddings"] = _given(tree, "tie_word_embeddings", False)
     values |= {
         "qk_norm": model_type in ("qwen3", "qwen3_moe"),
         "attention_bias": model_type == "qwen2",
     }
-    values |= _experts(tree, source) if model_type == "qwen3_moe" else {}
-    values["dtype"] = dtype
-    return from_dict(DecoderConfig, values, source=str(source))
+    if model_type == "qwen3_moe":
+        values |= _experts(tree, source)
+    return from_dict(DecoderConfig, values | {"dtype": dtype}, source=str(source))
 
 
 def _check_layer_types(tree: Mapping[str, Any], source: Path) -> None:
     kinds = tree.get("layer_types")
     if kinds is None:
         return
-    listed = isinstance(kinds, list)
-    other = [kind for kind in kinds if kind != "full_attention"] if listed else []
-    if other:
-        raise InputError(
-            f"{source}: layer_types holds {shown(other[0])}; supported: 'full_attention'"
-        )
-    if not listed or len(kinds) not in (0, tree.get("num_hidden_layers")):
+    for kind in kinds if isinstance(kinds, list) else ():
+        if kind != "full_attention":
+            raise InputError(
+                f"{source}: layer_types holds {shown(kind)}; supported: 'full_attention'"
+            )
+    if not isinstance(kinds, list) or len(kinds) not in (0, tree.get("num_hidden_layers")):
         raise InputError(
             f"{source}: layer_types is {shown(kinds)}; expected one name for each layer"
         )
 
 
 def _experts(tree: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The fields of a mixture of experts.
-
-    transformers 5 writes `num_local_experts` for `num_experts`.
-    """
-    counts = [
-        tree[key] for key in ("num_experts", "num_local_experts") if tree.get(key) is not None
-    ]
+    """The fields of a mixture of experts."""
+    # transformers 5 writes the second name.
+    names = ("num_experts", "num_local_experts")
+    counts = [tree[name] for name in names if tree.get(name) is not None]
     if any(count != counts[0] for count in counts):
         raise InputError(
             f"{source}: num_experts {shown(counts[0])} and num_local_experts {shown(counts[1])} "
             "contradict"
         )
     if not counts or counts[0] == 0:
-        raise InputError(
-            f"{source}: {'num_experts is 0' if counts else 'missing num_experts'}; "
-            "expected a mixture"
-        )
+        found = "num_experts is 0" if counts else "missing num_experts"
+        raise InputError(f"{source}: {found}; expected a mixture")
     values = {"num_experts": counts[0], "norm_topk_prob": _given(tree, "norm_topk_prob", False)}
     for key in ("num_experts_per_tok", "moe_intermediate_size"):
         if key not in tree:
@@ -130,14 +119,3 @@ def _experts(tree: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 def _given(tree: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if tree.get(key) is None else tree[key]
-
-
-def _head_dim(hidden_size: Any, heads: Any, source: Path) -> int:
-    if not (
-        type(hidden_size) is int and type(heads) is int and heads > 0 and hidden_size % heads == 0
-    ):
-        raise InputError(
-            f"{source}: no head_dim, and num_attention_heads {shown(heads)} does not divide "
-            f"hidden_size {shown(hidden_size)}"
-        )
-    return hidden_size // heads

@@ -45,7 +45,6 @@ def tokenizer_fingerprint(directory: str | Path, tokenizer: Any) -> str:
 @contextmanager
 def hashed_beside(directory: str | Path) -> Iterator[Callable[[], str]]:
     """Computes `target_fingerprint` while the body runs; what it yields waits and returns it."""
-    # A thread is enough: hashing leaves Python's lock, so that the body loads weights meanwhile.
     with ThreadPoolExecutor(1) as thread:
         fingerprint = thread.submit(target_fingerprint, directory)
         yield fingerprint.result

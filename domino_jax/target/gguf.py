@@ -12,16 +12,11 @@ from typing import Any
 import numpy as np
 
 from domino_jax.base.errors import InputError, shown
-from domino_jax.base.files import check_new, whole_directory
+from domino_jax.base.files import check_new, whole_directory, write_error
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.config.model import DecoderConfig
 from domino_jax.formats.gguf import GgufSource, open_gguf
-from domino_jax.formats.gguf_tokenizer import (
-    gguf_tokenizer,
-    save_tokenizer,
-    token_ids,
-    tokenizer_config,
-)
+from domino_jax.formats.gguf_tokenizer import gguf_tokenizer, token_ids, tokenizer_config
 from domino_jax.formats.safetensors import check_tensors, write_safetensors
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.load import stored_shapes
@@ -74,19 +69,23 @@ def convert_gguf(
     try:
         with whole_directory(directory) as staging:
             _write_json(staging / "config.json", config)
-            _write_json(staging / "generation_config.json", _generation_config(source))
+            # A file may name several tokens that end a turn.
+            ends = [source.token_id(role) for role in ("eos", "eot", "eom")]
+            stops = sorted({index for index in ends if index is not None})
+            generation = {**token_ids(source), "eos_token_id": stops}
+            _write_json(staging / "generation_config.json", generation)
             _write_json(staging / "tokenizer_config.json", tokenizer_config(source))
-            save_tokenizer(tokenizer, staging / "tokenizer.json")
+            try:
+                tokenizer.save(str(staging / "tokenizer.json"))
+            except Exception as error:  # the Rust library raises plain Exception
+                raise write_error(error, staging / "tokenizer.json") from error
             # The config is read back as that of any target: a model that could not be loaded is
             # refused here, and the message names the file that the user gave.
             try:
                 _check_shapes(source, read_decoder_config(staging, dtype="float32"))
             except InputError as error:
-                said = (
-                    str(error)
-                    .removeprefix(f"{staging / 'config.json'}: ")
-                    .removeprefix(f"{source.path}: ")
-                )
+                said = str(error).removeprefix(f"{staging / 'config.json'}: ")
+                said = said.removeprefix(f"{source.path}: ")
                 raise InputError(f"{source.path}: {said}") from error
             tensors = _tensors(source, config, reporter)
             reporter.say(f"writing {directory}")
@@ -170,10 +169,8 @@ def _check_shapes(source: GgufSource, config: DecoderConfig) -> None:
             raise InputError(
                 f"{source.path}: tensor {tensor.name:.80} is not part of a plain {kind} model"
             )
-        # Dimensions lie the other way round there. A number that is seen as an array of this shape
-        # allocates nothing, whatever shape the file claims.
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        found[name] = np.broadcast_to(np.float32(0), shape)
+        # Dimensions lie the other way round there. A number seen as an array allocates nothing.
+        found[name] = np.broadcast_to(np.float32(0), tensor.shape[::-1])
     shapes = stored_shapes(config, found=len(found), source=source.path)
     check_tensors(found, shapes, source=source.path)
 
@@ -222,15 +219,6 @@ def _half_split(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _generation_config(source: GgufSource) -> dict[str, Any]:
-    """Ids that generation starts, stops and pads with; a file may name several that end a turn."""
-    ends = [source.token_id(role) for role in ("eos", "eot", "eom")]
-    return {
-        **token_ids(source),
-        "eos_token_id": sorted({index for index in ends if index is not None}),
-    }
 
 
 def _short(value: float) -> float:

@@ -72,8 +72,8 @@ def load_target(directory: str | Path, *, dtype: str = "float32") -> LoadedTarge
     tensors = open_target(directory, config)
     leaves = {}
     for path, (name, shape) in expected_tensors(config).items():
-        everything = tuple((0, size) for size in shape)
-        leaves[path] = jnp.asarray(_read_part(tensors, name, everything, dtype=dtype))
+        whole = tuple((0, size) for size in shape)
+        leaves[path] = jnp.asarray(_read_part(tensors, name, whole, dtype=dtype))
     return LoadedTarget(directory, config, unflatten_dict(leaves))
 
 
@@ -91,15 +91,14 @@ def load_sharded_target(
 
     Args:
         directory: as for `load_target`.
-        model: the target in the form that is run: layers stacked or apart, cut or whole, with the
-            config that `read_decoder_config` gives. Layers that do not run are not read.
+        model: the target as it is run, with the config that `read_decoder_config` gives. Layers
+            that do not run are not read.
         mesh: the mesh of `make_mesh`.
         only: which paths in the parameters of `model` are read; the tree holds no others.
     Returns:
         `LoadedTarget`, in the compute dtype, laid out as `parameter_shardings` says.
     Raises:
-        InputError: as `load_target`, for whatever the directory holds, before a parameter is read;
-            of numbers that are not finite, as soon as they are.
+        InputError: as `load_target`; only numbers that are not finite are found while reading.
     """
     directory = Path(directory)
     tensors = open_target(directory, model.cfg)
@@ -189,12 +188,11 @@ def load_tokenizer(directory: str | Path) -> Any:
 def _check_tokenizer_files(directory: Path) -> None:
     """Refuses links out of a model, pipes and huge files among what transformers may read."""
     # By their suffixes, not by a list of names: which files transformers opens is up to it.
-    for folder in (directory, directory / "additional_chat_templates"):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if path.suffix in _TOKENIZER_SUFFIXES and not path.is_dir():
-                size = checked_file(folder, path.name).stat().st_size
-                if size > _TOKENIZER_BYTES:
-                    raise InputError(f"{path}: {size} bytes, expected at most {_TOKENIZER_BYTES}")
+    for path in sorted([*directory.glob("*"), *directory.glob("additional_chat_templates/*")]):
+        if path.suffix in _TOKENIZER_SUFFIXES and not path.is_dir():
+            size = checked_file(path.parent, path.name).stat().st_size
+            if size > _TOKENIZER_BYTES:
+                raise InputError(f"{path}: {size} bytes, expected at most {_TOKENIZER_BYTES}")
 
 
 def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTensor]:
@@ -203,19 +201,17 @@ def open_target(directory: Path, config: DecoderConfig) -> dict[str, StoredTenso
     Raises:
         InputError: a file cannot be read, or a tensor is missing, unexpected or mis-shaped.
     """
-    tensors = open_safetensors(directory)
     # Old checkpoints store rotary buffers beside the weights.
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]
-    table = tensors.get("model.embed_tokens.weight")
-    copy = None
-    if config.tie_word_embeddings and table is not None:
-        copy = tensors.pop("lm_head.weight", None)
-    check_tensors(
-        tensors, stored_shapes(config, found=len(tensors), source=directory), source=directory
-    )
+    tensors = {
+        name: tensor
+        for name, tensor in open_safetensors(directory).items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+    copy = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    shapes = stored_shapes(config, found=len(tensors), source=directory)
+    check_tensors(tensors, shapes, source=directory)
     # Last: it reads numbers, where the checks before it read headers.
-    if table is not None and copy is not None and not equal_tensors(copy, table):
+    if copy is not None and not equal_tensors(copy, tensors["model.embed_tokens.weight"]):
         raise InputError(
             f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
             "says tie_word_embeddings true; expected equal tensors or tie_word_embeddings false"
@@ -249,13 +245,11 @@ def _tensor_name(path: ParameterPath) -> str:
 
 
 def _stored_names(pattern: str, entries: Sequence[range]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """The stored tensors of a parameter, or of some entries of its leading axes.
+    """The stored tensors of a parameter: where each lies among the wanted entries, and its name.
 
     Args:
         pattern: the name, with a `*` for each leading axis that the files do not have.
         entries: of each axis, those that are wanted; those of the other axes are not looked at.
-    Returns:
-        Where each lies among the wanted entries, and its name.
     """
     stacked = entries[: pattern.count("*")]
     for entry in np.ndindex(*map(len, stacked)):
@@ -288,13 +282,11 @@ def _sharded(
 ) -> jax.Array:
     """An array read part by part; devices that hold the same part share a read."""
     # By bounds: the slices of an index have no hash in Python 3.11.
-    parts: dict[Bounds, np.ndarray] = {}
+    read_once = functools.cache(read)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        bounds = tuple(entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True))
-        if bounds not in parts:
-            parts[bounds] = read(bounds)
-        return parts[bounds]
+        bounds = (entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True))
+        return read_once(tuple(bounds))
 
     return jax.make_array_from_callback(shape, layout, part)

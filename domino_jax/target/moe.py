@@ -76,16 +76,11 @@ class Experts(nn.Module):
         runs = jnp.bincount(chosen, length=count).astype(jnp.int32)
         # `order` counts pairs of a token and an expert, k for each token.
         rows = jnp.take(x.astype(cfg.dtype), order // cfg.num_experts_per_tok, axis=0)  # [M*k, D]
-        gate = self._product(
-            rows, "gate_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs
-        )
-        up = self._product(
-            rows, "up_proj", (count, wide, narrow), ("experts", "mlp", "embed"), runs
-        )
+        into, back = (count, wide, narrow), (count, narrow, wide)
+        gate = self._product(rows, "gate_proj", into, ("experts", "mlp", "embed"), runs)
+        up = self._product(rows, "up_proj", into, ("experts", "mlp", "embed"), runs)
         hidden = constrain(nn.silu(gate) * up, None, "mlp")
-        out = self._product(
-            hidden, "down_proj", (count, narrow, wide), ("experts", "embed", "mlp"), runs
-        )
+        out = self._product(hidden, "down_proj", back, ("experts", "embed", "mlp"), runs)
         # The inverse of a permutation is its argsort.
         out = jnp.take(out, jnp.argsort(order), axis=0).reshape(*to.experts.shape, narrow)
         return jnp.einsum("mk,mkd->md", to.weights, out.astype(jnp.float32)).astype(x.dtype)

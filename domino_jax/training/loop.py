@@ -25,17 +25,17 @@ from domino_jax.base.chips import CHIPS
 from domino_jax.base.errors import Diverged, Interrupted
 from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.data.packing import row_lengths
-from domino_jax.training.accumulator import MetricAccumulator, spikes, total
+from domino_jax.training.accumulator import MetricAccumulator, total
 from domino_jax.training.checkpoint import Checkpoints
 from domino_jax.training.eval import HeldOut
 from domino_jax.training.inputs import device_batch
 from domino_jax.training.metrics import MetricsLog, metric_means
 from domino_jax.training.optimizer import updates_done
-from domino_jax.training.program import StepArguments, lowered_step
+from domino_jax.training.program import StepArguments, traced_step
 from domino_jax.training.records import RunRecord
 from domino_jax.training.rollout import Rollout, rollout_words
 from domino_jax.training.run import Run
-from domino_jax.training.skips import Skip, StepWatch, divergence, overflow
+from domino_jax.training.skips import StepRows, StepWatch, divergence, overflow
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
 from domino_jax.training.trace import Trace
@@ -47,8 +47,7 @@ def train(
     """Trains a drafter, or resumes a run that was cut off.
 
     Args:
-        run: as `prepare` made it; its directory receives metrics.jsonl, timing.jsonl and
-            checkpoints/.
+        run: its directory receives metrics.jsonl, timing.jsonl and checkpoints/.
         reporter: is told the progress.
         stop_requested: asked after each step and during held-out passes and rollouts; once it says
             so, the state is saved and the run ends.
@@ -59,15 +58,15 @@ def train(
         Diverged: `train.max_nonfinite_steps` consecutive updates, or the parameters, were not
             finite; every checkpoint is.
     """
-    cadence = run.cadence
-    kept = Checkpoints(run.directory, keep=cadence.keep_checkpoints, keep_best=cadence.keep_best)
+    inputs, cadence = run.inputs, run.inputs.cadence
+    kept = Checkpoints(inputs.directory, keep=cadence.keep_checkpoints, keep_best=cadence.keep_best)
     # Everything is traced under the mesh: without one, layouts are asked for in vain.
-    with jax.set_mesh(run.mesh), kept as checkpoints:
-        batches = run.batches()
+    with jax.set_mesh(inputs.mesh), kept as checkpoints:
+        batches = inputs.batches()
         state = run.state
-        if run.resumed is not None:
-            state, batches = checkpoints.restore(run.resumed.step, state, batches)
-            reporter.say(f"resuming at step {run.resumed.step} of {run.last_step}")
+        if inputs.resumed is not None:
+            state, batches = checkpoints.restore(inputs.resumed.step, state, batches)
+            reporter.say(f"resuming at step {inputs.resumed.step} of {inputs.last_step}")
         training = _Training(
             run, state, batches, checkpoints, stop_requested=stop_requested, reporter=reporter
         )
@@ -77,24 +76,21 @@ def train(
             # Behind the log: its lines are written, and the save in the background is waited for.
             raise Diverged(
                 divergence(
-                    run.directory,
+                    inputs.directory,
                     diverged,
                     max_nonfinite_steps=cadence.max_nonfinite_steps,
                     newest_checkpoint=checkpoints.newest(),
                 )
             )
-    return run.directory
+    return inputs.directory
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """A measurement of the draft between two steps, every so many and at the last.
+    """A measurement of the draft after `every` so many steps and the last.
 
-    Attributes:
-        split: of its records.
-        every: the steps.
-        measure: gives the figures of a state, None where the run was asked to stop.
-        words: what is told of them.
+    `measure` gives the figures of a state, None where the run was asked to stop, `words` what the
+    reporter is told of them; `split` is that of their record.
     """
 
     split: str
@@ -116,8 +112,10 @@ class _Training:
         stop_requested: Callable[[], bool],
         reporter: Reporter,
     ) -> None:
-        stored = None if run.resumed is None else run.resumed.record
+        inputs = run.inputs
+        stored = None if inputs.resumed is None else inputs.resumed.record
         self._run = run
+        self._inputs = inputs
         self._state = state
         self._batches = batches
         self._checkpoints = checkpoints
@@ -125,18 +123,18 @@ class _Training:
         self._reporter = reporter
         self._step = self._began_at = int(state.step)
         self._speed = Speed(
-            run.program,
-            run.mesh,
-            lengths=row_lengths(run.rows.rows),
-            step_rows=run.shape.step_rows,
-            target_runs=not run.rows.captured,
-            chip=CHIPS.get(run.mesh.devices.flat[0].device_kind),
+            inputs.program,
+            inputs.mesh,
+            lengths=row_lengths(inputs.rows.rows),
+            step_rows=inputs.shape.step_rows,
+            target_runs=not inputs.rows.captured,
+            chip=CHIPS.get(inputs.mesh.devices.flat[0].device_kind),
         )
         self._window = MetricAccumulator(stored.outcomes if stored else ())
         self._watch = StepWatch(
-            run.rows.rows,
-            run.source,
-            max_nonfinite_steps=run.cadence.max_nonfinite_steps,
+            inputs.rows.rows,
+            inputs.source,
+            max_nonfinite_steps=inputs.cadence.max_nonfinite_steps,
             stored=stored.watch if stored else None,
         )
         self._passes = list(_passes(run))
@@ -146,29 +144,30 @@ class _Training:
         self._finite = jax.jit(all_finite)
         self._begun: deque[Any] = deque(maxlen=2)  # sums of the last steps, perhaps still to come
         self.log = MetricsLog(
-            run.directory,
+            inputs.directory,
             at=stored.log if stored else None,
             step=self._step,
-            tensorboard=run.cadence.tensorboard,
+            tensorboard=inputs.cadence.tensorboard,
             reporter=reporter,
         )
 
-    def run_steps(self) -> Skip | None:
+    def run_steps(self) -> StepRows | None:
         """Trains to the last step.
 
         Returns the first of too many consecutive non-finite steps where the run had to stop.
         """
-        run, cadence, last_step = self._run, self._run.cadence, self._run.last_step
+        inputs, cadence = self._inputs, self._inputs.cadence
+        last_step = inputs.last_step
         # Nothing of this start is to be saved yet: a signal may end the process.
         self._measure(stop_requested=lambda: False)
-        if run.resumed is None:
-            self.log.write(0, "data", run.rows.figures)
+        if inputs.resumed is None:
+            self.log.write(0, "data", inputs.rows.figures)
         if self._step >= last_step:
             self._reporter.say(f"already trained for {self._step} steps")
             return None
         coming = range(self._step + 1, last_step + 1)
         trace = Trace(
-            run.directory,
+            inputs.directory,
             cadence.profile,
             coming,
             paused=self._speed.paused,
@@ -179,10 +178,10 @@ class _Training:
             while self._step < last_step and not stop:
                 taken, batch = self._next()
                 if compiled is None:  # the first batch has all shapes, those of packing too
-                    compiled = _compiled_step(run, self._state, batch, reporter=self._reporter)
+                    compiled = self._compiled_step(batch)
                     self._speed.begin()  # compiling is no training time
                 trace.before(self._step + 1, self._state)
-                self._state, sums = compiled(self._state, run.target_params, batch)
+                self._state, sums = compiled(self._state, self._run.target_params, batch)
                 self._begun.append(sums)
                 # The step has only begun. Up to the line of the log nothing asks for its result, so
                 # the next batch is made while the device works.
@@ -211,40 +210,50 @@ class _Training:
 
     def _next(self) -> tuple[dict[str, np.ndarray], Batch]:
         """The rows of the next step, and their batch on the devices."""
-        run = self._run
-        if run.rows.captured and len(self._begun) == 2:
+        inputs = self._inputs
+        if inputs.rows.captured and len(self._begun) == 2:
             # A batch of captured states is gigabytes: one may wait beside the one in use, no more.
             jax.block_until_ready(self._begun[0])
         taken = next(self._batches)
-        return taken, device_batch(run.mesh, taken, micro_batches=run.shape.grad_accumulation)
+        micro_batches = inputs.shape.grad_accumulation
+        return taken, device_batch(inputs.mesh, taken, micro_batches=micro_batches)
+
+    def _compiled_step(
+        self, batch: Batch
+    ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        """The program of a step, which consumes its state."""
+        # Compiled ahead: another shape later in the run is an error, not a silent second
+        # compilation.
+        began = time.monotonic()
+        arguments = StepArguments(self._state, self._run.target_params, batch)
+        compiled = traced_step(self._inputs.program, arguments).lower().compile()
+        self._reporter.say(f"step compiled in {time.monotonic() - began:.1f} s")
+        return compiled
 
     def _tell(self, bar: Bar) -> None:
         """Writes and tells the window's line and what stands out in it."""
-        run = self._run
         outcomes = self._window.fetch()
         # The window's steps have run: that waited for them. Only those of this start were timed.
         timed = [outcome for outcome in outcomes if outcome.step > self._began_at]
         timing = self._speed.figures(total(timed))
-        sums = total(outcomes)
-        figures = _training_figures(
-            run, sums, step=self._step, updates=int(updates_done(self._state.opt_state))
-        )
-        for skip in self._watch.skips(outcomes):
-            self._reporter.say(f"step {skip.step}: update skipped, {skip.words}")
-            self.log.write(skip.step, "skipped", skip.record)
-        for spike in spikes(outcomes):
-            self._reporter.say(f"step {spike.outcome.step}: {self._watch.spike_words(spike)}")
-            self.log.write(spike.outcome.step, "spike", self._watch.spike_record(spike))
+        # Both counters have advanced since: a step and an update read them before they count.
+        updates = int(updates_done(self._state.opt_state))
+        figures = metric_means(total(outcomes)) | {
+            "lambda_base": float(self._inputs.program.curriculum(self._step - 1)),
+            "learning_rate": float(self._inputs.learning_rate(max(updates - 1, 0))),
+        }
+        for notice in self._watch.notices(outcomes):
+            self._reporter.say(f"step {notice.step}: {notice.words}")
+            self.log.write(notice.step, notice.split, notice.record)
         self.log.write(self._step, "train", figures, timing=timing)
         bar.tell(self._step, f"{_formatted(figures)}  {speed_words(timing)}")
         self._window.clear()
         self._speed.begin()
 
     def _measure(self, *, stop_requested: Callable[[], bool]) -> dict[str, Mapping[str, Any]]:
-        """Measures what is due, in its order, and writes it.
+        """Measures what is due, in its order, and writes it; returns the figures by split.
 
-        Returns the figures by split. Where the run was asked to stop, the pass that was cut short
-        and those behind it stay due.
+        Where the run was asked to stop, the pass that was cut short and those behind it stay due.
         """
         measured: dict[str, Mapping[str, Any]] = {}
         while self._due:
@@ -255,12 +264,12 @@ class _Training:
                 break
             self._due.pop(0)
             self.log.write(self._step, one.split, figures)
-            self._reporter.say(f"step {self._step}/{self._run.last_step}  {one.words(figures)}")
+            self._reporter.say(f"step {self._step}/{self._inputs.last_step}  {one.words(figures)}")
             measured[one.split] = figures
         return measured
 
     def _save(self, figures: Mapping[str, Mapping[str, Any]]) -> None:
-        run, step = self._run, self._step
+        inputs, step = self._inputs, self._step
         if self._checkpoints.saved(step):
             return
         with self._speed.paused(self._state):
@@ -268,12 +277,12 @@ class _Training:
             # settings only, so one look before each save is enough.
             if not self._finite(self._state.params):
                 newest = self._checkpoints.newest()
-                raise Diverged(overflow(run.directory, step, newest_checkpoint=newest))
+                raise Diverged(overflow(inputs.directory, step, newest_checkpoint=newest))
             self._reporter.say(f"saving checkpoint {step}")
             due = [one.split for one in self._due]
             record = RunRecord(
-                config=run.settings,
-                inputs=run.inputs,
+                config=inputs.settings,
+                inputs=inputs.hashes,
                 outcomes=[outcome.as_json() for outcome in self._window.fetch()],
                 watch=self._watch.as_json(),
                 log=self.log.mark(),
@@ -281,39 +290,18 @@ class _Training:
                 rollout_due="rollout" in due,
             )
             # Before the next batch is taken: the saved position in the data is this step's.
-            self._checkpoints.save(self._state, self._batches, run.record, record, figures=figures)
+            self._checkpoints.save(
+                self._state, self._batches, inputs.record, record, figures=figures
+            )
 
 
 def _passes(run: Run) -> Iterator[_Pass]:
     """What a run measures of its draft, in the order in which it does."""
-    cadence = run.cadence
-    if run.heldout is not None:
+    cadence = run.inputs.cadence
+    if run.inputs.heldout is not None:
         yield _Pass("heldout", cadence.eval_every, HeldOut(run), _heldout_words)
     if cadence.rollout_every is not None:
         yield _Pass("rollout", cadence.rollout_every, Rollout(run), rollout_words)
-
-
-def _compiled_step(
-    run: Run, state: TrainState, batch: Batch, *, reporter: Reporter
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """The program of a step, which consumes its state."""
-    # Compiled ahead: another shape later in the run is an error, not a silent second compilation.
-    began = time.monotonic()
-    arguments = StepArguments(state, run.target_params, batch)
-    compiled = lowered_step(run.program, arguments).compile()
-    reporter.say(f"step compiled in {time.monotonic() - began:.1f} s")
-    return compiled
-
-
-def _training_figures(
-    run: Run, sums: dict[str, Any], *, step: int, updates: int
-) -> dict[str, float]:
-    """The means of a window of steps, and what its last step and its last update were made with."""
-    # Both counters have advanced since: a step and an update read them before they count.
-    return metric_means(sums) | {
-        "lambda_base": float(run.program.curriculum(step - 1)),
-        "learning_rate": float(run.learning_rate(max(updates - 1, 0))),
-    }
 
 
 def _heldout_words(figures: dict[str, float]) -> str:

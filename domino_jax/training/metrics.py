@@ -96,11 +96,10 @@ class LogMark:
 class MetricsLog:
     """`metrics.jsonl` and `timing.jsonl` of a run directory and, when asked for, TensorBoard files.
 
-    One record per line: `step`, `split` ("train", "heldout", "rollout", "skipped" or "spike") and
-    its figures.
-    `metrics.jsonl` holds what the seed determines: two runs of one configuration write the same
-    bytes, however often they are stopped and resumed. What varies between them, times and speeds,
-    is in `timing.jsonl`. A figure that is not finite is null there, and `not_finite` names it.
+    One record per line: `step`, `split` ("data", "train", "heldout", "rollout", "skipped" or
+    "spike") and its figures. `metrics.jsonl` holds what the seed determines: two runs of one
+    configuration write the same bytes, however often they are stopped and resumed. Times and speeds
+    are in `timing.jsonl`. A figure that is not finite is null, and `not_finite` names it.
     """
 
     def __init__(
@@ -116,15 +115,19 @@ class MetricsLog:
 
         Args:
             directory: the run's.
-            at: where `metrics.jsonl` stood then; what follows is cut off, since it will be written
-                again. None begins a log.
+            at: end of `metrics.jsonl` then; what follows is cut off, to be written again. None
+                begins a log.
             step: of that state; later records of `timing.jsonl` are dropped.
             tensorboard: write TensorBoard files too.
             reporter: is told when a log is gone.
         Raises:
-            InputError: `metrics.jsonl` is not what it was, or TensorBoard is not installed.
+            InputError: `metrics.jsonl` is not what it was.
         """
-        self._board = _tensorboard(directory) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"))
         kept = b""
         if at is not None:
             kept = _bytes_until(directory / METRICS, at, reporter=reporter)
@@ -159,10 +162,7 @@ class MetricsLog:
         *,
         timing: dict[str, float] | None = None,
     ) -> None:
-        """Adds one record of `figures`, and one of `timing` if given.
-
-        The system has them when this returns.
-        """
+        """Adds one record of `figures`, and one of `timing` if given, and flushes both."""
         for name, part in ((METRICS, figures), (TIMING, timing)):
             if part is None:
                 continue
@@ -214,13 +214,3 @@ def _json_line(record: dict[str, Any]) -> str:
     if odd:  # JSON knows neither NaN nor infinity, and strict readers stop at them
         record = record | dict.fromkeys(odd) | {"not_finite": odd}
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "train.tensorboard needs tensorboardX: pip install 'domino-jax[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(directory / "tensorboard"))

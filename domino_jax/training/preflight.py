@@ -1,20 +1,15 @@
-"""A run that will be refused should be refused in the first second, and leave nothing behind.
-
-So what costs nothing to check is checked here, before a target is fetched, a row read or a
-directory made.
-"""
+"""Checks that cost nothing, made before a target is fetched, a row read or a directory made."""
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
-from domino_jax.data.hidden_states import MANIFEST
 from domino_jax.draft.build import boxed_parameters
 
 GIGABYTE = 10**9
@@ -24,12 +19,6 @@ PACKAGES = {
     "array_record": "array-record",
     "tensorboardX": "'domino-jax[tensorboard]'",
 }
-
-
-def packages_of(*, hidden_states: bool, tensorboard: bool) -> list[str]:
-    """The keys of `PACKAGES` that a run with or without these two imports."""
-    optional = {"array_record": hidden_states, "tensorboardX": tensorboard}
-    return ["grain", *(module for module, used in optional.items() if used)]
 
 
 def check_packages(modules: Iterable[str]) -> None:
@@ -42,24 +31,11 @@ def check_packages(modules: Iterable[str]) -> None:
             )
 
 
-def check_hidden_states(directory: str | None) -> None:
-    """Refuses `data.hidden_states` where no capture is."""
-    if directory is not None and not (Path(directory) / MANIFEST).is_file():
-        found = _instead(Path(directory), lacking=MANIFEST)
-        raise InputError(
-            f"data.hidden_states: {directory}: {found}; expected a directory that `domino capture` "
-            "wrote"
-        )
-
-
-def check_start_files(directory: str | None) -> None:
-    """Refuses `draft.init_from` where no draft is."""
-    if directory is not None and not (Path(directory) / "config.json").is_file():
-        found = _instead(Path(directory), lacking="config.json")
-        raise InputError(
-            f"draft.init_from: {directory}: {found}; expected the directory of a draft, as export "
-            "writes it"
-        )
+def check_directory(key: str, directory: str | None, *, lacking: str, expected: str) -> None:
+    """Refuses a directory without the file `lacking`; a key of the configuration names it."""
+    if directory is not None and not (Path(directory) / lacking).is_file():
+        found = _instead(Path(directory), lacking=lacking)
+        raise InputError(f"{key}: {directory}: {found}; expected {expected}")
 
 
 def check_conversations(key: str, name: str | None) -> None:
@@ -105,12 +81,10 @@ def check_room(
         keep: `train.keep_checkpoints`.
         keep_best: whether the best checkpoint is kept too.
     """
-    # All that lie there at once: a disk that is full stops a run at a save, long after it could
-    # have been told.
     count = checkpoints_at_once(keep, keep_best=keep_best)
     needed = checkpoint_bytes(draft, average=average) * count
-    held = sum(_file_sizes(Path(run_dir) / "checkpoints"))
-    free = free_bytes(run_dir) + held
+    there = (Path(run_dir) / "checkpoints").rglob("*")
+    free = free_bytes(run_dir) + sum(path.stat().st_size for path in there if path.is_file())
     if needed > free:
         best = ", train.keep_best" if keep_best else ""
         raise InputError(
@@ -122,18 +96,13 @@ def check_room(
 
 
 def checkpoint_bytes(draft: DraftConfig, *, average: bool) -> int:
-    """What one checkpoint takes at most, all in float32.
-
-    Parameters, two moments, and the average if one is kept.
-    """
+    """Size of a checkpoint at most: parameters, two moments and an average, in float32."""
     copies = 1 + 2 + int(average)
-    sizes = [leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft))]
-    return 4 * copies * sum(sizes)
+    return 4 * copies * sum(leaf.size for leaf in jax.tree.leaves(boxed_parameters(draft)))
 
 
 def checkpoints_at_once(keep: int, *, keep_best: bool) -> int:
-    """How many checkpoints a run holds at most: an old one goes when the next is written."""
-    # One more: the oldest goes only once the new one is whole.
+    """How many checkpoints a run holds at most: the oldest goes once the new one is whole."""
     return keep + int(keep_best) + 1
 
 
@@ -145,7 +114,7 @@ def free_bytes(path: str | Path) -> int:
 def nearest_existing(path: str | Path) -> Path:
     """The path, or the first directory above it that is there."""
     whole = Path(path).absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())
+    return next(there for there in (whole, *whole.parents) if there.exists())
 
 
 def _instead(path: Path, *, lacking: str = "") -> str:
@@ -155,9 +124,3 @@ def _instead(path: Path, *, lacking: str = "") -> str:
     if lacking:
         return f"no {lacking} in it" if path.is_dir() else "not a directory"
     return "may not be read by this user" if path.is_file() else "not a file"
-
-
-def _file_sizes(directory: Path) -> Iterator[int]:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            yield path.stat().st_size

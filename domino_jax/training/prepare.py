@@ -1,8 +1,7 @@
 """The preparation of a run, in the order of what it costs to be refused.
 
-A mistake in a path should be reported before the weights are loaded, and a refused run should leave
-nothing behind. This is the only module of `training` that reads the configuration: each part
-receives the values that it needs.
+A refused run leaves nothing behind. This is the only module of `training` that reads the
+configuration: each part receives the values that it needs.
 
     check             paths, mesh, ids, room on the disk, the checkpoint to resume    seconds
     read_inputs       rows, and whether they are those of the checkpoint              minutes
@@ -13,6 +12,7 @@ receives the values that it needs.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,17 +25,19 @@ import optax
 from flax.core import FrozenDict
 from jax.sharding import Mesh
 
-from domino_jax.base.errors import InputError, Scalars, from_dict
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import write_whole
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.config.sections import DataConfig, LossConfig
 from domino_jax.data.conversations import Row
+from domino_jax.data.hidden_states import MANIFEST
 from domino_jax.data.template import chat_template
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.objective.objectives import (
     check_objective,
     checked_options,
@@ -44,26 +46,18 @@ from domino_jax.objective.objectives import (
 )
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
-from domino_jax.target.load import (
-    TABLES,
-    ParameterPath,
-    load_sharded_target,
-    load_tokenizer,
-    open_target,
-)
+from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target
 from domino_jax.target.resolve import resolve_target
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
-from domino_jax.training.inputs import InputRows, read_features, read_prompts, read_rows, run_mesh
+from domino_jax.training.inputs import RowSettings, read_features, read_prompts, read_rows, run_mesh
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from domino_jax.training.preflight import (
     check_conversations,
-    check_hidden_states,
+    check_directory,
     check_one_process,
     check_packages,
     check_place,
     check_room,
-    check_start_files,
-    packages_of,
 )
 from domino_jax.training.program import (
     BatchShape,
@@ -75,20 +69,9 @@ from domino_jax.training.program import (
     default_logits_mib,
     scanned_target,
 )
-from domino_jax.training.records import (
-    OTHER_VERSION,
-    DraftRecord,
-    RunRecord,
-    read_draft_record,
-    read_run_record,
-)
-from domino_jax.training.run import Cadence, Resumed, Run, RunInputs, announcement
-from domino_jax.training.run_directory import (
-    check_draft,
-    check_inputs,
-    check_settings,
-    write_config,
-)
+from domino_jax.training.records import DraftRecord, Resumed, read_draft_record, read_run_record
+from domino_jax.training.run import Cadence, Run, RunInputs, announcement
+from domino_jax.training.run_directory import check_draft, check_inputs, check_settings
 from domino_jax.training.start import state_at_start
 from domino_jax.training.step import Program
 
@@ -116,26 +99,34 @@ class CheckedRun:
 def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedRun:
     """Checks whatever can be checked before rows and weights are read, what is free first.
 
-    Args:
-        config: the run.
-        reporter: is told each stage, and each damaged checkpoint.
-        set_aside: move damaged checkpoints out of the way.
+    With `set_aside` damaged checkpoints are moved out of the way.
+
     Raises:
         InputError: the run cannot be, or its directory belongs to other settings; nothing was
             created.
     """
     directory = Path(config.run_dir)
-    # Either says that the run was saved. What is gone is told later, and no reason to begin anew.
-    started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
     data, recipe, train = config.data, config.draft, config.train
-    captured = data.hidden_states is not None
-    check_packages(packages_of(hidden_states=captured, tensorboard=train.tensorboard))
+    optional = {"array_record": data.hidden_states is not None, "tensorboardX": train.tensorboard}
+    check_packages(["grain", *(package for package, used in optional.items() if used)])
     check_conversations("data.train", data.train)
     check_conversations("data.eval", data.eval)
-    check_hidden_states(data.hidden_states)
-    # A run that has a checkpoint never reads its start again, so that may be gone.
+    check_directory(
+        "data.hidden_states",
+        data.hidden_states,
+        lacking=MANIFEST,
+        expected="a directory that `domino capture` wrote",
+    )
+    # A run that has a checkpoint never reads its start again, so that may be gone. Either path says
+    # that the run was saved; what is gone is told later, and no reason to begin anew.
+    started = (directory / NEWEST).exists() or (directory / CHECKPOINTS).is_dir()
     init_from = None if started else recipe.init_from
-    check_start_files(init_from)
+    check_directory(
+        "draft.init_from",
+        init_from,
+        lacking="config.json",
+        expected="the directory of a draft, as export writes it",
+    )
     check_place(config.run_dir)
     check_one_process("train")
     mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
@@ -158,8 +149,17 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         draft_config,
         config.target,
         chat_template(tokenizer, data.chat_template_kwargs),
+        target_sha256=None,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
     )
+    # The last check: it reads every byte of a checkpoint.
+    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
+    resumed = None
+    if step is not None:
+        source = directory / CHECKPOINTS / str(step)
+        resumed = Resumed(step, source, read_run_record(source))
+        check_settings(source, resumed.record.config, dataclasses.asdict(config))
+        check_draft(source, read_draft_record(source), record)
     return CheckedRun(
         config=config,
         mesh=mesh,
@@ -167,8 +167,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         target_config=target_config,
         tokenizer=tokenizer,
         record=record,
-        # The last check: it reads every byte of a checkpoint.
-        resumed=_resumable(config, record, reporter=reporter, set_aside=set_aside),
+        resumed=resumed,
     )
 
 
@@ -179,41 +178,54 @@ def read_inputs(
 
     Args:
         run: what was checked.
-        target_sha256: returns the target's fingerprint; only asked where captured states are read.
-        reporter: is told each stage, and each line of the data that is left out.
+        target_sha256: returns the target's fingerprint; only called for captured states.
+        reporter: is told each line of the data that is left out.
     Raises:
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
-    config, data, train, tokenizer = run.config, run.config.data, run.config.train, run.tokenizer
+    config, data, train, loss = run.config, run.config.data, run.config.train, run.config.loss
     sources = [source for source in (data.train, data.hidden_states, data.eval) if source]
     reporter.say(f"loading rows {' and '.join(sources)}")
+    settings = row_settings(data)
+    read = functools.partial(
+        read_rows,
+        tokenizer=run.tokenizer,
+        settings=settings,
+        packing=data.packing,
+        reporter=reporter,
+    )
+    hashes = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
     if data.hidden_states is not None:
-        rows = _captured_rows(run, data.hidden_states, target_sha256=target_sha256())
+        rows = read_features(
+            data.hidden_states,
+            settings,
+            target=target_sha256(),
+            tokenizer=run.record.tokenizer_sha256,
+            target_layer_ids=run.record.config.target_layer_ids,
+            packing=data.packing,
+            loss_type=loss.loss_type,
+            kl_weight=loss.kl_weight,
+        )
+        hashes["data.hidden_states"] = rows.fingerprint
     else:
-        rows = _conversation_rows(data, data.source, tokenizer, reporter=reporter)
-    inputs = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
-    inputs["data.train" if data.train else "data.hidden_states"] = rows.fingerprint
+        rows = read(data.source)
+        hashes["data.train"] = rows.fingerprint
     heldout = None
     prompts: Sequence[np.ndarray] = ()
     if data.eval:
-        heldout = _conversation_rows(data, data.eval, tokenizer, reporter=reporter)
-        inputs["data.eval"] = heldout.fingerprint
+        heldout = read(data.eval)
+        hashes["data.eval"] = heldout.fingerprint
         if train.rollout_every is not None:
             prompts = read_prompts(
                 data.eval,
                 heldout.rows[: train.rollout_prompts],
-                tokenizer,
+                run.tokenizer,
                 run.target_config,
                 chat_template_kwargs=data.chat_template_kwargs,
                 rollout_tokens=train.rollout_tokens,
             )
-    directory = Path(config.run_dir)
-    if run.resumed is not None:
-        # Without the target, whose hash may not be there yet: `prepare` compares it.
-        check_inputs(
-            directory / CHECKPOINTS / str(run.resumed.step), run.resumed.record.inputs, inputs
-        )
-
+    # Without the target, whose hash may not be there yet: `prepare` compares it.
+    check_inputs(run.resumed, hashes)
     shape = _batch_shape(config)
     if rows.epoch_rows < shape.step_rows:
         raise InputError(
@@ -223,12 +235,11 @@ def read_inputs(
         )
     total_steps = train.steps or max(train.epochs * rows.epoch_rows // shape.step_rows, 1)
     return RunInputs(
-        directory=directory,
+        directory=Path(config.run_dir),
         source=data.source,
         mesh=run.mesh,
         target=run.target,
-        target_config=run.target_config,
-        tokenizer=tokenizer,
+        tokenizer=run.tokenizer,
         record=run.record,
         resumed=run.resumed,
         rows=rows,
@@ -242,7 +253,7 @@ def read_inputs(
         cadence=Cadence(**{f.name: getattr(train, f.name) for f in dataclasses.fields(Cadence)}),
         # The schedules are not stretched over the extension: it trains on at their last values.
         last_step=total_steps + train.extra_steps,
-        inputs=inputs,
+        hashes=hashes,
         settings=dataclasses.asdict(config),
     )
 
@@ -258,91 +269,52 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     checked = check(config, reporter=reporter, set_aside=True)
     # Hashed in a thread meanwhile: the weights are gigabytes, which loading reads as well.
     with hashed_beside(checked.target) as target_sha256:
-        run = read_inputs(checked, target_sha256=target_sha256, reporter=reporter)
-        config, resumed = checked.config, run.resumed
-        reporter.say(f"loading target {run.target}")
-        target_params = _target_params(run)
+        inputs = read_inputs(checked, target_sha256=target_sha256, reporter=reporter)
+        reporter.say(f"loading target {inputs.target}")
+        # Captured states replace the layers, head and embedding are read either way. Held-out rows
+        # have no captured states, and rollouts are of held-out rows.
+        whole = not inputs.rows.captured or inputs.heldout is not None
+        target_params = load_sharded_target(
+            inputs.target,
+            inputs.program.target,
+            inputs.mesh,
+            only=lambda path: whole or path[0] in TABLES,
+        ).params
         began = time.monotonic()
-        record = dataclasses.replace(run.record, target_sha256=target_sha256())
-        reporter.say(
-            f"target sha256 {record.target_sha256}, {time.monotonic() - began:.1f} s more than "
-            "loading"
-        )
-    inputs = {**run.inputs, "target": f"sha256 {record.target_sha256}"}
-    if resumed is None:
+        digest = target_sha256()
+        reporter.say(f"target sha256 {digest}, {time.monotonic() - began:.1f} s more than loading")
+    inputs = dataclasses.replace(
+        inputs,
+        record=dataclasses.replace(inputs.record, target_sha256=digest),
+        hashes={**inputs.hashes, "target": f"sha256 {digest}"},
+    )
+    check_inputs(inputs.resumed, inputs.hashes)
+    draft = inputs.record.config
+    if inputs.resumed is None:
+        recipe = config.draft
         state = state_at_start(
-            run.program,
-            record.config,
-            run.mesh,
-            layers_from=run.target if config.draft.init_layers_from_target else None,
-            init_from=config.draft.init_from,
+            inputs.program,
+            draft,
+            inputs.mesh,
+            layers_from=inputs.target if recipe.init_layers_from_target else None,
+            init_from=recipe.init_from,
         )
     else:
-        check_inputs(run.directory / CHECKPOINTS / str(resumed.step), resumed.record.inputs, inputs)
         # Its layout alone: beside the restored state the devices might not hold a second one.
-        state = abstract_state(run.program, record.config, run.mesh)
+        state = abstract_state(inputs.program, draft, inputs.mesh)
     # The first thing that is written: nothing is left that could refuse the run.
-    text = dump_config(config)
-    write_config(run.directory, text)
+    text = dump_config(checked.config)
+    inputs.directory.mkdir(parents=True, exist_ok=True)
+    write_whole(inputs.directory / "config.yaml", text)
     reporter.say(text)
-    # A new object of a later class: who holds a `Run` knows that all of it is there.
-    known = vars(run) | {"record": record, "inputs": inputs}
-    whole = Run(**known, target_params=target_params, state=state)
-    for line in announcement(whole):
+    for line in announcement(inputs):
         reporter.say(line)
-    return whole
+    return Run(inputs, target_params, state)
 
 
-def _target_params(run: RunInputs) -> Any:
-    """The target's parameters that steps, held-out passes and rollouts of a run read."""
-    # Rollouts too are of held-out rows.
-    target_runs = not run.rows.captured or run.heldout is not None
-
-    def read(path: ParameterPath) -> bool:
-        # Captured states stand for the layers; head and embedding are read either way.
-        return target_runs or path[0] in TABLES
-
-    return load_sharded_target(run.target, run.program.target, run.mesh, only=read).params
-
-
-def _resumable(
-    config: RunConfig, record: DraftRecord, *, reporter: Reporter, set_aside: bool
-) -> Resumed | None:
-    """The checkpoint that a run is resumed from, None for a run that was never saved.
-
-    Args:
-        config: of this start, resolved.
-        record: of this start; the target's fingerprint is not looked at.
-        reporter: is told damaged checkpoints.
-        set_aside: move them out of the way.
-    Raises:
-        InputError: settings or target are not those that the run was started with.
-    """
-    directory = Path(config.run_dir)
-    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
-    if step is None:
-        return None
-    source = directory / CHECKPOINTS / str(step)
-    run = read_run_record(source)
-    check_settings(source, _stored_settings(source, run), dataclasses.asdict(config))
-    check_draft(source, read_draft_record(source), record)
-    return Resumed(step, run)
-
-
-def _stored_settings(source: Path, record: RunRecord) -> dict[str, Any]:
-    """The settings of a checkpoint's run, with the defaults of keys that it did not know.
-
-    Raises:
-        InputError: a setting that this version does not know.
-    """
-    try:
-        config = from_dict(RunConfig, record.config, source=str(source))
-        # Older versions left the objective's own settings open in their records.
-        domino = config.draft.projector_type is not None
-        loss = resolved_loss(config.loss, domino=domino)
-    except InputError as error:
-        raise InputError(f"{error}: {OTHER_VERSION}") from error
-    return dataclasses.asdict(dataclasses.replace(config, loss=loss))
+def row_settings(data: DataConfig) -> RowSettings:
+    """The settings of a run's rows."""
+    return RowSettings(**{f.name: getattr(data, f.name) for f in dataclasses.fields(RowSettings)})
 
 
 def _batch_shape(config: RunConfig) -> BatchShape:
@@ -350,41 +322,6 @@ def _batch_shape(config: RunConfig) -> BatchShape:
         grad_accumulation=config.optimizer.grad_accumulation,
         batch_size=config.data.batch_size,
         max_length=config.data.max_length,
-    )
-
-
-def _conversation_rows(
-    data: DataConfig, path: str, tokenizer: Any, *, reporter: Reporter
-) -> InputRows:
-    return read_rows(
-        path,
-        tokenizer,
-        max_length=data.max_length,
-        chat_template_kwargs=data.chat_template_kwargs,
-        mask_reasoning_content=data.mask_reasoning_content,
-        packing=data.packing,
-        reporter=reporter,
-    )
-
-
-def _captured_rows(run: CheckedRun, directory: str, *, target_sha256: str) -> InputRows:
-    data, loss = run.config.data, run.config.loss
-    # Not asked: the stored type, since a step casts the states to the type that it computes in.
-    asked = {
-        "target": target_sha256,
-        "tokenizer": run.record.tokenizer_sha256,
-        "target_layer_ids": run.record.config.target_layer_ids,
-        "max_length": data.max_length,
-        "chat_template_kwargs": data.chat_template_kwargs,
-        "mask_reasoning_content": data.mask_reasoning_content,
-    }
-    return read_features(
-        directory,
-        asked=asked,
-        max_length=data.max_length,
-        packing=data.packing,
-        loss_type=loss.loss_type,
-        kl_weight=loss.kl_weight,
     )
 
 
@@ -396,13 +333,7 @@ def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftC
 
 
 def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """The run with what it left open in its loss.
-
-    These are the objective's own settings, and the memory that suits the devices.
-
-    Raises:
-        InputError: a loss that cannot be (see `resolved_loss`).
-    """
+    """The run with a `resolved_loss`, and with the memory of the loss that suits the devices."""
     loss = resolved_loss(config.loss, domino=config.draft.projector_type is not None)
     if loss.logits_mib is None:
         loss = dataclasses.replace(loss, logits_mib=default_logits_mib(mesh))
@@ -445,18 +376,13 @@ def resolved_loss(loss: LossConfig, *, domino: bool) -> LossConfig:
 def make_program(
     config: RunConfig, target: DecoderConfig, draft: DraftConfig, mesh: Mesh, *, total_steps: int
 ) -> Program:
-    """The program of a run's steps.
+    """The program of the steps of a run that is `resolved`.
 
-    Args:
-        config: the run, `resolved`.
-        target: the target.
-        draft: the draft that the run trains for it.
-        mesh: of devices that are here, or of a topology that is only described.
-        total_steps: which the schedules are stretched over.
+    `mesh` is of devices that are here, or of a topology that is only described; the schedules are
+    stretched over `total_steps`.
     """
     data, loss, optimizer = config.data, config.loss, config.optimizer
     assert loss.logits_mib is not None, "a run is resolved before its program is made"
-    device = mesh.devices.flat[0]
     # The target's own distribution and its answers need its last layer; without them the captured
     # ones are enough. With rollouts each step runs the rest too: to cut the stacked layers there
     # would copy them.
@@ -464,6 +390,8 @@ def make_program(
     rolled_out = config.train.rollout_every is not None
     if rolled_out or reads_target(loss.loss_type, kl_weight=loss.kl_weight):
         depth = target.num_hidden_layers
+    # The rest are the curriculum's, or have another name in the trainer module.
+    other = ("lambda_start", "decay_ratio", "options", "logits_mib")
     return Program(
         trainer=build_trainer(
             draft,
@@ -474,8 +402,10 @@ def make_program(
                 num_anchors=loss.num_anchors,
                 logits_mib=loss.logits_mib,
             ),
-            recompute=device.platform != "cpu",  # a CPU has the memory, and no time to spare
-            **_trainer_options(loss),
+            # A CPU has the memory, and no time to spare.
+            recompute=mesh.devices.flat[0].platform != "cpu",
+            loss_options=FrozenDict(loss.options),
+            **{name: value for name, value in vars(loss).items() if name not in other},
         ),
         target=scanned_target(
             target, capture=draft.target_layer_ids, depth=depth, mesh=mesh, packed=data.packing
@@ -493,14 +423,6 @@ def make_program(
         seed=config.seed,
         ema_decay=optimizer.ema_decay,
     )
-
-
-def _trainer_options(loss: LossConfig) -> dict[str, Any]:
-    """The settings of a loss that are fields of the trainer module."""
-    # The curriculum's, the one that has another name there, and what `chunk_blocks` is made from.
-    other = ("lambda_start", "decay_ratio", "options", "logits_mib")
-    fields = {name: value for name, value in vars(loss).items() if name not in other}
-    return fields | {"loss_options": FrozenDict(loss.options)}
 
 
 def _learning_rate(config: RunConfig, *, total_steps: int) -> optax.Schedule:
@@ -581,9 +503,7 @@ class CaptureInputs:
     target_layer_ids: tuple[int, ...]
     tokenizer_sha256: str
     rows: Sequence[Row]
-    max_length: int
-    chat_template_kwargs: Scalars
-    mask_reasoning_content: bool
+    settings: RowSettings
     mesh: Mesh
     batch_size: int
 
@@ -605,16 +525,14 @@ def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
-    layers = draft_of(config, target_config, tokenizer).target_layer_ids
+    settings = row_settings(data)
     return CaptureInputs(
         target=path,
         target_config=target_config,
-        target_layer_ids=layers,
+        target_layer_ids=draft_of(config, target_config, tokenizer).target_layer_ids,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
-        rows=_conversation_rows(data, data.train, tokenizer, reporter=reporter).rows,
-        max_length=data.max_length,
-        chat_template_kwargs=data.chat_template_kwargs,
-        mask_reasoning_content=data.mask_reasoning_content,
+        rows=read_rows(data.train, tokenizer, settings, packing=False, reporter=reporter).rows,
+        settings=settings,
         mesh=mesh,
         batch_size=data.batch_size,
     )

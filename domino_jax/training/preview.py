@@ -1,15 +1,13 @@
 """What a run would be, told before it costs anything: `domino train CONFIG --dry-run`.
 
-The last part is what most mistakes show in: the first row that is trained on, as the tokenizer
-reads it, with the tokens that the loss counts marked.
+Most mistakes show in the last part, the first row with the tokens that the loss counts marked:
 
     user What is 2 + 2?\\n assistant ⟦4\\n⟧        in colour on a terminal
 """
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,8 +39,7 @@ SAMPLED = 64  # rows of a capture whose masks are read: each lies beside megabyt
 LONGEST_SPAN = 1200  # characters of a row that are shown in one piece
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Text of tokens that stand together; `supervised` where the loss counts them."""
 
     text: str
@@ -62,8 +59,7 @@ def print_preview(run: RunInputs, console: Console) -> None:
     # The run's own first batch, shuffled and packed as training will see it.
     first = next(run.batches())
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
-    told = itertools.chain(_models(run), _disk(run), _data(run), _steps(run), _shapes(run, first))
-    for name, words in told:
+    for name, words in (*_models(run), *_data(run), *_steps(run), *_shapes(run, first)):
         figures.add_row(Text(name, overflow="fold"), Text(words, overflow="fold"))
     console.print(figures)
 
@@ -73,7 +69,7 @@ def print_preview(run: RunInputs, console: Console) -> None:
         run.tokenizer, first["input_ids"][0, :count], first["loss_mask"][0, :count]
     )
     marked = "green" if console.is_terminal else MARKS
-    console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)}"))
+    console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)} of {run.source}"))
     console.print(Text(f"what the loss counts: {marked}"))
     console.print(_marked(spans, coloured=console.is_terminal))
 
@@ -123,22 +119,29 @@ def _marked(spans: Iterable[Span], *, coloured: bool) -> Text:
 
 
 def _where(run: RunInputs, numbers: list[int]) -> str:
-    """Where the rows of a batch row come from."""
-    several = "s" if len(numbers) > 1 else ""
+    """Which rows a batch row is made of: lines of their file, or rows of a capture."""
     if run.rows.captured:
-        places = ", ".join(str(number + 1) for number in numbers)
-        return f"row{several} {places} of {run.source}"
-    places = ", ".join(str(run.rows.rows[number].line) for number in numbers)
-    return f"line{several} {places} of {run.source}"
+        unit, places = "row", [str(number + 1) for number in numbers]
+    else:
+        unit, places = "line", [str(run.rows.rows[number].line) for number in numbers]
+    several = "s" if len(numbers) > 1 else ""
+    return f"{unit}{several} {', '.join(places)}"
 
 
 def _models(run: RunInputs) -> Iterator[tuple[str, str]]:
+    draft, cadence = run.record.config, run.cadence
     yield "target", f"{run.record.target}: {run.target}"
     # Scanned: one trace of a layer counts for all of them.
-    whole = Target(run.target_config, scan_layers=True)
+    whole = Target(run.program.target.cfg, scan_layers=True)
     yield "target's parameters", _counts(boxed_target(whole))
-    yield "draft's parameters", _counts(boxed_parameters(run.record.config))
-    yield "target's layers read", ", ".join(map(str, run.record.config.target_layer_ids))
+    yield "draft's parameters", _counts(boxed_parameters(draft))
+    yield "target's layers read", ", ".join(map(str, draft.target_layer_ids))
+    one = checkpoint_bytes(draft, average=run.program.ema_decay is not None) / GIGABYTE
+    count = checkpoints_at_once(cadence.keep_checkpoints, keep_best=cadence.keep_best is not None)
+    free = free_bytes(run.directory) / GIGABYTE
+    parts = "parameters, moments, average if kept"
+    yield "a checkpoint", f"{one:.3g} GB at most, float32: {parts}"
+    yield "on disk", f"{count} at once, {count * one:.3g} GB; {free:.3g} GB are free"
 
 
 def _counts(boxed: Mapping[str, Any]) -> str:
@@ -152,21 +155,6 @@ def _counts(boxed: Mapping[str, Any]) -> str:
         parts[part] = parts.get(part, 0) + sum(sizes)
     by_part = ", ".join(f"{name} {count:,}" for name, count in parts.items())
     return f"{sum(parts.values()):,}: {by_part}"
-
-
-def _disk(run: RunInputs) -> Iterator[tuple[str, str]]:
-    cadence = run.cadence
-    one = checkpoint_bytes(run.record.config, average=run.program.ema_decay is not None)
-    count = checkpoints_at_once(cadence.keep_checkpoints, keep_best=cadence.keep_best is not None)
-    free = free_bytes(run.directory)
-    yield (
-        "a checkpoint",
-        f"{one / GIGABYTE:.3g} GB at most, float32: parameters, moments, average if kept",
-    )
-    yield (
-        "on disk",
-        f"{count} at once, {count * one / GIGABYTE:.3g} GB; {free / GIGABYTE:.3g} GB are free",
-    )
 
 
 def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
@@ -183,13 +171,11 @@ def _data(run: RunInputs) -> Iterator[tuple[str, str]]:
 
 
 def _supervised_share(part: InputRows) -> str:
-    captured = part.captured
     # Rows of conversations are in memory: all of them count.
-    sample = itertools.islice(part.rows, SAMPLED if captured else None)
+    sample = itertools.islice(part.rows, SAMPLED if part.captured else None)
     masks = [row.loss_mask for row in sample]
-    supervised = sum(int(mask.sum()) for mask in masks)
-    share = supervised / sum(mask.size for mask in masks)
-    which = f" (of the first {len(masks)} rows)" if captured else ""
+    share = sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
+    which = f" (of the first {len(masks)} rows)" if part.captured else ""
     return f"{share:.1%} of them supervised{which}"
 
 

@@ -1,7 +1,7 @@
 """The parts of a step's program: shapes and layouts of its arguments, memory, target.
 
-A plan for machines that nobody owns here is worth nothing unless it is of the very program that a
-run would compile there. So shapes and layouts are known before there are arrays:
+A plan compiles the very program of a run, on machines that are not here. So shapes and layouts are
+known before there are arrays:
 
     state     parameters, moments, average    split as each parameter is; counts replicated
     target    parameters, compute type        split likewise; tables alone for captured states
@@ -92,21 +92,15 @@ def scanned_target(
     return Target(config, capture=capture, depth=depth, scan_layers=True, attention=implementation)
 
 
-def abstract_draft(draft: DraftConfig, mesh: Mesh) -> Any:
-    """The draft's parameters as `ShapeDtypeStruct`s with their shardings."""
-    boxed = boxed_parameters(draft)
-    return _laid_out(nn.meta.unbox(boxed), parameter_shardings(boxed, mesh))
-
-
 def abstract_state(program: Program, draft: DraftConfig, mesh: Mesh) -> TrainState:
-    """The state of a run likewise.
+    """The state of a run as `ShapeDtypeStruct`s with their shardings.
 
     Moments and average are split as the parameters are, counts are replicated.
     """
-    params = abstract_draft(draft, mesh)
-    split = jax.tree.map(lambda x: x.sharding, params)
+    boxed = boxed_parameters(draft)
+    split = parameter_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, partition_spec())
-    shapes = jax.eval_shape(functools.partial(initial_state, program), params)
+    shapes = jax.eval_shape(functools.partial(initial_state, program), nn.meta.unbox(boxed))
     # Only optax knows which leaves of its state are like parameters.
     moments = tree_map_params(
         program.optimizer,
@@ -129,12 +123,9 @@ def abstract_target(model: Target, mesh: Mesh, *, tables_only: bool) -> Any:
         tables_only: leave out the layers, where training reads captured states.
     """
     boxed = boxed_target(model)
-    laid_out = _laid_out(
-        nn.meta.unbox(boxed), parameter_shardings(boxed, mesh), dtype=model.cfg.dtype
-    )
-    if not tables_only:
-        return laid_out
-    return {name: leaf for name, leaf in laid_out.items() if name in TABLES}
+    shardings = parameter_shardings(boxed, mesh)
+    laid_out = _laid_out(nn.meta.unbox(boxed), shardings, dtype=model.cfg.dtype)
+    return {name: laid_out[name] for name in laid_out if name in TABLES or not tables_only}
 
 
 def abstract_batch(
@@ -163,16 +154,16 @@ def abstract_batch(
         layout = NamedSharding(mesh, partition_spec(None, "batch", *[None] * (len(shape) - 2)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-    batch = Batch(of(by_token, np.int32), of(by_token, np.bool_))
+    ids, mask = of(by_token, np.int32), of(by_token, np.bool_)
+    batch = Batch(ids, mask)
     if documents is not None:
-        packed = {"position_ids": of(by_token, np.int32), "doc_remaining": of(by_token, np.int32)}
-        batch = batch._replace(**packed, seq_lens=of((*leading, documents), np.int32))
+        seq_lens = of((*leading, documents), np.int32)
+        batch = batch._replace(position_ids=ids, seq_lens=seq_lens, doc_remaining=ids)
     if captured:
-        width = draft.hidden_size
         # As captures store them unless told otherwise.
-        batch = batch._replace(
-            features=of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
-        )
+        width = draft.hidden_size
+        features = of((*by_token, width * len(draft.target_layer_ids)), jnp.bfloat16)
+        batch = batch._replace(features=features)
         if target_states:
             batch = batch._replace(target_states=of((*by_token, width), jnp.bfloat16))
     return batch
@@ -195,11 +186,6 @@ def traced_step(program: Program, arguments: StepArguments) -> jax.stages.Traced
         functools.partial(train_step, program), donate_argnums=0, out_shardings=(layout, None)
     )
     return step.trace(*arguments)
-
-
-def lowered_step(program: Program, arguments: StepArguments) -> jax.stages.Lowered:
-    """`traced_step`, ready to be compiled."""
-    return traced_step(program, arguments).lower()
 
 
 def _laid_out(shapes: Any, shardings: Any, dtype: Any = None) -> Any:

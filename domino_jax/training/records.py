@@ -1,7 +1,6 @@
-"""What a checkpoint says besides its arrays: of the draft for its readers, of the run to resume it.
+"""Records of a checkpoint besides its arrays: the draft for its readers, the run to resume it.
 
-Arrays alone do not say which draft they are, for which target and template, nor what a run had read
-and told when it was saved. So two records lie beside them, in step 40 for example:
+In step 40 for example:
 
     40/draft/metadata   DraftRecord, JSON
     40/run/metadata     RunRecord, JSON
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, scalars
 from domino_jax.base.files import read_json
 from domino_jax.config.model import DraftConfig, draft_from_dict, draft_tree
-from domino_jax.data.template import ChatTemplate, recorded_kwargs
+from domino_jax.data.template import KWARGS, ChatTemplate
 from domino_jax.training.metrics import LogMark
 
 OTHER_VERSION = (
@@ -23,21 +22,22 @@ OTHER_VERSION = (
     "use another run_dir, which may begin with the old run's export (draft.init_from)"
 )
 DRAFT, RUN = "draft", "run"  # the items of a checkpoint
+METADATA = "metadata"  # where Orbax puts JSON; as a file it is read within bounds
 
 
 @dataclass(frozen=True)
 class DraftRecord:
     """A draft, the built-in name or directory of its target, and the template of its rows.
 
-    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`); None until they
-    are computed, never in a checkpoint.
+    `target_sha256` and `tokenizer_sha256` are fingerprints (`target.fingerprint`), the first None
+    until it is computed, never in a checkpoint.
     """
 
     config: DraftConfig
     target: str
     chat_template: ChatTemplate
-    target_sha256: str | None = None
-    tokenizer_sha256: str | None = None
+    target_sha256: str | None
+    tokenizer_sha256: str
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
@@ -61,7 +61,7 @@ class RunRecord:
         watch: the consecutive non-finite steps up to then (`StepWatch`).
         log: where `metrics.jsonl` stood.
         heldout_due: whether the held-out pass of this step was still to come.
-        rollout_due: whether its rollout was; checkpoints of versions without rollouts do not say.
+        rollout_due: whether its rollout was.
     """
 
     config: Mapping[str, Any]
@@ -70,18 +70,27 @@ class RunRecord:
     watch: Mapping[str, Any]
     log: LogMark
     heldout_due: bool
-    rollout_due: bool = False
+    rollout_due: bool
 
     def as_json(self) -> dict[str, Any]:
         """As a checkpoint stores it."""
         return vars(self) | {"log": vars(self.log)}
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run is resumed from; `source` is its directory."""
+
+    step: int
+    source: Path
+    record: RunRecord
+
+
 def read_run_record(source: Path) -> RunRecord:
     """What the run of an undamaged checkpoint, a directory, is resumed with.
 
     Raises:
-        InputError: it holds an imported draft, or a version without such records saved it.
+        InputError: it holds an imported draft, or another version saved it.
     """
     # First: an imported draft has no record either, and is not of another version.
     if not (source / "optimizer").is_dir():
@@ -90,7 +99,7 @@ def read_run_record(source: Path) -> RunRecord:
             "give its checkpoint as draft.init_from of another run_dir"
         )
     try:
-        tree = _json_item(source, RUN)
+        tree = read_json(source / RUN / METADATA)
         return RunRecord(**{**tree, "log": LogMark(**tree["log"])})
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{source}: {OTHER_VERSION}") from error
@@ -102,18 +111,12 @@ def read_draft_record(source: Path) -> DraftRecord:
     Raises:
         InputError: it was written by hand, or by another version.
     """
-    stored = _json_item(source, DRAFT)
+    stored = read_json(source / DRAFT / METADATA)
     try:
         config = draft_from_dict(stored["config"], source=f"{source}/draft")
-        template = ChatTemplate(
-            stored["chat_template"], recorded_kwargs(stored, source=f"{source}/draft")
-        )
+        kwargs = scalars(stored[KWARGS], source=f"{source}/draft: {KWARGS}")
+        template = ChatTemplate(stored["chat_template"], kwargs)
         hashes = (stored[name] for name in ("target_sha256", "tokenizer_sha256"))
         return DraftRecord(config, stored["target"], template, *hashes)
     except KeyError as error:
         raise InputError(f"{source}/draft: {error} is missing") from error
-
-
-def _json_item(source: Path, name: str) -> dict[str, Any]:
-    # Where Orbax puts it. As a file it is read within bounds, and without opening any array.
-    return read_json(source / name / "metadata")

@@ -1,15 +1,13 @@
-"""Teacher-forced figures follow a row's own text; what a drafter saves shows when it drafts.
+"""Rollouts: the draft drafts and the target verifies inside the training process.
 
-So the draft drafts and the target verifies inside the training process, as `domino evaluate` has
-them do with a checkpoint: greedily, the head included, K - 1 proposals of each block. Held-out
-conversations are the prompts, each without the answer that it ends with:
+As `domino evaluate` has them do with a checkpoint: greedily, the head included, K - 1 proposals of
+each block. Held-out conversations are the prompts, each without the answer that it ends with:
 
     prompts -> batches of one shape, the last one filled up -> answers -> tau, shares by position
                read and answered by one program each                      `evaluation.counts`
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 
@@ -23,7 +21,8 @@ from domino_jax.sharding import axis_size
 from domino_jax.training.run import Run, RunInputs
 from domino_jax.training.step import TrainState
 
-# tau, shares by position and counts; a share is None where nothing came so far.
+# `tau`; `marginal_1` to `marginal_P` and `conditional_1` to `conditional_P` of P proposals (see
+# `counts.Acceptance`), None where nothing came so far; the counts `tokens` and `prompts`.
 RolloutFigures = dict[str, float | None]
 
 
@@ -36,32 +35,38 @@ class Rollout:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._decoder = rollout_decoder(run)
+        self._decoder = rollout_decoder(run.inputs)
 
     def __call__(
         self, state: TrainState, *, stop_requested: Callable[[], bool]
     ) -> RolloutFigures | None:
         """The figures, or None where the run was asked to stop between two batches."""
-        run = self._run
+        inputs = self._run.inputs
         # As `HeldOut`: what is exported is measured.
         params = state.params if state.ema is None else state.ema
-        weights = Weights(run.target_params, params)
-        size = prompts_at_once(run)
+        weights = Weights(self._run.target_params, params)
+        size = prompts_at_once(inputs)
         # Of all batches, though most are shorter: each other bucket would be another program.
-        longest = max(map(len, run.prompts))
+        longest = max(map(len, inputs.prompts))
         answers: list[Answer] = []
-        for begin in range(0, len(run.prompts), size):
+        for begin in range(0, len(inputs.prompts), size):
             if stop_requested():
                 return None
             answers += generate(
                 self._decoder,
                 weights,
-                run.prompts[begin : begin + size],
-                max_new_tokens=run.cadence.rollout_tokens,
+                inputs.prompts[begin : begin + size],
+                max_new_tokens=inputs.cadence.rollout_tokens,
                 size=size,
                 longest=longest,
             )
-        return rollout_figures(answers, proposals=self._decoder.proposals)
+        figures: RolloutFigures = {"tau": tau(answers)}
+        shares = vars(acceptance(answers, self._decoder.proposals))
+        for kind in ("marginal", "conditional"):
+            for position, share in enumerate(shares[kind], start=1):
+                figures[f"{kind}_{position}"] = share
+        tokens = sum(len(answer.tokens) for answer in answers)
+        return figures | {"tokens": tokens, "prompts": len(answers)}
 
 
 def rollout_decoder(run: RunInputs) -> Decoder:
@@ -88,32 +93,11 @@ def target_cache_bytes(run: RunInputs) -> int:
     longest = max(map(len, run.prompts))
     cache_len = required_cache_len(decoder, longest, run.cadence.rollout_tokens)
 
-    def cache() -> Any:
-        return decoder.target.empty_cache(batch=prompts_at_once(run), cache_len=cache_len)
-
     # Shapes alone: a dry run holds none of it.
-    leaves = jax.tree.leaves(jax.eval_shape(cache))
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-    return sum(sizes)
-
-
-def rollout_figures(answers: Sequence[Answer], *, proposals: int) -> RolloutFigures:
-    """What a line of the log says of answers.
-
-    Args:
-        answers: decoded with a draft.
-        proposals: P, the tokens of each draft.
-    Returns:
-        `tau`; `marginal_1` to `marginal_P` and `conditional_1` to `conditional_P` (see
-        `counts.Acceptance`); `tokens` and `prompts`, the counts of both.
-    """
-    shares = vars(acceptance(answers, proposals))
-    figures: RolloutFigures = {"tau": tau(answers)}
-    for kind in ("marginal", "conditional"):
-        for position, share in enumerate(shares[kind], start=1):
-            figures[f"{kind}_{position}"] = share
-    tokens = [len(answer.tokens) for answer in answers]
-    return figures | {"tokens": sum(tokens), "prompts": len(answers)}
+    cache = jax.eval_shape(
+        lambda: decoder.target.empty_cache(batch=prompts_at_once(run), cache_len=cache_len)
+    )
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 def rollout_words(figures: RolloutFigures) -> str:

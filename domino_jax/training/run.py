@@ -1,7 +1,9 @@
 """The prepared run: rows, program, state and settings, without the configuration.
 
-`prepare` makes these records; the loop, the passes and the preview read them. Each holds values of
-its own, so a reader's needs show in the fields that it names.
+`prepare` makes these records; the loop, the passes and the preview read them:
+
+    Run -> target_params, state     arrays on the devices
+        -> inputs: RunInputs        all else; a dry run ends with it
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,25 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from domino_jax.config.model import DecoderConfig
+from domino_jax.data.pipeline import row_batches
 from domino_jax.objective.objectives import objective_named
 from domino_jax.sharding import axis_size
-from domino_jax.training.inputs import InputRows, training_batches
+from domino_jax.training.inputs import InputRows
 from domino_jax.training.program import BatchShape
-from domino_jax.training.records import DraftRecord, RunRecord
+from domino_jax.training.records import DraftRecord, Resumed
 from domino_jax.training.step import Program, TrainState
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The checkpoint that a run is resumed from."""
-
-    step: int
-    record: RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +46,13 @@ class RunInputs:
     """A run whose rows are read.
 
     Attributes:
-        directory: of the run.
         source: file or directory of the training rows.
-        mesh: devices of the run.
-        target: the target's directory.
-        target_config: the target.
-        tokenizer: the target's.
-        record: the draft, its target and its template.
+        target: directory of the target, whose tokenizer `tokenizer` is.
         resumed: the checkpoint that replaces the state of step 0.
-        rows: the training rows.
-        heldout: the held-out rows, None without them.
         prompts: of rollouts, int32 [n] each.
-        shape: of a step's batch.
-        program: of a step.
         learning_rate: the rate as a function of the number of updates.
-        cadence: intervals and limits of the loop.
         last_step: the step at which the run ends.
-        inputs: the hash of each input, by name.
+        hashes: a few words with the hash of each input, by name.
         settings: the resolved configuration as plain values, for the record of a checkpoint.
     """
 
@@ -75,7 +60,6 @@ class RunInputs:
     source: str
     mesh: Mesh
     target: Path
-    target_config: DecoderConfig
     tokenizer: Any
     record: DraftRecord
     resumed: Resumed | None
@@ -87,26 +71,31 @@ class RunInputs:
     learning_rate: optax.Schedule
     cadence: Cadence
     last_step: int
-    inputs: Mapping[str, str]
+    hashes: Mapping[str, str]
     settings: Mapping[str, Any]
 
     def batches(self) -> Any:
         """The endless shuffled batches of this process, from the first (see `row_batches`)."""
-        return training_batches(
-            self.rows,
-            step_rows=self.shape.step_rows,
+        return row_batches(
+            self.rows.rows,
+            # One batch a step: a position that is saved never lies between two micro-batches.
+            batch_size=self.shape.step_rows // jax.process_count(),
             max_length=self.shape.max_length,
             seed=self.program.seed,
+            packs=self.rows.packs,
+            # Captured states lie on disk, so the next batches are read while this one trains.
+            read_ahead=2 if self.rows.captured else 0,
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(RunInputs):
+@dataclass(frozen=True)
+class Run:
     """Everything that the loop needs.
 
-    `state` is the one at step 0; of a resumed run shapes and shardings, for the checkpoint's.
+    `state` is that of step 0; of a resumed run its shapes and shardings, for the checkpoint's.
     """
 
+    inputs: RunInputs
     target_params: Any
     state: TrainState
 
@@ -119,7 +108,7 @@ def announcement(run: RunInputs) -> Iterator[str]:
             yield f"{name}: {part.summary(max_length=run.shape.max_length)}"
     parts = axis_size("kv_heads", run.mesh)
     for name, heads in (
-        ("target", run.target_config.num_key_value_heads),
+        ("target", run.program.target.cfg.num_key_value_heads),
         ("draft", record.config.num_key_value_heads),
     ):
         if heads % parts:

@@ -1,38 +1,42 @@
 """Steps that a person should hear of: skipped updates, spikes, and when a run has to stop.
 
-A run that skips in silence wastes its data, and nobody learns which line of it was bad. A step
-leaves everything as it was where its batch has no anchor, or where its loss or its gradient is not
-finite (`training.step`). Such steps, and those whose loss stands out of their window, are told with
-the lines of the data that they were made of.
+A step leaves everything as it was where its batch has no anchor, or where its loss or its gradient
+is not finite (`training.step`). Such steps, and those whose loss stands out of their window, are
+told with the lines of the data that they were made of.
 
     a step was               updated              not finite    without anchors
     is told                  only as a spike      as skipped    as skipped
     consecutive bad steps    0 again              one more      as many as before
 """
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from domino_jax.data.conversations import Row
-from domino_jax.training.accumulator import Spike, StepOutcome
+from domino_jax.training.accumulator import StepOutcome
 
 NONFINITE, NO_ANCHOR = "nonfinite", "no_anchor"
 REASONS = {NONFINITE: "its loss or gradient is not finite", NO_ANCHOR: "no anchor in its batch"}
+SPIKE = 2.0  # times the median of the window
+SPIKE_STEPS = 5  # a median of fewer says nothing
 MAX_SHOWN = 16  # lines of one step in a message; metrics.jsonl has all of them
 
 
 @dataclass(frozen=True)
-class BatchSource:
+class StepRows:
     """Which part of the data a step was made of.
 
     Attributes:
+        step: counted from 1.
         source: the file of conversations, or the directory of a capture.
         unit: "lines" of the file, or "rows" of a capture, which does not know them.
         numbers: which ones were in the batch, counted from 1, in the batch's order.
     """
 
+    step: int
     source: str
     unit: str
     numbers: list[int]
@@ -44,26 +48,17 @@ class BatchSource:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """A step without an update; `reason` is a key of `REASONS`."""
+class Notice:
+    """A skipped step or a spike: `words` for a person, `record` and `split` for the log."""
 
     step: int
-    reason: str
-    rows: BatchSource
-
-    @property
-    def words(self) -> str:
-        """Why, and on what, for a person."""
-        return f"{REASONS[self.reason]}; {self.rows}"
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What `metrics.jsonl` says of it."""
-        return {"reason": self.reason, self.rows.unit: self.rows.numbers}
+    split: str
+    words: str
+    record: dict[str, Any]
 
 
 class StepWatch:
-    """Tells the skipped steps and the spikes of each window, and when non-finite ones are too many.
+    """Finds the skipped steps and the spikes of each window, and too many non-finite steps.
 
     Attributes:
         diverged_at: the first of `max_nonfinite_steps` consecutive non-finite steps, once there
@@ -87,7 +82,7 @@ class StepWatch:
             max_nonfinite_steps: `train.max_nonfinite_steps`.
             stored: `as_json` of an earlier start.
         """
-        self.diverged_at: Skip | None = None
+        self.diverged_at: StepRows | None = None
         self._rows = rows
         self._source = source
         self._max_nonfinite_steps = max_nonfinite_steps
@@ -99,8 +94,11 @@ class StepWatch:
         """For a checkpoint: the consecutive non-finite steps up to now."""
         return {"bad_in_a_row": self._bad_in_a_row, "first_bad": self._first_bad}
 
-    def skips(self, outcomes: Sequence[StepOutcome]) -> Iterator[Skip]:
-        """The skipped steps of a window, in order; each window is asked about once."""
+    def notices(self, outcomes: Sequence[StepOutcome]) -> Iterator[Notice]:
+        """The skipped steps of a window, then its spikes; each window is asked about once.
+
+        A spike has more than `SPIKE` times the median loss of its window.
+        """
         for outcome in outcomes:
             if outcome.updated:
                 self._bad_in_a_row = 0
@@ -108,44 +106,54 @@ class StepWatch:
             if outcome.nonfinite:
                 self._count(outcome)
             reason = NONFINITE if outcome.nonfinite else NO_ANCHOR
-            yield Skip(outcome.step, reason, self._rows_of(outcome.rows))
-
-    def spike_words(self, spike: Spike) -> str:
-        """A spike for a person: how large, and on what."""
-        loss = f"loss {spike.outcome.loss:.3f} is {spike.times:.1f} times the window's median"
-        return f"{loss}; {self._rows_of(spike.outcome.rows)}"
-
-    def spike_record(self, spike: Spike) -> dict[str, Any]:
-        """What `metrics.jsonl` says of a spike."""
-        rows = self._rows_of(spike.outcome.rows)
-        return {"loss": spike.outcome.loss, "median": spike.median, rows.unit: rows.numbers}
+            rows = self._rows_of(outcome.step, outcome.rows)
+            yield Notice(
+                outcome.step,
+                "skipped",
+                f"update skipped, {REASONS[reason]}; {rows}",
+                {"reason": reason, rows.unit: rows.numbers},
+            )
+        # The sums of skipped steps are 0 and would pull the median down.
+        updated = [outcome for outcome in outcomes if outcome.updated]
+        if len(updated) < SPIKE_STEPS:
+            return
+        median = statistics.median(outcome.loss for outcome in updated)
+        for outcome in updated:
+            if outcome.loss > SPIKE * median:
+                rows = self._rows_of(outcome.step, outcome.rows)
+                times = outcome.loss / median
+                yield Notice(
+                    outcome.step,
+                    "spike",
+                    f"loss {outcome.loss:.3f} is {times:.1f} times the window's median; {rows}",
+                    {"loss": outcome.loss, "median": median, rows.unit: rows.numbers},
+                )
 
     def _count(self, outcome: StepOutcome) -> None:
         if self._bad_in_a_row == 0:
-            # Numbers and no `BatchSource`: a checkpoint holds them as JSON.
+            # Numbers and no `StepRows`: a checkpoint holds them as JSON.
             self._first_bad = [outcome.step, outcome.rows]
         self._bad_in_a_row += 1
         if self._bad_in_a_row == self._max_nonfinite_steps and self.diverged_at is None:
             assert self._first_bad is not None
-            step, numbers = self._first_bad
-            self.diverged_at = Skip(step, NONFINITE, self._rows_of(numbers))
+            self.diverged_at = self._rows_of(*self._first_bad)
 
-    def _rows_of(self, numbers: Sequence[int]) -> BatchSource:
+    def _rows_of(self, step: int, numbers: Sequence[int]) -> StepRows:
         # All lines or none: one message never counts two things.
         known = [self._rows[number].line for number in numbers]
         lines = [line for line in known if line is not None]
         if len(lines) == len(numbers):
-            return BatchSource(self._source, "lines", lines)
-        return BatchSource(self._source, "rows", [number + 1 for number in numbers])
+            return StepRows(step, self._source, "lines", lines)
+        return StepRows(step, self._source, "rows", [number + 1 for number in numbers])
 
 
 def divergence(
-    run_dir: Path, first: Skip, *, max_nonfinite_steps: int, newest_checkpoint: int | None
+    run_dir: Path, first: StepRows, *, max_nonfinite_steps: int, newest_checkpoint: int | None
 ) -> str:
     """One line on a run that had to stop: since when, on which rows, what is left, what to do."""
     return (
         f"stopped: {max_nonfinite_steps} updates in a row (train.max_nonfinite_steps) were not "
-        f"finite, from step {first.step} on ({first.rows}); {_way_on(run_dir, newest_checkpoint)}"
+        f"finite, from step {first.step} on ({first}); {_way_on(run_dir, newest_checkpoint)}"
     )
 
 

@@ -26,8 +26,7 @@ from domino_jax.training.step import Program
 class Speed:
     """Counts the steps of a window and gives its figures.
 
-    With several processes each counts the tokens of its own rows and takes those of the others to
-    be as many.
+    Each process counts the tokens of its own rows and takes the others to have as many.
     """
 
     def __init__(
@@ -43,12 +42,12 @@ class Speed:
         """Begins a window.
 
         Args:
-            program: what the run trains.
-            mesh: its devices.
+            program: of a step.
+            mesh: devices of the run.
             lengths: tokens of each row of its data.
-            step_rows: batch rows that a step takes.
+            step_rows: batch rows of a step.
             target_runs: whether a step runs the target's layers, or reads captured states.
-            chip: what is published of the devices, None where nothing is.
+            chip: what is published of the devices, if anything.
         """
         self._program, self._mesh = program, mesh
         self._lengths = np.asarray(lengths)
@@ -84,10 +83,9 @@ class Speed:
             sums: of `train_step` over the window.
         Returns:
             `samples_per_second` (rows of batches), `tokens_per_second`,
-            `supervised_tokens_per_second`, `seconds_per_step`; `mfu`, the useful FLOPs per second
-            (`step_flops`) over the published bfloat16 peak of all devices, where one is known; and
-            `peak_memory_bytes`, the most that one device of this process has held since it started,
-            where the platform tells.
+            `supervised_tokens_per_second`, `seconds_per_step`; where known, `mfu`, the useful FLOPs
+            per second (`step_flops`) over the published bfloat16 peak of all devices, and
+            `peak_memory_bytes`, the most that one device of this process has held.
         """
         seconds = time.monotonic() - self._began
         figures = {
@@ -97,35 +95,28 @@ class Speed:
             "seconds_per_step": seconds / self._steps,
         }
         if self._chip is not None:
+            program, trainer, count = self._program, self._program.trainer, self._conversations
+            # Per conversation, not per batch row: packed ones do not see each other.
+            parts = step_flops(
+                trainer.draft_model.cfg,
+                self._tokens / count,
+                float(sums["valid_blocks"]) / count,
+                target=program.target.cfg if self._target_runs else None,
+                target_logits=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
+            )
             # Over the whole mesh: tokens and blocks are those of all processes.
-            flops = self._useful_flops(float(sums["valid_blocks"]))
-            figures["mfu"] = flops / seconds / (self._mesh.size * self._chip.flops)
+            peak_flops = self._mesh.size * self._chip.flops
+            figures["mfu"] = count * sum(parts.values()) / seconds / peak_flops
         peak = peak_memory_bytes(self._mesh.local_devices)
         if peak is not None:
             figures["peak_memory_bytes"] = peak
         return figures
 
-    def _useful_flops(self, blocks: float) -> float:
-        # Per conversation, not per batch row: packed ones do not see each other.
-        program, count = self._program, self._conversations
-        trainer = program.trainer
-        parts = step_flops(
-            trainer.draft_model.cfg,
-            self._tokens / count,
-            blocks / count,
-            target=program.target.cfg if self._target_runs else None,
-            target_logits=reads_target(trainer.loss_type, kl_weight=trainer.kl_weight),
-        )
-        return count * sum(parts.values())
-
 
 def peak_memory_bytes(devices: Sequence[jax.Device]) -> int | None:
     """The most memory that one of the devices has held; None where the platform is silent."""
-    peaks = []
-    for device in devices:
-        statistics = device.memory_stats() or {}  # None on a CPU
-        if "peak_bytes_in_use" in statistics:
-            peaks.append(statistics["peak_bytes_in_use"])
+    statistics = [device.memory_stats() or {} for device in devices]  # None on a CPU
+    peaks = [found["peak_bytes_in_use"] for found in statistics if "peak_bytes_in_use" in found]
     return max(peaks, default=None)
 
 

@@ -9,7 +9,6 @@ receives its own part alone:
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.start import starting_params
 from domino_jax.target.decoder import Target
-from domino_jax.target.load import ParameterPath, load_sharded_target
+from domino_jax.target.load import load_sharded_target
 from domino_jax.training.program import abstract_state
 from domino_jax.training.step import Program, TrainState, initial_state
 
@@ -45,8 +44,8 @@ def state_at_start(
         program: of the run.
         config: the draft.
         mesh: of the run.
-        layers_from: the target's directory, for a draft that starts as its top; None for another.
-        init_from: a checkpoint that the draft starts as; None for another.
+        layers_from: directory of the target that the draft starts as the top of, or None.
+        init_from: a checkpoint that the draft starts as, or None.
     Raises:
         InputError: one of the two cannot be read, or does not fit.
     """
@@ -60,27 +59,26 @@ def state_at_start(
     if init_from is None:
         params = fresh()
     else:
-        params = _placed(starting_params(init_from, config), layout.params)
+        # By callback: each device asks for its own part of what the host holds.
+        params = jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            starting_params(init_from, config),
+            layout.params,
+        )
     if layers_from is not None:
+        first = _first_copied(config)
+        copied = {("norm", "weight")}
+        for name, *rest in flatten_dict(layout.params):
+            if name.startswith("layers_"):
+                copied.add((f"layers_{first + int(name.removeprefix('layers_'))}", *rest))
         # Apart, because a draft names each of its layers; in float32, because they become masters.
         apart = Target(replace(program.target.cfg, dtype="float32"))
-        copied = _copied(config, layout.params)
-        top = load_sharded_target(layers_from, apart, mesh, only=copied).params
+        top = load_sharded_target(layers_from, apart, mesh, only=copied.__contains__).params
         # Jitted with its layout: no device holds more than its share.
         with_top = functools.partial(draft_from_target, config)
         params = jax.jit(with_top, out_shardings=layout.params)(params, top)
     state = functools.partial(initial_state, program)
     return jax.jit(state, out_shardings=layout)(params)
-
-
-def _placed(params: Any, layout: Any) -> Any:
-    """Arrays of the host on the devices, to each its share; a process fills its own devices."""
-    # By callback: each device asks for its own part of what the host holds.
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-        params,
-        layout,
-    )
 
 
 def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> Any:
@@ -122,13 +120,3 @@ def draft_from_target(config: DraftConfig, params: Any, target_params: Any) -> A
 def _first_copied(config: DraftConfig) -> int:
     """The target's layer that the first layer of a draft starts as."""
     return config.num_target_layers - config.num_hidden_layers
-
-
-def _copied(config: DraftConfig, draft: Any) -> Callable[[ParameterPath], bool]:
-    """Which parameters of a target, layers apart, a draft with such a tree starts with."""
-    first = _first_copied(config)
-    theirs = {("norm", "weight")}
-    for head, *rest in flatten_dict(draft):
-        if head.startswith("layers_"):
-            theirs.add((f"layers_{first + int(head.removeprefix('layers_'))}", *rest))
-    return theirs.__contains__

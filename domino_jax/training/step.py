@@ -132,15 +132,38 @@ def train_step(
         grads, metrics = jax.grad(loss, has_aux=True)(state.params)
         return grads, metric_sums(metrics)
 
-    total = _over_micro_batches(micro_step, batch)
-    state, outcome = _update(program, state, total)
+    grads, sums, weight = _over_micro_batches(micro_step, batch)
+
+    def mean(grads: Any) -> Any:
+        return jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
+
+    def update() -> TrainState:
+        updates, opt_state = program.optimizer.update(mean(grads), state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if program.ema_decay is not None:
+            ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
+        return TrainState(state.step, params, opt_state, ema)
+
+    with jax.named_scope(UPDATE):
+        # A norm is finite only where every part of the gradient is.
+        grad_norm = optax.tree.norm(mean(grads))
+        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
+        # Without blocks the gradient is 0, of which AdamW's moments and decay make an update all
+        # the same.
+        updated = finite & (sums["valid_blocks"] > 0)
+        # A choice of each number, not a branch around all: a GPU's compiler may copy the state into
+        # a branch and out of it.
+        after = jax.tree.map(functools.partial(jnp.where, updated), update(), state)
+        after = after.replace(step=state.step + 1)
     # Counts stand even for a step that is not finite: it was a batch, and it was skipped.
-    counts = {name: total.sums[name] for name in ("batches", "batches_without_anchor")}
-    counts |= {"updates": outcome.updated.astype(jnp.float32)}
-    counts |= {"skipped_nonfinite": (~outcome.finite).astype(jnp.float32)}
-    measured = total.sums | {"grad_norm": outcome.grad_norm}
-    measured = {name: jnp.where(outcome.finite, x, 0.0) for name, x in measured.items()}
-    return state, measured | counts
+    counts = {name: sums[name] for name in ("batches", "batches_without_anchor")}
+    counts |= {"updates": updated.astype(jnp.float32)}
+    counts |= {"skipped_nonfinite": (~finite).astype(jnp.float32)}
+    measured = {
+        name: jnp.where(finite, x, 0.0) for name, x in (sums | {"grad_norm": grad_norm}).items()
+    }
+    return after, measured | counts
 
 
 class _Total(NamedTuple):
@@ -177,47 +200,9 @@ def _over_micro_batches(
     return _Total(grads, sums, jnp.float32(1))  # weighed one by one
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """Whether loss and gradient were finite, whether the update was taken; the gradient's norm."""
-
-    finite: jax.Array
-    updated: jax.Array
-    grad_norm: jax.Array
-
-
-@jax.named_scope(UPDATE)
-def _update(program: Program, state: TrainState, total: _Total) -> tuple[TrainState, _Outcome]:
-    """The state after the update, or as it was but for `step`."""
-    grads, sums, weight = total
-
-    def mean(grads: Any) -> Any:
-        return jax.tree.map(lambda g: g * weight / (sums["loss_weight"] + 1e-6), grads)
-
-    def update() -> TrainState:
-        updates, opt_state = program.optimizer.update(mean(grads), state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if program.ema_decay is not None:
-            ema = optax.incremental_update(params, state.ema, 1.0 - program.ema_decay)
-        return TrainState(state.step, params, opt_state, ema)
-
-    # A norm is finite only where every part of the gradient is.
-    grad_norm = optax.tree.norm(mean(grads))
-    finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(grad_norm)
-    # Without blocks the gradient is 0, of which AdamW's moments and decay make an update all the
-    # same.
-    updated = finite & (sums["valid_blocks"] > 0)
-    # A choice of each number, not a branch around all: a GPU's compiler may copy the state into a
-    # branch and out of it.
-    after = jax.tree.map(functools.partial(jnp.where, updated), update(), state)
-    return after.replace(step=state.step + 1), _Outcome(finite, updated, grad_norm)
-
-
 def all_finite(tree: Any) -> jax.Array:
     """Whether every element of a tree of arrays is finite, bool []."""
-    of_arrays = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(of_arrays))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def batch_metrics(

@@ -1,7 +1,7 @@
 """A trace of some steps of a run, for TensorBoard's profiler: what the devices did, and when.
 
-Seconds per step do not say where they go. A trace does, if it begins and ends between two steps,
-which the host only starts: so the devices are waited for, and that time is not training's.
+The host only starts steps. So at both ends the devices are waited for, and that time is not
+training's:
 
     step 9 | wait, start | step 10  step 11  step 12 | wait, stop | step 13      profile: [10, 3]
 """
@@ -19,8 +19,8 @@ from domino_jax.base.progress import Reporter
 class Trace:
     """Traces the steps that `train.profile` asks for, as a context around all steps of a run.
 
-    The devices are waited for at both ends, so that the trace holds whole steps and no others. A
-    run that ends or is stopped between them leaves what it had.
+    The devices are waited for at both ends, so that it holds whole steps. A run that ends between
+    them leaves what it had.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Trace:
 
         Args:
             run_dir: receives `profile/`.
-            profile: the first step and how many, or None; those that run are traced.
+            profile: the first step and how many, or None.
             coming: the steps that this start has to run, perhaps none.
-            paused: `Speed.paused`; starting and stopping takes time that is not training's.
+            paused: `Speed.paused`.
             reporter: is told where the trace is.
         """
         self._directory = run_dir / "profile"
@@ -48,8 +48,7 @@ class Trace:
         self._running, self._reached = False, 0
         if profile is None:
             return
-        first, count = profile
-        last = first + count - 1
+        first, last = profile[0], sum(profile) - 1
         # An earlier start may have run some of them, and this one may end before the rest.
         self._first = max(first, coming.start)
         self._last = min(last, coming.stop - 1)

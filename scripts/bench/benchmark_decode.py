@@ -178,7 +178,7 @@ def case_of_runs(options: argparse.Namespace) -> Case:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         with tempfile.TemporaryDirectory() as directory:
             draft = Path(directory) / "draft"
-            save_hf_draft(draft, dflash.config, dflash.params, dtype="float32")
+            save_hf_draft(draft, dflash.record.config, dflash.params, dtype="float32")
             whole = {"dtype": torch.float32}
             return model, {
                 "nemo": Qwen3DFlashDraftModel.from_pretrained(
@@ -190,7 +190,10 @@ def case_of_runs(options: argparse.Namespace) -> Case:
     return Case(
         target=loaded.config,
         target_params=loaded.params,
-        drafts={"domino": (domino.config, domino.params), "dflash": (dflash.config, dflash.params)},
+        drafts={
+            "domino": (domino.record.config, domino.params),
+            "dflash": (dflash.record.config, dflash.params),
+        },
         prompts=[
             encode_prompt(messages, loaded.tokenizer, kwargs)
             for _, messages in usable[: options.limit]

@@ -33,7 +33,7 @@ from domino_jax.draft.blocks import anchor_candidates, sample_anchors
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import hf_tensors
 from domino_jax.kernels.causal_attention import implementation_for
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import TABLES, expected_tensors
 from domino_jax.training.step import Batch, Program, initial_state, train_step

@@ -3,6 +3,7 @@
 Conversations, captured states, unfinished answers and logs.
 """
 
+import functools
 import gzip
 import hashlib
 import random
@@ -114,6 +115,7 @@ def _manifest(directory: Path) -> Parser:
         "row_lengths": [9, 24, 3],
         "shard_rows": [2, 1],
         "chat_template_kwargs": {"a": 1},
+        "answer_tokens": 20,
     }
 
     def check(content: bytes) -> str | None:
@@ -142,16 +144,15 @@ def _partial_answers(directory: Path) -> Parser:
     from domino_jax.datagen.regenerate import _read_answer
 
     answers = directory / "answers.jsonl.partial"
-    settings, prompts, line = _settings(), {1: ASKED}, _answer_line() | {"prompt_line": 1}
-
-    def read_record(record: Any) -> tuple[int, bool]:
-        return _read_answer(record, settings, prompts, Path("prompts.jsonl"))
+    line = _answer_line() | {"prompt_line": 1}
+    read_record = functools.partial(_read_answer, prompts={1: ASKED}, source=Path("prompts.jsonl"))
+    of = {"kind": "an answer", "generator": asdict(_settings())}
 
     def check(content: bytes) -> str | None:
         # What is attested is what was written: whoever wrote it may have been wrong.
         before = _attestation(hashlib.sha256()) + content + b"\n"
         answers.write_bytes(before + _attestation(hashlib.sha256(before)))
-        with BatchLog(answers, read_record) as log:
+        with BatchLog(answers, read_record, **of) as log:
             found = log.finished.items()
         right = all(number == 1 and type(ended) is bool for number, ended in found)
         return None if right else "another line"

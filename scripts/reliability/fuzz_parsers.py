@@ -103,10 +103,10 @@ def _override_words(good: Path) -> Parser:
 
 
 def _template_kwargs(directory: Path) -> Parser:
-    from domino_jax.cli.shared import template_option
+    from domino_jax.cli.options import chat_template_kwargs
 
     @click.command()
-    @template_option
+    @chat_template_kwargs
     def kwargs(**options: Any) -> Any: ...
 
     mappings = json_inputs({"enable_thinking": False, "budget": 3, "style": "short"})

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import target_config
+from reference import draft_config, target_config
 
 from domino_jax.config.heads import DominoHeadConfig
-from domino_jax.config.model import DraftConfig
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import init_draft
 from domino_jax.objective.curriculum import lambda_base_schedule
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.training.step import Batch, Program, initial_state, train_step
 
@@ -27,13 +25,10 @@ LOSS = 0.01  # relative
 GRADIENT = 0.03  # of the norm of all gradients together; 0.009 on a CPU
 
 # Widths that the matrix units take whole: smaller ones would measure another program.
-CONFIG = DraftConfig(
+CONFIG = draft_config(
     vocab_size=1024,
     hidden_size=256,
     intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=64,
     max_position_embeddings=512,
     block_size=8,
@@ -41,8 +36,6 @@ CONFIG = DraftConfig(
     num_target_layers=4,
     target_layer_ids=(0, 2),
     head=DominoHeadConfig(emb_dim=64, gru_hidden_dim=128),
-    pure_draft_prefix_len=1,
-    shift_label=True,
 )
 ROWS, LENGTH, ANCHORS = 2, 256, 32
 
@@ -65,7 +58,7 @@ def loss_and_gradient(dtype: str) -> tuple[float, np.ndarray]:
     # Made in float32 both times, then rounded as `load_target` rounds them.
     variables = scanned("float32").init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))
     target_params = jax.tree.map(lambda x: x.astype(dtype), nn.meta.unbox(variables)["params"])
-    params = nn.meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(2)))["params"]
+    params = init_draft(CONFIG, jax.random.key(2))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, CONFIG.vocab_size, (1, ROWS, LENGTH), dtype=np.int32)
     batch = Batch(jnp.asarray(ids), jnp.asarray(rng.random(ids.shape) < 0.9))

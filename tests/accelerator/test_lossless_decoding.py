@@ -1,61 +1,36 @@
 """Greedy speculative decoding on a device writes the plain target's own tokens there."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import target_config
+from toy_models import PROMPTS, draft_config, models, sharp
 
 from domino_jax.config.heads import DominoHeadConfig
-from domino_jax.config.model import DraftConfig
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import required_cache_len
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
 from domino_jax.target.decoder import Target
 
 pytestmark = pytest.mark.accelerator
 
 # So few words that a random draft is right now and then, in layers of real widths.
-DRAFT = DraftConfig(
-    vocab_size=7,
+DRAFT = draft_config(
     hidden_size=128,
     intermediate_size=256,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
     head_dim=64,
-    max_position_embeddings=256,
-    block_size=4,
-    mask_token_id=6,
-    num_target_layers=4,
-    target_layer_ids=(0, 2),
     head=DominoHeadConfig(emb_dim=32, gru_hidden_dim=64),
-    shift_label=True,
-    pure_draft_prefix_len=1,
 )
 TARGET = Target(target_config(DRAFT))
-PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3, 1], [3, 3])]
 COUNT = 40
-
-
-def sharp(variables: Any) -> Any:
-    """Random weights large enough for outputs that depend on every input."""
-    params = nn.meta.unbox(variables)["params"]
-    return jax.tree.map(lambda x: x * 20.0 if x.ndim == 2 else x, params)
 
 
 @pytest.mark.parametrize("use_head", [True, False], ids=["head", "no head"])
 def test_greedy_tokens_are_the_targets_own(use_head: bool) -> None:
-    draft = DraftModel(DRAFT)
-    weights = Weights(
-        sharp(TARGET.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))),
-        sharp(init_variables(draft, jax.random.key(1))),
-    )
+    variables = TARGET.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    draft, weights = models(sharp(nn.meta.unbox(variables)["params"], 20.0), DRAFT)
     speculative = make_decoder(TARGET, draft, use_head=use_head)
     cache_len = required_cache_len(speculative, max(map(len, PROMPTS)), COUNT)
     # In full float32, as the command decodes: in fewer bits words may tie in one program alone.

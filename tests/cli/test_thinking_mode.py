@@ -25,11 +25,10 @@ IN_CONFIG = "data.chat_template_kwargs.enable_thinking=false"
 TRAINED_WITH = 'trained with chat_template_kwargs {"enable_thinking": false}, asked for are '
 
 
-def domino(*words: object) -> str:
-    """The output of a verb that succeeds."""
+def domino(*words: object) -> None:
+    """A verb that succeeds."""
     result = CliRunner().invoke(cli, list(map(str, words)))
     assert result.exit_code == 0, result.output
-    return result.output
 
 
 def refused(*words: object) -> str:
@@ -47,23 +46,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = write_conversations(place / "prompts.jsonl", 8, answers=False)
     words = ("--target", place / "target", "--max-new-tokens", 8, "--batch-size", 8, *TOLD)
     domino("regenerate", prompts, place / "answers.jsonl", *words)
-    config = run_config(place, place / "target", train={"steps": 2, "eval_every": 2})
-    tree = json.loads(config.read_text())
-    tree["data"] |= {"train": str(place / "answers.jsonl"), "eval": None}
-    config.write_text(json.dumps(tree))
+    rows = {"train": str(place / "answers.jsonl"), "eval": None}
+    config = run_config(place, place / "target", data=rows)
     domino("train", config, IN_CONFIG)
     return place
-
-
-def without(path: Path, *names: str) -> None:
-    """Removes keys from a JSON file: what an earlier version wrote."""
-    tree = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in tree.items() if key not in names}))
-
-
-def draft_record(run: Path) -> Path:
-    (record,) = run.glob("checkpoints/2/draft/metadata")
-    return record
 
 
 def test_answers_run_and_checkpoint_record_it(place: Path) -> None:
@@ -126,8 +112,8 @@ def test_decoding_takes_the_setting_of_the_run(
     for module in (conversations, measurement):
         monkeypatch.setattr(module, "encode_prompt", spy)
     domino("generate", run, "a b", "--max-new-tokens", 4, *TOLD)
-    domino("evaluate", run, prompts, "--limit", 1, "--max-new-tokens", 4)
-    assert asked == [OFF, OFF]
+    domino("evaluate", run, prompts, "--limit", 2, "--max-new-tokens", 8, "--timed", 0)
+    assert asked == [OFF] * 3
     evaluator = json.loads((run / "evaluation.json").read_text())["evaluator"]
     assert evaluator["chat_template_kwargs"] == OFF
     for verb in (("generate", run, "a b"), ("evaluate", run, prompts)):
@@ -150,7 +136,9 @@ def test_exchange_keeps_the_setting(place: Path, tmp_path: Path) -> None:
 
     # Written by somebody else: what is known is what is said here.
     (exported / "SHA256SUMS").unlink()
-    without(exported / "config.json", "chat_template_sha256", "chat_template_kwargs")
+    tree = json.loads((exported / "config.json").read_text())
+    rest = {key: value for key, value in tree.items() if not key.startswith("chat_template")}
+    (exported / "config.json").write_text(json.dumps(rest))
     assert "did you mean" in refused(
         *("import", exported, tmp_path / "other", *target),
         *("--chat-template-kwargs", "{enable_thnking: false}"),
@@ -162,45 +150,24 @@ def test_exchange_keeps_the_setting(place: Path, tmp_path: Path) -> None:
     assert load_draft(tmp_path / "silent").record.chat_template.kwargs == {}
 
 
-def test_files_that_do_not_say_were_told_nothing(place: Path, tmp_path: Path) -> None:
-    run, exported = tmp_path / "run", tmp_path / "draft"
-    shutil.copytree(place / "run", run)
-    without(draft_record(run), "chat_template_kwargs")
-    seal(draft_record(run).parent.parent)
-    assert "trained with chat_template_kwargs {}, " in refused("generate", run, "a b", *TOLD)
-    domino("export", run, exported)
-    (exported / "SHA256SUMS").unlink()
-    without(exported / "config.json", "chat_template_kwargs")
-    line = refused("import", exported, tmp_path / "other", "--target", place / "target", *TOLD)
-    assert "trained with chat_template_kwargs {}, " in line
-    domino("import", exported, tmp_path / "back", "--target", place / "target")
-    assert load_draft(tmp_path / "back").record.chat_template.kwargs == {}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("enable_thinking", "--chat-template-kwargs: expected a mapping, found 'enable_thinking'"),
-        ("{a: [", "--chat-template-kwargs: not valid YAML: line 1, column 6: "),
-        (
-            "{a: null}",
-            "--chat-template-kwargs: a: expected true, false, a number or text, found None",
-        ),
-        ("{messages: 1}", "the chat template does not read 'messages'; it reads enable_thinking"),
-    ],
-)
-def test_a_bad_option_is_one_line(place: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_a_setting_that_the_template_does_not_read_is_refused(place: Path, tmp_path: Path) -> None:
     answers = tmp_path / "a.jsonl"
-    words = ("--target", place / "target", "--chat-template-kwargs", text)
-    assert message in refused("regenerate", place / "prompts.jsonl", answers, *words)
+    words = ("--target", place / "target", "--chat-template-kwargs", "{messages: 1}")
+    line = refused("regenerate", place / "prompts.jsonl", answers, *words)
+    assert "the chat template does not read 'messages'; it reads enable_thinking" in line
     assert not answers.exists()
 
 
 def test_a_record_of_something_else_is_told(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "run", tmp_path / "run")
-    record = draft_record(tmp_path / "run")
+    record = tmp_path / "run" / "checkpoints" / "6" / "draft" / "metadata"
     tree = json.loads(record.read_text())
     record.write_text(json.dumps({**tree, "chat_template_kwargs": [1]}))
     seal(record.parent.parent)
     line = refused("generate", tmp_path / "run", "a b")
     assert "draft: chat_template_kwargs: expected a mapping, found [1]" in line
+    del tree["chat_template_kwargs"]
+    record.write_text(json.dumps(tree))
+    seal(record.parent.parent)
+    line = refused("generate", tmp_path / "run", "a b")
+    assert "draft: 'chat_template_kwargs' is missing" in line

@@ -6,68 +6,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chats import GOOD, chat, make_tokenizer, write
+from chats import GOOD, chat, encoded, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import LINE_BYTES
-from domino_jax.data.conversations import (
-    BadLine,
-    Row,
-    encode_conversation,
-    load_rows,
-    read_messages,
-)
+from domino_jax.data.conversations import BadLine, load_rows, read_messages
 from domino_jax.data.hidden_states import rows_fingerprint
 
+
+def said(*messages: object, **more: object) -> dict[str, object]:
+    return {"messages": messages, **more}
+
+
+TWICE = b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+LONG_NUMBER = b'{"messages": [{"role": "user", "content": "a"}], "n": ' + b"9" * 5000 + b"}"
+HALF_A_PAIR = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
 BAD_LINES = [
     (b"{", "not valid JSON"),
     (b"[" * 100_000, "more than 64 levels"),
-    (
-        b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
-        "the key 'content' is given twice",
-    ),
-    (
-        b'{"messages": [{"role": "user", "content": "a"}], "n": ' + b"9" * 5000 + b"}",
-        "a number of 5000 characters",
-    ),
-    (
-        {"messages": chat("Hi", "Hello."), "finished": "false"},
-        "finished is 'false', expected true or false",
-    ),
-    ({"messages": chat("Hi", "Hello."), "finished": 0}, "finished is 0, expected true or false"),
+    (TWICE, "the key 'content' is given twice"),
+    (LONG_NUMBER, "a number of 5000 characters"),
+    (said(*chat("a", "b"), finished="false"), "finished is 'false', expected true or false"),
+    (said(*chat("a", "b"), finished=0), "finished is 0, expected true or false"),
     (b'{"messages": "\xff"}', "not UTF-8"),
     ([1], "no messages"),
     ({"conversations": []}, "no messages"),
-    ({"messages": []}, "no messages"),
-    ({"messages": ["Hi"]}, "message 1 is not an object"),
-    (
-        {"messages": [{"role": "human", "content": "Hi"}]},
-        "message 1 has unknown role 'human'; known: system, user",
-    ),
-    ({"messages": [{"role": ["user"], "content": "Hi"}]}, "message 1 has unknown role"),
-    ({"messages": chat("Hi", " \n")}, "message 2 (assistant) has no content"),
-    ({"messages": [{"role": "user"}]}, "message 1 (user) has no content"),
-    ({"messages": [{"role": "user", "content": ["Hi"]}]}, "message 1 (user) has no content"),
-    (
-        {"messages": [{"role": "assistant", "content": "Hi"}]},
-        "message 1 answers, but no message of a user",
-    ),
-    (
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        "message 1 (user) is not valid Unicode",
-    ),
+    (said(), "no messages"),
+    (said("Hi"), "message 1 is not an object"),
+    (said({"role": "human"}), "message 1 has unknown role 'human'; known: system, user"),
+    (said({"role": ["user"], "content": "Hi"}), "message 1 has unknown role"),
+    (said(*chat("Hi", " \n")), "message 2 (assistant) has no content"),
+    (said({"role": "user"}), "message 1 (user) has no content"),
+    (said({"role": "user", "content": ["Hi"]}), "message 1 (user) has no content"),
+    (said({"role": "assistant", "content": "Hi"}), "message 1 answers, but no message of a user"),
+    (HALF_A_PAIR, "message 1 (user) is not valid Unicode"),
 ]
 
 
 def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl",
-        GOOD,
-        *[line for line, _ in BAD_LINES],
-        b"",
-        b"  ",
-        {"messages": chat("Bye")},
-    )
+    bad_lines = [line for line, _ in BAD_LINES]
+    last = {"messages": chat("Bye")}
+    path = write(tmp_path / "a.jsonl", GOOD, *bad_lines, b"", b"  ", last)
     found = read_messages(path)
     assert found.conversations == [(1, GOOD["messages"]), (len(BAD_LINES) + 4, chat("Bye"))]
     assert [bad.line for bad in found.bad_lines] == list(range(2, len(BAD_LINES) + 2))
@@ -76,13 +55,12 @@ def test_read_messages_tells_bad_lines_by_number(tmp_path: Path) -> None:
 
 
 def test_read_messages_refuses_a_line_beyond_its_bound(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl",
-        {"messages": chat("x" * LINE_BYTES, "y")},
-        {**GOOD, "score": float("nan")},
+    long = {"messages": chat("x" * LINE_BYTES, "y")}
+    path = write(tmp_path / "a.jsonl", long, {**GOOD, "score": float("nan")})
+    assert read_messages(path) == (
+        [(2, GOOD["messages"])],
+        [BadLine(1, f"more than {LINE_BYTES} bytes")],
     )
-    found = read_messages(path)
-    assert found == ([(2, GOOD["messages"])], [BadLine(1, f"more than {LINE_BYTES} bytes")])
 
 
 def test_read_messages_skips_a_byte_order_mark(tmp_path: Path) -> None:
@@ -101,10 +79,9 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
             read(write(tmp_path / "empty.jsonl", b"", b""))
         with pytest.raises(InputError, match="no usable line; line 2: not valid JSON"):
             read(write(tmp_path / "bad.jsonl", b"", b"{"))
+    prompts = write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")})
     with pytest.raises(InputError, match="no usable line; line 1: no assistant message"):
-        load_rows(
-            write(tmp_path / "prompts.jsonl", {"messages": chat("Hi")}), tokenizer, max_length=100
-        )
+        load_rows(prompts, tokenizer, max_length=100)
 
 
 def test_a_packed_file_is_the_same_data(tmp_path: Path) -> None:
@@ -139,14 +116,12 @@ def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"messages": chat("Hi")}, GOOD, b"{}", long)
     rows, bad_lines, unfinished = load_rows(path, tokenizer, max_length=60)
     assert [row.line for row in rows] == [2]
-    expected = encode_conversation(chat("Hi", "Hello."), tokenizer, max_length=60)
-    assert expected is not None
+    expected = encoded(chat("Hi", "Hello."), tokenizer, max_length=60)
     np.testing.assert_array_equal(rows[0].input_ids, expected.input_ids)
     np.testing.assert_array_equal(rows[0].loss_mask, expected.loss_mask)
     assert unfinished == 0 and bad_lines[0] == BadLine(1, "no assistant message")
-    assert bad_lines[1].line == 3 and bad_lines[2] == BadLine(
-        4, "no token of an answer among the first 60"
-    )
+    late = BadLine(4, "no token of an answer among the first 60")
+    assert bad_lines[1].line == 3 and bad_lines[2] == late
 
 
 @pytest.mark.pitfall(
@@ -156,14 +131,11 @@ def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
 def test_load_rows_gives_an_unfinished_answer_no_end(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     messages = chat("Hi", "Hello.", "3 cats?", "They have")
-    path = write(
-        tmp_path / "a.jsonl",
-        {"messages": messages, "finished": True},
-        {"messages": messages, "finished": False},
-    )
+    lines = [{"messages": messages, "finished": finished} for finished in (True, False)]
+    path = write(tmp_path / "a.jsonl", *lines)
     (whole, cut), _, unfinished = load_rows(path, tokenizer, max_length=100)
     assert unfinished == 1
     end = int(np.flatnonzero(whole.loss_mask)[-1])
-    assert tokenizer.decode(cut.input_ids[cut.loss_mask]) == "Hello.<|im_end|>They have"
-    assert isinstance(cut, Row) and len(cut.input_ids) == len(cut.loss_mask) == end
+    assert marked(cut, tokenizer) == "Hello.<|im_end|>They have"
+    assert len(cut.input_ids) == len(cut.loss_mask) == end
     np.testing.assert_array_equal(cut.input_ids, whole.input_ids[:end])

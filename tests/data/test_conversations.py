@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import BRACKETS, CHATML, THINKING, chat, make_tokenizer
+from chats import BRACKETS, CHATML, THINKING, chat, encoded, make_tokenizer, marked
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import encode_conversation, encode_prompt, stop_token_ids
+from domino_jax.data.conversations import encode_prompt, stop_token_ids
 
 
 def slow_row(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -48,9 +48,9 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
-def test_encode_conversation_equals_the_slow_reference(messages: list[dict[str, Any]]) -> None:
+def test_encoder_equals_the_slow_reference(messages: list[dict[str, Any]]) -> None:
     tokenizer = make_tokenizer()
-    row = encode_conversation(messages, tokenizer, max_length=1000)
+    row = encoded(messages, tokenizer)
     assert row is not None
     assert row.input_ids.dtype == np.int32 and row.loss_mask.dtype == bool
     ids, mask = slow_row(messages, tokenizer)
@@ -58,137 +58,79 @@ def test_encode_conversation_equals_the_slow_reference(messages: list[dict[str, 
     assert row.loss_mask.tolist() == mask
 
 
-@pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
-def test_encode_conversation_marks_answer_and_end_of_turn(messages: list[dict[str, Any]]) -> None:
-    tokenizer = make_tokenizer()
-    row = encode_conversation(messages, tokenizer, max_length=1000)
-    assert row is not None
-    answers = [
-        message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"
-    ]
-    runs = np.split(np.arange(len(row.loss_mask)), np.flatnonzero(np.diff(row.loss_mask)) + 1)
-    marked = [tokenizer.decode(row.input_ids[run]) for run in runs if row.loss_mask[run[0]]]
-    assert marked == answers
-
-
-def test_encode_conversation_with_trimmed_offsets() -> None:
+def test_encoder_with_trimmed_offsets() -> None:
     messages = chat("How many legs have 3 cats?", " twelve legs , 3 times")
-    expected = encode_conversation(messages, make_tokenizer(), max_length=1000)
-    row = encode_conversation(messages, make_tokenizer(trim_offsets=True), max_length=1000)
-    assert row is not None and expected is not None
+    expected = encoded(messages, make_tokenizer())
+    row = encoded(messages, make_tokenizer(trim_offsets=True))
     np.testing.assert_array_equal(row.loss_mask, expected.loss_mask)
 
 
-def test_encode_conversation_truncates_in_the_middle_of_an_answer() -> None:
+def test_encoder_truncates_in_the_middle_of_an_answer() -> None:
     tokenizer = make_tokenizer()
     messages = chat("Hi", "They have twelve legs, 3 times 4.")
-    whole = encode_conversation(messages, tokenizer, max_length=1000)
-    assert whole is not None
+    whole = encoded(messages, tokenizer)
     first = int(np.argmax(whole.loss_mask))
     for length in (first + 1, first + 4):
-        row = encode_conversation(messages, tokenizer, max_length=length)
-        assert row is not None
+        row = encoded(messages, tokenizer, max_length=length)
         np.testing.assert_array_equal(row.input_ids, whole.input_ids[:length])
         np.testing.assert_array_equal(row.loss_mask, whole.loss_mask[:length])
-    assert encode_conversation(messages, tokenizer, max_length=first) is None
+    assert encoded(messages, tokenizer, max_length=first) is None
 
 
-def test_encode_conversation_follows_a_template_without_generation_prompt() -> None:
+def test_encoder_follows_a_template_without_generation_prompt() -> None:
     tokenizer = make_tokenizer(BRACKETS, eos="<|endoftext|>")
-    row = encode_conversation(
-        chat("Hi", "Hello.", "3 cats?", "twelve\n"), tokenizer, max_length=1000
-    )
-    assert row is not None
-    assert (
-        tokenizer.decode(row.input_ids)
-        == "[Q]Hi[A] Hello.<|endoftext|>[Q]3 cats?[A] twelve<|endoftext|>"
-    )
-    assert (
-        tokenizer.decode(row.input_ids[row.loss_mask]) == " Hello.<|endoftext|> twelve<|endoftext|>"
-    )
+    row = encoded(chat("Hi", "Hello.", "3 cats?", "twelve\n"), tokenizer)
+    text = "[Q]Hi[A] Hello.<|endoftext|>[Q]3 cats?[A] twelve<|endoftext|>"
+    assert tokenizer.decode(row.input_ids) == text
+    assert marked(row, tokenizer) == " Hello.<|endoftext|> twelve<|endoftext|>"
 
 
-def test_encode_conversation_follows_a_template_that_shows_the_last_turn_otherwise() -> None:
+def test_encoder_follows_a_template_that_shows_the_last_turn_otherwise() -> None:
     tokenizer = make_tokenizer(THINKING)
-    row = encode_conversation(chat("Hi", "Hello.", "3 cats?", "twelve"), tokenizer, max_length=1000)
-    assert row is not None
-    assert (
-        tokenizer.decode(row.input_ids[row.loss_mask])
-        == "Hello.<|im_end|><think>\n\n</think>\n\ntwelve<|im_end|>"
-    )
+    row = encoded(chat("Hi", "Hello.", "3 cats?", "twelve"), tokenizer)
+    assert marked(row, tokenizer) == "Hello.<|im_end|><think>\n\n</think>\n\ntwelve<|im_end|>"
 
 
-def test_encode_conversation_leaves_out_a_token_across_the_start_of_an_answer() -> None:
+def test_encoder_leaves_out_a_token_across_the_start_of_an_answer() -> None:
     template = BRACKETS.replace("[A]", "\n").replace(
         " {{ message['content'] | trim }}", "{{ message['content'] }}"
     )
     tokenizer = make_tokenizer(template, eos="<|endoftext|>")
-    tokenizer.add_tokens(
-        ["\nThey"]
-    )  # one token over the end of the prompt and the beginning of the answer
-    row = encode_conversation(chat("Hi", "They have"), tokenizer, max_length=1000)
-    assert row is not None
-    assert tokenizer.decode(row.input_ids[row.loss_mask]) == " have<|endoftext|>"
+    tokenizer.add_tokens(["\nThey"])  # over the end of the prompt and the start of the answer
+    row = encoded(chat("Hi", "They have"), tokenizer)
+    assert marked(row, tokenizer) == " have<|endoftext|>"
 
 
-@pytest.mark.parametrize(
-    ("template", "messages", "reason"),
-    [
-        (CHATML, chat("Hi"), "no assistant message"),
-        (
-            CHATML,
-            chat("Hi", "a <|im_end|> b"),
-            "message 2 holds the end-of-turn token '<|im_end|>' as text",
-        ),
-        (CHATML, chat("Hi", "a <|endoftext|> b"), None),  # not a stop token here
-        (
-            "{{ messages | length }}" + CHATML,
-            chat("Hi", "Hello."),
-            "renders what precedes message 2 otherwise",
-        ),
-        (
-            CHATML.partition("{% if add_gen")[0],
-            chat("Hi", "Hello."),
-            "ignores add_generation_prompt",
-        ),
-        (
-            CHATML.replace("<|im_end|>", ""),
-            chat("Hi", "Hello."),
-            "no end-of-turn token after an answer",
-        ),
-        (
-            # Only the last answer is ended.
-            CHATML.replace(
-                "<|im_end|>\n{% endfor", "{% if loop.index == 4 %}<|im_end|>{% endif %}\n{% endfor"
-            ),
-            chat("Hi", "Hello.", "Hi", "Hello."),
-            "no end-of-turn token after an answer",
-        ),
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            chat("Hi", "Hello."),
-            "refuses it: roles must alternate",
-        ),
-        ("{{ messages[0]['content'] + 1 }}", chat("Hi", "Hello."), "the chat template refuses it"),
-        ("Hello", chat("Hi", "Hello."), "does not show the text of an answer"),
-    ],
+ENDED_ONCE = CHATML.replace(  # only the last answer is ended
+    "<|im_end|>\n{% endfor", "{% if loop.index == 4 %}<|im_end|>{% endif %}\n{% endfor"
 )
-def test_encode_conversation_says_what_it_refuses(
-    template: str, messages: Any, reason: str | None
-) -> None:
-    tokenizer = make_tokenizer(template)
-    if reason is None:
-        assert encode_conversation(messages, tokenizer, max_length=100) is not None
-    else:
-        with pytest.raises(InputError, match=reason.replace("|", r"\|")):
-            encode_conversation(messages, tokenizer, max_length=100)
+REFUSED = [
+    (CHATML, ["Hi"], "no assistant message"),
+    (CHATML, ["Hi", "a <|im_end|> b"], "message 2 holds the end-of-turn token '<|im_end|>' as"),
+    ("{{ messages | length }}" + CHATML, ["Hi", "Hello."], "what precedes message 2 otherwise"),
+    (CHATML.partition("{% if add_gen")[0], ["Hi", "Hello."], "ignores add_generation_prompt"),
+    (CHATML.replace("<|im_end|>", ""), ["Hi", "Hello."], "no end-of-turn token after an answer"),
+    (ENDED_ONCE, ["Hi", "Hello.", "Hi", "Hello."], "no end-of-turn token after an answer"),
+    ("{{ raise_exception('must alternate') }}", ["Hi", "Hello."], "refuses it: must alternate"),
+    ("{{ messages[0]['content'] + 1 }}", ["Hi", "Hello."], "the chat template refuses it"),
+    ("Hello", ["Hi", "Hello."], "does not show the text of an answer"),
+]
+
+
+@pytest.mark.parametrize(("template", "contents", "reason"), REFUSED)
+def test_encoder_says_what_it_refuses(template: str, contents: list[str], reason: str) -> None:
+    with pytest.raises(InputError, match=reason.replace("|", r"\|")):
+        encoded(chat(*contents), make_tokenizer(template))
+
+
+def test_text_that_is_no_stop_token_may_be_said() -> None:
+    assert encoded(chat("Hi", "a <|endoftext|> b"), make_tokenizer()) is not None
 
 
 def test_encode_prompt_is_what_precedes_the_answer() -> None:
     tokenizer = make_tokenizer()
     messages = chat("Grüße 🦊", "Hello.", "3 times 4?", "twelve")
-    row = encode_conversation(messages, tokenizer, max_length=1000)
-    assert row is not None
+    row = encoded(messages, tokenizer)
     begins = np.flatnonzero(np.diff(row.loss_mask.astype(int)) == 1) + 1
     for count, begin in zip((1, 3), begins, strict=True):
         prompt = encode_prompt(messages[:count], tokenizer)
@@ -204,13 +146,10 @@ def test_stop_token_ids_are_eos_and_end_of_turn() -> None:
     assert stop_token_ids(tokenizer) == (end_of_turn,)
     assert stop_token_ids(make_tokenizer(eos="<|endoftext|>")) == (end_of_text, end_of_turn)
     assert stop_token_ids(make_tokenizer(eos=None)) == (end_of_turn,)
-    bare = make_tokenizer(
-        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}", eos=None
-    )
-    with pytest.raises(
-        InputError, match="no eos token and its chat template no token that ends a turn"
-    ):
-        stop_token_ids(bare)
+    bare = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    message = "no eos token and its chat template no token that ends a turn"
+    with pytest.raises(InputError, match=message):
+        stop_token_ids(make_tokenizer(bare, eos=None))
 
 
 def test_stop_token_ids_of_smollm2(smollm2: Path) -> None:
@@ -218,10 +157,6 @@ def test_stop_token_ids_of_smollm2(smollm2: Path) -> None:
 
     tokenizer = load_tokenizer(smollm2)
     assert stop_token_ids(tokenizer) == (2,)
-    messages = chat(
-        "How many legs have 3 cats?", "They have twelve.", "And 🦊?", "Vier, grüße 東京."
-    )
-    row = encode_conversation(messages, tokenizer, max_length=1000)
-    assert row is not None
-    marked = tokenizer.decode(row.input_ids[row.loss_mask])
-    assert marked == "They have twelve.<|im_end|>Vier, grüße 東京.<|im_end|>"
+    row = encoded(chat("How many?", "They have twelve.", "🦊?", "Vier, grüße 東京."), tokenizer)
+    expected = "They have twelve.<|im_end|>Vier, grüße 東京.<|im_end|>"
+    assert marked(row, tokenizer) == expected

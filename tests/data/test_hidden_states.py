@@ -55,6 +55,8 @@ def write_capture(directory: Path, *, target_states: bool = True) -> list[Row]:
         target_states=target_states,
         row_lengths=LENGTHS,
         shard_rows=(3, 1),
+        chat_template_kwargs={"enable_thinking": False},
+        answer_tokens=9,
     )
     write_manifest(directory, manifest)
     assert read_manifest(directory) == manifest
@@ -103,23 +105,17 @@ def test_rows_come_back_bit_by_bit(tmp_path: Path, target_states: bool) -> None:
 
 def test_batches_pad_the_states(tmp_path: Path) -> None:
     rows = write_capture(tmp_path)
-    packs = [(0, 1), (2, 3)]
+    packs = [(0, 1), (2,)]
     batch = next(
         row_batches(
-            FeatureRows(tmp_path),
-            packs=packs,
-            batch_size=2,
-            max_length=8,
-            seed=0,
-            shuffle=False,
-            read_ahead=2,
+            FeatureRows(tmp_path), packs=packs, batch_size=2, max_length=8, seed=0, read_ahead=2
         )
     )
     assert batch["features"].shape == (2, 8, 6) and batch["target_states"].shape == (2, 8, 3)
     assert batch["features"].dtype == ml_dtypes.bfloat16
-    assert rows[1].features is not None
-    np.testing.assert_array_equal(batch["features"][0, 5:8], rows[1].features)
-    assert not batch["features"][1, 8:].any()
+    slot = int(np.flatnonzero(batch["row_numbers"][:, 0] == 0)[0])
+    np.testing.assert_array_equal(batch["features"][slot, 5:8], rows[1].features)
+    assert not batch["features"][1 - slot, 7:].any()
 
 
 def test_shards_hold_whole_rows_in_order() -> None:
@@ -184,6 +180,7 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     shard.write_bytes(whole)
     for tree, message in (
         (manifest.replace("rows", "row", 1), "unknown key 'row'"),
+        (manifest.replace("answer_tokens", "rows", 1), "the key 'rows' is given twice"),
         *(
             (json.dumps({**json.loads(manifest), **change}), message)
             for change, message in OTHERWISE
@@ -205,25 +202,12 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
         FeatureRows(tmp_path)
 
 
-def test_a_capture_that_does_not_say_what_the_template_was_told_means_nothing(
-    tmp_path: Path,
-) -> None:
-    write_capture(tmp_path)
-    tree = json.loads((tmp_path / "manifest.json").read_text())
-    assert tree.pop("chat_template_kwargs") == {}
-    (tmp_path / "manifest.json").write_text(json.dumps(tree))
-    manifest = read_manifest(tmp_path)
-    check_manifest(tmp_path, manifest, {"chat_template_kwargs": {}, "target_layer_ids": (0, 2)})
-    with pytest.raises(
-        InputError, match=r'chat_template_kwargs is {}, asked for is {"enable_thinking": false}'
-    ):
-        check_manifest(tmp_path, manifest, {"chat_template_kwargs": {"enable_thinking": False}})
-
-
 def test_false_and_0_are_two_settings(tmp_path: Path) -> None:
     write_capture(tmp_path)
-    manifest = replace(read_manifest(tmp_path), chat_template_kwargs={"enable_thinking": False})
-    write_manifest(tmp_path, manifest)
-    assert read_manifest(tmp_path) == manifest
-    with pytest.raises(InputError, match=r'is {"enable_thinking": false}, asked for is .* 0}'):
-        check_manifest(tmp_path, manifest, {"chat_template_kwargs": {"enable_thinking": 0}})
+    manifest = read_manifest(tmp_path)
+    told = {"chat_template_kwargs": {"enable_thinking": False}, "target_layer_ids": (0, 2)}
+    check_manifest(tmp_path, manifest, told)
+    for other, shown in (({"enable_thinking": 0}, '{"enable_thinking": 0}'), ({}, "{}")):
+        message = f'is {{"enable_thinking": false}}, asked for is {shown}$'
+        with pytest.raises(InputError, match=message):
+            check_manifest(tmp_path, manifest, {"chat_template_kwargs": other})

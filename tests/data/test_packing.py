@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from reference import _document_positions, draft_config
 from rows import LENGTH, assert_equal_batches, make_rows
 
-from domino_jax.data.packing import document_arrays, pack_rows, padding_share, single_packs
+from domino_jax.data.conversations import Row
+from domino_jax.data.packing import (
+    Pack,
+    document_arrays,
+    pack_rows,
+    padding_share,
+    row_lengths,
+    single_packs,
+)
 from domino_jax.data.pipeline import heldout_batches, row_batches
 from domino_jax.draft.blocks import anchor_candidates
 
@@ -51,9 +59,13 @@ def test_document_arrays_follow_the_references() -> None:
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
 
 
+def packed(rows: list[Row]) -> list[Pack]:
+    return pack_rows(row_lengths(rows), max_length=LENGTH)
+
+
 def test_packed_batches_hold_every_row_whole() -> None:
     rows = make_rows(30)
-    packs = pack_rows([len(row.input_ids) for row in rows], max_length=LENGTH)
+    packs = packed(rows)
     epoch = row_batches(rows, packs=packs, batch_size=1, max_length=LENGTH, seed=3)
     seen, widths = [], set()
     for batch in itertools.islice(epoch, len(packs)):
@@ -67,17 +79,15 @@ def test_packed_batches_hold_every_row_whole() -> None:
             assert number in batch["row_numbers"][0]
             assert batch["input_ids"][0, begin:end].tolist() == rows[number].input_ids.tolist()
             assert batch["loss_mask"][0, begin:end].tolist() == rows[number].loss_mask.tolist()
-        assert (
-            not batch["input_ids"][0, ends[-1] :].any()
-            and not batch["loss_mask"][0, ends[-1] :].any()
-        )
+        for name in ("input_ids", "loss_mask"):
+            assert not batch[name][0, ends[-1] :].any()
     assert sorted(seen) == list(range(30))
     assert widths == {(1, max(map(len, packs)))}
 
 
 def test_packed_batches_restore_and_divide_over_processes() -> None:
     rows = make_rows(40)
-    packs = pack_rows([len(row.input_ids) for row in rows], max_length=LENGTH)
+    packs = packed(rows)
 
     def batches(size: int, **options):
         return row_batches(
@@ -101,7 +111,7 @@ def test_packed_batches_restore_and_divide_over_processes() -> None:
 
 def test_packed_held_out_rows_come_once() -> None:
     rows = make_rows(11)
-    packs = pack_rows([len(row.input_ids) for row in rows], max_length=LENGTH)
+    packs = packed(rows)
     batches = list(heldout_batches(rows, packs=packs, batch_size=4, max_length=LENGTH))
     assert len(batches) == -(-len(packs) // 4)
     total = sum(int(batch["loss_mask"].sum()) for batch in batches)

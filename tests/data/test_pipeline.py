@@ -23,6 +23,10 @@ def taken(batches, count: int) -> list[int]:
     return [number for batch in itertools.islice(batches, count) for number in numbers(batch)]
 
 
+def fresh(*, rows: int = 10, seed: int = 2, **options):
+    return row_batches(make_rows(rows), batch_size=4, max_length=LENGTH, seed=seed, **options)
+
+
 @pytest.mark.pitfall(
     "shapes that depend on the data: recompilation late in an epoch",
     seen="data/pipeline.py: padded to the longest of a batch",
@@ -42,7 +46,7 @@ def test_batches_are_the_padded_rows() -> None:
 
 
 def test_every_epoch_holds_every_row_once_in_another_order() -> None:
-    stream = taken(row_batches(make_rows(30), batch_size=4, max_length=LENGTH, seed=5), 23)
+    stream = taken(fresh(rows=30, seed=5), 23)
     epochs = [stream[start : start + 30] for start in (0, 30, 60)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(30))
@@ -50,52 +54,21 @@ def test_every_epoch_holds_every_row_once_in_another_order() -> None:
 
 
 def test_batches_of_one_row() -> None:
-    assert sorted(
-        taken(row_batches(make_rows(7), batch_size=1, max_length=LENGTH, seed=0), 7)
-    ) == list(range(7))
+    batches = row_batches(make_rows(7), batch_size=1, max_length=LENGTH, seed=0)
+    assert sorted(taken(batches, 7)) == list(range(7))
 
 
 def test_the_seed_decides_the_order() -> None:
-    def stream(seed: int) -> list[int]:
-        return taken(row_batches(make_rows(30), batch_size=4, max_length=LENGTH, seed=seed), 20)
-
-    assert stream(3) == stream(3)
-    assert stream(3) != stream(4)
-
-
-def test_without_shuffle_the_order_is_the_file_s() -> None:
-    batches = row_batches(make_rows(5), batch_size=2, max_length=LENGTH, seed=0, shuffle=False)
-    assert taken(batches, 5) == [*range(5), *range(5)]
-
-
-def test_without_repeat_the_last_batch_is_filled_from_the_next_epoch() -> None:
-    def batches(count: int, **options) -> list[dict[str, np.ndarray]]:
-        given = row_batches(make_rows(count), batch_size=4, max_length=LENGTH, seed=0, **options)
-        return list(itertools.islice(given, 50))
-
-    once = batches(10, repeat=False)
-    assert len(once) == 3
-    assert_equal_batches(once, batches(10)[:3])
-    parts = [batches(20, repeat=False, process_index=index, process_count=2) for index in (0, 1)]
-    assert len(parts[0]) == len(parts[1]) == 3
-    assert len(batches(8, repeat=False)) == 2
+    first, again, other = (taken(fresh(rows=30, seed=seed), 20) for seed in (3, 3, 4))
+    assert first == again != other
 
 
 @pytest.mark.parametrize("process_count", [2, 3])
 def test_processes_together_see_what_one_would(process_count: int) -> None:
     rows = make_rows(24)
     joint = row_batches(rows, batch_size=2 * process_count, max_length=LENGTH, seed=1)
-    parts = [
-        row_batches(
-            rows,
-            batch_size=2,
-            max_length=LENGTH,
-            seed=1,
-            process_index=index,
-            process_count=process_count,
-        )
-        for index in range(process_count)
-    ]
+    own = dict(batch_size=2, max_length=LENGTH, seed=1, process_count=process_count)
+    parts = [row_batches(rows, process_index=index, **own) for index in range(process_count)]
     epoch: list[int] = []
     for _ in range(24 // (2 * process_count)):
         batches = [next(part) for part in parts]
@@ -109,9 +82,6 @@ def test_processes_together_see_what_one_would(process_count: int) -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 7, 13])
 def test_a_restored_state_goes_on_with_the_same_batches(before: int) -> None:
-    def fresh():
-        return row_batches(make_rows(10), batch_size=4, max_length=LENGTH, seed=2)
-
     batches = fresh()
     taken(batches, before)
     state = batches.get_state()
@@ -123,9 +93,6 @@ def test_a_restored_state_goes_on_with_the_same_batches(before: int) -> None:
 
 
 def test_orbax_restores_the_place_with_the_state(tmp_path: Path) -> None:
-    def fresh():
-        return row_batches(make_rows(10), batch_size=4, max_length=LENGTH, seed=2)
-
     batches = fresh()
     taken(batches, 4)
     state = {"step": jnp.int32(4)}
@@ -148,22 +115,17 @@ def test_orbax_restores_the_place_with_the_state(tmp_path: Path) -> None:
 
 
 def test_row_batches_refuses() -> None:
+    with pytest.raises(InputError, match="3 rows cannot fill a batch of 4"):
+        fresh(rows=3)
     with pytest.raises(InputError, match="7 rows cannot fill a batch of 8"):
-        row_batches(make_rows(7), batch_size=8, max_length=LENGTH, seed=0)
-    with pytest.raises(InputError, match="7 rows cannot fill a batch of 8"):
-        row_batches(
-            make_rows(7), batch_size=4, max_length=LENGTH, seed=0, process_index=1, process_count=2
-        )
+        fresh(rows=7, process_index=1, process_count=2)
     with pytest.raises(InputError, match="seed must lie in"):
-        row_batches(make_rows(7), batch_size=4, max_length=LENGTH, seed=-1)
-    with pytest.raises(
-        ValueError, match=f"a row has {LENGTH} tokens, more than max_length {LENGTH - 1}"
-    ):
+        fresh(seed=-1)
+    long = f"a row has {LENGTH} tokens, more than max_length {LENGTH - 1}"
+    with pytest.raises(ValueError, match=long):
         row_batches(make_rows(30), batch_size=4, max_length=LENGTH - 1, seed=0)
     with pytest.raises(ValueError, match="process_index 2 is not one of 2"):
-        row_batches(
-            make_rows(30), batch_size=4, max_length=LENGTH, seed=0, process_index=2, process_count=2
-        )
+        fresh(rows=30, process_index=2, process_count=2)
 
 
 @pytest.mark.pitfall(
@@ -180,25 +142,16 @@ def test_heldout_batches_drop_nothing(count: int, batch_size: int) -> None:
     assert [int(number) for batch in batches for number in batch["row_numbers"][:, 0]] == seen
     for batch in batches:
         assert batch["input_ids"].shape == batch["loss_mask"].shape == (batch_size, LENGTH)
-    assert sum(int(batch["loss_mask"].sum()) for batch in batches) == sum(
-        int(row.loss_mask.sum()) for row in rows
-    )
+    marks = sum(int(batch["loss_mask"].sum()) for batch in batches)
+    assert marks == sum(int(row.loss_mask.sum()) for row in rows)
 
 
 @pytest.mark.parametrize("count", [1, 9, 16])
 def test_heldout_batches_of_two_processes_are_as_many(count: int) -> None:
-    parts = [
-        list(
-            heldout_batches(
-                make_rows(count), batch_size=4, max_length=LENGTH, process_index=i, process_count=2
-            )
-        )
-        for i in (0, 1)
-    ]
-    assert len(parts[0]) == len(parts[1])
-    seen = [
-        number for pair in zip(*parts, strict=True) for batch in pair for number in numbers(batch)
-    ]
+    own = dict(batch_size=4, max_length=LENGTH, process_count=2)
+    parts = [heldout_batches(make_rows(count), process_index=index, **own) for index in (0, 1)]
+    pairs = list(zip(*parts, strict=True))  # as many of each
+    seen = [number for pair in pairs for batch in pair for number in numbers(batch)]
     assert [number for number in seen if number >= 0] == list(range(count))
 
 

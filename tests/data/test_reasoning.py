@@ -1,15 +1,14 @@
 """Reasoning of answers: kept in the row, left out of the loss where asked for."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chats import BRACKETS, CHATML, chat, make_tokenizer
+from chats import BRACKETS, CHATML, chat, encoded, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import BadLine, encode_conversation, load_rows
+from domino_jax.data.conversations import BadLine, load_rows
 
 # In the manner of Qwen3: thoughts come from `reasoning_content` or out of the content, and only
 # answers after the last question show theirs, the very last one even when it has none.
@@ -40,102 +39,86 @@ def answer(content: str, reasoning: str | None = None) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **extra}
 
 
-def marked(messages: list[dict[str, Any]], template: str, *, masked: bool) -> list[str]:
+def marked_runs(messages: list[dict[str, Any]], template: str, *, masked: bool) -> list[str]:
     """Texts of the marked runs, after a check that masking leaves the tokens alone."""
     tokenizer = make_tokenizer(template)
-    plain = encode_conversation(messages, tokenizer, max_length=1000)
-    row = encode_conversation(messages, tokenizer, max_length=1000, mask_reasoning_content=masked)
+    plain = encoded(messages, tokenizer)
+    row = encoded(messages, tokenizer, mask_reasoning_content=masked)
     if row is None:
         return []
-    assert plain is not None
     np.testing.assert_array_equal(row.input_ids, plain.input_ids)
     runs = np.split(np.arange(len(row.loss_mask)), np.flatnonzero(np.diff(row.loss_mask)) + 1)
     return [tokenizer.decode(row.input_ids[run]) for run in runs if row.loss_mask[run[0]]]
 
 
-QUESTION, AGAIN = chat("Hi"), chat("3 cats?")
-# Per case: the conversation, its template, what is marked, and what is without the reasoning.
+QUESTION = chat("Hi")
+# Per case: the answers, their template, what is marked, and what is without the reasoning.
 CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
     "inline": (
-        [*QUESTION, answer("<think>\nThey have\n</think>\n\ntwelve")],
+        [answer("<think>\nThey have\n</think>\n\ntwelve")],
         CHATML,
         [f"<think>\nThey have\n</think>\n\ntwelve{END}"],
         [f"\n\ntwelve{END}"],
     ),
     "inline, several spans": (
-        [*QUESTION, answer("one <think>two</think> three <think>four</think>")],
+        [answer("one <think>two</think> three <think>four</think>")],
         CHATML,
         [f"one <think>two</think> three <think>four</think>{END}"],
         ["one ", " three ", END],
     ),
     "inline, every turn": (
-        [*QUESTION, answer("<think>a</think> one"), *AGAIN, answer("<think>b</think> two")],
+        [answer("<think>a</think> one"), answer("<think>b</think> two")],
         CHATML,
         [f"<think>a</think> one{END}", f"<think>b</think> two{END}"],
         [f" one{END}", f" two{END}"],
     ),
     "never closed": (
-        [*QUESTION, answer("one <think>They have")],
+        [answer("one <think>They have")],
         CHATML,
         [f"one <think>They have{END}"],
         ["one "],
     ),
-    "no reasoning": ([*QUESTION, answer("twelve")], CHATML, [f"twelve{END}"], [f"twelve{END}"]),
+    "no reasoning": ([answer("twelve")], CHATML, [f"twelve{END}"], [f"twelve{END}"]),
     "a key": (
-        [*QUESTION, answer("twelve", "They have")],
+        [answer("twelve", "They have")],
         THOUGHTS,
         [f"<think>\nThey have\n</think>\n\ntwelve{END}"],
         [f"\n\ntwelve{END}"],
     ),
     "a key, several turns": (
-        [*QUESTION, answer("Hello.", "They say Hi"), *AGAIN, answer("twelve", "3 times 4")],
+        [answer("Hello.", "They say Hi"), answer("twelve", "3 times 4")],
         THOUGHTS,
         [f"Hello.{END}", f"<think>\n3 times 4\n</think>\n\ntwelve{END}"],
         [f"Hello.{END}", f"\n\ntwelve{END}"],
     ),
     "inline, moved by the template": (
-        [
-            *QUESTION,
-            answer("<think>a</think>Hello."),
-            *AGAIN,
-            answer("<think>\nb\n</think>\n\ntwelve"),
-        ],
+        [answer("<think>a</think>Hello."), answer("<think>\nb\n</think>\n\ntwelve")],
         THOUGHTS,
         [f"Hello.{END}", f"<think>\nb\n</think>\n\ntwelve{END}"],
         [f"Hello.{END}", f"\n\ntwelve{END}"],
     ),
     "empty thoughts of the template": (
-        [*QUESTION, answer("Hello."), *AGAIN, answer("twelve")],
+        [answer("Hello."), answer("twelve")],
         THOUGHTS,
         [f"Hello.{END}", f"<think>\n\n</think>\n\ntwelve{END}"],
         [f"Hello.{END}", f"\n\ntwelve{END}"],
     ),
     "a key that the template ignores": (
-        [*QUESTION, answer("one", "two")],
+        [answer("one", "two")],
         CHATML,
         [f"one{END}"],
         [f"one{END}"],
     ),
     "opened by the generation prompt": (
-        [*QUESTION, answer("a\n</think>\n\none"), *AGAIN, answer("b\n</think>\n\ntwo")],
+        [answer("a\n</think>\n\none"), answer("b\n</think>\n\ntwo")],
         OPENED,
         [f"a\n</think>\n\none{END}", f"b\n</think>\n\ntwo{END}"],
         [f"\n\none{END}", f"\n\ntwo{END}"],
     ),
-    "only reasoning": (
-        [*QUESTION, answer("<think>a</think>\n")],
-        CHATML,
-        [f"<think>a</think>\n{END}"],
-        [],
-    ),
-    "only reasoning, never closed": (
-        [*QUESTION, answer("<think>a")],
-        CHATML,
-        [f"<think>a{END}"],
-        [],
-    ),
+    "only reasoning": ([answer("<think>a</think>\n")], CHATML, [f"<think>a</think>\n{END}"], []),
+    "only reasoning, never closed": ([answer("<think>a")], CHATML, [f"<think>a{END}"], []),
     "only reasoning in one turn": (
-        [*QUESTION, answer("<think>a</think>"), *AGAIN, answer("two")],
+        [answer("<think>a</think>"), answer("two")],
         CHATML,
         [f"<think>a</think>{END}", f"two{END}"],
         [f"two{END}"],
@@ -144,13 +127,14 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("messages", "template", "whole", "without"), CASES.values(), ids=CASES.keys()
+    ("answers", "template", "whole", "without"), CASES.values(), ids=CASES.keys()
 )
 def test_reasoning_is_masked_where_asked(
-    messages: list[dict[str, Any]], template: str, whole: list[str], without: list[str]
+    answers: list[dict[str, Any]], template: str, whole: list[str], without: list[str]
 ) -> None:
-    assert marked(messages, template, masked=False) == whole
-    assert marked(messages, template, masked=True) == without
+    messages = [turn for answer in answers for turn in (*QUESTION, answer)]
+    assert marked_runs(messages, template, masked=False) == whole
+    assert marked_runs(messages, template, masked=True) == without
 
 
 def test_reasoning_of_a_template_without_generation_prompt() -> None:
@@ -159,11 +143,8 @@ def test_reasoning_of_a_template_without_generation_prompt() -> None:
         "<think>{{ message.reasoning_content }}</think>{{ message['content'] }}",
     )
     tokenizer = make_tokenizer(template, eos="<|endoftext|>")
-    row = encode_conversation(
-        [*QUESTION, answer("one", "two")], tokenizer, max_length=99, mask_reasoning_content=True
-    )
-    assert row is not None
-    assert tokenizer.decode(row.input_ids[row.loss_mask]).strip() == "one<|endoftext|>"
+    row = encoded([*QUESTION, answer("one", "two")], tokenizer, mask_reasoning_content=True)
+    assert marked(row, tokenizer).strip() == "one<|endoftext|>"
 
 
 def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
@@ -174,11 +155,10 @@ def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
         {"messages": [*QUESTION, {**answer("one"), "reasoning_content": ["two"]}]},
         {"messages": [*QUESTION, answer("one", f"two{END}")]},
     ]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write(tmp_path / "a.jsonl", *lines)
     tokenizer = make_tokenizer(THOUGHTS.replace("(loop.last or thought)", "thought"))
     rows, bad_lines, _ = load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
-    assert [tokenizer.decode(row.input_ids[row.loss_mask]) for row in rows] == ["one "]
+    assert [marked(row, tokenizer) for row in rows] == ["one "]
     reason = "no token of an answer outside its reasoning among the first 100"
     assert bad_lines == [
         BadLine(1, reason),
@@ -189,5 +169,4 @@ def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="no usable line; line 1: no token of an answer outside its reasoning"
     ):
-        path.write_text(json.dumps(lines[0]))
-        load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
+        load_rows(write(path, lines[0]), tokenizer, max_length=100, mask_reasoning_content=True)

@@ -11,7 +11,6 @@ from domino_jax.data.template import (
     ChatTemplate,
     chat_template,
     check_kwargs,
-    recorded_kwargs,
     settings_text,
 )
 
@@ -25,22 +24,11 @@ def test_a_template_is_its_text_and_what_it_is_told() -> None:
     # Equal in Python; `is false` in a template tells them apart.
     for other in (0, 0.0):
         assert ours != ChatTemplate(ours.sha256, {**told, "enable_thinking": other})
+    assert ours.as_json() == {"chat_template": ours.sha256, "chat_template_kwargs": told}
     assert f"{ours}" == (
         f"sha256 {ours.sha256[:12]} with chat_template_kwargs "
         f'{{"budget": 3, "enable_thinking": false}}'
     )
-
-
-def test_a_record_reads_back_and_an_old_one_means_nothing_told() -> None:
-    ours = ChatTemplate("abc", {"enable_thinking": False})
-    tree = ours.as_json()
-    assert tree == {"chat_template": "abc", "chat_template_kwargs": {"enable_thinking": False}}
-    assert recorded_kwargs(tree, source="file") == ours.kwargs
-    assert recorded_kwargs({"chat_template": "abc"}, source="file") == {}
-    with pytest.raises(
-        InputError, match=r"^file: chat_template_kwargs: expected a mapping, found 1$"
-    ):
-        recorded_kwargs({"chat_template_kwargs": 1}, source="file")
 
 
 def test_another_template_than_the_drafts_is_told_by_its_part() -> None:
@@ -76,9 +64,8 @@ READS = {
 def test_a_name_that_the_template_reads_can_be_told(part: str) -> None:
     tokenizer = make_tokenizer(part + CHATML)
     check_kwargs(tokenizer, {"enable_thinking": False})
-    with pytest.raises(
-        InputError, match=r"read 'enable_thnking'; did you mean 'enable_thinking'\?$"
-    ):
+    misspelt = r"read 'enable_thnking'; did you mean 'enable_thinking'\?$"
+    with pytest.raises(InputError, match=misspelt):
         check_kwargs(tokenizer, {"enable_thnking": False})
     with pytest.raises(InputError, match=r"read 'tools'; it reads enable_thinking$"):
         check_kwargs(tokenizer, {"tools": 1})
@@ -97,9 +84,8 @@ def test_a_name_that_is_not_the_users_to_tell_is_refused(name: str) -> None:
 def test_a_template_that_cannot_be_read_is_told_in_one_line() -> None:
     tokenizer: Any = make_tokenizer("{% if %}")
     check_kwargs(tokenizer, NO_KWARGS)
-    with pytest.raises(
-        InputError, match="the chat template cannot be read: Expected an expression"
-    ):
+    message = "the chat template cannot be read: Expected an expression"
+    with pytest.raises(InputError, match=message):
         check_kwargs(tokenizer, {"enable_thinking": False})
 
 

@@ -6,15 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import GOOD, THINKING, chat, make_tokenizer, write
+from chats import GOOD, THINKING, chat, encoded, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import (
-    encode_conversation,
-    encode_prompt,
-    load_rows,
-    stop_token_ids,
-)
+from domino_jax.data.conversations import encode_prompt, load_rows, stop_token_ids
 
 # As Qwen3: told not to think, the answer follows empty thoughts.
 SWITCHED = THINKING.replace(
@@ -32,13 +27,12 @@ NO_THINKING = {"enable_thinking": False}
 def test_what_the_template_is_told_reaches_rows_and_prompts(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(SWITCHED)
     messages = chat("Hi", "Hello.")
-    plain = encode_conversation(messages, tokenizer, max_length=100)
-    row = encode_conversation(messages, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
-    assert plain is not None and row is not None
+    plain = encoded(messages, tokenizer)
+    row = encoded(messages, tokenizer, chat_template_kwargs=NO_THINKING)
     empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert empty in tokenizer.decode(row.input_ids)
     assert empty not in tokenizer.decode(plain.input_ids)
-    assert tokenizer.decode(row.input_ids[row.loss_mask]) == "Hello.<|im_end|>"
+    assert marked(row, tokenizer) == "Hello.<|im_end|>"
     prompt = encode_prompt(messages[:1], tokenizer, NO_THINKING)
     np.testing.assert_array_equal(prompt, row.input_ids[: len(prompt)])
     assert row.loss_mask[len(prompt)] and not row.loss_mask[: len(prompt)].any()
@@ -58,28 +52,21 @@ def test_an_earlier_answer_whose_prompt_is_gone_is_not_marked() -> None:
     tokenizer = make_tokenizer(SWITCHED.replace("{% if enable", "{% if loop.last and enable", 1))
     for last in ([], ["Thanks"]):
         messages = chat("Hi", "Hello.", "3 cats?", "twelve", *last)
-        row = encode_conversation(messages, tokenizer, max_length=100)
-        assert row is not None
-        marked = tokenizer.decode(row.input_ids[row.loss_mask])
-        assert marked == "Hello.<|im_end|>twelve<|im_end|>"
-    row = encode_conversation(
-        messages[:4], tokenizer, max_length=100, chat_template_kwargs=NO_THINKING
-    )
-    assert row is not None
+        assert marked(encoded(messages, tokenizer), tokenizer) == "Hello.<|im_end|>twelve<|im_end|>"
+    row = encoded(messages[:4], tokenizer, chat_template_kwargs=NO_THINKING)
     assert "Hello." in tokenizer.decode(row.input_ids)
-    assert tokenizer.decode(row.input_ids[row.loss_mask]) == "twelve<|im_end|>"
+    assert marked(row, tokenizer) == "twelve<|im_end|>"
     with pytest.raises(InputError, match="renders what precedes message 4 otherwise without it"):
-        encode_conversation(messages, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
+        encoded(messages, tokenizer, chat_template_kwargs=NO_THINKING)
 
 
 @pytest.mark.parametrize(
     ("generator", "kwargs", "answered"),
     [
-        ({"target": "x"}, {}, None),  # as answers were written before there was a setting
         ({"chat_template_kwargs": {}}, {}, None),
         ({"chat_template_kwargs": NO_THINKING}, NO_THINKING, None),
         ("another program", NO_THINKING, None),
-        ({"target": "x"}, NO_THINKING, "{}"),
+        ({"made_with": "another program"}, NO_THINKING, None),
         ({"chat_template_kwargs": NO_THINKING}, {}, '{"enable_thinking": false}'),
         ({"chat_template_kwargs": {"enable_thinking": 0}}, NO_THINKING, '{"enable_thinking": 0}'),
     ],
@@ -104,7 +91,6 @@ def test_answers_of_another_setting_are_refused(
 
 def test_an_answer_that_records_nonsense_is_told_by_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {**GOOD, "generator": {"chat_template_kwargs": [1]}})
-    with pytest.raises(
-        InputError, match=r"a.jsonl:1: generator: chat_template_kwargs: expected a map"
-    ):
+    message = r"a.jsonl:1: generator: chat_template_kwargs: expected a map"
+    with pytest.raises(InputError, match=message):
         load_rows(path, make_tokenizer(), max_length=100)

@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
+from directories import leftovers
 from tiny import CONFIG, Heard, Interrupted, quiet, run_config, write_target
 from whole_run import train
 
@@ -30,17 +31,11 @@ WIDTH = CONFIG.hidden_size * len(LAYERS)
 def captured(path: Path, directory: Path, *overrides: str, **options: Any) -> list[str]:
     """Runs a capture into many small shards; what it said."""
     said: list[str] = []
-    given: dict[str, Any] = {
-        "dtype": "float32",
-        "target_states": False,
-        "limit_gb": 1.0,
-        "confirmed": False,
-    }
-    given |= {"shard_bytes": 12_000, "reporter": Heard(lines=said)}
+    given: dict[str, Any] = dict(dtype="float32", target_states=False, limit_gb=1.0)
+    given |= dict(confirmed=False, shard_bytes=12_000, reporter=Heard(lines=said))
     given |= options
-    read = functools.partial(
-        capture_inputs, load_config(path, overrides), reporter=given["reporter"]
-    )
+    config = load_config(path, overrides)
+    read = functools.partial(capture_inputs, config, reporter=given["reporter"])
     capture(read, directory, **given)
     return said
 
@@ -49,7 +44,6 @@ def captured(path: Path, directory: Path, *overrides: str, **options: Any) -> li
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target, a run's configuration, and its rows captured as float32 and as bfloat16."""
     directory = tmp_path_factory.mktemp("capture")
-    (directory / "target").mkdir()
     write_target(directory / "target")
     steps = {"steps": 20, "log_every": 1, "eval_every": 20, "checkpoint_every": 20}
     path = run_config(directory, directory / "target", train=steps, data={"max_length": 40})
@@ -91,18 +85,21 @@ def test_packed_offline_losses_equal_online_ones(place: Path) -> None:
     )
 
 
-def test_divergence_needs_the_captured_final_states(place: Path) -> None:
+def test_divergence_needs_the_captured_final_states(place: Path, tmp_path: Path) -> None:
+    """The last layer is captured and trained on after the final norm."""
     settings = ("loss.kl_weight=0.5", "loss.loss_type=dpace", "train.steps=3", "data.eval=null")
-    online = losses(place, "kl-online", *settings)
-    np.testing.assert_allclose(
-        losses(place, "kl", *settings, *offline(place / "float32")), online, rtol=1e-5
+    last = (*settings, "draft.target_layer_ids=[0,3]")
+    captured(place / "config.yaml", tmp_path / "states", *last, target_states=True)
+    row = FeatureRows(tmp_path / "states")[0]
+    np.testing.assert_array_equal(row.features[:, CONFIG.hidden_size :], row.target_states)
+    online = losses(place, "kl-online", *last)
+    offline_losses = losses(place, "kl", *last, *offline(tmp_path / "states"))
+    np.testing.assert_allclose(offline_losses, online, rtol=1e-5)
+    message = (
+        "captured without the target's final states, which loss.loss_type dpace with "
+        "loss.kl_weight 0.5 reads"
     )
-    assert np.all(online[:, 0] != losses(place, "no-kl", *settings, "loss.kl_weight=0")[:, 0])
-    with pytest.raises(
-        InputError,
-        match=r"captured without the target's final states, which loss.loss_type dpace with "
-        r"loss.kl_weight 0.5 reads",
-    ):
+    with pytest.raises(InputError, match=message):
         losses(place, "kl-half", *settings, *offline(place / "bfloat16"))
 
 
@@ -110,7 +107,7 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
     rows, loaded = FeatureRows(place / "float32"), load_target(place / "target")
     online = prepare(
         load_config(place / "config.yaml", [f"run_dir={place / 'x'}"]), reporter=quiet()
-    ).rows.rows
+    ).inputs.rows.rows
     assert len(rows) == len(online) == 24 and len(rows.manifest.shard_rows) > 3
     model = Target(loaded.config, capture=LAYERS)
     for number in (0, 9, 23):
@@ -122,11 +119,7 @@ def test_capture_stores_the_states_of_the_target(place: Path) -> None:
             assert found is not None and found.dtype == np.float32
             np.testing.assert_allclose(found, states[0], rtol=1e-4, atol=1e-5)
     half = FeatureRows(place / "bfloat16")[3]
-    assert (
-        half.features is not None
-        and half.features.dtype.name == "bfloat16"
-        and half.target_states is None
-    )
+    assert half.features.dtype.name == "bfloat16" and half.target_states is None
     assert half.features.shape == (len(half.input_ids), WIDTH)
 
 
@@ -151,21 +144,6 @@ def test_the_target_runs_over_no_more_padding_than_a_batch_has(
         np.testing.assert_allclose(one.target_states, other.target_states, rtol=1e-4, atol=1e-5)
 
 
-def test_the_last_layer_is_captured_and_trained_on_after_the_final_norm(
-    place: Path, tmp_path: Path
-) -> None:
-    settings = ("draft.target_layer_ids=[0,3]", "data.eval=null", "train.steps=3")
-    captured(place / "config.yaml", tmp_path / "states", *settings)
-    row, loaded = FeatureRows(tmp_path / "states")[0], load_target(place / "target")
-    hidden = Target(loaded.config).apply({"params": loaded.params}, row.input_ids[None]).hidden[0]
-    assert row.features is not None
-    np.testing.assert_allclose(row.features[:, CONFIG.hidden_size :], hidden, rtol=1e-4, atol=1e-5)
-    online = losses(place, "last-online", *settings)
-    np.testing.assert_allclose(
-        losses(place, "last", *settings, *offline(tmp_path / "states")), online, rtol=1e-6
-    )
-
-
 def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,16 +156,12 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
 
     monkeypatch.setattr(StoredTensor, "read", noted)
     monkeypatch.setattr(FeatureRows, "__getitem__", None)
-    overrides = (
-        *offline(place / "float32"),
-        "data.eval=null",
-        "data.packing=true",
-        f"run_dir={place / 'y'}",
-    )
-    run = prepare(load_config(place / "config.yaml", overrides), reporter=quiet())
+    settings = ("data.eval=null", "data.packing=true", f"run_dir={place / 'y'}")
+    config = load_config(place / "config.yaml", [*offline(place / "float32"), *settings])
+    run = prepare(config, reporter=quiet())
     assert set(run.target_params) == {"embed_tokens", "lm_head"}
     assert set(read) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert run.rows.packs and run.rows.epoch_rows < 24
+    assert run.inputs.rows.packs and run.inputs.rows.epoch_rows < 24
 
 
 def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Path) -> None:
@@ -196,21 +170,17 @@ def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Pat
         captured(path, directory, target_states=True, reporter=Interrupted(at="shard 2/"))
     assert [shard_path(directory, index).exists() for index in range(3)] == [True, True, False]
     shard_path(directory, 2).with_suffix(".partial").write_bytes(b"half a shard")
-    with pytest.raises(
-        InputError, match=r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"
-    ):
+    message = r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"
+    with pytest.raises(InputError, match=message):
         FeatureRows(directory)
     first = shard_path(directory, 0).stat().st_mtime_ns
-    said = captured(
-        path, directory, target_states=True, shard_bytes=99
-    )  # the shards are those it began with
+    # The shards are those it began with.
+    said = captured(path, directory, target_states=True, shard_bytes=99)
     size, loading, compiling, shard, *_ = said
     assert loading == f"loading the target {place / 'target'}, float32" and compiling == "compiling"
     assert "still to be written" in size and shard.startswith("shard 3/")
     assert shard_path(directory, 0).stat().st_mtime_ns == first
-    assert sorted(x.name for x in directory.iterdir()) == sorted(
-        x.name for x in (place / "float32").iterdir()
-    )
+    assert leftovers(directory) == leftovers(place / "float32")
     for ours, whole in zip(FeatureRows(directory), FeatureRows(place / "float32"), strict=True):
         chex.assert_trees_all_equal(ours.arrays, whole.arrays)
     again = captured(path, directory, target_states=True)
@@ -255,9 +225,8 @@ def test_the_size_is_told_first_and_limited(
     tokens = sum(FeatureRows(place / "float32").lengths)
     each = 5 + 2 * WIDTH
     said: list[str] = []
-    with pytest.raises(
-        InputError, match=r"above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"
-    ):
+    message = "above the limit of 1e-06 GB; --yes writes it all the same, --limit-gb"
+    with pytest.raises(InputError, match=message):
         captured(path, directory, dtype="bfloat16", limit_gb=1e-6, reporter=Heard(lines=said))
     total = f"{tokens * each / 1e9:.3g} GB for {tokens} tokens of 24 rows, {each} bytes each"
     assert said == [f"{directory}: {total}"] and not directory.parent.exists()
@@ -268,10 +237,7 @@ def test_the_size_is_told_first_and_limited(
             captured(path, directory, limit_gb=1e-6, confirmed=True)
     assert not directory.parent.exists()
     captured(path, directory, limit_gb=1e-6, confirmed=True)
-    size = sum(
-        shard_path(directory, i).stat().st_size
-        for i in range(len(FeatureRows(directory).manifest.shard_rows))
-    )
+    size = sum(shard.stat().st_size for shard in directory.glob("*.arrayrecord"))
     assert size > tokens * (5 + 4 * WIDTH)
 
 
@@ -282,32 +248,23 @@ def test_the_size_is_told_first_and_limited(
         ((), {"target_states": False}, "target_states is True, asked for is False"),
         (("draft.target_layer_ids=[1]",), {}, r"target_layer_ids is \[0, 2\], asked for is \[1\]"),
         (("data.max_length=41",), {}, "max_length is 40, asked for is 41"),
-        (
-            ("data.mask_reasoning_content=true",),
-            {},
-            "mask_reasoning_content is False, asked for is True",
-        ),
+        (("data.mask_reasoning_content=true",), {}, "mask_reasoning_content is False, asked"),
         (("dtype=bfloat16",), {}, "compute_dtype is 'float32', asked for is 'bfloat16'"),
         (
             ("data.train={place}/heldout.jsonl",),
             {},
             r"rows is sha256 \w+, asked for is sha256 \w+; answer_tokens is 320, asked for is 64$",
         ),
-        (
-            ("data.train=null", "data.hidden_states=x"),
-            {},
-            "data.train is missing: capture reads conversations",
-        ),
+        (("data.train=null", "data.hidden_states=x"), {}, "data.train is missing: capture reads"),
     ],
 )
 def test_another_capture_is_not_gone_on_with(
     place: Path, overrides: tuple[str, ...], options: dict[str, Any], message: str
 ) -> None:
     words = [word.format(place=place) for word in overrides]
+    options = {"target_states": True, **options}
     with pytest.raises(InputError, match=message):
-        captured(
-            place / "config.yaml", place / "float32", *words, **{"target_states": True, **options}
-        )
+        captured(place / "config.yaml", place / "float32", *words, **options)
 
 
 def test_capture_leaves_other_directories_alone(place: Path, tmp_path: Path) -> None:
@@ -329,22 +286,17 @@ def test_training_refuses_states_of_something_else(place: Path, tmp_path: Path) 
     shutil.copytree(place / "target", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    refused(
-        r"captured otherwise: target is sha256 \w+, asked for is sha256 \w+$", f"target={other}"
-    )
+    otherwise = r"captured otherwise: {} is sha256 \w+, asked for is sha256 \w+$"
+    refused(otherwise.format("target"), f"target={other}")
     shutil.copytree(place / "target", other, dirs_exist_ok=True)
     template = other / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    refused(
-        r"captured otherwise: tokenizer is sha256 \w+, asked for is sha256 \w+$", f"target={other}"
-    )
+    refused(otherwise.format("tokenizer"), f"target={other}")
     refused("expected a directory that `domino capture` wrote", directory=tmp_path)
 
 
 def test_rows_come_from_one_place(place: Path) -> None:
-    for words, found in (
-        (["data.hidden_states=x"], "found both"),
-        (["data.train=null"], "found neither"),
-    ):
-        with pytest.raises(InputError, match=f"data: give one of train and hidden_states, {found}"):
-            load_config(place / "config.yaml", words)
+    for word, found in (("data.hidden_states=x", "both"), ("data.train=null", "neither")):
+        message = f"data: give one of train and hidden_states, found {found}"
+        with pytest.raises(InputError, match=message):
+            load_config(place / "config.yaml", [word])

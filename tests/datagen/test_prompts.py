@@ -1,8 +1,6 @@
 """Prompts that a target writes: which are kept, and the same file however often it is begun."""
 
 import json
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from domino_jax.datagen.prompts import (
     user_turn,
     write_prompts,
 )
-from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
+from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
@@ -50,9 +48,6 @@ class Tiny:
         self.weights = Weights(loaded.params)
         self.target = Target(loaded.config)
 
-    def decoder(self, *, stop: int = END) -> Decoder:
-        return make_decoder(self.target, temperature=1.0, stop_ids=(stop,))
-
     def write(
         self,
         path: Path,
@@ -61,9 +56,13 @@ class Tiny:
         stop: int = END,
         reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
     ) -> Drawn:
-        decoder = self.decoder(stop=stop)
         return write_prompts(
-            decoder, self.weights, self.tokenizer, path, settings=settings, reporter=reporter
+            path,
+            decoder=make_decoder(self.target, temperature=1.0, stop_ids=(stop,)),
+            weights=self.weights,
+            tokenizer=self.tokenizer,
+            settings=settings,
+            reporter=reporter,
         )
 
 
@@ -103,11 +102,6 @@ def test_prompts_are_requests_that_are_told_apart(tiny: Tiny, tmp_path: Path) ->
     assert len(others & set(texts)) < 3
 
 
-def test_what_was_left_out_is_told_in_words() -> None:
-    assert Drawn(8, Counter({"repeated": 2, "too short": 1})).words == "2 repeated, 1 too short"
-    assert Drawn(8, Counter()).words == "none"
-
-
 def test_a_cut_off_start_resumes_to_the_same_file(tiny: Tiny, tmp_path: Path) -> None:
     heard = Heard()
     tiny.write(tmp_path / "whole.jsonl", reporter=heard)
@@ -138,9 +132,9 @@ def test_a_target_that_never_ends_a_turn_ends_the_work(tiny: Tiny, tmp_path: Pat
         tiny.write(tmp_path / "prompts.jsonl", stop=len(WORDS))  # no token
 
 
-def usable(rows: list[Answer], tokenizer: Any, sieve: _Sieve) -> Iterator[str]:
-    for record in sieve.usable(rows, tokenizer, first=0):
-        yield record["messages"][0]["content"]
+def usable(rows: list[Answer], tokenizer: Any, sieve: _Sieve) -> list[str]:
+    found = sieve.usable(rows, tokenizer, first=0)
+    return [record["messages"][0]["content"] for record in found]
 
 
 def test_each_reason_to_leave_a_row_out(tiny: Tiny) -> None:
@@ -154,19 +148,16 @@ def test_each_reason_to_leave_a_row_out(tiny: Tiny) -> None:
         row(*letters, "<|im_start|>", "assistant", "<|im_end|>"),
         row("q", *letters, "<|im_end|>"),
     ]
-    assert list(usable(rows, tiny.tokenizer, sieve)) == [" ".join(letters)]
-    assert sieve.left_out == {
-        "repeated": 1,
-        "without an end": 1,
-        "too short": 1,
-        "with special tokens": 1,
-        "in another language": 1,
-    }
+    assert sieve.counts() == "none"
+    assert usable(rows, tiny.tokenizer, sieve) == [" ".join(letters)]
+    assert sieve.counts() == (
+        "1 repeated, 1 without an end, 1 too short, 1 with special tokens, 1 in another language"
+    )
 
 
 def test_what_differs_in_case_and_punctuation_is_repeated() -> None:
     sieve = _Sieve(None)
-    sieve.remember("Write a poem, please!")
+    sieve.read({"messages": [{"content": "Write a poem, please!"}], "draw": 0})
     tokens = np.array([5, 0], np.int32)
     answer = Answer(tokens, np.zeros(2, bool), True, 0, 0, 1.0)
 
@@ -176,21 +167,22 @@ def test_what_differs_in_case_and_punctuation_is_repeated() -> None:
         def decode(self, *_: Any, **__: Any) -> str:
             return "write a POEM please"
 
-    assert list(usable([answer], Words(), sieve)) == [] and sieve.left_out == {"repeated": 1}
+    assert usable([answer], Words(), sieve) == [] and sieve.counts() == "1 repeated"
 
 
-@pytest.mark.parametrize(
-    ("text", "passes"),
-    [
-        ("Could you plan a birthday party for twelve children in a small garden?", True),
-        ("¿Podrías planear una fiesta de cumpleaños para doce niños en el jardín?", False),
-        ("Könnten Sie mir bitte erklären, wie man einen guten Apfelkuchen backt?", False),
-        ("def f(x): return x + 1", True),
-        ("2x + 5 = 17", True),
-    ],
-)
-def test_the_language_is_asked_for_and_doubt_passes(text: str, passes: bool) -> None:
-    assert language_filter("en")(text) == passes
+def test_the_language_is_asked_for_and_doubt_passes() -> None:
+    passes = language_filter("en")  # reads the models of all languages
+    for text in (
+        "Could you plan a birthday party for twelve children in a small garden?",
+        "def f(x): return x + 1",
+        "2x + 5 = 17",
+    ):
+        assert passes(text)
+    for text in (
+        "¿Podrías planear una fiesta de cumpleaños para doce niños en el jardín?",
+        "Könnten Sie mir bitte erklären, wie man einen guten Apfelkuchen backt?",
+    ):
+        assert not passes(text)
 
 
 def test_an_unknown_language_is_refused() -> None:

@@ -14,10 +14,9 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
-from domino_jax.datagen.regenerate import Answerer, AnswerSettings, Regenerated, regenerate
+from domino_jax.datagen.regenerate import AnswerSettings, Regenerated, regenerate
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import TextStream, generate, stream_answer
-from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
 
@@ -32,6 +31,7 @@ SETTINGS = AnswerSettings(
     batch_size=4,
     chat_template_kwargs={},
 )
+CACHE_LEN = 128  # one length, one program
 
 
 class Tiny:
@@ -43,9 +43,8 @@ class Tiny:
 
     def answer_alone(self, messages: Any, count: int = 12, kwargs: Scalars = NO_KWARGS) -> str:
         prompt = encode_prompt(messages, self.tokenizer, kwargs)
-        cache_len = required_cache_len(self.decoder, len(prompt), count)
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=count, cache_len=cache_len
+            self.decoder, self.weights, [prompt], max_new_tokens=count, cache_len=CACHE_LEN
         )
         return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
 
@@ -56,8 +55,15 @@ class Tiny:
         settings: AnswerSettings = SETTINGS,
         reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
     ) -> Regenerated:
-        answerer = Answerer(self.decoder, self.weights, self.tokenizer)
-        return regenerate(answerer, prompts, answers, settings=settings, reporter=reporter)
+        return regenerate(
+            prompts,
+            answers,
+            decoder=self.decoder,
+            weights=self.weights,
+            tokenizer=self.tokenizer,
+            settings=settings,
+            reporter=reporter,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +90,9 @@ def test_every_prompt_gets_the_answer_it_gets_alone(
     asked = dict(read_messages(prompts).conversations)
     assert sorted(record["prompt_line"] for record in records) == sorted(asked)
     for record in records:
-        assert record["messages"][:-1] == asked[record["prompt_line"]]
-        assert record["messages"][-1] == {
-            "role": "assistant",
-            "content": tiny.answer_alone(asked[record["prompt_line"]]),
-        }
+        prompt = asked[record["prompt_line"]]
+        answer = {"role": "assistant", "content": tiny.answer_alone(prompt)}
+        assert record["messages"] == [*prompt, answer]
         assert record["generator"] == asdict(SETTINGS)
     assert not (tmp_path / "answers.jsonl.partial").exists()
 
@@ -122,52 +126,40 @@ def test_what_would_mix_or_lose_answers_is_refused(
     done.write_text("{}\n")
     with pytest.raises(InputError, match="already there"):
         tiny.regenerate(prompts, done)
-    partial = tmp_path / "other.jsonl.partial"
-    partial.write_bytes(
-        attested(
-            json.dumps({"prompt_line": 1, "generator": {"target": "another"}}).encode() + b"\n"
-        )
-    )
-    with pytest.raises(InputError, match="made with"):
-        tiny.regenerate(prompts, tmp_path / "other.jsonl")
     prompts.write_text(prompts.read_text() + "nonsense\n")
     with pytest.raises(InputError, match=r"prompts\.jsonl:11"):
         tiny.regenerate(prompts, tmp_path / "bad.jsonl")
 
 
 PROMPTED = {"messages": [], "prompt_line": 1, "finished": True, "generator": asdict(SETTINGS)}
+ANOTHER = [{"role": "user", "content": "x"}] * 2
 OTHER_PARTIALS = [
-    (b"\xff\n", "not valid JSON"),
-    (b"[1]\n", "not an answer of `domino regenerate`"),
-    (b"[" * 99_999 + b"\n", "more than 64 levels"),
-    (b"\0\n", "not valid JSON"),
-    *(
-        (json.dumps({**PROMPTED, **change}).encode() + b"\n", message)
-        for change, message in (
-            ({"generator": None}, "not an answer"),
-            ({"generator": {}}, "made with"),
-            ({"prompt_line": "1"}, "not an answer"),
-            ({"prompt_line": True}, "not an answer"),
-            ({"finished": 1}, "not an answer"),
-            ({"messages": None}, "not an answer"),
-            (
-                {"messages": [{"role": "user", "content": "x"}] * 2},
-                "answers another prompt than line 1 of",
-            ),
-            ({"messages": [1], "prompt_line": 11}, "answers another prompt than line 11 of"),
-        )
-    ),
+    (b"\xff", "not valid JSON"),
+    (b"[1]", "not an answer of `domino regenerate`"),
+    (b"[" * 99_999, "more than 64 levels"),
+    (b"\0", "not valid JSON"),
+    ({"generator": None}, "not an answer"),
+    ({"generator": {}}, "made with"),
+    ({"prompt_line": "1"}, "not an answer"),
+    ({"prompt_line": True}, "not an answer"),
+    ({"finished": 1}, "not an answer"),
+    ({"messages": None}, "not an answer"),
+    ({"messages": ANOTHER}, "answers another prompt than line 1 of"),
+    ({"messages": [1], "prompt_line": 11}, "answers another prompt than line 11 of"),
+    # With a temperature an answer depends on the batch that it is drawn in.
+    ({"generator": {**asdict(SETTINGS), "batch_size": 2}}, "made with .*'batch_size': 2.*, not"),
 ]
 
 
-@pytest.mark.parametrize(("raw", "message"), OTHER_PARTIALS)
+@pytest.mark.parametrize(("line", "message"), OTHER_PARTIALS)
 def test_a_partial_file_of_something_else_is_refused_and_left(
-    tiny: Tiny, prompts: Path, tmp_path: Path, raw: bytes, message: str
+    tiny: Tiny, prompts: Path, tmp_path: Path, line: Any, message: str
 ) -> None:
+    raw = line if isinstance(line, bytes) else json.dumps({**PROMPTED, **line}).encode()
     partial = tmp_path / "a.jsonl.partial"
     for content, told in (
-        (attested(raw), rf":2: .*{message}"),
-        (raw, ": not unfinished answers as this version"),
+        (attested(raw + b"\n"), rf":2: .*{message}"),
+        (raw + b"\n", ": not unfinished answers as this version"),
     ):
         partial.write_bytes(content)
         with pytest.raises(InputError, match=rf"a\.jsonl\.partial{told}"):
@@ -178,12 +170,12 @@ def test_a_partial_file_of_something_else_is_refused_and_left(
 def test_an_answer_twice_in_a_partial_file_is_refused(
     tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
-    tiny.regenerate(prompts, tmp_path / "a.jsonl")
-    line = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)[0]
+    asked = dict(read_messages(prompts).conversations)[1]
+    answer = {**PROMPTED, "messages": [*asked, {"role": "assistant", "content": "a"}]}
+    line = json.dumps(answer).encode() + b"\n"
     (tmp_path / "b.jsonl.partial").write_bytes(attested(line * 2))
-    with pytest.raises(
-        InputError, match=r"partial:3: the prompt of line \d+ is answered twice; remove"
-    ):
+    message = "partial:3: the prompt of line 1 is answered twice; remove"
+    with pytest.raises(InputError, match=message):
         tiny.regenerate(prompts, tmp_path / "b.jsonl")
 
 
@@ -192,9 +184,8 @@ def test_a_prompt_beyond_the_targets_positions_is_refused(
 ) -> None:
     with prompts.open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "a " * 200}]}) + "\n")
-    with pytest.raises(
-        InputError, match=r"prompts\.jsonl:11: a prompt of \d+ tokens, the target has 128 positions"
-    ):
+    message = r"prompts\.jsonl:11: a prompt of \d+ tokens, the target has 128 positions"
+    with pytest.raises(InputError, match=message):
         tiny.regenerate(prompts, tmp_path / "new" / "a.jsonl")
     assert not (tmp_path / "new").exists()
 
@@ -206,9 +197,7 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     answers, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
     tiny.regenerate(prompts, answers, settings=settings)
     lines = answers.read_text().splitlines(keepends=True)
-    assert {json.dumps(json.loads(line)["generator"]) for line in lines} == {
-        json.dumps(asdict(settings))
-    }
+    assert all(json.loads(line)["generator"] == asdict(settings) for line in lines)
     first = json.loads(lines[0])
     assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
     assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
@@ -223,22 +212,10 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     assert answers.read_text() == "".join(lines)
 
 
-def test_another_batch_size_is_another_set(tiny: Tiny, prompts: Path, tmp_path: Path) -> None:
-    """With a temperature an answer depends on the batch that it is drawn in."""
-    tiny.regenerate(prompts, tmp_path / "a.jsonl")
-    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "b.jsonl.partial").write_bytes(attested(b"".join(lines[:4])))
-    with pytest.raises(InputError, match=r"made with .*'batch_size': 4.*, not .*'batch_size': 2"):
-        tiny.regenerate(prompts, tmp_path / "b.jsonl", settings=replace(SETTINGS, batch_size=2))
-
-
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
-    ids = [
-        encode_prompt(messages, tiny.tokenizer)
-        for _, messages in read_messages(prompts).conversations
-    ]
-    cache_len = required_cache_len(tiny.decoder, max(map(len, ids)), 40)
-    answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, cache_len=cache_len)
+    conversations = read_messages(prompts).conversations
+    ids = [encode_prompt(messages, tiny.tokenizer) for _, messages in conversations]
+    answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, cache_len=CACHE_LEN)
     for answer in answers:
         assert answer.stopped == (answer.tokens[-1] == tiny.tokenizer.eos_token_id)
         assert answer.stopped or len(answer.tokens) == 40
@@ -257,6 +234,5 @@ def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny) -> None:
     text.end(answer.tokens, answer.drafted)
     assert "".join(pieces) == tiny.answer_alone(messages, 20)
     assert len([piece for piece in pieces if piece]) > 2
-    assert "".join(pieces) == tiny.tokenizer.decode(
-        np.asarray(answer.tokens), skip_special_tokens=True
-    )
+    whole = tiny.tokenizer.decode(np.asarray(answer.tokens), skip_special_tokens=True)
+    assert "".join(pieces) == whole

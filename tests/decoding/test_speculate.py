@@ -20,72 +20,75 @@ from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import Target, lm_head_weight
 
 
-def greedy_by_whole_passes(target_params: Any, prompt: np.ndarray, count: int) -> list[int]:
-    """The slow reference: the whole sequence again for every token, no cache."""
-    tokens = np.zeros(40, np.int32)  # a causal pass does not see what lies behind
-    tokens[: len(prompt)] = prompt
-    for index in range(len(prompt), len(prompt) + count):
-        tokens[index] = int(whole_pass(target_params, tokens)[index - 1])
-    return tokens[len(prompt) : len(prompt) + count].tolist()
+@pytest.fixture(scope="module")
+def expected(target_params: Any) -> list[list[int]]:
+    """The slow reference: the whole sequences again for each of 20 tokens, no cache."""
+
+    @jax.jit
+    def whole_pass(tokens: np.ndarray) -> jax.Array:
+        hidden = Target(TARGET).apply({"params": target_params}, tokens).hidden
+        return jnp.argmax(vocabulary_logits(hidden, lm_head_weight(target_params)), axis=-1)
+
+    tokens = np.zeros((len(PROMPTS), 40), np.int32)  # a causal pass does not see what lies behind
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, : len(prompt)] = prompt
+    for step in range(20):
+        following = np.asarray(whole_pass(tokens))
+        for row, prompt in enumerate(PROMPTS):
+            tokens[row, len(prompt) + step] = following[row, len(prompt) + step - 1]
+    return [
+        tokens[row, len(prompt) : len(prompt) + 20].tolist() for row, prompt in enumerate(PROMPTS)
+    ]
 
 
-@jax.jit
-def whole_pass(target_params: Any, tokens: jax.Array) -> jax.Array:
-    hidden = Target(TARGET).apply({"params": target_params}, tokens[None]).hidden
-    return jnp.argmax(vocabulary_logits(hidden[0], lm_head_weight(target_params)), axis=-1)
+def written(state: Any) -> list[list[int]]:
+    """The answers in a state, to the first of the prompts."""
+    rows = zip(PROMPTS, np.asarray(state.tokens), np.asarray(state.lengths), strict=False)
+    return [tokens[len(prompt) : length].tolist() for prompt, tokens, length in rows]
+
+
+UNSHIFTED = {"shift_label": False, "pure_draft_prefix_len": 0}
+DFLASH = {"head": None, **UNSHIFTED}
 
 
 @pytest.mark.parametrize(
-    "prompts", [PROMPTS[:1], PROMPTS], ids=["one row", "rows of different lengths"]
-)
-@pytest.mark.parametrize(
-    ("changes", "mode", "use_head"),
+    ("changes", "mode", "use_head", "rows"),
     [
-        ({}, "block", True),
-        ({}, "serving", True),
-        ({}, "block", False),
-        ({"shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
-        ({"head": None, "shift_label": False, "pure_draft_prefix_len": 0}, "block", True),
-        pytest.param({"head": None}, "block", True, marks=pytest.mark.slow),
-        pytest.param({"head": None}, "serving", True, marks=pytest.mark.slow),
-    ],
-    ids=[
-        "shift",
-        "serving",
-        "head off",
-        "no shift",
-        "dflash",
-        "dflash shift",
-        "dflash shift serving",
+        pytest.param({}, "block", True, 1, id="one row"),
+        pytest.param({}, "block", True, 4, id="shift"),
+        pytest.param({}, "serving", True, 4, id="serving"),
+        pytest.param({}, "block", False, 4, id="head off"),
+        pytest.param(UNSHIFTED, "block", True, 4, id="no shift"),
+        pytest.param(DFLASH, "block", True, 4, id="dflash"),
+        pytest.param({"head": None}, "block", True, 4, marks=pytest.mark.slow, id="dflash shift"),
+        pytest.param(
+            {"head": None}, "serving", True, 1, marks=pytest.mark.slow, id="dflash serving"
+        ),
     ],
 )
 def test_greedy_output_is_the_target_s_own(
     target_params: Any,
-    prompts: list[np.ndarray],
+    expected: list[list[int]],
     changes: dict[str, Any],
     mode: str,
     use_head: bool,
+    rows: int,
 ) -> None:
     draft, weights = models(target_params, draft_config(**changes))
     decoder = make_decoder(Target(TARGET), draft, proposals=mode, use_head=use_head)
-    state = answers(decoder, weights, prompts, 20)
-    for row, prompt in enumerate(prompts):
-        written = np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])])
-        assert written.tolist() == greedy_by_whole_passes(target_params, prompt, 20)
-        # One token came from the prompt's pass; the rest cost at most one verification each.
-        assert int(state.committed[row]) == 19
-        assert 19 / (decoder.proposals + 1) <= int(state.verifications[row]) <= 19
-    assert int(jnp.sum(state.verifications)) < int(jnp.sum(state.committed)), (
-        "nothing was ever accepted"
-    )
+    state = answers(decoder, weights, PROMPTS[:rows], 20)
+    assert written(state) == expected[:rows]
+    # One token came from the prompt's pass; the rest cost at most one verification each.
+    assert state.committed.tolist() == [19] * rows
+    verifications = np.asarray(state.verifications)
+    assert np.all((19 / (decoder.proposals + 1) <= verifications) & (verifications <= 19))
+    assert verifications.sum() < 19 * rows, "nothing was ever accepted"
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-
-
 DRAFTS = {
     "domino": {},
-    "unshifted": {"shift_label": False, "pure_draft_prefix_len": 0},
+    "unshifted": UNSHIFTED,
     "windows": {
         "num_hidden_layers": 3,
         "layer_types": (SLIDING, FULL, SLIDING),
@@ -103,7 +106,7 @@ DRAFTS = {
         "final_logit_softcapping": 2.0,
     },
     "own heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4},
-    "dflash": {"head": None, "shift_label": False, "pure_draft_prefix_len": 0},
+    "dflash": DFLASH,
     "dflash shifted": {"head": None},
     "last target layer": {"target_layer_ids": (0, 3)},
 }
@@ -132,79 +135,76 @@ def test_a_cycle_drafts_what_training_would_predict(
     )
 
     length = 12
-    context = decoder.target.apply({"params": target_params}, state.tokens[:, :length]).features
     places, used = jnp.asarray(anchors[:, None]), jnp.ones((2, 1), bool)
     embedding = target_params["embed_tokens"]
     noise = np.where(np.arange(config.block_size) == 0, bonus, config.mask_token_id)
     bound = model.bind({"params": weights.draft})
-    hidden = bound(
-        context,
-        jnp.broadcast_to(jnp.arange(length), (2, length)),
-        embedding[noise][:, None],
-        places[..., None] + jnp.arange(config.block_size),
-        layer_spans(config, places, used),
-    )
-    hidden = bound.prediction_states(hidden)
-    logits = output_logits(config, vocabulary_logits(hidden, lm_head_weight(target_params)))
-    if config.projector_type:
-        previous = np.concatenate([bonus, np.asarray(drafted)[:, :-1]], axis=1)
-        logits += vocabulary_logits(
-            bound.corrections(hidden, embedding[previous][:, None]), bound.head.expansion
+
+    @jax.jit
+    def teacher_forced(tokens: jax.Array, drafted: jax.Array) -> jax.Array:
+        context = decoder.target.apply({"params": target_params}, tokens).features
+        hidden = bound(
+            context,
+            jnp.broadcast_to(jnp.arange(length), (2, length)),
+            embedding[noise][:, None],
+            places[..., None] + jnp.arange(config.block_size),
+            layer_spans(config, places, used),
         )
-    assert np.asarray(drafted).tolist() == np.argmax(logits, axis=-1)[:, 0].tolist()
+        hidden = bound.prediction_states(hidden)
+        logits = output_logits(config, vocabulary_logits(hidden, lm_head_weight(target_params)))
+        if config.projector_type:
+            previous = jnp.concatenate([bonus, drafted[:, :-1]], axis=1)
+            factors = bound.corrections(hidden, embedding[previous][:, None])
+            logits += vocabulary_logits(factors, bound.head.expansion)
+        return jnp.argmax(logits, axis=-1)[:, 0]
+
+    ranked_first = teacher_forced(state.tokens[:, :length], drafted)
+    assert drafted.tolist() == ranked_first.tolist()
 
 
-def test_a_scanned_target_decodes_the_same_tokens(target_params: Any) -> None:
+def test_a_scanned_target_decodes_the_same_tokens(
+    target_params: Any, expected: list[list[int]]
+) -> None:
     """As training does, which holds the target's layers stacked."""
     model, weights = models(target_params, draft_config())
-    outputs = []
-    for scan, held in (
-        (False, weights),
-        (True, weights._replace(target=stack_layers(target_params))),
-    ):
-        decoder = make_decoder(Target(TARGET, scan_layers=scan), model)
-        state = start(decoder, held, PROMPTS, max_new_tokens=12, cache_len=100)
-        outputs.append(finish(decoder, held, state))
-    np.testing.assert_array_equal(outputs[0].tokens, outputs[1].tokens)
-    np.testing.assert_array_equal(outputs[0].verifications, outputs[1].verifications)
+    apart = answers(make_decoder(Target(TARGET), model), weights, PROMPTS, 20)
+    decoder = make_decoder(Target(TARGET, scan_layers=True), model)
+    stacked = weights._replace(target=stack_layers(target_params))
+    state = answers(decoder, stacked, PROMPTS, 20)
+    assert written(state) == expected
+    np.testing.assert_array_equal(state.verifications, apart.verifications)
 
 
-def test_plain_decoding_is_the_loop_without_proposals(target_params: Any) -> None:
+def test_plain_decoding_is_the_loop_without_proposals(
+    target_params: Any, expected: list[list[int]]
+) -> None:
     decoder = make_decoder(Target(TARGET))
-    state = answers(decoder, Weights(target_params), PROMPTS, 12)
+    state = answers(decoder, Weights(target_params), PROMPTS, 20)
     assert decoder.proposals == 0
-    for row, prompt in enumerate(PROMPTS):
-        written = np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])])
-        assert written.tolist() == greedy_by_whole_passes(target_params, prompt, 12)
-        assert int(state.verifications[row]) == 11
+    assert written(state) == expected
+    assert state.verifications.tolist() == [19] * len(PROMPTS)
 
 
-def test_a_stop_token_ends_its_row_where_it_stands(target_params: Any) -> None:
+def test_a_stop_token_ends_its_row_where_it_stands(
+    target_params: Any, expected: list[list[int]]
+) -> None:
     draft, weights = models(target_params, draft_config())
-    whole = [greedy_by_whole_passes(target_params, prompt, 20) for prompt in PROMPTS]
-    stop = whole[0][6]
+    stop = expected[0][6]
     decoder = make_decoder(Target(TARGET), draft, stop_ids=(stop,))
-    state = answers(decoder, weights, PROMPTS, 20)
-    for row, prompt in enumerate(PROMPTS):
-        expected = whole[row][: whole[row].index(stop) + 1] if stop in whole[row] else whole[row]
-        assert (
-            np.asarray(state.tokens[row, len(prompt) : int(state.lengths[row])]).tolist()
-            == expected
-        )
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in expected]
+    assert written(answers(decoder, weights, PROMPTS, 20)) == cut
 
 
-def test_streaming_gives_growing_prefixes_of_the_same_output(target_params: Any) -> None:
+def test_streaming_gives_growing_prefixes_of_the_same_output(
+    target_params: Any, expected: list[list[int]]
+) -> None:
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft)
     cache_len = required_cache_len(decoder, 3, 20)
     first = start(decoder, weights, PROMPTS[:1], max_new_tokens=20, cache_len=cache_len)
-    pieces = [
-        np.asarray(state.tokens[0, 3 : int(state.lengths[0])]).tolist()
-        for state in stream(decoder, weights, first, cycles=2)
-    ]
-    whole = greedy_by_whole_passes(target_params, PROMPTS[0], 20)
-    assert len(pieces) > 2 and pieces[-1] == whole
-    assert all(piece == whole[: len(piece)] for piece in pieces)
+    pieces = [written(state)[0] for state in stream(decoder, weights, first, cycles=2)]
+    assert len(pieces) > 2 and pieces[-1] == expected[0]
+    assert all(piece == expected[0][: len(piece)] for piece in pieces)
 
 
 def test_accept_greedy_keeps_the_longest_matching_prefix() -> None:
@@ -235,30 +235,21 @@ def test_start_refuses_what_does_not_fit(target_params: Any) -> None:
         start(decoder, weights, [np.array([], np.int32)], max_new_tokens=2, cache_len=100)
 
 
-def test_a_stale_cache_is_never_read(target_params: Any) -> None:
+def test_a_stale_cache_is_never_read(target_params: Any, expected: list[list[int]]) -> None:
     """Rewinding only moves a length: garbage from the last committed position on has no effect."""
     draft, weights = models(target_params, draft_config())
     decoder = make_decoder(Target(TARGET), draft)
     cache_len = required_cache_len(decoder, 7, 20)
     state = start(decoder, weights, PROMPTS, max_new_tokens=20, cache_len=cache_len)
+    stale = jnp.arange(cache_len) >= (state.lengths - 1)[:, None]
 
-    def spoil(cache: jax.Array) -> jax.Array:
-        stale = jnp.arange(cache_len) >= (state.lengths - 1)[:, None]
-        return jnp.where(stale[:, None, :, None], 1e3, cache)
+    def spoiled(caches: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.where(stale[:, None, :, None], 1e3, x), caches)
 
-    spoiled = replace_caches(state, spoil)
-    expected = np.asarray(finish(decoder, weights, state).tokens)
-    found = finish(decoder, weights, spoiled)
-    for row, prompt in enumerate(PROMPTS):
-        assert np.array_equal(
-            np.asarray(found.tokens)[row, : len(prompt) + 20], expected[row, : len(prompt) + 20]
-        )
-
-
-def replace_caches(state: Any, change: Any) -> Any:
-    caches = jax.tree.map(change, (state.target_cache, state.draft_cache))
-    copy = jax.tree.map(jnp.copy, state)  # the original is consumed by the loop
-    return copy._replace(target_cache=caches[0], draft_cache=caches[1])
+    state = state._replace(
+        target_cache=spoiled(state.target_cache), draft_cache=spoiled(state.draft_cache)
+    )
+    assert written(finish(decoder, weights, state)) == expected
 
 
 def test_decoder_is_a_compile_time_constant(target_params: Any) -> None:

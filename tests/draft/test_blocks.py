@@ -138,11 +138,6 @@ def test_sample_anchors_fills_static_slots(num_anchors: int) -> None:
         assert np.all(np.asarray(anchors[row])[~np.asarray(keep[row])] == 0)
 
 
-def test_sample_anchors_without_candidates_leaves_every_slot_unused() -> None:
-    anchors, keep = draw(jax.random.key(0), jnp.zeros((2, 8), bool), num_anchors=4)
-    assert not np.any(keep) and not np.any(anchors)
-
-
 def slow_blocks(
     ids: np.ndarray,
     loss_mask: np.ndarray,

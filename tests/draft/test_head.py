@@ -25,11 +25,8 @@ def gru_weights() -> dict[str, np.ndarray]:
 def test_prefix_gru_equals_torch_in_values_and_gradients() -> None:
     import torch
 
-    x, weights, outer = (
-        normal(ROWS, STEPS, INPUT),
-        gru_weights(),
-        normal(ROWS, STEPS, HIDDEN, seed=3),
-    )
+    x, weights = normal(ROWS, STEPS, INPUT), gru_weights()
+    outer = normal(ROWS, STEPS, HIDDEN, seed=3)
     theirs = torch.nn.GRU(INPUT, HIDDEN, bias=False, batch_first=True)
     theirs.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
     x_torch = torch.tensor(x, requires_grad=True)
@@ -49,13 +46,6 @@ def test_prefix_gru_equals_torch_in_values_and_gradients() -> None:
         np.testing.assert_allclose(
             weight_gradient[name], parameter.grad.numpy(), rtol=1e-5, atol=1e-5, err_msg=name
         )
-
-
-def test_prefix_gru_runs_over_the_last_axis_but_one_of_any_batch() -> None:
-    x, weights = normal(2, 3, STEPS, INPUT), gru_weights()
-    found = PrefixGRU(INPUT, HIDDEN).apply({"params": weights}, x)
-    flat = PrefixGRU(INPUT, HIDDEN).apply({"params": weights}, x.reshape(6, STEPS, INPUT))
-    np.testing.assert_array_equal(found, flat.reshape(2, 3, STEPS, HIDDEN))
 
 
 def test_prefix_gru_starts_like_torch() -> None:
@@ -107,53 +97,25 @@ def test_domino_head_equals_torch() -> None:
 
     config = draft_config()
     params = random_params(config)["head"]
-    hidden, previous = (
-        normal(2, 3, 5, config.hidden_size),
-        normal(2, 3, 5, config.hidden_size, seed=1),
-    )
+    hidden, previous = (normal(2, 3, 5, config.hidden_size, seed=seed) for seed in (0, 1))
     gru = torch.nn.GRU(config.hidden_size, config.head.gru_hidden_dim, bias=False, batch_first=True)
     gru.load_state_dict(
         {name: torch.tensor(np.asarray(w)) for name, w in params["prefix_gru"].items()}
     )
     with torch.no_grad():
         states, _ = gru(torch.tensor(previous.reshape(6, 5, -1)))
-        joined = torch.cat(
-            [torch.tensor(hidden), states.reshape(2, 3, 5, -1)], dim=-1
-        )  # hidden first, then the GRU
-        expected = torch.nn.functional.silu(
-            joined @ torch.tensor(np.asarray(params["embed_proj_0"]["weight"])).T
-        )
+        # Hidden first, then the GRU.
+        joined = torch.cat([torch.tensor(hidden), states.reshape(2, 3, 5, -1)], dim=-1)
+        weight = torch.tensor(np.asarray(params["embed_proj_0"]["weight"]))
+        expected = torch.nn.functional.silu(joined @ weight.T)
     found = jax.jit(DominoHead(config, config.head).apply)({"params": params}, hidden, previous)
     chex.assert_shape(found, (2, 3, 5, config.head.emb_dim))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_domino_head_reads_only_tokens_before_each_prediction() -> None:
-    config = draft_config()
-    apply, params = (
-        jax.jit(DominoHead(config, config.head).apply),
-        {"params": random_params(config)["head"]},
-    )
-    hidden, previous = (
-        normal(1, 1, 5, config.hidden_size),
-        normal(1, 1, 5, config.hidden_size, seed=1),
-    )
-    changed = previous.copy()
-    changed[:, :, 2] += 1.0
-    differs = np.any(
-        np.asarray(apply(params, hidden, previous) != apply(params, hidden, changed)), axis=-1
-    )
-    assert differs.tolist() == [[[False, False, True, True, True]]]
-
-
 def test_domino_head_computes_in_its_dtype() -> None:
     config = draft_config(dtype="bfloat16")
     params = random_params(config)["head"]
-    hidden, previous = (
-        normal(1, 2, 5, config.hidden_size),
-        normal(1, 2, 5, config.hidden_size, seed=1),
-    )
-    halves = (jnp.asarray(x, jnp.bfloat16) for x in (hidden, previous))
-    chex.assert_type(
-        DominoHead(config, config.head).apply({"params": params}, *halves), jnp.bfloat16
-    )
+    half = jnp.asarray(normal(1, 2, 5, config.hidden_size), jnp.bfloat16)
+    found = DominoHead(config, config.head).apply({"params": params}, half, half)
+    chex.assert_type(found, jnp.bfloat16)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stand_in import own_answer
 from tiny import Heard
 
 from domino_jax.decoding.generate import Answer
@@ -13,11 +14,7 @@ IDENTITY = {"target": "abc", "max_new_tokens": 4, "dtype": "float32"}
 
 
 def answers() -> list[Answer]:
-    made = []
-    for tokens, stopped in (([5, 6, 7], True), ([8], False)):
-        ids = np.array(tokens, np.int32)
-        made.append(Answer(ids, np.zeros(len(ids), bool), stopped, len(ids) - 1, len(ids) - 1, 2.0))
-    return made
+    return [own_answer(5, 6, 7, stopped=True), own_answer(8)]
 
 
 def never() -> list[Answer]:

@@ -1,52 +1,38 @@
 """Greedy outputs are held against the target's own, and a fault does not pass for a tie."""
 
 from dataclasses import astuple, replace
+from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import draft_config, target_config
+import toy_models
+from stand_in import own_answer as answer
 
 from domino_jax.decoding.decoder import Weights
-from domino_jax.decoding.generate import Answer
 from domino_jax.evaluation.compare import Difference, compare, next_logits
 from domino_jax.target.decoder import Target
 
-CONFIG = draft_config(num_target_layers=4, target_layer_ids=(0, 2))
-TARGET = Target(target_config(CONFIG))
-PROMPTS = [np.arange(1, 1 + count, dtype=np.int32) for count in (3, 5)]
+TARGET = Target(toy_models.TARGET)
+PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [1, 2, 3, 4, 5])]
 
 
-@pytest.fixture(scope="module")
-def weights() -> Weights:
-    target = nn.meta.unbox(TARGET.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return Weights(jax.tree.map(lambda x: x * 10 if x.ndim == 2 else x, target))
-
-
-def answer(
-    *tokens: int, committed: int = 1, verifications: int = 1, seconds: float = 1.0
-) -> Answer:
-    ids = np.array(tokens, np.int32)
-    return Answer(ids, np.zeros(len(ids), bool), False, committed, verifications, seconds)
+@pytest.fixture
+def weights(target_params: Any) -> Weights:
+    return Weights(target_params)
 
 
 def test_compare_reports_the_first_difference_with_its_logit_gap(weights: Weights) -> None:
     found = compare(
-        weights,
-        TARGET,
-        PROMPTS[:2],
-        [answer(4, 5, 6), answer(7, 8)],
-        [answer(4, 9, 6), answer(7, 8)],
+        weights, TARGET, PROMPTS, [answer(4, 5, 6), answer(0, 1)], [answer(4, 2, 6), answer(0, 1)]
     )
     assert (found.tokens_compared, found.tokens_equal) == (4, 3)
     (difference,) = found.differences
     assert (difference.prompt, difference.position) == (0, 1)
-    assert (difference.plain_token, difference.speculative_token) == (5, 9)
+    assert (difference.plain_token, difference.speculative_token) == (5, 2)
     hidden = TARGET.apply({"params": weights.target}, jnp.array([[1, 2, 3, 4]])).hidden[0, -1]
     logits = weights.target["lm_head"] @ hidden
-    assert difference.logit_gap == pytest.approx(float(abs(logits[5] - logits[9])), rel=1e-4)
+    assert difference.logit_gap == pytest.approx(float(abs(logits[5] - logits[2])), rel=1e-4)
     np.testing.assert_allclose(
         next_logits(TARGET, weights.target, np.array([1, 2, 3, 4])), logits, rtol=1e-4, atol=1e-4
     )

@@ -12,7 +12,7 @@ from toy_models import PROMPTS, TARGET, draft_config, models
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import advance, required_cache_len, start
-from domino_jax.evaluation.counts import acceptance, tau, verifications
+from domino_jax.evaluation.counts import acceptance, per_prompt, tau
 from domino_jax.target.decoder import Target
 
 P = 3
@@ -61,7 +61,7 @@ def shares(cycles: list[Cycle]) -> tuple[list[float], list[float | None]]:
 
 def assert_counts(answers: list[Answer], cycles: list[Cycle]) -> None:
     committed = sum(cycle.kept + (not cycle.cut) for cycle in cycles)
-    assert verifications(answers) == len(cycles)
+    assert sum(per_prompt(answers).verifications) == len(cycles)
     assert tau(answers) == pytest.approx(committed / max(len(cycles), 1))
     marginal, conditional = shares(cycles)
     found = acceptance(answers, P)
@@ -83,6 +83,7 @@ def test_the_drawn_answer_is_counted_as_drawn() -> None:
 
 def test_every_short_answer_is_counted_by_its_cycles() -> None:
     """All answers of up to three cycles, the last one cut or not."""
+    assert_counts([answer_of([])], [])  # ended with the prompt's own token
     whole = [Cycle(kept) for kept in range(P + 1)]
     # A cycle commits one token at least: cut before any, it would not have been.
     ends = [*whole, *(Cycle(kept, cut=True) for kept in range(1, P + 1))]
@@ -105,14 +106,6 @@ def test_answers_are_added_up_before_anything_is_divided() -> None:
         answers.append(answer_of(cycles))
         every += cycles
     assert_counts(answers, every)
-
-
-def test_nothing_verified_is_no_acceptance() -> None:
-    """Answers that ended with the prompt's own token."""
-    assert_counts([answer_of([])], [])
-    assert acceptance([answer_of([])], P).conditional == (None,) * P
-    # A first proposal that is always refused leaves nothing to say of the second.
-    assert acceptance([answer_of([Cycle(0)])], P).conditional == (0.0, None, None)
 
 
 def drafted_stop(answers: list[Answer]) -> int:

@@ -2,57 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from stand_in import NOT_FOUND, VLLM, SGLang, serving
-from tiny import Heard
-from toy_models import PROMPTS, TARGET, draft_config, models
+from stand_in import own_answer
 
-from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
-from domino_jax.decoding.generate import Answer, generate
-from domino_jax.decoding.speculate import required_cache_len
-from domino_jax.evaluation.bootstrap import PerPrompt
-from domino_jax.evaluation.endpoint import EndpointFigures, compare_with_server
-from domino_jax.evaluation.evaluate import plain_answers
-from domino_jax.evaluation.servers import ask, find_server
-from domino_jax.target.decoder import Target
+from domino_jax.decoding.generate import Answer
+from domino_jax.evaluation.counts import in_cycles, per_prompt
+from domino_jax.evaluation.endpoint import compare_with_server
+from domino_jax.evaluation.servers import Drafting, Served, ServedAnswer, Server
 
-TOKENS = 20
-
-
-@dataclass(frozen=True)
-class Ours:
-    """What decodes here, the target's own answers, and what drafts took."""
-
-    decoder: Decoder
-    weights: Weights
-    plain: Sequence[Answer]
-    per_prompt: PerPrompt
-
-    def decode(self, prompt: np.ndarray, limit: int, stop_ids: Sequence[int]) -> Answer:
-        assert tuple(stop_ids) == self.decoder.stop_ids and limit == TOKENS
-        cache_len = required_cache_len(self.decoder, max(map(len, PROMPTS)), TOKENS)
-        (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=TOKENS, cache_len=cache_len
-        )
-        return answer
-
-
-@pytest.fixture(scope="module")
-def ours(target_params: Any) -> Ours:
-    draft, weights = models(target_params, draft_config())
-    decoder = make_decoder(Target(TARGET), draft, proposals="serving", stop_ids=(5,))
-    plain = plain_answers(decoder, weights, PROMPTS, max_new_tokens=TOKENS, reporter=Heard())
-    answers = generate(decoder, weights, PROMPTS, max_new_tokens=TOKENS)
-    per_prompt = PerPrompt(
-        tuple(answer.committed for answer in answers),
-        tuple(answer.verifications for answer in answers),
-    )
-    assert per_prompt.tau > 1  # or a wrong count would go unnoticed
-    return Ours(decoder, weights, plain, per_prompt)
+RNG = np.random.default_rng(0)
+LENGTHS = (20, 11, 17, 5)
+SERVER = Server("http://host", "SGLang 0.5.19", None, 4, 1.0)
+PLAIN = [own_answer(*RNG.integers(0, 5, length)) for length in LENGTHS]
+OURS = [in_cycles(one, RNG.integers(0, 4, len(one.tokens)).tolist()) for one in PLAIN]
 
 
 def text_of(ids: np.ndarray) -> str:
@@ -60,87 +26,69 @@ def text_of(ids: np.ndarray) -> str:
     return " ".join("abcdefg"[token] * 2 for token in ids if token != 5)
 
 
-def measured(respond: Any, ours: Ours) -> EndpointFigures:
-    with serving(respond) as url:
-        server = find_server(url, timeout=60.0)
-        served = ask(server, PROMPTS, max_new_tokens=TOKENS, stop_ids=(5,), reporter=Heard())
-    figures = compare_with_server(served, ours.plain, ours.per_prompt, text_of=text_of)
-    assert figures.url == url and figures.tokens_per_second > 0
-    return figures
+def record_of(answers: Sequence[ServedAnswer], plain: Sequence[Answer], **told: Any) -> Any:
+    served = Served(SERVER, answers, **told)
+    figures = compare_with_server(served, plain, per_prompt(OURS), text_of=text_of)
+    return json.loads(json.dumps(figures))
 
 
-@pytest.mark.parametrize("engine", ["SGLang", "vLLM, each request", "vLLM, counters"])
-def test_a_server_that_decodes_as_we_do(ours: Ours, engine: str) -> None:
-    respond: Any = SGLang(ours.decode)
-    if engine != "SGLang":
-        respond = VLLM(ours.decode, per_request=engine == "vLLM, each request")
-    figures = measured(respond, ours)
-    assert figures.ratio == 1 and figures.tau == ours.per_prompt.tau and figures.proposals == 3
-    length = sum(len(answer.tokens) for answer in ours.plain)
-    assert figures.tokens == figures.tokens_compared == figures.tokens_equal == length
-    record = json.loads(json.dumps(figures.as_json()))
+def served_with(answers: Sequence[Answer], *, by_prompt: bool) -> Any:
+    """The record of a server that gives such answers."""
+    taken = per_prompt(answers)
+    verifications = sum(taken.verifications)
+    told: dict[str, Any] = {"drafting": Drafting(verifications, 3 * verifications)}
+    if by_prompt:
+        told["per_prompt"] = taken
+    tokens = [answer.tokens for answer in answers]
+    return record_of([ServedAnswer("", ids, len(ids), None, 2.0) for ids in tokens], PLAIN, **told)
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+def test_a_server_that_decodes_as_we_do(by_prompt: bool) -> None:
+    record = served_with(OURS, by_prompt=by_prompt)
+    ours = per_prompt(OURS)
+    assert ours.tau > 1  # or a wrong count would go unnoticed
+    assert (record["url"], record["server"]) == ("http://host", "SGLang 0.5.19")
+    assert record["ratio"] == 1 and record["tau"] == ours.tau and record["proposals"] == 3
+    tokens = record["tokens"]
+    assert tokens == record["tokens_compared"] == record["tokens_equal"] == sum(LENGTHS)
+    assert record["tokens_per_second"] == tokens / (2.0 * len(LENGTHS))
     told = {"url", "server", "tokens", "tokens_compared", "tokens_equal", "tokens_per_second"}
     told |= {"tau", "ratio", "proposals"}
-    by_prompt = {"interval", "per_prompt", "ratio_interval"}
-    if engine == "vLLM, counters":
+    if not by_prompt:
         assert set(record) == told
     else:
-        assert set(record) == told | by_prompt
-        assert record["per_prompt"]["committed"] == list(ours.per_prompt.committed)
+        assert set(record) == told | {"interval", "per_prompt", "ratio_interval"}
+        assert record["per_prompt"]["committed"] == list(ours.committed)
         assert record["ratio_interval"] == [1, 1]
         assert record["interval"][0] <= record["tau"] <= record["interval"][1]
 
 
-def test_a_server_that_accepts_less_and_writes_something_else(ours: Ours) -> None:
-    def worse(prompt: np.ndarray, limit: int, stop_ids: Sequence[int]) -> Answer:
-        answer = ours.decode(prompt, limit, stop_ids)
+def test_a_server_that_accepts_less_and_writes_something_else() -> None:
+    def worse(answer: Answer) -> Answer:
         tokens = answer.tokens.copy()
-        tokens[3:] = (tokens[3:] + 1) % TARGET.vocab_size
+        tokens[3:] += 1
         return replace(answer, tokens=tokens, verifications=2 * answer.verifications)
 
-    figures = measured(SGLang(worse), ours)
-    assert figures.ratio == pytest.approx(0.5)
-    assert figures.ratio_interval == pytest.approx((0.5, 0.5))
-    lengths = [len(answer.tokens) for answer in ours.plain]
-    assert figures.tokens_equal == sum(min(length, 3) for length in lengths)
-    assert figures.tokens_compared == sum(min(length, 4) for length in lengths)
+    record = served_with(list(map(worse, OURS)), by_prompt=True)
+    assert record["ratio"] == pytest.approx(0.5)
+    assert record["ratio_interval"] == pytest.approx([0.5, 0.5])
+    assert record["tokens_equal"] == sum(min(length, 3) for length in LENGTHS)
+    assert record["tokens_compared"] == sum(min(length, 4) for length in LENGTHS)
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_server_that_tells_text_alone(ours: Ours, changed: bool) -> None:
-    def text_alone(path: str, question: Any) -> tuple[Any, ...]:
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "m"}]}
-        if path != "/v1/completions":
-            return NOT_FOUND
-        ids = np.array(question["prompt"], np.int32)
-        tokens = ours.decode(ids, question["max_tokens"], question["stop_token_ids"]).tokens
-        text = text_of(tokens)
-        if changed:  # within the fourth word
-            text = f"{text[:10]}#{text[11:]}"
-        usage = {"completion_tokens": len(tokens)}
-        return 200, {"choices": [{"text": f" {text}"}], "usage": usage}
-
-    figures = measured(text_alone, ours)
-    assert figures.tau is figures.ratio is figures.per_prompt is figures.proposals is None
-    lengths = [len(answer.tokens) for answer in ours.plain]
-    cut = 3 if changed else TOKENS
-    assert figures.tokens_equal == sum(min(length, cut) for length in lengths)
-    assert figures.tokens_compared == sum(min(length, cut + changed) for length in lengths)
-    assert "tau" not in figures.as_json() and figures.server == "OpenAI-style server"
-
-
-@pytest.mark.parametrize(("text", "equal"), [("aa bb cc dd", 3), ("aa b", 1), ("", 0), ("xy", 0)])
-def test_text_that_ends_earlier_or_later_differs_there(ours: Ours, text: str, equal: int) -> None:
-    own = replace(ours.plain[0], tokens=np.array([0, 1, 2], np.int32))
-
-    def respond(path: str, _: Any) -> tuple[Any, ...]:
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "m"}]}
-        return 200, {"choices": [{"text": text}], "usage": {"completion_tokens": 4}}
-
-    with serving(respond) as url:
-        server = find_server(url, timeout=5.0)
-        served = ask(server, PROMPTS[:1], max_new_tokens=4, stop_ids=(), reporter=Heard())
-    figures = compare_with_server(served, [own], PerPrompt((3,), (2,)), text_of=text_of)
-    assert (figures.tokens_equal, figures.tokens_compared) == (equal, equal + 1)
+@pytest.mark.parametrize(
+    ("text", "equal", "compared"),
+    [
+        (" aa bb cc", 3, 3),
+        (" aa b#cc", 1, 2),
+        ("aa bb cc dd", 3, 4),  # goes on
+        ("aa b", 1, 2),
+        ("", 0, 1),
+        ("xy", 0, 1),
+    ],
+)
+def test_text_alone_is_compared_by_the_text_of_tokens(text: str, equal: int, compared: int) -> None:
+    record = record_of([ServedAnswer(text, None, 4, None, 1.0)], [own_answer(0, 1, 2)])
+    assert (record["tokens_equal"], record["tokens_compared"]) == (equal, compared)
+    assert not record.keys() & {"tau", "ratio", "per_prompt", "proposals"}

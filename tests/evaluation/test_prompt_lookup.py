@@ -2,14 +2,9 @@
 
 import numpy as np
 import pytest
+from stand_in import own_answer as answer
 
-from domino_jax.decoding.generate import Answer
 from domino_jax.evaluation.prompt_lookup import LONGEST, look_up, proposed
-
-
-def answer(*tokens: int) -> Answer:
-    ids = np.array(tokens, np.int32)
-    return Answer(ids, np.zeros(len(ids), bool), True, 0, 0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -39,20 +34,19 @@ def test_every_beginning_of_a_text_is_searched_as_a_loop_would() -> None:
     assert proposed(text, 4) == [searched(text[: place + 1]) for place in range(len(text))]
 
 
-def test_verifications_are_those_of_a_cycle_by_hand() -> None:
-    prompt = np.array([1, 2, 3, 4], np.int32)
-    # 1 costs nothing. After "4 1" comes 2, 3, 4 (from the prompt's 1), then 9 is the target's own;
-    # nothing stood before 9, so 1 is too; then 2, 3 are proposed and kept, and the answer ends.
-    found = look_up(prompt, answer(1, 2, 3, 4, 9, 1, 2, 3), proposals=3)
-    assert found.drafted.tolist() == [False, True, True, True, False, False, True, True]
-    assert (found.committed, found.verifications) == (7, 3)
-
-
-def test_where_nothing_repeats_every_token_costs_a_verification() -> None:
-    found = look_up(np.array([1, 2], np.int32), answer(3, 4, 5, 6), proposals=3)
-    assert not found.drafted.any() and (found.committed, found.verifications) == (3, 3)
-
-
-def test_an_answer_of_one_token_costs_none() -> None:
-    found = look_up(np.array([1, 2], np.int32), answer(3), proposals=3)
-    assert (found.committed, found.verifications) == (0, 0)
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "drafted", "verifications"),
+    [
+        # 1 costs nothing. After "4 1" comes 2, 3, 4 (from the prompt's 1), then 9 is the target's
+        # own; nothing stood before 9, so 1 is too; then 2, 3 are proposed and kept, and it ends.
+        ([1, 2, 3, 4], [1, 2, 3, 4, 9, 1, 2, 3], [0, 1, 1, 1, 0, 0, 1, 1], 3),
+        ([1, 2], [3, 4, 5, 6], [0, 0, 0, 0], 3),  # nothing repeats
+        ([1, 2], [3], [0], 0),
+    ],
+)
+def test_verifications_are_those_of_a_cycle_by_hand(
+    prompt: list[int], tokens: list[int], drafted: list[int], verifications: int
+) -> None:
+    found = look_up(np.array(prompt, np.int32), answer(*tokens), proposals=3)
+    assert found.drafted.tolist() == drafted
+    assert (found.committed, found.verifications) == (len(tokens) - 1, verifications)

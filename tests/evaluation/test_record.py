@@ -10,7 +10,6 @@ import pytest
 from domino_jax.base.errors import InputError
 from domino_jax.data.template import ChatTemplate
 from domino_jax.evaluation.record import (
-    Earlier,
     Evaluator,
     measured,
     read_earlier,
@@ -36,13 +35,13 @@ CYCLE = {"whole": 26.0, "plain": 13.0}
 
 def test_what_was_written_is_what_is_added_to(tmp_path: Path) -> None:
     place = tmp_path / "evaluation.json"
-    assert read_earlier(place, EVALUATOR) == Earlier({}, None)
+    assert read_earlier(place, EVALUATOR) == {"sets": {}, "cycle": None}
     record = write_evaluation(place, EVALUATOR, training={"steps": 6}, cycle=CYCLE, sets=SETS)
     assert json.loads(place.read_text()) == record
     # The times of a cycle too: another set may be measured without timing anything.
-    assert read_earlier(place, EVALUATOR) == Earlier(SETS, CYCLE)
+    assert read_earlier(place, EVALUATOR) == {"sets": SETS, "cycle": CYCLE}
     write_evaluation(place, EVALUATOR, training={}, cycle=None, sets=SETS)
-    assert read_earlier(place, EVALUATOR) == Earlier(SETS, None)
+    assert read_earlier(place, EVALUATOR) == {"sets": SETS, "cycle": None}
 
 
 @pytest.mark.parametrize(

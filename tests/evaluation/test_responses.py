@@ -1,9 +1,7 @@
 """Whatever a server does, it ends in a response within bounds or in one line with the address."""
 
-import socket
 import time
-from contextlib import suppress
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import pytest
@@ -73,31 +71,19 @@ def test_who_hangs_is_left() -> None:
         ended.set()
 
 
-def test_who_sends_a_byte_now_and_then_is_left() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as place:
-        address = f"http://127.0.0.1:{place.getsockname()[1]}/x"
-        # The whole head and no end: each piece comes within the time of a piece.
-        ended = drip(place)
-        with pytest.raises(InputError, match=r"no response within .* seconds"):
-            fetch(address, 0.5)
-        ended.set()
+def test_who_sends_a_byte_now_and_then_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece comes within the time of a piece, and there is no end."""
 
+    def piece(*_: Any) -> bytes:
+        time.sleep(0.05)
+        return b" "
 
-def drip(place: socket.socket) -> Event:
-    """Answers one connection with a byte every tenth of a second, until the event is set."""
-    ended = Event()
-
-    def send() -> None:
-        connection, _ = place.accept()
-        with connection:
-            connection.recv(2**16)
-            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
-            with suppress(OSError):  # the other side has left
-                while not ended.wait(0.1):
-                    connection.sendall(b" ")
-
-    Thread(target=send, daemon=True).start()
-    return ended
+    monkeypatch.setattr("http.client.HTTPResponse.read1", piece)
+    with (
+        serving(lambda *_: (200, {})) as url,
+        pytest.raises(InputError, match=r"no response within .* seconds"),
+    ):
+        fetch(f"{url}/x", 0.2)
 
 
 def test_who_never_ends_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,16 +36,11 @@ LLAMA3 = inspect.signature(TikTokenConverter).parameters["pattern"].default
 
 def slow_tokens(text: str, vocabulary: tuple[list[str], list[str]], pre: str) -> list[str]:
     """Byte-level BPE in plain loops: the published regexes, then the best-ranked pair at a time."""
-    tokens, ranks = (
-        set(vocabulary[0]),
-        {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary[1])},
-    )
+    tokens = set(vocabulary[0])
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(vocabulary[1])}
+    pattern = GPT2 if pre == "smollm" else LLAMA3
     digits = regex.findall(r"\p{N}|\P{N}+", text) if pre == "smollm" else [text]
-    words = [
-        word
-        for piece in digits
-        for word in regex.findall(GPT2 if pre == "smollm" else LLAMA3, piece)
-    ]
+    words = [word for piece in digits for word in regex.findall(pattern, piece)]
     assert "".join(words) == text
     found = []
     for word in words:
@@ -69,10 +64,8 @@ def test_tokenizer_equals_plain_loops(
     pre: str,
 ) -> None:
     if pre == "llama-bpe":  # a word that no merge reaches is still taken whole
-        vocabulary = (
-            ["hello" if token == "[PAD4]" else token for token in vocabulary[0]],
-            vocabulary[1][:40],
-        )
+        tokens = ["hello" if token == "[PAD4]" else token for token in vocabulary[0]]
+        vocabulary = (tokens, vocabulary[1][:40])
     types = [2, 3, 3, 4, *[1] * (len(vocabulary[0]) - 4)]
     changes = {"tokenizer.ggml.tokens": vocabulary[0], "tokenizer.ggml.merges": vocabulary[1]}
     path = tiny_gguf("llama", pre=pre, metadata=changes | {"tokenizer.ggml.token_type": types})
@@ -86,9 +79,8 @@ def test_tokenizer_for_qwen_equals_transformers(
 ) -> None:
     tokens, merges = vocabulary
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    reference = Qwen2Tokenizer(
-        {token: index for index, token in enumerate(tokens)}, pairs, unk_token="<unk>"
-    )
+    numbers = {token: index for index, token in enumerate(tokens)}
+    reference = Qwen2Tokenizer(numbers, pairs, unk_token="<unk>")
     tokenizer = load_tokenizer(convert_gguf(tiny_gguf("qwen3", pre="qwen2"), tmp_path / "model"))
     for text in STRINGS:
         assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
@@ -97,19 +89,11 @@ def test_tokenizer_for_qwen_equals_transformers(
 
 def test_tokenizer_knows_its_special_tokens(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(convert_gguf(tiny_gguf("llama"), tmp_path / "model"))
-    assert tokenizer("<bos>1<think>2<eos>")["input_ids"] == [
-        1,
-        *tokenizer("1")["input_ids"],
-        3,
-        *tokenizer("2")["input_ids"],
-        2,
-    ]
+    one, two = (tokenizer(text)["input_ids"] for text in "12")
+    assert tokenizer("<bos>1<think>2<eos>")["input_ids"] == [1, *one, 3, *two, 2]
     assert tokenizer.decode([1, 3, 2], skip_special_tokens=True) == "<think>"
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == (
-        "<bos>",
-        "<eos>",
-        "<unk>",
-    )
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    assert named == ("<bos>", "<eos>", "<unk>")
     assert "[PAD4]" not in tokenizer.get_vocab() and tokenizer.model_max_length == 128
 
 
@@ -166,16 +150,8 @@ def test_smollm2_tokenizer_keeps_the_published_rules(smollm2_tokenizer: Any) -> 
     for text in STRINGS:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.tokenize("In 2024") == ["In", "Ġ", "2", "0", "2", "4"]
-    special = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<repo_name>",
-        "<reponame>",
-        "<file_sep>",
-        "<filename>",
-    ]
-    assert tokenizer("".join(special))["input_ids"] == list(range(7))
+    special = "<|endoftext|><|im_start|><|im_end|><repo_name><reponame><file_sep><filename>"
+    assert tokenizer(special)["input_ids"] == list(range(7))
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert len(tokenizer) == 49152 and tokenizer.model_max_length == 8192
     # The vocabulary has no letter for six control bytes: they vanish, and no unknown token takes

@@ -6,33 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-import chex
 import pytest
 from exports import CONFIG, PLAIN, SHIFTED_DFLASH, SLIDING, params_of
-from reference import dflash_config, draft_config
+from reference import draft_config
 from transformers import Qwen3Config
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.heads import HEADS
-from domino_jax.config.model import DraftConfig, RopeScaling
+from domino_jax.config.model import SIZES, DraftConfig, RopeScaling
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
 from domino_jax.interop.hf_config import config_from_json, config_json
+
+MIXED = ("full_attention", "sliding_attention")
 
 
 @pytest.mark.parametrize(
     ("changes", "is_causal"),
     [
-        ({"layer_types": SLIDING, "sliding_window": 6}, False),
-        ({"layer_types": SLIDING, "sliding_window": 6, "sliding_in_block": "causal"}, None),
-        (
-            {
-                "layer_types": ("full_attention", SLIDING[0]),
-                "sliding_window": 6,
-                "sliding_in_block": "causal",
-            },
-            None,
-        ),
-        ({"layer_types": ("full_attention", SLIDING[0]), "sliding_window": 6}, False),
+        ({"layer_types": SLIDING}, False),
+        ({"layer_types": SLIDING, "sliding_in_block": "causal"}, None),
+        ({"layer_types": MIXED, "sliding_in_block": "causal"}, None),
+        ({"layer_types": MIXED}, False),
     ],
 )
 def test_windows_are_written_as_their_readers_take_them(
@@ -40,7 +34,7 @@ def test_windows_are_written_as_their_readers_take_them(
 ) -> None:
     from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 
-    config = draft_config(**changes)
+    config = draft_config(sliding_window=6, **changes)
     save_hf_draft(tmp_path / "draft", config, params_of(config))
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
     # Without the keys z-lab, SGLang and vLLM take a sliding layer as causal, NeMo no layer;
@@ -68,11 +62,8 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
     tree = json.loads((tmp_path / "draft" / "config.json").read_text())
     nested = tree["dflash_config"]
     # SpecForge
-    assert (nested["projector_type"], nested["emb_dim"], nested["gru_hidden_dim"]) == (
-        "domino",
-        12,
-        20,
-    )
+    assert nested["projector_type"] == "domino"
+    assert (nested["emb_dim"], nested["gru_hidden_dim"]) == (12, 20)
     # NeMo and tpu-inference look for the block size in different places
     assert nested["block_size"] == tree["block_size"] == 5
     # z-lab's dflash
@@ -86,60 +77,29 @@ def test_config_json_has_what_every_reader_insists_on(shift_label: bool, tmp_pat
     assert tree["vocab_size"] == 120 and tree["dtype"] == "bfloat16"
     # sglang-jax reads the first, transformers 5 the second
     assert tree["rope_theta"] == tree["rope_parameters"]["rope_theta"] == 5000.0
-    assert (
-        "partial_rotary_factor" not in tree
-        and "partial_rotary_factor" not in tree["rope_parameters"]
-    )
+    assert "partial_rotary_factor" not in tree | tree["rope_parameters"]
     # all
     assert tree["model_type"] == "qwen3" and tree["tie_word_embeddings"] is False
     assert tree["is_causal"] is False and nested["causal"] is False
     assert tree["layer_types"] == ["full_attention"] * 2
-    qwen3 = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    for key in (*qwen3, "head_dim", "max_position_embeddings", "rms_norm_eps"):
+    for key in (*SIZES, "rms_norm_eps"):
         assert tree[key] == getattr(config, key), key
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        RopeScaling(
-            rope_type="yarn", factor=4.0, original_max_position_embeddings=32, truncate=False
-        ),
-        RopeScaling(
-            rope_type="llama3",
-            factor=8.0,
-            original_max_position_embeddings=32,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-        ),
-    ],
-)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("fields", [YARN | {"truncate": False}, LLAMA3], ids=["yarn", "llama3"])
 def test_rope_scaling_is_written_in_both_schemas_and_reads_back(
-    scaling: RopeScaling, tmp_path: Path
+    fields: dict[str, Any], tmp_path: Path
 ) -> None:
+    scaling = RopeScaling(**fields)
     config = dataclasses.replace(CONFIG, rope_scaling=scaling)
     save_hf_draft(tmp_path / "draft", config, params_of(CONFIG))
     assert load_hf_draft(tmp_path / "draft")[0].rope_scaling == scaling
     theirs = Qwen3Config.from_pretrained(tmp_path / "draft").rope_parameters
-    assert theirs["rope_type"] == scaling.rope_type and theirs["rope_theta"] == 5000.0
-    assert {
-        key: theirs.get(key) for key in vars(scaling) if getattr(scaling, key) not in (None, True)
-    } == {key: value for key, value in vars(scaling).items() if value not in (None, True)}
-
-
-def test_config_json_of_a_dflash_draft_names_no_head(tmp_path: Path) -> None:
-    save_hf_draft(tmp_path / "draft", dflash_config(), params_of(dflash_config()), dtype="float32")
-    tree = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert tree["dtype"] == "float32" and tree["dflash_config"]["shift_label"] is False
-    head = {"projector_type", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len"}
-    assert not head & (set(tree) | set(tree["dflash_config"]))
-    assert "sample_from_anchor" not in tree | tree["dflash_config"]
+    assert theirs == {**fields, "rope_theta": 5000.0}
 
 
 def test_config_json_of_a_shifted_dflash_draft_says_so_under_both_names(tmp_path: Path) -> None:
@@ -176,8 +136,8 @@ def test_fields_of_a_head_of_any_plain_type_read_back(monkeypatch: pytest.Monkey
         config_from_json(tree, source="file")
 
 
-# What this project wrote before plain DFlash could be shifted.
-OLD_JSON: dict[str, Any] = {
+# The whole file of a plain DFlash draft, and what a Domino head adds to its own section.
+EXPORT: dict[str, Any] = {
     "architectures": ["DFlashDraftModel"],
     "model_type": "qwen3",
     "vocab_size": 120,
@@ -216,7 +176,7 @@ OLD_JSON: dict[str, Any] = {
 }
 
 
-OLD_HEAD_JSON = {
+HEAD = {
     "shift_label": True,
     "projector_type": "domino",
     "pure_draft_prefix_len": 1,
@@ -226,17 +186,10 @@ OLD_HEAD_JSON = {
 
 
 @pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["domino", "dflash"])
-def test_old_exports_load_as_before_and_are_written_as_before(
-    config: DraftConfig, tmp_path: Path
-) -> None:
-    tree = copy.deepcopy(OLD_JSON)
+def test_exports_are_written_key_by_key(config: DraftConfig) -> None:
+    tree = copy.deepcopy(EXPORT)
     if config.projector_type is not None:
         tree["emb_dim"] = 12
-        tree["dflash_config"] |= OLD_HEAD_JSON
-    save_hf_draft(tmp_path / "draft", config, params_of(config), dtype="float32")
-    assert json.loads((tmp_path / "draft" / "config.json").read_text()) == tree
-    (tmp_path / "draft" / "config.json").write_text(json.dumps(tree))
-    (tmp_path / "draft" / "SHA256SUMS").unlink()
-    found_config, found = load_hf_draft(tmp_path / "draft")
-    assert found_config == config
-    chex.assert_trees_all_equal(found, params_of(config), strict=True)
+        tree["dflash_config"] |= HEAD
+    assert config_json(config, "float32") == tree
+    assert config_from_json(tree, source="file") == config

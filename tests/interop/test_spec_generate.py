@@ -33,7 +33,7 @@ from domino_jax.decoding.speculate import required_cache_len, start, stream
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.draft.build import init_variables
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.training.start import draft_from_target
@@ -61,23 +61,26 @@ class Here(NamedTuple):
 
     decoder: Decoder
     weights: Weights
-    slots: int
+    cache_len: int
 
     def decode(self, prompt: np.ndarray, *, new_tokens: int) -> Decoded:
         """Decodes K tokens past the limit too, cycle by cycle, to see where each cycle begins."""
         further = new_tokens + BLOCK_SIZE
         state = start(
-            self.decoder, self.weights, [prompt], max_new_tokens=further, slots=self.slots
+            self.decoder, self.weights, [prompt], max_new_tokens=further, cache_len=self.cache_len
         )
         states = stream(self.decoder, self.weights, state, cycles=1)
         begins = [int(np.asarray(state.lengths)[0]) - 1 for state in states][:-1]
         (answer,) = generate(
-            self.decoder, self.weights, [prompt], max_new_tokens=new_tokens, slots=self.slots
+            self.decoder,
+            self.weights,
+            [prompt],
+            max_new_tokens=new_tokens,
+            cache_len=self.cache_len,
         )
         # The last token of the answer begins no block: nothing is left to write.
-        assert answer.verifications == len(
-            [begin for begin in begins if begin < len(prompt) + new_tokens - 1]
-        )
+        last = len(prompt) + new_tokens - 1
+        assert answer.verifications == len([begin for begin in begins if begin < last])
         return Decoded(answer.tokens, begins)
 
 
@@ -132,8 +135,8 @@ def compare_all(
     config, params = load_hf_draft(draft)
     loaded = load_target(target, dtype="float32")
     decoder = make_decoder(Target(loaded.config), DraftModel(config))
-    slots = required_cache_len(decoder, max(map(len, prompts)), NEW_TOKENS + BLOCK_SIZE)
-    here = Here(decoder, Weights(loaded.params, params), slots)
+    cache_len = required_cache_len(decoder, max(map(len, prompts)), NEW_TOKENS + BLOCK_SIZE)
+    here = Here(decoder, Weights(loaded.params, params), cache_len)
     torch_target = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     nemo = Qwen3DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
     zlab = DFlashDraftModel.from_pretrained(draft, dtype=torch.float32)
@@ -173,8 +176,8 @@ def trained_draft(
     recipe = DraftRecipe(num_hidden_layers=1, block_size=BLOCK_SIZE, projector_type=None, **fields)
     config = make_draft_config(recipe, loaded.config, special_ids={}, dtype="float32")
     plain, weights = make_decoder(Target(loaded.config)), Weights(loaded.params)
-    slots = required_cache_len(plain, max(map(len, prompts)), NEW_TOKENS)
-    answers = generate(plain, weights, prompts, max_new_tokens=NEW_TOKENS, slots=slots)
+    cache_len = required_cache_len(plain, max(map(len, prompts)), NEW_TOKENS)
+    answers = generate(plain, weights, prompts, max_new_tokens=NEW_TOKENS, cache_len=cache_len)
     longest = max(map(len, prompts)) + NEW_TOKENS
     ids, loss_mask = np.zeros((2, len(prompts), longest), np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -221,9 +224,8 @@ def one_torch_thread() -> Iterator[None]:
 
 def check(seen: Seen) -> None:
     """Enough was compared, and the draft was taken often but not always."""
-    tau = (
-        seen.tokens - 5
-    ) / seen.verifications  # the first token of each answer comes from reading the prompt
+    # The first token of each answer comes from reading the prompt.
+    tau = (seen.tokens - 5) / seen.verifications
     print(f"{seen}, tau {tau:.3f}")
     assert seen.tokens == 5 * NEW_TOKENS and 1.1 < tau < BLOCK_SIZE
 

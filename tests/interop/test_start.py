@@ -4,55 +4,52 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import chex
 import jax
 import numpy as np
 import pytest
 from reference import dflash_config, draft_config, random_params
-from tiny import Heard, quiet, run_config, write_target
+from tiny import Heard, quiet, run_config
 from whole_run import train
 
 from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig, RopeScaling
 from domino_jax.config.run import load_config
 from domino_jax.interop.hf import load_hf_draft, save_hf_draft
-from domino_jax.interop.start import starting_params
-from domino_jax.training.checkpoint import load_draft
-from domino_jax.training.prepare import prepare
+from domino_jax.interop.hf_config import config_json
+from domino_jax.interop.start import check_start, starting_params
+from domino_jax.training.prepare import prepare, read_models
 
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_target(tmp_path_factory.mktemp("target"))
+SHORT = {"steps": 1, "checkpoint_every": 1, "eval_every": 1, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The float32 export of a short run."""
+    """The float32 export of a draft for the target."""
     directory = tmp_path_factory.mktemp("first")
-    run = train(load_config(run_config(directory, target)), reporter=quiet())
-    draft = load_draft(run)
-    save_hf_draft(directory / "draft", draft.record.config, draft.params, dtype="float32")
+    config = read_models(load_config(run_config(directory, target)), reporter=quiet()).draft
+    save_hf_draft(directory / "draft", config, random_params(config), dtype="float32")
     return directory / "draft"
 
 
 def test_step_0_has_the_weights_of_the_checkpoint(
     target: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {
-        "draft": {"init_from": str(checkpoint)},
-        "optimizer": {"ema_decay": 0.9},
-    }
-    changes |= {"mesh": {"data": 1, "fsdp": 8}}
-    run = prepare(load_config(run_config(tmp_path, target, **changes)), reporter=quiet())
+    path = run_config(
+        tmp_path,
+        target,
+        draft={"init_from": str(checkpoint)},
+        optimizer={"ema_decay": 0.9},
+        mesh={"data": 1, "fsdp": 8},
+    )
+    run = prepare(load_config(path), reporter=quiet())
     expected = load_hf_draft(checkpoint)[1]
     chex.assert_trees_all_equal(jax.device_get(run.state.params), jax.device_get(expected))
     chex.assert_trees_all_equal(jax.device_get(run.state.ema), jax.device_get(expected))
     assert int(run.state.step) == 0
     # Split from the host's memory: no device ever holds more than its share.
-    host = jax.tree.leaves(starting_params(checkpoint, run.record.config))
+    host = jax.tree.leaves(starting_params(checkpoint, run.inputs.record.config))
     assert {(type(leaf), leaf.dtype.name) for leaf in host} == {(np.ndarray, "float32")}
     chex.assert_trees_all_equal_shapes_and_dtypes(run.state.params, expected)
 
@@ -62,12 +59,12 @@ def test_a_resumed_run_does_not_read_the_checkpoint_again(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
-    path = run_config(tmp_path, target, draft={"init_from": str(copy)})
+    path = run_config(tmp_path, target, draft={"init_from": str(copy)}, train=SHORT)
     train(load_config(path), reporter=quiet())
     shutil.rmtree(copy)
     heard = Heard()
     train(load_config(path), reporter=heard)
-    assert "resuming at step 6 of 6" in heard.text
+    assert "resuming at step 1 of 1" in heard.text
 
 
 def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
@@ -80,18 +77,13 @@ def test_another_draft_is_one_line_and_code_2_and_leaves_the_run_directory_free(
     )
     code, _, err = domino("train", path)
     last = err.strip().splitlines()[-1]
-    assert code == 2
-    assert last.startswith(
-        f"error: draft.init_from: {checkpoint} is another draft than this run's: "
-    )
-    assert (
-        "target_layer_ids is (0, 2), expected (0, 1)" in last and "emb_dim is 8, expected 6" in last
-    )
+    another = f"error: draft.init_from: {checkpoint} is another draft than this run's: "
+    assert code == 2 and last.startswith(another)
+    assert "target_layer_ids is (0, 2), expected (0, 1)" in last
+    assert "emb_dim is 8, expected 6" in last
     # Nothing was trained, so the mended configuration may use the same run_dir.
-    train(
-        load_config(run_config(tmp_path, target, draft={"init_from": str(checkpoint)})),
-        reporter=quiet(),
-    )
+    path = run_config(tmp_path, target, draft={"init_from": str(checkpoint)})
+    prepare(load_config(path), reporter=quiet())
 
 
 @pytest.mark.parametrize(
@@ -107,11 +99,6 @@ def test_unusable_starts_are_refused(
 
 WINDOW = {"layer_types": ("sliding_attention",) * 2, "sliding_window": 6}
 YARN = RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)
-
-
-def stored(config: DraftConfig, directory: Path) -> Path:
-    save_hf_draft(directory / "draft", config, random_params(config))
-    return directory / "draft"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +129,9 @@ def stored(config: DraftConfig, directory: Path) -> Path:
 def test_every_other_field_is_named_found_and_expected(
     theirs: DraftConfig, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=f"draft is another draft than this run's: .*{message}"):
-        starting_params(stored(theirs, tmp_path), draft_config())
+    (tmp_path / "config.json").write_text(json.dumps(config_json(theirs, "float32")))
+    with pytest.raises(InputError, match=f" is another draft than this run's: .*{message}"):
+        check_start(tmp_path, draft_config())
 
 
 @pytest.mark.parametrize(
@@ -161,8 +149,8 @@ def test_every_other_field_is_named_found_and_expected(
 def test_fields_that_no_tensor_depends_on_may_differ(
     theirs: DraftConfig, ours: DraftConfig, tmp_path: Path
 ) -> None:
-    path = stored(theirs, tmp_path)
-    chex.assert_trees_all_equal(starting_params(path, ours), load_hf_draft(path)[1])
+    (tmp_path / "config.json").write_text(json.dumps(config_json(theirs, "float32")))
+    check_start(tmp_path, ours)
 
 
 @pytest.mark.pitfall(
@@ -174,7 +162,7 @@ def test_a_mask_token_that_became_special_is_refused_on_resume(
 ) -> None:
     copy = tmp_path / "target"
     shutil.copytree(target, copy)
-    path = run_config(tmp_path, copy)
+    path = run_config(tmp_path, copy, train=SHORT)
     train(load_config(path), reporter=quiet())
     settings = copy / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": "<mask>"}))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from dflash import DFlashDraftModel
 from doubles import slow_after
+from exports import PLAIN, SHIFTED_DFLASH, WINDOWED, params_of
 from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
 from nemo_automodel.components.speculative.dflash.target import HFDFlashTargetModel
-from reference import dflash_config, draft_config, random_params
+from reference import dflash_config, draft_config
 from tiny import write_target
 from transformers import AutoModelForCausalLM
 
@@ -29,24 +30,20 @@ from domino_jax.target.load import load_target
 
 WINDOW = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 6}
 # NeMo looks both ways inside every block; z-lab reads whether a sliding layer does.
-CASES = [
-    (DFlashDraftModel, dflash_config()),
-    (DFlashDraftModel, dflash_config(**WINDOW)),
-    (DFlashDraftModel, dflash_config(**WINDOW, sliding_in_block="causal")),
-    (Qwen3DFlashDraftModel, dflash_config()),
-    (Qwen3DFlashDraftModel, dflash_config(**WINDOW)),
-    (Qwen3DFlashDraftModel, draft_config()),
-    (Qwen3DFlashDraftModel, draft_config(shift_label=False)),
-]
-NAMES = [
-    "zlab",
-    "zlab-window",
-    "zlab-causal",
-    "nemo",
-    "nemo-window",
-    "nemo-domino",
-    "nemo-domino-unshifted",
-]
+CASES = {
+    "zlab": (DFlashDraftModel, PLAIN),
+    "zlab-window": (DFlashDraftModel, dflash_config(**WINDOW)),
+    "zlab-causal": (DFlashDraftModel, dflash_config(**WINDOW, sliding_in_block="causal")),
+    "nemo": (Qwen3DFlashDraftModel, PLAIN),
+    "nemo-window": (Qwen3DFlashDraftModel, dflash_config(**WINDOW)),
+    "nemo-domino": (Qwen3DFlashDraftModel, draft_config()),
+    "nemo-domino-unshifted": (Qwen3DFlashDraftModel, draft_config(shift_label=False)),
+}
+# What NeMo saves again with all that it was told, shifted blocks, windows and transforms.
+SAVED = {name: CASES[name] for name in ("zlab", "nemo", "nemo-domino")} | {
+    "nemo-shifted": (Qwen3DFlashDraftModel, SHIFTED_DFLASH),
+    "nemo-windows-and-transforms": (Qwen3DFlashDraftModel, WINDOWED),
+}
 ANCHOR = 11
 
 
@@ -64,19 +61,18 @@ def close(found: Any, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", slow_after(1, ["float32", "bfloat16"]))
-@pytest.mark.parametrize(("reader", "config"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("reader", "config"), CASES.values(), ids=CASES.keys())
 def test_one_block_has_the_same_states(
     reader: Any, config: DraftConfig, dtype: str, tmp_path: Path
 ) -> None:
-    save_hf_draft(tmp_path / "draft", config, random_params(config), dtype=dtype)
+    save_hf_draft(tmp_path / "draft", config, params_of(config), dtype=dtype)
     theirs = read_strictly(reader, tmp_path / "draft")
     params = load_hf_draft(tmp_path / "draft")[1]
     rng = np.random.default_rng(0)
     features = rng.standard_normal((2, ANCHOR, 3 * config.hidden_size)).astype(np.float32)
     noise = rng.standard_normal((2, config.block_size, config.hidden_size)).astype(np.float32)
-    positions = np.broadcast_to(
-        np.arange(ANCHOR + config.block_size, dtype=np.int32), (2, ANCHOR + config.block_size)
-    )
+    length = ANCHOR + config.block_size
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (2, length))
     anchors = np.full((2, 1), ANCHOR, np.int32)
     found = jax.jit(DraftModel(config).apply)(
         {"params": params},
@@ -99,7 +95,7 @@ def test_one_block_has_the_same_states(
 def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None:
     """Its spec_generate never runs the head, so the loaded model's parts are run one by one."""
     config = draft_config(shift_label=shift_label)
-    save_hf_draft(tmp_path / "draft", config, random_params(config), dtype="float32")
+    save_hf_draft(tmp_path / "draft", config, params_of(config), dtype="float32")
     theirs = read_strictly(Qwen3DFlashDraftModel, tmp_path / "draft")
     params = load_hf_draft(tmp_path / "draft")[1]["head"]
     rng = np.random.default_rng(0)
@@ -115,33 +111,31 @@ def test_nemos_head_corrects_the_same(shift_label: bool, tmp_path: Path) -> None
     close(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("reader", "config"), [CASES[0], CASES[3], CASES[5]], ids=["zlab", "nemo", "nemo-domino"]
-)
+@pytest.mark.parametrize(("reader", "config"), SAVED.values(), ids=SAVED.keys())
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_are_read_both_ways(
     reader: Any, config: DraftConfig, dtype: str, tmp_path: Path
 ) -> None:
-    params = random_params(config)
+    params = params_of(config)
     save_hf_draft(tmp_path / "ours", config, params, dtype=dtype, shard_bytes=20_000)
     theirs = read_strictly(reader, tmp_path / "ours").to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     for name in ("ours", "theirs"):
-        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
+        assert len(list((tmp_path / name).glob("model-*.safetensors"))) > 1
         assert (tmp_path / name / "model.safetensors.index.json").is_file()
     found_config, found = load_hf_draft(tmp_path / "theirs")
     expected_config, expected = load_hf_draft(tmp_path / "ours")
     assert found_config == expected_config
     chex.assert_trees_all_equal(found, expected, strict=True)
+    if dtype == "float32":
+        chex.assert_trees_all_equal(expected, params_of(config), strict=True)
 
 
 def test_nemos_trainer_reads_the_last_target_layer_before_the_norm(tmp_path: Path) -> None:
     """Why `export --for nemo` refuses it; its other layers are ours."""
     directory = write_target(tmp_path / "target")
-    loaded, model = (
-        load_target(directory),
-        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
-    )
+    loaded = load_target(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(3, 32, (2, 9))
     given = torch.tensor(tokens)
     found = HFDFlashTargetModel(model, [0, 3]).generate_batch(

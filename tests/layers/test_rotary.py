@@ -140,8 +140,3 @@ def test_rotate_keeps_the_type_and_computes_in_float32() -> None:
     np.testing.assert_array_equal(
         bits(ours), bits(rotate(heads.astype(jnp.float32), tables).astype(jnp.bfloat16))
     )
-
-
-def test_rotate_at_position_zero_is_the_identity() -> None:
-    heads = jnp.asarray(normal(1, 2, 3, 8))
-    np.testing.assert_array_equal(rotate(heads, rotary(jnp.zeros((1, 3), int), EIGHT_WIDE)), heads)

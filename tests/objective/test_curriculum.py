@@ -25,17 +25,6 @@ def test_get_lambda_base_equals_the_reference_on_a_grid() -> None:
     assert get_lambda_base(3, 40) == domino_core.get_lambda_base(3, 40)
 
 
-def test_get_lambda_base_falls_from_start_to_zero_at_the_ratio() -> None:
-    assert [get_lambda_base(step, 8, 1.0, 0.5) for step in range(6)] == [
-        1.0,
-        0.75,
-        0.5,
-        0.25,
-        0.0,
-        0.0,
-    ]
-
-
 @pytest.mark.parametrize("total", TOTALS)
 def test_lambda_base_schedule_equals_get_lambda_base(total: int) -> None:
     for start, ratio in itertools.product(STARTS, RATIOS):

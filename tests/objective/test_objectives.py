@@ -27,14 +27,14 @@ from domino_jax.config.sections import LossConfig
 from domino_jax.draft.blocks import Anchors
 from domino_jax.kernels.token_loss import Labels, TokenLoss
 from domino_jax.objective import objectives
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.objective.objectives import (
+    DIVISORS,
     OBJECTIVES,
     DpaceOptions,
     NoOptions,
     accept_until_fail,
     dpace_weights,
-    loss_divisor,
     reads_target,
     register_objective,
 )
@@ -81,22 +81,6 @@ def test_dpace_weights_follow_the_paper(form: str, alpha: float) -> None:
             np.testing.assert_allclose(found[b, n], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_dpace_weight_is_the_gradient_of_the_expected_prefix() -> None:
-    # Unsmoothed, weight j is how the sum of prefix products answers to log q_j: the property the
-    # paper derives it from.
-    loss, labels = drawn()
-    mask = labels.mask
-
-    def expected_length(nll: jax.Array) -> jax.Array:
-        q = jnp.where(mask > 0, jnp.exp(-nll), 1.0)
-        return jnp.sum(jnp.cumprod(q, axis=-1) * mask)
-
-    slope = -jax.grad(expected_length)(loss.nll)
-    np.testing.assert_allclose(
-        dpace_weights(loss, labels, DpaceOptions(0.0)) * mask, slope, rtol=1e-5, atol=1e-7
-    )
-
-
 def test_accept_until_fail_ends_with_the_first_wrong_prediction() -> None:
     loss, labels = drawn()
     ids, mask = labels.target_ids, labels.mask
@@ -111,20 +95,12 @@ def test_accept_until_fail_ends_with_the_first_wrong_prediction() -> None:
     assert 0 < found.mean() < 1
 
 
-def test_loss_divisor_counts_what_its_name_says() -> None:
+def test_divisors_count_what_their_names_say() -> None:
     mask = drawn()[1].mask
     weights = mask * np.float32(0.5)
-    found = {
-        name: float(loss_divisor(weights, mask, normalize=name))
-        for name in ("weights", "tokens", "blocks")
-    }
-    assert found == {
-        "weights": mask.sum() / 2,
-        "tokens": mask.sum(),
-        "blocks": mask.any(axis=-1).sum(),
-    }
-    with pytest.raises(ValueError, match="one of weights, tokens, blocks, found 'mean'"):
-        loss_divisor(weights, mask, normalize="mean")
+    found = {name: float(divisor(weights, mask)) for name, divisor in DIVISORS.items()}
+    blocks = mask.any(axis=-1).sum()
+    assert found == {"weights": mask.sum() / 2, "tokens": mask.sum(), "blocks": blocks}
 
 
 @pytest.mark.parametrize("make", slow_after(1, [draft_config, dflash_config]))
@@ -144,11 +120,8 @@ def test_trainers_apply_the_objective_to_their_logits(make: Any, options: dict[s
     config = make()
     params, batch = random_params(config), random_batch(config, packed=True)
     anchors = random_anchors(config, batch, slots=11)
-    states = (
-        np.random.default_rng(8)
-        .standard_normal((*batch.input_ids.shape, config.hidden_size))
-        .astype(np.float32)
-    )
+    shape = (*batch.input_ids.shape, config.hidden_size)
+    states = np.random.default_rng(8).standard_normal(shape).astype(np.float32)
     given: dict[str, Any] = {"lambda_base": 0.3} if config.projector_type else {}
     gamma = None if OBJECTIVES[options.get("loss_type", "dflash")].weighs_positions else 3.0
     step = make_step(config, loss_decay_gamma=gamma, **options)
@@ -158,17 +131,11 @@ def test_trainers_apply_the_objective_to_their_logits(make: Any, options: dict[s
     plain, plain_gradient = our_step(
         make_step(config, loss_decay_gamma=gamma), config, params, batch, anchors=anchors, **given
     )
-    assert (
-        found["accept_len"] == plain["accept_len"]
-        and found["valid_tokens"] == plain["valid_tokens"]
-    )
-    divisor = {
-        "tokens": plain["valid_tokens"],
-        "weights": plain["loss_weight"],
-        "blocks": plain["valid_blocks"],
-    }
+    for name in ("accept_len", "valid_tokens"):
+        assert found[name] == plain[name]
+    divisor = {"tokens": "valid_tokens", "weights": "loss_weight", "blocks": "valid_blocks"}
     normalize = options.get("normalize") or OBJECTIVES[options.get("loss_type", "dflash")].normalize
-    np.testing.assert_allclose(found["loss_weight"], divisor[normalize], rtol=1e-6)
+    np.testing.assert_allclose(found["loss_weight"], plain[divisor[normalize]], rtol=1e-6)
     if config.projector_type:
         np.testing.assert_allclose(
             found["loss"], 0.7 * found["final_loss"] + 0.3 * found["base_loss"], rtol=1e-6
@@ -188,14 +155,9 @@ def test_trainers_apply_the_objective_to_their_logits(make: Any, options: dict[s
 
 def test_kl_weight_needs_the_targets_states() -> None:
     config = dflash_config()
-    batch = random_batch(config)
-    module = build_trainer(config, kl_weight=0.5, num_anchors=4)
+    step = make_step(config, kl_weight=0.5, num_anchors=4)
     with pytest.raises(ValueError, match="kl_weight needs target_states"):
-        module.apply(
-            {"params": {"draft_model": random_params(config)}},
-            *batch.arrays,
-            rngs={"anchors": jax.random.key(0)},
-        )
+        our_step(step, config, random_params(config), random_batch(config))
 
 
 def test_divergence_is_taken_from_the_state_that_predicts_the_label() -> None:
@@ -265,46 +227,33 @@ def test_a_registered_objective_trains_on_the_kernel_and_one_of_logits_on_the_de
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("loss_type", "fields", "message"),
     [
+        ("focall", {}, "loss: loss_type must be one of dflash, .*focal.*, found 'focall'"),
         (
-            {"loss_type": "focall"},
-            "loss: loss_type must be one of dflash, .*focal.*, found 'focall'",
-        ),
-        (
-            {"loss_type": "focal", "options": {"focal": 1.0}},
+            "focal",
+            {"options": {"focal": 1.0}},
             "loss: options of focal: unknown key 'focal'; .*'focus'",
         ),
+        ("focal", {"options": {"focus": "x"}}, "of focal: focus: expected float, found 'x'"),
+        ("dpace", {"options": {"dpace_alpha": 1.5}}, r"dpace_alpha must lie in 0..1, found 1.5"),
+        ("dpace", {"loss_decay_gamma": 7.0}, "its own weights.*must be null, found 7.0"),
+        ("variable_prefix", {}, r"for plain DFlash drafts; draft\.projector_type must be null"),
         (
-            {"loss_type": "focal", "options": {"focus": "x"}},
-            "options of focal: focus: expected float, found 'x'",
+            "variable_prefix",
+            {"options": {"prefix_weight_base": 0}},
+            r"prefix_weight_base must be positive, found 0\.0",
         ),
-        (
-            {"loss_type": "dpace", "options": {"dpace_alpha": 1.5}},
-            r"dpace_alpha must lie in 0..1, found 1.5",
-        ),
-        (
-            {"loss_type": "dpace", "loss_decay_gamma": 7.0},
-            "dpace brings its own weights.*must be null, found 7.0",
-        ),
-        (
-            {"loss_type": "variable_prefix"},
-            r"is for plain DFlash drafts; draft\.projector_type must be null",
-        ),
-        (
-            {"normalize": "mean"},
-            "normalize must be one of null, weights, tokens, blocks, found 'mean'",
-        ),
-        (
-            {"loss_type": "focal-by-logits", "kl_weight": 0.5},
-            r"has a cost of its own, .*kl_weight must be 0, found 0\.5",
-        ),
+        ("dflash", {"normalize": "mean"}, "one of null, weights, tokens, blocks, found 'mean'"),
+        ("focal-by-logits", {"kl_weight": 0.5}, r"cost of its own, .*must be 0, found 0\.5"),
     ],
     ids=str,
 )
-def test_a_run_refuses_what_an_objective_refuses(fields: dict[str, Any], message: str) -> None:
+def test_a_run_refuses_what_an_objective_refuses(
+    loss_type: str, fields: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        resolved_loss(LossConfig(**fields), domino=True)
+        resolved_loss(LossConfig(loss_type=loss_type, **fields), domino=True)
 
 
 def test_a_decay_that_is_not_given_is_the_objectives_own() -> None:

@@ -93,7 +93,7 @@ def test_steps_run_over_the_end_of_an_epoch(target: Path, tmp_path: Path) -> Non
     from nemo_automodel.recipes.llm._spec_train_utils import optim_steps_per_epoch
 
     sections = {"optimizer": {"grad_accumulation": 2}, "train": {"steps": None, "epochs": 3}}
-    run = prepare(twin(tmp_path, target, "ours", **sections), reporter=quiet())
+    run = prepare(twin(tmp_path, target, "ours", **sections), reporter=quiet()).inputs
     assert 3 * optim_steps_per_epoch(24 // 8, 2) == 6
     assert run.last_step == 3 * 24 // 16 == 4
 

@@ -13,15 +13,16 @@ from doubles import slow_after
 from reference import (
     compare_with_nemo,
     draft_config,
+    make_step,
     nemo_step,
     nemo_trainer,
+    our_step,
     random_anchors,
     random_batch,
     random_params,
 )
 
 from domino_jax.config.heads import DominoHeadConfig
-from domino_jax.objective.domino_module import build_trainer
 
 DRAWS = 48
 QUICK_DRAWS = 8
@@ -75,21 +76,15 @@ def draw(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, comparison
 
 
-# A draw takes ten seconds; the rest are doubles, run by hand.
-@pytest.mark.parametrize(
-    "seed",
-    [
-        seed if seed < QUICK_DRAWS else pytest.param(seed, marks=pytest.mark.slow)
-        for seed in range(DRAWS)
-    ],
-)
+# A draw takes seconds; the rest are doubles, run by hand.
+@pytest.mark.parametrize("seed", slow_after(QUICK_DRAWS, range(DRAWS)))
 def test_random_draft_equals_nemo(seed: int) -> None:
     config, comparison = draw(seed)
     found = compare_with_nemo(draft_config(**config), **comparison)
     assert found["valid_blocks"] > 0 and found["loss"] > 0
 
 
-@pytest.mark.parametrize("seed", slow_after(3, list(range(10))))
+@pytest.mark.parametrize("seed", slow_after(3, range(10)))
 def test_random_draft_in_bfloat16_equals_nemos(seed: int) -> None:
     """Both programs round in other places: the largest difference seen is 0.7 %."""
     fields, comparison = draw(seed)
@@ -103,25 +98,12 @@ def test_random_draft_in_bfloat16_equals_nemos(seed: int) -> None:
     theirs = nemo_trainer(config, params, batch, loss_decay_gamma=gamma, dtype="bfloat16")
     expected, _ = nemo_step(theirs, batch, anchors=anchors, **given)
 
-    module = build_trainer(replace(config, dtype="bfloat16"), loss_decay_gamma=gamma)
     # As `train_step` gives them: states, head and embedding in the compute dtype.
-    states, lm_head, embed_tokens = (
-        jnp.asarray(x, jnp.bfloat16)
-        for x in (batch.hidden_states, batch.lm_head, batch.embed_tokens)
-    )
-    found = module.apply(
-        {"params": {"draft_model": params}},
-        batch.input_ids,
-        states,
-        batch.loss_mask,
-        lm_head,
-        embed_tokens,
-        anchor_positions=jnp.asarray(anchors[0]),
-        block_keep_mask=jnp.asarray(anchors[1]),
-        **batch.packing,
-        **given,
-    )
-    assert abs(float(found.loss) - expected["loss"]) <= 0.02 * expected["loss"]
+    large = ("hidden_states", "lm_head", "embed_tokens")
+    half = {name: jnp.asarray(getattr(batch, name), jnp.bfloat16) for name in large}
+    step = make_step(replace(config, dtype="bfloat16"), loss_decay_gamma=gamma)
+    found, _ = our_step(step, config, params, batch._replace(**half), anchors=anchors, **given)
+    assert abs(found["loss"] - expected["loss"]) <= 0.02 * expected["loss"]
 
 
 def test_draws_cover_the_surface() -> None:

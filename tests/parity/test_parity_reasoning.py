@@ -6,9 +6,9 @@ Both take the same conversation and the same template.
 from typing import Any
 
 import pytest
+from chats import encoded
 from tiny import write_target
 
-from domino_jax.data.conversations import encode_conversation
 from domino_jax.target.load import load_tokenizer
 
 # The block is there only where there is reasoning, so that NeMo, which compares renderings, finds
@@ -58,22 +58,13 @@ def test_loss_mask_equals_nemos(
         mask_generation_prompt=True,
         unshifted=True,
     )
-    row = encode_conversation(messages, tokenizer, max_length=99, mask_reasoning_content=masked)
+    row = encoded(messages, tokenizer, mask_reasoning_content=masked)
     assert row is not None and row.input_ids.tolist() == list(theirs["input_ids"])
     assert row.loss_mask.tolist() == [bool(x) for x in theirs["loss_mask"]]
 
 
 def test_reasoning_changes_the_mask(tokenizer: Any) -> None:
     messages = [ASK, answer("d e", "f g h")]
-    counts = [
-        int(
-            encode_conversation(
-                messages, tokenizer, max_length=99, mask_reasoning_content=masked
-            ).loss_mask.sum()
-        )
-        for masked in (False, True)
-    ]
-    assert counts == [
-        8,
-        3,
-    ]  # <think> f g h </think> d e and the end of the turn; then without the first five
+    rows = [encoded(messages, tokenizer, mask_reasoning_content=masked) for masked in (False, True)]
+    # <think> f g h </think> d e and the end of the turn; then without the first five
+    assert [row.loss_mask.sum() for row in rows] == [8, 3]

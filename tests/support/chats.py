@@ -7,6 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from domino_jax.data.conversations import Encoder, Row
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
@@ -68,13 +70,24 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}] * (system is not None) + turns
 
 
+def encoded(
+    messages: list[dict[str, Any]], tokenizer: Any, *, max_length: int = 1000, **settings: Any
+) -> Row | None:
+    return Encoder(tokenizer, max_length=max_length, **settings).row(messages)
+
+
+def marked(row: Row | None, tokenizer: Any) -> str:
+    """The text of a row's marked tokens."""
+    assert row is not None
+    return tokenizer.decode(row.input_ids[row.loss_mask])
+
+
 def write(path: Path, *lines: Any) -> Path:
     """Lines as they are, or as JSON."""
-    raw = [
-        line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()
-        for line in lines
-    ]
-    path.write_bytes(b"\n".join(raw) + b"\n")
+    for number, line in enumerate(lines):
+        raw = line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()
+        with path.open("ab" if number else "wb") as file:
+            file.write(raw + b"\n")
     return path
 
 

@@ -4,7 +4,6 @@ The DevTools protocol over file descriptors 3 and 4 needs no port and no package
 JSON and ends in a NUL.
 """
 
-import base64
 import json
 import os
 import shutil
@@ -65,11 +64,6 @@ class Tab:
     def complaints(self) -> list[dict[str, Any]]:
         """What the page has written to the console, and errors."""
         return [event for event in self.events if event["method"] in HEARD]
-
-    def screenshot(self, path: Path) -> None:
-        """Writes a picture of the whole page."""
-        shot = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def _next(self) -> dict[str, Any]:
         text = bytearray()

@@ -35,19 +35,13 @@ BACKBONE = {
         }.items()
     },
 }
-
-
 HEAD = {
     "prefix_gru.weight_ih_l0": (60, 32),
     "prefix_gru.weight_hh_l0": (60, 20),
     "embed_proj.0.weight": (12, 52),
     "embed_proj.2.weight": (120, 12),
 }
-
-
 SLIDING = ("sliding_attention",) * 2
-
-
 WINDOWED = draft_config(
     layer_types=SLIDING,
     sliding_window=6,
@@ -55,14 +49,10 @@ WINDOWED = draft_config(
     output_multiplier=0.5,
     final_logit_softcapping=20.0,
 )
-
-
 PLAIN = dflash_config()
 
 
 SHIFTED_DFLASH = dataclasses.replace(PLAIN, shift_label=True)
-
-
 KINDS = pytest.mark.parametrize(
     "config",
     [CONFIG, dflash_config(), SHIFTED_DFLASH, WINDOWED],

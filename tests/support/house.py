@@ -1,8 +1,13 @@
-"""The layers of the package: which file may import which, and who names mesh axes."""
+"""The layers of the package: which file may import which, who names mesh axes and sections."""
 
 import ast
+import dataclasses
+import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
+
+from domino_jax.config.run import RunConfig
 
 TOP = Path(__file__).parents[2]
 PACKAGE = TOP / "domino_jax"
@@ -13,9 +18,9 @@ OTHER_TESTS = {"accelerator", "parity", "scripts"}
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
     (0, "base", "errors parse files finite marks progress chips scopes"),
-    (0.2, "config", "schema sizes heads model draft sections run"),
+    (0.2, "config", "sizes schema heads model draft sections run"),
     (0.3, "", "sharding"),
-    (1, "kernels", "causal_attention kv_cache matmul scale argmax softmax operands"),
+    (1, "kernels", "causal_attention kv_cache matmul argmax softmax operands"),
     (1, "kernels", "block_attention_xla tpu_tiles block_attention_pallas_tpu block_attention"),
     (1, "kernels", "token_loss chunked_cross_entropy"),
     (1.5, "layers", "dense norm rotary attention"),
@@ -25,8 +30,8 @@ TABLE = (
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "filters acceptance decoder speculate generate"),
-    (2.8, "objective", "curriculum loss objectives metrics modules domino_module"),
-    (2.9, "evaluation", "counts compare prompt_lookup bootstrap throughput replay evaluate timing"),
+    (2.8, "objective", "curriculum loss objectives metrics modules"),
+    (2.9, "evaluation", "bootstrap counts compare prompt_lookup throughput replay evaluate timing"),
     (2.9, "evaluation", "answer_cache record responses servers endpoint"),
     (3, "training", "flops log metrics accumulator optimizer step program records checkpoint"),
     (3, "training", "run_directory inputs run start preflight prepare rollout preview skips speed"),
@@ -34,7 +39,11 @@ TABLE = (
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),
     (4, "page", "terminal sources growth cells verdict tables charts pictures notes document"),
-    (5, "cli", "interrupts shared loading config data train plan decode measurement evaluate"),
+    (
+        5,
+        "cli",
+        "interrupts options shared loading config data train plan decode measurement evaluate",
+    ),
     (5, "cli", "report checkpoint verbs"),
     (6, "", "__main__"),
 )
@@ -63,6 +72,17 @@ WITHOUT_JAX = {
     *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }
 MESH_AXES = {"fsdp", "tensor"}
+# A function that takes a whole configuration does not show which values it depends on: only where a
+# run is prepared may a module import a section, or have a parameter of one.
+KNOW_SECTIONS = ("config", "cli", "training.prepare")
+_HINTS = typing.get_type_hints(RunConfig).values()
+SECTIONS = {hint.__name__ for hint in (RunConfig, *_HINTS) if dataclasses.is_dataclass(hint)}
+_MAKERS = {"load_config", "dump_config", "make_draft_config"}
+# A module of sections as a whole, or what makes or takes a section; constants are free.
+_SECTION_IMPORT = re.compile(
+    r"domino_jax\.config|"
+    rf"domino_jax\.config\.(run|sections|draft)(\.({'|'.join(SECTIONS | _MAKERS)}|\*))?"
+)
 
 
 def public_modules() -> dict[str, str]:
@@ -104,7 +124,7 @@ def imports(source: str, module: str) -> Iterator[tuple[int, str]]:
 
 
 def place_of(name: str) -> tuple[float, str, int] | None:
-    """Where the table puts `domino_jax.draft.mask.block_mask`: its longest known prefix.
+    """Where the table puts `domino_jax.draft.mask.layer_spans`: its longest known prefix.
 
     None for a name of another package.
     """
@@ -114,11 +134,6 @@ def place_of(name: str) -> tuple[float, str, int] | None:
     # Two parts below the package name a file at most; what follows is a name inside it.
     known = [".".join(parts[1:end]) for end in (3, 2, 1) if ".".join(parts[1:end]) in PLACES]
     return PLACES[known[0]]
-
-
-def unplaced(module: str) -> list[str]:
-    """A complaint about a file that the table does not know."""
-    return [] if module in PLACES else [f"{module}: not in the table"]
 
 
 def wrong_imports(source: str, module: str) -> list[str]:
@@ -149,11 +164,29 @@ def mesh_axis_names(source: str, module: str) -> list[str]:
     ]
 
 
-CHECKS = (wrong_imports, mesh_axis_names)
+def sections_elsewhere(source: str, module: str) -> list[str]:
+    """Imports and parameters of sections outside the modules that may know them."""
+    if module.startswith(KNOW_SECTIONS):
+        return []
+    found = [
+        f"{module}:{line}: imports {name}"
+        for line, name in imports(source, module)
+        if _SECTION_IMPORT.fullmatch(name)
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            # Quoted annotations included.
+            names = set(re.findall(r"\w+", ast.unparse(node.annotation))) & SECTIONS
+            found += [f"{module}:{node.lineno}: takes {name}" for name in sorted(names)]
+    return found
+
+
+CHECKS = (wrong_imports, mesh_axis_names, sections_elsewhere)
 
 
 def complaints(path: Path, package: Path = PACKAGE) -> list[str]:
     """What is against the rules in a file of the package or of a copy of it."""
     module, source = module_name(path, package), path.read_text(encoding="utf-8")
-    found = unplaced(module)
-    return found or [complaint for check in CHECKS for complaint in check(source, module)]
+    if module not in PLACES:
+        return [f"{module}: not in the table"]
+    return [complaint for check in CHECKS for complaint in check(source, module)]

@@ -81,11 +81,11 @@ def nemo_loop(config: RunConfig) -> NemoLoop:
     lm_head, embed_tokens = lm_head_weight(run.target_params), run.target_params["embed_tokens"]
     nothing = np.zeros(0)
     trainer = nemo_trainer(
-        run.record.config,
+        run.inputs.record.config,
         params,
         Batch(nothing, nothing, nothing, np.asarray(lm_head), np.asarray(embed_tokens), {}),
-        num_anchors=run.program.trainer.num_anchors,
-        loss_decay_gamma=run.program.trainer.loss_decay_gamma,
+        num_anchors=run.inputs.program.trainer.num_anchors,
+        loss_decay_gamma=run.inputs.program.trainer.loss_decay_gamma,
     )
     recipe = _recipe(run, config, trainer)
     recipe.run_train_validation_loop()
@@ -94,7 +94,7 @@ def nemo_loop(config: RunConfig) -> NemoLoop:
 
 def _recipe(run: Run, config: RunConfig, trainer: Any) -> Any:
     """NeMo's recipe as its `setup` leaves it, with our rows and target."""
-    recipe_type = TrainDFlashRecipe if run.record.config.head is None else TrainDominoRecipe
+    recipe_type = TrainDFlashRecipe if run.inputs.record.config.head is None else TrainDominoRecipe
     recipe = _noting(recipe_type)
     recipe.device = torch.device("cpu")
     recipe.dist_env = SimpleNamespace(is_main=False)
@@ -104,8 +104,8 @@ def _recipe(run: Run, config: RunConfig, trainer: Any) -> Any:
     recipe.train_dataloader = list(_micro_batches(run))
     recipe.val_dataloader = None
     recipe.num_epochs, recipe.log_every_steps = 1, 1
-    recipe.grad_accumulation_steps = run.shape.grad_accumulation
-    recipe.total_optim_steps = run.last_step
+    recipe.grad_accumulation_steps = run.inputs.shape.grad_accumulation
+    recipe.total_optim_steps = run.inputs.last_step
     recipe._skipped_micro_batches = 0
     recipe.lambda_base_start = config.loss.lambda_start
     recipe.lambda_base_decay_ratio = config.loss.decay_ratio
@@ -117,8 +117,8 @@ def _recipe(run: Run, config: RunConfig, trainer: Any) -> Any:
         betas=(settings.b1, settings.b2),
         weight_decay=settings.weight_decay,
     )
-    warmup = max(1, int(settings.warmup_ratio * run.last_step))
-    schedule = make_warmup_cosine_schedule(warmup, run.last_step, settings.min_lr_ratio)
+    warmup = max(1, int(settings.warmup_ratio * run.inputs.last_step))
+    schedule = make_warmup_cosine_schedule(warmup, run.inputs.last_step, settings.min_lr_ratio)
     recipe.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(recipe.optimizer, schedule)
     return recipe
 
@@ -160,11 +160,12 @@ def _noting(recipe_type: type[Any]) -> Any:
 
 def _micro_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:
     """The rows of each step of the run, in the micro-batches that it would split them into."""
-    batches = run.batches()
-    for _ in range(run.last_step):
+    batches = run.inputs.batches()
+    for _ in range(run.inputs.last_step):
         rows = next(batches)
         parts = [
-            np.split(rows[name], run.shape.grad_accumulation) for name in ("input_ids", "loss_mask")
+            np.split(rows[name], run.inputs.shape.grad_accumulation)
+            for name in ("input_ids", "loss_mask")
         ]
         for input_ids, loss_mask in zip(*parts, strict=True):
             ids = torch.tensor(input_ids, dtype=torch.int64)
@@ -175,7 +176,7 @@ def _micro_batches(run: Run) -> Iterator[dict[str, torch.Tensor]]:
 def _target_batch(run: Run, **rows: torch.Tensor) -> SimpleNamespace:
     """Rows with the states of our target, as NeMo's wrapper of a target returns them."""
     ids = jnp.asarray(rows["input_ids"].numpy(), jnp.int32)
-    target = _target_program(run.program.target)({"params": run.target_params}, ids)
+    target = _target_program(run.inputs.program.target)({"params": run.target_params}, ids)
     states = torch.tensor(np.asarray(target.features))
     unpacked = dict.fromkeys(("position_ids", "seq_lens", "doc_remaining"))
     return SimpleNamespace(hidden_states=states, **rows | unpacked)

@@ -5,6 +5,8 @@ another one, or rounds it otherwise, is found out.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,20 @@ def write_run(
     *,
     head: bool = True,
     tau: float = 1.34,
-    break_even: float = 1.73,
-    answer_tokens: int | None = 18418,
+    answer_tokens: int = 18418,
     sets: tuple[str, ...] = ("everyday", "humaneval"),
     steps: int = 160,
     heldout: bool = True,
 ) -> Path:
     """A whole run, evaluated."""
-    directory.mkdir(parents=True)
-    (directory / "checkpoints").mkdir()
-    write_config(directory, head=head, steps=steps)
+    (directory / "checkpoints").mkdir(parents=True)
+    source = Path(__file__).parents[2] / "configs/smollm2-demo.yaml"
+    words = [f"run_dir={directory}", f"train.steps={steps}"]
+    words += [] if head else ["draft.projector_type=null"]
+    (directory / "config.yaml").write_text(dump_config(load_config(source, words)))
     write_logs(directory, head=head, steps=steps, heldout=heldout)
-    evaluation = evaluation_of(head=head, tau=tau, break_even=break_even, sets=sets, steps=steps)
-    if answer_tokens is not None:
-        evaluation["training"]["data"] = {"answer_tokens": answer_tokens, "conversations": 640}
+    evaluation = evaluation_of(head=head, tau=tau, sets=sets, steps=steps)
+    evaluation["training"]["data"] = {"answer_tokens": answer_tokens, "conversations": 640}
     write_evaluation(directory, evaluation)
     return directory
 
@@ -47,11 +49,12 @@ def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
     (directory / "evaluation.json").write_text(json.dumps(evaluation, indent=2))
 
 
-def write_config(directory: Path, *, head: bool, steps: int) -> None:
-    source = Path(__file__).parents[2] / "configs/smollm2-demo.yaml"
-    words = [f"run_dir={directory}", f"train.steps={steps}"]
-    words += [] if head else ["draft.projector_type=null"]
-    (directory / "config.yaml").write_text(dump_config(load_config(source, words)))
+@contextmanager
+def edited(run: Path) -> Iterator[dict[str, Any]]:
+    """The evaluation of a run, written again once it has been changed."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    yield evaluation
+    write_evaluation(run, evaluation)
 
 
 def write_logs(directory: Path, *, head: bool, steps: int, heldout: bool) -> None:
@@ -75,7 +78,13 @@ def write_logs(directory: Path, *, head: bool, steps: int, heldout: bool) -> Non
             spike = {"loss": 27.125, "median": 9.8712, "lines": [5]}
             lines.append({"step": 19, "split": "spike", **spike})
         if step % 40 == 0 and heldout:
-            lines.append(_heldout(step, share, head))
+            last = 6.1 - 3.2 * share
+            record = {"step": step, "split": "heldout", "loss": last, "accuracy": 0.4321}
+            record["accept_len"] = 1 + 1.22567 * share
+            if head:
+                record |= {"final_loss": last, "base_loss": last + 0.45}
+                record["base_accept_len"] = 1 + 0.8666 * share
+            lines.append(record)
             rollout = {"tau": 1 + 0.35 * share, "marginal_1": 0.2, "conditional_1": 0.2}
             lines.append({"step": step, "split": "rollout", **rollout})
     for name, records in (("metrics", lines), ("timing", timing)):
@@ -83,24 +92,15 @@ def write_logs(directory: Path, *, head: bool, steps: int, heldout: bool) -> Non
         (directory / f"{name}.jsonl").write_text(text)
 
 
-def _heldout(step: int, share: float, head: bool) -> dict[str, Any]:
-    record = {"step": step, "split": "heldout", "loss": 6.1 - 3.2 * share, "accuracy": 0.4321}
-    record["accept_len"] = 1 + 1.22567 * share
-    if head:
-        record |= {"final_loss": record["loss"], "base_loss": record["loss"] + 0.45}
-        record["base_accept_len"] = 1 + 0.8666 * share
-    return record
-
-
 def evaluation_of(
-    *, head: bool, tau: float, break_even: float, sets: tuple[str, ...], steps: int = 160
+    *, sets: tuple[str, ...], head: bool = True, tau: float = 1.34, steps: int = 160
 ) -> dict[str, Any]:
     """An `evaluation.json`: the first set as good as `tau` says, later ones worse."""
     evaluator = {"target": "smollm2-135m-instruct", "target_sha256": "ab" * 32}
     evaluator |= {"chat_template": "cd" * 32, "chat_template_kwargs": {}, "step": steps}
     evaluator |= {"block_size": 4, "head": "domino" if head else None, "temperature": 0.0}
     evaluator |= {"seed": 0, "max_new_tokens": 64, "dtype": "float32"}
-    plain = 15.0321
+    plain, break_even = 15.0321, 1.73
     whole = plain * break_even
     head_ms = 1.2345 if head else 0.0
     parts = {"draft": 3.1111, "head": head_ms, "verification": whole - 5.5, "rest": 1.0159}

@@ -16,11 +16,9 @@ import numpy as np
 
 from domino_jax.config.heads import DominoHeadConfig
 from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
-from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import boxed_parameters
 from domino_jax.interop.hf import hf_tensors, save_hf_draft
-from domino_jax.objective.domino_module import build_trainer
-from domino_jax.objective.modules import DFlashTrainerModule
+from domino_jax.objective.modules import DFlashTrainerModule, build_trainer
 
 METRIC, GRADIENT = 1e-5, 1e-4  # relative, of a metric and of a gradient's norm
 
@@ -63,9 +61,7 @@ def dflash_config(**changes: Any) -> DraftConfig:
 def random_params(config: DraftConfig, *, seed: int = 0) -> Any:
     """Float32 weights of the draft at a scale at which every one of them shows in the loss."""
     rng = np.random.default_rng(seed)
-    shapes = nn.meta.unbox(
-        jax.eval_shape(lambda: init_variables(DraftModel(config), jax.random.key(0)))
-    )["params"]
+    shapes = nn.meta.unbox(boxed_parameters(config))
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         x = rng.standard_normal(leaf.shape)
@@ -150,7 +146,7 @@ def _document_positions(seq_lens: np.ndarray, length: int) -> dict[str, np.ndarr
 
 
 def random_anchors(
-    config: DraftConfig, batch: Batch, *, cache_len: int, seed: int = 0
+    config: DraftConfig, batch: Batch, *, slots: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ascending anchors int32 [B, slots] and which slots hold one.
 
@@ -158,7 +154,7 @@ def random_anchors(
     """
     rng, size = np.random.default_rng(seed), config.block_size
     rows, length = batch.loss_mask.shape
-    anchors, keep = np.zeros((rows, cache_len), np.int32), np.zeros((rows, cache_len), bool)
+    anchors, keep = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
     for row in range(rows):
         candidates = [
             position
@@ -170,7 +166,7 @@ def random_anchors(
             candidates = [position for position in candidates if remaining[position] >= size - 1]
         if row % 2:
             candidates = candidates[::3]
-        drawn = sorted(rng.permutation(candidates)[:cache_len])
+        drawn = sorted(rng.permutation(candidates)[:slots])
         anchors[row, : len(drawn)], keep[row, : len(drawn)] = drawn, True
     return anchors, keep
 
@@ -357,7 +353,7 @@ def compare_with_nemo(
     rows: int = 3,
     length: int = 32,
     packed: bool = False,
-    cache_len: int = 11,
+    slots: int = 11,
     gamma: float | None = None,
     chunk_blocks: int = 0,
     lambda_base: float = 0.5,
@@ -368,7 +364,7 @@ def compare_with_nemo(
         random_params(config, seed=seed),
         random_batch(config, rows=rows, length=length, packed=packed, seed=seed),
     )
-    anchors = random_anchors(config, batch, cache_len=cache_len, seed=seed)
+    anchors = random_anchors(config, batch, slots=slots, seed=seed)
     curriculum = {"lambda_base": lambda_base} if config.projector_type else {}
     theirs = nemo_trainer(config, params, batch, loss_decay_gamma=gamma)
     expected, expected_gradient = nemo_step(theirs, batch, anchors=anchors, **curriculum)
@@ -389,3 +385,28 @@ def slow_document_ids(seq_lens: np.ndarray, length: int) -> np.ndarray:
                 end += size
                 ids[row, position] += end <= position
     return ids
+
+
+def slow_mask(
+    anchors: np.ndarray,
+    keep: np.ndarray,
+    seq_lens: np.ndarray | None,
+    *,
+    length: int,
+    size: int,
+    window: int | None = None,
+    causal: bool = False,
+) -> np.ndarray:
+    """What each query of each block sees of `[context | all blocks]`, bool [B, N*K, S + N*K]."""
+    rows, slots = anchors.shape
+    documents = None if seq_lens is None else slow_document_ids(seq_lens, length)
+    mask = np.zeros((rows, slots * size, length + slots * size), bool)
+    for b, n, k in np.ndindex(rows, slots, size):
+        a = anchors[b, n]
+        for j in range(length):
+            same = documents is None or documents[b, j] == documents[b, a]
+            near = window is None or (a + k) - j < window
+            mask[b, n * size + k, j] = keep[b, n] and j < a and same and near
+        for other in range(k + 1 if causal else size):
+            mask[b, n * size + k, length + n * size + other] = True
+    return mask

@@ -1,4 +1,4 @@
-"""Serving engines played on the loopback, by a decoder of ours that a test gives them."""
+"""Answers made up, and serving engines played on the loopback by what a test gives them."""
 
 import json
 import os
@@ -25,6 +25,12 @@ COUNTED = (
     "generation_tokens",
 )
 NOT_FOUND = (404, {"detail": "Not Found"})
+
+
+def own_answer(*tokens: int, stopped: bool = False) -> Answer:
+    """An answer of the target alone, which verifies nothing."""
+    ids, count = np.array(tokens, np.int32), len(tokens) - 1
+    return Answer(ids, np.zeros(len(ids), bool), stopped, count, count, seconds=1.0)
 
 
 @contextmanager
@@ -124,21 +130,16 @@ class VLLM:
             return NOT_FOUND
         ids, limit = question["prompt"], question["max_tokens"]
         answer = self.decode(np.array(ids, np.int32), limit, question["stop_token_ids"])
-        return 200, self.response(answer, with_ids=question["return_token_ids"])
-
-    def response(self, answer: Answer, *, with_ids: bool) -> dict[str, Any]:
         length, drafts = len(answer.tokens), answer.verifications
         kept = int(answer.drafted.sum()) + self.kept_beyond
         added = (drafts, drafts * self.proposals, kept, length)
         for name, value in zip(COUNTED, added, strict=True):
             self.counted[name] += value
-        choice = {"index": 0, "text": "", "token_ids": answer.tokens.tolist() if with_ids else None}
+        told = answer.tokens.tolist() if question["return_token_ids"] else None
+        choice = {"index": 0, "text": "", "token_ids": told}
         response = {"choices": [choice], "usage": {"completion_tokens": length}, "metrics": None}
         if self.per_request:
-            figures = {
-                "num_spec_steps": drafts,
-                "num_draft_tokens": drafts * self.proposals,
-                "num_accepted_draft_tokens": kept,
-            }
+            names = ("num_spec_steps", "num_draft_tokens", "num_accepted_draft_tokens")
+            figures = dict(zip(names, added, strict=False))
             response["metrics"] = {"speculative_decoding": figures}
-        return response
+        return 200, response

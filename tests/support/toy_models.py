@@ -14,7 +14,7 @@ from domino_jax.config.model import DecoderConfig, DecoderShape, DraftConfig
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import finish, required_cache_len, start
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.draft.build import init_variables
+from domino_jax.draft.build import init_draft
 from domino_jax.target.decoder import Target
 
 TARGET = DecoderConfig(
@@ -51,9 +51,8 @@ def sharp(params: Any, factor: float) -> Any:
 
 
 def models(target_params: Any, config: DraftConfig) -> tuple[DraftModel, Weights]:
-    model = DraftModel(config)
-    params = nn.meta.unbox(init_variables(model, jax.random.key(1)))["params"]
-    return model, Weights(target_params, sharp(params, 20.0))
+    params = init_draft(config, jax.random.key(1))
+    return DraftModel(config), Weights(target_params, sharp(params, 20.0))
 
 
 PROMPTS = [np.array(ids, np.int32) for ids in ([1, 2, 3], [4], [5, 1, 0, 2, 2, 3, 1], [3, 3])]

@@ -10,19 +10,13 @@ from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerpr
 from domino_jax.target.load import load_tokenizer
 
 
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    return write_target(tmp_path)
-
-
-def test_fingerprints_follow_the_files(directory: Path) -> None:
+def test_fingerprints_follow_the_files(tmp_path: Path) -> None:
+    directory = write_target(tmp_path)
     tokenizer = load_tokenizer(directory)
     model, words = target_fingerprint(directory), tokenizer_fingerprint(directory, tokenizer)
     (directory / "notes.txt").write_text("nothing")
-    assert (target_fingerprint(directory), tokenizer_fingerprint(directory, tokenizer)) == (
-        model,
-        words,
-    )
+    assert target_fingerprint(directory) == model
+    assert tokenizer_fingerprint(directory, tokenizer) == words
     tokenizer.chat_template += " "
     assert tokenizer_fingerprint(directory, tokenizer) != words
     weights = directory / "model.safetensors"

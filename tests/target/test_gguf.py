@@ -35,13 +35,8 @@ def test_convert_gguf_gives_back_the_model(
     directory = convert_gguf(tiny_gguf(kind, tied=tied), tmp_path / "deep" / "model")
     again = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     assert type(again) is type(model)
-    for key in (
-        "vocab_size",
-        "head_dim",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "max_position_embeddings",
-    ):
+    same = ("vocab_size", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+    for key in (*same, "max_position_embeddings"):
         assert getattr(again.config, key) == getattr(model.config, key), key
     assert again.config.rope_parameters["rope_theta"] == 5000.0
     for name, tensor in model.state_dict().items():
@@ -51,21 +46,13 @@ def test_convert_gguf_gives_back_the_model(
     out = Target(loaded.config).apply({"params": loaded.params}, tokens)
     with torch.no_grad():
         expected = model(torch.tensor(tokens, dtype=torch.long)).logits
-    np.testing.assert_allclose(
-        vocabulary_logits(out.hidden, lm_head_weight(loaded.params)), expected, atol=1e-4
-    )
-    assert json.loads((directory / "generation_config.json").read_text()) == {
-        "bos_token_id": 1,
-        "eos_token_id": [2, 3],
-    }
-    assert leftovers(tmp_path / "deep") == [
-        "model",
-        *(
-            f"model/{name}"
-            for name in ("config.json", "generation_config.json", "model.safetensors")
-        ),
-        *(f"model/{name}" for name in ("tokenizer.json", "tokenizer_config.json")),
-    ]
+    logits = vocabulary_logits(out.hidden, lm_head_weight(loaded.params))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 3]}
+    written = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert leftovers(directory) == [*written, "tokenizer_config.json"]
+    assert leftovers(tmp_path / "deep")[0] == "model" and len(list(directory.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_1", "F16", "BF16"])
@@ -88,116 +75,65 @@ def test_convert_gguf_tells_its_stages(tiny_gguf: Callable[..., Path], tmp_path:
     assert "converting tensor 4/38" in lines and len(lines) < 15
 
 
-def drop(name: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    return lambda tensors: {key: array for key, array in tensors.items() if key != name}
+METADATA = [
+    ("general.architecture", "gemma3", "architecture 'gemma3'; supported: llama, qwen3"),
+    ("llama.rope.scaling.type", "yarn", "scaling.type is 'yarn'; supported: 'none'"),
+    ("llama.rope.scaling.factor", 4.0, "llama.rope.scaling.factor is 4.0; supported: 0"),
+    ("llama.expert_count", 8, "llama.expert_count is 8; supported: 0"),
+    ("llama.rope.dimension_count", 8, "llama.rope.dimension_count is 8; supported: 16"),
+    ("llama.context_length", None, "llama.context_length is 'missing'; a model needs it"),
+    ("llama.attention.head_count", [4, 4], "head_count is [4, 4]; a model needs it"),
+    ("tokenizer.ggml.model", "llama", "tokenizer 'llama' with pre-tokenizer 'smollm'; supported"),
+    ("tokenizer.ggml.pre", "tekken", "'tekken'; supported: 'gpt2' with smollm, llama-bpe"),
+    ("tokenizer.ggml.add_eos_token", True, "add_eos_token is True; supported: False"),
+    ("tokenizer.ggml.token_type", [1, 1], "tokens but 2 entries of tokenizer.ggml.token_type"),
+    ("tokenizer.ggml.merges", ["zz qq"], "tokenizer.ggml.merges do not fit the tokens"),
+    ("tokenizer.ggml.bos_token_id", 9999, "bos_token_id 9999 is outside the"),
+    ("llama.block_count", 9999, "config.json describes"),
+    ("llama.block_count", 2**31, "num_hidden_layers must be at most 10000"),
+    ("llama.embedding_length", "32", "embedding_length is '32'; a model needs it as int"),
+    ("llama.attention.layer_norm_rms_epsilon", float("nan"), "is nan; expected a finite number"),
+    ("llama.rope.freq_base", "x", "rope.freq_base is 'x'; a model needs it as float"),
+    ("tokenizer.ggml.eos_token_id", "2", "eos_token_id is '2'; a model needs it as int"),
+    ("tokenizer.ggml.tokens", [1, 2], "tokens holds 1; expected str"),
+    ("tokenizer.ggml.merges", [1], "merges holds 1; expected str"),
+    ("tokenizer.ggml.token_type", ["1"], "token_type holds '1'; expected int"),
+    ("tokenizer.chat_template", 3, "chat_template is 3; a model needs it as str"),
+]
+UP = "blk.1.ffn_up.weight"
+TENSORS = [
+    (UP, None, "missing tensor: model.layers.1.mlp.up_proj.weight; expected 38"),
+    ("rope_freqs.weight", np.ones(8, np.float32), "tensor rope_freqs.weight is not"),
+    ("blk.0.attn_q.weight", np.ones((7, 32), np.float32), "has shape [7, 32]"),
+    ("output_norm.weight", np.ones(7, np.float32), "model.norm.weight has shape [7]"),
+    ("output_norm.weight", np.ones(32, np.int8), "tensor output_norm.weight: Dequant"),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"metadata": {"general.architecture": "gemma3"}},
-            "architecture 'gemma3'; supported: llama, qwen3",
-        ),
-        (
-            {"metadata": {"llama.rope.scaling.type": "yarn"}},
-            "llama.rope.scaling.type is 'yarn'; supported: 'none'",
-        ),
-        (
-            {"metadata": {"llama.rope.scaling.factor": 4.0}},
-            "llama.rope.scaling.factor is 4.0; supported: 0",
-        ),
-        ({"metadata": {"llama.expert_count": 8}}, "llama.expert_count is 8; supported: 0"),
-        (
-            {"metadata": {"llama.rope.dimension_count": 8}},
-            "llama.rope.dimension_count is 8; supported: 16",
-        ),
-        (
-            {"metadata": {"llama.context_length": None}},
-            "llama.context_length is 'missing'; a model needs it",
-        ),
-        (
-            {"metadata": {"llama.attention.head_count": [4, 4]}},
-            "attention.head_count is [4, 4]; a model needs it",
-        ),
-        (
-            {"metadata": {"tokenizer.ggml.model": "llama"}},
-            "tokenizer 'llama' with pre-tokenizer 'smollm'; supported",
-        ),
-        (
-            {"pre": "tekken"},
-            "tokenizer 'gpt2' with pre-tokenizer 'tekken'; "
-            "supported: 'gpt2' with smollm, llama-bpe",
-        ),
-        (
-            {"metadata": {"tokenizer.ggml.add_eos_token": True}},
-            "add_eos_token is True; supported: False",
-        ),
-        (
-            {"metadata": {"tokenizer.ggml.token_type": [1, 1]}},
-            "tokens but 2 entries of tokenizer.ggml.token_type",
-        ),
-        (
-            {"metadata": {"tokenizer.ggml.merges": ["zz qq"]}},
-            "tokenizer.ggml.merges do not fit the tokens",
-        ),
-        ({"metadata": {"tokenizer.ggml.bos_token_id": 9999}}, "bos_token_id 9999 is outside the"),
-        (
-            {"tensors": drop("blk.1.ffn_up.weight")},
-            "missing tensor: model.layers.1.mlp.up_proj.weight; expected 38",
-        ),
-        (
-            {"tensors": lambda t: t | {"rope_freqs.weight": np.ones(8, np.float32)}},
-            "tensor rope_freqs.weight is not",
-        ),
-        ({"metadata": {"llama.block_count": 9999}}, "config.json describes"),
-        ({"metadata": {"llama.block_count": 2**31}}, "num_hidden_layers must be at most 10000"),
-        (
-            {"metadata": {"llama.embedding_length": "32"}},
-            "embedding_length is '32'; a model needs it as int",
-        ),
-        (
-            {"metadata": {"llama.attention.layer_norm_rms_epsilon": float("nan")}},
-            "is nan; expected a finite number",
-        ),
-        (
-            {"metadata": {"llama.rope.freq_base": "x"}},
-            "rope.freq_base is 'x'; a model needs it as float",
-        ),
-        (
-            {"metadata": {"tokenizer.ggml.eos_token_id": "2"}},
-            "eos_token_id is '2'; a model needs it as int",
-        ),
-        ({"metadata": {"tokenizer.ggml.tokens": [1, 2]}}, "tokens holds 1; expected str"),
-        ({"metadata": {"tokenizer.ggml.merges": [1]}}, "merges holds 1; expected str"),
-        ({"metadata": {"tokenizer.ggml.token_type": ["1"]}}, "token_type holds '1'; expected int"),
-        (
-            {"metadata": {"tokenizer.chat_template": 3}},
-            "chat_template is 3; a model needs it as str",
-        ),
-        (
-            {"tensors": lambda t: t | {"blk.0.attn_q.weight": np.ones((7, 32), np.float32)}},
-            "has shape [7, 32]",
-        ),
-        (
-            {"tensors": lambda t: t | {"output_norm.weight": np.ones(7, np.float32)}},
-            "model.norm.weight has shape [7]",
-        ),
-        (
-            {"tensors": lambda t: t | {"output_norm.weight": np.ones(32, np.int8)}},
-            "tensor output_norm.weight: Dequant",
-        ),
-    ],
-)
-def test_convert_gguf_refuses(
-    tiny_gguf: Callable[..., Path], tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    path = tiny_gguf("llama", **options)
+def assert_refused(path: Path, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        convert_gguf(path, tmp_path / "model")
+        convert_gguf(path, path.parent / "model")
     assert message in str(caught.value) and str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-    assert leftovers(tmp_path) == ["tiny.gguf"]
+    assert leftovers(path.parent) == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), METADATA)
+def test_convert_gguf_refuses_metadata(
+    tiny_gguf: Callable[..., Path], key: str, value: Any, message: str
+) -> None:
+    assert_refused(tiny_gguf("llama", metadata={key: value}), message)
+
+
+@pytest.mark.parametrize(("name", "values", "message"), TENSORS)
+def test_convert_gguf_refuses_tensors(
+    tiny_gguf: Callable[..., Path], name: str, values: Any, message: str
+) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        changed = tensors | {name: values}
+        return {key: array for key, array in changed.items() if array is not None}
+
+    assert_refused(tiny_gguf("llama", tensors=change), message)
 
 
 def test_convert_gguf_refuses_unreadable_files_and_taken_directories(
@@ -258,7 +194,6 @@ def test_conversion_and_loading_need_no_torch(
         f"directory = convert_gguf({str(path)!r}, {str(tmp_path / 'model')!r})\n"
         "load_target(directory), load_tokenizer(directory)\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

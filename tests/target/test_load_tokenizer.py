@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny import write_target
 
 from domino_jax.base.errors import InputError
 from domino_jax.formats.safetensors import open_safetensors
@@ -41,25 +43,26 @@ def test_links_out_of_a_target_and_pipes_are_refused(
         read()
 
 
-def test_a_tokenizer_that_cannot_encode_is_refused(smollm2: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))
+def with_settings(model: Path, **settings: Any) -> Path:
+    """A target whose tokenizer_config.json has these settings."""
     config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": "x"}))
+    (model / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    return model
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused(tmp_path: Path) -> None:
+    model = with_settings(write_target(tmp_path), model_max_length="x")
     with pytest.raises(InputError, match="the tokenizer cannot be read: '>' not supported"):
         load_tokenizer(model)
 
 
-def test_the_default_of_several_chat_templates_is_taken(smollm2: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(smollm2, model, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((model / "tokenizer_config.json").read_text())
+def test_the_default_of_several_chat_templates_is_taken(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
-    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
-    assert load_tokenizer(model).chat_template == "b"
-    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named[:1]}))
+    model = write_target(tmp_path)
+    (model / "chat_template.jinja").unlink()
+    assert load_tokenizer(with_settings(model, chat_template=named)).chat_template == "b"
     with pytest.raises(InputError, match=r"the tokenizer cannot be read: .*no default"):
-        load_tokenizer(model)
+        load_tokenizer(with_settings(model, chat_template=named[:1]))
 
 
 def test_load_tokenizer_reads_a_fast_tokenizer(smollm2: Path) -> None:

@@ -30,10 +30,9 @@ CFG = DecoderConfig(
 
 
 def random_params(cfg: DecoderConfig = CFG) -> Any:
-    shapes = nn.unbox(SparseMLP(cfg).init(jax.random.key(0), jnp.zeros((1, 1, cfg.hidden_size))))[
-        "params"
-    ]
-    return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size), shapes)
+    one_token = jnp.zeros((1, 1, cfg.hidden_size))
+    shapes = jax.eval_shape(SparseMLP(cfg).init, jax.random.key(0), one_token)["params"]
+    return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size), nn.unbox(shapes))
 
 
 def slow_expert(params: Any, index: int, x: np.ndarray) -> np.ndarray:
@@ -61,16 +60,14 @@ def test_sparse_mlp_equals_loops(count: int, normalise: bool) -> None:
     cfg = dataclasses.replace(CFG, num_experts_per_tok=count, norm_topk_prob=normalise)
     params, x = random_params(cfg), normal(2, 9, 6, seed=1)
     ours = jax.jit(SparseMLP(cfg).apply)({"params": params}, x)
-    np.testing.assert_allclose(
-        ours, slow_mixture(params, x, count=count, normalise=normalise), rtol=1e-5, atol=1e-5
-    )
+    slow = slow_mixture(params, x, count=count, normalise=normalise)
+    np.testing.assert_allclose(ours, slow, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_drop_no_token_when_all_want_the_same() -> None:
     params, x = random_params(), normal(7, 6, seed=1)
-    to = Routes(
-        jnp.tile(jnp.array([[3, 1]], jnp.int32), (7, 1)), jnp.tile(jnp.array([[0.25, 2.0]]), (7, 1))
-    )
+    experts, weights = jnp.array([[3, 1]] * 7, jnp.int32), jnp.array([[0.25, 2.0]] * 7)
+    to = Routes(experts, weights)
     ours = Experts(CFG).apply({"params": params["experts"]}, x, to)
     slow = [0.25 * slow_expert(params, 3, row) + 2 * slow_expert(params, 1, row) for row in x]
     np.testing.assert_allclose(ours, np.stack(slow), rtol=1e-5, atol=1e-5)
@@ -87,19 +84,15 @@ def test_routes_are_a_float32_softmax_over_all_experts() -> None:
 
 
 def test_sparse_mlp_of_bfloat16_keeps_float32_masters() -> None:
-    cfg, x = (
-        dataclasses.replace(CFG, dtype="bfloat16"),
-        jnp.asarray(normal(2, 9, 6, seed=1)).astype(jnp.bfloat16),
-    )
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    x = jnp.asarray(normal(2, 9, 6, seed=1), jnp.bfloat16)
     boxed = SparseMLP(cfg).init(jax.random.key(0), x)["params"]
     assert boxed["experts"]["down_proj"].names == ("experts", "embed", "mlp")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(nn.unbox(boxed))} == {"float32"}
     params = random_params()
     # Scores far apart, so that rounding them does not change the choice.
     params["gate"]["weight"] *= 8
-    narrow, wide = (
-        SparseMLP(cfg).apply({"params": params}, x),
-        SparseMLP(CFG).apply({"params": params}, x.astype("float32")),
-    )
+    narrow = SparseMLP(cfg).apply({"params": params}, x)
+    wide = SparseMLP(CFG).apply({"params": params}, x.astype("float32"))
     assert narrow.dtype == jnp.bfloat16
     assert np.abs(narrow.astype(jnp.float32) - wide).mean() < 0.05

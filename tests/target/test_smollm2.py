@@ -58,9 +58,8 @@ def real(smollm2: Path) -> Iterator[Real]:
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # torch's threads spin: on a busy machine several take eight times as long as one
+    # Torch's threads spin: on a busy machine several take eight times as long as one.
+    torch.set_num_threads(1)
     yield Real(load_target(smollm2), model, load_tokenizer(smollm2))
     torch.set_num_threads(threads)
 
@@ -81,17 +80,14 @@ def test_smollm2_logits_equal_transformers(
         out = run(params, np.pad(row, (0, width - len(row)))[None])
         logits = vocabulary_logits(out.hidden[0, : len(row)], lm_head_weight(loaded.params))
         with torch.no_grad():
-            expected = real.model(
-                torch.tensor(row[None], dtype=torch.long), output_hidden_states=True
-            )
+            ids = torch.tensor(row[None], dtype=torch.long)
+            expected = real.model(ids, output_hidden_states=True)
         worst = max(worst, float(np.abs(logits - expected.logits[0].numpy()).max()))
-        states = torch.cat([expected.hidden_states[layer + 1] for layer in (1, 15, 28)], dim=-1)[
-            0
-        ].numpy()
+        layers = [expected.hidden_states[layer + 1][0].numpy() for layer in (1, 15, 28)]
+        states, features = np.concatenate(layers, axis=-1), out.features[0, : len(row)]
         # Some dimensions reach 25,000: the tolerance is relative to the row's largest.
-        np.testing.assert_allclose(
-            out.features[0, : len(row)], states, rtol=1e-4, atol=1e-6 * np.abs(states).max()
-        )
+        atol = 1e-6 * np.abs(states).max()
+        np.testing.assert_allclose(features, states, rtol=1e-4, atol=atol)
     record_property("largest_difference", worst)
     print(f"SmolLM2: largest logit difference {worst:.2e}")
     assert worst < 2e-3
@@ -103,9 +99,8 @@ def test_smollm2_greedy_tokens_equal_transformers(real: Real) -> None:
     loaded, count = real.loaded, 64
     prompts = np.array([real.tokenizer(text)["input_ids"][:48] for text in TEXTS], np.int32)
     start = prompts.shape[1]
-    real.model.generation_config.eos_token_id = (
-        None  # all 64 tokens, also past the end of an answer
-    )
+    # All 64 tokens, also past the end of an answer.
+    real.model.generation_config.eos_token_id = None
     with torch.no_grad():
         ids = torch.tensor(prompts, dtype=torch.long)
         # Unmasked, generate would hide every <|im_end|> of the prompt: it is the padding token too.

@@ -24,6 +24,10 @@ def step(loaded: LoadedTarget, tokens: np.ndarray, starts: list[int], cache: Any
     )
 
 
+def empty(loaded: LoadedTarget, batch: int = 2) -> Any:
+    return Target(loaded.config).empty_cache(batch=batch, cache_len=16)
+
+
 def assert_rows_equal(actual: TargetOutput, expected: TargetOutput, rows: list[slice]) -> None:
     """Row b of `actual` equals the positions `rows[b]` of row b of `expected`."""
     for row, piece in enumerate(rows):
@@ -62,47 +66,40 @@ def test_scanned_layers_with_a_cache_equal_unrolled(loaded: LoadedTarget, batch:
 def test_cached_pieces_equal_the_whole_pass(
     tiny: Callable[..., Any], kind: str, batch: int
 ) -> None:
-    loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 17)
-    expected = whole(loaded, tokens)
-    cache, start = Target(loaded.config).empty_cache(batch=batch, cache_len=24), 0
-    for length in (6, 1, 6, 1, 3):
+    loaded, tokens = load_target(tiny(kind, tied=True).directory), random_tokens(batch, 14)
+    expected, cache, start = whole(loaded, tokens), empty(loaded, batch), 0
+    for length in (6, 1, 6, 1):
         out = step(loaded, tokens[:, start : start + length], [start] * batch, cache)
         assert_rows_equal(out, expected, [slice(start, start + length)] * batch)
         cache, start = out.cache, start + length
 
 
 def test_rewound_cache_hides_what_stood_there(loaded: LoadedTarget) -> None:
-    tokens = random_tokens(2, 14)
+    tokens = random_tokens(2, 12)
     expected = whole(loaded, tokens)
-    cache = step(
-        loaded, tokens[:, :6], [0, 0], Target(loaded.config).empty_cache(batch=2, cache_len=16)
-    ).cache
-    # Eight wrong tokens leave stale keys at 6..13; the right ones come back in pieces over them.
-    cache = step(loaded, random_tokens(2, 8, seed=5), [6, 6], cache).cache
-    out = step(loaded, tokens[:, 6:9], [6, 6], cache)
-    assert_rows_equal(out, expected, [slice(6, 9)] * 2)
-    out = step(loaded, tokens[:, 9:14], [9, 9], out.cache)
-    assert_rows_equal(out, expected, [slice(9, 14)] * 2)
+    cache = step(loaded, tokens[:, :6], [0, 0], empty(loaded)).cache
+    # Six wrong tokens leave stale keys at 6..11; the right ones come back in pieces over them.
+    cache = step(loaded, random_tokens(2, 6, seed=5), [6, 6], cache).cache
+    for start in (6, 9):
+        out = step(loaded, tokens[:, start : start + 3], [start] * 2, cache)
+        assert_rows_equal(out, expected, [slice(start, start + 3)] * 2)
+        cache = out.cache
 
 
 def test_batched_rows_may_stand_at_different_positions(loaded: LoadedTarget) -> None:
-    tokens = random_tokens(3, 16)
+    tokens = random_tokens(2, 12)
     expected = whole(loaded, tokens)
-    cache = step(
-        loaded, tokens[:, :11], [0, 0, 0], Target(loaded.config).empty_cache(batch=3, cache_len=20)
-    ).cache
-    starts = [3, 11, 7]
-    rows = [slice(start, start + 4) for start in starts]
-    pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
-    out = step(loaded, pieces, starts, cache)
-    assert_rows_equal(out, expected, rows)
-    rows = [slice(start + 2, start + 4) for start in starts]  # all rewound by two
-    out = step(loaded, pieces[:, 2:], [start + 2 for start in starts], out.cache)
-    assert_rows_equal(out, expected, rows)
+    cache = step(loaded, tokens[:, :6], [0, 0], empty(loaded)).cache
+    for starts in ([6, 3], [7, 4]):  # then all are rewound by two
+        rows = [slice(start, start + 3) for start in starts]
+        pieces = np.stack([tokens[row, piece] for row, piece in enumerate(rows)])
+        out = step(loaded, pieces, starts, cache)
+        assert_rows_equal(out, expected, rows)
+        cache = out.cache
 
 
 def test_documents_refuse_a_cache(loaded: LoadedTarget) -> None:
-    tokens, cache = random_tokens(1, 4), Target(loaded.config).empty_cache(batch=1, cache_len=8)
+    tokens, cache = random_tokens(1, 4), empty(loaded, 1)
     with pytest.raises(ValueError, match="documents have no cache"):
         Target(loaded.config).apply(
             {"params": loaded.params}, tokens, cache=cache, documents=np.zeros((1, 4), int)

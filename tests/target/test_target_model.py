@@ -19,15 +19,8 @@ from domino_jax.sharding import make_mesh, parameter_shardings, partition_spec
 from domino_jax.target.decoder import Target, lm_head_weight
 from domino_jax.target.load import LoadedTarget, load_target
 
-KINDS = [
-    ("llama", True),
-    ("llama", False),
-    ("qwen3", True),
-    ("qwen3", False),
-    ("qwen2", True),
-    ("qwen2", False),
-]
-KINDS += [(kind, False) for kind in ("qwen3_moe", "qwen3_moe_raw", *SCALED)]
+KINDS = [("llama", True), ("qwen3", True), ("qwen2", True), ("llama", False)]
+KINDS += [(kind, False) for kind in ("qwen3", "qwen2", "qwen3_moe", "qwen3_moe_raw", *SCALED)]
 
 
 def torch_states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -77,15 +70,14 @@ def test_rope_scaling_is_what_makes_the_logits_equal(tiny: Callable[..., Any], k
     seen="target/decoder.py: zeros where no head is stored; the embedding always",
 )
 def test_lm_head_weight_is_the_embedding_only_when_tied(tiny: Callable[..., Any]) -> None:
-    tied, untied = (
-        load_target(tiny("llama", tied=flag).directory).params for flag in (True, False)
-    )
+    tied = load_target(tiny("llama", tied=True).directory).params
+    untied = load_target(tiny("llama", tied=False).directory).params
     assert lm_head_weight(tied) is tied["embed_tokens"]
     assert lm_head_weight(untied) is untied["lm_head"]
     assert not np.array_equal(untied["lm_head"], untied["embed_tokens"])
 
 
-@pytest.mark.parametrize("capture", [(), (2,), (0, 3), EVERY_LAYER])
+@pytest.mark.parametrize("capture", [(), (0, 3)])
 def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int, ...]) -> None:
     tokens = random_tokens(2, 12)
     unrolled = jitted(Target(loaded.config, capture))({"params": loaded.params}, tokens)
@@ -97,9 +89,15 @@ def test_scanned_layers_equal_unrolled(loaded: LoadedTarget, capture: tuple[int,
     chex.assert_trees_all_close(scanned, unrolled, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize(("capture", "depth"), [((0, 2), 3), ((0, 3), 4)])
+@pytest.mark.parametrize(
+    ("kind", "scan", "capture", "depth"),
+    [
+        ("qwen3", False, (0, 2), 3),
+        ("qwen3_moe", True, (0, 2), 3),
+        ("qwen3", True, (0, 3), 4),
+        ("qwen3_moe", False, (0, 3), 4),
+    ],
+)
 def test_first_layers_give_the_same_captured_states(
     tiny: Callable[..., Any], kind: str, scan: bool, capture: tuple[int, ...], depth: int
 ) -> None:
@@ -111,11 +109,6 @@ def test_first_layers_give_the_same_captured_states(
     # The states of layer 2 are not normed where the cut ends with it: it is not the target's last.
     states = whole(loaded, tokens).features.reshape(1, 9, 4, -1)
     np.testing.assert_allclose(out.features, states[:, :, capture].reshape(1, 9, -1), atol=1e-5)
-
-
-def test_a_captured_last_layer_is_what_the_head_reads(loaded: LoadedTarget) -> None:
-    out = whole(loaded, random_tokens(2, 9))
-    np.testing.assert_array_equal(out.features[..., -32:], out.hidden)
 
 
 @pytest.mark.parametrize(("capture", "depth"), [((0, 3), 3), ((4,), None), ((-1,), None)])
@@ -133,13 +126,10 @@ LENGTHS = (5, 1, 9, 6)  # of the documents in a packed row
 def packed_rows() -> tuple[np.ndarray, np.ndarray]:
     """Two rows of the same documents in different order, and each token's document by number."""
     documents = [random_tokens(1, length, seed=length)[0] for length in LENGTHS]
-    numbers = [np.full(length, number, np.int32) for number, length in enumerate(LENGTHS)]
     orders = ((0, 1, 2, 3), (3, 2, 0, 1))
-    rows = [
-        [np.concatenate([parts[i] for i in order]) for order in orders]
-        for parts in (documents, numbers)
-    ]
-    return np.stack(rows[0]), np.stack(rows[1])
+    tokens = [np.concatenate([documents[i] for i in order]) for order in orders]
+    numbers = [np.repeat(order, [LENGTHS[i] for i in order]) for order in orders]
+    return np.stack(tokens), np.stack(numbers).astype(np.int32)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_yarn", "qwen3_moe"])
@@ -199,16 +189,11 @@ def test_eight_devices_equal_one(
 
 def test_bfloat16_keeps_activations_small_and_logits_wide(tiny: Callable[..., Any]) -> None:
     tokens = random_tokens(2, 10)
-    narrow, wide = (
-        load_target(tiny("qwen3", tied=True).directory, dtype=name)
-        for name in ("bfloat16", "float32")
-    )
+    directory = tiny("qwen3", tied=True).directory
+    narrow, wide = (load_target(directory, dtype=name) for name in ("bfloat16", "float32"))
     out, expected = whole(narrow, tokens), whole(wide, tokens)
     logits = vocabulary_logits(out.hidden, lm_head_weight(narrow.params))
-    assert (out.hidden.dtype, out.features.dtype, logits.dtype) == (
-        jnp.bfloat16,
-        jnp.bfloat16,
-        jnp.float32,
-    )
+    assert out.hidden.dtype == out.features.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
     error = np.abs(logits - vocabulary_logits(expected.hidden, lm_head_weight(wide.params)))
     assert error.mean() < 0.1

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chex
 import pytest
 from saved_bits import final_bits
-from tiny import Heard, quiet, run_config, write_conversations, write_target
+from tiny import Heard, quiet, run_config, seal, write_conversations, write_target
 from whole_run import train
 
 from domino_jax.base.errors import InputError
@@ -23,15 +23,11 @@ from domino_jax.training.checkpoint import (
     save_draft,
     sound_checkpoint,
 )
+from domino_jax.training.log import read_metrics
 from domino_jax.training.records import read_draft_record, read_run_record
 
-STEPS: dict[str, Any] = {
-    "steps": 6,
-    "log_every": 5,
-    "eval_every": 3,
-    "checkpoint_every": 2,
-    "keep_checkpoints": 3,
-}
+STEPS: dict[str, Any] = {"steps": 6, "log_every": 5, "eval_every": 3}
+STEPS |= {"checkpoint_every": 2, "keep_checkpoints": 3}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +41,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(trained: Path, tmp_path: Path) -> Iterator[Path]:
+def place(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, which a test may damage; the config still names the one of all tests."""
-    shutil.copytree(trained, tmp_path / "place")
-    yield tmp_path / "place"
+    return shutil.copytree(trained, tmp_path / "place")
 
 
 def resume(place: Path, *words: str) -> str:
@@ -58,22 +53,18 @@ def resume(place: Path, *words: str) -> str:
     return heard.text
 
 
-def flip(path: Path, place: int = 0) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def data_file(step: Path, item: str) -> Path:
-    return max(
-        (step / item / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size
-    )
+    files = (step / item / "ocdbt.process_0" / "d").iterdir()
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def damaged(step: Path, how: str) -> None:
     match how:
         case "flip":
-            flip(data_file(step, "params"), -5)
+            file = data_file(step, "params")
+            content = bytearray(file.read_bytes())
+            content[-5] ^= 1
+            file.write_bytes(content)
         case "position":
             (data,) = (step / "data").glob("process_*.json")
             data.write_text(data.read_text().replace('"next_index": ', '"next_index": 1'))
@@ -86,6 +77,8 @@ def damaged(step: Path, how: str) -> None:
             step.mkdir()
         case "checksums":
             (step / "SHA256SUMS").unlink()
+            # Also where the note of the newest checkpoint is gone.
+            (step.parent.parent / "newest_checkpoint.json").unlink()
 
 
 @pytest.mark.pitfall(
@@ -99,21 +92,16 @@ def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> N
     assert sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 4
     assert len(said) == 1 and f"{place}/run/checkpoints/6: damaged, not used: " in said[0]
     # Readers move nothing: the run may be training.
-    assert (
-        load_draft(place / "run", reporter=Heard(lines=said)).step == 4
-        and (place / "run" / "checkpoints" / "6").is_dir()
-    )
+    assert load_draft(place / "run", reporter=Heard(lines=said)).step == 4
+    assert (place / "run" / "checkpoints" / "6").is_dir()
 
 
 def test_a_damaged_run_ends_with_the_same_bits(trained: Path, place: Path) -> None:
     damaged(place / "run" / "checkpoints" / "6", "flip")
     damaged(place / "run" / "checkpoints" / "4", "position")
     said = resume(place)
-    assert (
-        "checkpoints/6: damaged" in said
-        and "moved to" in said
-        and "resuming at step 2 of 6" in said
-    )
+    for words in ("checkpoints/6: damaged", "moved to", "resuming at step 2 of 6"):
+        assert words in said
     assert {path.name for path in (place / "run" / "set_aside").iterdir()} == {"4", "6"}
     chex.assert_trees_all_equal(final_bits(trained / "run", 6), final_bits(place / "run", 6))
     for name in ("metrics.jsonl", "config.yaml"):
@@ -152,15 +140,6 @@ def test_the_note_of_the_newest_checkpoint_is_read_strictly(place: Path, content
         sound_checkpoint(place / "run", reporter=quiet())
 
 
-def test_a_checkpoint_without_checksums_is_damaged(place: Path) -> None:
-    """Also where the note of the newest checkpoint is gone too."""
-    (place / "run" / "newest_checkpoint.json").unlink()
-    (place / "run" / "checkpoints" / "6" / "SHA256SUMS").unlink()
-    heard = Heard()
-    assert sound_checkpoint(place / "run", reporter=heard) == 4
-    assert "checkpoints/6" in heard.lines[0] and "SHA256SUMS" in heard.lines[0]
-
-
 def test_one_step_can_be_asked_for(place: Path) -> None:
     assert load_draft(place / "run", reporter=quiet(), step=4).step == 4
     with pytest.raises(InputError, match="no checkpoint 5; there are 6, 4, 2"):
@@ -170,28 +149,22 @@ def test_one_step_can_be_asked_for(place: Path) -> None:
         load_draft(place / "run", reporter=quiet(), step=4)
 
 
-def changed_words(place: Path) -> str:
+def edited_rows(place: Path, edit: Callable[[list[str]], list[str]]) -> str:
     rows = place / "rows.jsonl"
-    lines = rows.read_text().splitlines()
-    turns = json.loads(lines[3])
-    turns["messages"][1]["content"] = "a a a a"
-    lines[3] = json.dumps(turns)
-    rows.write_text("\n".join(lines) + "\n")
+    rows.write_text("".join(edit(rows.read_text().splitlines(keepends=True))))
     return f"data.train={rows}"
+
+
+def changed_words(place: Path) -> str:
+    return edited_rows(place, lambda lines: [lines[0].replace(': "', ': "a '), *lines[1:]])
 
 
 def reordered(place: Path) -> str:
-    rows = place / "rows.jsonl"
-    rows.write_text("\n".join(reversed(rows.read_text().splitlines())) + "\n")
-    return f"data.train={rows}"
+    return edited_rows(place, lambda lines: lines[::-1])
 
 
 def longer(place: Path) -> str:
-    rows = place / "rows.jsonl"
-    rows.write_text(
-        rows.read_text() + write_conversations(place / "more.jsonl", 1, seed=9).read_text()
-    )
-    return f"data.train={rows}"
+    return edited_rows(place, lambda lines: [*lines, lines[0]])
 
 
 def other_heldout(place: Path) -> str:
@@ -236,33 +209,75 @@ def test_what_changed_is_named(place: Path, change: Any, named: str) -> None:
     assert named in said and "use another run_dir" in said and len(said) <= 500, said
 
 
+@pytest.mark.pitfall(
+    "mask token aliases eos, pad or bos, or changes on resume or import",
+    seen="training/run_directory.py: mask_token_id free to change",
+)
+def test_a_run_directory_belongs_to_its_settings(place: Path) -> None:
+    with pytest.raises(InputError, match=r"draft\.mask_token_id 2 -> 9.*use another run_dir"):
+        resume(place, "draft.mask_token_id=9")
+    with pytest.raises(InputError, match=r"target_layer_ids \[0, 2\] -> \[0, 1\]"):
+        resume(place, "draft.target_layer_ids=[0,1]")
+    resume(place, "train.log_every=1")  # changes no number
+
+
+def test_a_run_of_another_version_is_not_resumed(place: Path) -> None:
+    for step in ("2", "4", "6"):
+        checkpoint = place / "run" / "checkpoints" / step
+        stored = checkpoint / "run" / "metadata"
+        stored.write_text(stored.read_text().replace('"options": {}', '"dpace_alpha": 0.5'))
+        seal(checkpoint)
+    message = r"loss\.dpace_alpha, loss\.options: .*another version.*use another run_dir"
+    with pytest.raises(InputError, match=message):
+        resume(place)
+
+
+@pytest.mark.pitfall(
+    "an unfinished save picked up",
+    seen="training/checkpoint.py: the newest directory taken, finished or not",
+)
+def test_an_unfinished_save_is_never_picked_up(place: Path) -> None:
+    leftover = place / "run" / "checkpoints" / "8.orbax-checkpoint-tmp"
+    (leftover / "params").mkdir(parents=True)
+    assert load_draft(place / "run", reporter=quiet()).step == 6
+    assert "resuming at step 6 of 6" in resume(place)
+
+
+def test_the_metrics_log_drops_what_a_resumed_run_does_again(trained: Path, place: Path) -> None:
+    log = place / "run" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 9, "split": "train"}\n{"step": 10, "spl')
+    resume(place)
+    assert log.read_bytes() == (trained / "run" / "metrics.jsonl").read_bytes()
+
+
 def test_inputs_may_move(place: Path) -> None:
     moved = shutil.move(place / "rows.jsonl", place / "moved.jsonl")
-    assert "already trained for 6 steps" in resume(
-        place, f"data.train={moved}", f"target={place / 'target'}"
-    )
+    said = resume(place, f"data.train={moved}", f"target={place / 'target'}")
+    assert "already trained for 6 steps" in said
 
 
 def test_a_finished_run_is_extended(place: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"train\.steps 6 -> 9\).*train\.extra_steps=N trains N steps further"
-    ):
+    message = r"train\.steps 6 -> 9\).*train\.extra_steps=N trains N steps further"
+    with pytest.raises(InputError, match=message):
         resume(place, "train.steps=9")
     said = resume(place, "train.extra_steps=3")
     assert "resuming at step 6 of 9" in said
     # Two ways to nine steps, one number.
     whole = place / "whole"
-    train(
-        load_config(place / "config.yaml", [f"run_dir={whole}", "train.extra_steps=3"]),
-        reporter=quiet(),
-    )
+    words = [f"run_dir={whole}", "train.extra_steps=3"]
+    train(load_config(place / "config.yaml", words), reporter=quiet())
     chex.assert_trees_all_equal(final_bits(whole, 9), final_bits(place / "run", 9))
-    last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-2]
-    assert (
-        last["step"] == 9
-        and last["lambda_base"] == 0
-        and last["learning_rate"] == pytest.approx(6e-5)
-    )
+    last = read_metrics(whole)[-2]
+    assert (last["step"], last["lambda_base"]) == (9, 0)
+    assert last["learning_rate"] == pytest.approx(6e-5)
+
+
+def test_a_dry_run_of_a_run_that_is_there_says_where_it_goes_on(domino: Any, trained: Path) -> None:
+    path = trained / "config.yaml"
+    code, out, _ = domino("train", path, "--dry-run", "train.extra_steps=4")
+    assert code == 0 and "10 of 8 rows: 3.33 epochs; the run resumes at step 6" in out
+    code, out, log = domino("train", path, "--dry-run", "draft.emb_dim=4")
+    assert (code, out) == (2, "") and "draft.emb_dim 8 -> 4" in log
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
@@ -290,48 +305,35 @@ def test_what_is_best_may_change_between_two_starts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("by", "figure"), [("heldout", "accept_len"), ("rollout", "tau")])
 def test_a_run_keeps_its_best_checkpoint(place: Path, by: str, figure: str) -> None:
-    words = (
-        f"train.keep_best={by}",
-        "train.rollout_every=3",
-        "train.rollout_tokens=8",
-        "train.keep_checkpoints=1",
-        "train.steps=12",
-        "train.checkpoint_every=3",
-    )
-    train(
-        load_config(place / "config.yaml", [f"run_dir={place / 'best'}", *words]), reporter=quiet()
-    )
-    lines = [
-        json.loads(line) for line in (place / "best" / "metrics.jsonl").read_text().splitlines()
-    ]
-    measured = {line["step"]: line[figure] for line in lines if line["split"] == by}
+    words = [f"train.keep_best={by}", "train.keep_checkpoints=1", "train.steps=9"]
+    words += ["train.checkpoint_every=3", f"run_dir={place / 'best'}"]
+    if by == "rollout":
+        words += ["train.rollout_every=3", "train.rollout_tokens=8"]
+    run = train(load_config(place / "config.yaml", words), reporter=quiet())
+    measured = {line["step"]: line[figure] for line in read_metrics(run) if line["split"] == by}
     best = max(measured, key=lambda step: (measured[step], step))
-    kept = {int(path.name) for path in (place / "best" / "checkpoints").iterdir()}
-    assert kept == {best, 12}
-    assert load_draft(place / "best", reporter=quiet(), step=best).step == best
+    assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {best, 9}
+    assert load_draft(run, reporter=quiet(), step=best).step == best
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("train.keep_best=tau",), "must be one of heldout, rollout or null, found 'tau'"),
-        (("train.keep_best=rollout",), "rollout_every null must be a multiple of checkpoint_every"),
-        (
-            ("train.keep_best=rollout", "train.rollout_every=3"),
-            "rollout_every 3 must be a multiple of checkpoint_every 2",
-        ),
-        (
-            ("train.keep_best=heldout", "data.eval=null", "train.checkpoint_every=3"),
-            "data.eval is missing",
-        ),
-        (("train.keep_best=heldout",), "eval_every 3 must be a multiple of checkpoint_every 2"),
-        (("train.extra_steps=-1",), r"extra_steps must be at least 0 and below 2\*\*31, found -1"),
+        ("keep_best=tau", "must be one of heldout, rollout or null, found 'tau'"),
+        ("keep_best=rollout", "rollout_every null must be a multiple of checkpoint_every"),
+        ("keep_best=rollout rollout_every=3", "rollout_every 3 must be a multiple of checkpoint"),
+        ("keep_best=heldout", "eval_every 3 must be a multiple of checkpoint_every 2"),
+        ("extra_steps=-1", r"extra_steps must be at least 0 and below 2\*\*31, found -1"),
     ],
 )
-def test_settings_of_checkpoints_are_checked(
-    trained: Path, words: tuple[str, ...], message: str
-) -> None:
+def test_settings_of_checkpoints_are_checked(trained: Path, words: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
+        load_config(trained / "config.yaml", [f"train.{word}" for word in words.split()])
+
+
+def test_the_best_held_out_checkpoint_needs_held_out_rows(trained: Path) -> None:
+    words = ("train.keep_best=heldout", "data.eval=null", "train.checkpoint_every=3")
+    with pytest.raises(InputError, match=r"data\.eval is missing"):
         load_config(trained / "config.yaml", words)
 
 

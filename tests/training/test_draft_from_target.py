@@ -17,13 +17,20 @@ from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target
 from domino_jax.training.prepare import prepare
+from domino_jax.training.run import Run
 from domino_jax.training.start import draft_from_target
 
 
-def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_path: Path) -> None:
-    run = prepare(load_config(run_config(tmp_path, target)), reporter=quiet())
-    params, loaded = jax.device_get(run.state.params), load_target(target)
-    started = jax.device_get(draft_from_target(run.record.config, params, loaded.params))
+@pytest.fixture(scope="module")
+def fresh(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose draft starts at random."""
+    path = run_config(tmp_path_factory.mktemp("fresh"), target)
+    return prepare(load_config(path), reporter=quiet())
+
+
+def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, fresh: Run) -> None:
+    params, loaded = jax.device_get(fresh.state.params), load_target(target)
+    started = jax.device_get(draft_from_target(fresh.inputs.record.config, params, loaded.params))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, started)
     chex.assert_trees_all_equal(started["layers_0"], jax.device_get(loaded.params["layers_3"]))
     chex.assert_trees_all_equal(started["norm"], jax.device_get(loaded.params["norm"]))
@@ -38,14 +45,13 @@ def test_draft_from_target_starts_as_the_top_of_the_target(target: Path, tmp_pat
     )
 
 
-def test_draft_from_target_takes_what_a_dense_draft_has(target: Path, tmp_path: Path) -> None:
-    run = prepare(load_config(run_config(tmp_path, target)), reporter=quiet())
-    params = jax.device_get(run.state.params)
+def test_draft_from_target_takes_what_a_dense_draft_has(fresh: Run) -> None:
+    params = jax.device_get(fresh.state.params)
     mixture = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
     config = dataclasses.replace(CONFIG, attention_bias=True, **mixture)
     boxed = Target(config).init(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))["params"]
     theirs = jax.device_get(nn.meta.unbox(boxed))
-    started = jax.device_get(draft_from_target(run.record.config, params, theirs))
+    started = jax.device_get(draft_from_target(fresh.inputs.record.config, params, theirs))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, started)
     chex.assert_trees_all_equal(started["layers_0"]["mlp"], params["layers_0"]["mlp"])
     for name in ("q_proj", "o_proj"):
@@ -54,10 +60,9 @@ def test_draft_from_target_takes_what_a_dense_draft_has(target: Path, tmp_path: 
 
 
 def test_a_run_starts_as_the_top_of_its_target_and_reads_no_more_of_it(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: Path, fresh: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = run_config(tmp_path, target)
-    fresh = prepare(load_config(path), reporter=quiet())
     read, names = StoredTensor.read, []
 
     def noted(tensor: StoredTensor, part: tuple[slice, ...] = ()) -> np.ndarray:
@@ -71,7 +76,7 @@ def test_a_run_starts_as_the_top_of_its_target_and_reads_no_more_of_it(
     counts = Counter(names)
     # Three layers run; of the fourth, and of the final norm, the draft has its copy in float32.
     whole = load_target(target).params
-    expected = draft_from_target(fresh.record.config, fresh.state.params, whole)
+    expected = draft_from_target(fresh.inputs.record.config, fresh.state.params, whole)
     chex.assert_trees_all_equal(*jax.device_get((run.state.params, expected)))
     layout = run.state.params["layers_0"]["mlp"]["up_proj"]["weight"].sharding
     assert not layout.is_fully_replicated

@@ -23,21 +23,12 @@ def opened(
 
 
 def test_figures_that_are_not_finite_are_null_and_named(tmp_path: Path) -> None:
+    figures = {"loss": math.nan, "grad_norm": math.inf, "accept_len": 1.5, "updates": 0.0}
     with opened(tmp_path, tensorboard=True) as log:
-        log.write(
-            2, "train", {"loss": math.nan, "grad_norm": math.inf, "accept_len": 1.5, "updates": 0.0}
-        )
-    assert strictly(tmp_path / "metrics.jsonl") == [
-        {
-            "step": 2,
-            "split": "train",
-            "loss": None,
-            "grad_norm": None,
-            "accept_len": 1.5,
-            "updates": 0.0,
-        }
-        | {"not_finite": ["loss", "grad_norm"]}
-    ]
+        log.write(2, "train", figures)
+    (found,) = strictly(tmp_path / "metrics.jsonl")
+    odd = {"loss": None, "grad_norm": None, "not_finite": ["loss", "grad_norm"]}
+    assert found == {"step": 2, "split": "train"} | figures | odd
 
 
 def written(directory: Path) -> LogMark:
@@ -54,17 +45,11 @@ def written(directory: Path) -> LogMark:
 def test_times_stand_apart_and_both_files_drop_what_is_done_again(tmp_path: Path) -> None:
     with opened(tmp_path, written(tmp_path), step=2) as log:
         log.write(3, "train", {"loss": 0.125}, timing={"seconds_per_step": 0.2})
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
-        (1, 0.5),
-        (2, 0.5),
-        (3, 0.125),
-    ]
+    losses = {line["step"]: line["loss"] for line in read_metrics(tmp_path)}
+    assert losses == {1: 0.5, 2: 0.5, 3: 0.125}
     timing = strictly(tmp_path / "timing.jsonl")
-    assert [(line["step"], line["split"], line["seconds_per_step"]) for line in timing] == [
-        (1, "train", 0.1),
-        (2, "train", 0.1),
-        (3, "train", 0.2),
-    ]
+    assert {line["step"]: line["seconds_per_step"] for line in timing} == {1: 0.1, 2: 0.1, 3: 0.2}
+    assert {line["split"] for line in timing} == {"train"}
 
 
 def test_a_mark_goes_on_counting(tmp_path: Path) -> None:
@@ -117,8 +102,7 @@ def test_read_metrics_names_a_bad_line(tmp_path: Path, line: str) -> None:
 
 def test_read_metrics_takes_logs_of_older_runs(tmp_path: Path) -> None:
     """They may hold NaN, and end where they were cut off."""
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "split": "train", "loss": NaN}\n{"step": 2, "spl'
-    )
+    lines = '{"step": 1, "split": "train", "loss": NaN}\n{"step": 2, "spl'
+    (tmp_path / "metrics.jsonl").write_text(lines)
     (record,) = read_metrics(tmp_path)
     assert math.isnan(record["loss"])

@@ -23,7 +23,7 @@ from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.data.pipeline import heldout_batches
 from domino_jax.draft.blocks import document_ids
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.target.decoder import Target
 from domino_jax.training.prepare import prepare
 
@@ -118,16 +118,11 @@ def test_a_packed_run_interrupted_ends_with_the_same_bits(target: Path, tmp_path
 def test_epochs_and_waste_are_counted_in_packed_rows(target: Path, tmp_path: Path) -> None:
     path = run_config(tmp_path, target, data=PACKED["data"], train={"steps": None, "epochs": 4})
     shares = []
-    for override, count in (
-        ("data.packing=false", "24 rows"),
-        ("data.packing=true", "rows packed from 24"),
-    ):
+    for packing, count in (("false", "24 rows"), ("true", "rows packed from 24")):
+        words = [f"data.packing={packing}", f"run_dir={tmp_path / packing}"]
         heard = Heard()
-        run = prepare(
-            load_config(path, [override, f"run_dir={tmp_path / override}"]), reporter=heard
-        )
-        said = heard.text
-        line = next(line for line in said.splitlines() if line.startswith("training: "))
+        run = prepare(load_config(path, words), reporter=heard).inputs
+        line = next(line for line in heard.text.splitlines() if line.startswith("training: "))
         assert count in line
         shares.append(float(line.partition("(")[2].partition("%")[0]))
         assert run.last_step == 4 * run.rows.epoch_rows // 8

@@ -18,7 +18,7 @@ from domino_jax.base.errors import Diverged
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.page.terminal import training_summary
-from domino_jax.training.accumulator import Spike, StepOutcome
+from domino_jax.training.accumulator import StepOutcome
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.log import read_metrics
 from domino_jax.training.optimizer import learning_rate_schedule
@@ -74,10 +74,8 @@ def test_a_poisoned_line_is_named_skipped_and_survived(tmp_path: Path) -> None:
     path = run_config(tmp_path, target, train={"log_every": 3, "checkpoint_every": 1})
     rows = tmp_path / "rows.jsonl"
     lines = rows.read_text().splitlines()
-    messages = [
-        {"role": "user", "content": "unheard"},
-        {"role": "assistant", "content": "a b c d e f"},
-    ]
+    question = {"role": "user", "content": "unheard"}
+    messages = [question, {"role": "assistant", "content": "a b c d e f"}]
     lines[6:7] = ["", json.dumps({"messages": messages})]  # an empty line counts, and gives no row
     rows.write_text("\n".join(lines) + "\n")
     heard = Heard()
@@ -121,31 +119,20 @@ def test_a_run_that_goes_astray_stops_with_finite_checkpoints(
     if override == "target":
         edit(target, overflow)
         words = []
-    settings = {
-        "log_every": 2,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 9,
-        "max_nonfinite_steps": 3,
-    }
-    path = run_config(tmp_path, target, train=settings)
+    settings = {"log_every": 2, "checkpoint_every": 1, "keep_checkpoints": 9}
+    path = run_config(tmp_path, target, train={**settings, "max_nonfinite_steps": 3})
     with pytest.raises(Diverged) as raised:
         train(load_config(path, words), reporter=quiet())
     said = str(raised.value)
-    assert (
-        "stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite, "
-        f"from step {first} on" in said
-    )
+    many = "stopped: 3 updates in a row (train.max_nonfinite_steps) were not finite"
+    assert said.startswith(f"{many}, from step {first} on")
     assert "rows.jsonl" in said and "is finite" in said and "\n" not in said
     run = tmp_path / "run"
     steps = assert_checkpoints_are_finite(run)
     assert f"the newest checkpoint, of step {steps[-1]}," in said and steps[0] == 1
     lines = strictly(run / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["split"] == "skipped"] == [
-        first,
-        first + 1,
-        first + 2,
-        *[4] * (first == 1),
-    ]
+    skipped = [line["step"] for line in lines if line["split"] == "skipped"]
+    assert skipped == [*range(first, 5)]
     assert [line["loss"] for line in lines if line["split"] == "train"][-1] is None
     training_summary(run)  # reads a log without a loss
 
@@ -158,11 +145,9 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
     """Absurd settings make parameters overflow under finite gradients; the next save finds them."""
     (tmp_path / "target").mkdir()
     path = run_config(tmp_path, write_target(tmp_path / "target"), train={"checkpoint_every": 1})
-    with pytest.raises(
-        Diverged,
-        match=r"the parameters are not finite after step 1, .*no checkpoint was written yet",
-    ):
-        words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
+    words = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=1e30"]
+    message = "the parameters are not finite after step 1, .*no checkpoint was written yet"
+    with pytest.raises(Diverged, match=message):
         train(load_config(path, words), reporter=quiet())
     assert sound_checkpoint(tmp_path / "run", reporter=quiet()) is None
     strictly(tmp_path / "run" / "metrics.jsonl")
@@ -173,12 +158,10 @@ def watch(stored: Any = None, *, max_nonfinite_steps: int = 3) -> StepWatch:
     return StepWatch(rows, "a.jsonl", max_nonfinite_steps=max_nonfinite_steps, stored=stored)
 
 
-def outcome(step: int, updates: int, nonfinite: int, rows: Any = ()) -> StepOutcome:
-    return StepOutcome(
-        step,
-        list(rows),
-        {"updates": np.float32(updates), "skipped_nonfinite": np.float32(nonfinite)},
-    )
+def outcome(step: int, sums: tuple[int, int], rows: Any = (), *, loss: float = 0.0) -> StepOutcome:
+    names = ("updates", "skipped_nonfinite", "loss_sum", "loss_weight")
+    values = map(np.float32, (*sums, loss * 7, 7))
+    return StepOutcome(step, list(rows), dict(zip(names, values, strict=True)))
 
 
 GOOD, BAD, EMPTY = (1, 0), (0, 1), (0, 0)
@@ -200,51 +183,61 @@ def test_only_steps_in_a_row_count(
 ) -> None:
     """However the steps fall into windows, and when the run is started again after each."""
     steps, told = watch(), []
-    numbered = [outcome(step, *sums, rows=[step]) for step, sums in enumerate(outcomes, start=1)]
+    numbered = [outcome(step, sums, [step]) for step, sums in enumerate(outcomes, start=1)]
     for first in range(0, len(numbered), window):
-        told += steps.skips(numbered[first : first + window])
+        told += steps.notices(numbered[first : first + window])
         if restarted and steps.diverged_at is None:
             steps = watch(json.loads(json.dumps(steps.as_json())))
-    assert [skip.step for skip in told] == [
-        step for step, x in enumerate(outcomes, 1) if x is not GOOD
-    ]
-    assert {skip.reason for skip in told} <= {"nonfinite", "no_anchor"}
+    skipped = [step for step, x in enumerate(outcomes, 1) if x is not GOOD]
+    assert [notice.step for notice in told] == skipped
+    assert {notice.record["reason"] for notice in told} <= {"nonfinite", "no_anchor"}
     assert (steps.diverged_at and steps.diverged_at.step) == diverged_at
 
 
 def test_a_skip_names_its_lines_and_cuts_long_lists() -> None:
-    first, second = watch().skips(
-        [outcome(1, *BAD, rows=[3, 0, 5]), outcome(2, *EMPTY, rows=range(20))]
-    )
+    first, second = watch().notices([outcome(1, BAD, [3, 0, 5]), outcome(2, EMPTY, range(20))])
     assert first.record == {"reason": "nonfinite", "lines": [13, 10, 15]}
-    assert first.record.keys() == fields_of("skipped") - {"step", "split", "rows"}
-    assert str(first.place) == "lines 13, 10, 15 of a.jsonl"
-    assert (
-        second.words.startswith("no anchor in its batch; lines 10, 11,")
-        and "and 4 more of a.jsonl" in second.words
-    )
+    assert first.record.keys() == fields_of(first.split) - {"step", "split", "rows"}
+    assert first.words.endswith("not finite; lines 13, 10, 15 of a.jsonl")
+    assert second.words.startswith("update skipped, no anchor in its batch; lines 10, 11,")
+    assert second.words.endswith("and 4 more of a.jsonl")
 
 
 def test_captured_rows_are_named_by_their_number() -> None:
     rows = [Row(np.zeros(1, np.int32), np.ones(1, bool))] * 3
-    (skip,) = StepWatch(rows, "states", max_nonfinite_steps=3).skips(
-        [outcome(1, *BAD, rows=[2, 0])]
-    )
-    assert str(skip.place) == "rows 3, 1 of states" and skip.record["rows"] == [3, 1]
+    (skip,) = StepWatch(rows, "states", max_nonfinite_steps=3).notices([outcome(1, BAD, [2, 0])])
+    assert skip.words.endswith("; rows 3, 1 of states") and skip.record["rows"] == [3, 1]
 
 
 def test_the_message_without_a_checkpoint_promises_none() -> None:
-    (skip,) = watch(max_nonfinite_steps=1).skips([outcome(1, *BAD, rows=[2])])
-    said = divergence(Path("run"), skip, max_nonfinite_steps=1, newest_checkpoint=None)
+    steps = watch(max_nonfinite_steps=1)
+    list(steps.notices([outcome(1, BAD, [2])]))
+    assert steps.diverged_at is not None
+    said = divergence(Path("run"), steps.diverged_at, max_nonfinite_steps=1, newest_checkpoint=None)
     assert "no checkpoint was written yet" in said and "lines 12 of a.jsonl" in said
 
 
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        ([3.0, 3.1, 9.0, 2.9, 3.0], [3]),
+        ([3.0, 3.1, 5.9, 2.9, 3.0], []),
+        ([12.9, 11.0, 9.5, 8.0, 7.5], []),  # a beginning is no spike
+        ([3.0, 9.0, 3.0, 3.0], []),  # too few for a median
+    ],
+)
+def test_spikes_stand_out_of_the_updates_of_their_window(
+    losses: list[float], found: list[int]
+) -> None:
+    steps = [outcome(step, GOOD, [step], loss=loss) for step, loss in enumerate(losses, 1)]
+    skipped = outcome(9, EMPTY, [9], loss=90.0)
+    told = watch().notices([*steps, skipped])
+    assert [notice.step for notice in told if notice.split == "spike"] == found
+
+
 def test_a_spike_names_its_size_and_its_lines() -> None:
-    sums = {"updates": np.float32(1), "loss_sum": np.float32(9), "loss_weight": np.float32(1)}
-    spike = Spike(StepOutcome(7, [3, 0], sums), 3.0)
-    assert (
-        watch().spike_words(spike)
-        == "loss 9.000 is 3.0 times the window's median; lines 13, 10 of a.jsonl"
-    )
-    assert watch().spike_record(spike) == {"loss": 9.0, "median": 3.0, "lines": [13, 10]}
-    assert watch().spike_record(spike).keys() == fields_of("spike") - {"step", "split", "rows"}
+    steps = [outcome(step, GOOD, [3, 0], loss=loss) for step, loss in enumerate([3.0] * 4 + [9.0])]
+    (spike,) = watch().notices(steps)
+    assert spike.words == "loss 9.000 is 3.0 times the window's median; lines 13, 10 of a.jsonl"
+    assert spike.record == {"loss": 9.0, "median": 3.0, "lines": [13, 10]}
+    assert spike.record.keys() == fields_of("spike") - {"step", "split", "rows"}

@@ -12,7 +12,7 @@ from tiny import CONFIG, MASK_TOKEN_ID
 
 from domino_jax.base.chips import Chip
 from domino_jax.config.draft import DraftRecipe, make_draft_config
-from domino_jax.objective.domino_module import build_trainer
+from domino_jax.objective.modules import build_trainer
 from domino_jax.sharding import make_mesh
 from domino_jax.target.decoder import Target
 from domino_jax.training.flops import step_flops

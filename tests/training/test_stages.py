@@ -1,30 +1,27 @@
 """The names of a step's stages in its compiled program: what plans and traces are grouped by."""
 
-import functools
 import re
 from pathlib import Path
 
 import jax
 import pytest
-from tiny import quiet, run_config, write_target
+from tiny import quiet, run_config
 
 from domino_jax.base.scopes import HEAD, STAGES
 from domino_jax.config.run import load_config
-from domino_jax.training.inputs import device_batch
-from domino_jax.training.prepare import prepare
-from domino_jax.training.step import train_step
+from domino_jax.training.prepare import abstract_step, read_models
+from domino_jax.training.program import traced_step
 
 
 @pytest.mark.parametrize("projector", ["domino", None])
-def test_every_product_of_a_step_belongs_to_a_stage(tmp_path: Path, projector: str | None) -> None:
+def test_every_product_of_a_step_belongs_to_a_stage(
+    target: Path, tmp_path: Path, projector: str | None
+) -> None:
     words = [f"draft.projector_type={projector or 'null'}", "optimizer.grad_accumulation=2"]
-    target = write_target(tmp_path / "target")
-    run = prepare(load_config(run_config(tmp_path, target), words), reporter=quiet())
-    with jax.set_mesh(run.mesh):
-        rows = next(run.batches())
-        batch = device_batch(run.mesh, rows, micro_batches=2)
-        step = jax.jit(functools.partial(train_step, run.program))
-        lowered = step.lower(run.state, run.target_params, batch)
+    config = load_config(run_config(tmp_path, target), words)
+    step = abstract_step(config, read_models(config, reporter=quiet()), jax.devices())
+    with jax.set_mesh(step.mesh):
+        lowered = traced_step(step.program, step.arguments).lower()
     text = lowered.compile().as_text()
     names = re.findall(r'op_name="([^"]*)"', text)
     found = {innermost(name) for name in names} - {None}

@@ -18,7 +18,7 @@ from domino_jax.training.trace import Trace
 
 
 def start(path: Path, words: list[str], **options: Any) -> str:
-    """Trains and returns what was said."""
+    """What a start says."""
     heard = Heard()
     try:
         train(load_config(path, words), reporter=heard, **options)
