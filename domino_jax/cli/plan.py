@@ -16,7 +16,7 @@ from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.plan.topology import Compiler, DeviceSpec, compiler_for, parse_device_spec
+from domino_jax.plan.topology import Compiler, compiler_for, parse_device_spec
 
 if TYPE_CHECKING:
     from domino_jax.plan.plan import Plan
@@ -72,10 +72,7 @@ def plan_verb(
     jax.config.update("jax_platforms", "cpu")
     compilers = [compiler_for(spec) for spec in asked]
     models = read_models(settings, reporter=reporter)
-    plans = [
-        _planned(settings, models, spec, compiler, largest=largest_batch)
-        for spec, compiler in zip(asked, compilers, strict=True)
-    ]
+    plans = [_planned(settings, models, one, largest=largest_batch) for one in compilers]
     results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
@@ -91,9 +88,7 @@ def plan_verb(
         ctx.exit(1)
 
 
-def _planned(
-    config: RunConfig, models: Models, spec: DeviceSpec, compiler: Compiler, *, largest: bool
-) -> Plan:
+def _planned(config: RunConfig, models: Models, compiler: Compiler, *, largest: bool) -> Plan:
     """The plan of the batch as it stands, or of the largest that fits, else of the smallest."""
     from domino_jax.plan.plan import largest_batch, plan
     from domino_jax.training.prepare import abstract_step
@@ -103,10 +98,10 @@ def _planned(
     def with_batch(batch_size: int) -> Plan:
         data = dataclasses.replace(config.data, batch_size=batch_size)
         step = abstract_step(dataclasses.replace(config, data=data), models, compiler.devices)
-        one = plan(step, spec, compiler, cache=cache, reporter=reporter)
+        one = plan(step, compiler, cache=cache, reporter=reporter)
         if largest:
             fits = "fits" if one.fits else "does not fit"
-            reporter.say(f"{spec.name}: batch {one.batch_size} {fits}")
+            reporter.say(f"{one.spec}: batch {one.batch_size} {fits}")
         return one
 
     count, first = len(compiler.devices), config.data.batch_size

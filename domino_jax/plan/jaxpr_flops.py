@@ -1,9 +1,10 @@
-"""What a step recomputes or masks out costs time too, though its useful FLOPs do not show it.
+"""FLOPs of every matrix product of a traced step, by stage.
 
-So every matrix product of a traced step is counted, by stage, before a compiler rewrites them and
-on all devices together. A loop counts its turns, a kernel its grid, a choice between platforms the
-planned one, any other choice its most expensive branch: a tile that a kernel skips because of the
-data is counted, so this is what is executed *at most*.
+What a step recomputes or masks out costs time too, though its useful FLOPs do not show it. So
+products are counted before a compiler rewrites them and on all devices together. A loop counts its
+turns, a kernel its grid, a choice between platforms the planned one, any other choice its most
+expensive branch: a tile that a kernel skips because of the data is counted, so this is what is
+executed *at most*.
 """
 
 import math
@@ -33,13 +34,10 @@ class Product:
     float32: bool
     path: str
 
-
-@dataclass(frozen=True)
-class _Scope:
-    """Where a walk stands: names so far, and how often what is there runs."""
-
-    path: str
-    times: int
+    @property
+    def total_flops(self) -> int:
+        """Of all its runs."""
+        return self.flops * self.times
 
 
 def products(traced: jax.stages.Traced, *, platform: str, unknown_trip_count: int) -> list[Product]:
@@ -51,82 +49,71 @@ def products(traced: jax.stages.Traced, *, platform: str, unknown_trip_count: in
         unknown_trip_count: of a loop whose length only data knows, at most.
     """
     walk = _Walk(_PLATFORMS[platform], unknown_trip_count)
-    return list(walk.of_jaxpr(traced.jaxpr.jaxpr, _Scope("", 1)))
+    return list(walk.of_jaxpr(traced.jaxpr.jaxpr, "", 1))
 
 
 def flops_by_stage(found: list[Product]) -> dict[str, float]:
     """FLOPs of all products by the stage they belong to, `OTHER` for those outside of all."""
     total: Counter[str] = Counter()
     for product in found:
-        total[stage_of(product.path) or OTHER] += product.flops * product.times
+        total[stage_of(product.path) or OTHER] += product.total_flops
     return {stage: float(flops) for stage, flops in total.items()}
 
 
-def float32_flops(found: list[Product]) -> float:
-    """FLOPs of all products of float32 with float32."""
-    return float(sum(product.flops * product.times for product in found if product.float32))
-
-
+@dataclass(frozen=True)
 class _Walk:
     """Goes through a program's equations and those inside them."""
 
-    def __init__(self, platforms: tuple[str, ...], unknown_trip_count: int) -> None:
-        self._platforms = platforms
-        self._unknown_trip_count = unknown_trip_count
+    platforms: tuple[str, ...]
+    unknown_trip_count: int
 
-    def of_jaxpr(self, jaxpr: Any, at: _Scope) -> Iterator[Product]:
+    def of_jaxpr(self, jaxpr: Any, outside: str, times: int) -> Iterator[Product]:
+        """The products of a jaxpr that runs `times` times, under the names `outside` it."""
         for equation in jaxpr.eqns:
             names = str(equation.source_info.name_stack)
-            path = f"{at.path}/{names}" if names else at.path
-            yield from self._of_equation(equation, _Scope(path, at.times))
+            path = f"{outside}/{names}" if names else outside
+            flops = _flops(equation)
+            if flops is not None:
+                path = f"{path}/{equation.primitive.name}"
+                yield Product(flops, times, _is_float32(equation), path)
+            elif equation.primitive.name == "cond":
+                yield from self._chosen_branch(equation.params, path, times)
+            else:
+                trip_count = self._trip_count(equation)
+                for inside in _jaxprs(equation.params):
+                    yield from self.of_jaxpr(inside, path, times * trip_count)
 
-    def _of_equation(self, equation: Any, at: _Scope) -> Iterator[Product]:
+    def _trip_count(self, equation: Any) -> int:
         name = equation.primitive.name
         params = equation.params
-        flops = _flops(equation)
-        if flops is not None:
-            yield Product(flops, at.times, _is_float32(equation), f"{at.path}/{name}")
-            return
-        if name == "cond":
-            yield from self._most_expensive(equation, at)
-            return
-        trip_count = 1
         if name == "scan":
-            trip_count = params["length"]
-        elif name == "while":
-            trip_count = self._unknown_trip_count
-        elif name == "pallas_call":
-            # Its program is that of one tile.
-            trip_count = math.prod(params["grid_mapping"].grid)
-        elif name == "shard_map":
+            return params["length"]
+        if name == "while":
+            return self.unknown_trip_count
+        if name == "pallas_call":  # its program is that of one tile
+            return math.prod(params["grid_mapping"].grid)
+        if name == "shard_map":
             # Its program is that of one device; axes that were manual outside are counted there.
-            sides = [params["mesh"].shape[axis] for axis in params["newly_manual_axes"]]
-            trip_count = math.prod(sides)
-        for jaxpr in _inside(params):
-            yield from self.of_jaxpr(jaxpr, _Scope(at.path, at.times * trip_count))
+            return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        return 1
 
-    def _most_expensive(self, equation: Any, at: _Scope) -> Iterator[Product]:
-        branches = equation.params["branches"]
-        # `jax.lax.platform_dependent` is traced as a choice, of which a program keeps one branch.
-        platforms = equation.params.get("branches_platforms")
+    def _chosen_branch(self, params: dict[str, Any], path: str, times: int) -> Iterator[Product]:
+        branches = params["branches"]
+        platforms = params.get("branches_platforms")
         if platforms is not None:
-            chosen = next(
+            # `jax.lax.platform_dependent` is traced as a choice, of which a program keeps one
+            # branch. The default has no names; it is the last one.
+            planned = (
                 branch
                 for branch, named in zip(branches, platforms, strict=True)
-                # The default has no names; it is the last one.
-                if named is None or set(named) & set(self._platforms)
+                if named is None or set(named) & set(self.platforms)
             )
-            yield from self.of_jaxpr(chosen.jaxpr, at)
-            return
-
-        def flops(found: list[Product]) -> int:
-            return sum(product.flops * product.times for product in found)
-
-        found = [list(self.of_jaxpr(branch.jaxpr, at)) for branch in branches]
-        yield from max(found, key=flops)
+            return self.of_jaxpr(next(planned).jaxpr, path, times)
+        found = [list(self.of_jaxpr(branch.jaxpr, path, times)) for branch in branches]
+        return iter(max(found, key=lambda of: sum(product.total_flops for product in of)))
 
 
-def _inside(params: dict[str, Any]) -> Iterator[Any]:
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     """The programs that an equation's parameters hold."""
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):

@@ -1,10 +1,10 @@
-"""Places are chosen by comparing them: a column for each place, a line for each figure."""
+"""The table of plans: a column for each topology, a row for each figure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from domino_jax.plan.plan import Plan
+from domino_jax.plan.plan import Exchange, Plan
 
 MIB, GIB, TERA = 2**20, 2**30, 1e12
 BUFFERS = 5  # of the 8 that a plan holds
@@ -18,36 +18,32 @@ def plan_table(plans: Sequence[Plan]) -> Table:
         table.add_column(plan.spec)
     table.caption = "The bounds are what the chip's published peaks allow, not a step time."
 
-    def row(name: str, cell: Callable[[Plan], str | None]) -> None:
-        cells = [cell(plan) for plan in plans]
+    def row(name: str, cells: Iterable[str | None]) -> None:
+        texts = list(cells)
         # What no place has is left out: launches, where all are TPUs.
-        if any(cells):
-            table.add_row(name, *(text or "-" for text in cells))
+        if any(texts):
+            table.add_row(name, *(text or "-" for text in texts))
 
-    row("devices", lambda plan: f"{plan.devices} x {plan.device_kind}")
-    row("mesh", _mesh)
-    row("batch x accumulation", lambda plan: f"{plan.batch_size} x {plan.grad_accumulation}")
-    row("fits", lambda plan: "yes" if plan.fits else "NO")
-    row("peak memory of published", _memory)
-    row("  of it arguments", lambda plan: _size(plan.argument_bytes))
+    row("devices", (f"{plan.devices} x {plan.device_kind}" for plan in plans))
+    row("mesh", (" ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) for plan in plans))
+    row("batch x accumulation", (f"{plan.batch_size} x {plan.grad_accumulation}" for plan in plans))
+    row("fits", ("yes" if plan.fits else "NO" for plan in plans))
+    row("peak memory of published", map(_memory, plans))
+    row("  of it arguments", (_size(plan.argument_bytes) for plan in plans))
     for kind in sorted({kind for plan in plans for kind in plan.exchanges}):
-        row(kind, _exchange_of(kind))
-    row("launches, at most", lambda plan: f"{plan.launches:,}" if plan.launches else None)
-    row("TFLOP useful / executed", _all_flops)
+        row(kind, (_exchange(plan.exchanges.get(kind)) for plan in plans))
+    row("launches, at most", (f"{plan.launches:,}" if plan.launches else None for plan in plans))
+    row("TFLOP useful / executed", (_flops(plan) for plan in plans))
     # Not a set: stages stand in the order in which a step comes to them.
     for stage in {stage: None for plan in plans for stage in plan.executed_flops}:
-        row(f"  {stage}", _stage_of(stage))
-    row("  of it float32", lambda plan: _tera(plan.float32_flops))
-    row("bound by FLOPs", lambda plan: _milliseconds(plan.seconds_of_flops))
-    row("bound by bytes", _bytes)
-    row("compiled in", lambda plan: f"{plan.compile_seconds:.0f} s{', before' * plan.cached}")
-    for spec in range(BUFFERS):
-        row("largest buffers" if spec == 0 else "", _buffer_at(spec))
+        row(f"  {stage}", (_flops(plan, stage) for plan in plans))
+    row("  of it float32", (_tera(plan.float32_flops) for plan in plans))
+    row("bound by FLOPs", (_milliseconds(plan.seconds_of_flops) for plan in plans))
+    row("bound by bytes", map(_bytes, plans))
+    row("compiled in", map(_compiled, plans))
+    for index in range(BUFFERS):
+        row("" if index else "largest buffers", (_buffer(plan, index) for plan in plans))
     return table
-
-
-def _mesh(plan: Plan) -> str:
-    return " ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
 
 
 def _size(size: int | None) -> str | None:
@@ -66,35 +62,20 @@ def _memory(plan: Plan) -> str:
     return words if plan.refusal is None else f"{words}, refused by the compiler"
 
 
-def _exchange_of(kind: str) -> Callable[[Plan], str | None]:
-    def cell(plan: Plan) -> str | None:
-        one = plan.exchanges.get(kind)
-        if one is None:
-            return None
-        words = f"{one.count:,} x, {_size(one.bytes)}"
-        largest = _size(one.largest_in_loop)
-        return f"{words}; in loops {largest} each at most" if one.largest_in_loop else words
-
-    return cell
+def _exchange(one: Exchange | None) -> str | None:
+    if one is None:
+        return None
+    words = f"{one.count:,} x, {_size(one.bytes)}"
+    largest = _size(one.largest_in_loop)
+    return f"{words}; in loops {largest} each at most" if one.largest_in_loop else words
 
 
-def _all_flops(plan: Plan) -> str:
-    useful = sum(plan.useful_flops.values())
-    executed = sum(plan.executed_flops.values())
-    return _flops(useful, executed)
-
-
-def _stage_of(stage: str) -> Callable[[Plan], str]:
-    def cell(plan: Plan) -> str:
-        useful = plan.useful_flops.get(stage, 0.0)
-        executed = plan.executed_flops.get(stage, 0.0)
-        return _flops(useful, executed)
-
-    return cell
-
-
-def _flops(useful: float, executed: float) -> str:
-    return f"{_tera(useful)} / {_tera(executed)}"
+def _flops(plan: Plan, stage: str | None = None) -> str:
+    """Useful and executed, of a stage or of the step."""
+    both = (plan.useful_flops, plan.executed_flops)
+    if stage is None:
+        return " / ".join(_tera(sum(flops.values())) for flops in both)
+    return " / ".join(_tera(flops.get(stage, 0.0)) for flops in both)
 
 
 def _tera(flops: float) -> str:
@@ -112,11 +93,12 @@ def _bytes(plan: Plan) -> str | None:
     return f"{_milliseconds(plan.seconds_of_bytes)} ({_size(plan.bytes_moved)})"
 
 
-def _buffer_at(spec: int) -> Callable[[Plan], str | None]:
-    def cell(plan: Plan) -> str | None:
-        if spec >= len(plan.buffers):
-            return None
-        buffer = plan.buffers[spec]
-        return f"{_size(buffer.bytes)} {buffer.shape} {buffer.scope}"
+def _compiled(plan: Plan) -> str:
+    return f"{plan.compile_seconds:.0f} s{', before' * plan.cached}"
 
-    return cell
+
+def _buffer(plan: Plan, index: int) -> str | None:
+    if index >= len(plan.buffers):
+        return None
+    buffer = plan.buffers[index]
+    return f"{_size(buffer.bytes)} {buffer.shape} {buffer.scope}"

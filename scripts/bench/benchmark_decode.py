@@ -19,8 +19,6 @@ a machine without network; z-lab's program is left out. `--tiny` tries it anywhe
 
 import argparse
 import dataclasses
-import datetime
-import json
 import os
 import sys
 import tempfile
@@ -32,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 from benchmark_cycle import batch_speed, cycle_parts, verification
-from benchmark_record import add_record_option, record, revision
+from benchmark_record import add_record_option, record
 from benchmark_workloads import SHAPES, draft_config, target_config
 
 from domino_jax.config.model import DecoderConfig, DraftConfig
@@ -40,7 +38,6 @@ from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.draft.backbone import DraftModel
-from domino_jax.evaluation.record import hardware
 from domino_jax.interop.hf import save_hf_draft
 from domino_jax.target.decoder import Target
 
@@ -70,11 +67,7 @@ def main() -> None:
     case = case_of_shape(options) if options.shape else case_of_runs(options)
     report = measured(case, options) | described(case, options)
     show(report)
-    device = jax.devices()[0]
-    spec = {"platform": device.platform, "device": device.device_kind}
-    record(options.record, report, device=spec)
-    report |= {"hardware": hardware(), "revision": revision()}
-    print(json.dumps(report | {"date": datetime.date.today().isoformat()}))
+    record(options.record, report, device=report)
 
 
 def parsed_options() -> argparse.Namespace:
@@ -153,6 +146,7 @@ def described(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "shape": options.shape,
         "tiny": options.tiny,
         "dtype": case.target.dtype,
+        "platform": jax.devices()[0].platform,
         "device": jax.devices()[0].device_kind,
         "context": case.context,
         "proposals": options.proposals,

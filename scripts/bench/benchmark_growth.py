@@ -1,9 +1,9 @@
 """How step time and memory of a Domino draft grow with anchors N, context S, block K, vocabulary V.
 
 A speed at one size does not show a term that takes over at another. Every point is a process of its
-own: a compiled step as in `benchmark_step.py` (the fastest of a few), and the temporary memory that
-the compiler plans for the vocabulary loss with its gradient, in pieces of `--chunk-blocks`. Prints
-the power of each law (slope of the logarithms), writes GROWTH.json and, with matplotlib installed,
+own: a step as in `benchmark_step.py` (the fastest of a few), and the temporary memory that the
+compiler plans for the vocabulary loss with its gradient, in chunks of `--chunk-blocks`. Prints the
+power of each law (slope of the logarithms), writes GROWTH.json and, with matplotlib installed,
 GROWTH.png into `--directory`.
 """
 
@@ -12,14 +12,13 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_record import add_record_option, record, revision
-from benchmark_step import CONFIG, random_batch
-
-from domino_jax.evaluation.record import hardware
+from benchmark_record import add_record_option, record
+from benchmark_workloads import draft_config, target_config
 
 SWEEPS = {
     "N": (16, 32, 64, 128, 256, 512),
@@ -28,6 +27,7 @@ SWEEPS = {
     "V": (8192, 16384, 32768, 65536),
 }
 BASE = {"N": 64, "S": 512, "K": 16, "V": 49152}
+FIGURES = {"step time": "seconds", "loss memory": "loss_bytes", "step memory": "step_bytes"}
 
 
 def main() -> None:
@@ -42,18 +42,11 @@ def main() -> None:
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        print(
-            json.dumps(
-                measure(options.point, steps=options.steps, chunk_blocks=options.chunk_blocks)
-            )
-        )
+        print(json.dumps(measure(options)))
         return
-    points = {
-        name: [run_point({**BASE, name: size}, options) | {"size": size} for size in SWEEPS[name]]
-        for name in options.sweeps
-    }
+    points = {name: [run_point(name, size) for size in SWEEPS[name]] for name in options.sweeps}
     powers = {
-        name: {field: power(rows, field) for field in ("seconds", "loss_bytes", "step_bytes")}
+        name: {field: power(rows, field) for field in FIGURES.values()}
         for name, rows in points.items()
     }
     report = {
@@ -62,76 +55,51 @@ def main() -> None:
         "powers": powers,
         "points": points,
     }
-    first = points[options.sweeps[0]][0]
-    device = {name: first[name] for name in ("platform", "device")}
-    record(options.record, report, device=device)
-    report |= {"hardware": hardware(), "revision": revision()}
     options.directory.mkdir(parents=True, exist_ok=True)
     (options.directory / "GROWTH.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(points, powers, options.directory / "GROWTH.png")
     for name, fitted in powers.items():
-        print(
-            f"step time ~ {name}^{fitted['seconds']:.2f}, "
-            f"loss memory ~ {name}^{fitted['loss_bytes']:.2f}, "
-            f"step memory ~ {name}^{fitted['step_bytes']:.2f}"
-        )
-    print(json.dumps(powers))
+        print(", ".join(f"{what} ~ {name}^{fitted[field]:.2f}" for what, field in FIGURES.items()))
+    record(options.record, report, device=points[options.sweeps[0]][0])
 
 
-def run_point(sizes: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
+def run_point(name: str, size: int) -> dict[str, Any]:
     """Measures one point in its own process, so that no memory of another one counts."""
-    words = [
-        "--point",
-        json.dumps(sizes),
-        "--steps",
-        str(options.steps),
-        "--chunk-blocks",
-        str(options.chunk_blocks),
-    ]
-    done = subprocess.run(
-        [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True
-    )
+    sizes = {**BASE, name: size}
+    words = [sys.executable, __file__, *sys.argv[1:], "--point", json.dumps(sizes)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(done.stdout)
     print(
         f"{sizes}: {figures['seconds']:.2f} s, {figures['step_bytes'] / 2**20:.0f} MiB",
         file=sys.stderr,
     )
-    return figures
+    return figures | {"size": size}
 
 
-def measure(sizes: dict[str, int], *, steps: int, chunk_blocks: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The fastest step, the planned temporary bytes of it and of its loss, and the device."""
-    import time
+    from benchmark_ours import default_dtype, recipe_step
 
-    import jax
-    from benchmark_step import compiled_step
-    from flax.core import meta
-
-    from domino_jax.draft.backbone import DraftModel
-    from domino_jax.draft.build import init_variables
-
-    config = dataclasses.replace(
-        CONFIG, block_size=sizes["K"], vocab_size=sizes["V"], mask_token_id=sizes["V"] - 1
-    )
-    batch = random_batch(config, length=sizes["S"], anchors=sizes["N"])
-    params = meta.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
-    step, compiled = compiled_step(config, params, batch, chunk_blocks=chunk_blocks)
+    sizes = options.point
+    target = target_config("smollm2", dtype=default_dtype(), tiny=False)
+    target = dataclasses.replace(target, vocab_size=sizes["V"])
+    draft = dataclasses.replace(draft_config(target), block_size=sizes["K"])
+    bound = {"num_anchors": sizes["N"], "chunk_blocks": options.chunk_blocks}
+    row = np.random.default_rng(0).integers(0, draft.mask_token_id, (1, sizes["S"]))
+    step, finish = recipe_step(draft, target, input_ids=row, online=False, **bound)
     seconds = []
-    for _ in range(steps + 1):
+    for _ in range(options.steps + 1):
         began = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - began)
-    device = jax.devices()[0]
     return {
-        "platform": device.platform,
-        "device": device.device_kind,
+        **{name: finish()[name] for name in ("platform", "device", "step_bytes")},
         "seconds": min(seconds[1:]),
-        "step_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "loss_bytes": loss_bytes(config, sizes["N"], chunk_blocks=chunk_blocks),
+        "loss_bytes": loss_bytes(draft, **bound),
     }
 
 
-def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
+def loss_bytes(config: Any, *, num_anchors: int, chunk_blocks: int) -> int:
     """Planned bytes of the loss and its gradient, without states and their gradients.
 
     Those grow by right.
@@ -142,34 +110,20 @@ def loss_bytes(config: Any, anchors: int, *, chunk_blocks: int) -> int:
     from domino_jax.kernels.chunked_cross_entropy import vocabulary_loss
     from domino_jax.kernels.token_loss import Labels, States, Tables
 
-    shape = (1, anchors, config.num_predictions)
-    states, low_rank = (
-        jnp.zeros((*shape, width)) for width in (config.hidden_size, config.head.emb_dim)
-    )
-    head, expansion = (
-        jnp.zeros((config.vocab_size, width)) for width in (config.hidden_size, config.head.emb_dim)
-    )
+    shape = (1, num_anchors, config.num_predictions)
+    widths = (config.hidden_size, config.head.emb_dim)
+    states = States(*(jnp.zeros((*shape, width)) for width in widths))
+    lm_head, expansion = (jnp.zeros((config.vocab_size, width)) for width in widths)
 
-    def total(
-        states: jax.Array, low_rank: jax.Array, expansion: jax.Array, head: jax.Array
-    ) -> jax.Array:
+    def total(states: States, expansion: jax.Array, lm_head: jax.Array) -> jax.Array:
         ids, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
-        return vocabulary_loss(
-            States(states, low_rank),
-            Tables(head, expansion),
-            Labels(ids, mask=ones, weights=ones),
-            lambda_base=0.5,
-            chunk_blocks=chunk_blocks,
-        ).total
+        tables, labels = Tables(lm_head, expansion), Labels(ids, mask=ones, weights=ones)
+        bound = {"lambda_base": 0.5, "chunk_blocks": chunk_blocks}
+        return vocabulary_loss(states, tables, labels, **bound).total
 
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-    planned = (
-        gradient.lower(states, low_rank, expansion, head)
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-    )
-    return planned - 2 * (states.nbytes + low_rank.nbytes)
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(states, expansion, lm_head).compile()
+    planned = compiled.memory_analysis().temp_size_in_bytes
+    return planned - 2 * sum(array.nbytes for array in states)
 
 
 def power(rows: list[dict[str, float]], field: str) -> float:
@@ -194,14 +148,9 @@ def draw(points: dict[str, Any], powers: dict[str, Any], path: Path) -> None:
     )
     for axis, (name, rows) in zip(axes[0], points.items(), strict=True):
         sizes = [row["size"] for row in rows]
+        gibibytes = [row["loss_bytes"] / 2**30 for row in rows]
         axis.loglog(sizes, [row["seconds"] for row in rows], "o-", color="#1f5f8b", label="step, s")
-        axis.loglog(
-            sizes,
-            [row["loss_bytes"] / 2**30 for row in rows],
-            "s--",
-            color="#b5651d",
-            label="loss memory, GiB",
-        )
+        axis.loglog(sizes, gibibytes, "s--", color="#b5651d", label="loss memory, GiB")
         axis.set_xlabel(name)
         axis.set_title(
             f"{name}: time^{powers[name]['seconds']:.2f}, memory^{powers[name]['loss_bytes']:.2f}"

@@ -149,10 +149,10 @@ def running_target(config: DraftConfig, target: DecoderConfig, ids: torch.Tensor
     """The whole target, which runs in every step."""
     model = target_model(target)
     wrapper = HFDFlashTargetModel(model, config.target_layer_ids)
-    everything, loss_mask = torch.ones_like(ids), supervised(ids)
+    everything = torch.ones_like(ids)
 
     def features() -> torch.Tensor:
-        return wrapper.generate_batch(ids, everything, loss_mask).hidden_states
+        return wrapper.generate_batch(ids, everything, everything.float()).hidden_states
 
     return Frozen(model.get_output_embeddings(), model.get_input_embeddings(), features)
 
@@ -164,38 +164,6 @@ def given_states(config: DraftConfig, target: DecoderConfig, ids: torch.Tensor) 
     given = torch.empty(*ids.shape, width, device=DEVICE, dtype=DTYPES[config.dtype])
     fill_torch("features", given, std=1.0)
     return Frozen(lm_head, embed_tokens, lambda: given)
-
-
-def supervised(ids: torch.Tensor) -> torch.Tensor:
-    """The loss mask of rows in which every token counts."""
-    return torch.ones(ids.shape, device=DEVICE)
-
-
-def trainer_of(
-    config: DraftConfig,
-    draft: torch.nn.Module,
-    frozen: Frozen,
-    *,
-    anchors: np.ndarray,
-    keep: np.ndarray,
-    attention: str,
-) -> torch.nn.Module:
-    """The recipe's trainer, which takes the anchors of one step after another."""
-    trainer = DominoTrainerModule(
-        draft,
-        frozen.lm_head,
-        frozen.embed_tokens,
-        mask_token_id=config.mask_token_id,
-        block_size=config.block_size,
-        attention_backend=attention,
-        num_anchors=anchors.shape[-1],
-        loss_decay_gamma=LOSS_DECAY_GAMMA,
-        shift_label=config.shift_label,
-    )
-    of_steps = iter(zip(*(torch.tensor(x, device=DEVICE) for x in (anchors, keep)), strict=True))
-    # It has no argument for them.
-    trainer._sample_anchor_positions = lambda *args, **kwargs: next(of_steps)
-    return trainer.to(DEVICE).train()
 
 
 def recipe_step(
@@ -226,24 +194,23 @@ def recipe_step(
 
         compile_utils.compile_module_inplace(draft, compile_utils.CompileConfig(enabled=True))
     ids = torch.tensor(input_ids, device=DEVICE)
+    loss_mask = torch.ones(ids.shape, device=DEVICE)
     frozen = (running_target if online else given_states)(config, target, ids)
-    trainer = trainer_of(config, draft, frozen, anchors=anchors, keep=keep, attention=attention)
-
-    def finish() -> dict[str, Any]:
-        return {"peak_bytes": peak_bytes(), "device": device_name(), "dtype": config.dtype} | {
-            "versions": versions(),
-            "attention": attention,
-            "compiled": compiled,
-        }
-
-    return optimisation_step(trainer, ids, frozen.features), finish
-
-
-def optimisation_step(
-    trainer: torch.nn.Module, ids: torch.Tensor, features: Callable[[], torch.Tensor]
-) -> Callable[[], float]:
-    """A step of the recipe's optimiser, which returns its loss when it is done."""
-    loss_mask = supervised(ids)
+    trainer = DominoTrainerModule(
+        draft,
+        frozen.lm_head,
+        frozen.embed_tokens,
+        mask_token_id=config.mask_token_id,
+        block_size=config.block_size,
+        attention_backend=attention,
+        num_anchors=anchors.shape[-1],
+        loss_decay_gamma=LOSS_DECAY_GAMMA,
+        shift_label=config.shift_label,
+    )
+    trainer.to(DEVICE).train()
+    of_steps = iter(zip(*(torch.tensor(x, device=DEVICE) for x in (anchors, keep)), strict=True))
+    # It has no argument for them.
+    trainer._sample_anchor_positions = lambda *args, **kwargs: next(of_steps)
     optimizer = torch.optim.AdamW(
         trainer.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
     )
@@ -253,33 +220,37 @@ def optimisation_step(
 
     def step() -> float:
         metrics = trainer(
-            input_ids=ids, hidden_states=features(), loss_mask=loss_mask, lambda_base=LAMBDA_BASE
+            input_ids=ids,
+            hidden_states=frozen.features(),
+            loss_mask=loss_mask,
+            lambda_base=LAMBDA_BASE,
         )
         metrics.loss.backward()
         torch.nn.utils.clip_grad_norm_(trainer.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss = metrics.loss.item()
-        synchronize()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
         return loss
 
-    return step
+    def finish() -> dict[str, Any]:
+        return {
+            "peak_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            "dtype": config.dtype,
+            "versions": versions(),
+            "attention": attention,
+            "compiled": compiled,
+        }
+
+    return step, finish
 
 
-def synchronize() -> None:
-    """Waits for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_bytes() -> int | None:
-    """The most memory of the device that torch has held at once; None on a CPU."""
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
-
-
-def device_name() -> str:
-    """The chip."""
-    return torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+def matrix_product(x: np.ndarray) -> Callable[[], Any]:
+    """x @ x on the device."""
+    on_device = torch.tensor(x, device=DEVICE)
+    return lambda: on_device @ on_device
 
 
 def crop_to_length() -> None:

@@ -7,6 +7,7 @@ reads, anchors drawn inside.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -98,42 +99,10 @@ def drawn_anchors(config: DraftConfig, setting: Setting, *, steps: int) -> dict[
         micro_batch = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), step), 0)
         streams = {"anchors": micro_batch}
         key = module.apply({}, method=lambda m: m.make_rng("anchors"), rngs=streams)
-        return sample_anchors(key, candidates, num_anchors=setting.cache_len)
+        return sample_anchors(key, candidates, num_anchors=setting.num_anchors)
 
     anchors, keep = jax.vmap(draw)(jnp.arange(steps))
     return {"anchors": np.asarray(anchors, np.int64), "keep": np.asarray(keep)}
-
-
-def recipe_program(
-    config: DraftConfig, target: DecoderConfig, *, depth: int, num_anchors: int, chunk_blocks: int
-) -> Program:
-    """The program of a run on this device; the target runs `depth` layers."""
-    device = jax.devices()[0]
-    attention = implementation_for(
-        device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False
-    )
-    return Program(
-        trainer=build_trainer(
-            config,
-            num_anchors=num_anchors,
-            loss_decay_gamma=LOSS_DECAY_GAMMA,
-            chunk_blocks=chunk_blocks,
-            recompute=device.platform != "cpu",
-        ),
-        target=Target(
-            target,
-            capture=config.target_layer_ids,
-            depth=depth,
-            scan_layers=True,
-            attention=attention,
-        ),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(CLIP_NORM),
-            optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0),
-        ),
-        curriculum=optax.constant_schedule(LAMBDA_BASE),
-        seed=SEED,
-    )
 
 
 def recipe_step(
@@ -156,8 +125,30 @@ def recipe_step(
         chunk_blocks: memory bound of the vocabulary loss.
     """
     device, depth = jax.devices()[0], max(config.target_layer_ids) + 1
-    program = recipe_program(
-        config, target, depth=depth, num_anchors=num_anchors, chunk_blocks=chunk_blocks
+    attention = implementation_for(
+        device.platform, dtype=target.dtype, head_dim=target.head_dim, packed=False
+    )
+    program = Program(
+        trainer=build_trainer(
+            config,
+            num_anchors=num_anchors,
+            loss_decay_gamma=LOSS_DECAY_GAMMA,
+            chunk_blocks=chunk_blocks,
+            recompute=device.platform != "cpu",
+        ),
+        target=Target(
+            target,
+            capture=config.target_layer_ids,
+            depth=depth,
+            scan_layers=True,
+            attention=attention,
+        ),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(CLIP_NORM),
+            optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0),
+        ),
+        curriculum=optax.constant_schedule(LAMBDA_BASE),
+        seed=SEED,
     )
     # Weights of the layers that run only; the target itself knows its whole depth.
     cut = dataclasses.replace(target, num_hidden_layers=depth)
@@ -184,7 +175,7 @@ def recipe_step(
             "device": device.device_kind,
             "dtype": target.dtype,
             "versions": {"jax": jax.__version__},
-            "chunk_blocks": chunk_blocks,
+            "step_bytes": compiled.memory_analysis().temp_size_in_bytes,
         }
 
     return step, finish
@@ -194,3 +185,10 @@ def peak_bytes() -> int | None:
     """The most memory of the device that jax has held at once; None on a CPU."""
     statistics = jax.devices()[0].memory_stats()
     return statistics["peak_bytes_in_use"] if statistics else None
+
+
+def matrix_product(x: np.ndarray) -> Callable[[], Any]:
+    """x @ x on the device."""
+    on_device = jax.device_put(x)
+    product = jax.jit(lambda x: x @ x)
+    return lambda: product(on_device).block_until_ready()

@@ -1,8 +1,7 @@
-"""A figure without its machine, versions and revision says nothing a month later: they go together.
+"""Results of the benchmarks as lines of JSON, with date, revision, machine and versions.
 
-`--record FILE` of a benchmark appends one line of JSON for each result, so that old and new can be
-compared by whatever reads JSON lines. Nothing here imports jax: the process that lets two sides
-take turns must not hold a part of their device.
+A figure without them cannot be compared a month later. Nothing here imports jax: the process that
+lets two sides take turns must not hold a part of their device.
 """
 
 import argparse
@@ -33,26 +32,28 @@ def add_record_option(parser: argparse.ArgumentParser) -> None:
 
 
 def record(path: Path | None, figures: Mapping[str, Any], *, device: Mapping[str, str]) -> None:
-    """Appends one result.
+    """Prints one result as a line of JSON and appends it to a file.
 
     Args:
-        path: the file, made where it is missing; None records nothing.
-        figures: what was printed, by name.
-        device: `platform` and `device` kind as jax calls them, of what was measured.
+        path: the file, made where it is missing; None for none.
+        figures: by name.
+        device: holds `platform` and `device` kind as jax calls them, of what was measured.
     """
-    if path is None:
-        return
-    line = {
+    hardware = {name: device[name] for name in ("platform", "device")}
+    result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **tree_state(revision()),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "hardware": {**device, "cores": os.cpu_count(), "processor": processor()},
+        "hardware": {**hardware, "cores": os.cpu_count(), "processor": processor()},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "figures": figures,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    line = json.dumps(result)
+    print(line, flush=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def tree_state(described: str) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """One optimisation step of a Domino draft, here and in NeMo AutoModel 0.7.0, on the same inputs.
 
 Weights and anchors are the same too. Each side runs in its own process and waits for its turn; the
-two alternate, so that a busy moment hits both. Prints medians, peak memory, the arithmetic of a
-step and the share of the measured float32 matrix-product peak; the last line is JSON. NeMo
+two alternate, so that a busy moment hits both, or run alone, ours first, where the device does not
+hold both. Prints medians, peak memory and the share of the device's published peak (on a CPU, of
+the float32 matrix products that it was measured to do), and a line of JSON for each setting. NeMo
 AutoModel must be installed beside the project (`pip install -e '.[test]'`, then
-`pip install --no-deps nemo-automodel==0.7.0`).
+`pip install --no-deps nemo-automodel==0.7.0`). `benchmark_ours.py` and `benchmark_nemo.py` define a
+step.
 
-On an accelerator `qwen3-4b`, `qwen3-8b` and `specforge` measure steps of real size in bfloat16,
-each with few and many anchors, draft only and online (see `benchmark_card.py`). The GPU table of
-the README is filled by
+`small`, `wide` and `long` are for a CPU. On an accelerator `qwen3-4b`, `qwen3-8b` and `specforge`
+measure steps of real size in bfloat16, each with few and many anchors, draft only and online. The
+GPU table of the README is filled by
 
     python scripts/bench/benchmark_step.py --workload qwen3-8b --rounds 7
 
@@ -21,8 +23,10 @@ on any machine in seconds.
 """
 
 import argparse
+import dataclasses
+import functools
+import importlib
 import json
-import os
 import resource
 import statistics
 import sys
@@ -32,327 +36,222 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import benchmark_workloads as card
 import numpy as np
-from benchmark_record import add_record_option, record, revision
+from benchmark_record import add_record_option, record
 from benchmark_sides import Side, SideEnded, Worker, serve
-from benchmark_workloads import BETAS, LAMBDA_BASE, LEARNING_RATE
+from benchmark_workloads import MODES, WORKLOADS, Setting, draft_config, settings, target_config
 
-from domino_jax.config.heads import DominoHeadConfig
-from domino_jax.config.model import DraftConfig
-from domino_jax.evaluation.record import hardware
+from domino_jax.base.chips import CHIPS
 from domino_jax.training.flops import step_flops
 
-CONFIG = DraftConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=3,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    block_size=16,
-    mask_token_id=49151,
-    num_target_layers=30,
-    target_layer_ids=(1, 14, 27),
-    head=DominoHeadConfig(emb_dim=256, gru_hidden_dim=1024),
-    pure_draft_prefix_len=1,
-    shift_label=True,
-)
-CHUNK_BLOCKS = 16  # blocks whose logits exist together
-WORKLOADS = {"small": (512, 64), "wide": (512, 256), "long": (4096, 64)}  # S, N
+WARM_UP = 2  # steps of each side before those that count
+# Both sides take the memory that they need, not most of the card at once.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def main() -> None:
+    options = parsed_options()
+    if options.worker:
+        serve(functools.partial(side_step, Setting(**options.setting), options))
+        return
+    sys.stdout.reconfigure(line_buffering=True)  # a call that is cut off has said what it measured
+    complete = True
+    for setting in options.settings:
+        with tempfile.TemporaryDirectory() as directory:
+            start = functools.partial(start_side, setting, Path(directory))
+            try:
+                figures = measure(start, setting, options)
+            except SideEnded as ended:
+                sys.exit(str(ended))
+        show(figures)
+        asked = {name: getattr(options, name) for name in ("workload", "tiny", "rounds")}
+        asked["chunk_blocks"] = options.chunk_blocks
+        record(options.record, asked | figures, device=figures["ours"])
+        complete &= options.no_peer or "nemo" in figures
+    sys.exit(not complete)
+
+
+def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", choices=(*WORKLOADS, *card.WORKLOADS), default="small")
+    parser.add_argument("--workload", choices=WORKLOADS, default="small")
     parser.add_argument(
         "--rounds", type=int, default=7, help="measured steps of each side, after two to warm up"
     )
     parser.add_argument(
-        "--chunk-blocks",
-        type=int,
-        help="blocks whose logits exist together; 0 for all "
-        f"({CHUNK_BLOCKS}, on an accelerator {card.CHUNK_BLOCKS})",
+        "--chunk-blocks", type=int, help="blocks whose logits exist together; 0 for all"
     )
     add_record_option(parser)
-    real = parser.add_argument_group("steps of real size (qwen3-4b, qwen3-8b, specforge)")
-    real.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
-    real.add_argument("--modes", nargs="+", choices=card.MODES, default=[], help="only these")
-    real.add_argument("--no-peer", action="store_true", help="this project alone")
-    real.add_argument(
+    parser.add_argument("--anchors", type=int, nargs="+", default=[], help="only these N (256 512)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[], help="only these")
+    parser.add_argument("--no-peer", action="store_true", help="this project alone")
+    parser.add_argument(
         "--nemo-compile", action="store_true", help="the recipe's `compile: {enabled: true}`"
     )
-    real.add_argument(
+    parser.add_argument(
         "--tiny", action="store_true", help="widths and rows that a CPU runs in seconds"
     )
     parser.add_argument("--worker", choices=("ours", "nemo"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--setting", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    on_card = options.workload in card.WORKLOADS
+    workload = WORKLOADS[options.workload]
     if options.chunk_blocks is None:
-        options.chunk_blocks = card.CHUNK_BLOCKS if on_card else CHUNK_BLOCKS
-    chosen = {"anchors": options.anchors, "modes": options.modes, "tiny": options.tiny}
-    if not on_card and any((*chosen.values(), options.no_peer, options.nemo_compile)):
-        parser.error(f"{options.workload} has no settings; those of real size have")
-    if on_card and not card.settings(options.workload, **chosen):
-        parser.error(
-            f"--modes: {options.workload} has "
-            f"{' '.join(card.WORKLOADS[options.workload].modes)} alone"
-        )
-    if on_card:
-        import benchmark_card
+        options.chunk_blocks = workload.chunk_blocks
+    options.settings = settings(
+        options.workload, anchors=options.anchors, modes=options.modes, tiny=options.tiny
+    )
+    if not options.settings:
+        parser.error(f"--modes: {options.workload} has {' '.join(workload.modes)} alone")
+    return options
 
-        run, work = benchmark_card.compare, benchmark_card.run_worker
+
+def measure(
+    start: Callable[[str], Side], setting: Setting, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The figures of one setting, whose sides `start` gives by name."""
+    ours, nemo = start("ours"), None
+    together = not options.no_peer
+    if together:
+        try:
+            nemo = start("nemo")
+            take_turns([ours, nemo], options.rounds)
+        except SideEnded as ended:
+            # Mostly for want of memory. Ours is compiled, so it goes on, and the other starts over.
+            print(f"{ended}; each side alone", file=sys.stderr)
+            together, nemo, ours.seconds = False, None, []
+    if not together:
+        take_turns([ours], options.rounds)
+    said = {"ours": ours.finish()}
+    if not (together or options.no_peer):
+        try:
+            nemo = start("nemo")
+            take_turns([nemo], options.rounds)
+        except SideEnded as ended:
+            print(f"{ended}; no figures of it", file=sys.stderr)
+            nemo = None
+    if nemo:
+        said["nemo"] = nemo.finish()
+    turns = "alternating" if together else "each side alone"
+    return setting_figures(setting, turns, [side for side in (ours, nemo) if side], said)
+
+
+def start_side(setting: Setting, directory: Path, name: str) -> Side:
+    """A side that has warmed up, so that nothing compiles while the other is measured."""
+    words = [__file__, *sys.argv[1:], "--worker", name, "--directory", str(directory)]
+    words += ["--setting", json.dumps(dataclasses.asdict(setting))]
+    began = time.perf_counter()
+    side = Side(name, words, ENVIRONMENT)
+    for _ in range(WARM_UP):
+        side.step(measured=False)
+    print(f"{name} ready after {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return side
+
+
+def take_turns(sides: list[Side], rounds: int) -> None:
+    """The measured steps of one side, or of both in turn."""
+    for index in range(rounds):
+        for side in sides:
+            side.step(measured=True)
+        times = ", ".join(f"{side.name} {side.last:.4f} s" for side in sides)
+        print(f"round {index}: {times}", file=sys.stderr)
+
+
+def setting_figures(
+    setting: Setting, turns: str, sides: list[Side], said: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of a setting."""
+    target = target_config(setting.shape, dtype="bfloat16", tiny=setting.tiny)
+    online = target if setting.mode == "online" else None
+    flops = step_flops(draft_config(target), setting.length, setting.num_anchors, target=online)
+    total = sum(flops.values())
+    chip = CHIPS.get(said["ours"]["device"])
+    measured = [side.get("matmul_flops_per_second") for side in said.values()]
+    peak = chip.flops if chip else max(filter(None, measured), default=None)
+    report: dict[str, Any] = {
+        "mode": setting.mode,
+        "length": setting.length,
+        "anchors": setting.num_anchors,
+        "turns": turns,
+        "flops": flops,
+        "step_flops": total,
+        "peak_flops_per_second": peak,
+    }
+    for side in sides:
+        seconds = statistics.median(side.seconds)
+        report[side.name] = {
+            "seconds": seconds,
+            "samples_per_second": 1.0 / seconds,
+            "useful_mfu": peak and total / seconds / peak,
+            "all_seconds": side.seconds,
+            "losses": side.losses,
+            **said[side.name],
+        }
+    if "nemo" in report:
+        ours_loss, nemo_loss = (side.losses[0] for side in sides)
+        report["ratio"] = report["nemo"]["seconds"] / report["ours"]["seconds"]
+        # Of the same weights. Later ones drift apart: bfloat16 masters lose what float32 ones keep.
+        report["first_loss_difference"] = abs(ours_loss - nemo_loss) / abs(ours_loss)
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """The figures of a setting as text."""
+    spec = f"{report['mode']}, S {report['length']}, N {report['anchors']}"
+    print(f"{spec}: {report['step_flops'] / 1e12:.4g} useful TFLOP a step, {report['turns']}")
+    for name, title in (("ours", "here"), ("nemo", "NeMo 0.7.0")):
+        side = report.get(name)
+        if side is None:
+            continue
+        words = [f"{side['seconds'] * 1e3:.1f} ms (median)"]
+        words += [f"{side['samples_per_second']:.2f} samples/s"]
+        if side["useful_mfu"]:
+            peak = report["peak_flops_per_second"]
+            words += [f"{side['useful_mfu']:.1%} of {peak / 1e9:,.0f} GFLOP/s"]
+        if side["peak_bytes"]:
+            words += [f"peak {side['peak_bytes'] / 2**30:.2f} GiB"]
+        print(f"  {title:11} {', '.join(words)}, {side['dtype']} on {side['device']}")
+    if "ratio" in report:
+        difference = report["first_loss_difference"]
+        print(f"  ratio {report['ratio']:.2f}x, first losses differ by {difference:.1e}")
+
+
+def side_step(setting: Setting, options: argparse.Namespace) -> Worker:
+    """What a side serves; ours, which starts first, leaves its anchors to the other."""
+    anchors = options.directory / "anchors.npz"
+    side = importlib.import_module(f"benchmark_{options.worker}")
+    target = target_config(setting.shape, dtype=side.default_dtype(), tiny=setting.tiny)
+    draft = draft_config(target)
+    row = np.random.default_rng(0).integers(0, draft.mask_token_id, (1, setting.length))
+    if options.worker == "ours":
+        np.savez(anchors, **side.drawn_anchors(draft, setting, steps=WARM_UP + options.rounds))
+        own = {"num_anchors": setting.num_anchors, "chunk_blocks": options.chunk_blocks}
     else:
-        run, work = compare, run_worker
-    try:
-        (work if options.worker else run)(options)
-    except SideEnded as ended:
-        sys.exit(str(ended))
+        own = {"compiled": options.nemo_compile, **np.load(anchors)}
+    online = setting.mode == "online"
+    step, finish = side.recipe_step(draft, target, input_ids=row, online=online, **own)
+
+    def described() -> dict[str, Any]:
+        figures = finish()
+        if figures["peak_bytes"] is None:
+            # A CPU: the memory of the process, and a peak that no maker publishes.
+            figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            size = 256 if setting.tiny else 4096
+            figures["matmul_flops_per_second"] = matmul_speed(side.matrix_product, size=size)
+        return figures
+
+    return step, described
 
 
-def compare(options: argparse.Namespace) -> None:
-    """Starts both sides, lets them take turns, prints the figures."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # as the other side, whatever the machine has
-    with tempfile.TemporaryDirectory() as directory:
-        write_inputs(Path(directory), options.workload)
-        words = ["--directory", directory, "--workload", options.workload]
-        words += ["--chunk-blocks", str(options.chunk_blocks)]
-        sides = {
-            name: Side(name, [__file__, "--worker", name, *words]) for name in ("ours", "nemo")
-        }
-        for index in range(options.rounds + 2):
-            for side in sides.values():
-                side.step(measured=index >= 2)
-            print(
-                f"round {index}: " + ", ".join(f"{s.name} {s.last:.2f} s" for s in sides.values()),
-                file=sys.stderr,
-            )
-        ours, nemo = (side.finish() for side in sides.values())
-    medians = {side.name: statistics.median(side.seconds) for side in sides.values()}
-    flops = sum(step_flops(CONFIG, *WORKLOADS[options.workload]).values())
-    peak = max(side["matmul_flops_per_second"] for side in (ours, nemo))
-    figures = {
-        "workload": options.workload,
-        "ratio": medians["nemo"] / medians["ours"],
-        "rss_ratio": ours["peak_bytes"] / nemo["peak_bytes"],
-        "peak_share": flops / medians["ours"] / peak,
-        "ours_seconds": medians["ours"],
-        "nemo_seconds": medians["nemo"],
-        "ours_peak_bytes": ours["peak_bytes"],
-        "nemo_peak_bytes": nemo["peak_bytes"],
-        "step_flops": flops,
-        "matmul_flops_per_second": peak,
-        "losses": [ours["loss"], nemo["loss"]],
-        "rounds": options.rounds,
-        "chunk_blocks": options.chunk_blocks,
-    }
-    print(
-        f"workload {options.workload}: a step of {flops / 1e12:.3f} TFLOP, "
-        f"{options.rounds} alternating rounds"
-    )
-    print(
-        f"  here          {medians['ours']:.3f} s (median), "
-        f"peak {ours['peak_bytes'] / 2**30:.2f} GiB"
-    )
-    print(
-        f"  NeMo 0.7.0    {medians['nemo']:.3f} s (median), "
-        f"peak {nemo['peak_bytes'] / 2**30:.2f} GiB"
-    )
-    print(
-        f"  ratio {figures['ratio']:.2f}x, memory {figures['rss_ratio']:.2f}x of NeMo's, ", end=""
-    )
-    print(f"{figures['peak_share']:.0%} of {peak / 1e9:.0f} GFLOP/s")
-    record(options.record, figures, device={"platform": "cpu", "device": "cpu"})
-    print(json.dumps(figures | {"hardware": hardware(), "revision": revision()}))
-
-
-def write_inputs(directory: Path, workload: str) -> None:
-    """A float32 draft checkpoint and one batch for both sides."""
-    import jax
-    from flax.core import meta
-
-    from domino_jax.draft.backbone import DraftModel
-    from domino_jax.draft.build import init_variables
-    from domino_jax.interop.hf import save_hf_draft
-
-    length, anchors = WORKLOADS[workload]
-    params = meta.unbox(init_variables(DraftModel(CONFIG), jax.random.key(0)))["params"]
-    save_hf_draft(directory / "draft", CONFIG, params, dtype="float32")
-    np.savez(directory / "batch.npz", **random_batch(CONFIG, length=length, anchors=anchors))
-
-
-def random_batch(config: DraftConfig, *, length: int, anchors: int) -> dict[str, np.ndarray]:
-    """One row with every slot used, and the target's tables."""
-    rng = np.random.default_rng(0)
-    table = (config.vocab_size, config.hidden_size)
-    starts = np.sort(rng.permutation(length - config.block_size)[:anchors])[None]
-    if starts.size < anchors:  # more slots than places: blocks repeat
-        starts = np.sort(rng.integers(0, length - config.block_size, anchors))[None]
-    return {
-        "input_ids": rng.integers(0, config.vocab_size - 1, (1, length)),
-        "hidden_states": rng.standard_normal(
-            (1, length, len(config.target_layer_ids) * table[1]), np.float32
-        ),
-        "loss_mask": np.ones((1, length), np.float32),
-        "lm_head": rng.standard_normal(table, np.float32) * table[1] ** -0.5,
-        "embed_tokens": rng.standard_normal(table, np.float32) * 0.02,
-        "anchors": starts,
-        "keep": np.ones_like(starts, dtype=bool),
-    }
-
-
-def run_worker(options: argparse.Namespace) -> None:
-    """One side, asked for its steps."""
-    losses = [float("nan")]
-
-    def make() -> Worker:
-        batch = dict(np.load(options.directory / "batch.npz"))
-        one = (our_step if options.worker == "ours" else nemo_step)(
-            options.directory / "draft", batch, options
-        )
-
-        def step() -> float:
-            losses[0] = one()
-            return losses[0]
-
-        return step, finish
-
-    def finish() -> dict[str, Any]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "peak_bytes": peak,
-            "loss": losses[0],
-            "matmul_flops_per_second": matmul_speed(options.worker),
-        }
-
-    serve(make)
-
-
-def our_step(
-    draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace
-) -> Callable[[], float]:
-    """Our step on the checkpoint's weights."""
-    from domino_jax.interop.hf import load_hf_draft
-
-    return compiled_step(*load_hf_draft(draft), batch, chunk_blocks=options.chunk_blocks)[0]
-
-
-def compiled_step(
-    config: DraftConfig, params: Any, batch: dict[str, np.ndarray], *, chunk_blocks: int
-) -> tuple[Callable[[], float], Any]:
-    """A donated step (forward, backward, AdamW) that returns the loss; and the compiled program."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from domino_jax.objective.modules import build_trainer
-
-    module = build_trainer(config, chunk_blocks=chunk_blocks)
-    optimizer = optax.adamw(LEARNING_RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0)
-    names = ("input_ids", "hidden_states", "loss_mask", "lm_head", "embed_tokens")
-    arrays = [jnp.asarray(batch.pop(name)) for name in names]  # one copy counts
-    given = {
-        "anchor_positions": jnp.asarray(batch["anchors"]),
-        "block_keep_mask": jnp.asarray(batch["keep"]),
-    }
-
-    def update(
-        params: Any, state: Any, arrays: list[jax.Array], given: dict[str, jax.Array]
-    ) -> tuple[Any, Any, Any]:
-        def loss(params: Any) -> jax.Array:
-            variables = {"params": {"draft_model": params}}
-            return module.apply(variables, *arrays, lambda_base=LAMBDA_BASE, **given).loss
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    held = [params, jax.jit(optimizer.init)(params)]
-    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(*held, arrays, given)
-    compiled = lowered.compile()
-
-    def step() -> float:
-        *held[:], value = compiled(*held, arrays, given)
-        return float(jax.block_until_ready((value, held))[0])
-
-    return step, compiled
-
-
-def nemo_step(
-    draft: Path, batch: dict[str, np.ndarray], options: argparse.Namespace
-) -> Callable[[], float]:
-    """The same step of NeMo AutoModel, on its dense mask (its block-sparse one needs CUDA)."""
-    import torch
-    from nemo_automodel.components.speculative.dflash.domino_core import DominoTrainerModule
-    from nemo_automodel.components.speculative.dflash.draft_qwen3 import Qwen3DFlashDraftModel
-
-    del options
-    model = Qwen3DFlashDraftModel.from_pretrained(
-        draft, dtype=torch.float32, attn_implementation="sdpa"
-    )
-    lm_head = torch.nn.Linear(CONFIG.hidden_size, CONFIG.vocab_size, bias=False)
-    embed_tokens = torch.nn.Embedding(CONFIG.vocab_size, CONFIG.hidden_size)
-    for module, name in ((lm_head, "lm_head"), (embed_tokens, "embed_tokens")):
-        module.weight = torch.nn.Parameter(torch.tensor(batch.pop(name)), requires_grad=False)
-    trainer = DominoTrainerModule(
-        model,
-        lm_head,
-        embed_tokens,
-        mask_token_id=CONFIG.mask_token_id,
-        block_size=CONFIG.block_size,
-        attention_backend="sdpa",
-        shift_label=CONFIG.shift_label,
-    ).train()
-    anchors = torch.tensor(batch["anchors"]), torch.tensor(batch["keep"])
-    trainer._sample_anchor_positions = lambda *args, **kwargs: anchors
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0
-    )
-    inputs = [torch.tensor(batch.pop(name)) for name in ("input_ids", "hidden_states", "loss_mask")]
-
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        loss = trainer(*inputs, lambda_base=LAMBDA_BASE).loss
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def matmul_speed(side: str) -> float:
-    """Float32 operations per second of a 4096 x 4096 product of JAX or torch.
-
-    The best of five after one to warm up.
-    """
-    size = 4096
-    x = np.ones((size, size), np.float32)
-    product = jax_product(x) if side == "ours" else torch_product(x)
+def matmul_speed(product_of: Callable[[np.ndarray], Callable[[], Any]], *, size: int) -> float:
+    """Float32 operations per second of a square product, the best of five after a warm-up."""
+    product = product_of(np.ones((size, size), np.float32))
     product()
-    best = float("inf")
+    seconds = []
     for _ in range(5):
         began = time.perf_counter()
         product()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
-
-
-def jax_product(x: np.ndarray) -> Callable[[], Any]:
-    import jax
-
-    held, product = jax.device_put(x), jax.jit(lambda x: x @ x)
-    return lambda: product(held).block_until_ready()
-
-
-def torch_product(x: np.ndarray) -> Callable[[], Any]:
-    import torch
-
-    held = torch.tensor(x)
-    return lambda: held @ held
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * size**3 / min(seconds)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the benchmarks on an accelerator train and decode.
+"""Shapes, workloads and settings of the benchmarks.
 
-A workload is the published Domino recipe on a Qwen3 target, cut to one row; its settings are that
-row with few or many anchors, from given features (draft only) or with the frozen target's forward
-in the step (online). Nothing here imports jax or torch: the process that lets both sides take turns
-must not hold a part of the card itself.
+A workload is the published Domino recipe, cut to one row, on a Qwen3 target of some widths; its
+settings are that row with few or many anchors, from given features (draft only) or with the frozen
+target's forward in the step (online). Nothing here imports jax or torch: the process that lets both
+sides take turns must not hold a part of the card itself.
 """
 
 from collections.abc import Sequence
@@ -20,32 +20,39 @@ from domino_jax.config.model import (
 MODES = ("draft", "online")
 LAMBDA_BASE, LEARNING_RATE, BETAS = 0.5, 6e-4, (0.9, 0.95)
 LOSS_DECAY_GAMMA, CLIP_NORM = 7.0, 1.0
-CHUNK_BLOCKS = 52  # what a run of one row takes on a card of 80 GiB
 
-
-def qwen3(*, hidden_size: int, intermediate_size: int, tied: bool) -> DecoderConfig:
-    """A Qwen3 decoder of 36 layers, which both published sizes have."""
-    return DecoderConfig(
-        vocab_size=151936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rope_theta=1e6,
-        qk_norm=True,
-        tie_word_embeddings=tied,
-    )
-
-
+QWEN3_8B = DecoderConfig(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rope_theta=1e6,
+    qk_norm=True,
+    tie_word_embeddings=False,
+)
 SHAPES = {
-    "qwen3-4b": qwen3(hidden_size=2560, intermediate_size=9728, tied=True),
-    "qwen3-8b": qwen3(hidden_size=4096, intermediate_size=12288, tied=False),
+    "qwen3-8b": QWEN3_8B,
+    "qwen3-4b": replace(
+        QWEN3_8B, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True
+    ),
+    "smollm2": replace(  # its widths
+        QWEN3_8B,
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
 }
 TINY = replace(
-    SHAPES["qwen3-8b"],
+    QWEN3_8B,
     vocab_size=512,
     hidden_size=64,
     intermediate_size=128,
@@ -54,19 +61,27 @@ TINY = replace(
     num_key_value_heads=2,
     head_dim=16,
 )
+DRAFT_LAYERS = {36: 5, 30: 3, 5: 2}  # by the target's
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A target's shape with the rows that are trained on it: S, the choices of N, and the modes."""
+    """A target's shape with the rows that are trained on it: S, the choices of N, and the modes.
+
+    `chunk_blocks`: blocks whose logits exist together; 52 is what a row takes on 80 GiB.
+    """
 
     shape: str
     length: int
     anchors: tuple[int, ...]
     modes: tuple[str, ...] = MODES
+    chunk_blocks: int = 52
 
 
 WORKLOADS = {
+    "small": Workload("smollm2", 512, (64,), ("draft",), chunk_blocks=16),
+    "wide": Workload("smollm2", 512, (256,), ("draft",), chunk_blocks=16),
+    "long": Workload("smollm2", 4096, (64,), ("draft",), chunk_blocks=16),
     "qwen3-4b": Workload("qwen3-4b", 2048, (256, 512)),
     "qwen3-8b": Workload("qwen3-8b", 2048, (256, 512)),
     # The one published step time of another trainer: SpecForge on an H200, 105.6 ms a sample.
@@ -85,13 +100,13 @@ def target_config(shape: str, *, dtype: str, tiny: bool) -> DecoderConfig:
 def draft_config(target: DecoderConfig, *, domino: bool = True) -> DraftConfig:
     """The published Domino draft of a target, or without its head the DFlash draft beside it."""
     tiny = target.hidden_size == TINY.hidden_size
-    depth = 2 if tiny else 5
+    depth = DRAFT_LAYERS[target.num_hidden_layers]
     shape = {field.name: getattr(target, field.name) for field in fields(DecoderShape)}
     head = DominoHeadConfig(emb_dim=16, gru_hidden_dim=32) if tiny else DominoHeadConfig()
     return DraftConfig(
         **(shape | {"num_hidden_layers": depth}),
         block_size=4 if tiny else 16,
-        mask_token_id=target.vocab_size - 1 if tiny else 151669,
+        mask_token_id=min(151669, target.vocab_size - 1),
         num_target_layers=target.num_hidden_layers,
         target_layer_ids=default_target_layer_ids(target.num_hidden_layers, depth),
         head=head if domino else None,
@@ -120,7 +135,7 @@ class Setting:
         return WORKLOADS[self.workload].length // (32 if self.tiny else 1)
 
     @property
-    def cache_len(self) -> int:
+    def num_anchors(self) -> int:
         """N, as it is run."""
         return self.anchors // (64 if self.tiny else 1)
 

@@ -15,11 +15,12 @@ of them may be in training prompts, whoever wrote those.
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from domino_jax.base.files import write_whole
 
 # Family -> its options. Chosen for short questions that a 135M chat model answers in sentences of a
 # regular form (not in a bare number, which leaves nothing to draft) and mostly within 128 tokens.
@@ -189,12 +190,7 @@ def read_records(path: Path) -> list[Record]:
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes a JSONL file in one piece: a reader sees the old or the new one, never half of it."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_whole(path, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records))
 
 
 def main() -> None:

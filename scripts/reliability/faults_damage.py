@@ -16,7 +16,6 @@ at the end are those of an undisturbed process), or refused in one line.
 """
 
 import dataclasses
-import hashlib
 import re
 import shutil
 import signal
@@ -24,9 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from faults_place import (
     ANSWERS,
     Bits,
@@ -34,9 +33,10 @@ from faults_place import (
     Place,
     all_cases,
     cleared,
-    directory_bits,
+    difference,
+    in_turn,
+    left,
     override,
-    run_bits,
 )
 from faults_process import Outcome, Running
 from faults_verdict import DONE, damage
@@ -47,14 +47,8 @@ FEW = override(train__steps=4)
 SAID = re.compile("damaged|aside|is gone|incomplete|cut off", re.IGNORECASE)
 
 TRAIN = ("train", "config.yaml", STEPS)
-OFFLINE = (
-    "train",
-    "config.yaml",
-    FEW,
-    "run_dir=offline",
-    "data.train=null",
-    "data.hidden_states=states",
-)
+_STATES = ("data.train=null", "data.hidden_states=states")
+OFFLINE = ("train", "config.yaml", FEW, "run_dir=offline", *_STATES)
 STARTED = ("train", "config.yaml", FEW, "run_dir=started", "draft.init_from=draft")
 EXPORT = ("export", "run", "exported", "--dtype", "float32")
 IMPORT = ("import", "draft", "imported", "--target", "target")
@@ -62,6 +56,16 @@ GENERATE = ("generate", "run", "a b c", "--max-new-tokens", "24")
 CAPTURE = ("capture", "config.yaml", "states")
 REGENERATE = (*ANSWERS, *("--batch-size", "2", "--max-new-tokens", "24", "--temperature", "0.7"))
 
+# Where they leave something, for a comparison bit for bit; elsewhere what they print.
+LEAVE = {
+    TRAIN: "run",
+    OFFLINE: "offline",
+    STARTED: "started",
+    EXPORT: "exported",
+    IMPORT: "imported",
+    CAPTURE: "states",
+    REGENERATE: "answers.jsonl",
+}
 # The words that read each group, and how often a group is drawn.
 READERS: dict[str, tuple[tuple[tuple[str, ...], ...], int]] = {
     "checkpoint": ((TRAIN, TRAIN, TRAIN, EXPORT, GENERATE), 48),
@@ -87,26 +91,21 @@ class Undisturbed:
 
     place: Path
     newest: int
-    left: dict[tuple[str, ...], object]
-    earlier: dict[tuple[str, ...], list[object]]
+    left: dict[tuple[str, ...], Any]
+    earlier: dict[tuple[str, ...], list[Any]]
 
 
 def damaged(place: Place, count: int) -> Iterator[Case]:
     """Breaks `count` places one at a time and starts a verb that reads them."""
     undisturbed = _undisturbed(place)
     groups = [name for name, (_, share) in READERS.items() for _ in range(share)]
-    order = place.random(3).permutation(len(groups))
-    works = []
-    for index in range(count):
-        group = groups[order[index % len(groups)]]
+    order = [groups[number] for number in place.random(3).permutation(len(groups))]
+
+    def case(index: int, group: str) -> Case:
         command = index % max(count // REAL_COMMANDS, 1) == 0
-        works.append(
-            (
-                f"{index} {group}",
-                lambda i=index, g=group, c=command: [_case(place, undisturbed, i, g, command=c)],
-            )
-        )
-    yield from all_cases("damage", works, count)
+        return _case(place, undisturbed, index, group, command=command)
+
+    yield from all_cases("damage", in_turn(order, count, case), count)
 
 
 def stopped_place(place: Place) -> Path:
@@ -138,12 +137,12 @@ def _undisturbed(place: Place) -> Undisturbed:
     steps = sorted(
         int(path.name) for path in (base / "run" / "checkpoints").iterdir() if path.name.isdigit()
     )
-    left, earlier = {}, {}
+    undisturbed, earlier = {}, {}
     for words in {words for readers, _ in READERS.values() for words in readers}:
         directory = place.copy(base)
         outcome = filling.run(directory, *words)
         assert outcome.code == DONE, f"{words}: {outcome.log}"
-        left[words] = _left(directory, words, outcome)
+        undisturbed[words] = left(directory, LEAVE.get(words, ""), outcome)
         earlier[words] = []
     for words in (EXPORT, GENERATE):
         directory = place.copy(base)
@@ -152,8 +151,8 @@ def _undisturbed(place: Place) -> Undisturbed:
             shutil.rmtree(directory / "exported", ignore_errors=True)
             outcome = filling.run(directory, *words)
             assert outcome.code == DONE, f"{words}: {outcome.log}"
-            earlier[words].append(_left(directory, words, outcome))
-    return Undisturbed(base, steps[-1], left, earlier)
+            earlier[words].append(left(directory, LEAVE.get(words, ""), outcome))
+    return Undisturbed(base, steps[-1], undisturbed, earlier)
 
 
 def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, command: bool) -> Case:
@@ -167,9 +166,8 @@ def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, com
         try:
             differences = _differences(undisturbed, words, directory, outcome)
         except Exception as error:  # orbax has no exception of its own for a damaged checkpoint
-            differences = (
-                f"what it leaves cannot be read: {type(error).__name__}: {str(error)[:100]}"
-            )
+            read = f"{type(error).__name__}: {str(error)[:100]}"
+            differences = f"what it leaves cannot be read: {read}"
     said = bool(SAID.search(outcome.log))
     kind, fault = damage(outcome, differences=differences, said=said)
     if fault is None and kind == "harmless" and words == TRAIN and group in ("checkpoint", "run"):
@@ -228,36 +226,45 @@ def break_something(candidates: list[Path], rng: np.random.Generator) -> tuple[P
     return path, way
 
 
-def _flip(path: Path, rng: np.random.Generator) -> None:
-    content = bytearray(path.read_bytes())
+def _rewrite(
+    change: Callable[[bytearray, int, np.random.Generator], bytes],
+) -> Callable[[Path, np.random.Generator], object]:
+    """A way of breaking that changes a file's bytes at a random place of it."""
+
+    def apply(path: Path, rng: np.random.Generator) -> None:
+        content = bytearray(path.read_bytes())
+        path.write_bytes(change(content, int(rng.integers(max(len(content), 1))), rng))
+
+    return apply
+
+
+def _another_byte(content: bytearray, at: int, rng: np.random.Generator) -> bytes:
+    content[at : at + 1] = rng.bytes(1)
+    return content
+
+
+def _flip(content: bytearray, at: int, rng: np.random.Generator) -> bytes:
     if content:
-        content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
-    path.write_bytes(content)
+        content[at] ^= 1 << int(rng.integers(8))
+    return content
 
 
-def _another_byte(path: Path, rng: np.random.Generator) -> None:
-    content = bytearray(path.read_bytes())
-    if content:
-        content[int(rng.integers(len(content)))] = int(rng.integers(256))
-    path.write_bytes(content)
-
-
-def _truncate(path: Path, rng: np.random.Generator) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(rng.integers(max(len(content), 1)))])
-
-
-def _zero(path: Path, rng: np.random.Generator) -> None:
+def _zero(content: bytearray, at: int, rng: np.random.Generator) -> bytes:
     """As after a power cut: a part of the file was never written."""
-    content = bytearray(path.read_bytes())
-    first = int(rng.integers(max(len(content), 1)))
-    last = min(first + 512, len(content))
-    content[first:last] = bytes(last - first)
-    path.write_bytes(content)
+    last = min(at + 512, len(content))
+    content[at:last] = bytes(last - at)
+    return content
 
 
-def _append(path: Path, rng: np.random.Generator) -> None:
-    path.write_bytes(path.read_bytes() + rng.bytes(int(rng.integers(1, 64))))
+def _repeat(content: bytearray, at: int, rng: np.random.Generator) -> bytes:
+    """A line twice, or the bytes of a file without lines."""
+    lines = bytes(content).splitlines(keepends=True) or [b"x"]
+    number = int(rng.integers(len(lines)))
+    return b"".join([*lines[: number + 1], *lines[number:]])
+
+
+def _append(content: bytearray, at: int, rng: np.random.Generator) -> bytes:
+    return content + rng.bytes(int(rng.integers(1, 64)))
 
 
 def _directory(path: Path, rng: np.random.Generator) -> None:
@@ -265,21 +272,16 @@ def _directory(path: Path, rng: np.random.Generator) -> None:
     path.mkdir()
 
 
-def _repeat(path: Path, rng: np.random.Generator) -> None:
-    """A line twice, or the bytes of a file without lines."""
-    lines = path.read_bytes().splitlines(keepends=True) or [b"x"]
-    number = int(rng.integers(len(lines)))
-    path.write_bytes(b"".join([*lines[: number + 1], *lines[number:]]))
-
-
 WAYS: dict[str, Callable[[Path, np.random.Generator], object]] = {
-    "with a bit flipped": _flip,
-    "with another byte": _another_byte,
-    "truncated": _truncate,
-    "with zeros": _zero,
-    "with bytes appended": _append,
-    "with a line twice": _repeat,
-    "emptied": lambda path, rng: path.write_bytes(b""),
+    "with a bit flipped": _rewrite(_flip),
+    "with another byte": _rewrite(_another_byte),
+    "truncated": _rewrite(lambda content, at, rng: content[:at]),
+    "with zeros": _rewrite(_zero),
+    "with bytes appended": _rewrite(
+        lambda content, at, rng: content + rng.bytes(int(rng.integers(1, 64)))
+    ),
+    "with a line twice": _rewrite(_repeat),
+    "emptied": _rewrite(lambda content, at, rng: b""),
     "removed": lambda path, rng: path.unlink(),
     "made a directory": _directory,
 }
@@ -288,34 +290,10 @@ WAYS: dict[str, Callable[[Path, np.random.Generator], object]] = {
 def _differences(
     undisturbed: Undisturbed, words: tuple[str, ...], directory: Path, outcome: Outcome
 ) -> str | None:
-    left, expected = _left(directory, words, outcome), undisturbed.left[words]
-    if left == expected:
+    found = left(directory, LEAVE.get(words, ""), outcome)
+    expected = undisturbed.left[words]
+    if SAID.search(outcome.log) and found in undisturbed.earlier[words]:
         return None
-    if SAID.search(outcome.log) and left in undisturbed.earlier[words]:
-        return None
-    if isinstance(left, Bits) and isinstance(expected, Bits):
-        if "metrics.jsonl is gone" in outcome.log:  # a lost log is no lost state
-            left = dataclasses.replace(left, metrics=expected.metrics)
-        return expected.differences(left)
-    return f"{words[0]} leaves something else"
-
-
-def _left(directory: Path, words: tuple[str, ...], outcome: Outcome) -> object:
-    """What the words leave, for a comparison bit for bit."""
-    if words == GENERATE:
-        return outcome.out
-    if words == IMPORT:
-        return run_bits(directory / "imported")
-    name = {TRAIN: "run", OFFLINE: "offline", STARTED: "started"}.get(words)
-    if name is not None:
-        return run_bits(directory / name)
-    if words == CAPTURE:
-        return _records(directory / "states")
-    return directory_bits(directory / ("exported" if words == EXPORT else "answers.jsonl"))
-
-
-def _records(states: Path) -> list[str]:
-    """The manifest and sha256 of every captured row, as it is read: padding of shards is not."""
-    records = ArrayRecordDataSource([str(path) for path in sorted(states.glob("*.arrayrecord"))])
-    hashes = [hashlib.sha256(records[number]).hexdigest() for number in range(len(records))]
-    return [(states / "manifest.json").read_text(), *hashes]
+    if isinstance(found, Bits) and "metrics.jsonl is gone" in outcome.log:
+        found = dataclasses.replace(found, metrics=expected.metrics)  # a lost log is no lost state
+    return difference(expected, found)

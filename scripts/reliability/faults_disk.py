@@ -18,7 +18,7 @@ from pathlib import Path
 
 from faults_damage import STEPS, stopped_place
 from faults_kills import VERBS
-from faults_place import Bits, Case, Place, all_cases, cleared, directory_bits, in_turn, run_bits
+from faults_place import Case, Place, all_cases, cleared, difference, directory_bits, in_turn, left
 from faults_verdict import BAD_INPUT, DONE, completion, crash, refusal
 
 PAGE, FILLER = 4096, "filler"
@@ -31,8 +31,8 @@ WORDS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "capture": (("capture", "config.yaml", "disk/states"), "states"),
     "evaluate": (
-        ("evaluate", "disk/trained", "prompts.jsonl", "--limit", "1", "--max-new-tokens", "8"),
-        "",
+        ("evaluate", "disk/trained", "prompts.jsonl", *VERBS["evaluate"][0][3:]),
+        "trained/evaluation.json",
     ),
     "export": (("export", "run", "disk/draft", "--dtype", "float32"), "draft"),
     "import": (("import", "draft", "disk/imported", "--target", "target"), "imported"),
@@ -50,11 +50,11 @@ def full_disks(place: Place, count: int) -> Iterator[Case]:
     undisturbed, bytes_written = {}, {}
     for verb in list(WORDS)[:count]:
         directory = _with_disk(place, base, verb, 2**27)
-        before = _used(directory / "disk")
+        before = shutil.disk_usage(directory / "disk").used
         outcome = place.filling.run(directory, *WORDS[verb][0])
         assert outcome.code == DONE, outcome.log
-        undisturbed[verb] = _left(directory, verb)
-        bytes_written[verb] = (before, _used(directory / "disk"))
+        undisturbed[verb] = left(directory / "disk", WORDS[verb][1], outcome)
+        bytes_written[verb] = (before, shutil.disk_usage(directory / "disk").used)
         _unmount(directory / "disk")
 
     def case(index: int, verb: str) -> Case:
@@ -73,7 +73,7 @@ def _case(
     room = PAGE * int((after - before) * share / PAGE)
     directory = _with_disk(place, base, verb, before + PAGE + room)
     (directory / "disk" / FILLER).write_bytes(bytes(PAGE))  # a tmpfs of no size has no limit
-    words, _ = WORDS[verb]
+    words, name = WORDS[verb]
     kept = directory_bits(directory / "disk")
     fault, kind = None, "refused"
     outcome = place.processes().run(directory, *words)
@@ -83,20 +83,16 @@ def _case(
         fault = crash(outcome) or refusal(outcome, names="disk", code=BAD_INPUT)
         fault = fault or _half_written(directory / "disk", verb, kept)
     if fault is None:
-        enlarged = subprocess.run(
-            ["mount", "-o", f"remount,size={2**27}", directory / "disk"], check=False
-        )
-        assert enlarged.returncode == 0
+        enlarged = ["mount", "-o", f"remount,size={2**27}", directory / "disk"]
+        subprocess.run(enlarged, check=True)
         outcome = place.processes().run(directory, *words) if kind == "refused" else outcome
         fault = completion(outcome, start="with room again it")
-        left = _left(directory, verb)
-        if fault is None and left != undisturbed:
-            fault = "with room again it leaves something else"
-            if isinstance(undisturbed, Bits) and isinstance(left, Bits):
-                fault += f": {undisturbed.differences(left)}"
+        if fault is None:
+            found = difference(undisturbed, left(directory / "disk", name, outcome))
+            fault = found and f"with room again it leaves something else: {found}"
     _unmount(directory / "disk")
-    name = f"{verb} with {room} bytes free, {after - before} needed"
-    return Case("disk", name, cleared(directory, fault), kind)
+    needed = f"{verb} with {room} bytes free, {after - before} needed"
+    return Case("disk", needed, cleared(directory, fault), kind)
 
 
 def _half_written(disk: Path, verb: str, kept: dict[str, str]) -> str | None:
@@ -112,16 +108,11 @@ def _half_written(disk: Path, verb: str, kept: dict[str, str]) -> str | None:
     ]
     if beside:
         return f"{beside[0]} is left behind"
-    name = WORDS[verb][1]
     if verb in ("export", "import", "evaluate"):  # whole or not at all
         new = sorted(path.name for path in disk.iterdir() if path.name not in ("trained", FILLER))
-        if new:
-            return f"{new[0]} is left behind"
-    return (
-        f"{name} is there though it is not whole"
-        if verb == "regenerate" and (disk / name).exists()
-        else None
-    )
+        return f"{new[0]} is left behind" if new else None
+    answers = disk / WORDS["regenerate"][1]
+    return f"{answers.name} is there though it is not whole" if answers.exists() else None
 
 
 def _with_disk(place: Place, base: Path, verb: str, size: int) -> Path:
@@ -146,17 +137,3 @@ def _mount(path: Path, size: int) -> str | None:
 
 def _unmount(path: Path) -> None:
     subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-def _used(disk: Path) -> int:
-    usage = shutil.disk_usage(disk)
-    return usage.used
-
-
-def _left(directory: Path, verb: str) -> object:
-    disk, name = directory / "disk", WORDS[verb][1]
-    if verb in ("train", "import"):
-        return run_bits(disk / name) if (disk / name / "checkpoints").is_dir() else None
-    if verb == "evaluate":
-        return (disk / "trained" / "evaluation.json").is_file()
-    return directory_bits(disk / name) if (disk / name).exists() else None

@@ -7,6 +7,7 @@ start-up | inputs | compile | step step [save] step step [save] ... | end
                                     ^ aimed: as soon as an unfinished save lies on the disk
 """
 
+import functools
 import re
 import shutil
 import signal
@@ -22,8 +23,9 @@ from faults_place import (
     Place,
     all_cases,
     cleared,
-    directory_bits,
+    difference,
     in_turn,
+    left,
     override,
     run_bits,
 )
@@ -42,12 +44,8 @@ def kills(place: Place, count: int) -> Iterator[Case]:
     works = []
     for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
         part = min(KILLS_PER_RUN, count - first)
-        works.append(
-            (
-                f"run {index + 1}",
-                lambda index=index, part=part: _killed_run(place, index, part, reference, seconds),
-            )
-        )
+        run = functools.partial(_killed_run, place, index, part, reference, seconds)
+        works.append((f"run {index + 1}", run))
     yield from all_cases("kills", works, count)
 
 
@@ -127,7 +125,7 @@ def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float)
     return f"{time.monotonic() - process.began:.2f} s, {where[:30]}"
 
 
-# The words of each verb, and what it leaves.
+# The words of each verb, and where it leaves what does not depend on the machine's speed.
 VERBS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("train", "config.yaml", STEPS), "run"),
     "regenerate": (
@@ -147,7 +145,7 @@ VERBS: dict[str, tuple[tuple[str, ...], str]] = {
             *("evaluate", "trained", "prompts.jsonl"),
             *("--limit", "4", "--max-new-tokens", "40", "--timed", "0"),
         ),
-        "",
+        "trained/evaluation.json",
     ),
     "report": (("report", "trained"), "trained/report.html"),
     "generate": (("generate", "trained", "a b c", "--max-new-tokens", "100"), ""),
@@ -163,12 +161,12 @@ def signals(place: Place, count: int) -> Iterator[Case]:
     (trained / "run").rename(trained / "trained")
     undisturbed: dict[str, object] = {}
     seconds: dict[str, float] = {}
-    for verb, (words, _) in VERBS.items():
+    for verb, (words, name) in VERBS.items():
         filling.run(place.copy(trained), *words)
         directory = place.copy(trained)
         outcome = place.processes().run(directory, *words, command=True)
         assert outcome.code == DONE, outcome.log
-        undisturbed[verb], seconds[verb] = _left(directory, verb, outcome.out), outcome.seconds
+        undisturbed[verb], seconds[verb] = left(directory, name, outcome), outcome.seconds
 
     def case(index: int, verb: str) -> Case:
         return _signalled(place, trained, index, verb, undisturbed[verb], seconds[verb])
@@ -182,7 +180,7 @@ def _signalled(
     rng, directory = place.random(2, index), place.copy(trained)
     number = signal.Signals(rng.choice([signal.SIGTERM, signal.SIGINT]))
     delay = float(rng.uniform(0.02, seconds))
-    words, _ = VERBS[verb]
+    words, where = VERBS[verb]
     process = place.processes().begin(directory, *words, command=True)
     while process.poll() is None and time.monotonic() - process.began < delay:
         time.sleep(0.002)
@@ -196,19 +194,8 @@ def _signalled(
     if fault is None and outcome.code == INTERRUPTED:
         again = place.processes().run(directory, *words)
         fault = completion(again, start="the same command then")
-        if fault is None and _left(directory, verb, again.out) != undisturbed:
-            fault = "the same command then leaves something else than an undisturbed one"
-            if isinstance(undisturbed, Bits):
-                fault += f": {undisturbed.differences(run_bits(directory / 'run'))}"
+        if fault is None:
+            found = difference(undisturbed, left(directory, where, again))
+            fault = found and f"the same command then leaves something else: {found}"
     name = f"{number.name} {delay:.2f} s into {verb}, code {outcome.code}"
     return Case("signals", name, cleared(directory, fault))
-
-
-def _left(directory: Path, verb: str, out: str) -> object:
-    """What a verb leaves that does not depend on the machine's speed."""
-    name = VERBS[verb][1]
-    if verb == "train":
-        return run_bits(directory / name)
-    if verb == "evaluate":
-        return (directory / "trained" / "evaluation.json").read_text()
-    return directory_bits(directory / name) if name else out

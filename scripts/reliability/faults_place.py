@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -24,7 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from faults_process import Processes
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from faults_process import Outcome, Processes
 from tiny import run_config, write_conversations, write_target
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax misses files that items never have
@@ -118,15 +120,36 @@ def _tree(directory: Path) -> Any:
 
 def directory_bits(directory: Path) -> dict[str, str]:
     """sha256 of every file of a directory, or of one file, by relative path."""
-    files = (
-        [directory]
-        if directory.is_file()
-        else [path for path in directory.rglob("*") if path.is_file()]
-    )
+    files = [path for path in (directory, *directory.rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
+
+
+def left(directory: Path, name: str, outcome: Outcome) -> object:
+    """What a command leaves at `name`, for a comparison bit for bit; "" for what it prints."""
+    path = directory / name
+    if not name:
+        return outcome.out
+    if (path / "checkpoints").is_dir():
+        return run_bits(path)
+    if (path / "manifest.json").is_file():
+        # Every captured row as it is read: padding of shards is not.
+        shards = sorted(map(str, path.glob("*.arrayrecord")))
+        records = ArrayRecordDataSource(shards)
+        hashes = [hashlib.sha256(records[number]).hexdigest() for number in range(len(records))]
+        return [(path / "manifest.json").read_text(), *hashes]
+    return directory_bits(path)
+
+
+def difference(expected: object, found: object) -> str | None:
+    """What differs between two results of `left`, None where nothing does."""
+    if found == expected:
+        return None
+    if isinstance(expected, Bits) and isinstance(found, Bits):
+        return expected.differences(found)
+    return "other files or words"
 
 
 class Place:
@@ -202,37 +225,21 @@ def all_cases(part: str, works: Iterable[Work], total: int) -> Iterator[Case]:
 
     A work that raises is the harness's own failure and counts as a case that did not hold.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
     began, done = time.monotonic(), 0
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(part, total=total)
-        names = {_WORKERS.submit(work): name for name, work in works}
-        try:
-            for future in as_completed(names):
-                try:
-                    cases = future.result()
-                except Exception as error:
-                    cases = [
-                        Case(
-                            part,
-                            names[future],
-                            f"the harness failed: {type(error).__name__}: {error}",
-                        )
-                    ]
-                for case in cases:
-                    done += 1
-                    progress.update(task, completed=done)
-                    if not console.is_terminal:
-                        held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
-                        line = (
-                            f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)  "
-                            f"{case.name}: {held}"
-                        )
-                        console.print(line, highlight=False, markup=False, soft_wrap=True)
-                    yield case
-        finally:
-            for future in names:  # what Ctrl-C found waiting
-                future.cancel()
+    names = {_WORKERS.submit(work): name for name, work in works}
+    try:
+        for future in as_completed(names):
+            try:
+                cases = future.result()
+            except Exception as error:
+                failed = f"the harness failed: {type(error).__name__}: {error}"
+                cases = [Case(part, names[future], failed)]
+            for case in cases:
+                done += 1
+                held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
+                place = f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)"
+                print(f"{place}  {case.name}: {held}", file=sys.stderr, flush=True)
+                yield case
+    finally:
+        for future in names:  # what Ctrl-C found waiting
+            future.cancel()

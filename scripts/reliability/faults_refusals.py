@@ -25,12 +25,8 @@ EVALUATE = ("evaluate", "run", "prompts.jsonl", "--limit", "1", "--max-new-token
 REGENERATE = (*ANSWERS, "--max-new-tokens", "4")
 CAPTURE = ("capture", "config.yaml", "other")
 FRESH = (*TRAIN, "run_dir=fresh")
-LONG = (
-    "train",
-    "config.yaml",
-    "run_dir=fresh",
-    override(train__steps=40),
-)  # more than train.max_nonfinite_steps
+# More steps than train.max_nonfinite_steps.
+LONG = ("train", "config.yaml", "run_dir=fresh", override(train__steps=40))
 
 
 @dataclass(frozen=True)
@@ -154,34 +150,20 @@ DRIFT = (
     Fault("generate: chat template", GENERATE, _template, "template"),
     Fault("offline: target weights x 1.5", OFFLINE, _bigger, "target"),
 )  # fmt: skip
-_nan, _inf = _weights("target", _one(np.nan)), _weights("target", _one(np.inf))
+_nan, _inf = (_weights("target", _one(number)) for number in (np.nan, np.inf))
+_draft_nan, _draft_inf = (_weights("draft", _one(number)) for number in (np.nan, np.inf))
+_DIVERGE = (DIVERGED, BAD_INPUT)
 NUMBERS = (
-    Fault(
-        "learning rate 1e30", (*LONG, "optimizer.learning_rate=1e30"), codes=(DIVERGED, BAD_INPUT)
-    ),
-    Fault(
-        "weight decay 1e300", (*LONG, "optimizer.weight_decay=1e300"), codes=(DIVERGED, BAD_INPUT)
-    ),
+    Fault("learning rate 1e30", (*LONG, "optimizer.learning_rate=1e30"), codes=_DIVERGE),
+    Fault("weight decay 1e300", (*LONG, "optimizer.weight_decay=1e300"), codes=_DIVERGE),
     Fault("train: NaN in the target", FRESH, _nan, "model."),
     Fault("train: infinity in the target", FRESH, _inf, "model."),
     Fault("regenerate: NaN in the target", REGENERATE, _nan, "model.", absent="answers.jsonl"),
     Fault("capture: NaN in the target", CAPTURE, _nan, "model.", absent="other"),
     Fault("generate: NaN in the target", GENERATE, _nan),
-    Fault(
-        "import: NaN in the draft",
-        IMPORT,
-        _weights("draft", _one(np.nan)),
-        "draft",
-        absent="imported",
-    ),
-    Fault("init_from: NaN in the draft", STARTED, _weights("draft", _one(np.nan)), "draft"),
-    Fault(
-        "import: infinity in the draft",
-        IMPORT,
-        _weights("draft", _one(np.inf)),
-        "draft",
-        absent="imported",
-    ),
+    Fault("import: NaN in the draft", IMPORT, _draft_nan, "draft", absent="imported"),
+    Fault("init_from: NaN in the draft", STARTED, _draft_nan, "draft"),
+    Fault("import: infinity in the draft", IMPORT, _draft_inf, "draft", absent="imported"),
 )
 
 
@@ -289,20 +271,13 @@ def _not_finite(run: Path) -> str | None:
 def _free(part: str, place: Place, base: Path) -> Case:
     """Intervals of logs and saves may change between two starts: the state must not."""
     plain, other = place.copy(base), place.copy(base)
-    words = (
-        override(train__log_every=2),
-        override(train__eval_every=5),
-        override(train__checkpoint_every=3),
-    )
+    words = [override(train__log_every=2), override(train__eval_every=5)]
+    words.append(override(train__checkpoint_every=3))
     outcomes = [place.processes().run(plain, *TRAIN), place.processes().run(other, *TRAIN, *words)]
     fault = next((found for found in map(crash, outcomes) if found), None)
     if fault is None and [x.code for x in outcomes] != [DONE, DONE]:
         fault = f"exit codes {[x.code for x in outcomes]}, expected 0"
     if fault is None and run_bits(plain / "run").arrays != run_bits(other / "run").arrays:
         fault = "other intervals gave another state"
-    return Case(
-        part,
-        "log_every, eval_every, checkpoint_every changed",
-        fault,
-        "equal" if fault is None else "",
-    )
+    name = "log_every, eval_every, checkpoint_every changed"
+    return Case(part, name, fault, "equal" if fault is None else "")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_mutations as mutations
-from fuzz_cases import Case, Parser, as_json, json_cases
+from fuzz_cases import Case, Inputs, Parser, as_json, json_inputs
 
 ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "Hello."}]
@@ -33,17 +33,9 @@ def _settings() -> Any:
     """How the answers below were asked for."""
     from domino_jax.datagen.regenerate import AnswerSettings
 
-    return AnswerSettings(
-        target="t",
-        max_new_tokens=8,
-        temperature=0.0,
-        top_k=None,
-        top_p=None,
-        seed=0,
-        dtype="float32",
-        batch_size=2,
-        chat_template_kwargs={},
-    )
+    sampling = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
+    work = {"max_new_tokens": 8, "dtype": "float32", "batch_size": 2}
+    return AnswerSettings(target="t", chat_template_kwargs={}, **sampling, **work)
 
 
 def _answer_line() -> dict[str, Any]:
@@ -51,34 +43,25 @@ def _answer_line() -> dict[str, Any]:
 
 
 def _conversations(directory: Path) -> Parser:
-    """A line of a JSONL file, behind one that is right."""
+    """A line of a JSONL file, behind one that is right; for the command alone."""
     from domino_jax.base.errors import InputError
     from domino_jax.data.conversations import read_messages
 
-    lines = directory / "rows.jsonl"
-    good_line, line = as_json({"messages": ASKED}), _answer_line()
+    lines, alone = directory / "rows.jsonl", directory / "alone.jsonl"
+    prompt = {"messages": ASKED}
 
-    def read(content: bytes) -> Any:
-        lines.write_bytes(good_line + b"\n" + _one_line(content))
+    def check(content: bytes) -> str | None:
+        line = content.replace(b"\n", b" ") + b"\n"
+        alone.write_bytes(line)
+        lines.write_bytes(as_json(prompt) + b"\n" + line)
         found = read_messages(lines)
         if found.bad_lines:  # what was wrong with the line
             raise InputError(found.bad_lines[0].reason)
-        return found
+        return _wrong_lines(found)
 
-    def words(content: bytes) -> list[str]:
-        lines.write_bytes(_one_line(content))
-        made, target = str(directory / "new.jsonl"), str(directory / "target")
-        return ["regenerate", str(lines), made, "--target", target]
-
-    return Parser(
-        name="lines of data",
-        weight=35,
-        good=as_json(line),
-        cases=json_cases(line, {"messages": ASKED}),
-        read=read,
-        wrong=_wrong_lines,
-        words=words,
-    )
+    words = ("regenerate", alone, directory / "new.jsonl", "--target", directory / "target")
+    inputs = json_inputs(_answer_line(), prompt)
+    return Parser(name="lines of data", weight=35, inputs=inputs, check=check, words=words)
 
 
 def _packed_conversations(directory: Path) -> Parser:
@@ -88,34 +71,26 @@ def _packed_conversations(directory: Path) -> Parser:
     path = directory / "rows.jsonl.gz"
     packed = gzip.compress(as_json(_answer_line()) + b"\n", mtime=0)
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         return Case(mutations.mutated_bytes(rng, packed))
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         path.write_bytes(content)
-        return read_messages(path)
+        return _wrong_lines(read_messages(path))
 
-    return Parser(
-        name="packed data", weight=8, good=packed, cases=cases, read=read, wrong=_wrong_lines
-    )
-
-
-def _one_line(content: bytes) -> bytes:
-    return content.replace(b"\n", b" ") + b"\n"
+    return Parser(name="packed data", weight=8, inputs=Inputs(packed, draw), check=check)
 
 
 def _wrong_lines(found: Any) -> str | None:
     for _, messages in found.conversations:
         asked = False
         for message in messages:
-            if (
-                message["role"] not in ("system", "user", "assistant")
-                or not message["content"].strip()
-            ):
+            role, content = message["role"], message["content"]
+            if role not in ("system", "user", "assistant") or not content.strip():
                 return "a message without its role or text"
-            message["content"].encode()
-            asked |= message["role"] == "user"
-            if message["role"] == "assistant" and not asked:
+            content.encode()
+            asked |= role == "user"
+            if role == "assistant" and not asked:
                 return "an answer to nothing"
     return None
 
@@ -143,24 +118,14 @@ def _manifest(directory: Path) -> Parser:
         "answer_tokens": 20,
     }
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         place.write_bytes(content)
-        return read_manifest(place.parent)
+        return _wrong_manifest(read_manifest(place.parent))
 
-    def words(content: bytes) -> list[str]:
-        place.write_bytes(content)
-        config = str(directory / "valid" / "config.yaml")
-        return ["train", config, "data.train=null", f"data.hidden_states={place.parent}"]
-
-    return Parser(
-        name="capture manifest",
-        weight=12,
-        good=as_json(manifest),
-        cases=json_cases(manifest),
-        read=read,
-        wrong=_wrong_manifest,
-        words=words,
-    )
+    run = ("train", directory / "valid" / "config.yaml")
+    words = (*run, "data.train=null", f"data.hidden_states={place.parent}")
+    inputs = json_inputs(manifest)
+    return Parser(name="capture manifest", weight=12, inputs=inputs, check=check, words=words)
 
 
 def _wrong_manifest(found: Any) -> str | None:
@@ -183,52 +148,28 @@ def _partial_answers(directory: Path) -> Parser:
     read_record = functools.partial(_read_answer, prompts={1: ASKED}, source=Path("prompts.jsonl"))
     of = {"kind": "an answer", "generator": asdict(_settings())}
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         # What is attested is what was written: whoever wrote it may have been wrong.
         before = _attestation(hashlib.sha256()) + content + b"\n"
         answers.write_bytes(before + _attestation(hashlib.sha256(before)))
         with BatchLog(answers, read_record, **of) as log:
-            return log.finished
-
-    def wrong(found: dict[int, bool]) -> str | None:
-        right = all(number == 1 and type(ended) is bool for number, ended in found.items())
+            found = log.finished.items()
+        right = all(number == 1 and type(ended) is bool for number, ended in found)
         return None if right else "another line"
 
-    return Parser(
-        name="partial answers",
-        weight=10,
-        good=as_json(line),
-        cases=json_cases(line),
-        read=read,
-        wrong=wrong,
-    )
+    return Parser(name="partial answers", weight=10, inputs=json_inputs(line), check=check)
 
 
 def _metrics(directory: Path) -> Parser:
     """A line of a run's log."""
     from domino_jax.training.log import METRICS, read_metrics
 
-    record = {
-        "step": 4,
-        "split": "train",
-        "loss": 1.5,
-        "not_finite": ["grad_norm"],
-        "grad_norm": None,
-    }
+    record = {"step": 4, "split": "train", "loss": 1.5}
+    record |= {"not_finite": ["grad_norm"], "grad_norm": None}
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         (directory / METRICS).write_bytes(content + b"\n")
-        return read_metrics(directory)
-
-    def wrong(found: list[dict[str, Any]]) -> str | None:
-        right = all(type(one["step"]) is int for one in found)
+        right = all(type(one["step"]) is int for one in read_metrics(directory))
         return None if right else "a record without step"
 
-    return Parser(
-        name="metrics.jsonl",
-        weight=5,
-        good=as_json(record),
-        cases=json_cases(record),
-        read=read,
-        wrong=wrong,
-    )
+    return Parser(name="metrics.jsonl", weight=5, inputs=json_inputs(record), check=check)

@@ -11,31 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import fuzz_mutations as mutations
-from fuzz_cases import Case, Parser, as_json, json_cases, unusable
+from fuzz_cases import Case, Inputs, Parser, json_inputs, unusable
 from fuzz_tensors import gguf_parser, tensor_parsers
 
 TEMPLATE_PARTS = (
-    "{% for m in messages %}",
-    "{% endfor %}",
-    "{% if m %}",
-    "{% endif %}",
-    "{{ m.content }}",
-    "{{ messages }}",
-    "{{ 'x' * 10 ** 9 }}",
-    "{% for a in range(99999) %}",
-    "{{ 9 ** 9 ** 9 }}",
-    "{{ x.y.z }}",
-    "{{ ''.__class__ }}",
-    "{% set x = x ~ x %}",
-    "{% include 'a' %}",
-    "{% raw %}",
-    "{{ m | tojson }}",
-    "{{ range(10 ** 9) }}",
-    "{#",
-    "}}",
-)
+    "{% for m in messages %}", "{% endfor %}", "{% if m %}", "{% endif %}", "{{ m.content }}",
+    "{{ messages }}", "{{ 'x' * 10 ** 9 }}", "{% for a in range(99999) %}", "{{ 9 ** 9 ** 9 }}",
+    "{{ x.y.z }}", "{{ ''.__class__ }}", "{% set x = x ~ x %}", "{% include 'a' %}", "{% raw %}",
+    "{{ m | tojson }}", "{{ range(10 ** 9) }}", "{#", "}}",
+)  # fmt: skip
 TEMPLATE = "chat_template.jinja"
 MESSAGES = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
 DEEPER = 5  # one of so many configs is held against its tensors too, which takes 0.1 s
 
 
@@ -63,59 +53,31 @@ def _target_config(directory: Path, target: Path) -> Parser:
     from domino_jax.target.decoder_keys import read_decoder_config
     from domino_jax.target.load import open_target
 
-    copy, edited = directory / "decoder", directory / "edited"
-    copy.mkdir()
-    shutil.copy(target / "model.safetensors", copy)
-    trees = _target_trees(json.loads((target / "config.json").read_text()))
+    copy = directory / "decoder"
+    shutil.copytree(target, copy)
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         (copy / "config.json").write_bytes(content)
         config = read_decoder_config(copy, dtype="float32")
         if len(content) % DEEPER == 0:
             open_target(copy, config)
-        return config
+        return _wrong_decoder(config)
 
-    def words(content: bytes) -> list[str]:
-        shutil.copytree(target, edited, dirs_exist_ok=True)
-        (edited / "config.json").write_bytes(content)
-        return ["train", str(directory / "valid" / "config.yaml"), f"target={edited}"]
-
-    return Parser(
-        name="config.json, target",
-        weight=20,
-        good=as_json(trees[0]),
-        cases=json_cases(*trees),
-        read=read,
-        wrong=_wrong_decoder,
-        words=words,
-    )
+    inputs = json_inputs(*_target_trees(json.loads((target / "config.json").read_text())))
+    words = ("train", directory / "valid" / "config.yaml", f"target={copy}")
+    return Parser(name="config.json, target", weight=20, inputs=inputs, check=check, words=words)
 
 
 def _target_trees(tree: dict[str, Any]) -> list[dict[str, Any]]:
     """The tiny target's config.json with keys of other writers, with YaRN, and with experts."""
-    yarn = {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 32,
-        "beta_fast": 32.0,
-    }
-    return [
-        {
-            **tree,
-            "layer_types": ["full_attention"] * 4,
-            "rope_scaling": None,
-            "attention_bias": False,
-            "head_dim": 8,
-        },
-        {**tree, "rope_scaling": yarn, "rope_parameters": {**yarn, "rope_theta": 10_000.0}},
-        {
-            **tree,
-            "model_type": "qwen3_moe",
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8,
-        },
-    ]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    yarn |= {"beta_fast": 32.0}
+    plain = {"layer_types": ["full_attention"] * 4, "rope_scaling": None}
+    plain |= {"attention_bias": False, "head_dim": 8}
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    experts |= {"moe_intermediate_size": 8}
+    rope = {"rope_scaling": yarn, "rope_parameters": {**yarn, "rope_theta": 10_000.0}}
+    return [{**tree, **more} for more in (plain, rope, experts)]
 
 
 def _draft_config(directory: Path, target: Path) -> Parser:
@@ -126,26 +88,16 @@ def _draft_config(directory: Path, target: Path) -> Parser:
     _write_draft(place, draft)
     kinds = ("sliding_attention", "full_attention")
     windows = dataclasses.replace(draft, layer_types=kinds, sliding_window=8)
-    trees = [config_json(config, "float32") for config in (draft, windows)]
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         (place / "config.json").write_bytes(content)
         recorded_template(place)
-        return read_hf_draft(place)[0] if len(content) % DEEPER == 0 else read_hf_config(place)
+        deeper = len(content) % DEEPER == 0
+        return _wrong_draft(read_hf_draft(place)[0] if deeper else read_hf_config(place))
 
-    def words(content: bytes) -> list[str]:
-        (place / "config.json").write_bytes(content)
-        return ["import", str(place), str(directory / "imported"), "--target", str(target)]
-
-    return Parser(
-        name="config.json, draft",
-        weight=20,
-        good=as_json(trees[0]),
-        cases=json_cases(*trees),
-        read=read,
-        wrong=_wrong_draft,
-        words=words,
-    )
+    inputs = json_inputs(*(config_json(config, "float32") for config in (draft, windows)))
+    words = ("import", place, directory / "imported", "--target", target)
+    return Parser(name="config.json, draft", weight=20, inputs=inputs, check=check, words=words)
 
 
 def _domino_draft() -> Any:
@@ -184,20 +136,11 @@ def _wrong_decoder(config: Any) -> str | None:
     tree = dataclasses.asdict(config)
     if problem := unusable(tree):
         return problem
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    for name in (*names, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+    for name in SIZES:
         if type(tree[name]) is not int or not 0 < tree[name] <= 2**31:
             return f"{name} {tree[name]}"
-    if (
-        tree["num_hidden_layers"] > 10_000
-        or tree["num_attention_heads"] % tree["num_key_value_heads"]
-    ):
+    whole = tree["num_attention_heads"] % tree["num_key_value_heads"] == 0
+    if tree["num_hidden_layers"] > 10_000 or not whole:
         return "layers or heads of no model"
     if not 1e-38 < tree["rms_norm_eps"] < 1 or not tree["rope_theta"] > 1 or tree["head_dim"] % 2:
         return "a norm or a rotation of no model"
@@ -206,12 +149,8 @@ def _wrong_decoder(config: Any) -> str | None:
 
 def _wrong_draft(config: Any) -> str | None:
     layers = list(config.target_layer_ids)
-    if (
-        not layers
-        or layers != sorted(set(layers))
-        or layers[0] < 0
-        or layers[-1] >= config.num_target_layers
-    ):
+    rising = bool(layers) and layers == sorted(set(layers))
+    if not rising or layers[0] < 0 or layers[-1] >= config.num_target_layers:
         return f"target_layer_ids {layers}"
     if not 0 <= config.mask_token_id < config.vocab_size or config.block_size < 2:
         return "a mask token or block of no draft"
@@ -226,33 +165,25 @@ def _tokenizer_files(directory: Path, target: Path) -> Parser:
 
     place = directory / "tokenizer"
     names = ("tokenizer.json", "tokenizer_config.json")
-    trees = {name: json.loads((target / name).read_text()) for name in names}
-    template = (target / TEMPLATE).read_text()
+    files = {name: (target / name).read_bytes() for name in (*names, TEMPLATE)}
+    mutated = {name: json_inputs(json.loads(files[name])) for name in names}
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         name = rng.choice(names)
-        return Case((name, json_cases(trees[name])(rng).content))
+        return Case((name, mutated[name].draw(rng).content))
 
-    def read(content: tuple[str, bytes]) -> Any:
+    def check(content: tuple[str, bytes]) -> str | None:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        for name in names:
-            (place / name).write_text(json.dumps(trees[name]))
-        (place / TEMPLATE).write_text(template)
-        (place / content[0]).write_bytes(content[1])
+        for name, whole in {**files, content[0]: content[1]}.items():
+            (place / name).write_bytes(whole)
         odd = load_tokenizer(place)
         stop_token_ids(odd)
         encode_prompt(MESSAGES[:1], odd)
-        return odd
+        return None if odd.chat_template else "no template"
 
-    return Parser(
-        name="tokenizer files",
-        weight=3,
-        good=(names[1], as_json(trees[names[1]])),
-        cases=cases,
-        read=read,
-        wrong=lambda tokenizer: None if tokenizer.chat_template else "no template",
-    )
+    inputs = Inputs((names[1], files[names[1]]), draw)
+    return Parser(name="tokenizer files", weight=3, inputs=inputs, check=check)
 
 
 def _chat_templates(target: Path) -> Parser:
@@ -261,7 +192,7 @@ def _chat_templates(target: Path) -> Parser:
 
     template, tokenizer = (target / TEMPLATE).read_text(), load_tokenizer(target)
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         parts = [template, *(rng.choice(TEMPLATE_PARTS) for _ in range(rng.randrange(1, 4)))]
         rng.shuffle(parts)
         text = "".join(parts)
@@ -269,16 +200,10 @@ def _chat_templates(target: Path) -> Parser:
             text = mutations.mutated_text(rng, text).decode("utf-8", "replace")
         return Case(text)
 
-    def read(text: str) -> Any:
+    def check(text: str) -> str | None:
         tokenizer.chat_template = text
-        return render(tokenizer, [Rendering(MESSAGES)], {})[0]
-
-    return Parser(
-        name="chat templates",
-        weight=4,
-        good=template,
-        cases=cases,
-        read=read,
         # A NUL is text to a tokenizer; what is not UTF-8 raises here.
-        wrong=lambda text: text.encode() and None,
-    )
+        render(tokenizer, [Rendering(MESSAGES)], {})[0].encode()
+        return None
+
+    return Parser(name="chat templates", weight=4, inputs=Inputs(template, draw), check=check)

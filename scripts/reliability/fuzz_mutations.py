@@ -11,81 +11,20 @@ import struct
 from typing import Any
 
 NUMBERS = (
-    0,
-    -1,
-    1,
-    2,
-    7,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**32,
-    2**53,
-    2**62,
-    2**63,
-    2**64,
-    -(2**63),
-    10**30,
-    10**63,
-    10**64,
-)
+    0, -1, 1, 2, 7, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63, 2**64, -(2**63),
+    10**30, 10**63, 10**64,
+)  # fmt: skip
 FLOATS = (
-    0.0,
-    -0.0,
-    0.5,
-    1.0,
-    1.5,
-    -1.0,
-    1e-6,
-    1e-30,
-    1e-300,
-    1e38,
-    1e39,
-    1e300,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-)
+    0.0, -0.0, 0.5, 1.0, 1.5, -1.0, 1e-6, 1e-30, 1e-300, 1e38, 1e39, 1e300,
+    float("nan"), float("inf"), -float("inf"),
+)  # fmt: skip
 TEXTS = (
-    *(
-        "",
-        " ",
-        "x",
-        "null",
-        "true",
-        "1",
-        "1e-3",
-        "nan",
-        ".inf",
-        "0x_",
-        "010",
-        "1:30",
-        "2001-99-99",
-        "2001-01-01",
-        "~",
-    ),
-    *(
-        "\0",
-        "a\0b",
-        "\ud800",
-        "\x1b[31m",
-        "a\nb",
-        "\u202e",
-        "../..",
-        "/dev/zero",
-        "/dev/stdin",
-        "/proc/self/mem",
-    ),
-    *(
-        "x" * 1000,
-        "x" * 300_000,
-        "[" * 3000,
-        "{{ 'x' * 10 ** 10 }}",
-        "full_attention",
-        "bfloat16",
-        "float64",
-    ),
-)
+    "", " ", "x", "null", "true", "1", "1e-3", "nan", ".inf", "0x_", "010", "1:30", "2001-99-99",
+    "2001-01-01", "~", "\0", "a\0b", "\ud800", "\x1b[31m", "a\nb", "\u202e", "../..", "/dev/zero",
+    "/dev/stdin", "/proc/self/mem", "x" * 1000, "x" * 300_000, "[" * 3000, "{{ 'x' * 10 ** 10 }}",
+    "full_attention", "bfloat16", "float64",
+)  # fmt: skip
+INSERTED = (b"\0", b"\xff", b"\xef\xbb\xbf", b"[" * 200, b"{", b"}", b'"', b"\n", b": ", b"&a *a ")
 
 
 def odd_value(rng: random.Random) -> Any:
@@ -112,13 +51,10 @@ def odd_value(rng: random.Random) -> Any:
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of everything inside a tree."""
     found = [path] if path else []
-    if isinstance(tree, dict):
-        children = list(tree.items())
-    elif isinstance(tree, list):
-        children = list(enumerate(tree[:20]))
-    else:
-        children = []
-    for key, child in children:
+    children = tree if isinstance(tree, dict) else {}
+    if isinstance(tree, list):
+        children = dict(enumerate(tree[:20]))
+    for key, child in children.items():
         found += places(child, (*path, key))
     return found
 
@@ -130,9 +66,7 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
         path = rng.choice(places(tree) or [()])
         if not path:
             return odd_value(rng)
-        parent = tree
-        for key in path[:-1]:
-            parent = parent[key]
+        parent = _at(tree, path[:-1])
         key, action = path[-1], rng.randrange(10)
         old = parent[key]
         if action == 0:
@@ -140,9 +74,8 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
         elif action == 1 and isinstance(parent, dict):
             parent[rng.choice((f"{key}x", key[:-1], str(rng.choice(TEXTS[:20]))))] = parent.pop(key)
         elif action == 2 and isinstance(old, int | float) and not isinstance(old, bool):
-            parent[key] = rng.choice(
-                (-old, old + 1, old - 1, old * 2, old * 1000, float(old), str(old), [old])
-            )
+            near = (-old, old + 1, old - 1, old * 2, old * 1000, float(old), str(old), [old])
+            parent[key] = rng.choice(near)
         elif action == 3 and isinstance(old, list) and old:
             parent[key] = rng.choice((old[:-1], old + old, old[::-1], old * 50, old[0]))
         else:
@@ -152,8 +85,7 @@ def mutated_tree(rng: random.Random, tree: Any) -> Any:
 
 def mutated_text(rng: random.Random, text: str) -> bytes:
     """Text of a file, damaged as text: cut, doubled, a character changed, other bytes put in."""
-    raw = text.encode("utf-8", "surrogatepass")
-    return mutated_bytes(rng, raw)
+    return mutated_bytes(rng, text.encode("utf-8", "surrogatepass"))
 
 
 def mutated_bytes(rng: random.Random, raw: bytes, *, head: int | None = None) -> bytes:
@@ -170,24 +102,10 @@ def mutated_bytes(rng: random.Random, raw: bytes, *, head: int | None = None) ->
         elif action == 3:
             del raw[at : at + rng.randrange(1, 20)]
         elif action == 4:
-            raw[at:at] = rng.choice(
-                (
-                    b"\0",
-                    b"\xff",
-                    b"\xef\xbb\xbf",
-                    b"[" * 200,
-                    b"{",
-                    b"}",
-                    b'"',
-                    b"\n",
-                    b": ",
-                    b"&a *a ",
-                )
-            )
+            raw[at:at] = rng.choice(INSERTED)
         elif action == 5:
-            raw[at : at + 8] = struct.pack(
-                "<Q", rng.choice((0, 1, 2**31, 2**32, 2**60, 2**63, 2**64 - 1))
-            )
+            size = rng.choice((0, 1, 2**31, 2**32, 2**60, 2**63, 2**64 - 1))
+            raw[at : at + 8] = struct.pack("<Q", size)
         elif action == 6:
             raw[at : at + 4] = struct.pack("<I", rng.choice((0, 1, 9, 2**16, 2**31, 2**32 - 1)))
         else:
@@ -198,32 +116,25 @@ def mutated_bytes(rng: random.Random, raw: bytes, *, head: int | None = None) ->
 
 def doubled_key(rng: random.Random, tree: Any) -> tuple[Any, str] | None:
     """A mapping of the tree written as JSON with one key twice; None where there is no key."""
-    holders = [
-        path
-        for path in [(), *places(tree)]
-        if isinstance(_at(tree, path), dict) and _at(tree, path)
-    ]
+    mappings = {path: _at(tree, path) for path in [(), *places(tree)]}
+    holders = [path for path, held in mappings.items() if isinstance(held, dict) and held]
     if not holders:
         return None
     path = rng.choice(holders)
-    key = rng.choice(list(_at(tree, path)))
+    key = rng.choice(list(mappings[path]))
 
     def written(value: Any, here: tuple[Any, ...]) -> str:
         if isinstance(value, dict):
             parts = [f"{json.dumps(k)}: {written(v, (*here, k))}" for k, v in value.items()]
             if here == path:
-                parts.append(f"{json.dumps(key)}: {json.dumps(odd_scalar(rng))}")
+                again = rng.choice((0, 1, 2.5, "x", True, None))
+                parts.append(f"{json.dumps(key)}: {json.dumps(again)}")
             return "{" + ", ".join(parts) + "}"
         if isinstance(value, list):
             return "[" + ", ".join(written(v, (*here, i)) for i, v in enumerate(value)) + "]"
         return json.dumps(value)
 
     return key, written(tree, ())
-
-
-def odd_scalar(rng: random.Random) -> Any:
-    """A number or a word."""
-    return rng.choice((0, 1, 2.5, "x", True, None))
 
 
 def _at(tree: Any, path: tuple[Any, ...]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import fuzz_mutations as mutations
-from fuzz_cases import Case, Parser, json_cases, unusable
+from fuzz_cases import Case, Inputs, Parser, json_inputs, unusable
 from fuzz_data import data_parsers
 from fuzz_models import model_parsers
 
@@ -29,38 +29,22 @@ def _wrong_config(config: Any) -> str | None:
     if not 0 <= config.seed < 2**32:
         return "a seed that grain and jax do not take"
     train, data, optimizer, loss = config.train, config.data, config.optimizer, config.loss
-    counts = [data.max_length, data.batch_size, train.epochs, train.log_every, train.eval_every]
-    counts += [
-        train.checkpoint_every,
-        train.keep_checkpoints,
-        train.max_nonfinite_steps,
-        train.rollout_prompts,
-        train.rollout_tokens,
-        train.rollout_every or 1,
-        config.draft.num_hidden_layers,
-    ]
-    counts += [
-        loss.num_anchors,
-        optimizer.grad_accumulation,
-        config.mesh.fsdp,
-        config.mesh.tensor,
-        train.steps or 1,
-    ]
+    counts = (
+        data.max_length, data.batch_size, train.epochs, train.steps or 1, train.log_every,
+        train.eval_every, train.checkpoint_every, train.keep_checkpoints, train.max_nonfinite_steps,
+        train.rollout_prompts, train.rollout_tokens, train.rollout_every or 1,
+        config.draft.num_hidden_layers, loss.num_anchors, optimizer.grad_accumulation,
+        config.mesh.fsdp, config.mesh.tensor,
+    )  # fmt: skip
     if any(type(count) is not int or not 1 <= count < 2**31 for count in counts):
         return "a count outside 1..2**31-1"
-    if (
-        not optimizer.learning_rate > 0
-        or not optimizer.max_grad_norm > 0
-        or not 0 <= optimizer.b1 < 1
-    ):
+    steps = optimizer.learning_rate > 0 and optimizer.max_grad_norm > 0
+    if not steps or not 0 <= optimizer.b1 < 1:
         return "an optimiser that cannot train"
     if data.max_length <= config.draft.block_size or not 0 <= loss.kl_weight <= 1:
         return "a loss without a block"
-    return (
-        None
-        if (data.train is None) != (data.hidden_states is None)
-        else "two sources of rows, or none"
-    )
+    one_source = (data.train is None) != (data.hidden_states is None)
+    return None if one_source else "two sources of rows, or none"
 
 
 def _config_parsers(directory: Path) -> list[Parser]:
@@ -81,30 +65,19 @@ def _config_parsers(directory: Path) -> list[Parser]:
 def _config_file(good: Path, path: Path) -> Parser:
     from domino_jax.config.run import dump_config, load_config
 
-    tree, full = json.loads(good.read_text()), asdict(load_config(good))
+    trees = json_inputs(json.loads(good.read_text()), asdict(load_config(good)))
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         if rng.random() < 0.2:
             return Case(mutations.mutated_text(rng, dump_config(load_config(good))))
-        return json_cases(tree, full)(rng)
+        return trees.draw(rng)
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         path.write_bytes(content)
-        return load_config(path)
+        return _wrong_config(load_config(path))
 
-    def words(content: bytes) -> list[str]:
-        path.write_bytes(content)
-        return ["train", str(path)]
-
-    return Parser(
-        name="config.yaml",
-        weight=35,
-        good=good.read_bytes(),
-        cases=cases,
-        read=read,
-        wrong=_wrong_config,
-        words=words,
-    )
+    inputs = Inputs(trees.good, draw)
+    return Parser(name="config.yaml", weight=35, inputs=inputs, check=check, words=("train", path))
 
 
 def _override_words(good: Path) -> Parser:
@@ -112,7 +85,7 @@ def _override_words(good: Path) -> Parser:
 
     keys = [".".join(map(str, place)) for place in mutations.places(asdict(load_config(good)))]
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         value = mutations.odd_value(rng)
         text = value if isinstance(value, str) else json.dumps(value)
         word = f"{rng.choice(keys)}={text}"
@@ -120,14 +93,12 @@ def _override_words(good: Path) -> Parser:
             word = mutations.mutated_text(rng, word).decode("utf-8", "surrogateescape")
         return Case(word)
 
+    def check(word: str) -> str | None:
+        return _wrong_config(load_config(good, [word]))
+
+    inputs = Inputs("train.steps=3", draw)
     return Parser(
-        name="key=value words",
-        weight=30,
-        good="train.steps=3",
-        cases=cases,
-        read=lambda word: load_config(good, [word]),
-        wrong=_wrong_config,
-        words=lambda word: ["train", str(good), word],
+        name="key=value words", weight=30, inputs=inputs, check=check, words=("train", good)
     )
 
 
@@ -138,30 +109,21 @@ def _template_kwargs(directory: Path) -> Parser:
     @chat_template_kwargs
     def kwargs(**options: Any) -> Any: ...
 
-    def cases(rng: random.Random) -> Case:
-        case = json_cases({"enable_thinking": False, "budget": 3, "style": "short"})(rng)
+    mappings = json_inputs({"enable_thinking": False, "budget": 3, "style": "short"})
+
+    def draw(rng: random.Random) -> Case:
+        case = mappings.draw(rng)
         return Case(case.content.decode("utf-8", "surrogateescape"), case.forbidden)
 
-    def read(text: str) -> Any:
+    def check(text: str) -> str | None:
         context = kwargs.make_context("kwargs", ["--chat-template-kwargs", text])
-        return context.params["chat_template_kwargs"]
-
-    def wrong(found: dict[str, Any]) -> str | None:
+        found = context.params["chat_template_kwargs"]
         plain = all(isinstance(value, bool | int | float | str) for value in found.values())
         return unusable(found) or (None if plain else "a value that is not plain")
 
-    def words(text: str) -> list[str]:
-        return ["generate", str(directory / "nope"), "a", "--chat-template-kwargs", text]
-
-    return Parser(
-        name="--chat-template-kwargs",
-        weight=20,
-        good="{a: 1, b: x}",
-        cases=cases,
-        read=read,
-        wrong=wrong,
-        words=words,
-    )
+    inputs = Inputs("{a: 1, b: x}", draw)
+    words = ("generate", directory / "nope", "a", "--chat-template-kwargs")
+    return Parser(name="--chat-template-kwargs", weight=20, inputs=inputs, check=check, words=words)
 
 
 def _decoding_options(directory: Path) -> Parser:
@@ -170,25 +132,17 @@ def _decoding_options(directory: Path) -> Parser:
     names = ("--temperature", "--max-new-tokens", "--seed", "--proposals", "--dtype", "--limit")
     values = (*mutations.NUMBERS, *mutations.FLOATS, *mutations.TEXTS, "serving", "float32")
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         return Case([rng.choice(names), str(rng.choice(values))])
 
-    def read(words: list[str]) -> Any:
-        return evaluate.make_context("evaluate", ["run", "prompts.jsonl", *words]).params
-
-    def wrong(options: dict[str, Any]) -> str | None:
+    def check(words: list[str]) -> str | None:
+        options = evaluate.make_context("evaluate", ["run", "prompts.jsonl", *words]).params
         temperature, seed = options["temperature"], options["seed"]
         if not (temperature == 0 or 1e-4 < temperature < 1e4):
             return "a temperature that float32 cannot divide by"
         bounded = 0 <= seed < 2**32 and 1 <= options["max_new_tokens"] <= 2**20
         return None if bounded else "a seed or length beyond its bound"
 
-    return Parser(
-        name="decoding options",
-        weight=10,
-        good=["--seed", "4"],
-        cases=cases,
-        read=read,
-        wrong=wrong,
-        words=lambda words: ["evaluate", str(directory / "nope"), "prompts.jsonl", *words],
-    )
+    inputs = Inputs(["--seed", "4"], draw)
+    words = ("evaluate", directory / "nope", "prompts.jsonl")
+    return Parser(name="decoding options", weight=10, inputs=inputs, check=check, words=words)

@@ -9,7 +9,7 @@ from typing import Any
 
 import fuzz_mutations as mutations
 import numpy as np
-from fuzz_cases import Case, Parser, as_json, json_cases
+from fuzz_cases import Case, Inputs, Parser, as_json, json_inputs
 
 
 def safetensors_file(header: bytes, data: bytes) -> bytes:
@@ -26,36 +26,29 @@ def _single_file(place: Path) -> Parser:
     from domino_jax.formats.safetensors import open_safetensors
 
     place.mkdir()
+    path = place / "model.safetensors"
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for index, (name, dtype, shape) in enumerate(
-        (("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))
-    ):
-        header[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [32 * index, 32 * index + 32],
-        }
+    tensors = (("a", "F32", [2, 4]), ("b.c", "BF16", [16]), ("d", "F16", [4, 4]))
+    for index, (name, dtype, shape) in enumerate(tensors):
+        offsets = [32 * index, 32 * index + 32]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    headers = json_inputs(header)
     data = bytes(range(96))
-    good = safetensors_file(as_json(header), data)
+    good = safetensors_file(headers.good, data)
 
-    def cases(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> Case:
         if rng.randrange(4) == 0:
             return Case(mutations.mutated_bytes(rng, good))
-        case = json_cases(header)(rng)
+        case = headers.draw(rng)
         return Case(safetensors_file(case.content, data), case.forbidden)
 
-    def read(content: bytes) -> Any:
-        (place / "model.safetensors").write_bytes(content)
-        tensors = open_safetensors(place)
-        return {name: tensor.read() for name, tensor in tensors.items()}, len(content)
-
-    def wrong(found: Any) -> str | None:
-        tensors, size = found
-        held = sum(values.nbytes for values in tensors.values())
-        sound = held < size and held in (0, 96, *range(97, size))
+    def check(content: bytes) -> str | None:
+        path.write_bytes(content)
+        held = sum(tensor.read().nbytes for tensor in open_safetensors(place).values())
+        sound = held < len(content) and held in (0, 96, *range(97, len(content)))
         return None if sound else "more numbers than the file holds"
 
-    return Parser(name="safetensors", weight=12, good=good, cases=cases, read=read, wrong=wrong)
+    return Parser(name="safetensors", weight=12, inputs=Inputs(good, draw), check=check)
 
 
 def _sharded(place: Path) -> Parser:
@@ -68,21 +61,12 @@ def _sharded(place: Path) -> Parser:
         (place / file).write_bytes(safetensors_file(header, bytes(16)))
     index = {"metadata": {"total_size": 32}, "weight_map": files}
 
-    def read(content: bytes) -> Any:
+    def check(content: bytes) -> str | None:
         (place / "model.safetensors.index.json").write_bytes(content)
-        return {name: tensor.file.name for name, tensor in open_safetensors(place).items()}
-
-    def wrong(found: dict[str, str]) -> str | None:
+        found = {name: tensor.file.name for name, tensor in open_safetensors(place).items()}
         return None if found.items() <= files.items() else f"tensors in other files: {found}"
 
-    return Parser(
-        name="safetensors index",
-        weight=8,
-        good=as_json(index),
-        cases=json_cases(index),
-        read=read,
-        wrong=wrong,
-    )
+    return Parser(name="safetensors index", weight=8, inputs=json_inputs(index), check=check)
 
 
 def write_gguf(path: Path) -> None:
@@ -145,27 +129,17 @@ def gguf_parser(directory: Path) -> Parser:
     write_gguf(path)
     whole = path.read_bytes()
 
-    def read(content: bytes) -> Any:
+    def draw(rng: random.Random) -> Case:
+        return Case(mutations.mutated_bytes(rng, whole, head=5000))
+
+    def check(content: bytes) -> str | None:
         path.write_bytes(content)
         try:
-            return json.loads((convert_gguf(path, made) / "config.json").read_text())
+            config = json.loads((convert_gguf(path, made) / "config.json").read_text())
         finally:
             shutil.rmtree(made, ignore_errors=True)
-
-    def words(content: bytes) -> list[str]:
-        path.write_bytes(content)
-        return ["target", str(path), str(directory / "gguf-target")]
-
-    def wrong(config: dict[str, Any]) -> str | None:
         right = 0 < config["num_hidden_layers"] <= 4
         return None if right else "layers that the file does not hold"
 
-    return Parser(
-        name="GGUF",
-        weight=3,
-        good=whole,
-        cases=lambda rng: Case(mutations.mutated_bytes(rng, whole, head=5000)),
-        read=read,
-        wrong=wrong,
-        words=words,
-    )
+    words = ("target", path, directory / "gguf-target")
+    return Parser(name="GGUF", weight=3, inputs=Inputs(whole, draw), check=check, words=words)

@@ -4,6 +4,7 @@ import pytest
 
 from domino_jax.plan.hlo import (
     Buffer,
+    Collective,
     array_bytes,
     bytes_moved,
     collectives,
@@ -144,15 +145,17 @@ ENTRY %main (w: f32[34,8,4], s: f32[6,4], r: f32[1,4], i: s32[], q: f32[2,4], c:
 """
 
 
+KERNELS_PROGRAM = read_program(KERNELS)
+
+
 def test_kernels_are_counted_and_names_for_what_exists_are_not() -> None:
     # layer, fetched, ended, again, copied, stored.
-    assert launches(read_program(KERNELS)) == 6
+    assert launches(KERNELS_PROGRAM) == 6
 
 
 def test_a_collective_that_kernels_repeat_is_counted_once() -> None:
-    (gathered,) = collectives(read_program(KERNELS))
-    assert (gathered.kind, gathered.bytes, gathered.times) == ("all-gather", 128, 1)
-    assert gathered.loop is None and gathered.arrays == (128,)
+    (gathered,) = collectives(KERNELS_PROGRAM)
+    assert gathered == Collective("all-gather", 128, 1, loop=None, path="", arrays=(128,))
 
 
 def test_bytes_moved_of_a_slice_and_of_an_update_in_place() -> None:
@@ -161,11 +164,11 @@ def test_bytes_moved_of_a_slice_and_of_an_update_in_place() -> None:
     gathers = 2 * (128 + 32)
     copy = 32 + 32
     update = 16 + 16 + 4  # the row written, the row read, the index
-    assert bytes_moved(read_program(KERNELS)) == slice_moves + gathers + copy + update
+    assert bytes_moved(KERNELS_PROGRAM) == slice_moves + gathers + copy + update
 
 
 def test_largest_buffers_name_their_scope() -> None:
-    first, second, third = largest_buffers(read_program(KERNELS), 3)
+    first, second, third = largest_buffers(KERNELS_PROGRAM, 3)
     assert first == Buffer(128, "f32[1,8,4]", "target/Target/dynamic_slice")
     assert second == Buffer(128, "f32[8,4]", "the compiler's own")
     assert third.bytes == 96

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from availability import require_compiler
@@ -19,15 +20,17 @@ from domino_jax.base.scopes import HEAD, STAGES, VOCABULARY_LOSS, stage_of
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig
 from domino_jax.config.run import RunConfig, load_config
-from domino_jax.plan import hlo, jaxpr_flops
+from domino_jax.plan import hlo
+from domino_jax.plan import plan as plan_module
 from domino_jax.plan.plan import (
     Exchange,
+    Outcome,
     Plan,
     compile_step,
     largest_batch,
     plan,
-    planned_step,
     read_plan,
+    unknown_trip_count,
     write_json,
 )
 from domino_jax.plan.table import plan_table
@@ -48,7 +51,6 @@ MADE = Plan(
     refusal=None,
     exchanges={"all-gather": Exchange(34, 34 * 2**20, largest=2**20, largest_in_loop=2**20)},
     buffers=(hlo.Buffer(2**30, "f32[16384,16384]", "target/mlp"),),
-    launches=None,
     bytes_moved=820 * 10**9,
     useful_flops={"target": 100e12},
     executed_flops={"target": 150e12, "other": 1e12},
@@ -125,8 +127,8 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("spec", ["v5e:2x2", "h100:1"])
-def test_the_command_plans_and_keeps_the_plan(domino, config: Path, spec: str) -> None:
+def test_the_command_plans_and_keeps_the_plan(domino, config: Path) -> None:
+    spec = "h100:1"
     require_compiler(spec)
     file = config.parent / "plans.json"
     code, out, log = domino("plan", config, "--on", spec, "--json", file)
@@ -134,37 +136,30 @@ def test_the_command_plans_and_keeps_the_plan(domino, config: Path, spec: str) -
     assert f"compiling for {spec}, batch 8\n" in log
     (made,) = json.loads(file.read_text())
     assert made["fits"] and 0 < made["argument_bytes"] < made["peak_bytes"] < 2**30
-    assert set(made["useful_flops"]) == set(STAGES) - {"update"}
-    executed = made["executed_flops"]
-    assert all(executed[stage] >= flops for stage, flops in made["useful_flops"].items())
-    assert (made["launches"] is None) == (spec == "v5e:2x2")
+    assert made["launches"] > 0
     code, _, log = domino("plan", config, "--on", spec, "--json", file)
     assert code == 0 and "planned before" in log and "compiling" not in log
     assert json.loads(file.read_text()) == [made | {"cached": True}]
 
 
-@pytest.mark.parametrize("spec", ["v5e:2x2", "h100:1"])
-def test_bad_input_is_one_line(domino, config: Path, spec: str) -> None:
-    code, _, log = domino("plan", config, "--on", "v9:2x2")
-    assert code == 2 and log.startswith("error: --on 'v9:2x2': expected v4:AxBxC")
-    code, _, log = domino("plan", config, "--on", spec, "--json", "nowhere/plan.json")
-    assert (code, log) == (
-        2,
-        "error: --json nowhere/plan.json: no directory nowhere; make it first\n",
-    )
-    require_compiler(spec)
-    code, _, log = domino("plan", config, "--on", spec, "mesh.data=3")
-    assert code == 2 and "error: mesh: mesh data=3" in log
-    code, _, log = domino("plan", config, "--on", spec, "target=nowhere")
-    assert code == 2 and "error: nowhere: no such directory" in log
-
-
-def test_a_batch_that_does_not_divide_and_a_topology_that_is_none(domino, config: Path) -> None:
-    require_compiler("v5e:2x2")
-    code, _, log = domino("plan", config, "--on", "v5e:2x2", "data.batch_size=6")
-    assert code == 2 and "error: data.batch_size 6 must be a multiple of 4, the parts" in log
-    code, _, log = domino("plan", config, "--on", "v5e:3x5")
-    assert code == 2 and "error: --on v5e:3x5: no such topology: " in log
+@pytest.mark.parametrize(
+    ("spec", "words", "message"),
+    [
+        ("v9:2x2", (), "--on 'v9:2x2': expected v4:AxBxC"),
+        ("v5e:2x2", ("--json", "nowhere/a"), "--json nowhere/a: no directory nowhere; make it"),
+        ("v5e:2x2", ("mesh.data=3",), "mesh: mesh data=3"),
+        ("h100:1", ("target=nowhere",), "nowhere: no such directory"),
+        ("v5e:2x2", ("data.batch_size=6",), "data.batch_size 6 must be a multiple of 4, the parts"),
+        ("v5e:3x5", (), "--on v5e:3x5: no such topology: "),
+    ],
+)
+def test_bad_input_is_one_line(
+    domino, config: Path, spec: str, words: tuple[str, ...], message: str
+) -> None:
+    if spec != "v9:2x2":
+        require_compiler(spec)
+    code, _, log = domino("plan", config, "--on", spec, *words)
+    assert code == 2 and log.splitlines()[-1].startswith(f"error: {message}")
 
 
 @pytest.mark.slow
@@ -205,13 +200,12 @@ SMALL_HEAD = SMALL.vocab_size * SMALL.hidden_size * 2
 SMALL_BOUND = SMALL_HEAD // 16  # as 64 MiB are to the head of Qwen3-8B
 
 
-@pytest.fixture(scope="module")
-def small_config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    directory = tmp_path_factory.mktemp("small")
+@pytest.fixture
+def small_config(tmp_path: Path) -> RunConfig:
     draft = {"emb_dim": 64, "gru_hidden_dim": 128, "block_size": 8, "mask_token_id": MASK_TOKEN_ID}
     path = run_config(
-        directory,
-        directory,
+        tmp_path,
+        tmp_path,
         dtype="bfloat16",
         draft=draft,
         data={"max_length": 640, "batch_size": 4},
@@ -237,18 +231,29 @@ def test_largest_batch_asks_for_no_size_twice(first: int, most: int) -> None:
 
 
 @pytest.mark.parametrize("spec", slow_after(1, ["v5e:2x2", "h100:4"]))
-def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, spec: str) -> None:
+def test_a_small_step_holds_no_more_than_it_should(
+    small_config: RunConfig, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_compiler(spec)
     draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")
-    where = parse_device_spec(spec)
-    compiler = compiler_for(where)
+    compiler = compiler_for(parse_device_spec(spec))
     abstract = abstract_step(small_config, Models(SMALL, draft), compiler.devices)
-    step = planned_step(abstract)
-    pieces = -(-small_config.loss.num_anchors // abstract.program.trainer.chunk_blocks)
-    assert pieces > 1  # there is a loop to stay out of
-    outcome = compile_step(step.lowered, where, compiler)
-    program = hlo.read_program(outcome.text, unknown_trip_count=pieces)
+    outcomes = []
 
+    def compiled(*arguments: Any) -> Outcome:
+        outcomes.append(compile_step(*arguments))
+        return outcomes[0]
+
+    monkeypatch.setattr(plan_module, "compile_step", compiled)
+    made = plan(abstract, compiler, cache=tmp_path, reporter=quiet())
+    assert made.fits and 0 < made.argument_bytes < made.peak_bytes < 2**30
+    assert set(made.useful_flops) == set(STAGES) - {"update"}
+    assert all(made.executed_flops[stage] >= size for stage, size in made.useful_flops.items())
+    assert (made.launches is None) == compiler.spec.is_tpu
+
+    trip_count = unknown_trip_count(abstract)
+    assert trip_count > 1  # there is a loop to stay out of
+    program = hlo.read_program(outcomes[0].text, unknown_trip_count=trip_count)
     found = hlo.collectives(program)
     heads = [one for one in found if one.kind == "all-gather" and SMALL_HEAD in one.arrays]
     assert [(one.times, one.loop) for one in heads] == [(1, None)]
@@ -261,18 +266,14 @@ def test_a_small_step_holds_no_more_than_it_should(small_config: RunConfig, spec
     scores = re.compile(rf"f32\[([\d,]*,)?{length},{length}\]")
     assert not [one for one in buffers if scores.fullmatch(one.shape)]
 
-    if not where.is_tpu:
+    if not compiler.spec.is_tpu:
         # A GPU stands still where a loop asks whether to go on: the loss's pieces alone do.
-        visited = [visit.computation.operations.values() for visit in program.visits()]
+        visited = [visit.computation.operations.values() for visit in program.visits]
         loops = [one for operations in visited for one in operations if one.opcode == "while"]
         waiting = [one for one in loops if "known_trip_count" not in one.attributes]
         assert len(loops) > 2 and {stage_of(one.path) for one in waiting} == {VOCABULARY_LOSS}
 
-    platform = compiler.devices[0].platform
-    products = jaxpr_flops.products(step.traced, platform=platform, unknown_trip_count=pieces)
-    total = sum(one.flops * one.times for one in products)
-    whole = [one for one in products if one.float32 and one.flops * one.times > total / 1000]
-    assert not whole
+    assert made.float32_flops <= sum(made.executed_flops.values()) / 1000
 
 
 NODE = ("mesh.fsdp=8", "data.batch_size=16", "optimizer.grad_accumulation=1")
@@ -298,14 +299,13 @@ def test_the_published_recipe_fits(
     (tmp_path / "config.json").write_text(json.dumps(tree))
     path = Path(__file__).parents[2] / "configs/qwen3-8b.yaml"
     config = load_config(path, [*words, f"target={tmp_path}"])
-    where = parse_device_spec(spec)
     models = read_models(config, reporter=quiet())
-    compiler = compiler_for(where)
+    compiler = compiler_for(parse_device_spec(spec))
     step = abstract_step(config, models, compiler.devices)
-    made = plan(step, where, compiler, cache=tmp_path / "plans", reporter=quiet())
+    made = plan(step, compiler, cache=tmp_path / "plans", reporter=quiet())
     assert made.fits and made.refusal is None
     assert made.peak_bytes is not None and made.peak_bytes <= gib * 2**30
-    assert made.launches is None if where.is_tpu else made.launches <= 3000
+    assert made.launches is None if compiler.spec.is_tpu else made.launches <= 3000
     a_row = sum(made.useful_flops.values()) / config.data.batch_size
     assert a_row == pytest.approx(118e12, rel=0.02)  # counted by hand
     assert not [one for one in made.exchanges.values() if one.largest_in_loop > 64 * 2**20]

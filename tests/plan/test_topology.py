@@ -7,25 +7,24 @@ from domino_jax.plan import topology
 from domino_jax.plan.topology import missing_compiler, parse_device_spec
 
 
-def test_a_place_is_a_chip_and_its_sides() -> None:
-    assert (
-        parse_device_spec("v5p:2x2x2").sides == (2, 2, 2) and parse_device_spec("v5p:2x2x2").is_tpu
-    )
-    assert parse_device_spec("h100:16").sides == (16,) and not parse_device_spec("h100:16").is_tpu
+@pytest.mark.parametrize(
+    ("name", "sides", "is_tpu"), [("v5p:2x2x2", (2, 2, 2), True), ("h100:16", (16,), False)]
+)
+def test_a_topology_is_a_chip_and_its_sides(
+    name: str, sides: tuple[int, ...], is_tpu: bool
+) -> None:
+    spec = parse_device_spec(name)
+    assert (spec.sides, spec.is_tpu) == (sides, is_tpu)
 
 
-TPUS = ("v5p", "v5p:", "v5p:2x2", "v5e:2x2x2", "v7:2x2", "v6e:2x-4")
+NO_TPUS = ("v5p", "v5p:", "v5p:2x2", "v5e:2x2x2", "v7:2x2", "v6e:2x-4", "v6e:02x4", "v6e:2x4x")
 
 
-@pytest.mark.parametrize("name", ["", *TPUS, "h100", "h100:0", "h100:2x2"])
-def test_what_is_no_place_is_told_how_one_is_written(name: str) -> None:
-    with pytest.raises(InputError, match="expected v4:AxBxC, v5e:AxB"):
+@pytest.mark.parametrize("name", ["", *NO_TPUS, "h100", "h100:0", "h100:2x2", "h100:12"])
+def test_other_names_are_refused_with_the_syntax(name: str) -> None:
+    syntax = "come in multiples of 8" if name == "h100:12" else "expected v4:AxBxC, v5e:AxB"
+    with pytest.raises(InputError, match=syntax):
         parse_device_spec(name)
-
-
-def test_more_gpus_than_a_host_has_come_in_hosts() -> None:
-    with pytest.raises(InputError, match="come in multiples of 8"):
-        parse_device_spec("h100:12")
 
 
 @pytest.mark.parametrize(

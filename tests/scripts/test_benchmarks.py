@@ -19,7 +19,7 @@ ABSENT = ("grain", "array_record", "gguf", "platformdirs", "datasets")
 
 
 def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
-    """The last line of a script that runs where `ABSENT` cannot be imported."""
+    """The figures of a script that runs where `ABSENT` cannot be imported; it records them."""
     for package in ABSENT:
         module = tmp_path / f"{package}.py"
         module.write_text(f"raise ModuleNotFoundError('no {package}', name='{package}')\n")
@@ -27,14 +27,15 @@ def run(name: str, words: list[str], tmp_path: Path) -> dict[str, Any]:
     one_device = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
     environment = {**os.environ, "XLA_FLAGS": one_device}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(SCRIPTS.parents[1])])
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / name), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    words = [*words, "--record", str(tmp_path / "record.jsonl")]
+    command = [sys.executable, str(SCRIPTS / name), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line == json.loads((tmp_path / "record.jsonl").read_text(encoding="utf-8"))
+    assert line["hardware"]["platform"] == line["hardware"]["device"] == "cpu"
+    assert line["command"] == [name, *words]
+    return line["figures"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def test_both_sides_make_the_same_weights(dtype: str) -> None:
     ("workload", "mode", "dtype", "tolerance"),
     [
         ("specforge", "draft", "float32", 1e-6),
+        ("qwen3-8b", "online", "float32", 1e-6),
         ("qwen3-4b", "online", "bfloat16", 2e-3),  # whose head is the embedding
     ],
 )
@@ -92,7 +94,7 @@ def test_both_sides_take_the_same_steps(
     online = mode == "online"
     drawn = benchmark_ours.drawn_anchors(draft, setting, steps=2)
     ours, our_words = benchmark_ours.recipe_step(
-        draft, target, input_ids=row, online=online, num_anchors=setting.slots, chunk_blocks=2
+        draft, target, input_ids=row, online=online, num_anchors=setting.num_anchors, chunk_blocks=2
     )
     nemo, nemo_words = benchmark_nemo.recipe_step(
         draft, target, input_ids=row, online=online, compiled=False, **drawn
@@ -100,6 +102,17 @@ def test_both_sides_take_the_same_steps(
     steps = np.array([[ours(), nemo()] for _ in range(2)])
     np.testing.assert_allclose(steps[:, 0], steps[:, 1], rtol=tolerance)
     assert our_words()["dtype"] == nemo_words()["dtype"] == dtype
+
+
+def test_nemo_is_imported_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("nemo_automodel")
+    from benchmark_nemo import importable_without_datasets
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with importable_without_datasets():
+        from datasets import Dataset
+    assert isinstance(Dataset, type) and "datasets" not in sys.modules
 
 
 class FakeSide:
@@ -133,7 +146,7 @@ class FakeSide:
 def test_each_side_runs_alone_where_both_do_not_fit(
     lives: tuple[int, ...], turns: str, has_peer: bool
 ) -> None:
-    import benchmark_card
+    import benchmark_step
     from benchmark_workloads import Setting
 
     left = list(lives)
@@ -143,26 +156,36 @@ def test_each_side_runs_alone_where_both_do_not_fit(
 
     setting = Setting("qwen3-8b", 512, "online", tiny=False)
     options = SimpleNamespace(no_peer=False, rounds=3)
-    figures = benchmark_card.measure(start, setting, options)
+    figures = benchmark_step.measure(start, setting, options)
     assert figures["turns"] == turns
     assert len(figures["ours"]["all_seconds"]) == 3
     assert ("nemo" in figures) == ("ratio" in figures) == has_peer
     assert figures["ours"]["useful_mfu"] == pytest.approx(101.69e12 / 0.5 / 989e12, rel=1e-3)
-    benchmark_card.show(figures)
+    benchmark_step.show(figures)
 
 
+def measured_step(tmp_path: Path, *words: str) -> dict[str, Any]:
+    words = ("--workload", "qwen3-8b", "--anchors", "256", "--tiny", "--rounds", "1", *words)
+    setting = run("benchmark_step.py", [*words], tmp_path)
+    assert (setting["length"], setting["anchors"], setting["tiny"]) == (64, 4, True)
+    assert setting["ours"]["samples_per_second"] > 0
+    # Nobody publishes a peak of this machine: it is measured.
+    assert setting["peak_flops_per_second"] > 0 and setting["ours"]["peak_bytes"] > 2**20
+    return setting
+
+
+def test_a_step_is_measured_alone(tmp_path: Path) -> None:
+    setting = measured_step(tmp_path, "--modes", "draft", "--no-peer")
+    assert "nemo" not in setting
+
+
+@pytest.mark.slow  # its parts are above, and the steps of both sides
 def test_a_step_is_measured_beside_nemo(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("nemo_automodel")
-    words = ["--workload", "qwen3-8b", "--anchors", "256", "--modes", "online"]
-    words += ["--tiny", "--rounds", "1"]
-    report = run("benchmark_step.py", words, tmp_path)
-    (setting,) = report["settings"]
-    assert (setting["length"], setting["anchors"], setting["turns"]) == (64, 4, "alternating")
-    assert setting["first_loss_difference"] < 1e-6
+    setting = measured_step(tmp_path, "--modes", "online")
+    assert setting["turns"] == "alternating" and setting["first_loss_difference"] < 1e-6
     assert setting["ratio"] == setting["nemo"]["seconds"] / setting["ours"]["seconds"]
-    assert setting["ours"]["samples_per_second"] > 0
-    assert setting["ours"]["useful_mfu"] is None  # nobody publishes a peak of this machine
     assert setting["nemo"]["versions"]["nemo-automodel"] == "0.7.0"
 
 

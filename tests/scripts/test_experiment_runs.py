@@ -41,9 +41,6 @@ def test_a_record_holds_the_evaluation_without_texts(
     (training.directory / "evaluation.json").write_text(json.dumps({"cycle": None, "sets": sets}))
     record = experiment.record(training)
     assert record["sets"] == {"everyday": {"prompts": 80}} and record["cycle"] is None
-    assert record["run"] == {
-        "name": training.name,
-        "size": training.size,
-        "overrides": training.overrides,
-    }
+    names = ("name", "size", "overrides")
+    assert record["run"] == {name: getattr(training, name) for name in names}
     assert set(record["data"]) == {"lines", "answer_tokens", "unpacked_sha256"}

@@ -3,29 +3,17 @@
 from collections import Counter
 
 import pytest
-from fuzz_cases import Case, Parser
+from fuzz_cases import Case, Inputs, Parser
 from fuzz_parsers import all_parsers
 from fuzz_run import ACCEPTED, BAD, REFUSED, outcome, quiet, run
 
 from domino_jax.base.errors import InputError
 
 NAMES = (
-    *(
-        "config.yaml",
-        "key=value words",
-        "--chat-template-kwargs",
-        "decoding options",
-        "lines of data",
-    ),
-    *(
-        "packed data",
-        "capture manifest",
-        "partial answers",
-        "metrics.jsonl",
-        "config.json, target",
-        "config.json, draft",
-    ),
-    *("safetensors", "safetensors index", "GGUF", "tokenizer files", "chat templates"),
+    *("config.yaml", "key=value words", "--chat-template-kwargs", "decoding options"),
+    *("lines of data", "packed data", "capture manifest", "partial answers", "metrics.jsonl"),
+    *("config.json, target", "config.json, draft", "safetensors", "safetensors index", "GGUF"),
+    *("tokenizer files", "chat templates"),
 )
 
 
@@ -43,7 +31,7 @@ def test_a_mutated_input_is_refused_in_one_line_or_right(
     parsers: dict[str, Parser], name: str
 ) -> None:
     parser = parsers[name]
-    assert outcome(parser, Case(parser.good)) == (ACCEPTED, "")
+    assert outcome(parser, Case(parser.inputs.good)) == (ACCEPTED, "")
     said: list[str] = []
     with quiet():
         counts = run(parser, count=5 * parser.weight, seed=0, say=said.append)
@@ -62,17 +50,13 @@ def test_the_harness_sees_what_is_wrong(parsers: dict[str, Parser]) -> None:
     def refuses(content: object) -> object:
         raise InputError("no")
 
-    def judged(
-        read: object, wrong: object = lambda found: None, forbidden: str | None = None
-    ) -> str:
-        parser = Parser("x", 1, 1, lambda rng: Case(1), read, wrong)  # type: ignore[arg-type]
+    def judged(check: object, forbidden: str | None = None) -> str:
+        parser = Parser("x", 1, Inputs(1, lambda rng: Case(1)), check)  # type: ignore[arg-type]
         return outcome(parser, Case(1, forbidden), seconds=0.2)[0]
 
-    assert judged(fails) == "tracebacks" and judged(refuses) == REFUSED and judged(int) == ACCEPTED
-    assert (
-        judged(int, lambda found: "wrong")
-        == judged(int, forbidden="twice")
-        == "accepted though forbidden"
-    )
+    assert judged(fails) == "tracebacks" and judged(refuses) == REFUSED
+    assert judged(lambda content: None) == ACCEPTED
+    forbidden = "accepted though forbidden"
+    assert judged(lambda content: "wrong") == judged(lambda content: None, "twice") == forbidden
     assert judged(endless) == "slower than 10 s"
     assert isinstance(run(parsers["key=value words"], count=3, seed=0), Counter)

@@ -1,33 +1,18 @@
 """The prompt files that are committed, and the script that makes them."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import make_prompts as script
 import pytest
+from make_prompts import PROMPTS
 
 from domino_jax.data.conversations import read_messages
 
-ROOT = Path(__file__).parent.parent.parent
-PROMPTS = ROOT / "configs" / "prompts"
 COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164, "everyday": 80}
 MADE = ("train", "heldout", "humaneval")  # the others are written by hand
 EVALUATED = ("heldout", "humaneval", "everyday")
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "make_prompts", ROOT / "scripts/experiments/make_prompts.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 FILES = {name: script.read_records(PROMPTS / f"{name}.jsonl") for name in COUNTS}
 
 
@@ -35,17 +20,14 @@ FILES = {name: script.read_records(PROMPTS / f"{name}.jsonl") for name in COUNTS
 def test_prompt_file_is_read_whole(name: str) -> None:
     found = read_messages(PROMPTS / f"{name}.jsonl")
     assert not found.bad_lines and len(found.conversations) == COUNTS[name]
-    assert all(
-        [message["role"] for message in messages] == ["user"] for _, messages in found.conversations
-    )
+    roles = [[message["role"] for message in messages] for _, messages in found.conversations]
+    assert roles == [["user"]] * COUNTS[name]
 
 
 def test_no_prompt_is_shared() -> None:
     evaluated = {name: FILES[name] for name in EVALUATED}
     assert not script.leaks({"train": FILES["train"]}, evaluated)
-    texts = set()
-    for name in ("train", *EVALUATED):
-        texts |= {script.text_of(record) for record in FILES[name]}
+    texts = {script.text_of(record) for name in ("train", *EVALUATED) for record in FILES[name]}
     assert len(texts) == 320 + 32 + 164 + 80
 
 
@@ -73,38 +55,25 @@ def test_every_stretch_of_a_file_holds_every_family() -> None:
             assert max(counts) - min(counts) <= 1
 
 
-def test_instructions_are_trained_on() -> None:
+def test_training_prompts_are_short_and_hold_the_instructions() -> None:
     trained = [record for record in FILES["train"] if record["family"] == "instructions"]
     assert trained == FILES["instructions"]
-
-
-def test_prompts_are_short() -> None:
-    assert all(
-        len(script.text_of(record)) <= script.MAX_CHARACTERS
-        for record in FILES["train"] + FILES["heldout"]
-    )
+    lengths = [len(script.text_of(record)) for record in FILES["train"] + FILES["heldout"]]
+    assert max(lengths) <= script.MAX_CHARACTERS
 
 
 def test_humaneval_prompts_ask_for_one_function_each() -> None:
-    assert [record["task_id"] for record in FILES["humaneval"]] == [
-        f"HumanEval/{index}" for index in range(164)
-    ]
-    for record in FILES["humaneval"]:
+    for index, record in enumerate(FILES["humaneval"]):
+        assert record["task_id"] == f"HumanEval/{index}"
         text = script.text_of(record)
-        assert text.startswith("Complete this Python function:\n\n```python\n") and text.endswith(
-            "\n```"
-        )
-        assert "def " in text
+        assert text.startswith("Complete this Python function:\n\n```python\n")
+        assert "def " in text and text.endswith("\n```")
 
 
 def test_leaks_are_found() -> None:
     record = script.prompt_record
-    humaneval = [
-        record(
-            "Complete:\n\n```python\ndef helper(x):\n  pass\ndef solve(x):\n```",
-            task_id="HumanEval/0",
-        )
-    ]
+    function = "Complete:\n\n```python\ndef helper(x):\n  pass\ndef solve(x):\n```"
+    humaneval = [record(function, task_id="HumanEval/0")]
     evaluated = {"heldout": [record("b")], "humaneval": humaneval, "everyday": [record("Hi, you!")]}
 
     def found(*texts: str, name: str = "train") -> list[str]:
@@ -117,14 +86,10 @@ def test_leaks_are_found() -> None:
     assert found("Write def solve(y)") == ["train holds HumanEval/0"]
     assert found(script.text_of(humaneval[0])) == ["train holds HumanEval/0"]
     assert found("a", "a") == ["train: 1 prompts are there twice"]
-    assert script.leaks({}, {"heldout": [record("a"), record("a")]}) == [
-        "heldout: 1 prompts are there twice"
-    ]
-    files = {"train": [record("b")], "own": [record("B!")]}
-    assert script.leaks(files, evaluated) == [
-        "train holds 'b' of heldout",
-        "own holds 'b' of heldout",
-    ]
+    twice = script.leaks({}, {"heldout": [record("a"), record("a")]})
+    assert twice == ["heldout: 1 prompts are there twice"]
+    both = script.leaks({"train": [record("b")], "own": [record("B!")]}, evaluated)
+    assert both == ["train holds 'b' of heldout", "own holds 'b' of heldout"]
 
 
 def test_interleaved_spreads_groups_evenly() -> None:
@@ -138,12 +103,8 @@ def test_interleaved_spreads_groups_evenly() -> None:
     assert [script.shares(10, 4), script.shares(3, 4)] == [[3, 3, 2, 2], [1, 1, 1, 0]]
 
 
-def test_write_records_replaces_the_file_in_one_piece(tmp_path: Path) -> None:
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("old")
-    with pytest.raises(TypeError):
-        script.write_records(path, [script.prompt_record("ü"), {"messages": object()}])
-    assert path.read_text() == "old"
     records = [script.prompt_record("ü\n\u2028", family="f"), script.prompt_record("b")]
     script.write_records(path, records)
     assert script.read_records(path) == records
