@@ -51,12 +51,8 @@ def test_a_loop_of_unknown_length_takes_the_bound() -> None:
 @pytest.mark.parametrize(("platform", "times"), [("cpu", 1), ("tpu", 2), ("gpu", 3)])
 def test_a_choice_by_platform_is_the_planned_one(platform: str, times: int) -> None:
     def step(x: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(
-            x,
-            cpu=square,
-            tpu=lambda x: square(square(x)),
-            default=lambda x: square(square(square(x))),
-        )
+        branches = {"cpu": square, "tpu": lambda x: square(square(x))}
+        return jax.lax.platform_dependent(x, **branches, default=lambda x: x @ square(square(x)))
 
     assert counted(step, platform=platform) == {OTHER: times * ONE}
 

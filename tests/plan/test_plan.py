@@ -14,12 +14,12 @@ import pytest
 from availability import require_compiler
 from doubles import slow_after
 from rich.console import Console
-from tiny import MASK_TOKEN_ID, quiet, run_config, write_target
+from tiny import quiet, run_config, write_target
 
 from domino_jax.base.scopes import HEAD, STAGES, VOCABULARY_LOSS, stage_of
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig
-from domino_jax.config.run import RunConfig, load_config
+from domino_jax.config.run import load_config
 from domino_jax.plan import hlo
 from domino_jax.plan import plan as plan_module
 from domino_jax.plan.plan import (
@@ -200,21 +200,6 @@ SMALL_HEAD = SMALL.vocab_size * SMALL.hidden_size * 2
 SMALL_BOUND = SMALL_HEAD // 16  # as 64 MiB are to the head of Qwen3-8B
 
 
-@pytest.fixture
-def small_config(tmp_path: Path) -> RunConfig:
-    draft = {"emb_dim": 64, "gru_hidden_dim": 128, "block_size": 8, "mask_token_id": MASK_TOKEN_ID}
-    path = run_config(
-        tmp_path,
-        tmp_path,
-        dtype="bfloat16",
-        draft=draft,
-        data={"max_length": 640, "batch_size": 4},
-        loss={"num_anchors": 48, "logits_mib": 4.0},
-        mesh={"fsdp": 4},
-    )
-    return load_config(path)
-
-
 @pytest.mark.parametrize("first", [4, 14, 160])
 @pytest.mark.parametrize("most", [0, 4, 9, 28, 156, 160, 164])
 def test_largest_batch_asks_for_no_size_twice(first: int, most: int) -> None:
@@ -232,12 +217,20 @@ def test_largest_batch_asks_for_no_size_twice(first: int, most: int) -> None:
 
 @pytest.mark.parametrize("spec", slow_after(1, ["v5e:2x2", "h100:4"]))
 def test_a_small_step_holds_no_more_than_it_should(
-    small_config: RunConfig, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_compiler(spec)
-    draft = make_draft_config(small_config.draft, SMALL, special_ids={}, dtype="bfloat16")
     compiler = compiler_for(parse_device_spec(spec))
-    abstract = abstract_step(small_config, Models(SMALL, draft), compiler.devices)
+    length = 640
+    sections = {
+        "draft": {"emb_dim": 64, "gru_hidden_dim": 128, "block_size": 8, "mask_token_id": 2},
+        "data": {"max_length": length, "batch_size": 4},
+        "loss": {"num_anchors": 48, "logits_mib": 4.0},
+        "mesh": {"fsdp": 4},
+    }
+    config = load_config(run_config(tmp_path, tmp_path, dtype="bfloat16", **sections))
+    draft = make_draft_config(config.draft, SMALL, special_ids={}, dtype="bfloat16")
+    abstract = abstract_step(config, Models(SMALL, draft), compiler.devices)
     outcomes = []
 
     def compiled(*arguments: Any) -> Outcome:
@@ -261,7 +254,6 @@ def test_a_small_step_holds_no_more_than_it_should(
     stages = {stage_of(path) for one in large for path in (one.loop or "", one.path)}
     assert not stages & {HEAD, VOCABULARY_LOSS}, large
 
-    length = small_config.data.max_length
     buffers = hlo.largest_buffers(program, 10**6)
     scores = re.compile(rf"f32\[([\d,]*,)?{length},{length}\]")
     assert not [one for one in buffers if scores.fullmatch(one.shape)]

@@ -54,7 +54,7 @@ def test_step_flops_count_what_is_useful(workload: str, anchors: int, teraflops:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_sides_make_the_same_weights(dtype: str) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
     from benchmark_weights import fill_torch, jax_weight
 
     shape = (30, 700)
@@ -81,8 +81,6 @@ def test_both_sides_make_the_same_weights(dtype: str) -> None:
 def test_both_sides_take_the_same_steps(
     workload: str, mode: str, dtype: str, tolerance: float
 ) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("nemo_automodel")
     import benchmark_nemo
     import benchmark_ours
     from benchmark_workloads import draft_config, settings, target_config
@@ -105,8 +103,6 @@ def test_both_sides_take_the_same_steps(
 
 
 def test_nemo_is_imported_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("nemo_automodel")
     from benchmark_nemo import importable_without_datasets
 
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -181,8 +177,8 @@ def test_a_step_is_measured_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # its parts are above, and the steps of both sides
 def test_a_step_is_measured_beside_nemo(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("nemo_automodel")
+    import nemo_automodel  # noqa: F401
+
     setting = measured_step(tmp_path, "--modes", "online")
     assert setting["turns"] == "alternating" and setting["first_loss_difference"] < 1e-6
     assert setting["ratio"] == setting["nemo"]["seconds"] / setting["ours"]["seconds"]
@@ -191,8 +187,8 @@ def test_a_step_is_measured_beside_nemo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_decoding_is_measured_beside_transformers_and_nemo(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    pytest.importorskip("nemo_automodel")
+    import nemo_automodel  # noqa: F401
+
     words = ["--shape", "qwen3-4b", "--tiny", "--limit", "1"]
     words += ["--max-new-tokens", "6", "--batch-sizes", "1"]
     report = run("benchmark_decode.py", words, tmp_path)

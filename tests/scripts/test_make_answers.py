@@ -30,15 +30,9 @@ def write_answers(path: Path, prompts: list[dict[str, Any]], target: Path) -> No
     generator = {"target": str(target), "max_new_tokens": 8, "chat_template_kwargs": {}}
     lines = []
     for number, prompt in enumerate(prompts, start=1):
-        words = letters(7 * number, 1 + number % 8)
-        answer = {"role": "assistant", "content": words}
-        line = {
-            "messages": [*prompt["messages"], answer],
-            "prompt_line": number,
-            "finished": number % 8 > 0,
-            "generator": generator,
-        }
-        lines.append(line)
+        answer = {"role": "assistant", "content": letters(7 * number, 1 + number % 8)}
+        line = {"messages": [*prompt["messages"], answer], "prompt_line": number}
+        lines.append(line | {"finished": number % 8 > 0, "generator": generator})
     write_records(path, sorted(lines, key=lambda line: len(line["messages"][1]["content"])))
 
 
@@ -46,15 +40,13 @@ def write_answers(path: Path, prompts: list[dict[str, Any]], target: Path) -> No
 def place(tmp_path: Path) -> Path:
     target = write_target(tmp_path / "target")
     drawn = {"target": str(target), "count": 60, "language": None, "seed": 0}
-    own = [
-        {**prompt_record(letters(number, 3)), "draw": number, "generator": drawn}
-        for number in range(60)
-    ]
+    texts = [letters(number, 3) for number in range(60)]
+    own = [prompt_record(text) | {"generator": drawn} for text in texts]
     # Held out once more in another dress, among the last eight; and one that is evaluated on.
     own[5]["messages"][0]["content"] = f"{letters(55, 3).upper()}!"
     own[6]["messages"][0]["content"] = "What is the capital of Australia ?"
     families = [
-        prompt_record(f"k {letters(number, 3)}", family="xyz"[number % 3]) for number in range(60)
+        prompt_record(f"k {text}", family="xyz"[number % 3]) for number, text in enumerate(texts)
     ]
     for name, prompts in (("own", own), ("families", families)):
         write_records(tmp_path / f"{name}.jsonl", prompts)
@@ -62,7 +54,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(place: Path, monkeypatch: pytest.MonkeyPatch, *more_own: str, **changed: object) -> Path:
+def make(place: Path, *more_own: str, **changed: object) -> Path:
     words: dict[str, Any] = {"heldout": 8, "tokens": SIZES, "out": place / "out", **changed}
     argv = ["make_answers.py"]
     for name in ("own", *more_own, "families"):
@@ -71,8 +63,9 @@ def make(place: Path, monkeypatch: pytest.MonkeyPatch, *more_own: str, **changed
     for name, value in words.items():
         values = value if isinstance(value, tuple) else (value,)
         argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-    monkeypatch.setattr(sys, "argv", argv)
-    make_answers.main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        make_answers.main()
     return Path(words["out"])
 
 
@@ -80,10 +73,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def test_sizes_are_nested_and_hold_every_family_alike(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = make(place, monkeypatch)
+def test_sizes_are_nested_and_hold_every_family_alike(place: Path) -> None:
+    out = make(place)
     tokenizer = load_tokenizer(place / "target")
     record = json.loads((out / "record.json").read_text())
     parts = [lines(out / f"train-{size}.jsonl.gz") for size in SIZES]
@@ -105,12 +96,11 @@ def test_sizes_are_nested_and_hold_every_family_alike(
             assert families[family] == pytest.approx(len(part) * whole / 110, abs=1)
     assert parts[2][: len(parts[1])] == parts[1] and parts[1][: len(parts[0])] == parts[0]
     assert all(set(line) == {"messages", "finished", "family"} for line in parts[2])
+    assert [make_answers.size_name(size) for size in (100_000, 1_500)] == ["100k", "1500"]
 
 
-def test_what_is_held_out_or_evaluated_on_is_not_trained_on(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = make(place, monkeypatch)
+def test_what_is_held_out_or_evaluated_on_is_not_trained_on(place: Path) -> None:
+    out = make(place)
     heldout = lines(out / "heldout-own.jsonl.gz")
     assert [text_of(line) for line in heldout] == [letters(number, 3) for number in range(52, 60)]
     trained = {essence(line) for line in lines(out / "train-480.jsonl.gz")}
@@ -120,11 +110,11 @@ def test_what_is_held_out_or_evaluated_on_is_not_trained_on(
     assert record["left_out"] == {"unusable": 0, "evaluated on": 2}
 
 
-def test_own_prompts_may_come_in_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_prompts_may_come_in_parts(place: Path) -> None:
     more = [prompt_record(letters(number, 3)) for number in range(50, 80)]
     write_records(place / "more.jsonl", more)
     write_answers(place / "more-answers.jsonl", more, place / "target")
-    out = make(place, monkeypatch, "more")
+    out = make(place, "more")
     heldout = [text_of(line) for line in lines(out / "heldout-own.jsonl.gz")]
     assert heldout == [letters(number, 3) for number in range(72, 80)]
     record = json.loads((out / "record.json").read_text())
@@ -134,19 +124,17 @@ def test_own_prompts_may_come_in_parts(place: Path, monkeypatch: pytest.MonkeyPa
     assert "--own own.jsonl own-answers.jsonl --own more.jsonl more-ans" in record["command"]
 
 
-def test_bytes_depend_on_the_answers_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = make(place, monkeypatch)
-    other = make(place, monkeypatch, out=place / "other")
+def test_bytes_depend_on_the_answers_alone(place: Path) -> None:
+    one = make(place)
+    other = make(place, out=place / "other")
     for path in one.iterdir():
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
     # The header's flags and time: no name, no date.
     assert (one / "train-120.jsonl.gz").read_bytes()[3:8] == bytes(5)
 
 
-def test_the_record_tells_sources_and_commands(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = json.loads((make(place, monkeypatch) / "record.json").read_text())
+def test_the_record_tells_sources_and_commands(place: Path) -> None:
+    record = json.loads((make(place) / "record.json").read_text())
     target = str(place / "target")
     own, families = record["sources"]
     assert own["commands"] == [
@@ -170,32 +158,28 @@ def test_the_record_tells_sources_and_commands(
     ],
 )
 def test_what_cannot_be_made_is_one_line(
-    place: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+    place: Path, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SystemExit, match=message):
-        make(place, monkeypatch, **changed)
+        make(place, **changed)
     assert not (place / "out").exists()
 
 
-def test_sources_that_do_not_fit_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_do_not_fit_are_refused(place: Path) -> None:
     prompts, answers = place / "own.jsonl", place / "own-answers.jsonl"
     records = read_records(prompts)
     write_records(prompts, [records[1], records[0], *records[2:]])
     with pytest.raises(SystemExit, match=r"own-answers\.jsonl:\d+: answers another prompt than"):
-        make(place, monkeypatch)
+        make(place)
     write_records(prompts, records)
     made = read_records(answers)
     made[3]["generator"] = {**made[3]["generator"], "seed": 1}
     write_records(answers, made)
     with pytest.raises(SystemExit, match=r"own-answers\.jsonl: lines of several settings"):
-        make(place, monkeypatch)
+        make(place)
     write_answers(answers, records, place / "other")
     with pytest.raises(SystemExit, match="expected those of one target"):
-        make(place, monkeypatch)
-
-
-def test_size_names() -> None:
-    assert [make_answers.size_name(size) for size in (100_000, 1_500)] == ["100k", "1500"]
+        make(place)
 
 
 @pytest.mark.skipif(not RECORD.is_file(), reason="no answers are committed")
