@@ -87,11 +87,13 @@ class _Form:
         objective: as in `vocabulary_loss`.
         chunk_blocks: as in `vocabulary_loss`.
         with_gradient: whether a piece makes its gradients too.
+        transposed: whether the gradient of `expansion` is summed as [R, V], for a CPU.
     """
 
     objective: Objective
     chunk_blocks: int
     with_gradient: bool = False
+    transposed: bool = False
 
 
 class _Slopes(NamedTuple):
@@ -107,8 +109,8 @@ class _Slopes(NamedTuple):
 class _Gradients(NamedTuple):
     """Of `states` and of `expansion`, [V, R] or None.
 
-    Of a piece, `expansion` lacks the labels' part: a vector of `low_rank` per prediction, times
-    `labelled` [B, n, M].
+    Of a piece, `expansion` (transposed, [R, V]) lacks the labels' part: a vector of `low_rank` per
+    prediction, times `labelled` [B, n, M].
     """
 
     states: States | None = None
@@ -176,7 +178,15 @@ def _of_devices(
     def of_device(
         states: States, labels: Labels, tables: Tables, lambda_base: jax.Array
     ) -> tuple[Any, Any]:
-        loss, gradients = _in_chunks(implementation, states, tables, labels, lambda_base)
+        # A kernel of a TPU's or a GPU's own becomes a branch here.
+        loss, gradients = jax.lax.platform_dependent(
+            states,
+            tables,
+            labels,
+            lambda_base,
+            cpu=functools.partial(_in_chunks, replace(implementation, transposed=True)),
+            default=functools.partial(_in_chunks, implementation),
+        )
         of_rows = loss.final, loss.base, gradients.states
         sums = loss.total, loss.final_sum, loss.base_sum, gradients.expansion
         return of_rows, sums
@@ -211,7 +221,7 @@ def _in_chunks(
     chunk_blocks = implementation.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = chunk(states, labels)
-        return loss, _with_labels(gradients, states, labels)
+        return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
     chunks = -(-blocks // chunk_blocks)
 
     def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
@@ -245,13 +255,19 @@ def _in_chunks(
     total = _total(final_sum, base_sum, lambda_base)
     loss = VocabularyLoss(total, final_sum, base_sum, final, base)
     gradients = gradients._replace(expansion=expanded)
-    return loss, _with_labels(gradients, states, labels)
+    return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
 
 
-def _with_labels(gradients: _Gradients, states: States, labels: Labels) -> _Gradients:
+def _with_labels(
+    gradients: _Gradients, states: States, labels: Labels, *, transposed: bool
+) -> _Gradients:
     """The gradients of states and expansion, with the labels' part added once for all pieces."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
+        if transposed:
+            # Without the barrier XLA would transpose the product again.
+            with jax.named_scope("cpu_expansion"):
+                expansion = jax.lax.optimization_barrier(expansion).T
         expansion = expansion.at[labels.target_ids].add(
             -gradients.labelled[..., None] * states.low_rank
         )
@@ -302,9 +318,10 @@ def _chunk(
     dense = dense.astype(states.low_rank.dtype)
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
     scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
-    expansion_gradient = jnp.einsum(
-        "bnmv,bnmr->vr", dense, scaled, preferred_element_type=jnp.float32
-    )
+    # On a CPU [R, V]: the other way round the large factor would be transposed first.
+    equation = "bnmr,bnmv->rv" if implementation.transposed else "bnmv,bnmr->vr"
+    factors = (scaled, dense) if implementation.transposed else (dense, scaled)
+    expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     of_states = States(hidden_gradient, low_rank_gradient)
     return loss, _Gradients(of_states, expansion_gradient, final_slopes.nll)
 

@@ -1,5 +1,6 @@
 """The dual loss: its definition against torch, and the form in pieces against the definition."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import chex
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from random_cases import CASES, GRADIENT, QUICK, VALUE
 
+from domino_jax.kernels import chunked_cross_entropy as kernel
 from domino_jax.kernels.chunked_cross_entropy import vocabulary_loss
 from domino_jax.kernels.token_loss import (
     CROSS_ENTROPY,
@@ -169,9 +171,19 @@ def random_objective(rng: np.random.Generator) -> Objective:
     )
 
 
+@pytest.mark.parametrize("transposed", [True, False], ids=["cpu", "others"])
 @pytest.mark.parametrize("seed", CASES)
-def test_the_form_in_chunks_equals_the_definition(seed: int) -> None:
-    """Objectives, divergences, fractional masks, unused slots, pieces of any size."""
+def test_the_form_in_chunks_equals_the_definition(
+    seed: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objectives, divergences, fractional masks, unused slots, pieces of any size, head or none."""
+    in_pieces = kernel._in_chunks
+    # What the other platforms run is tried here too: every branch is traced, and this one is taken.
+    monkeypatch.setattr(
+        kernel,
+        "_in_chunks",
+        lambda implementation, *a: in_pieces(replace(implementation, transposed=transposed), *a),
+    )
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(1, 4)), int(rng.integers(1, 9)), int(rng.integers(1, 6)))
     inputs, labels = random_inputs(seed, shape)
