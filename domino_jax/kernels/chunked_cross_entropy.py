@@ -1,9 +1,9 @@
 """Chunked linear cross-entropy of two logits over one vocabulary.
 
 Logits of [V] for each of N*K predictions are 5.0 GB a row in float32 (N 512, K 16, V 151,936). So
-blocks go through in pieces, and a piece makes its gradient as soon as it has its loss:
+blocks go through in chunks, and a chunk makes its gradient as soon as it has its loss:
 
-    hidden [B, N, M, D]   ┌ piece ┐┌ piece ┐┌ piece ┐     per piece: U = h W^T, U + E, both losses,
+    hidden [B, N, M, D]   ┌ chunk ┐┌ chunk ┐┌ chunk ┐     per chunk: U = h W^T, U + E, both losses,
                           └───────┘└───────┘└───────┘     d loss / d h, d r, d W2; then its logits
                                                           are gone
 
@@ -42,7 +42,7 @@ def vocabulary_loss(
     objective: Objective = CROSS_ENTROPY,
     chunk_blocks: int = 0,
 ) -> VocabularyLoss:
-    """`objective.loss.dual_loss` in pieces, with the gradient derived by hand.
+    """`objective.loss.dual_loss` in chunks, with the gradient derived by hand.
 
     A prediction's loss is a function of its `nll` and its `divergence` alone, so with `a` and `b`
     the derivatives of the weighted sum by them (which `jax.vjp` gives, of arrays without a
@@ -59,7 +59,7 @@ def vocabulary_loss(
         tables: the head is frozen.
         lambda_base: weight of the base loss, may be traced.
         objective: without a `cost` of its own.
-        chunk_blocks: blocks whose logits exist at the same time, 0 for all. The pieces after the
+        chunk_blocks: blocks whose logits exist at the same time, 0 for all. The chunks after the
             last supervised prediction are left out: unused slots come last.
     Returns:
         `VocabularyLoss`. Logits, log-sum-exp and sums are float32; gradients reach the states and
@@ -68,25 +68,25 @@ def vocabulary_loss(
         ValueError: an objective with a `cost`.
     """
     if objective.cost is not None:
-        raise ValueError("an objective with a cost of its own runs on training.loss.dual_loss")
-    # Where the target's states are given, each piece makes the target's logits too.
+        raise ValueError("an objective with a cost of its own runs on objective.loss.dual_loss")
+    # Where the target's states are given, each chunk makes the target's logits too.
     if objective.kl_weight == 0:
         labels = labels._replace(target_states=None)
     lambda_base = jnp.asarray(lambda_base, jnp.float32)
-    # Laid out here, once: split as a parameter is, the head would be gathered for every piece.
+    # Laid out here, once: split as a parameter is, the head would be gathered for every chunk.
     head = jax.lax.stop_gradient(tables.lm_head).astype(states.hidden.dtype)
     tables = tables._replace(lm_head=constrain(head, "vocab", None))
-    return _vocabulary_loss(_Form(objective, chunk_blocks), states, tables, labels, lambda_base)
+    return _vocabulary_loss(_Options(objective, chunk_blocks), states, tables, labels, lambda_base)
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What is static, hashable as `custom_vjp` asks of it.
+class _Options:
+    """Static settings of the loss, hashable as `custom_vjp` requires.
 
     Attributes:
         objective: as in `vocabulary_loss`.
         chunk_blocks: as in `vocabulary_loss`.
-        with_gradient: whether a piece makes its gradients too.
+        with_gradient: whether a chunk makes its gradients too.
         transposed: whether the gradient of `expansion` is summed as [R, V], for a CPU.
     """
 
@@ -109,7 +109,7 @@ class _Slopes(NamedTuple):
 class _Gradients(NamedTuple):
     """Of `states` and of `expansion`, [V, R] or None.
 
-    Of a piece, `expansion` (transposed, [R, V]) lacks the labels' part: a vector of `low_rank` per
+    Of a chunk, `expansion` (transposed, [R, V]) lacks the labels' part: a vector of `low_rank` per
     prediction, times `labelled` [B, n, M].
     """
 
@@ -161,19 +161,19 @@ class _Softmax:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _vocabulary_loss(implementation: _Form, *operands: Any) -> VocabularyLoss:
-    loss, _ = _of_devices(implementation, *operands)
+def _vocabulary_loss(options: _Options, *operands: Any) -> VocabularyLoss:
+    loss, _ = _of_devices(options, *operands)
     return loss
 
 
-def _forward(implementation: _Form, *operands: Any) -> tuple[VocabularyLoss, _Gradients]:
-    return _of_devices(replace(implementation, with_gradient=True), *operands)
+def _forward(options: _Options, *operands: Any) -> tuple[VocabularyLoss, _Gradients]:
+    return _of_devices(replace(options, with_gradient=True), *operands)
 
 
 def _of_devices(
-    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+    options: _Options, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
-    """The loss and its gradients: pieces of a device's own rows, then one sum over the devices."""
+    """The loss and its gradients: chunks of a device's own rows, then one sum over the devices."""
 
     def of_device(
         states: States, labels: Labels, tables: Tables, lambda_base: jax.Array
@@ -184,8 +184,8 @@ def _of_devices(
             tables,
             labels,
             lambda_base,
-            cpu=functools.partial(_in_chunks, replace(implementation, transposed=True)),
-            default=functools.partial(_in_chunks, implementation),
+            cpu=functools.partial(_in_chunks, replace(options, transposed=True)),
+            default=functools.partial(_in_chunks, options),
         )
         of_rows = loss.final, loss.base, gradients.states
         sums = loss.total, loss.final_sum, loss.base_sum, gradients.expansion
@@ -211,20 +211,20 @@ _vocabulary_loss.defvjp(_forward, _backward)
 
 
 def _in_chunks(
-    implementation: _Form, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
+    options: _Options, states: States, tables: Tables, labels: Labels, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
-    """The loss and the gradients of states and expansion, one piece of blocks after the other."""
-    # Once, not in every piece.
+    """The loss and the gradients of states and expansion, one chunk of blocks after the other."""
+    # Once, not in every chunk.
     tables = jax.tree.map(lambda table: table.astype(states.hidden.dtype), tables)
-    chunk = functools.partial(_chunk, implementation, tables=tables, lambda_base=lambda_base)
+    chunk = functools.partial(_chunk, options, tables=tables, lambda_base=lambda_base)
     blocks = states.hidden.shape[1]
-    chunk_blocks = implementation.chunk_blocks
+    chunk_blocks = options.chunk_blocks
     if chunk_blocks == 0 or chunk_blocks >= blocks:
         loss, gradients = chunk(states, labels)
-        return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
+        return loss, _with_labels(gradients, states, labels, transposed=options.transposed)
     chunks = -(-blocks // chunk_blocks)
 
-    def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [pieces, B, chunk, ...]
+    def split(x: jax.Array) -> jax.Array:  # [B, N, ...] -> [chunks, B, chunk, ...]
         x = jnp.pad(x, ((0, 0), (0, chunks * chunk_blocks - blocks)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(x.shape[0], chunks, chunk_blocks, *x.shape[2:]).swapaxes(0, 1)
 
@@ -246,7 +246,7 @@ def _in_chunks(
     of_sums, of_outs = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), of_sums)
     outs = jax.tree.map(lambda x: jnp.zeros((chunks, *x.shape), x.dtype), of_outs)
-    # A loop with a traced end: a scan would need a conditional to skip the last pieces, whose
+    # A loop with a traced end: a scan would need a conditional to skip the last chunks, whose
     # products XLA on CPU ran on one core (2.0 s a step against 1.14 s).
     supervised = jnp.any(parts[1].mask > 0, axis=(1, 2, 3))
     needed = jnp.max(jnp.where(supervised, jnp.arange(1, chunks + 1), 0))
@@ -255,13 +255,13 @@ def _in_chunks(
     total = _total(final_sum, base_sum, lambda_base)
     loss = VocabularyLoss(total, final_sum, base_sum, final, base)
     gradients = gradients._replace(expansion=expanded)
-    return loss, _with_labels(gradients, states, labels, transposed=implementation.transposed)
+    return loss, _with_labels(gradients, states, labels, transposed=options.transposed)
 
 
 def _with_labels(
     gradients: _Gradients, states: States, labels: Labels, *, transposed: bool
 ) -> _Gradients:
-    """The gradients of states and expansion, with the labels' part added once for all pieces."""
+    """The gradients of states and expansion, with the labels' part added once for all chunks."""
     expansion = gradients.expansion
     if expansion is not None and states.low_rank is not None and gradients.labelled is not None:
         if transposed:
@@ -275,10 +275,10 @@ def _with_labels(
 
 
 def _chunk(
-    implementation: _Form, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
+    options: _Options, states: States, labels: Labels, *, tables: Tables, lambda_base: jax.Array
 ) -> tuple[VocabularyLoss, _Gradients]:
     """Loss and gradients of blocks whose logits fit in memory."""
-    objective = implementation.objective
+    objective = options.objective
     ids = labels.target_ids
     product = head_logits(states.hidden, tables.lm_head)
     base_logits, output_vjp = jax.vjp(objective.output_logits, product)
@@ -296,7 +296,7 @@ def _chunk(
     loss = VocabularyLoss(
         _total(final_sum, base_sum, lambda_base), final_sum, base_sum, final_loss, base_loss
     )
-    if not implementation.with_gradient:
+    if not options.with_gradient:
         return loss, _Gradients()
 
     base_slopes = jax.tree.map(lambda x: lambda_base * x, base_slopes)
@@ -319,8 +319,8 @@ def _chunk(
     low_rank_gradient = _states_gradient(dense, scale, tables.expansion, final_slopes.nll, ids)
     scaled = (scale[..., None] * states.low_rank).astype(states.low_rank.dtype)
     # On a CPU [R, V]: the other way round the large factor would be transposed first.
-    equation = "bnmr,bnmv->rv" if implementation.transposed else "bnmv,bnmr->vr"
-    factors = (scaled, dense) if implementation.transposed else (dense, scaled)
+    equation = "bnmr,bnmv->rv" if options.transposed else "bnmv,bnmr->vr"
+    factors = (scaled, dense) if options.transposed else (dense, scaled)
     expansion_gradient = jnp.einsum(equation, *factors, preferred_element_type=jnp.float32)
     of_states = States(hidden_gradient, low_rank_gradient)
     return loss, _Gradients(of_states, expansion_gradient, final_slopes.nll)
@@ -333,7 +333,7 @@ def _total(final_sum: jax.Array, base_sum: jax.Array, lambda_base: jax.Array) ->
 def _sum_and_slopes(
     token: TokenLoss, labels: Labels, objective: Objective
 ) -> tuple[jax.Array, _Slopes]:
-    """The weighted sum of a piece, and its derivatives by `nll` and `divergence`."""
+    """The weighted sum of a chunk, and its derivatives by `nll` and `divergence`."""
 
     def total(nll: jax.Array, divergence: jax.Array | None) -> jax.Array:
         return weighted_sum(TokenLoss(nll, token.prediction, divergence), labels, objective)

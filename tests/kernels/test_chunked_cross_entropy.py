@@ -321,7 +321,7 @@ def test_an_objective_that_reads_logits_is_not_the_kernels() -> None:
     smoothed = Objective(
         cost=lambda logits, labels, _: -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
     )
-    with pytest.raises(ValueError, match=r"runs on training\.loss\.dual_loss"):
+    with pytest.raises(ValueError, match=r"runs on objective\.loss\.dual_loss"):
         run(inputs, labels, objective=smoothed)
     loss = run(inputs, labels, implementation=dual_loss, objective=smoothed, lambda_base=1.0)
     logits = inputs.hidden @ inputs.lm_head.T
