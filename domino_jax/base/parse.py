@@ -153,8 +153,8 @@ class _BoundedLoader(yaml.SafeLoader):
         return self.construct_yaml_float(node)
 
     @staticmethod
-    def _refusal(problem: str, source: Any) -> yaml.MarkedYAMLError:
-        return yaml.MarkedYAMLError(problem=problem, problem_mark=source.start_mark)
+    def _refusal(problem: str, node: Any) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 _TAG = "tag:yaml.org,2002:"
