@@ -30,7 +30,7 @@ def check_updates(config: RunConfig, theirs: NemoLoop) -> None:
     "the first update has rate 0",
     seen="training/optimizer.py: optax's warm-up from 0, its length rounded",
 )
-@pytest.mark.parametrize(("head", "checkpoint_every"), [("domino", 5), (None, 15)])
+@pytest.mark.parametrize(("head", "checkpoint_every"), [("domino", 1), (None, 15)])
 def test_thirty_updates_equal_nemos(
     head: str | None, checkpoint_every: int, target: Path, tmp_path: Path
 ) -> None:
