@@ -16,7 +16,7 @@ from domino_jax.base.errors import InputError, Scalars, scalars, shown
 from domino_jax.base.files import LINE_BYTES, read_lines
 from domino_jax.base.parse import parse_json
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, settings_text
+from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, settings_text, with_date
 
 ROLES = ("system", "user", "assistant")
 
@@ -303,7 +303,8 @@ def _check_answered(generator: Any, kwargs: Scalars, *, source: str) -> None:
     if not isinstance(generator, dict) or KWARGS not in generator:  # of another program
         return
     recorded = scalars(generator[KWARGS], source=f"{source}: generator: {KWARGS}")
-    answered = settings_text(recorded)
+    # Answers of earlier versions record no date.
+    answered = settings_text(with_date(recorded, recorded, kwargs))
     if answered != settings_text(kwargs):
         raise InputError(
             f"{source}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "
