@@ -96,9 +96,7 @@ def load_run(
             f"{path}: the {name} has changed since {run} was trained with it: sha256 was "
             f"{str(was)[:12]}, is {now[:12]}; put its files back",
         )
-    # `asked`: runs of earlier versions record no date.
-    config = replace(record.config, dtype=compute)
-    record = replace(record, config=config, chat_template=asked)
+    record = replace(record, config=replace(record.config, dtype=compute))
     check_fit(record.config, Target(loaded.config), loaded.tokenizer)
     return loaded, replace(stored, record=record)
 

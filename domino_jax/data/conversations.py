@@ -446,8 +446,8 @@ def _check_generator(
     if KWARGS not in generator:
         return
     recorded = scalars(generator[KWARGS], source=f"{source}: generator: {KWARGS}")
-    # Answers of earlier versions record no date.
-    answered = settings_text(with_date(recorded, recorded, kwargs))
+    # Answers of several days train together: their ids are those of their day.
+    answered = settings_text(with_date(recorded, kwargs))
     if answered != settings_text(kwargs):
         raise InputError(
             f"{source}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "

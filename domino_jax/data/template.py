@@ -17,7 +17,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,8 +56,6 @@ class ChatTemplate:
     def check_trained(self, trained: "ChatTemplate", *, source: str, target: str) -> None:
         """Raises `InputError` for a draft that was trained with another text or other kwargs.
 
-        A draft without a recorded date accepts any date.
-
         Args:
             trained: the template of the draft.
             source: the draft, for the message.
@@ -68,7 +66,6 @@ class ChatTemplate:
             raise InputError(
                 f"{source}: the chat template of {target} is not the one the draft was trained with"
             )
-        trained = replace(trained, kwargs=with_date(trained.kwargs, trained.kwargs, self.kwargs))
         if self != trained:
             raise InputError(
                 f"{source}: trained with {KWARGS} {settings_text(trained.kwargs)}, asked for are "

@@ -32,7 +32,7 @@ from domino_jax.data.forms import (
     read_conversations,
 )
 from domino_jax.data.prompt import encode_prompt
-from domino_jax.data.template import KWARGS, tokenizer_record
+from domino_jax.data.template import KWARGS, check_kwargs, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_length, generate
@@ -141,6 +141,7 @@ def read_dialogues(
     found = read_conversations(path)
     if found.bad_lines:
         raise InputError(f"{path}:{found.bad_lines[0].line}: {found.bad_lines[0].reason}")
+    check_kwargs(tokenizer, chat_template_kwargs)
     dialogues = []
     replaced = 0
     for conversation in found.conversations:
@@ -242,7 +243,7 @@ def regenerate(
                     lines.append(line)
                     finished[prompt.key] = answer.stopped
                     tokens += len(answer.tokens)
-                    retokenised += _retokenised(line, encoder)
+                    retokenised += is_retokenised(line, encoder)
                 answered += len(batch)
                 # Before it is reported: the reporter may end the work.
                 log.add(lines)
@@ -362,8 +363,13 @@ def _dialogue(
     return Dialogue(**{**vars(dialogue), "first_ids": ids[0]})
 
 
-def _retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
-    """Whether the text of an answer, tokenised again, gives other ids than were generated."""
+def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
+    """Whether the text of an answer's line, tokenised again, gives other ids than were generated.
+
+    Args:
+        line: of a file that `regenerate` wrote.
+        encoder: of the same target and template arguments.
+    """
     conversation = Conversation(
         line=line[PROMPT_LINE],
         messages=line["messages"],

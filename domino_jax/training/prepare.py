@@ -34,14 +34,7 @@ from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.config.sections import DataConfig, LossConfig
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import MANIFEST, read_manifest
-from domino_jax.data.template import (
-    KWARGS,
-    NO_KWARGS,
-    chat_template,
-    dated,
-    recorded_kwargs,
-    with_date,
-)
+from domino_jax.data.template import KWARGS, NO_KWARGS, chat_template, dated, recorded_kwargs
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
 from domino_jax.objective.modules import build_trainer
@@ -226,10 +219,7 @@ def read_inputs(
     heldout = None
     prompts: Sequence[np.ndarray] = ()
     if data.eval:
-        # Held-out answers keep their own date: they may be of another day than those of data.train.
-        kwargs = with_date(data.chat_template_kwargs, recorded_kwargs(data.eval))
-        own = dataclasses.replace(settings, chat_template_kwargs=kwargs)
-        heldout = read(data.eval, settings=own)
+        heldout = read(data.eval)
         hashes["data.eval"] = heldout.fingerprint
         if train.rollout_every is not None:
             prompts = read_prompts(

@@ -79,7 +79,9 @@ def test_a_rendering_depends_on_its_request_alone(
     quick: rendering._Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(template: str, kwargs: dict[str, Any]) -> str:
-        return quick.ask(make_tokenizer(template), [(HI, False, kwargs)], problem="refused")[0]
+        return quick.ask(make_tokenizer(template), [(HI, False, None, kwargs)], problem="refused")[
+            0
+        ]
 
     assert ask(DATED, {"strftime_now": "2024-02-29"}) == "29 Feb 2024"
     assert ask(DATED, {"strftime_now": "2026-12-01"}) == "01 Dec 2026"

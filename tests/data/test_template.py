@@ -182,14 +182,6 @@ def test_settings_of_a_file(content: bytes, expected: dict[str, Any], tmp_path: 
     assert recorded_kwargs(path) == expected == recorded_kwargs(str(packed))
 
 
-def test_a_draft_without_a_date_accepts_each() -> None:
-    asked, recorded = ChatTemplate("a", {"x": 1} | OF_DAY), ChatTemplate("a", {"x": 1})
-    asked.check_trained(recorded, source="", target="")
-    for trained in ({"x": 1} | OF_NEXT, {"x": 2}):
-        with pytest.raises(InputError, match="leave them out to take the draft's own"):
-            asked.check_trained(ChatTemplate("a", trained), source="", target="")
-
-
 def test_text_is_json_that_an_option_takes_back() -> None:
     assert settings_text({"b": "ü", "a": True}) == '{"a": true, "b": "ü"}'
     assert settings_text(NO_KWARGS) == "{}"

@@ -20,7 +20,7 @@ FILES = {name: script.read_records(PROMPTS / f"{name}.jsonl") for name in COUNTS
 def test_prompt_file_is_read_whole(name: str) -> None:
     found = read_conversations(PROMPTS / f"{name}.jsonl")
     assert not found.bad_lines and len(found.conversations) == COUNTS[name]
-    roles = [[message["role"] for message in messages] for _, messages in found.conversations]
+    roles = [[message["role"] for message in each.messages] for each in found.conversations]
     assert roles == [["user"]] * COUNTS[name]
 
 

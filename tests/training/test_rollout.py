@@ -252,7 +252,8 @@ def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
     thanks["messages"].append({"role": "user", "content": "a b"})
     lines[:3] = [json.dumps(question), "not JSON", json.dumps(thanks)]
     heldout.write_text("\n".join(lines) + "\n")
-    prompts = prepare(load_config(path), reporter=quiet()).inputs.prompts
+    settings = load_config(path, ["data.max_unusable=0.4"])
+    prompts = prepare(settings, reporter=quiet()).inputs.prompts
     tokenizer = load_tokenizer(target)
     assert len(prompts) == 3
     for index, (prompt, line) in enumerate(zip(prompts, lines[2:], strict=True)):
