@@ -5,7 +5,7 @@ decide it: reasoning disappears from earlier turns, a prompt opens `<think>`, an
 Each template here is short, and named by the published template whose behaviours it has:
 
     PUBLISHED[name]   -> template, tokens, behaviours
-    BEHAVIOURS[name]  -> what to look for, tested for every template in `test_trained_text.py`
+    BEHAVIOURS[name]  -> the cases of `test_trained_text.py` in which a behaviour matters
 """
 
 import functools
@@ -22,6 +22,33 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 DATE = "2026-12-01"
+# What a template may do, and the cases of `test_trained_text.py` in which it matters.
+BEHAVIOURS: dict[str, tuple[str, ...]] = {
+    "strips reasoning from earlier turns": ("multi_think",),
+    "opens reasoning in the prompt": ("cut_thinking", "cut_thinking_open", "think_spaces", "plain"),
+    "inserts empty reasoning": ("plain", "cut_thinking", "cut_thinking_open", "two_answers"),
+    "reads a reasoning key": ("reasoning_content", "reasoning_key", "stop_in_reasoning"),
+    "switches reasoning off": ("reasoning_off",),
+    "writes channels": ("plain", "reasoning_content", "tool_call"),
+    "prints the date": ("plain", "system"),
+    "inserts a system turn": ("plain", "developer"),
+    "moves a late system message": ("system_late",),
+    "ignores unknown roles": ("developer",),
+    "requires alternating roles": ("system_late", "two_answers", "tool_call"),
+    "prints tools in a system turn": ("tools_declined", "tool_call"),
+    "prints tools in a user turn": ("tools_declined", "tool_call"),
+    "moves tools to the last question": ("tools_declined", "tool_call"),
+    "prints tool calls": ("tool_call", "tool_call_null", "stop_in_arguments"),
+    "quotes string arguments": ("tool_calls",),
+    "drops content beside a tool call": ("tool_call_with_words",),
+    "prints tool results": ("tool_call",),
+    "prints tool results as JSON": ("tool_call",),
+    "puts a newline after the end of turn": ("plain", "system"),
+    "puts a space before an answer": ("plain", "outer_whitespace"),
+    "trims answers": ("outer_whitespace",),
+    "has generation markers": ("plain",),
+    "has no generation prompt": ("plain", "system"),
+}
 TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -525,3 +552,20 @@ def behaviours(published: Published) -> set[str]:
         "writes channels": "<|channel|>" in text and "<|channel|>" not in prompt,
     }
     return {name for name, found in shown.items() if found}
+
+
+def covered() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Published template -> behaviour -> the tests that watch it, as documentation shows them."""
+    test = "tests/data/test_trained_text.py::test_marked_text"
+    off = "tests/data/test_trained_text.py::test_a_line_may_have_template_arguments_of_its_own"
+    return {
+        name: {
+            behaviour: tuple(
+                f"{off}[{name}]" if case == "reasoning_off" else f"{test}[{name}-{case}]"
+                for case in cases
+            )
+            for behaviour, cases in BEHAVIOURS.items()
+            if behaviour in published.behaviours
+        }
+        for name, published in PUBLISHED.items()
+    }
