@@ -47,6 +47,13 @@ def target(source: str, directory: Path | None) -> None:
 @click.argument("prompts", type=options.PATH)
 @click.argument("answers", type=options.PATH)
 @options.target
+@click.option(
+    "--turns",
+    type=click.Choice(("all", "last")),
+    default="all",
+    help="Turns of a conversation to answer: all of them, which replaces earlier answers, or the "
+    "last, which keeps them as context that is not trained.",
+)
 @click.option("--batch-size", type=options.BATCH_SIZE, default=32, help="Rows decoded together.")
 @options.max_new_tokens
 @options.temperature
@@ -58,22 +65,32 @@ def target(source: str, directory: Path | None) -> None:
 def regenerate(
     prompts: Path, answers: Path, chat_template_kwargs: Scalars | None, **drawing: Any
 ) -> None:
-    """Let the target answer PROMPTS into ANSWERS, the training data of a drafter.
+    """Generate the target's answers to PROMPTS into ANSWERS, the training data of a drafter.
 
-    PROMPTS is JSONL or JSONL.gz of {"messages": [...]}. A drafter must learn the words of its own
-    target; answers written by anyone else cost acceptance. Stopped and started again it resumes
-    where it was.
+    PROMPTS is JSONL or JSONL.gz of {"messages": [...]}; an answer at the end is left out. ANSWERS
+    holds text and the token ids that the target was given and generated, which training uses.
+    A stopped command resumes when it is started again.
     """
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
-    from domino_jax.data.conversations import stop_token_ids
-    from domino_jax.datagen.regenerate import AnswerSettings
+    from domino_jax.data.prompt import stop_token_ids
+    from domino_jax.datagen.batch_log import log_of
+    from domino_jax.datagen.regenerate import AnswerSettings, read_dialogues
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
     from domino_jax.decoding.decoder import Weights
+    from domino_jax.target.load import load_tokenizer
 
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     settings = AnswerSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
+    log_of(answers)  # whether it may be written
+    dialogues = read_dialogues(
+        prompts,
+        load_tokenizer(resolve_target(settings.target, reporter=reporter)),
+        chat_template_kwargs=settings.chat_template_kwargs,
+        turns=settings.turns,
+        reporter=reporter,
+    )
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
     decoder = loaded.decoder(
         temperature=settings.temperature,
@@ -82,8 +99,9 @@ def regenerate(
         stop_ids=stop_token_ids(loaded.tokenizer, settings.chat_template_kwargs),
     )
     result = regenerate_answers(
-        prompts,
+        dialogues,
         answers,
+        source=prompts,
         decoder=decoder,
         weights=Weights(loaded.params),
         tokenizer=loaded.tokenizer,
@@ -96,6 +114,16 @@ def regenerate(
         reporter.say(
             f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
             f"{length} tokens: a drafter sees no end in them; --max-new-tokens sets the limit"
+        )
+    if result.answered:
+        reporter.say(
+            f"{result.retokenised} of {result.answered} answers have other token ids when their "
+            "text is tokenised again; training uses the generated ids"
+        )
+    if result.left_out:
+        reporter.say(
+            f"{result.left_out} later turns are left out: their prompts are too long, or the chat "
+            "template refuses them"
         )
     click.echo(answers)
 
@@ -139,7 +167,7 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     """
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
-    from domino_jax.data.conversations import stop_token_ids
+    from domino_jax.data.prompt import stop_token_ids
     from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
     from domino_jax.decoding.decoder import Weights
 

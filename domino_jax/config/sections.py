@@ -42,6 +42,11 @@ class DataConfig(Section):
     mask_reasoning_content: bool = key(
         False, "take <think>...</think> of answers out of the loss; their tokens stay in the rows"
     )
+    max_unusable: float = key(
+        0.2,
+        "share of a file's lines that may hold an answer that is not trained; more is an error",
+        **SHARE,
+    )
     packing: bool = key(
         False, "put several short conversations into one row; epochs then count packed rows"
     )

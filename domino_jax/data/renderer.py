@@ -32,11 +32,18 @@ class Template:
         """The text of the template."""
         return self.text
 
-    def rendered(self, messages: Any, generation_prompt: bool, kwargs: dict[str, Any]) -> str:
+    def rendered(
+        self, messages: Any, generation_prompt: bool, tools: Any, kwargs: dict[str, Any]
+    ) -> str:
         """The text of a conversation, exactly as transformers renders it."""
         apply: Any = PreTrainedTokenizerBase.apply_chat_template
         text = apply(
-            self, messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+            self,
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **kwargs,
         )
         if len(text) > TEXT_CHARACTERS:
             raise MemoryError

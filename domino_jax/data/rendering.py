@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +33,11 @@ class CostlyTemplate(InputError):
 
 
 class Rendering(NamedTuple):
-    """A conversation to render: its `messages`, and whether the words before an answer follow."""
+    """A conversation to render: its messages, its tools, and whether an answer is to follow."""
 
     messages: list[dict[str, Any]]
     generation_prompt: bool = False
+    tools: Sequence[Any] | None = None
 
 
 def render(tokenizer: Any, conversations: Iterable[Rendering], kwargs: Scalars) -> list[str]:

@@ -67,6 +67,16 @@ def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
     return ChatTemplate(digest.hexdigest(), kwargs)
 
 
+def tokenizer_record(tokenizer: Any) -> dict[str, str]:
+    """sha256, in hex, of what gives token ids their meaning: the vocabulary and the chat template.
+
+    By content: tokenizers of another version may write the same vocabulary into another file.
+    """
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    texts = {"vocabulary": vocabulary, "chat_template": tokenizer.chat_template}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
 def settings_text(settings: Any) -> str:
     """Settings as JSON: the one rule for what is the same setting, and how it is shown.
 

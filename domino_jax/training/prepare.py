@@ -192,6 +192,7 @@ def read_inputs(
         tokenizer=run.tokenizer,
         settings=settings,
         packing=data.packing,
+        max_unusable=data.max_unusable,
         reporter=reporter,
     )
     hashes = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
@@ -526,12 +527,20 @@ def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
     open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
     settings = row_settings(data)
+    rows = read_rows(
+        data.train,
+        tokenizer,
+        settings,
+        packing=False,
+        max_unusable=data.max_unusable,
+        reporter=reporter,
+    )
     return CaptureInputs(
         target=path,
         target_config=target_config,
         target_layer_ids=draft_of(config, target_config, tokenizer).target_layer_ids,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
-        rows=read_rows(data.train, tokenizer, settings, packing=False, reporter=reporter).rows,
+        rows=rows.rows,
         settings=settings,
         mesh=mesh,
         batch_size=data.batch_size,

@@ -45,7 +45,7 @@ def _answer_line() -> dict[str, Any]:
 def _conversations(directory: Path) -> Parser:
     """A line of a JSONL file, behind one that is right; for the command alone."""
     from domino_jax.base.errors import InputError
-    from domino_jax.data.conversations import read_messages
+    from domino_jax.data.forms import read_conversations
 
     lines, alone = directory / "rows.jsonl", directory / "alone.jsonl"
     prompt = {"messages": ASKED}
@@ -54,7 +54,7 @@ def _conversations(directory: Path) -> Parser:
         line = content.replace(b"\n", b" ") + b"\n"
         alone.write_bytes(line)
         lines.write_bytes(as_json(prompt) + b"\n" + line)
-        found = read_messages(lines)
+        found = read_conversations(lines)
         if found.bad_lines:  # what was wrong with the line
             raise InputError(found.bad_lines[0].reason)
         return _wrong_lines(found)
@@ -66,7 +66,7 @@ def _conversations(directory: Path) -> Parser:
 
 def _packed_conversations(directory: Path) -> Parser:
     """A file of lines as gzip packs it, damaged anywhere."""
-    from domino_jax.data.conversations import read_messages
+    from domino_jax.data.forms import read_conversations
 
     path = directory / "rows.jsonl.gz"
     packed = gzip.compress(as_json(_answer_line()) + b"\n", mtime=0)
@@ -76,7 +76,7 @@ def _packed_conversations(directory: Path) -> Parser:
 
     def check(content: bytes) -> str | None:
         path.write_bytes(content)
-        return _wrong_lines(read_messages(path))
+        return _wrong_lines(read_conversations(path))
 
     return Parser(name="packed data", weight=8, inputs=Inputs(packed, draw), check=check)
 

@@ -12,7 +12,8 @@ from stand_in import SGLang, serving
 from tiny import seal
 
 from domino_jax.cli.loading import load_run
-from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.data.forms import read_conversations
+from domino_jax.data.prompt import encode_prompt
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.draft.backbone import DraftModel
@@ -109,7 +110,7 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     with serving(engine) as url:
         code, out, log = domino(*words, "--endpoint", url)
     assert code == 0 and "asked 2/2" in log and "endpoint: tau, over ours" in out
-    usable, _ = read_messages(prompts)
+    usable, _ = read_conversations(prompts)
     asked = [encode_prompt(messages, loaded.tokenizer, {}).tolist() for _, messages in usable[:2]]
     assert [question["input_ids"] for question in engine.asked] == asked
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["prompts"]

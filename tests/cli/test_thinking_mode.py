@@ -13,8 +13,8 @@ from tiny import SWITCHED_TEMPLATE, run_config, seal, write_conversations, write
 from domino_jax.cli import measurement
 from domino_jax.cli.verbs import cli
 from domino_jax.data import conversations
-from domino_jax.data.conversations import encode_prompt
 from domino_jax.data.hidden_states import read_manifest
+from domino_jax.data.prompt import encode_prompt
 from domino_jax.interop.hf import recorded_template
 from domino_jax.training.checkpoint import load_draft
 

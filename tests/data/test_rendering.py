@@ -11,12 +11,13 @@ from chats import CHATML, chat, make_tokenizer, write
 
 from domino_jax.base.errors import InputError
 from domino_jax.data import rendering
-from domino_jax.data.conversations import load_rows, stop_token_ids
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.prompt import stop_token_ids
 from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, render
 
 HI = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ messages[0].content }}"
-JOB = (HI, False, {})  # what the process is asked for: messages, no generation prompt, no kwargs
+JOB = (HI, False, None, {})  # messages, no generation prompt, no tools, no kwargs
 NAMES = None  # or for the names that the template reads
 
 
@@ -108,7 +109,7 @@ def test_names_read_are_those_that_a_template_does_not_set() -> None:
 def test_a_costly_line_ends_the_reading_of_a_file(tmp_path: Path) -> None:
     """Each of a million lines would take as long."""
     tokenizer: Any = make_tokenizer(
-        f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['a multiplied string']}{{% endif %}}"
+        f"{CHATML}{{% if messages | length > 2 %}}{COSTLY['a multiplied string']}{{% endif %}}"
     )
     assert stop_token_ids(tokenizer)
     path = write(tmp_path / "a.jsonl", *({"messages": chat(*"abcd")} for _ in range(1000)))

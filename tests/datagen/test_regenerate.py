@@ -12,7 +12,8 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, Interrupted, quiet, write_conversa
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
-from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.data.forms import read_conversations
+from domino_jax.data.prompt import encode_prompt, stop_token_ids
 from domino_jax.data.template import NO_KWARGS
 from domino_jax.datagen.regenerate import AnswerSettings, Regenerated, regenerate
 from domino_jax.decoding.decoder import Weights, make_decoder
@@ -87,7 +88,7 @@ def test_every_prompt_gets_the_answer_it_gets_alone(
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     cut = sum(not record["finished"] for record in records)
     assert result == Regenerated(total=10, answered=10, cut=cut) and cut > 0
-    asked = dict(read_messages(prompts).conversations)
+    asked = dict(read_conversations(prompts).conversations)
     assert sorted(record["prompt_line"] for record in records) == sorted(asked)
     for record in records:
         prompt = asked[record["prompt_line"]]
@@ -170,7 +171,7 @@ def test_a_partial_file_of_something_else_is_refused_and_left(
 def test_an_answer_twice_in_a_partial_file_is_refused(
     tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
-    asked = dict(read_messages(prompts).conversations)[1]
+    asked = dict(read_conversations(prompts).conversations)[1]
     answer = {**PROMPTED, "messages": [*asked, {"role": "assistant", "content": "a"}]}
     line = json.dumps(answer).encode() + b"\n"
     (tmp_path / "b.jsonl.partial").write_bytes(attested(line * 2))
@@ -213,7 +214,7 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
-    conversations = read_messages(prompts).conversations
+    conversations = read_conversations(prompts).conversations
     ids = [encode_prompt(messages, tiny.tokenizer) for _, messages in conversations]
     answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, cache_len=CACHE_LEN)
     for answer in answers:

@@ -14,7 +14,8 @@ import pytest
 from make_prompts import essence, leaks, prompt_record, read_records, text_of, write_records
 from tiny import write_target
 
-from domino_jax.data.conversations import load_rows, read_messages
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.forms import read_conversations
 from domino_jax.target.load import load_tokenizer
 
 RECORD = make_answers.ANSWERS / "record.json"
@@ -190,7 +191,7 @@ def test_committed_answers_are_what_their_record_says() -> None:
         path = RECORD.parent / name
         texts[name] = gzip.decompress(path.read_bytes())
         assert hashlib.sha256(texts[name]).hexdigest() == said["unpacked_sha256"], name
-        found = read_messages(path)
+        found = read_conversations(path)
         assert not found.bad_lines and len(found.conversations) == said["lines"]
         assert Counter(line["family"] for line in lines(path)) == said["families"]
     sizes = sorted((text for name, text in texts.items() if name.startswith("train-")), key=len)

@@ -16,7 +16,7 @@ from whole_run import train
 
 from domino_jax.base.errors import InputError, Interrupted
 from domino_jax.config.run import load_config
-from domino_jax.data.conversations import encode_prompt, stop_token_ids
+from domino_jax.data.prompt import encode_prompt, stop_token_ids
 from domino_jax.datagen.capture import capture
 from domino_jax.decoding import speculate
 from domino_jax.decoding.decoder import Weights, make_decoder
