@@ -181,9 +181,9 @@ LLAMA: Marked = {
     "tool_call_null": [LLAMA_CALL],
     "tool_calls": [LLAMA_CALL, "It is sunny.¶"],
 }
-# A role that the template leaves out or refuses: nobody could have given the target this line.
+# A role that the template leaves out or refuses: no prompt holds these messages.
 NO_TOOL_ROLE: Marked = {"tool_call": BOTH_NO, "tool_calls": BOTH_NO}
-ALTERNATING: Marked = {"system_late": BOTH_NO, "two_answers": BOTH_NO}
+LATE_SYSTEM: Marked = {"system_late": ["It is 4.¶", None]}
 FINAL = "<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>"
 GPT_OSS_CALL = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
@@ -224,31 +224,31 @@ MARKED_BY: dict[str, Marked] = {
     },
     "Llama 3.1": LLAMA,
     "Llama 3.2": LLAMA,
-    "Gemma 3": NO_TOOL_ROLE | ALTERNATING,
+    "Gemma 3": NO_TOOL_ROLE | LATE_SYSTEM,
     "Mistral 7B v0.3": {
-        **spaced(MARKED),
-        **ALTERNATING,
+        **spaced(MARKED | LATE_SYSTEM),
+        # Whitespace of the text is whitespace that was written, here instead of the template's.
+        "outer_whitespace": MARKED["outer_whitespace"],
+        # Nothing is generated after an end of turn, and no generation prompt follows this one.
+        "two_answers": [" It is 4.¶", None],
         "tool_call": [
             '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}, "id": "abcdefghi"}]¶',
             " It is sunny.¶",
         ],
         "tool_calls": BOTH_NO,  # it refuses short ids of calls
     },
-    "SmolLM3": {"system_late": BOTH_NO},
+    "SmolLM3": LATE_SYSTEM,
     "Phi-4": NO_TOOL_ROLE,
+    # An answer begins with a channel that text does not tell: only whole renderings are trained.
     "gpt-oss": {
-        **{
-            case: [text if text is None else f"{FINAL}{text}" for text in texts]
-            for case, texts in MARKED.items()
-        },
-        "system_late": BOTH_NO,
+        **{case: [None] * len(texts) for case, texts in MARKED.items()},
         "reasoning_content": after_analysis("Add them."),
         "reasoning_key": after_analysis("Add them."),
         "stop_in_reasoning": after_analysis(STOP),
         "stop_in_reasoning_content": after_analysis(STOP),
-        "tool_call": [GPT_OSS_CALL, f"{FINAL}It is sunny.¶"],
+        "tool_call": [GPT_OSS_CALL, None],
         "tool_call_null": [GPT_OSS_CALL],
-        "tool_calls": [GPT_OSS_CALL, f"{FINAL}It is sunny.¶"],
+        "tool_calls": [GPT_OSS_CALL, None],
     },
 }
 # What a role developer becomes where the template has no such role.

@@ -49,6 +49,7 @@ BEHAVIOURS: dict[str, tuple[str, ...]] = {
     "has generation markers": ("plain",),
     "has no generation prompt": ("plain", "system"),
 }
+END_ID, VOCAB_SIZE = 340, 384
 TOOL = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -68,11 +69,13 @@ class Published:
     bos: str | None = None
 
     def tokenizer(self) -> Any:
-        """A byte-level BPE tokenizer with these tokens."""
+        """A byte-level BPE tokenizer of `VOCAB_SIZE` ids; the end of turn is `END_ID` in all."""
         tokenizer = Tokenizer.from_str(_trained_bpe())
-        marks = dict.fromkeys((*self.special, self.end, self.eos, *filter(None, [self.bos])))
+        marks = dict.fromkeys([self.end, self.eos, *filter(None, [self.bos]), *self.special])
         tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks])
         tokenizer.add_tokens([AddedToken(w, special=False, normalized=False) for w in self.words])
+        free = [f"<|reserved_{id}|>" for id in range(tokenizer.get_vocab_size(), VOCAB_SIZE)]
+        tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in free])
         return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             bos_token=self.bos,
@@ -98,7 +101,7 @@ def _trained_bpe() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=END_ID, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts * 4, trainer)
     return tokenizer.to_str()
