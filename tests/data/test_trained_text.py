@@ -131,6 +131,38 @@ CASES: dict[str, dict[str, Any]] = {
         ],
         "tools": TOOLS,
     },
+    "reasoning_turns": {
+        "messages": [
+            *[SUM, answer("It is 4.", reasoning_content="Add them.")],
+            *[user("And 3?"), answer("It is 7.", reasoning_content="Seven.")],
+        ]
+    },
+    "reasoning_cut": {
+        "messages": [SUM, answer("", reasoning_content="Okay, the user asks")],
+        "finished": False,
+    },
+    "reasoning_and_call": {
+        "messages": [
+            user("Weather in Oslo?"),
+            answer("", reasoning_content="Look it up.", tool_calls=call(OSLO, id="abcdefghi")),
+        ],
+        "tools": [TOOL],
+    },
+    "two_calls": {
+        "messages": [
+            user("Weather in Oslo and Rome?"),
+            answer(
+                "",
+                tool_calls=[*call(OSLO, id="abcdefghi"), *call({"city": "Rome"}, id="abcdefghj")],
+            ),
+        ],
+        "tools": [TOOL],
+    },
+    "null_keys": {
+        "messages": [SUM, answer("It is 4.", reasoning_content=None, refusal=None, tool_calls=[])]
+    },
+    "empty_reasoning": {"messages": [SUM, answer("It is 4.", reasoning_content="")]},
+    "ends_with_end": {"messages": [SUM, answer(f"It is 4.{END}")]},
 }
 # A setting of one line, for the templates that read it.
 REASONING_OFF = {**CASES["plain"], "chat_template_kwargs": {"enable_thinking": False}}
@@ -167,6 +199,13 @@ MARKED: Marked = {
     "tool_call_null": NO,
     "tool_call_with_words": NO,
     "tool_calls": [None, "It is sunny.¶"],
+    "reasoning_turns": BOTH_NO,
+    "reasoning_cut": NO,
+    "reasoning_and_call": NO,
+    "two_calls": NO,
+    "null_keys": ["It is 4.¶"],
+    "empty_reasoning": ["It is 4.¶"],
+    "ends_with_end": ["It is 4.¶"],
 }
 TOOL_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>¶'
 QWEN_CALLS: Marked = {
@@ -174,6 +213,7 @@ QWEN_CALLS: Marked = {
     "tool_call_null": [TOOL_CALL],
     "tool_call_with_words": [f"The time is now.\n{TOOL_CALL}"],
     "tool_calls": [TOOL_CALL, "It is sunny.¶"],
+    "two_calls": [f"{TOOL_CALL[:-1]}\n{TOOL_CALL.replace('Oslo', 'Rome')}"],
 }
 LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Oslo"}}¶'
 LLAMA: Marked = {
@@ -189,8 +229,23 @@ ANALYSIS = "<|channel|>analysis<|message|>"
 GPT_OSS_CALL = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
 
 
-def after_analysis(reasoning: str) -> list[str | None]:
-    return [f"{ANALYSIS}{reasoning}<|end|><|start|>assistant{FINAL}It is 4.¶"]
+# The prompt opens the reasoning: an answer that never closes it was not written there, unless cut.
+OPENED: Marked = {
+    **dict.fromkeys(("plain", "outer_whitespace", "multi_prompts", "developer", "parts"), NO),
+    **dict.fromkeys(("tools_declined", "null_keys", "empty_reasoning", "ends_with_end"), NO),
+    **dict.fromkeys(("system", "loss_weight", "system_late", "two_answers"), BOTH_NO),
+    "cut_thinking": ["Okay, the user asks for a sum. It is"],
+    "multi_think": ["Add them.\n</think>\n\nIt is 4.¶", "Seven.\n</think>\n\nIt is 7.¶"],
+    "think_spaces": ["\nAdd.\n\n</think>\nIt is 4.¶"],
+    "reasoning_content": ["Add them.\n</think>\n\nIt is 4.¶"],
+    "reasoning_key": ["Add them.\n</think>\n\nIt is 4.¶"],
+    "reasoning_turns": ["Add them.\n</think>\n\nIt is 4.¶", "Seven.\n</think>\n\nIt is 7.¶"],
+    "reasoning_cut": ["Okay, the user asks"],
+}
+
+
+def after_analysis(reasoning: str, text: str = "It is 4.") -> list[str | None]:
+    return [f"{ANALYSIS}{reasoning}<|end|><|start|>assistant{FINAL}{text}¶"]
 
 
 def spaced(marked: Marked) -> Marked:
@@ -207,17 +262,17 @@ MARKED_BY: dict[str, Marked] = {
         **QWEN_CALLS,
         "reasoning_content": ["<think>\nAdd them.\n</think>\n\nIt is 4.¶"],
         "reasoning_key": ["<think>\nAdd them.\n</think>\n\nIt is 4.¶"],
+        "reasoning_turns": MARKED["multi_think"],
+        "reasoning_cut": ["<think>\nOkay, the user asks"],
+        "reasoning_and_call": [f"<think>\nLook it up.\n</think>\n\n{TOOL_CALL}"],
     },
-    # The prompt opens the reasoning: what does not close it was not written there, unless cut.
+    "Qwen3-Thinking-2507": {
+        **OPENED,
+        **dict.fromkeys(("tool_call", "tool_calls"), BOTH_NO),
+        "reasoning_and_call": [f"Look it up.\n</think>\n\n{TOOL_CALL}"],
+    },
     "DeepSeek-R1-Distill": {
-        **dict.fromkeys(("plain", "outer_whitespace", "multi_prompts", "developer", "parts"), NO),
-        **dict.fromkeys(("system", "loss_weight", "system_late", "two_answers"), BOTH_NO),
-        "tools_declined": NO,
-        "cut_thinking": ["Okay, the user asks for a sum. It is"],
-        "multi_think": ["Add them.\n</think>\n\nIt is 4.¶", "Seven.\n</think>\n\nIt is 7.¶"],
-        "think_spaces": ["\nAdd.\n\n</think>\nIt is 4.¶"],
-        "reasoning_content": ["Add them.\n</think>\n\nIt is 4.¶"],
-        "reasoning_key": ["Add them.\n</think>\n\nIt is 4.¶"],
+        **OPENED,
         # Here <|im_end|> is text as any other.
         "stop_in_reasoning": [f"{STOP}\n</think>\n\nIt is 4.¶"],
         "stop_in_reasoning_content": [f"{STOP}\n</think>\n\nIt is 4.¶"],
@@ -246,6 +301,8 @@ MARKED_BY: dict[str, Marked] = {
         "reasoning_key": after_analysis("Add them."),
         "stop_in_reasoning": after_analysis(STOP),
         "stop_in_reasoning_content": after_analysis(STOP),
+        "reasoning_turns": [*after_analysis("Add them."), *after_analysis("Seven.", "It is 7.")],
+        "reasoning_cut": [f"{ANALYSIS}Okay, the user asks"],
         "tool_call": [GPT_OSS_CALL, None],
         "tool_call_null": [GPT_OSS_CALL],
         "tool_calls": [GPT_OSS_CALL, None],
@@ -287,7 +344,13 @@ def prompt_ids(name: str, tokenizer: Any, line: dict[str, Any], before: int) -> 
 
 def loaded(published: Published, tokenizer: Any, path: Path, *lines: Any) -> RowSet:
     kwargs = {"strftime_now": DATE} if published.prints_date else {}
-    return load_rows(write(path, *lines), tokenizer, max_length=1000, chat_template_kwargs=kwargs)
+    return load_rows(
+        write(path, *lines),
+        tokenizer,
+        max_length=1000,
+        chat_template_kwargs=kwargs,
+        end_ids=tokenizer.convert_tokens_to_ids([published.end, *published.ends]),
+    )
 
 
 def marked_texts(
@@ -348,6 +411,15 @@ def test_a_line_may_have_template_arguments_of_its_own(name: str, tmp_path: Path
     rows = loaded(published, tokenizer, tmp_path / "a.jsonl", *lines).rows
     for line, row in zip(lines, rows, strict=True):
         assert marked_texts(name, tokenizer, line, [row]) == [f"It is 4.{published.end}"]
+
+
+def test_an_answer_may_end_with_another_end_token(tmp_path: Path) -> None:
+    published = PUBLISHED["Llama 3.1"]
+    tokenizer = published.tokenizer()
+    code = "<|python_tag|>print(1)<|eom_id|>"
+    line = {"messages": [user("Print 1."), answer(code)]}
+    (row,) = loaded(published, tokenizer, tmp_path / "a.jsonl", line).rows
+    assert marked_texts("Llama 3.1", tokenizer, line, [row]) == [code]
 
 
 UNUSABLE = {

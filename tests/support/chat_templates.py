@@ -24,10 +24,13 @@ from transformers.utils import chat_template_utils
 DATE = "2026-12-01"
 # What a template may do, and the cases of `test_trained_text.py` in which it matters.
 BEHAVIOURS: dict[str, tuple[str, ...]] = {
-    "strips reasoning from earlier turns": ("multi_think",),
+    "strips reasoning from earlier turns": ("multi_think", "reasoning_turns"),
     "opens reasoning in the prompt": ("cut_thinking", "cut_thinking_open", "think_spaces", "plain"),
     "inserts empty reasoning": ("plain", "cut_thinking", "cut_thinking_open", "two_answers"),
-    "reads a reasoning key": ("reasoning_content", "reasoning_key", "stop_in_reasoning"),
+    "reads a reasoning key": (
+        *("reasoning_content", "reasoning_key", "reasoning_turns", "reasoning_cut"),
+        *("reasoning_and_call", "stop_in_reasoning"),
+    ),
     "switches reasoning off": ("reasoning_off",),
     "writes channels": ("plain", "reasoning_content", "tool_call"),
     "prints the date": ("plain", "system"),
@@ -38,7 +41,7 @@ BEHAVIOURS: dict[str, tuple[str, ...]] = {
     "prints tools in a system turn": ("tools_declined", "tool_call"),
     "prints tools in a user turn": ("tools_declined", "tool_call"),
     "moves tools to the last question": ("tools_declined", "tool_call"),
-    "prints tool calls": ("tool_call", "tool_call_null", "stop_in_arguments"),
+    "prints tool calls": (*("tool_call", "tool_call_null", "two_calls", "stop_in_arguments"),),
     "quotes string arguments": ("tool_calls",),
     "drops content beside a tool call": ("tool_call_with_words",),
     "prints tool results": ("tool_call",),
@@ -57,7 +60,8 @@ TOOL = {"type": "function", "function": {"name": "weather"}}
 class Published:
     """A published template: its test double, its special tokens and its behaviours.
 
-    `end` is the token after an answer. `words` are added tokens that decode as plain text does.
+    `end` is the token after an answer, `ends` are further end tokens of the published
+    `generation_config.json`. `words` are added tokens that decode as plain text does.
     """
 
     template: str
@@ -67,6 +71,7 @@ class Published:
     special: tuple[str, ...]
     words: tuple[str, ...] = ()
     bos: str | None = None
+    ends: tuple[str, ...] = ()
 
     def tokenizer(self) -> Any:
         """A byte-level BPE tokenizer of `VOCAB_SIZE` ids; the end of turn is `END_ID` in all."""
@@ -186,6 +191,11 @@ QWEN3 = _QWEN_TOOLS.replace("DEFAULT", "''").replace(
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
 {% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}
 {% endif %}{% endif %}""")
+# The prompt opens the reasoning; a finished turn that is rendered again looks like Qwen3's.
+QWEN3_THINKING = QWEN3.split("{% if enable_thinking")[0].replace(
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}",
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+)
 # The last system message goes to the front; a generation prompt follows questions alone.
 R1_DISTILL = _one_line(r"""
 {% set ns = namespace(system='', tool=false) %}
@@ -323,7 +333,11 @@ _LLAMA = Published(
     end="<|eot_id|>",
     eos="<|eot_id|>",
     bos="<|begin_of_text|>",
-    special=("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|python_tag|>"),
+    special=(
+        *("<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>"),
+        *("<|eom_id|>", "<|end_of_text|>"),
+    ),
+    ends=("<|eom_id|>", "<|end_of_text|>"),
 )
 PUBLISHED = {
     "SmolLM2": Published(
@@ -361,6 +375,25 @@ PUBLISHED = {
                 "inserts empty reasoning",
                 "reads a reasoning key",
                 "switches reasoning off",
+                "prints tools in a system turn",
+                "prints tool calls",
+                "prints tool results",
+                "puts a newline after the end of turn",
+                "ignores unknown roles",
+            }
+        ),
+        end="<|im_end|>",
+        eos="<|im_end|>",
+        special=_CHATML,
+        words=_THINK + _CALL,
+    ),
+    "Qwen3-Thinking-2507": Published(
+        QWEN3_THINKING,
+        frozenset(
+            {
+                "strips reasoning from earlier turns",
+                "opens reasoning in the prompt",
+                "reads a reasoning key",
                 "prints tools in a system turn",
                 "prints tool calls",
                 "prints tool results",
@@ -476,6 +509,7 @@ PUBLISHED = {
         end="<|return|>",
         eos="<|return|>",
         special=("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|call|>"),
+        ends=("<|call|>",),
     ),
 }
 
