@@ -12,7 +12,7 @@ from domino_jax.base.files import check_new, whole_directory, write_error
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
-from domino_jax.data.template import chat_template, check_kwargs
+from domino_jax.data.template import NO_KWARGS, chat_template, check_kwargs, dated
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
@@ -103,13 +103,12 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     # Sizes alone are compared: no weights are read, and the compute type does not matter.
     check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
     trained_with = recorded_template(directory)
-    kwargs = chat_template_kwargs
-    if kwargs is None:
-        kwargs = {} if trained_with is None else trained_with.kwargs
-    template = chat_template(tokenizer, kwargs)
+    recorded = NO_KWARGS if trained_with is None else trained_with.kwargs
+    asked = recorded if chat_template_kwargs is None else chat_template_kwargs
+    template = chat_template(tokenizer, dated(tokenizer, asked, recorded))
     if trained_with is None:
         # With no record to compare it with, only this notices a misspelt setting.
-        check_kwargs(tokenizer, kwargs)
+        check_kwargs(tokenizer, template.kwargs)
         reporter.say(
             f"{directory} does not say which chat template it was trained with; "
             f"taking that of {target}"

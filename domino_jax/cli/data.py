@@ -4,6 +4,7 @@ The verb `target` makes a directory of the target, `prompts` lets it write reque
 answer them. The options of how the target draws are the settings that each line records.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
+from domino_jax.data.template import dated, recorded_kwargs
+from domino_jax.datagen.batch_log import log_of
 from domino_jax.target.resolve import resolve_target
 
 
@@ -83,13 +86,12 @@ def regenerate(
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     settings = AnswerSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
-    log_of(answers)  # whether it may be written
+    recorded = recorded_kwargs(log_of(answers))
+    tokenizer = load_tokenizer(resolve_target(settings.target, reporter=reporter))
+    kwargs = dated(tokenizer, settings.chat_template_kwargs, recorded)
+    settings = replace(settings, chat_template_kwargs=kwargs)
     dialogues = read_dialogues(
-        prompts,
-        load_tokenizer(resolve_target(settings.target, reporter=reporter)),
-        chat_template_kwargs=settings.chat_template_kwargs,
-        turns=settings.turns,
-        reporter=reporter,
+        prompts, tokenizer, chat_template_kwargs=kwargs, turns=settings.turns, reporter=reporter
     )
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
     decoder = loaded.decoder(
@@ -172,10 +174,12 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     from domino_jax.decoding.decoder import Weights
 
     keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
-    kwargs = chat_template_kwargs or {}
-    settings = PromptSettings(**drawing, chat_template_kwargs=kwargs)
+    settings = PromptSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
+    recorded = recorded_kwargs(log_of(out))
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
+    kwargs = dated(loaded.tokenizer, settings.chat_template_kwargs, recorded)
+    settings = replace(settings, chat_template_kwargs=kwargs)
     stops = {user_turn(loaded.tokenizer, kwargs).end, *stop_token_ids(loaded.tokenizer, kwargs)}
     decoder = loaded.decoder(
         temperature=settings.temperature,

@@ -45,7 +45,7 @@ from domino_jax.data.prompt import (
     tokenize,
 )
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record
+from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record, with_date
 
 
 @dataclass(frozen=True, eq=False)
@@ -446,7 +446,8 @@ def _check_generator(
     if KWARGS not in generator:
         return
     recorded = scalars(generator[KWARGS], source=f"{source}: generator: {KWARGS}")
-    answered = settings_text(recorded)
+    # Answers of earlier versions record no date.
+    answered = settings_text(with_date(recorded, recorded, kwargs))
     if answered != settings_text(kwargs):
         raise InputError(
             f"{source}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "

@@ -317,13 +317,13 @@ class _AnswerRecords:
         # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.
         if type(line) is not int or reason not in ("stop", "length"):
             return None
-        if not isinstance(messages, list) or not messages:
+        if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
             return None
         dialogue = self._dialogues.get(line)
         before = dialogue and dialogue.messages(self._texts[line])
         if dialogue is None or messages[:-1] != before:
             raise InputError(f"answers another prompt than line {line} of {self._source}")
-        self._note(dialogue, messages[-1]["content"])
+        self._note(dialogue, str(messages[-1].get("content")))
         return (line, len(messages) - 1), reason == "stop"
 
     def _note(self, dialogue: Dialogue, text: str) -> None:

@@ -25,7 +25,7 @@ import optax
 from flax.core import FrozenDict
 from jax.sharding import Mesh
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import write_whole
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
@@ -33,8 +33,15 @@ from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.config.sections import DataConfig, LossConfig
 from domino_jax.data.conversations import Row
-from domino_jax.data.hidden_states import MANIFEST
-from domino_jax.data.template import chat_template
+from domino_jax.data.hidden_states import MANIFEST, read_manifest
+from domino_jax.data.template import (
+    KWARGS,
+    NO_KWARGS,
+    chat_template,
+    dated,
+    recorded_kwargs,
+    with_date,
+)
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
 from domino_jax.objective.modules import build_trainer
@@ -145,6 +152,16 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         keep=train.keep_checkpoints,
         keep_best=train.keep_best is not None,
     )
+    # The last check: it reads every byte of a checkpoint.
+    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
+    resumed = None
+    if step is not None:
+        source = directory / CHECKPOINTS / str(step)
+        resumed = Resumed(step, source, read_run_record(source))
+    data = dataclasses.replace(
+        data, chat_template_kwargs=_dated_kwargs(data, tokenizer, resumed=resumed)
+    )
+    config = dataclasses.replace(config, data=data)
     record = DraftRecord(
         draft_config,
         config.target,
@@ -152,14 +169,9 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         target_sha256=None,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
     )
-    # The last check: it reads every byte of a checkpoint.
-    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
-    resumed = None
-    if step is not None:
-        source = directory / CHECKPOINTS / str(step)
-        resumed = Resumed(step, source, read_run_record(source))
-        check_settings(source, resumed.record.config, dataclasses.asdict(config))
-        check_draft(source, read_draft_record(source), record)
+    if resumed is not None:
+        check_settings(resumed.source, resumed.record.config, dataclasses.asdict(config))
+        check_draft(resumed.source, read_draft_record(resumed.source), record)
     return CheckedRun(
         config=config,
         mesh=mesh,
@@ -214,7 +226,10 @@ def read_inputs(
     heldout = None
     prompts: Sequence[np.ndarray] = ()
     if data.eval:
-        heldout = read(data.eval)
+        # Held-out answers keep their own date: they may be of another day than those of data.train.
+        kwargs = with_date(data.chat_template_kwargs, recorded_kwargs(data.eval))
+        own = dataclasses.replace(settings, chat_template_kwargs=kwargs)
+        heldout = read(data.eval, settings=own)
         hashes["data.eval"] = heldout.fingerprint
         if train.rollout_every is not None:
             prompts = read_prompts(
@@ -311,6 +326,19 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     for line in announcement(inputs):
         reporter.say(line)
     return Run(inputs, target_params, state)
+
+
+def _dated_kwargs(data: DataConfig, tokenizer: Any, *, resumed: Resumed | None) -> Scalars:
+    """The template kwargs of a run with the date of its first start or of its inputs."""
+    recorded: list[Scalars] = []
+    if resumed is not None:
+        # A record of another version may lack the section; `check_settings` refuses it.
+        recorded.append(resumed.record.config.get("data", {}).get(KWARGS, NO_KWARGS))
+    if data.hidden_states is not None:
+        recorded.append(read_manifest(data.hidden_states).chat_template_kwargs)
+    else:
+        recorded.append(recorded_kwargs(data.source))
+    return dated(tokenizer, data.chat_template_kwargs, *recorded)
 
 
 def row_settings(data: DataConfig) -> RowSettings:
@@ -509,9 +537,13 @@ class CaptureInputs:
     batch_size: int
 
 
-def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
+def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) -> CaptureInputs:
     """Checks and reads a capture of a run's rows: what is free first, the rows last.
 
+    Args:
+        config: the run.
+        recorded: template kwargs of an earlier start.
+        reporter: is told each line of the data that is left out.
     Raises:
         InputError: no conversations, a target or a mesh that cannot be, or several processes.
     """
@@ -526,7 +558,8 @@ def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
-    settings = row_settings(data)
+    kwargs = dated(tokenizer, data.chat_template_kwargs, recorded, recorded_kwargs(data.train))
+    settings = row_settings(dataclasses.replace(data, chat_template_kwargs=kwargs))
     rows = read_rows(
         data.train,
         tokenizer,

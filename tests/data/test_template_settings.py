@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import GOOD, THINKING, chat, encoded, encoded_all, make_tokenizer, marked, write
+from chats import CHATML, GOOD, THINKING, chat, encoded, encoded_all, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
 from domino_jax.data.conversations import load_rows
@@ -89,6 +89,22 @@ def test_answers_of_another_setting_are_refused(
         f"the run has {json.dumps(kwargs)}; "
         "give the run data.chat_template_kwargs of its answers, or regenerate the answers"
     )
+
+
+def test_answers_keep_their_date(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("{{ strftime_now('%d') }}" + CHATML)
+    day, other = ({"strftime_now": f"2026-12-0{number}"} for number in (1, 2))
+    for recorded in (day, {}):  # earlier versions recorded none
+        path = write(
+            tmp_path / "a.jsonl", {**GOOD, "generator": {"chat_template_kwargs": recorded}}
+        )
+        (row,), *_ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=day)
+        assert tokenizer.decode(row.input_ids).startswith("01<|im_start|>")
+    write(path, {**GOOD, "generator": {"chat_template_kwargs": day}})
+    with pytest.raises(
+        InputError, match=r'answered with .*-01"}, the run has .*-02"}; give the run'
+    ):
+        load_rows(path, tokenizer, max_length=100, chat_template_kwargs=other)
 
 
 def test_an_answer_that_records_nonsense_is_told_by_its_line(tmp_path: Path) -> None:

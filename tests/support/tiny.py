@@ -67,6 +67,11 @@ SWITCHED_TEMPLATE = (
     "{{ m['content'] }}<|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% if off %}n o {% endif %}{% endif %}"
 )
+# As Llama 3.2's: the date before the conversation. Here it is the day's letter: "b" on the first.
+DATED_TEMPLATE = (
+    "{% if not day is defined %}{% set day = strftime_now('%d') | int %}{% endif %}"
+    "<|im_start|>user {{ 'abcdefghijklmnopqrstuvwxyzabcdef'[day] }}<|im_end|> " + TEMPLATE
+)
 WORDS = [
     "<|im_end|>",
     "<|im_start|>",
