@@ -1,9 +1,8 @@
-"""Trained text against text by hand: test templates with published behaviours x conversations.
+"""Marked text of conversations, expected by hand, for test templates with published behaviours.
 
-A drafter must learn what its target writes, and each template hides that in its own way. Every
-conversation below is expected by hand: which text is marked, per answer. Where a template prints an
-answer in its own way, its row in `MARKED_BY` differs from `MARKED`. Independently of the encoder,
-the tokens before each marked run must be those of the prompt that transformers renders.
+`MARKED` holds the text that is marked for each answer of each conversation; `MARKED_BY` holds the
+differences of a template. The tokens before each marked run are compared with those of the prompt
+that transformers renders, without the encoder.
 """
 
 import json
@@ -164,7 +163,7 @@ CASES: dict[str, dict[str, Any]] = {
     "empty_reasoning": {"messages": [SUM, answer("It is 4.", reasoning_content="")]},
     "ends_with_end": {"messages": [SUM, answer(f"It is 4.{END}")]},
 }
-# A setting of one line, for the templates that read it.
+# Template arguments of one line, for the templates that read them.
 REASONING_OFF = {**CASES["plain"], "chat_template_kwargs": {"enable_thinking": False}}
 
 # Per case the marked text of each answer; None: not trained.
@@ -188,7 +187,7 @@ MARKED: Marked = {
     "system_late": ["It is 4.¶", "3.¶"],
     "parts": ["4.¶"],
     "two_answers": ["It is 4.¶", "And 3 is 7.¶"],
-    # The target's template has no place for the reasoning, without which it would not write this.
+    # The template shows no reasoning, and the answer followed it.
     "reasoning_content": NO,
     "reasoning_key": NO,
     "stop_in_reasoning": NO,
@@ -294,7 +293,7 @@ MARKED_BY: dict[str, Marked] = {
     },
     "SmolLM3": LATE_SYSTEM,
     "Phi-4": NO_TOOL_ROLE,
-    # An answer begins with a channel that text does not tell: only whole renderings are trained.
+    # Plain text lacks the channel of the answer; renderings with reasoning or calls show it.
     "gpt-oss": {
         **{case: [None] * len(texts) for case, texts in MARKED.items()},
         "reasoning_content": after_analysis("Add them."),
@@ -308,7 +307,7 @@ MARKED_BY: dict[str, Marked] = {
         "tool_calls": [GPT_OSS_CALL, None],
     },
 }
-# What a role developer becomes where the template has no such role.
+# Templates that show the role developer; the others get its message as system.
 SHOWS_DEVELOPER = ("SmolLM2", "Llama 3.1", "Llama 3.2", "gpt-oss")
 
 
@@ -378,7 +377,7 @@ def marked_texts(
 def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, list[str | None] | str]]:
-    """A template, and what is marked of every case: texts, or why its rows are wrong."""
+    """A template, and the marked texts of every case, or the error of its rows."""
     name = request.param
     published = PUBLISHED[name]
     tokenizer = published.tokenizer()

@@ -1,8 +1,8 @@
 """Chat templates with the behaviours of published ones, and a tokenizer for each.
 
-Rows are trained only where the target could have written them, and templates differ in ways that
-decide it: reasoning disappears from earlier turns, a prompt opens `<think>`, answers are trimmed.
-Each template here is short, and named by the published template whose behaviours it has:
+A template decides which text a target can have written: it strips reasoning from earlier turns,
+opens `<think>` in the prompt, trims answers. Each template here is short, and named by the
+published template whose behaviours it has:
 
     PUBLISHED[name]   -> template, tokens, behaviours
     BEHAVIOURS[name]  -> the cases of `test_trained_text.py` in which a behaviour matters
