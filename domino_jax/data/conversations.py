@@ -283,6 +283,10 @@ class Encoder:
         else:
             written = self._plain_answer(text, message["content"], finished=finished)
         prompt = tokenize(text, self._tokenizer)
+        if len(prompt) and prompt[-1] in self._stop_ids:
+            raise InputError(
+                "the prompt ends with an end of turn, after which nothing is generated"
+            )
         whole = tokenize(text + written, self._tokenizer)
         # A token over the border is none that can follow the prompt.
         answer = whole[len(prompt) :]
@@ -331,6 +335,8 @@ class Encoder:
         calls = message.get("tool_calls", [])
         opening = OPENED.search(prompt)
         opened = opening is not None and opening[1] is None
+        if opened and not reasoning and THINK_END not in content:
+            raise InputError("the generation prompt opens reasoning, the answer never ends it")
         for spelled in spellings([message], self._template):
             rendering = Rendering([*before, *spelled], tools=tools)
             (text,) = render(self._tokenizer, [rendering], kwargs)
@@ -340,7 +346,7 @@ class Encoder:
             written = text[len(known) :]
             if opening is not None and known != prompt:
                 written = _without_prefix(written, opening[0])
-            written = self._until_end(written)
+            written = self._until_end(written, finished=finished)
             if not reasoning:
                 written = EMPTY_REASONING.sub("", written)
             if shows(written, reasoning, content) and shows_calls(written, calls):
@@ -353,11 +359,13 @@ class Encoder:
         what = "reasoning" if reasoning else "tool calls"
         raise InputError(f"the chat template does not show the {what} of the answer as given")
 
-    def _until_end(self, written: str) -> str:
-        """A rendered answer without its end of turn and what follows."""
+    def _until_end(self, written: str, *, finished: bool) -> str:
+        """A rendered answer up to its end of turn, which calls of tools may have of their own."""
         texts = self._tokenizer.convert_ids_to_tokens(list(self._stop_ids))
-        end = max((written.rfind(text) for text in texts), default=-1)
-        return written if end < 0 else written[:end]
+        begin, text = max((written.rfind(text), text) for text in texts)
+        if begin < 0:
+            return written
+        return written[: begin + len(text)] if finished else written[:begin]
 
     def _without_reasoning(self, row: Row) -> np.ndarray:
         """The mask of a row without the reasoning of its answers."""

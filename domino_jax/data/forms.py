@@ -164,7 +164,7 @@ def _conversation(
     finished = record.get("finished", record.get(FINISH_REASON) != "length")
     require(isinstance(finished, bool), f"finished is {shown(finished)}, expected true or false")
     ids, mask = _token_ids(record)
-    messages = _messages(record.get("messages"), text=ids is None)
+    messages = _messages(record, text=ids is None)
     tools = record.get("tools")
     if tools is not None:
         objects = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
@@ -212,12 +212,16 @@ def _integers(record: Mapping[str, Any], key: str) -> np.ndarray:
     return np.array(found, np.int32)
 
 
-def _messages(found: Any, *, text: bool) -> Messages:
+def _messages(record: Mapping[str, Any], *, text: bool) -> Messages:
     """The messages of a line, checked; beside token ids they may be absent, and contents empty."""
+    found = record.get("messages")
     if found is None and not text:
         return []
     if not isinstance(found, list) or not found:
-        raise InputError('no messages; expected {"messages": [{"role": ..., "content": ...}, ...]}')
+        raise InputError(
+            f"no messages, found {shown(found or list(record))}; expected "
+            '{"messages": [{"role": ..., "content": ...}, ...]}'
+        )
     messages = []
     asked = False
     for number, message in enumerate(found, start=1):

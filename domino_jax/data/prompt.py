@@ -156,7 +156,11 @@ def frame_of(tokenizer: Any, kwargs: Scalars) -> Frame:
     )
     known = prompt if text.startswith(prompt) else OPENED.sub("", prompt)
     before = text[len(known) : begin] if text.startswith(known) else ""
-    # Empty reasoning, which Qwen3's template inserts, is no part of the answer.
+    # Empty reasoning, which Qwen3's templates insert, is no part of the answer; the prompt may open
+    # it already.
+    opening = OPENED.search(prompt) if known == prompt else None
+    if opening is not None and EMPTY_REASONING.fullmatch(opening[0] + before):
+        before = ""
     inserted = EMPTY_REASONING.sub("", before)
     if prompt == without and inserted.strip():
         raise InputError(
