@@ -90,3 +90,10 @@ def test_a_measurement_says_when_and_where() -> None:
     assert set(said) == {"date", "hardware", "device", "python", "versions"}
     assert said["device"] == "cpu:cpu" and " x " in said["hardware"]
     assert set(said["versions"]) == {"domino-jax", "jax", "jaxlib", "numpy"}
+
+
+def test_a_figure_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    place = tmp_path / "evaluation.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_evaluation(place, EVALUATOR, training={}, cycle={"whole": float("nan")}, sets=SETS)
+    assert not place.exists()
