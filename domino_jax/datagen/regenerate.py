@@ -154,7 +154,8 @@ def read_dialogues(
     if replaced:
         reporter.say(f"{path}: {replaced} answers in it are left out and generated again")
     for name, count in sorted(found.unused.items()):
-        reporter.say(f"{path}: {name} is not read ({count} lines)")
+        lines = len(found.conversations)
+        reporter.say(f"{path}: {name} is not read, in {count} of {lines} lines")
     return dialogues
 
 

@@ -129,7 +129,7 @@ def read_rows(
     if bad:
         reporter.say(f"{path}: {len(bad)} of {found.lines} lines are not trained, or not whole")
     for name, count in sorted(found.unused.items()):
-        reporter.say(f"{path}: {name} is not read ({count} lines)")
+        reporter.say(f"{path}: {name} is not read, in {count} of {found.lines} lines")
     if len(bad) > max_unusable * found.lines:
         lines = _by_reason(bad)[0]
         raise InputError(
