@@ -89,4 +89,6 @@ def test_a_measurement_says_when_and_where() -> None:
     said = measured("cpu:cpu")
     assert set(said) == {"date", "hardware", "device", "python", "versions"}
     assert said["device"] == "cpu:cpu" and " x " in said["hardware"]
-    assert set(said["versions"]) == {"domino-jax", "jax", "jaxlib", "numpy"}
+    # The last two decide what tokens a text is.
+    packages = {"domino-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers"}
+    assert set(said["versions"]) == packages
