@@ -18,7 +18,7 @@ from domino_jax.cli.loading import Loaded
 from domino_jax.cli.shared import reporter, user_cache
 from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, asked, check_length, pieces
+from domino_jax.decoding.generate import Answer, asked, check_prompt, pieces
 from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
 from domino_jax.evaluation.endpoint import compare_with_server
 from domino_jax.evaluation.evaluate import SERVING, plain_answers
@@ -50,7 +50,7 @@ class Measurement:
             self.drafter.record.config,
             proposals="serving",
             temperature=self.evaluator.temperature,
-            stop_ids=stop_token_ids(self.loaded.tokenizer, kwargs),
+            stop_ids=stop_token_ids(self.loaded.tokenizer, kwargs, end_ids=self.loaded.end_ids),
         )
 
     @property
@@ -137,10 +137,9 @@ class Measurement:
         texts, prompts = [], []
         for line, messages in usable[:limit]:
             question = asked(messages)
-            prompts.append(
-                encode_prompt(question, self.loaded.tokenizer, self.evaluator.chat_template.kwargs)
-            )
-            check_length(self._decoder, prompts[-1], source=f"{path}:{line}")
+            tokenizer = self.loaded.tokenizer
+            prompts.append(encode_prompt(question, tokenizer, self.evaluator.chat_template.kwargs))
+            check_prompt(self._decoder, prompts[-1], tokenizer, source=f"{path}:{line}")
             texts.append(question[-1]["content"])
         return texts, prompts
 

@@ -256,9 +256,17 @@ def encode_prompt(
     return ids
 
 
-def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's eos, then the template's end of turn if another.
+def stop_token_ids(
+    tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS, *, end_ids: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's eos, the template's end of turn, `end_ids`.
 
+    Args:
+        tokenizer: a transformers fast tokenizer with a chat template.
+        chat_template_kwargs: what the template is told besides the messages.
+        end_ids: those that the target's directory names, see `target.tokens.end_token_ids`.
+    Returns:
+        Each id once.
     Raises:
         InputError: the tokenizer has neither, or its chat template does not read one of the kwargs
             or refuses a plain exchange.
@@ -273,7 +281,7 @@ def stop_token_ids(tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS) ->
     ids, spans = _tokenize(text, tokenizer)
     after = ids[spans[:, 0] >= text.rindex(answer) + len(answer)]
     ends = [int(token) for token in after if int(token) in tokenizer.added_tokens_decoder]
-    stops = dict.fromkeys([tokenizer.eos_token_id, *ends[:1]])
+    stops = dict.fromkeys([tokenizer.eos_token_id, *ends[:1], *end_ids])
     stops.pop(None, None)
     if not stops:
         raise InputError(

@@ -21,7 +21,7 @@ from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.conversations import Messages, encode_prompt, read_messages
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import check_length, generate
+from domino_jax.decoding.generate import check_prompt, generate
 from domino_jax.decoding.speculate import required_cache_len
 
 
@@ -107,7 +107,8 @@ def regenerate(
     # start must put the same prompts together into batches.
     prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.line))
     longest = prompts[-1]
-    check_length(decoder, longest.ids, source=f"{prompts_path}:{longest.line}")
+    for prompt in reversed(prompts):
+        check_prompt(decoder, prompt.ids, tokenizer, source=f"{prompts_path}:{prompt.line}")
     # Of all prompts, not of those that are left: another start must run the same program.
     cache_len = required_cache_len(decoder, len(longest.ids), settings.max_new_tokens)
     answers_path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
-from domino_jax.config.model import DecoderConfig
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.data.conversations import Row, encode_prompt, load_rows, read_messages
 from domino_jax.data.hidden_states import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import (
@@ -30,10 +30,11 @@ from domino_jax.data.packing import (
     single_packs,
 )
 from domino_jax.decoding.decoder import make_decoder
-from domino_jax.decoding.generate import asked, check_length
+from domino_jax.decoding.generate import asked, check_prompt
 from domino_jax.objective.objectives import reads_target
 from domino_jax.sharding import axis_size, make_mesh, partition_spec
 from domino_jax.target.decoder import Target
+from domino_jax.target.tokens import check_vocabulary, token_words
 from domino_jax.training.step import Batch
 
 
@@ -92,15 +93,22 @@ class InputRows:
 
 
 def read_rows(
-    path: str, tokenizer: Any, settings: RowSettings, *, packing: bool, reporter: Reporter
+    path: str,
+    tokenizer: Any,
+    settings: RowSettings,
+    *,
+    draft: DraftConfig,
+    packing: bool,
+    reporter: Reporter,
 ) -> InputRows:
-    """Reads and encodes conversations and packs the rows if the run packs.
+    """Reads, encodes and checks conversations, and packs the rows if the run packs.
 
     The reporter is told which lines were left out, and how many answers were cut at the limit of
     whoever wrote them.
 
     Raises:
-        InputError: the file cannot be read or gives no row.
+        InputError: the file cannot be read or gives no row, or a row does not fit the draft, see
+            `check_rows`.
     """
     rows, bad_lines, unfinished = load_rows(path, tokenizer, **vars(settings))
     # Some of them show what is wrong; in a file of another format every line is bad.
@@ -113,7 +121,43 @@ def read_rows(
             f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are "
             "unfinished, cut at their token limit: no end of turn is learned from them"
         )
+    check_rows(rows, tokenizer, draft=draft, path=path)
     return _with_packs(rows, settings, packing=packing)
+
+
+def check_rows(rows: Sequence[Row], tokenizer: Any, *, draft: DraftConfig, path: str) -> None:
+    """Refuses rows that a draft and its target cannot read.
+
+    Args:
+        rows: of a file, with their lines.
+        tokenizer: gives the text of a token, for messages.
+        draft: has the vocabulary and the positions of its target, and a mask token.
+        path: of the file, for messages.
+    Raises:
+        InputError: a row has more tokens than the target has positions, a token outside the
+            vocabulary, or the mask token.
+    """
+    lengths = np.array(row_lengths(rows))
+    positions = draft.max_position_embeddings
+    # Packed or not: positions restart with each row.
+    for number in np.flatnonzero(lengths > positions)[:1]:
+        raise InputError(
+            f"{path}:{rows[number].line}: a row of {lengths[number]} tokens, the target has "
+            f"{positions} positions; set data.max_length to {positions} at most"
+        )
+    ids = np.concatenate([row.input_ids for row in rows])
+    # One pass over all ids; which row it is matters only where one is wrong.
+    ends = np.cumsum(lengths)
+    mask = draft.mask_token_id
+    for at in np.flatnonzero((ids < 0) | (ids >= draft.vocab_size) | (ids == mask))[:1]:
+        row = rows[np.searchsorted(ends, at, side="right")]
+        source = f"{path}:{row.line}"
+        check_vocabulary(row.input_ids, tokenizer, vocab_size=draft.vocab_size, source=source)
+        count = len(np.unique(np.searchsorted(ends, np.flatnonzero(ids == mask), side="right")))
+        raise InputError(
+            f"{source}: the row contains {token_words(tokenizer, mask)}, the mask token; {count} "
+            f"of {len(rows)} rows contain it; give draft.mask_token_id an id that no row contains"
+        )
 
 
 def read_features(
@@ -123,6 +167,7 @@ def read_features(
     target: str,
     tokenizer: str,
     target_layer_ids: tuple[int, ...],
+    mask_token_id: int,
     packing: bool,
     loss_type: str,
     kl_weight: float,
@@ -135,17 +180,24 @@ def read_features(
         target: sha256 of the target (see `target.fingerprint`), `tokenizer` that of its tokenizer.
         tokenizer: see `target`.
         target_layer_ids: layers that the draft reads.
+        mask_token_id: of the draft; no row may contain it.
         packing: whether rows share batch rows.
         loss_type: decides with `kl_weight` which states are read.
         kl_weight: see `LossConfig`.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers,
-            length or masking, or without the final states, for a loss that reads them.
+            length or masking, of rows with the mask token, or without the final states, for a loss
+            that reads them.
     """
     rows = FeatureRows(directory)
     # Not compared: the stored type, since a step casts the states to the type it computes in.
     of_run = {"target": target, "tokenizer": tokenizer, "target_layer_ids": target_layer_ids}
     check_manifest(directory, rows.manifest, of_run | vars(settings))
+    if rows.manifest.contains(mask_token_id):
+        raise InputError(
+            f"{directory}: the captured rows contain draft.mask_token_id {mask_token_id}; give an "
+            "id that no row contains"
+        )
     if reads_target(loss_type, kl_weight=kl_weight) and not rows.manifest.target_states:
         raise InputError(
             f"{directory}: captured without the target's final states, which "
@@ -176,7 +228,8 @@ def read_prompts(
     Returns:
         Token ids, int32 [n] each.
     Raises:
-        InputError: a prompt, or an answer, exceeds the target's positions.
+        InputError: a prompt, or an answer, exceeds the target's positions, or a prompt has a token
+            outside its vocabulary.
     """
     positions = target.max_position_embeddings
     if rollout_tokens > positions:
@@ -192,7 +245,7 @@ def read_prompts(
         assert row.line is not None, "held-out rows are read from a file"
         question = asked(conversations[row.line])
         prompt = encode_prompt(question, tokenizer, chat_template_kwargs)
-        check_length(reader, prompt, source=f"{path}:{row.line}")
+        check_prompt(reader, prompt, tokenizer, source=f"{path}:{row.line}")
         prompts.append(prompt)
     return prompts
 

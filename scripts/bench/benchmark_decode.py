@@ -198,7 +198,7 @@ def case_of_runs(options: argparse.Namespace) -> Case:
             encode_prompt(messages, loaded.tokenizer, kwargs)
             for _, messages in usable[: options.limit]
         ],
-        stops=stop_token_ids(loaded.tokenizer, kwargs),
+        stops=stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids),
         context=CONTEXT,
         torch_models=torch_models,
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,23 @@ def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
         tensors[name] = np.asarray(leaf * (10.0 if leaf.ndim == 2 else 1.0))
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+def with_ends(target: Path, directory: Path, *ends: int) -> Path:
+    """A copy of a target that generates up to one of these tokens."""
+    copy = Path(shutil.copytree(target, directory))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return copy
+
+
+def add_token(target: Path) -> Path:
+    """Adds the token <new> to a target's tokenizer; it has no embedding."""
+    path = target / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token |= {"id": len(WORDS), "content": "<new>", "special": True}
+    path.write_text(json.dumps(tree | {"added_tokens": [*tree["added_tokens"], token]}))
+    return target
 
 
 def stack_layers(params: Any) -> Any:

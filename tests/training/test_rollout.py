@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from documents import fields_of
 from saved_bits import final_bits
-from tiny import Heard, quiet, run_config, write_conversations
+from tiny import MASK_TOKEN_ID, WORDS, Heard, quiet, run_config, with_ends, write_conversations
 from whole_run import train
 
 from domino_jax.base.errors import InputError, Interrupted
@@ -65,6 +65,7 @@ def write_answered(place: Path, target: Path, heldout: Path) -> None:
     lines = []
     for messages, answer in zip(asked, answers, strict=True):
         words = tokenizer.decode(answer.tokens).replace(tokenizer.eos_token, "a")
+        words = words.replace(WORDS[MASK_TOKEN_ID], "b")  # which no row may contain
         answered = [*messages, {"role": "assistant", "content": words}]
         lines.append(json.dumps({"messages": answered}) + "\n")
     (place / "rows.jsonl").write_text("".join(2 * lines))
@@ -240,6 +241,14 @@ def test_what_the_target_has_no_positions_for_is_refused(
     with pytest.raises(InputError, match=message):
         train(load_config(path, ["train.rollout_prompts=99", *words]), reporter=quiet())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rollout_ends_at_the_end_tokens_of_the_directory(target: Path, tmp_path: Path) -> None:
+    ends = with_ends(target, tmp_path / "target", *(set(range(len(WORDS))) - {MASK_TOKEN_ID}))
+    settings = {**ROLLOUTS, "steps": 2, "rollout_every": 2, "rollout_prompts": 3}
+    train(load_config(run_config(tmp_path, ends, train=settings)), reporter=quiet())
+    (figures,) = [line for line in read_metrics(tmp_path / "run") if line["split"] == "rollout"]
+    assert figures["tokens"] == figures["prompts"] == 3
 
 
 def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
