@@ -12,7 +12,7 @@ from domino_jax.base.files import check_new, whole_directory, write_error
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
-from domino_jax.data.template import chat_template, check_kwargs
+from domino_jax.data.template import NO_KWARGS, chat_template, check_kwargs, dated
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import target_fingerprint, tokenizer_fingerprint
@@ -83,7 +83,7 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     check_new(run)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import check_fit
-    from domino_jax.data.conversations import stop_token_ids
+    from domino_jax.data.prompt import stop_token_ids
     from domino_jax.interop.hf import load_hf_draft, recorded_template
     from domino_jax.target.decoder import Target
     from domino_jax.target.load import load_tokenizer
@@ -103,20 +103,19 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     path = resolve_target(target, reporter=reporter)
     tokenizer = load_tokenizer(path)
     trained_with = recorded_template(directory)
-    kwargs = chat_template_kwargs
-    if kwargs is None:
-        kwargs = {} if trained_with is None else trained_with.kwargs
-    template = chat_template(tokenizer, kwargs)
+    recorded = NO_KWARGS if trained_with is None else trained_with.kwargs
+    asked = recorded if chat_template_kwargs is None else chat_template_kwargs
+    template = chat_template(tokenizer, dated(tokenizer, asked, recorded))
     if trained_with is None:
         # With no record to compare it with, only this notices a misspelt setting.
-        check_kwargs(tokenizer, kwargs)
+        check_kwargs(tokenizer, template.kwargs)
         reporter.say(
             f"{directory} does not say which chat template it was trained with; "
             f"taking that of {target}"
         )
     else:
         template.check_trained(trained_with, source=str(directory), target=target)
-    stop_ids = stop_token_ids(tokenizer, kwargs, end_ids=end_token_ids(path))
+    stop_ids = stop_token_ids(tokenizer, template.kwargs, end_ids=end_token_ids(path))
     # Sizes alone are compared: no weights are read, and the compute type does not matter.
     model = Target(read_decoder_config(path, dtype="float32"))
     check_fit(config, model, tokenizer, stop_ids=stop_ids)

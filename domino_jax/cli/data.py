@@ -4,6 +4,7 @@ The verb `target` makes a directory of the target, `prompts` lets it write reque
 answer them. The options of how the target draws are the settings that each line records.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
+from domino_jax.data.template import dated, recorded_kwargs
+from domino_jax.datagen.batch_log import log_of
 from domino_jax.target.resolve import resolve_target
 
 
@@ -47,6 +50,13 @@ def target(source: str, directory: Path | None) -> None:
 @click.argument("prompts", type=options.PATH)
 @click.argument("answers", type=options.PATH)
 @options.target
+@click.option(
+    "--turns",
+    type=click.Choice(("all", "last")),
+    default="all",
+    help="Turns of a conversation to answer: all of them, which replaces earlier answers, or the "
+    "last, which keeps them as context that is not trained.",
+)
 @click.option("--batch-size", type=options.BATCH_SIZE, default=32, help="Rows decoded together.")
 @options.max_new_tokens
 @options.temperature
@@ -58,22 +68,31 @@ def target(source: str, directory: Path | None) -> None:
 def regenerate(
     prompts: Path, answers: Path, chat_template_kwargs: Scalars | None, **drawing: Any
 ) -> None:
-    """Let the target answer PROMPTS into ANSWERS, the training data of a drafter.
+    """Generate the target's answers to PROMPTS into ANSWERS, the training data of a drafter.
 
-    PROMPTS is JSONL or JSONL.gz of {"messages": [...]}. A drafter must learn the words of its own
-    target; answers written by anyone else cost acceptance. Stopped and started again it resumes
-    where it was.
+    PROMPTS is JSONL or JSONL.gz of {"messages": [...]}; an answer at the end is left out. ANSWERS
+    holds text and the token ids that the target was given and generated, which training uses.
+    A stopped command resumes when it is started again.
     """
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
-    from domino_jax.data.conversations import stop_token_ids
-    from domino_jax.datagen.regenerate import AnswerSettings
+    from domino_jax.data.prompt import stop_token_ids
+    from domino_jax.datagen.batch_log import log_of
+    from domino_jax.datagen.regenerate import AnswerSettings, read_dialogues
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
     from domino_jax.decoding.decoder import Weights
+    from domino_jax.target.load import load_tokenizer
 
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     settings = AnswerSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
+    recorded = recorded_kwargs(log_of(answers))
+    tokenizer = load_tokenizer(resolve_target(settings.target, reporter=reporter))
+    kwargs = dated(tokenizer, settings.chat_template_kwargs, recorded)
+    settings = replace(settings, chat_template_kwargs=kwargs)
+    dialogues = read_dialogues(
+        prompts, tokenizer, chat_template_kwargs=kwargs, turns=settings.turns, reporter=reporter
+    )
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
     decoder = loaded.decoder(
         temperature=settings.temperature,
@@ -84,8 +103,9 @@ def regenerate(
         ),
     )
     result = regenerate_answers(
-        prompts,
+        dialogues,
         answers,
+        source=prompts,
         decoder=decoder,
         weights=Weights(loaded.params),
         tokenizer=loaded.tokenizer,
@@ -98,6 +118,16 @@ def regenerate(
         reporter.say(
             f"{result.cut} of {result.total} answers ({result.cut / result.total:.0%}) were cut at "
             f"{length} tokens: a drafter sees no end in them; --max-new-tokens sets the limit"
+        )
+    if result.answered:
+        reporter.say(
+            f"{result.retokenised} of {result.answered} answers have other token ids when their "
+            "text is tokenised again; training uses the generated ids"
+        )
+    if result.left_out:
+        reporter.say(
+            f"{result.left_out} later turns are left out: their prompts are too long, or the chat "
+            "template refuses them"
         )
     click.echo(answers)
 
@@ -141,15 +171,17 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     """
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
-    from domino_jax.data.conversations import stop_token_ids
+    from domino_jax.data.prompt import stop_token_ids
     from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
     from domino_jax.decoding.decoder import Weights
 
     keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
-    kwargs = chat_template_kwargs or {}
-    settings = PromptSettings(**drawing, chat_template_kwargs=kwargs)
+    settings = PromptSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
+    recorded = recorded_kwargs(log_of(out))
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
+    kwargs = dated(loaded.tokenizer, settings.chat_template_kwargs, recorded)
+    settings = replace(settings, chat_template_kwargs=kwargs)
     ends = stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids)
     stops = {user_turn(loaded.tokenizer, kwargs).end, *ends}
     decoder = loaded.decoder(

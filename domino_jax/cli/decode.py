@@ -63,7 +63,7 @@ def generate(
         raise InputError("the prompt is empty")
     # Until `keeps` a signal ends the process at once, also while it waits for a prompt.
     from domino_jax.cli.loading import load_run
-    from domino_jax.data.conversations import encode_prompt, stop_token_ids
+    from domino_jax.data.prompt import encode_prompt, stop_token_ids
     from domino_jax.decoding.decoder import Weights
     from domino_jax.decoding.generate import TextStream, check_prompt, stream_answer
     from domino_jax.evaluation.counts import acceptance

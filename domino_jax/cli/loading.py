@@ -10,8 +10,8 @@ from typing import Any
 from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.cli.shared import reporter
 from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.data.conversations import stop_token_ids
-from domino_jax.data.template import chat_template
+from domino_jax.data.prompt import stop_token_ids
+from domino_jax.data.template import chat_template, dated
 from domino_jax.decoding.decoder import Decoder, make_decoder
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.target.decoder import Target
@@ -70,7 +70,8 @@ def load_run(
     Args:
         run: the run directory.
         dtype: compute type of both; None takes the one that the run trains in.
-        chat_template_kwargs: what the chat template is asked to be told; None takes the run's own.
+        chat_template_kwargs: settings of the chat template; None takes the run's own. The date is
+            the run's own where they have none.
         step: of the checkpoint; None takes the newest.
         max_new_tokens: of an answer.
     Raises:
@@ -90,7 +91,7 @@ def load_run(
         hashes = target_sha256(), tokenizer_fingerprint(path, loaded.tokenizer)
     trained = record.chat_template
     kwargs = trained.kwargs if chat_template_kwargs is None else chat_template_kwargs
-    asked = chat_template(loaded.tokenizer, kwargs)
+    asked = chat_template(loaded.tokenizer, dated(loaded.tokenizer, kwargs, trained.kwargs))
     asked.check_trained(trained, source=str(run), target=record.target)
     trained_with = record.target_sha256, record.tokenizer_sha256
     for name, was, now in zip(("target", "tokenizer"), trained_with, hashes, strict=True):
@@ -100,7 +101,7 @@ def load_run(
             f"{str(was)[:12]}, is {now[:12]}; put its files back",
         )
     record = replace(record, config=replace(record.config, dtype=compute))
-    stop_ids = stop_token_ids(loaded.tokenizer, trained.kwargs, end_ids=loaded.end_ids)
+    stop_ids = stop_token_ids(loaded.tokenizer, asked.kwargs, end_ids=loaded.end_ids)
     check_fit(record.config, Target(loaded.config), loaded.tokenizer, stop_ids=stop_ids)
     return loaded, replace(stored, record=record)
 

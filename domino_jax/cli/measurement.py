@@ -16,9 +16,10 @@ from domino_jax import __version__
 from domino_jax.base.files import file_sha256
 from domino_jax.cli.loading import Loaded
 from domino_jax.cli.shared import reporter, user_cache
-from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+from domino_jax.data.forms import question, read_conversations
+from domino_jax.data.prompt import prompt_of, stop_token_ids
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, asked, check_prompt, pieces
+from domino_jax.decoding.generate import Answer, check_prompt, pieces
 from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
 from domino_jax.evaluation.endpoint import compare_with_server
 from domino_jax.evaluation.evaluate import SERVING, plain_answers
@@ -130,17 +131,18 @@ class Measurement:
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""
-        usable, bad_lines = read_messages(path)
-        # Told and passed over: a set is measured on what can be used of it.
-        for bad in bad_lines:
+        found = read_conversations(path)
+        # A set is measured on its usable lines.
+        for bad in found.bad_lines:
             reporter.say(f"{path}:{bad.line}: {bad.reason}")
         texts, prompts = [], []
-        for line, messages in usable[:limit]:
-            question = asked(messages)
-            tokenizer = self.loaded.tokenizer
-            prompts.append(encode_prompt(question, tokenizer, self.evaluator.chat_template.kwargs))
-            check_prompt(self._decoder, prompts[-1], tokenizer, source=f"{path}:{line}")
-            texts.append(question[-1]["content"])
+        tokenizer, kwargs = self.loaded.tokenizer, self.evaluator.chat_template.kwargs
+        for conversation in found.conversations[:limit]:
+            prompt = prompt_of(conversation, tokenizer, kwargs)
+            check_prompt(self._decoder, prompt, tokenizer, source=f"{path}:{conversation.line}")
+            prompts.append(prompt)
+            asked = question(conversation)
+            texts.append(asked[-1]["content"] if asked else tokenizer.decode(prompt))
         return texts, prompts
 
 

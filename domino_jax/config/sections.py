@@ -37,10 +37,16 @@ class DataConfig(Section):
     chat_template_kwargs: Scalars = key(
         {},
         "what the target's chat template is told besides the messages, for example "
-        "enable_thinking: false; a name that it does not read is refused",
+        "enable_thinking: false; a name that it does not read is refused. A template that prints "
+        "the date gets strftime_now: 2026-12-01, filled in at the first start",
     )
     mask_reasoning_content: bool = key(
         False, "take <think>...</think> of answers out of the loss; their tokens stay in the rows"
+    )
+    max_unusable: float = key(
+        0.2,
+        "share of a file's lines that may hold an answer that is not trained; more is an error",
+        **SHARE,
     )
     packing: bool = key(
         False, "put several short conversations into one row; epochs then count packed rows"

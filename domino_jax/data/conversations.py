@@ -1,55 +1,61 @@
-"""Conversations become token rows: JSONL of {"messages": [...]} -> ids and loss mask.
+"""Token rows of conversations: input ids, and a mask of the tokens that the target generated.
 
-A drafter learns what its target says. A mask that covers a role header too, or misses the end of a
-turn, teaches it tokens that the target does not write there. Only the chat template knows where an
-answer begins and ends, so what it renders is compared and never imitated.
+A drafter learns its target's answers as they were generated, after the prompt that the target was
+given. Generated ids are rows as they are. Text of an answer is tokenised behind its prompt, which
+is rendered as an engine renders it; the template's rendering of a finished conversation is not
+used, since it may insert, trim or strip text:
+
+    messages[:t]    -- template, add_generation_prompt -->  prompt  <|im_start|>assistant\\n
+    messages[t]     -- content as it was written       -->  answer  It is 4.<|im_end|>
+    row of turn t   [ prompt | answer ]   the answer is marked
+    turns t < u     one row where the prompt of u begins with the row of t, else a row for each
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import bisect
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.base.errors import InputError, Scalars, scalars, shown
-from domino_jax.base.files import LINE_BYTES, read_lines
-from domino_jax.base.parse import parse_json
+from domino_jax.base.errors import InputError, Scalars, require, scalars, shown
+from domino_jax.data.forms import (
+    REASONING_KEYS,
+    BadLine,
+    Conversation,
+    Messages,
+    iterate_conversations,
+    nothing_usable,
+)
+from domino_jax.data.prompt import (
+    EMPTY_REASONING,
+    OPENED,
+    THINK_BEGIN,
+    THINK_END,
+    frame_of,
+    mentions,
+    reasoning_of,
+    render_prompt,
+    shows,
+    shows_calls,
+    spellings,
+    stop_token_ids,
+    tokenize,
+)
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, check_kwargs, settings_text
-
-ROLES = ("system", "user", "assistant")
-
-# How reasoning models (DeepSeek-R1, Qwen3) and their chat templates fence what they think.
-THINK_BEGIN, THINK_END = "<think>", "</think>"
-
-# {"role": ..., "content": ...}; further keys, as `reasoning_content`, reach the template unchanged
-Messages = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, order=True)
-class BadLine:
-    """A line of a file that cannot be used; `line` counts from 1."""
-
-    line: int
-    reason: str
-
-
-class MessageSet(NamedTuple):
-    """The usable conversations of a file with their line numbers, and the lines left out."""
-
-    conversations: list[tuple[int, Messages]]
-    bad_lines: list[BadLine]
+from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record, with_date
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One conversation in tokens.
+    """One sequence of tokens.
 
-    `input_ids` is int32 [n], `loss_mask` bool [n], True where the target itself wrote the token. A
+    `input_ids` is int32 [n], `loss_mask` bool [n], True where the target generated the token. A
     row of captured states (`data.hidden_states`) also holds `features` [n, C*D] and, if they were
-    captured too, `target_states` [n, D], both float32 or bfloat16. `line` is where the conversation
-    stands in its file, counted from 1; None for rows that were not read from one.
+    captured too, `target_states` [n, D], both float32 or bfloat16. `line` is the conversation's
+    line in its file, counted from 1; None for rows that were not read from one.
     """
 
     input_ids: np.ndarray
@@ -60,30 +66,36 @@ class Row:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """What the row says of its tokens, [n, ...] each, by name."""
+        """The arrays of the row by name, [n, ...] each."""
         return {name: x for name, x in vars(self).items() if isinstance(x, np.ndarray)}
 
 
-class RowSet(NamedTuple):
-    """The rows of a file in its order, the lines left out, and how many rows are unfinished."""
+@dataclass(frozen=True)
+class RowSet:
+    """The rows of a file.
+
+    Attributes:
+        rows: in the order of the file.
+        bad_lines: lines without a row, and lines with an answer that is not trained.
+        lines: how many lines were read, bad ones included.
+        unfinished: lines whose last answer was cut at its token limit.
+        from_text: lines of text, whose tokens are those of the text and not recorded ones.
+        unused: what nothing reads -> lines.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    bad_lines: list[BadLine] = field(default_factory=list)
+    lines: int = 0
+    unfinished: int = 0
+    from_text: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+
+
+class Encoded(NamedTuple):
+    """The rows of a conversation, and why answers of it are in none."""
 
     rows: list[Row]
-    bad_lines: list[BadLine]
-    unfinished: int
-
-
-def read_messages(path: str | Path) -> MessageSet:
-    """Reads conversations or prompts, packed (`.gz`) or not; further keys of a line are ignored.
-
-    Args:
-        path: JSONL of {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are skipped.
-    Returns:
-        What can be used, and per other line its number and what is wrong with it.
-    Raises:
-        InputError: the file cannot be read or has no usable line.
-    """
-    records, bad_lines = _read_records(path)
-    return MessageSet([(line, record["messages"]) for line, record in records], bad_lines)
+    untrained: list[str]
 
 
 def load_rows(
@@ -93,58 +105,69 @@ def load_rows(
     max_length: int,
     chat_template_kwargs: Scalars = NO_KWARGS,
     mask_reasoning_content: bool = False,
+    end_ids: Sequence[int] = (),
 ) -> RowSet:
     """Reads conversations and encodes them.
 
-    A line with `"finished": false` (as `regenerate` writes it for an answer cut at its limit) ends
-    without an end-of-turn token: the target did not stop there.
+    Lines with token ids are taken as they are. An unfinished answer has no end-of-turn token: the
+    target did not stop there.
 
     Args:
-        path: JSONL, see `read_messages`.
-        tokenizer, max_length, chat_template_kwargs, mask_reasoning_content: see `Encoder`.
-    Returns:
-        The rows, and per other line its number and what is wrong with it.
+        path: JSONL, see `data.forms`.
+        tokenizer, max_length, chat_template_kwargs, mask_reasoning_content, end_ids: see `Encoder`.
     Raises:
-        InputError: the file cannot be read, no line of it gives a row, an answer of `regenerate`
-            was given under other kwargs, or the template breaks its limits; as `stop_token_ids`.
+        InputError: the file cannot be read, no line of it gives a row, its answers were generated
+            with another tokenizer, template or template arguments, or the template breaks its
+            limits; as `stop_token_ids`.
     """
-    records, bad_lines = _read_records(path)
     encoder = Encoder(
         tokenizer,
         max_length=max_length,
         chat_template_kwargs=chat_template_kwargs,
         mask_reasoning_content=mask_reasoning_content,
+        end_ids=end_ids,
     )
-    rows, unfinished = [], 0
-    what = "an answer outside its reasoning" if mask_reasoning_content else "an answer"
-    for line, record in records:
-        _check_answered(record.get("generator"), chat_template_kwargs, source=f"{path}:{line}")
-        finished = record.get("finished") is not False
-        try:
-            row = encoder.row(record["messages"], finished=finished)
-        except CostlyTemplate:  # each further line would take as long
-            raise
-        except InputError as error:
-            bad_lines.append(BadLine(line, str(error)))
+    rows: list[Row] = []
+    bad_lines: list[BadLine] = []
+    unused: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    latest: dict[int, int] = {}  # line of a prompt -> the row of its latest turn
+    generator = None
+    for found in iterate_conversations(path):
+        counts["lines"] += 1
+        if isinstance(found, BadLine):
+            bad_lines.append(found)
             continue
-        if row is None:
-            bad_lines.append(BadLine(line, f"no token of {what} among the first {max_length}"))
-        else:
-            rows.append(replace(row, line=line))
-            unfinished += not finished
-    bad_lines.sort()  # those that were not read stand before those that were not encoded
+        if found.generator is not generator:
+            generator = found.generator
+            _check_generator(
+                generator, tokenizer, chat_template_kwargs, source=f"{path}:{found.line}"
+            )
+            latest = {}
+        unused.update(encoder.unused(found))
+        encoded = encoder.rows(found)
+        bad_lines += [BadLine(found.line, reason) for reason in encoded.untrained[:1]]
+        counts["unfinished"] += bool(encoded.rows) and not found.finished
+        counts["from_text"] += found.input_ids is None
+        for row in encoded.rows:
+            before = latest.get(found.prompt_line) if found.prompt_line is not None else None
+            if before is not None and _continues(row, rows[before]):
+                rows[before] = _joined(row, rows[before])
+            else:
+                before = len(rows)
+                rows.append(row)
+            if found.prompt_line is not None:
+                latest[found.prompt_line] = before
     if not rows:
-        raise _nothing_usable(path, bad_lines)
-    return RowSet(rows, bad_lines, unfinished)
+        raise nothing_usable(path, bad_lines)
+    return RowSet(rows, bad_lines, unused=unused, **counts)
 
 
 class Encoder:
-    """Renders conversations with the chat template and marks what the assistant wrote.
+    """Tokenises conversations and marks the tokens that the target generated.
 
-    The tokens of each answer and the one that ends its turn are marked; neither the role header
-    before it nor a newline after it. A token that lies across the start of an answer is not marked:
-    the target cannot generate it after the prompt. Nor is an earlier answer whose prompt the
-    template renders otherwise once more follows: the target never saw this text before it.
+    The tokens of each answer and the one that ends its turn are marked. An answer is trained only
+    if the target can have written it after its prompt, see `rows`.
     """
 
     def __init__(
@@ -154,140 +177,246 @@ class Encoder:
         max_length: int,
         chat_template_kwargs: Scalars = NO_KWARGS,
         mask_reasoning_content: bool = False,
+        end_ids: Sequence[int] = (),
     ) -> None:
-        """Finds out what ends an answer.
+        """Probes the chat template for what surrounds an answer.
 
         Args:
             tokenizer: a transformers fast tokenizer with a chat template.
             max_length: a row keeps its first `max_length` tokens.
-            chat_template_kwargs: what the template is told besides the messages.
+            chat_template_kwargs: template arguments besides messages and tools.
             mask_reasoning_content: leave `<think>...</think>` spans of answers unmarked, tags
-                included, whether they stand in `content` or are rendered from `reasoning_content`.
-                Their tokens stay in the row. A span that is never closed reaches to the end of the
-                turn. An answer that is nothing but reasoning has no marked token, not even its end
-                of turn.
+                included. Their tokens stay in the row. A span that is never closed reaches to the
+                end of the turn. An answer that is nothing but reasoning has no marked token.
+            end_ids: end tokens of the target, see `stop_token_ids`.
         Raises:
-            InputError: as `stop_token_ids`.
+            InputError: as `stop_token_ids`, or the template has no generation prompt where it needs
+                one.
         """
-        self._tokenizer = tokenizer
+        self._tokenizer, self._template = tokenizer, tokenizer.chat_template
         self._max_length = max_length
         self._kwargs = chat_template_kwargs
         self._mask_reasoning_content = mask_reasoning_content
-        self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs)
+        self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs, end_ids=end_ids)
+        self._frame = frame_of(tokenizer, chat_template_kwargs)
 
-    def row(self, messages: Messages, *, finished: bool = True) -> Row | None:
-        """The row of a conversation with one answer at least; None without a marked token.
+    def unused(self, conversation: Conversation) -> Iterator[str]:
+        """The keys of a line and of its messages that neither this module nor the template read."""
+        yield from conversation.unused
+        if conversation.input_ids is not None:
+            return
+        keys = {key for message in conversation.messages for key in message}
+        read = {"role", "content", "weight", "tool_calls", *REASONING_KEYS}
+        for key in sorted(keys - read):
+            if not mentions(self._template, key):
+                yield f"message key {key!r}"
+        if conversation.tools and not mentions(self._template, "tools"):
+            yield "key 'tools'"
 
-        Args:
-            messages: the conversation.
-            finished: False leaves out the end of turn of the last answer.
+    def rows(self, conversation: Conversation) -> Encoded:
+        """The rows of a conversation.
+
+        An answer is not trained where it has `weight` 0, where a message before it is not in its
+        prompt, where it holds an end-of-turn token, where its reasoning or its tool calls are not
+        in the template's rendering, and where it contradicts the reasoning tags of its prompt.
+
         Raises:
-            InputError: there is no answer, one holds as text what ends it, or the template does not
-                show where the last one begins or where one ends.
+            CostlyTemplate: the template breaks its limits.
         """
-        stop_texts = self._tokenizer.convert_ids_to_tokens(list(self._stop_ids))
-        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
-        before = [Rendering(messages[:at], generation_prompt=True) for at in answers]
-        text, *prompts = render(self._tokenizer, [Rendering(messages), *before], self._kwargs)
-        begins = []
-        for at, prompt in zip(answers, prompts, strict=True):
-            written = messages[at]["content"] + (messages[at].get("reasoning_content") or "")
-            for stop in stop_texts:
-                if stop in written:
-                    raise InputError(
-                        f"message {at + 1} holds the end-of-turn token {stop!r} as text"
-                    )
-            if text.startswith(prompt):
-                said = (messages[at]["content"].strip(), THINK_BEGIN)
-                # A role header between them would count as part of the answer. Some templates know
-                # no generation prompt and need none.
-                if not text[len(prompt) :].lstrip().startswith(said):
-                    (without,) = render(self._tokenizer, [Rendering(messages[:at])], self._kwargs)
-                    if prompt == without:
-                        raise InputError(
-                            "the chat template ignores add_generation_prompt, which marks where an "
-                            "answer begins"
-                        )
-                begins.append(len(prompt))
-            elif at == answers[-1]:
-                # An earlier one may be: Qwen3 shows empty thoughts before the last answer alone.
-                raise InputError(
-                    f"the chat template renders what precedes message {at + 1} otherwise without it"
-                )
-        if not begins:
-            raise InputError("no assistant message")
-        ids, spans = _tokenize(text, self._tokenizer)
-        mask = np.zeros(len(ids), bool)
-        for begin, limit in zip(begins, [*begins[1:], len(text)], strict=True):
-            inside = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 0] < limit))
-            stops = inside[np.isin(ids[inside], self._stop_ids)]
-            if not len(stops):
-                raise InputError("the chat template puts no end-of-turn token after an answer")
-            mask[inside[0] : stops[0] + 1] = True
+        if conversation.input_ids is not None:
+            assert conversation.loss_mask is not None
+            encoded = Encoded([Row(conversation.input_ids, conversation.loss_mask)], [])
+        else:
+            encoded = self._rows_of_text(conversation)
+        cut, untrained = [], encoded.untrained
+        for row in encoded.rows:
             if self._mask_reasoning_content:
-                # A generation prompt may end with the opening tag: the answer begins in reasoning.
-                opened = text[:begin].rstrip().endswith(THINK_BEGIN)
-                for start, end in _reasoning_spans(text[begin : spans[stops[0], 0]], opened=opened):
-                    mask &= (spans[:, 1] <= begin + start) | (spans[:, 0] >= begin + end)
-        # The loop ended with the last answer, the one that may be unfinished.
-        length = self._max_length if finished else min(self._max_length, int(stops[0]))
-        row = Row(ids[:length], mask[:length])
-        return row if row.loss_mask.any() else None
+                row = replace(row, loss_mask=self._without_reasoning(row))
+            ids, mask = row.input_ids[: self._max_length], row.loss_mask[: self._max_length]
+            if mask.any():
+                cut.append(Row(ids, mask, line=conversation.line))
+        if not cut and not untrained:
+            outside = " outside its reasoning" if self._mask_reasoning_content else ""
+            untrained = [f"no token of an answer{outside} among the first {self._max_length}"]
+        return Encoded(cut, untrained)
 
+    def _rows_of_text(self, conversation: Conversation) -> Encoded:
+        messages = conversation.messages
+        kwargs = {**self._kwargs, **conversation.chat_template_kwargs}
+        answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            return Encoded([], ["no assistant message"])
+        if all(messages[at].get("weight") == 0 for at in answers):
+            return Encoded([], ["every answer has weight 0"])
+        rows: list[Row] = []
+        untrained = []
+        for at in answers:
+            if messages[at].get("weight") == 0:
+                continue
+            finished = conversation.finished or at != answers[-1]
+            try:
+                turn = self._turn(messages[: at + 1], conversation.tools, kwargs, finished=finished)
+            except CostlyTemplate:  # each further line would take as long
+                raise
+            except InputError as error:
+                untrained.append(f"message {at + 1}: {error}")
+                continue
+            if rows and _continues(turn, rows[-1]):
+                rows[-1] = _joined(turn, rows[-1])
+            else:
+                rows.append(turn)
+            # A conversation of a thousand turns costs no more than its first tokens.
+            if len(turn.input_ids) >= self._max_length:
+                break
+        return Encoded(rows, untrained)
 
-def encode_prompt(
-    messages: Messages, tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS
-) -> np.ndarray:
-    """The ids that the target continues with its answer.
+    def _turn(
+        self, messages: Messages, tools: Sequence[Any] | None, kwargs: Scalars, *, finished: bool
+    ) -> Row:
+        """The prompt and the answer of the last message, which is marked."""
+        spelled, text = render_prompt(messages[:-1], self._tokenizer, kwargs, tools=tools)
+        message = messages[-1]
+        if "tool_calls" in message or reasoning_of(message):
+            written = self._rendered_answer(
+                spelled, text, message, tools=tools, kwargs=kwargs, finished=finished
+            )
+        else:
+            written = self._plain_answer(text, message["content"], finished=finished)
+        prompt = tokenize(text, self._tokenizer)
+        if len(prompt) and prompt[-1] in self._stop_ids:
+            raise InputError(
+                "the prompt ends with an end of turn, after which nothing is generated"
+            )
+        whole = tokenize(text + written, self._tokenizer)
+        # A token over the border is none that can follow the prompt.
+        answer = whole[len(prompt) :]
+        if not np.array_equal(whole[: len(prompt)], prompt):
+            answer = tokenize(written, self._tokenizer)
+        stops = np.flatnonzero(np.isin(answer, self._stop_ids))
+        if len(stops) and stops[0] < len(answer) - 1:
+            token = self._tokenizer.convert_ids_to_tokens(int(answer[stops[0]]))
+            raise InputError(f"the answer holds the end-of-turn token {token!r} as text")
+        if finished and not len(stops):
+            answer = np.append(answer, np.int32(self._frame.end))
+        ids = np.concatenate([prompt, answer])
+        return Row(ids, np.arange(len(ids)) >= len(prompt))
 
-    Args:
-        messages: a conversation that ends before an answer.
-        tokenizer: a transformers fast tokenizer with a chat template.
-        chat_template_kwargs: what the template is told besides the messages.
-    Returns:
-        int32 [n], generation prompt included.
-    Raises:
-        InputError: the last message is an answer already, or the template refuses the conversation.
-    """
-    if messages[-1]["role"] == "assistant":
-        raise InputError("the last message is an answer; a prompt ends with a message of the user")
-    (text,) = render(tokenizer, [Rendering(messages, generation_prompt=True)], chat_template_kwargs)
-    ids, _ = _tokenize(text, tokenizer)
-    return ids
+    def _plain_answer(self, prompt: str, content: str, *, finished: bool) -> str:
+        """The content as it continues its prompt."""
+        if self._frame.inserted:
+            raise InputError(
+                f"the chat template puts {shown(self._frame.inserted)} between the generation "
+                "prompt and an answer; whether the target writes it cannot be known from text"
+            )
+        opening = OPENED.search(prompt)
+        if opening is not None:
+            closed = opening[1] is not None
+            content = _without_prefix(content, opening[0])
+            if closed and content.lstrip().startswith(THINK_BEGIN):
+                raise InputError("the generation prompt closes reasoning, the answer opens it")
+            if not closed and finished and THINK_END not in content:
+                raise InputError("the generation prompt opens reasoning, the answer never ends it")
+        elif not content[:1].isspace():
+            content = self._frame.space + content
+        return content
 
+    def _rendered_answer(
+        self,
+        before: Messages,
+        prompt: str,
+        message: dict[str, Any],
+        *,
+        tools: Sequence[Any] | None,
+        kwargs: Scalars,
+        finished: bool,
+    ) -> str:
+        """The template's rendering of an answer with reasoning or tool calls, behind its prompt."""
+        reasoning, content = reasoning_of(message), message["content"]
+        calls = message.get("tool_calls", [])
+        opening = OPENED.search(prompt)
+        opened = opening is not None and opening[1] is None
+        if opened and not reasoning and THINK_END not in content:
+            raise InputError("the generation prompt opens reasoning, the answer never ends it")
+        for spelled in spellings([message], self._template):
+            rendering = Rendering([*before, *spelled], tools=tools)
+            (text,) = render(self._tokenizer, [rendering], kwargs)
+            known = prompt if text.startswith(prompt) else OPENED.sub("", prompt)
+            if not text.startswith(known):
+                continue
+            written = text[len(known) :]
+            if opening is not None and known != prompt:
+                written = _without_prefix(written, opening[0])
+            written = self._until_end(written, finished=finished)
+            if not reasoning:
+                written = EMPTY_REASONING.sub("", written)
+            if shows(written, reasoning, content) and shows_calls(written, calls):
+                if not finished and not content and not calls:
+                    written = written[: written.index(reasoning.strip()) + len(reasoning.strip())]
+                return written
+        if opened and not calls:
+            closing = f"\n{THINK_END}\n\n{content}" if content or finished else ""
+            return reasoning.strip("\n") + closing
+        what = "reasoning" if reasoning else "tool calls"
+        raise InputError(f"the chat template does not show the {what} of the answer as given")
 
-def stop_token_ids(
-    tokenizer: Any, chat_template_kwargs: Scalars = NO_KWARGS, *, end_ids: Sequence[int] = ()
-) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's eos, the template's end of turn, `end_ids`.
+    def _until_end(self, written: str, *, finished: bool) -> str:
+        """A rendered answer up to its end of turn, which calls of tools may have of their own."""
+        texts = self._tokenizer.convert_ids_to_tokens(list(self._stop_ids))
+        begin, text = max((written.rfind(text), text) for text in texts)
+        if begin < 0:
+            return written
+        return written[: begin + len(text)] if finished else written[:begin]
 
-    Args:
-        tokenizer: a transformers fast tokenizer with a chat template.
-        chat_template_kwargs: what the template is told besides the messages.
-        end_ids: those that the target's directory names, see `target.tokens.end_token_ids`.
-    Returns:
-        Each id once.
-    Raises:
-        InputError: the tokenizer has neither, or its chat template does not read one of the kwargs
-            or refuses a plain exchange.
-    """
-    check_kwargs(tokenizer, chat_template_kwargs)
-    # A tokenizer does not name the end of a turn: it is the first added token after an answer.
-    answer = "Certainly, here it is"
-    exchange = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
-    (text,) = render(tokenizer, [Rendering(exchange)], chat_template_kwargs)
-    if answer not in text:
-        raise InputError("the chat template does not show the text of an answer")
-    ids, spans = _tokenize(text, tokenizer)
-    after = ids[spans[:, 0] >= text.rindex(answer) + len(answer)]
-    ends = [int(token) for token in after if int(token) in tokenizer.added_tokens_decoder]
-    stops = dict.fromkeys([tokenizer.eos_token_id, *ends[:1], *end_ids])
-    stops.pop(None, None)
-    if not stops:
-        raise InputError(
-            "the tokenizer has no eos token and its chat template no token that ends a turn"
+    def _without_reasoning(self, row: Row) -> np.ndarray:
+        """The mask of a row without the reasoning of its answers."""
+        mask = row.loss_mask.copy()
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+        for begin, end in edges.reshape(-1, 2):
+            ids = row.input_ids[begin:end]
+            text = self._decode(ids)
+            ended = ids[-1] in self._stop_ids
+            if ended:
+                text = text.removesuffix(self._decode(ids[-1:]))
+            prompt_end = self._decode(row.input_ids[max(begin - 32, 0) : begin])
+            opened = prompt_end.rstrip().endswith(THINK_BEGIN)
+            for start, stop in _reasoning_spans(text, opened=opened):
+                # The tokens that hold a character of the span.
+                lengths = range(len(ids) + 1)
+                first = bisect.bisect_right(
+                    lengths, start, key=lambda count: len(self._decode(ids[:count]))
+                )
+                last = bisect.bisect_left(
+                    lengths, stop, key=lambda count: len(self._decode(ids[:count]))
+                )
+                mask[begin + first - 1 : begin + last] = False
+        return mask
+
+    def _decode(self, ids: np.ndarray) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
-    return tuple(stops)
+        return text
+
+
+def _without_prefix(content: str, opening: str) -> str:
+    """An answer without the reasoning tags that its generation prompt ends with already."""
+    for prefix in (opening, opening.rstrip()):
+        if content.startswith(prefix):
+            return content.removeprefix(prefix)
+    return content
+
+
+def _continues(row: Row, before: Row) -> bool:
+    """Whether a row begins with all tokens of an earlier one."""
+    count = len(before.input_ids)
+    return np.array_equal(row.input_ids[:count], before.input_ids)
+
+
+def _joined(row: Row, before: Row) -> Row:
+    """A row with the marks of the earlier one that it continues as well."""
+    mask = row.loss_mask.copy()
+    mask[: len(before.loss_mask)] |= before.loss_mask
+    return replace(row, loss_mask=mask)
 
 
 def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
@@ -306,83 +435,29 @@ def _reasoning_spans(answer: str, *, opened: bool) -> list[tuple[int, int]]:
     return spans if outside.strip() else [(0, beyond)]
 
 
-def _check_answered(generator: Any, kwargs: Scalars, *, source: str) -> None:
-    """Refuses an answer that `regenerate` asked for under another setting."""
-    if not isinstance(generator, dict) or KWARGS not in generator:  # of another program
+def _check_generator(
+    generator: Mapping[str, Any] | None, tokenizer: Any, kwargs: Scalars, *, source: str
+) -> None:
+    """Refuses answers that were generated with another tokenizer, template or template arguments.
+
+    Files of other programs record none of them.
+    """
+    if generator is None:
+        return
+    for name, now in tokenizer_record(tokenizer).items():
+        was = generator.get(name, now)
+        require(
+            was == now,
+            f"{source}: answers of another {name.replace('_', ' ')}: sha256 {shown(was)[1:13]}, "
+            f"the target's is {now[:12]}; give the target that generated them, or regenerate them",
+        )
+    if KWARGS not in generator:
         return
     recorded = scalars(generator[KWARGS], source=f"{source}: generator: {KWARGS}")
-    answered = settings_text(recorded)
+    # Answers of several days train together: their ids are those of their day.
+    answered = settings_text(with_date(recorded, kwargs))
     if answered != settings_text(kwargs):
         raise InputError(
             f"{source}: answered with {KWARGS} {answered}, the run has {settings_text(kwargs)}; "
-            f"give the run data.{KWARGS} of its answers, or make the answers again"
+            f"give the run data.{KWARGS} of its answers, or regenerate the answers"
         )
-
-
-def _tokenize(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The ids int32 [n] of rendered text and the characters int64 [n, 2] of each, end exclusive."""
-    # The template wrote the special tokens; verbose would warn of long rows, which are cut later.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    return np.array(encoded["input_ids"], np.int32), spans
-
-
-def _read_records(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[BadLine]]:
-    records, bad_lines = [], []
-    for line, raw in read_lines(Path(path)):
-        if line == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
-        if not raw.strip():
-            continue
-        try:
-            records.append((line, _usable_record(raw)))
-        except InputError as error:
-            bad_lines.append(BadLine(line, str(error)))
-    if not records:
-        raise _nothing_usable(path, bad_lines)
-    return records, bad_lines
-
-
-def _usable_record(raw: bytes) -> dict[str, Any]:
-    """The parsed line, or `InputError` with what is wrong with it."""
-    if len(raw) > LINE_BYTES:
-        raise InputError(f"more than {LINE_BYTES} bytes")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("not UTF-8") from error
-    # What else a line holds is nobody's business, NaN included, which Python writes.
-    record = parse_json(text, source=None, nonfinite=True)
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise InputError('no messages; expected {"messages": [{"role": ..., "content": ...}, ...]}')
-    asked = False
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise InputError(f"message {number} is not an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise InputError(
-                f"message {number} has unknown role {shown(role)}; known: {', '.join(ROLES)}"
-            )
-        if not isinstance(content, str) or not content.strip():
-            raise InputError(f"message {number} ({role}) has no content")
-        reasoning = message.get("reasoning_content")
-        if reasoning is not None and not isinstance(reasoning, str):
-            raise InputError(f"message {number} ({role}) has a reasoning_content that is not text")
-        try:
-            (content + (reasoning or "")).encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise InputError(f"message {number} ({role}) is not valid Unicode") from error
-        asked = asked or role == "user"
-        if role == "assistant" and not asked:
-            raise InputError(f"message {number} answers, but no message of a user comes before it")
-    if not isinstance(record.get("finished", True), bool):
-        raise InputError(f"finished is {shown(record['finished'])}, expected true or false")
-    return record
-
-
-def _nothing_usable(path: str | Path, bad_lines: Sequence[BadLine]) -> InputError:
-    if not bad_lines:
-        return InputError(f"{path}: empty")
-    return InputError(f"{path}: no usable line; line {bad_lines[0].line}: {bad_lines[0].reason}")

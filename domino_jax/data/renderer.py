@@ -2,14 +2,20 @@
 
 Run by its path, it imports nothing of this package: a line of JSON comes in, a line of JSON goes
 out. The kernel ends it by itself where one rendering takes too long, even inside one operation.
+
+A rendering depends on its request alone. A template gets the date of the request instead of the
+clock, and the same random numbers each time.
 """
 
 import contextlib
+import datetime
 import json
+import random
 import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +23,10 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 TEXT_CHARACTERS = 2**26  # of a rendered conversation
+DATE = "strftime_now"  # in kwargs an ISO date, in a template the function that formats it
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,22 @@ class Template:
         """The text of the template."""
         return self.text
 
-    def rendered(self, messages: Any, generation_prompt: bool, kwargs: dict[str, Any]) -> str:
-        """The text of a conversation, exactly as transformers renders it."""
+    def rendered(
+        self, messages: Any, generation_prompt: bool, tools: Any, kwargs: dict[str, Any]
+    ) -> str:
+        """The text of a conversation, as transformers renders it on the date in `kwargs`."""
+        # transformers turns a function among the kwargs into text. It caches the compiled template.
+        compiled: Any = _compile_jinja_template(self.text)
+        compiled.globals[DATE] = _formatted(kwargs.pop(DATE, None))
+        random.seed(0)  # Jinja's `random` and `lipsum`
         apply: Any = PreTrainedTokenizerBase.apply_chat_template
         text = apply(
-            self, messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+            self,
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **kwargs,
         )
         if len(text) > TEXT_CHARACTERS:
             raise MemoryError
@@ -49,6 +68,19 @@ class Template:
         # Two tags of transformers' own, which mark answers and read nothing.
         source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.text)
         return sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+
+
+def _formatted(date: str | None) -> Callable[[str], str]:
+    """The function that formats a date, an ISO date, for a template."""
+
+    def strftime_now(format: str) -> str:
+        if date is None:
+            raise ValueError(
+                f"it prints the date; give chat_template_kwargs.{DATE}, for example 2026-12-01"
+            )
+        return datetime.datetime.fromisoformat(date).strftime(format)
+
+    return strftime_now
 
 
 def main(seconds: float, memory_bytes: int) -> None:

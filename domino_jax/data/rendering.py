@@ -7,18 +7,20 @@ trains, so another one renders; where it breaks a limit the kernel ends it and i
     render  -- a line of JSON: conversations -->  renderer.py, started once, at the first rendering
             <-- their texts, or what was wrong --     setitimer(SECONDS), RLIMIT_AS
 
-transformers renders there as it does anywhere. Conversations are sent together where many are
+transformers renders there as it does anywhere, but for the date, which is one of the kwargs
+(`template.DATE`) and never read from the clock. Conversations are sent together where many are
 rendered: a question costs about 0.1 ms.
 """
 
 import atexit
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +35,11 @@ class CostlyTemplate(InputError):
 
 
 class Rendering(NamedTuple):
-    """A conversation to render: its `messages`, and whether the words before an answer follow."""
+    """A conversation to render: its messages, its tools, and whether an answer is to follow."""
 
     messages: list[dict[str, Any]]
     generation_prompt: bool = False
+    tools: Sequence[Any] | None = None
 
 
 def render(tokenizer: Any, conversations: Iterable[Rendering], kwargs: Scalars) -> list[str]:
@@ -146,6 +149,8 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # `strftime_now("%s")` depends on the time zone.
+            env={**os.environ, "TZ": "UTC"},
             start_new_session=True,
         )
 

@@ -4,21 +4,33 @@ A drafter learns conversations as one template renders them under one setting, f
 `enable_thinking: false`. Rendered otherwise they are other tokens: acceptance falls and nothing
 fails. So whatever depends on a rendering (answers, captured states, checkpoints, exports, figures)
 records the setting, and `ChatTemplate` and `settings_text` say for all of them what is the same.
+
+Some templates (Llama 3.1 and later) print the current date. It is one of the settings, so that a
+run renders the same text on every day:
+
+    dated             fills it in: the recorded date, or today's at the first start
+    recorded_kwargs   reads it from a file of answers or prompts
 """
 
+import datetime
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from domino_jax.base.errors import InputError, Scalars, did_you_mean
+from domino_jax.base.errors import InputError, Scalars, did_you_mean, require, shown
+from domino_jax.base.files import read_lines
+from domino_jax.base.parse import parse_json
 from domino_jax.data.rendering import names_read
 
 KWARGS = "chat_template_kwargs"  # its name in every file
 NO_KWARGS: Scalars = MappingProxyType({})
+# The setting with the date, an ISO date, under the name of the function that templates call.
+DATE = "strftime_now"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +79,16 @@ def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
     return ChatTemplate(digest.hexdigest(), kwargs)
 
 
+def tokenizer_record(tokenizer: Any) -> dict[str, str]:
+    """sha256, in hex, of what gives token ids their meaning: the vocabulary and the chat template.
+
+    By content: tokenizers of another version may write the same vocabulary into another file.
+    """
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    texts = {"vocabulary": vocabulary, "chat_template": tokenizer.chat_template}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
 def settings_text(settings: Any) -> str:
     """Settings as JSON: the one rule for what is the same setting, and how it is shown.
 
@@ -80,19 +102,87 @@ def settings_text(settings: Any) -> str:
     return json.dumps(plain, sort_keys=True, ensure_ascii=False)
 
 
+def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars) -> Scalars:
+    """The kwargs of a chat template, with a date where the template prints one.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        kwargs: the settings that were asked for.
+        recorded: the settings of earlier starts and of inputs, in the order of their precedence.
+    Returns:
+        `kwargs` as they are for a template without a date. Otherwise with their own date, the first
+        recorded one, or today's.
+    Raises:
+        InputError: the template cannot be read, see `names_read`.
+    """
+    # The text first: most templates print no date, and `names_read` starts a process.
+    if DATE not in tokenizer.get_chat_template() or DATE not in names_read(tokenizer):
+        return kwargs
+    return with_date(kwargs, kwargs, *recorded, {DATE: today()})
+
+
+def with_date(kwargs: Scalars, *sources: Scalars) -> Scalars:
+    """`kwargs` with the date of the first source that has one.
+
+    >>> with_date({"enable_thinking": False}, {}, {"strftime_now": "2026-12-01"})
+    {'enable_thinking': False, 'strftime_now': '2026-12-01'}
+    """
+    dates = [source[DATE] for source in sources if DATE in source]
+    return {**kwargs, DATE: dates[0]} if dates else kwargs
+
+
+def today() -> str:
+    """The local date, an ISO date."""
+    return datetime.date.today().isoformat()
+
+
+def recorded_kwargs(path: str | Path) -> Scalars:
+    """The template kwargs that a file of answers or prompts records, not checked.
+
+    They stand under "generator" in its first record, a header or an answer. An unfinished file,
+    `.partial`, has lines with checksums before it.
+
+    Args:
+        path: JSONL or JSONL.gz of any writer; it may be missing.
+    Returns:
+        The kwargs; none for a file without such a record.
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return NO_KWARGS
+    for _, line in read_lines(path):
+        if line.strip() and not line.startswith(b'{"sha256"'):
+            return _generator_kwargs(line)
+    return NO_KWARGS
+
+
+def _generator_kwargs(line: bytes) -> Scalars:
+    """The template kwargs under "generator" in a line of a file."""
+    found: Any
+    try:
+        found = parse_json(line, source=None, nonfinite=True)
+    except InputError:  # reported by the reader of the whole file
+        return NO_KWARGS
+    for name in ("generator", KWARGS):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else NO_KWARGS
+
+
 def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
-    """Refuses names that a tokenizer's chat template never reads.
+    """Refuses names that a tokenizer's chat template never reads, and a date that is not one.
 
     A misspelt switch would do nothing.
 
     Raises:
-        InputError: each such name, with the nearest one that is read, or all of them.
+        InputError: each such name, with the nearest one that is read, or all of them; or the date.
     """
     # Nothing to look up, so the process that renders need not be started.
     if not kwargs:
         return
     # transformers fills these, the special tokens and what its own arguments are called.
-    filled = {"messages", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
+    filled = {"messages", "raise_exception", *tokenizer.special_tokens_map}
     filled |= set(inspect.signature(tokenizer.apply_chat_template).parameters)
     read = names_read(tokenizer) - filled
     for name in kwargs:
@@ -100,3 +190,15 @@ def check_kwargs(tokenizer: Any, kwargs: Scalars) -> None:
             settings = f"it reads {', '.join(sorted(read))}" if read else "it reads no setting"
             remedy = did_you_mean(name, read) or settings
             raise InputError(f"{KWARGS}: the chat template does not read {name!r}; {remedy}")
+    date = kwargs.get(DATE)
+    require(
+        date is None or _is_iso_date(date),
+        f"{KWARGS}: {DATE} is {shown(date)}, expected a date as YYYY-MM-DD, for example 2026-12-01",
+    )
+
+
+def _is_iso_date(value: Any) -> bool:
+    try:
+        return datetime.date.fromisoformat(value).isoformat() == value
+    except (TypeError, ValueError):
+        return False

@@ -5,25 +5,31 @@ a batch ended. But a process may be killed between any two bytes, and a disk may
 them; and a damaged answer must not become training data. So a line after each batch attests it:
 
     {"sha256": of nothing}
-    {"messages": ..., "prompt_line": 3, "finished": true, "generator": {...}}
-    {"messages": ..., "prompt_line": 8, "finished": true, "generator": {...}}
+    {"generator": {...}, "versions": {...}}
+    {"sha256": of all lines before this one}
+    {"messages": ..., "prompt_line": 3, ...}
+    {"messages": ..., "prompt_line": 8, ...}
     {"sha256": of all lines before this one}
 
 Whatever follows the last such line is dropped and answered again. No jax here.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from domino_jax.base.errors import InputError, require
 from domino_jax.base.files import read_lines, whole_file
 from domino_jax.base.parse import parse_json
+from domino_jax.data.forms import GENERATOR
 from domino_jax.data.template import settings_text
 
+# Token ids depend on them; a later start may have others.
+PACKAGES = ("domino-jax", "jax", "transformers", "tokenizers")
 # No answer begins so (its first key is "messages"): this alone tells the two kinds of lines apart.
 _ATTESTS = b'{"sha256": '
 
@@ -46,35 +52,36 @@ class BatchLog:
     """An unfinished file of answers, or of prompts.
 
     Attributes:
-        finished: of the batches that earlier starts wrote, by prompt line or draw, whether each
+        finished: of the batches that earlier starts wrote, by the key of a record, whether each
             answer ended by itself.
     """
 
     def __init__(
         self,
         path: Path,
-        read: Callable[[dict[str, Any]], tuple[int, bool] | None],
+        read: Callable[[dict[str, Any]], tuple[Any, bool] | None],
         *,
         kind: str,
-        generator: dict[str, Any],
+        generator: Mapping[str, Any],
     ) -> None:
         """Opens the file, or makes it.
 
         Args:
             path: the file; what is not attested is cut off its end.
-            read: gives a record's prompt line, or its draw, and whether it ended by itself; None
-                for what is no record. Raises `InputError` for a record of another start.
+            read: gives a record's key and whether it ended by itself; None for what is no record.
+                Raises `InputError` for a record of another start.
             kind: what a record is, for messages.
-            generator: the settings of this start, which each record holds.
+            generator: the settings of this start, which the header holds.
         Raises:
             InputError: a record of another start, or the file is not what was written.
             OSError: it cannot be opened or written.
         """
-        self.finished: dict[int, bool] = {}
+        self.finished: dict[Any, bool] = {}
         self._path, self._read_record = path, read
         self._kind, self._generator = kind, generator
         self._digest = hashlib.sha256()
         self._length = 0
+        self._headed = False
         if path.exists():
             self._read()
         # Unbuffered: what a full disk refused is dropped, not tried again when the file is closed.
@@ -83,6 +90,9 @@ class BatchLog:
         self._file.truncate(self._length)
         if self._length == 0:
             self.add([])  # so that a file without a batch shows whose it is
+        if not self._headed:
+            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+            self.add([{GENERATOR: generator, "versions": versions}])
 
     def __enter__(self) -> "BatchLog":
         return self
@@ -96,8 +106,7 @@ class BatchLog:
         Raises:
             OSError: it could not be written; the batches before it are as they were.
         """
-        whole = [record | {"generator": self._generator} for record in records]
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in whole]
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         batch = "".join(lines).encode()
         # A copy: after a failed write the log's own digest still is that of the lines on disk.
         digest = self._digest.copy()
@@ -159,20 +168,24 @@ class BatchLog:
     def _take(self, number: int, line: bytes) -> None:
         try:
             record = parse_json(line, source=None)
-            made_with = record.get("generator") if isinstance(record, dict) else None
-            require(isinstance(made_with, dict), f"not {self._kind}")
-            differs = settings_text(made_with) != settings_text(self._generator)
-            require(not differs, f"made with {made_with}, not {self._generator}")
+            require(isinstance(record, dict), f"not {self._kind}")
+            if not self._headed:
+                made_with = record.get(GENERATOR)
+                require(isinstance(made_with, dict), f"not the header of a file of {self._kind}")
+                differs = settings_text(made_with) != settings_text(self._generator)
+                require(not differs, f"made with {made_with}, not {self._generator}")
+                self._headed = True
+                return
             known = self._read_record(record)
             if known is None:
                 raise InputError(f"not {self._kind}")
-            prompt, finished = known
-            require(prompt not in self.finished, f"the prompt of line {prompt} is answered twice")
+            key, finished = known
+            require(key not in self.finished, f"{self._kind} to the same prompt a second time")
         except InputError as error:
             raise InputError(
                 f"{self._path}:{number}: {error}; remove the file to start again"
             ) from error
-        self.finished[prompt] = finished
+        self.finished[key] = finished
 
 
 def _attestation(digest: Any) -> bytes:

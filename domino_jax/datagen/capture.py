@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import BESIDE
 from domino_jax.base.progress import Reporter
 from domino_jax.data.conversations import Row
@@ -38,6 +38,7 @@ from domino_jax.data.hidden_states import (
 )
 from domino_jax.data.packing import answer_tokens, row_lengths
 from domino_jax.data.pipeline import heldout_batches
+from domino_jax.data.template import NO_KWARGS
 from domino_jax.sharding import constrain
 from domino_jax.target.fingerprint import target_fingerprint
 from domino_jax.target.load import load_sharded_target
@@ -52,7 +53,7 @@ SHARD_BYTES = GIGABYTE // 4  # what an interruption costs at most
 
 
 def capture(
-    read_inputs: Callable[[], CaptureInputs],
+    read_inputs: Callable[[Scalars], CaptureInputs],
     directory: str | Path,
     *,
     dtype: str,
@@ -68,7 +69,8 @@ def capture(
     again. Rows are not packed: a run may pack them or not.
 
     Args:
-        read_inputs: returns rows and target; called once the directory is accepted.
+        read_inputs: returns rows and target from the template kwargs of an earlier start; called
+            once the directory is accepted.
         directory: for `data.hidden_states` of runs; made where missing.
         dtype: stored type, "float32" or "bfloat16".
         target_states: store the target's states after its final norm as well, which needs all of
@@ -83,7 +85,8 @@ def capture(
     """
     directory = Path(directory)
     _check_directory(directory)
-    inputs = read_inputs()
+    begun = (directory / MANIFEST).is_file()
+    inputs = read_inputs(read_manifest(directory).chat_template_kwargs if begun else NO_KWARGS)
     rows, mesh = inputs.rows, inputs.mesh
     layers, config = inputs.target_layer_ids, inputs.target_config
     asked = Manifest(

@@ -1,39 +1,57 @@
-"""A drafter learns the words of its own target, so the target answers whole files of prompts first.
+"""Answers of the target to a file of prompts, with the token ids that it was given and generated.
 
-That may take hours, which a stop must not lose, and the answers must be those of one whole start:
+Generating may take hours. A stopped start is resumed and ends with the file of an uninterrupted
+one. Turns of a conversation are answered one after the other: the prompt of a turn holds the
+target's answers to the turns before it.
 
-    prompts.jsonl -> sorted by length -> batches -> answers.jsonl.partial -> answers.jsonl
-                     (then by line)     one after    a `BatchLog`, grows     once the last
-                                        the other    batch by batch          batch is there
+    prompts.jsonl -> turn 1 of each, by length -> batches -> answers.jsonl.partial -> answers.jsonl
+                     turn 2 of each, by length -> ...        a `BatchLog`             once all are
+                                                                                      answered
 """
 
-import functools
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.base.progress import Reporter
 from domino_jax.config.run import SEED_LIMIT
-from domino_jax.data.conversations import Messages, encode_prompt, read_messages
+from domino_jax.data.conversations import Encoder
+from domino_jax.data.forms import (
+    FINISH_REASON,
+    OUTPUT_IDS,
+    PROMPT_IDS,
+    PROMPT_LINE,
+    Conversation,
+    Messages,
+    question,
+    read_conversations,
+)
+from domino_jax.data.prompt import encode_prompt
+from domino_jax.data.template import KWARGS, check_kwargs, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import check_prompt, generate
+from domino_jax.decoding.generate import Answer, check_prompt, generate
 from domino_jax.decoding.speculate import required_cache_len
+
+_TURN_SEEDS = 1_000_003  # between the seeds of two turns, which would draw alike
+_PLACEHOLDER = "Okay."  # an answer of a turn that is rendered before it is answered
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerSettings:
-    """What answers depend on besides their prompts; each line of them records it.
+    """Settings of answers, which the header of their file records.
 
-    A start with other settings would mix two sets. With a temperature an answer depends on the
-    batch that it is drawn in, so the size of a batch is one of them.
+    A start with other settings would mix two sets. With a temperature an answer depends on its
+    batch, so the batch size is one of them.
     """
 
     target: str
+    turns: str
     max_new_tokens: int
     temperature: float
     top_k: int | None
@@ -46,82 +64,171 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Regenerated:
-    """What a file of answers holds: `total`, `answered` by this start, and `cut` at the limit."""
+    """Counts of a file of answers.
+
+    Attributes:
+        total: answers in the file.
+        answered: answers of this start.
+        cut: answers that reached the token limit.
+        retokenised: of `answered`, those whose text gives other ids when it is tokenised again.
+        left_out: later turns whose prompt was too long or refused by the template.
+    """
 
     total: int
     answered: int
     cut: int
+    retokenised: int
+    left_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialogue:
+    """A conversation to answer, turn by turn.
+
+    Attributes:
+        line: of the file of prompts, from 1.
+        turns: the messages of each turn; they follow the answer to the turn before.
+        first_ids: the prompt of the first turn, int32 [n].
+        tools: JSON schemas of the tools that the template prints.
+        chat_template_kwargs: of the line; they override those of the settings.
+    """
+
+    line: int
+    turns: Sequence[Messages]
+    first_ids: np.ndarray
+    tools: Sequence[Any] | None
+    chat_template_kwargs: Scalars
+
+    def messages(self, answers: Iterable[str]) -> Messages:
+        """The messages up to a turn, with the answers to the turns before it."""
+        messages = list(self.turns[0])
+        for text, turn in zip(answers, self.turns[1:], strict=False):
+            messages += [{"role": "assistant", "content": text}, *turn]
+        return messages
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt of the file: its line, its messages and their tokens, int32 [n]."""
+    """The prompt of a turn: its dialogue, the messages before the answer, and their ids [n]."""
 
-    line: int
+    dialogue: Dialogue
     messages: Messages
     ids: np.ndarray
 
+    @property
+    def key(self) -> tuple[int, int]:
+        """Line and number of messages, which tell one turn of a file from all others."""
+        return self.dialogue.line, len(self.messages)
+
+
+def read_dialogues(
+    path: Path, tokenizer: Any, *, chat_template_kwargs: Scalars, turns: str, reporter: Reporter
+) -> list[Dialogue]:
+    """Reads a file of prompts and renders each turn once, before the target is loaded.
+
+    Answers at the end of a conversation are left out. With `turns` "all" earlier answers are
+    generated again; those that call tools stay, since the results after them are theirs.
+
+    Args:
+        path: JSONL of {"messages": [...]}.
+        tokenizer: of the target.
+        chat_template_kwargs: template arguments.
+        turns: "all", or "last" to keep earlier answers and to answer the last turn alone.
+        reporter: receives the number of answers that are left out, and keys that nothing reads.
+    Raises:
+        InputError: a line that is unusable, or that the chat template refuses, with its number.
+    """
+    found = read_conversations(path)
+    if found.bad_lines:
+        raise InputError(f"{path}:{found.bad_lines[0].line}: {found.bad_lines[0].reason}")
+    check_kwargs(tokenizer, chat_template_kwargs)
+    dialogues = []
+    replaced = 0
+    for conversation in found.conversations:
+        try:
+            dialogues.append(_dialogue(conversation, tokenizer, chat_template_kwargs, turns=turns))
+        except InputError as error:
+            raise InputError(f"{path}:{conversation.line}: {error}") from error
+        kept = sum(map(len, dialogues[-1].turns))
+        replaced += len(conversation.messages) - kept
+    if replaced:
+        reporter.say(f"{path}: {replaced} answers in it are left out and generated again")
+    for name, count in sorted(found.unused.items()):
+        reporter.say(f"{path}: {name} is not read ({count} lines)")
+    return dialogues
+
 
 def regenerate(
-    prompts_path: Path,
+    dialogues: Sequence[Dialogue],
     answers_path: Path,
     *,
+    source: Path,
     decoder: Decoder,
     weights: Weights,
     tokenizer: Any,
     settings: AnswerSettings,
     reporter: Reporter,
 ) -> Regenerated:
-    """Writes the target's own answers to the prompts of a file.
+    """Writes the target's own answers to the turns of all dialogues.
 
-    A second start resumes after the last whole batch. Each line of the result is the prompt's line
-    with the answer appended to its messages, `prompt_line`, `finished` (False where the answer was
-    cut at the limit) and `generator`, the settings. Lines come in the order of the prompts'
+    A second start resumes after the last whole batch. The first line of the result is a header,
+    `generator`, with the settings, the hashes of vocabulary and template, and the versions. Each
+    further line is an answer: the messages up to it, `prompt_line`, `prompt_ids`, `output_ids` and
+    `finish_reason` ("stop", or "length" at the limit). Lines come in the order of the prompts'
     lengths, so that the prompts of a batch share their padding.
 
     Args:
-        prompts_path: JSONL of {"messages": [...]} that end with a user's turn.
+        dialogues: of `read_dialogues`.
         answers_path: the JSONL to write; until it is complete, a `BatchLog`, `.partial`.
+        source: the file of the dialogues, for messages.
         decoder: the plain target as it decodes.
         weights: its parameters.
         tokenizer: its tokenizer.
-        settings: how it answers.
-        reporter: is told each batch that is answered.
-    Returns:
-        How many answers there are, and how many of them end without a stop token.
+        settings: of the answers.
+        reporter: receives each batch that is answered.
     Raises:
-        InputError: a place that is taken or called packed, unusable prompts, or a partial file of
-            another start that does not fit.
+        InputError: an answers file that exists or is called packed, a prompt that is too long, or a
+            partial file of another start.
         OSError: the answers cannot be written; those of earlier batches are kept.
     """
-    # In the order of what it costs to be refused; nothing is made before all prompts are usable.
+    # Before anything is made: all prompts of the first turn must be usable.
     partial = log_of(answers_path)
-    conversations, bad_lines = read_messages(prompts_path)
-    if bad_lines:
-        raise InputError(f"{prompts_path}:{bad_lines[0].line}: {bad_lines[0].reason}")
-    prompts = []
-    for line, messages in conversations:
-        ids = encode_prompt(messages, tokenizer, settings.chat_template_kwargs)
-        prompts.append(_Prompt(line, messages, ids))
-    # The shortest first: those of a batch share their padding. Ties in the order of lines: another
-    # start must put the same prompts together into batches.
-    prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.line))
-    longest = prompts[-1]
-    for prompt in reversed(prompts):
-        check_prompt(decoder, prompt.ids, tokenizer, source=f"{prompts_path}:{prompt.line}")
-    # Of all prompts, not of those that are left: another start must run the same program.
-    cache_len = required_cache_len(decoder, len(longest.ids), settings.max_new_tokens)
+    for dialogue in dialogues:
+        place = f"{source}:{dialogue.line}"
+        check_prompt(decoder, dialogue.first_ids, tokenizer, source=place)
     answers_path.parent.mkdir(parents=True, exist_ok=True)
-    read = functools.partial(_read_answer, prompts=dict(conversations), source=prompts_path)
-    kind, generator = "an answer of `domino regenerate`", asdict(settings)
-    with BatchLog(partial, read, kind=kind, generator=generator) as log:
+    record = _AnswerRecords(dialogues, source)
+    generator = asdict(settings) | tokenizer_record(tokenizer)
+    encoder = Encoder(
+        tokenizer,
+        max_length=decoder.target.cfg.max_position_embeddings,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        end_ids=decoder.stop_ids,
+    )
+    total = sum(len(dialogue.turns) for dialogue in dialogues)
+    answered = tokens = retokenised = left_out = 0
+    began = time.monotonic()
+    with (
+        BatchLog(
+            partial, record.read, kind="an answer of `domino regenerate`", generator=generator
+        ) as log,
+        reporter.bar("answers", total=total, done=len(log.finished)) as bar,
+    ):
         finished = dict(log.finished)
-        left = [prompt for prompt in prompts if prompt.line not in finished]
-        reporter.say(f"{len(finished)}/{len(prompts)} prompts are answered; compiling")
-        written, began = 0, time.monotonic()
-        with reporter.bar("prompts", total=len(prompts), done=len(finished)) as bar:
+        reporter.say(f"{len(finished)}/{total} answers are there; compiling")
+        for turn in range(max(len(dialogue.turns) for dialogue in dialogues)):
+            prompts, refused = record.prompts(turn, decoder, tokenizer, settings)
+            left_out += refused
+            left = [prompt for prompt in prompts if prompt.key not in finished]
+            if not left:
+                continue
+            # Of all prompts, not of those that are left: another start runs the same program.
+            longest = max(len(prompt.ids) for prompt in prompts)
+            cache_len = required_cache_len(decoder, longest, settings.max_new_tokens)
             for first in range(0, len(left), settings.batch_size):
                 batch = left[first : first + settings.batch_size]
+                # By the line of a prompt, not by a count: later batches keep their seeds.
+                seed = settings.seed + batch[0].dialogue.line + turn * _TURN_SEEDS
                 answers = generate(
                     decoder,
                     weights,
@@ -129,42 +236,147 @@ def regenerate(
                     max_new_tokens=settings.max_new_tokens,
                     size=settings.batch_size,
                     cache_len=cache_len,
-                    # By the line of a prompt, not by a count: batches that are left keep their
-                    # seeds.
-                    seed=(settings.seed + batch[0].line) % SEED_LIMIT,
+                    seed=seed % SEED_LIMIT,
                 )
-                records = []
+                lines = []
                 for prompt, answer in zip(batch, answers, strict=True):
-                    text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                    turn = {"role": "assistant", "content": text}
-                    records.append(
-                        {
-                            "messages": [*prompt.messages, turn],
-                            "prompt_line": prompt.line,
-                            "finished": answer.stopped,
-                        }
-                    )
-                    finished[prompt.line] = answer.stopped
-                    written += len(answer.tokens)
-                # Before anybody is told of them: the reporter may end the work.
-                log.add(records)
-                speed = written / (time.monotonic() - began)
-                bar.tell(len(finished), f"answered, {written} tokens, {speed:.0f} tokens/s")
+                    line = record.line(prompt, answer, tokenizer)
+                    lines.append(line)
+                    finished[prompt.key] = answer.stopped
+                    tokens += len(answer.tokens)
+                    retokenised += is_retokenised(line, encoder)
+                answered += len(batch)
+                # Before it is reported: the reporter may end the work.
+                log.add(lines)
+                speed = tokens / (time.monotonic() - began)
+                bar.tell(len(finished), f"answered, {tokens} tokens, {speed:.0f} tokens/s")
         log.publish(answers_path)
-    return Regenerated(len(prompts), len(left), list(finished.values()).count(False))
+    cut = list(finished.values()).count(False)
+    return Regenerated(len(finished), answered, cut, retokenised, left_out)
 
 
-def _read_answer(
-    record: dict[str, Any], prompts: dict[int, Messages], source: Path
-) -> tuple[int, bool] | None:
-    """The prompt's line and whether the answer is finished; None for what is no answer."""
-    line, finished = record.get("prompt_line"), record.get("finished")
-    messages = record.get("messages")
-    # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.
-    if type(line) is not int or type(finished) is not bool:
-        return None
-    if not isinstance(messages, list) or not messages:
-        return None
-    if messages[:-1] != prompts.get(line):
-        raise InputError(f"answers another prompt than line {line} of {source}")
-    return line, finished
+class _AnswerRecords:
+    """The lines of answers, written and read again, and the prompts that follow from them."""
+
+    def __init__(self, dialogues: Sequence[Dialogue], source: Path) -> None:
+        self._dialogues = {dialogue.line: dialogue for dialogue in dialogues}
+        self._source = source
+        # Text of the answers that a later turn follows, by line.
+        self._texts: dict[int, list[str]] = {dialogue.line: [] for dialogue in dialogues}
+
+    def prompts(
+        self, turn: int, decoder: Decoder, tokenizer: Any, settings: AnswerSettings
+    ) -> tuple[list[_Prompt], int]:
+        """The prompts of a turn, the shortest first, and how many are too long or refused."""
+        prompts, refused = [], 0
+        for dialogue in self._dialogues.values():
+            answers = self._texts[dialogue.line][:turn]
+            if turn >= len(dialogue.turns):
+                continue
+            if len(answers) < turn:  # the turn before was refused
+                refused += 1
+                continue
+            messages = dialogue.messages(answers)
+            if turn == 0:
+                prompts.append(_Prompt(dialogue, messages, dialogue.first_ids))
+                continue
+            kwargs = {**settings.chat_template_kwargs, **dialogue.chat_template_kwargs}
+            try:
+                ids = encode_prompt(messages, tokenizer, kwargs, tools=dialogue.tools)
+                check_prompt(decoder, ids, tokenizer, source=f"{self._source}:{dialogue.line}")
+            except InputError:
+                refused += 1
+                continue
+            prompts.append(_Prompt(dialogue, messages, ids))
+        # Ties in the order of lines: another start must make the same batches.
+        prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.dialogue.line))
+        return prompts, refused
+
+    def line(self, prompt: _Prompt, answer: Answer, tokenizer: Any) -> dict[str, Any]:
+        """The line of an answer."""
+        dialogue = prompt.dialogue
+        # With special tokens, which calls of tools begin with; without the end of the turn.
+        text = tokenizer.decode(
+            answer.tokens[: len(answer.tokens) - answer.stopped],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        self._note(dialogue, text)
+        own = {"tools": dialogue.tools, KWARGS: dict(dialogue.chat_template_kwargs)}
+        return {
+            "messages": [*prompt.messages, {"role": "assistant", "content": text}],
+            **{key: value for key, value in own.items() if value},
+            PROMPT_LINE: dialogue.line,
+            PROMPT_IDS: prompt.ids.tolist(),
+            OUTPUT_IDS: answer.tokens.tolist(),
+            FINISH_REASON: "stop" if answer.stopped else "length",
+        }
+
+    def read(self, record: dict[str, Any]) -> tuple[tuple[int, int], bool] | None:
+        """The key of a line and whether its answer is finished; None for another line."""
+        line, reason = record.get(PROMPT_LINE), record.get(FINISH_REASON)
+        messages = record.get("messages")
+        # By `type`: to `isinstance` a bool is an int, and true would be taken for line 1.
+        if type(line) is not int or reason not in ("stop", "length"):
+            return None
+        if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+            return None
+        dialogue = self._dialogues.get(line)
+        before = dialogue and dialogue.messages(self._texts[line])
+        if dialogue is None or messages[:-1] != before:
+            raise InputError(f"answers another prompt than line {line} of {self._source}")
+        self._note(dialogue, str(messages[-1].get("content")))
+        return (line, len(messages) - 1), reason == "stop"
+
+    def _note(self, dialogue: Dialogue, text: str) -> None:
+        texts = self._texts[dialogue.line]
+        if len(texts) < len(dialogue.turns) - 1:
+            texts.append(text)
+
+
+def _dialogue(
+    conversation: Conversation, tokenizer: Any, kwargs: Scalars, *, turns: str
+) -> Dialogue:
+    """The turns of a conversation, each rendered once with placeholders as answers."""
+    asked = question(conversation)
+    require(bool(asked), "no messages before the answer")
+    parts: list[Messages] = [[]]
+    for message in asked:
+        again = message["role"] == "assistant" and "tool_calls" not in message
+        if turns == "last" or not again:
+            parts[-1].append(message)
+        elif parts[-1]:  # consecutive answers are one turn
+            parts.append([])
+    dialogue = Dialogue(
+        line=conversation.line,
+        turns=parts,
+        first_ids=np.empty(0, np.int32),
+        tools=conversation.tools,
+        chat_template_kwargs=conversation.chat_template_kwargs,
+    )
+    kwargs = {**kwargs, **conversation.chat_template_kwargs}
+    ids = [
+        encode_prompt(
+            dialogue.messages([_PLACEHOLDER] * turn), tokenizer, kwargs, tools=conversation.tools
+        )
+        for turn in range(len(parts))
+    ]
+    return Dialogue(**{**vars(dialogue), "first_ids": ids[0]})
+
+
+def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
+    """Whether the text of an answer's line, tokenised again, gives other ids than were generated.
+
+    Args:
+        line: of a file that `regenerate` wrote.
+        encoder: of the same target and template arguments.
+    """
+    conversation = Conversation(
+        line=line[PROMPT_LINE],
+        messages=line["messages"],
+        tools=line.get("tools"),
+        chat_template_kwargs=line.get(KWARGS, {}),
+        finished=line[FINISH_REASON] == "stop",
+    )
+    rows = encoder.rows(conversation).rows
+    return not rows or rows[-1].input_ids.tolist() != line[PROMPT_IDS] + line[OUTPUT_IDS]

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import Messages
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import DecodeState, finish, required_cache_len, start, stream
 from domino_jax.target.tokens import check_vocabulary
@@ -44,11 +43,6 @@ class Answer:
     def tokens_per_second(self) -> float:
         """Tokens of the answer per second, reading the prompt included."""
         return len(self.tokens) / self.seconds
-
-
-def asked(messages: Messages) -> Messages:
-    """What a conversation asks: without the answer that it ends with, if it ends with one."""
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def check_prompt(decoder: Decoder, prompt: np.ndarray, tokenizer: Any, *, source: str) -> None:

@@ -8,6 +8,7 @@ batch row is one row, or with packing several that share its S positions:
     held-out file   -> prompts [n] of rollouts
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
 from domino_jax.config.model import DecoderConfig, DraftConfig
-from domino_jax.data.conversations import Row, encode_prompt, load_rows, read_messages
+from domino_jax.data.conversations import Row, load_rows
+from domino_jax.data.forms import BadLine, read_conversations
 from domino_jax.data.hidden_states import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import (
     Pack,
@@ -29,8 +31,9 @@ from domino_jax.data.packing import (
     row_lengths,
     single_packs,
 )
+from domino_jax.data.prompt import prompt_of
 from domino_jax.decoding.decoder import make_decoder
-from domino_jax.decoding.generate import asked, check_prompt
+from domino_jax.decoding.generate import check_prompt
 from domino_jax.objective.objectives import reads_target
 from domino_jax.sharding import axis_size, make_mesh, partition_spec
 from domino_jax.target.decoder import Target
@@ -99,30 +102,66 @@ def read_rows(
     *,
     draft: DraftConfig,
     packing: bool,
+    max_unusable: float,
+    end_ids: Sequence[int],
     reporter: Reporter,
 ) -> InputRows:
     """Reads, encodes and checks conversations, and packs the rows if the run packs.
 
-    The reporter is told which lines were left out, and how many answers were cut at the limit of
-    whoever wrote them.
+    Reports lines and answers that are not trained with their reasons, keys that nothing reads,
+    answers that are unfinished, and how many lines are text.
 
+    Args:
+        path: of the conversations.
+        tokenizer: of the target, with `end_ids`, see `stop_token_ids`.
+        settings: of the rows.
+        draft: reads the rows, see `check_rows`.
+        packing: whether rows share batch rows.
+        max_unusable: largest share of lines with something that is not trained.
+        end_ids: see `tokenizer`.
+        reporter: receives the report.
     Raises:
-        InputError: the file cannot be read or gives no row, or a row does not fit the draft, see
-            `check_rows`.
+        InputError: the file cannot be read, gives no row, more of its lines than `max_unusable`
+            are not usable, or a row does not fit the draft.
     """
-    rows, bad_lines, unfinished = load_rows(path, tokenizer, **vars(settings))
-    # Some of them show what is wrong; in a file of another format every line is bad.
-    for bad in bad_lines[:5]:
-        reporter.say(f"{path}:{bad.line}: {bad.reason}")
-    if bad_lines:
-        reporter.say(f"{path}: {len(bad_lines)} of {len(bad_lines) + len(rows)} lines left out")
-    if unfinished:
+    found = load_rows(path, tokenizer, end_ids=end_ids, **vars(settings))
+    rows, bad = found.rows, found.bad_lines
+    for lines in _by_reason(bad):
+        more = f" and {len(lines) - 1} more lines" if len(lines) > 1 else ""
+        reporter.say(f"{path}:{lines[0].line}{more}: {lines[0].reason}")
+    if bad:
+        reporter.say(f"{path}: {len(bad)} of {found.lines} lines are not trained, or not whole")
+    for name, count in sorted(found.unused.items()):
+        reporter.say(f"{path}: {name} is not read ({count} lines)")
+    if len(bad) > max_unusable * found.lines:
+        lines = _by_reason(bad)[0]
+        raise InputError(
+            f"{path}: {len(bad)} of {found.lines} lines ({len(bad) / found.lines:.0%}) are not "
+            f"usable, {len(lines)} for one reason (line {lines[0].line}: {lines[0].reason}); "
+            f"expected at most {max_unusable:.0%}: mend the file, or raise data.max_unusable"
+        )
+    if found.unfinished:
         reporter.say(
-            f"{path}: {unfinished} of {len(rows)} answers ({unfinished / len(rows):.0%}) are "
-            "unfinished, cut at their token limit: no end of turn is learned from them"
+            f"{path}: {found.unfinished} of {found.lines} answers "
+            f"({found.unfinished / found.lines:.0%}) are unfinished, cut at their token limit: no "
+            "end of turn is learned from them"
+        )
+    if found.from_text:
+        reporter.say(
+            f"{path}: {found.from_text} of {found.lines} lines are text: their token ids are those "
+            "of the text tokenised again, and may differ from the generated ones"
         )
     check_rows(rows, tokenizer, draft=draft, path=path)
     return _with_packs(rows, settings, packing=packing)
+
+
+def _by_reason(bad_lines: Sequence[BadLine]) -> list[list[BadLine]]:
+    """Bad lines by their reason, whatever numbers and values a reason quotes; most lines first."""
+    kinds: dict[str, list[BadLine]] = {}
+    for bad in bad_lines:
+        kind = re.sub(r"\d+|'[^']*'", "", bad.reason)
+        kinds.setdefault(kind, []).append(bad)
+    return sorted(kinds.values(), key=len, reverse=True)
 
 
 def check_rows(rows: Sequence[Row], tokenizer: Any, *, draft: DraftConfig, path: str) -> None:
@@ -239,15 +278,14 @@ def read_prompts(
         )
     reader = make_decoder(Target(target))
     # Read once more: a row has its tokens alone, and may be cut before its last answer.
-    conversations = dict(read_messages(path).conversations)
-    prompts = []
+    conversations = {found.line: found for found in read_conversations(path).conversations}
+    prompts = {}
     for row in rows:
         assert row.line is not None, "held-out rows are read from a file"
-        question = asked(conversations[row.line])
-        prompt = encode_prompt(question, tokenizer, chat_template_kwargs)
+        prompt = prompt_of(conversations[row.line], tokenizer, chat_template_kwargs)
         check_prompt(reader, prompt, tokenizer, source=f"{path}:{row.line}")
-        prompts.append(prompt)
-    return prompts
+        prompts[row.line] = prompt
+    return list(prompts.values())
 
 
 def _with_packs(rows: Sequence[Row], settings: RowSettings, *, packing: bool) -> InputRows:

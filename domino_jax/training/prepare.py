@@ -25,16 +25,17 @@ import optax
 from flax.core import FrozenDict
 from jax.sharding import Mesh
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import write_whole
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.config.sections import DataConfig, LossConfig
-from domino_jax.data.conversations import Row, stop_token_ids
-from domino_jax.data.hidden_states import MANIFEST
-from domino_jax.data.template import chat_template
+from domino_jax.data.conversations import Row
+from domino_jax.data.hidden_states import MANIFEST, read_manifest
+from domino_jax.data.prompt import stop_token_ids
+from domino_jax.data.template import KWARGS, NO_KWARGS, chat_template, dated, recorded_kwargs
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
 from domino_jax.objective.modules import build_trainer
@@ -148,6 +149,16 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         keep=train.keep_checkpoints,
         keep_best=train.keep_best is not None,
     )
+    # The last check: it reads every byte of a checkpoint.
+    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
+    resumed = None
+    if step is not None:
+        source = directory / CHECKPOINTS / str(step)
+        resumed = Resumed(step, source, read_run_record(source))
+    data = dataclasses.replace(
+        data, chat_template_kwargs=_dated_kwargs(data, tokenizer, resumed=resumed)
+    )
+    config = dataclasses.replace(config, data=data)
     record = DraftRecord(
         draft_config,
         config.target,
@@ -155,14 +166,9 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         target_sha256=None,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
     )
-    # The last check: it reads every byte of a checkpoint.
-    step = sound_checkpoint(directory, reporter=reporter, set_aside=set_aside)
-    resumed = None
-    if step is not None:
-        source = directory / CHECKPOINTS / str(step)
-        resumed = Resumed(step, source, read_run_record(source))
-        check_settings(source, resumed.record.config, dataclasses.asdict(config))
-        check_draft(source, read_draft_record(source), record)
+    if resumed is not None:
+        check_settings(resumed.source, resumed.record.config, dataclasses.asdict(config))
+        check_draft(resumed.source, read_draft_record(resumed.source), record)
     return CheckedRun(
         config=config,
         mesh=mesh,
@@ -196,6 +202,8 @@ def read_inputs(
         settings=settings,
         draft=run.record.config,
         packing=data.packing,
+        max_unusable=data.max_unusable,
+        end_ids=end_token_ids(run.target),
         reporter=reporter,
     )
     hashes = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
@@ -317,6 +325,19 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     return Run(inputs, target_params, state)
 
 
+def _dated_kwargs(data: DataConfig, tokenizer: Any, *, resumed: Resumed | None) -> Scalars:
+    """The template kwargs of a run with the date of its first start or of its inputs."""
+    recorded: list[Scalars] = []
+    if resumed is not None:
+        # A record of another version may lack the section; `check_settings` refuses it.
+        recorded.append(resumed.record.config.get("data", {}).get(KWARGS, NO_KWARGS))
+    if data.hidden_states is not None:
+        recorded.append(read_manifest(data.hidden_states).chat_template_kwargs)
+    else:
+        recorded.append(recorded_kwargs(data.source))
+    return dated(tokenizer, data.chat_template_kwargs, *recorded)
+
+
 def row_settings(data: DataConfig) -> RowSettings:
     """The settings of a run's rows."""
     return RowSettings(**{f.name: getattr(data, f.name) for f in dataclasses.fields(RowSettings)})
@@ -337,7 +358,8 @@ def draft_of(
 
     A mask token that the run leaves open is chosen and reported; the same files give the same one.
     """
-    kwargs = config.data.chat_template_kwargs
+    # Any date: no template ends a turn by it.
+    kwargs = dated(tokenizer, config.data.chat_template_kwargs)
     stop_ids = stop_token_ids(tokenizer, kwargs, end_ids=end_token_ids(directory))
     special_ids = special_token_ids(tokenizer, stop_ids)
     recipe = config.draft
@@ -526,9 +548,13 @@ class CaptureInputs:
     batch_size: int
 
 
-def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
+def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) -> CaptureInputs:
     """Checks and reads a capture of a run's rows: what is free first, the rows last.
 
+    Args:
+        config: the run.
+        recorded: template kwargs of an earlier start.
+        reporter: is told each line of the data that is left out.
     Raises:
         InputError: no conversations, a target or a mesh that cannot be, or several processes.
     """
@@ -543,17 +569,25 @@ def capture_inputs(config: RunConfig, *, reporter: Reporter) -> CaptureInputs:
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
-    settings = row_settings(data)
+    kwargs = dated(tokenizer, data.chat_template_kwargs, recorded, recorded_kwargs(data.train))
+    settings = row_settings(dataclasses.replace(data, chat_template_kwargs=kwargs))
     draft = draft_of(config, target_config, tokenizer, directory=path, reporter=reporter)
     rows = read_rows(
-        data.train, tokenizer, settings, draft=draft, packing=False, reporter=reporter
-    ).rows
+        data.train,
+        tokenizer,
+        settings,
+        draft=draft,
+        packing=False,
+        max_unusable=data.max_unusable,
+        end_ids=end_token_ids(path),
+        reporter=reporter,
+    )
     return CaptureInputs(
         target=path,
         target_config=target_config,
         target_layer_ids=draft.target_layer_ids,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
-        rows=rows,
+        rows=rows.rows,
         settings=settings,
         mesh=mesh,
         batch_size=data.batch_size,

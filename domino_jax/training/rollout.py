@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from domino_jax.data.conversations import stop_token_ids
+from domino_jax.data.prompt import stop_token_ids
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.decoding.speculate import required_cache_len

@@ -21,6 +21,7 @@ from domino_jax.training.records import OTHER_VERSION, DraftRecord, Resumed
 # What may differ when a run is started again. Nothing of it changes a parameter, but for the mesh
 # and logits_mib, which change the order of sums.
 _FREE = (
+    "data.max_unusable",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",

@@ -159,13 +159,14 @@ def described(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def case_of_runs(options: argparse.Namespace) -> Case:
     """Trained drafts of two runs and their target, in float32."""
     from domino_jax.cli.loading import load_run
-    from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
+    from domino_jax.data.forms import read_conversations
+    from domino_jax.data.prompt import prompt_of, stop_token_ids
     from domino_jax.target.resolve import resolve_target
 
     jax.config.update("jax_default_matmul_precision", "highest")
     loaded, domino = load_run(options.domino, "float32", max_new_tokens=options.max_new_tokens)
     _, dflash = load_run(options.dflash, "float32", max_new_tokens=options.max_new_tokens)
-    usable, _ = read_messages(options.prompts)
+    usable = read_conversations(options.prompts).conversations
     kwargs = domino.record.chat_template.kwargs
 
     def torch_models() -> TorchModels:
@@ -194,10 +195,7 @@ def case_of_runs(options: argparse.Namespace) -> Case:
             "domino": (domino.record.config, domino.params),
             "dflash": (dflash.record.config, dflash.params),
         },
-        prompts=[
-            encode_prompt(messages, loaded.tokenizer, kwargs)
-            for _, messages in usable[: options.limit]
-        ],
+        prompts=[prompt_of(each, loaded.tokenizer, kwargs) for each in usable[: options.limit]],
         stops=stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids),
         context=CONTEXT,
         torch_models=torch_models,

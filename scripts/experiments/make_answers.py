@@ -33,17 +33,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_prompts import PROMPTS, Record, essence, evaluated_in, interleaved, read_records
+from make_prompts import (
+    PROMPTS,
+    Record,
+    essence,
+    evaluated_in,
+    interleaved,
+    numbered_records,
+    read_records,
+)
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import file_sha256, whole_file, write_whole
-from domino_jax.data.conversations import load_rows
+from domino_jax.data.conversations import Encoder, load_rows
+from domino_jax.datagen.regenerate import is_retokenised
 from domino_jax.target.load import load_tokenizer
 from domino_jax.target.resolve import resolve_target
 
 ANSWERS = PROMPTS.parent / "answers"
 EVALUATED = ("heldout", "humaneval", "everyday")  # of configs/prompts
 OWN = "own"
+IDS = ("prompt_ids", "output_ids", "finish_reason")
+HASHES = ("vocabulary", "chat_template")  # of a header; no options of a command
 
 
 @dataclass(frozen=True)
@@ -56,31 +67,31 @@ class Source:
 
 @dataclass(frozen=True)
 class Answered:
-    """A line to write, and how many tokens of it a loss counts."""
+    """A line to write, its tokens that a loss counts, and whether its text gives other ids."""
 
     line: Record
     tokens: int
+    retokenised: bool
 
 
-def generator_of(path: Path) -> dict[str, Any]:
-    """The settings that a verb wrote into every line of a file; empty where no verb wrote it."""
-    generators = [record.get("generator", {}) for record in read_records(path)]
-    if any(generator != generators[0] for generator in generators):
+def header_of(path: Path) -> Record:
+    """The header that a verb wrote into a file; empty where no verb wrote it."""
+    headers = [record for record in numbered_records(path).values() if "messages" not in record]
+    if len(headers) > 1:
         raise SystemExit(f"{path}: lines of several settings; give each part its own --own")
-    return generators[0]
+    return headers[0] if headers else {"generator": {}}
 
 
 def answered(source: Source, tokenizer: Any, *, max_length: int) -> list[Answered]:
     """The usable answers in the order of their prompts, labelled as those are.
 
-    `regenerate` sorts by length and keeps no label; what says the same on every line (`generator`)
-    belongs into the record.
+    `regenerate` sorts by length and keeps no label.
     """
-    prompts = dict(enumerate(read_records(source.prompts), start=1))
-    answers = read_records(source.answers)
+    prompts, answers = numbered_records(source.prompts), numbered_records(source.answers)
+    encoder = Encoder(tokenizer, max_length=max_length)
     by_prompt = {}
     for row in load_rows(source.answers, tokenizer, max_length=max_length).rows:
-        answer = answers[row.line - 1]
+        answer = answers[row.line]
         number = answer["prompt_line"]
         prompt = prompts.get(number)
         if prompt is None or answer["messages"][:-1] != prompt["messages"]:
@@ -88,12 +99,10 @@ def answered(source: Source, tokenizer: Any, *, max_length: int) -> list[Answere
                 f"{source.answers}:{row.line}: answers another prompt than line {number} of "
                 f"{source.prompts}"
             )
-        line = {
-            "messages": answer["messages"],
-            "finished": answer["finished"],
-            "family": prompt.get("family", OWN),
-        }
-        by_prompt[number] = Answered(line, int(row.loss_mask.sum()))
+        kept = {name: answer[name] for name in ("messages", *IDS)}
+        line = kept | {"family": prompt.get("family", OWN)}
+        tokens = int(row.loss_mask.sum())
+        by_prompt[number] = Answered(line, tokens, is_retokenised(answer, encoder))
     return [by_prompt[number] for number in sorted(by_prompt)]
 
 
@@ -133,9 +142,10 @@ def size_name(tokens: int) -> str:
     return str(tokens) if tokens % 1000 else f"{tokens // 1000}k"
 
 
-def write_packed(path: Path, answers: Sequence[Answered]) -> dict[str, Any]:
+def write_packed(path: Path, header: Record, answers: Sequence[Answered]) -> dict[str, Any]:
     """Writes a JSONL.gz whose bytes depend on its lines alone; returns what the record says."""
-    lines = [json.dumps(answer.line, ensure_ascii=False) + "\n" for answer in answers]
+    records = [header, *(answer.line for answer in answers)]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     text = "".join(lines).encode()
     # Neither a time nor a name in the header.
     with (
@@ -146,7 +156,8 @@ def write_packed(path: Path, answers: Sequence[Answered]) -> dict[str, Any]:
     return {
         "lines": len(answers),
         "answer_tokens": sum(answer.tokens for answer in answers),
-        "unfinished": sum(not answer.line["finished"] for answer in answers),
+        "unfinished": sum(answer.line["finish_reason"] == "length" for answer in answers),
+        "retokenised": sum(answer.retokenised for answer in answers),
         "families": dict(Counter(answer.line["family"] for answer in answers)),
         # Of the lines: another zlib packs the same ones into other bytes.
         "unpacked_sha256": hashlib.sha256(text).hexdigest(),
@@ -157,7 +168,7 @@ def command(verb: str, *paths: Path, settings: dict[str, Any]) -> str:
     """The command that wrote a file, from the settings that its lines record."""
     words = ["domino", verb, *(path.name for path in paths)]
     for name, value in settings.items():
-        if value not in (None, {}):
+        if value not in (None, {}) and name not in HASHES:
             option = f"--{name.replace('_', '-')}"
             words += [option, json.dumps(value) if isinstance(value, dict) else str(value)]
     return shlex.join(words)
@@ -166,9 +177,9 @@ def command(verb: str, *paths: Path, settings: dict[str, Any]) -> str:
 def source_record(source: Source) -> dict[str, Any]:
     """The hashes of a source and, where they are told, the commands that wrote it."""
     commands = []
-    if settings := generator_of(source.prompts):
+    if settings := header_of(source.prompts)["generator"]:
         commands.append(command("prompts", source.prompts, settings=settings))
-    settings = generator_of(source.answers)
+    settings = header_of(source.answers)["generator"]
     commands.append(command("regenerate", source.prompts, source.answers, settings=settings))
     hashes = {path.name: file_sha256(path) for path in (source.prompts, source.answers)}
     return {"sha256": hashes, "commands": commands}
@@ -185,10 +196,17 @@ def make(
 ) -> dict[str, Any]:
     """Writes all files of `out` but the record; returns what the record says of them."""
     sources = [*own, families]
-    targets = {generator_of(source.answers).get("target") for source in sources}
-    if len(targets) > 1 or None in targets:
-        raise SystemExit(f"answers of {targets}; expected those of one target")
-    (target,) = targets
+    headers = [header_of(source.answers) for source in sources]
+    # The settings that all of them share: whose tokens they are, and how they were chosen.
+    common = {
+        name: value
+        for name, value in headers[0]["generator"].items()
+        if all(header["generator"].get(name) == value for header in headers)
+    }
+    target = common.get("target")
+    if target is None:
+        raise SystemExit("answers of several targets, or of an unknown one; expected one target")
+    header = headers[0] | {"generator": common}
     tokenizer = load_tokenizer(resolve_target(target))
     usable = [answered(source, tokenizer, max_length=max_length) for source in sources]
     own_answers = [answer for part in usable[:-1] for answer in part]
@@ -205,7 +223,7 @@ def make(
     out.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, part in parts.items():
-        files[f"{name}.jsonl.gz"] = write_packed(out / f"{name}.jsonl.gz", part)
+        files[f"{name}.jsonl.gz"] = write_packed(out / f"{name}.jsonl.gz", header, part)
     return {
         "target": target,
         "sources": [source_record(source) for source in sources],

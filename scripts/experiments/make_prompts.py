@@ -183,9 +183,14 @@ def leaks(trained: Files, evaluated: Files) -> list[str]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The lines of a JSONL file."""
+    """The lines of a JSONL file but for headers."""
+    return [record for record in numbered_records(path).values() if "messages" in record]
+
+
+def numbered_records(path: Path) -> dict[int, Record]:
+    """All lines of a JSONL file by their numbers, from 1."""
     # As bytes: text would be split at U+2028 too, which a target may have written.
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return dict(enumerate(map(json.loads, path.read_bytes().splitlines()), start=1))
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:

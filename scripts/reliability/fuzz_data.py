@@ -3,7 +3,6 @@
 Conversations, captured states, unfinished answers and logs.
 """
 
-import functools
 import gzip
 import hashlib
 import random
@@ -35,17 +34,18 @@ def _settings() -> Any:
 
     sampling = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
     work = {"max_new_tokens": 8, "dtype": "float32", "batch_size": 2}
-    return AnswerSettings(target="t", chat_template_kwargs={}, **sampling, **work)
+    return AnswerSettings(target="t", turns="all", chat_template_kwargs={}, **sampling, **work)
 
 
 def _answer_line() -> dict[str, Any]:
-    return {"messages": ANSWERED, "finished": True, "generator": asdict(_settings())}
+    ids = {"prompt_ids": [1, 2], "output_ids": [3, 4], "finish_reason": "stop"}
+    return {"messages": ANSWERED, "prompt_line": 1, **ids}
 
 
 def _conversations(directory: Path) -> Parser:
     """A line of a JSONL file, behind one that is right; for the command alone."""
     from domino_jax.base.errors import InputError
-    from domino_jax.data.conversations import read_messages
+    from domino_jax.data.forms import read_conversations
 
     lines, alone = directory / "rows.jsonl", directory / "alone.jsonl"
     prompt = {"messages": ASKED}
@@ -54,7 +54,7 @@ def _conversations(directory: Path) -> Parser:
         line = content.replace(b"\n", b" ") + b"\n"
         alone.write_bytes(line)
         lines.write_bytes(as_json(prompt) + b"\n" + line)
-        found = read_messages(lines)
+        found = read_conversations(lines)
         if found.bad_lines:  # what was wrong with the line
             raise InputError(found.bad_lines[0].reason)
         return _wrong_lines(found)
@@ -66,7 +66,7 @@ def _conversations(directory: Path) -> Parser:
 
 def _packed_conversations(directory: Path) -> Parser:
     """A file of lines as gzip packs it, damaged anywhere."""
-    from domino_jax.data.conversations import read_messages
+    from domino_jax.data.forms import read_conversations
 
     path = directory / "rows.jsonl.gz"
     packed = gzip.compress(as_json(_answer_line()) + b"\n", mtime=0)
@@ -76,17 +76,22 @@ def _packed_conversations(directory: Path) -> Parser:
 
     def check(content: bytes) -> str | None:
         path.write_bytes(content)
-        return _wrong_lines(read_messages(path))
+        return _wrong_lines(read_conversations(path))
 
     return Parser(name="packed data", weight=8, inputs=Inputs(packed, draw), check=check)
 
 
 def _wrong_lines(found: Any) -> str | None:
-    for _, messages in found.conversations:
+    from domino_jax.data.forms import ROLES
+
+    for conversation in found.conversations:
+        ids, mask = conversation.input_ids, conversation.loss_mask
+        if ids is not None and (len(ids) != len(mask) or ids.min() < 0 or not len(ids)):
+            return "token ids without their mask"
         asked = False
-        for message in messages:
+        for message in conversation.messages:
             role, content = message["role"], message["content"]
-            if role not in ("system", "user", "assistant") or not content.strip():
+            if role not in ROLES or not isinstance(content, str):
                 return "a message without its role or text"
             content.encode()
             asked |= role == "user"
@@ -141,24 +146,32 @@ def _wrong_manifest(found: Any) -> str | None:
 
 def _partial_answers(directory: Path) -> Parser:
     """A line of unfinished answers, attested."""
+    import numpy as np
+
     from domino_jax.datagen.batch_log import BatchLog, _attestation
-    from domino_jax.datagen.regenerate import _read_answer
+    from domino_jax.datagen.regenerate import Dialogue, _AnswerRecords
 
     answers = directory / "answers.jsonl.partial"
-    line = _answer_line() | {"prompt_line": 1}
-    read_record = functools.partial(_read_answer, prompts={1: ASKED}, source=Path("prompts.jsonl"))
     of = {"kind": "an answer", "generator": asdict(_settings())}
+    header = as_json({"generator": of["generator"]}) + b"\n"
+    ids = np.array([1, 2], np.int32)
+    dialogue = Dialogue(line=1, turns=[ASKED], first_ids=ids, tools=None, chat_template_kwargs={})
 
     def check(content: bytes) -> str | None:
         # What is attested is what was written: whoever wrote it may have been wrong.
-        before = _attestation(hashlib.sha256()) + content + b"\n"
-        answers.write_bytes(before + _attestation(hashlib.sha256(before)))
-        with BatchLog(answers, read_record, **of) as log:
+        before = b""
+        for lines in (b"", header, content + b"\n"):
+            before += lines
+            before += _attestation(hashlib.sha256(before))
+        answers.write_bytes(before)
+        records = _AnswerRecords([dialogue], Path("prompts.jsonl"))
+        with BatchLog(answers, records.read, **of) as log:
             found = log.finished.items()
-        right = all(number == 1 and type(ended) is bool for number, ended in found)
+        right = all(key == (1, 2) and type(ended) is bool for key, ended in found)
         return None if right else "another line"
 
-    return Parser(name="partial answers", weight=10, inputs=json_inputs(line), check=check)
+    inputs = json_inputs(_answer_line())
+    return Parser(name="partial answers", weight=10, inputs=inputs, check=check)
 
 
 def _metrics(directory: Path) -> Parser:

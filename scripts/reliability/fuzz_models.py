@@ -160,7 +160,7 @@ def _wrong_draft(config: Any) -> str | None:
 
 
 def _tokenizer_files(directory: Path, target: Path) -> Parser:
-    from domino_jax.data.conversations import encode_prompt, stop_token_ids
+    from domino_jax.data.prompt import encode_prompt, stop_token_ids
     from domino_jax.target.load import load_tokenizer
 
     place = directory / "tokenizer"

@@ -12,7 +12,8 @@ from stand_in import SGLang, serving
 from tiny import MASK_TOKEN_ID, WORDS, add_token, seal, with_ends
 
 from domino_jax.cli.loading import load_run
-from domino_jax.data.conversations import encode_prompt, read_messages
+from domino_jax.data.forms import read_conversations
+from domino_jax.data.prompt import prompt_of
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.draft.backbone import DraftModel
@@ -111,8 +112,8 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     with serving(engine) as url:
         code, out, log = domino(*words, "--endpoint", url)
     assert code == 0 and "asked 2/2" in log and "endpoint: tau, over ours" in out
-    usable, _ = read_messages(prompts)
-    asked = [encode_prompt(messages, loaded.tokenizer, {}).tolist() for _, messages in usable[:2]]
+    usable = read_conversations(prompts).conversations
+    asked = [prompt_of(each, loaded.tokenizer).tolist() for each in usable[:2]]
     assert [question["input_ids"] for question in engine.asked] == asked
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["prompts"]
     endpoint, serving_here = figures["endpoint"], figures["ways"]["serving"]

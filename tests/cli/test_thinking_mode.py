@@ -10,11 +10,10 @@ import yaml
 from click.testing import CliRunner
 from tiny import SWITCHED_TEMPLATE, run_config, seal, write_conversations, write_target
 
-from domino_jax.cli import measurement
 from domino_jax.cli.verbs import cli
-from domino_jax.data import conversations
-from domino_jax.data.conversations import encode_prompt
+from domino_jax.data import prompt
 from domino_jax.data.hidden_states import read_manifest
+from domino_jax.data.prompt import encode_prompt
 from domino_jax.interop.hf import recorded_template
 from domino_jax.training.checkpoint import load_draft
 
@@ -53,8 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answers_run_and_checkpoint_record_it(place: Path) -> None:
-    for line in (place / "answers.jsonl").read_text().splitlines():
-        assert json.loads(line)["generator"]["chat_template_kwargs"] == OFF
+    header = (place / "answers.jsonl").read_text().splitlines()[0]
+    assert json.loads(header)["generator"]["chat_template_kwargs"] == OFF
     resolved = yaml.safe_load((place / "run" / "config.yaml").read_text())
     assert resolved["data"]["chat_template_kwargs"] == OFF
     assert load_draft(place / "run").record.chat_template.kwargs == OFF
@@ -63,12 +62,12 @@ def test_answers_run_and_checkpoint_record_it(place: Path) -> None:
 def test_training_refuses_answers_of_another_setting(place: Path, tmp_path: Path) -> None:
     config, elsewhere = place / "config.yaml", f"run_dir={tmp_path / 'run'}"
     line = refused("train", config, elsewhere)
-    assert f"{place / 'answers.jsonl'}:1: answered with chat_template_kwargs " in line
+    assert f"{place / 'answers.jsonl'}:2: answered with chat_template_kwargs " in line
     assert '{"enable_thinking": false}, the run has {}; give the run data.chat' in line
     line = refused("train", config, elsewhere, IN_CONFIG.replace("false", "0"))
     assert 'the run has {"enable_thinking": 0}' in line
     heldout = (f"data.eval={place / 'answers.jsonl'}", f"data.train={place / 'rows.jsonl'}")
-    assert "answers.jsonl:1: answered with" in refused("train", config, elsewhere, *heldout)
+    assert "answers.jsonl:2: answered with" in refused("train", config, elsewhere, *heldout)
     line = refused("train", config, elsewhere, "data.chat_template_kwargs={enable_thnking: false}")
     assert line.endswith("does not read 'enable_thnking'; did you mean 'enable_thinking'?")
 
@@ -104,13 +103,11 @@ def test_decoding_takes_the_setting_of_the_run(
     run, prompts = place / "run", place / "prompts.jsonl"
     asked: list[Any] = []
 
-    def spy(messages: Any, tokenizer: Any, kwargs: Any = "forgotten") -> Any:
+    def spy(messages: Any, tokenizer: Any, kwargs: Any = "forgotten", **more: Any) -> Any:
         asked.append(kwargs)
-        return encode_prompt(messages, tokenizer, kwargs)
+        return encode_prompt(messages, tokenizer, kwargs, **more)
 
-    # `generate` imports the function when it runs, `evaluate` with its module.
-    for module in (conversations, measurement):
-        monkeypatch.setattr(module, "encode_prompt", spy)
+    monkeypatch.setattr(prompt, "encode_prompt", spy)
     domino("generate", run, "a b", "--max-new-tokens", 4, *TOLD)
     domino("evaluate", run, prompts, "--limit", 2, "--max-new-tokens", 8, "--timed", 0)
     assert asked == [OFF] * 3

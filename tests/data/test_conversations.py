@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import BRACKETS, CHATML, THINKING, chat, encoded, make_tokenizer, marked
+from chats import BRACKETS, CHATML, THINKING, chat, encoded, encoded_all, make_tokenizer, marked
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import encode_prompt, stop_token_ids
+from domino_jax.data.prompt import encode_prompt, stop_token_ids
 
 
 def slow_row(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """ChatML token by token: each piece of a turn is encoded by itself, so its owner is known."""
+    """ChatML up to the last answer, each piece of a turn encoded by itself: its owner is known."""
     if messages[0]["role"] != "system":
         messages = [{"role": "system", "content": "You help."}, *messages]
     ids: list[int] = []
@@ -30,7 +30,8 @@ def slow_row(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int],
         put(message["content"], message["role"] == "assistant")
         put("<|im_end|>", message["role"] == "assistant")
         put("\n", False)
-    return ids, mask
+    end = len(mask) - mask[::-1].index(True)
+    return ids[:end], mask[:end]
 
 
 CONVERSATIONS = {
@@ -58,13 +59,6 @@ def test_encoder_equals_the_slow_reference(messages: list[dict[str, Any]]) -> No
     assert row.loss_mask.tolist() == mask
 
 
-def test_encoder_with_trimmed_offsets() -> None:
-    messages = chat("How many legs have 3 cats?", " twelve legs , 3 times")
-    expected = encoded(messages, make_tokenizer())
-    row = encoded(messages, make_tokenizer(trim_offsets=True))
-    np.testing.assert_array_equal(row.loss_mask, expected.loss_mask)
-
-
 def test_encoder_truncates_in_the_middle_of_an_answer() -> None:
     tokenizer = make_tokenizer()
     messages = chat("Hi", "They have twelve legs, 3 times 4.")
@@ -80,37 +74,35 @@ def test_encoder_truncates_in_the_middle_of_an_answer() -> None:
 def test_encoder_follows_a_template_without_generation_prompt() -> None:
     tokenizer = make_tokenizer(BRACKETS, eos="<|endoftext|>")
     row = encoded(chat("Hi", "Hello.", "3 cats?", "twelve\n"), tokenizer)
-    text = "[Q]Hi[A] Hello.<|endoftext|>[Q]3 cats?[A] twelve<|endoftext|>"
+    text = "[Q]Hi[A] Hello.<|endoftext|>[Q]3 cats?[A] twelve\n<|endoftext|>"
     assert tokenizer.decode(row.input_ids) == text
-    assert marked(row, tokenizer) == " Hello.<|endoftext|> twelve<|endoftext|>"
+    assert marked(row, tokenizer) == " Hello.<|endoftext|> twelve\n<|endoftext|>"
 
 
-def test_encoder_follows_a_template_that_shows_the_last_turn_otherwise() -> None:
+def test_encoder_leaves_out_what_the_template_inserts_before_the_last_answer() -> None:
     tokenizer = make_tokenizer(THINKING)
     row = encoded(chat("Hi", "Hello.", "3 cats?", "twelve"), tokenizer)
-    assert marked(row, tokenizer) == "Hello.<|im_end|><think>\n\n</think>\n\ntwelve<|im_end|>"
+    assert marked(row, tokenizer) == "Hello.<|im_end|>twelve<|im_end|>"
+    assert "think" not in tokenizer.decode(row.input_ids)
 
 
-def test_encoder_leaves_out_a_token_across_the_start_of_an_answer() -> None:
+def test_encoder_splits_a_token_across_the_start_of_an_answer() -> None:
     template = BRACKETS.replace("[A]", "\n").replace(
         " {{ message['content'] | trim }}", "{{ message['content'] }}"
     )
     tokenizer = make_tokenizer(template, eos="<|endoftext|>")
     tokenizer.add_tokens(["\nThey"])  # over the end of the prompt and the start of the answer
     row = encoded(chat("Hi", "They have"), tokenizer)
-    assert marked(row, tokenizer) == " have<|endoftext|>"
+    assert marked(row, tokenizer) == "They have<|endoftext|>"
+    prompt = encode_prompt(chat("Hi"), tokenizer)
+    np.testing.assert_array_equal(row.input_ids[: len(prompt)], prompt)
 
 
-ENDED_ONCE = CHATML.replace(  # only the last answer is ended
-    "<|im_end|>\n{% endfor", "{% if loop.index == 4 %}<|im_end|>{% endif %}\n{% endfor"
-)
 REFUSED = [
     (CHATML, ["Hi"], "no assistant message"),
-    (CHATML, ["Hi", "a <|im_end|> b"], "message 2 holds the end-of-turn token '<|im_end|>' as"),
-    ("{{ messages | length }}" + CHATML, ["Hi", "Hello."], "what precedes message 2 otherwise"),
+    (CHATML, ["Hi", "a <|im_end|> b"], "message 2: the answer holds the end-of-turn token '<|im_e"),
+    (CHATML.replace("message['content']", "'x'"), ["Hi", "Ho"], "does not show the text of an ans"),
     (CHATML.partition("{% if add_gen")[0], ["Hi", "Hello."], "ignores add_generation_prompt"),
-    (CHATML.replace("<|im_end|>", ""), ["Hi", "Hello."], "no end-of-turn token after an answer"),
-    (ENDED_ONCE, ["Hi", "Hello.", "Hi", "Hello."], "no end-of-turn token after an answer"),
     ("{{ raise_exception('must alternate') }}", ["Hi", "Hello."], "refuses it: must alternate"),
     ("{{ messages[0]['content'] + 1 }}", ["Hi", "Hello."], "the chat template refuses it"),
     ("Hello", ["Hi", "Hello."], "does not show the text of an answer"),
@@ -119,8 +111,19 @@ REFUSED = [
 
 @pytest.mark.parametrize(("template", "contents", "reason"), REFUSED)
 def test_encoder_says_what_it_refuses(template: str, contents: list[str], reason: str) -> None:
-    with pytest.raises(InputError, match=reason.replace("|", r"\|")):
-        encoded(chat(*contents), make_tokenizer(template))
+    try:
+        found = encoded_all(chat(*contents), make_tokenizer(template))
+    except InputError as error:  # of every conversation
+        assert reason in str(error)
+    else:
+        assert not found.rows and reason in found.untrained[0]
+
+
+def test_a_message_that_the_template_does_not_show_is_named() -> None:
+    shown = "{% if message['role'] != 'system' %}{{ message['content'] }}{% endif %}"
+    tokenizer = make_tokenizer(CHATML.replace("{{ message['content'] }}", shown))
+    found = encoded_all(chat("Hi", "Hello.", system="Be brief."), tokenizer)
+    assert found.untrained == ["message 3: the chat template does not show message 1 (system)"]
 
 
 def test_text_that_is_no_stop_token_may_be_said() -> None:

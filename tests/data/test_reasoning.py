@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import BRACKETS, CHATML, chat, encoded, make_tokenizer, marked, write
+from chats import BRACKETS, CHATML, chat, encoded, encoded_all, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import BadLine, load_rows
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.forms import BadLine
 
 # In the manner of Qwen3: thoughts come from `reasoning_content` or out of the content, and only
 # answers after the last question show theirs, the very last one even when it has none.
@@ -42,13 +43,15 @@ def answer(content: str, reasoning: str | None = None) -> dict[str, Any]:
 def marked_runs(messages: list[dict[str, Any]], template: str, *, masked: bool) -> list[str]:
     """Texts of the marked runs, after a check that masking leaves the tokens alone."""
     tokenizer = make_tokenizer(template)
-    plain = encoded(messages, tokenizer)
-    row = encoded(messages, tokenizer, mask_reasoning_content=masked)
-    if row is None:
-        return []
-    np.testing.assert_array_equal(row.input_ids, plain.input_ids)
-    runs = np.split(np.arange(len(row.loss_mask)), np.flatnonzero(np.diff(row.loss_mask)) + 1)
-    return [tokenizer.decode(row.input_ids[run]) for run in runs if row.loss_mask[run[0]]]
+    plain = encoded_all(messages, tokenizer).rows
+    rows = encoded_all(messages, tokenizer, mask_reasoning_content=masked).rows
+    known = [row.input_ids.tolist() for row in plain]
+    assert all(row.input_ids.tolist() in known for row in rows)
+    texts = []
+    for row in rows:
+        runs = np.split(np.arange(len(row.loss_mask)), np.flatnonzero(np.diff(row.loss_mask)) + 1)
+        texts += [tokenizer.decode(row.input_ids[run]) for run in runs if row.loss_mask[run[0]]]
+    return texts
 
 
 QUESTION = chat("Hi")
@@ -88,26 +91,30 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, list[str], list[str]]] = {
     "a key, several turns": (
         [answer("Hello.", "They say Hi"), answer("twelve", "3 times 4")],
         THOUGHTS,
-        [f"Hello.{END}", f"<think>\n3 times 4\n</think>\n\ntwelve{END}"],
-        [f"Hello.{END}", f"\n\ntwelve{END}"],
+        [
+            f"<think>\nThey say Hi\n</think>\n\nHello.{END}",
+            f"<think>\n3 times 4\n</think>\n\ntwelve{END}",
+        ],
+        [f"\n\nHello.{END}", f"\n\ntwelve{END}"],
     ),
-    "inline, moved by the template": (
+    "inline, stripped by the template": (
         [answer("<think>a</think>Hello."), answer("<think>\nb\n</think>\n\ntwelve")],
         THOUGHTS,
-        [f"Hello.{END}", f"<think>\nb\n</think>\n\ntwelve{END}"],
+        [f"<think>a</think>Hello.{END}", f"<think>\nb\n</think>\n\ntwelve{END}"],
         [f"Hello.{END}", f"\n\ntwelve{END}"],
     ),
     "empty thoughts of the template": (
         [answer("Hello."), answer("twelve")],
         THOUGHTS,
-        [f"Hello.{END}", f"<think>\n\n</think>\n\ntwelve{END}"],
-        [f"Hello.{END}", f"\n\ntwelve{END}"],
+        [f"Hello.{END}", f"twelve{END}"],
+        [f"Hello.{END}", f"twelve{END}"],
     ),
-    "a key that the template ignores": (
-        [answer("one", "two")],
-        CHATML,
-        [f"one{END}"],
-        [f"one{END}"],
+    "a key that the template ignores": ([answer("one", "two")], CHATML, [], []),
+    "a key under another name": (
+        [{"role": "assistant", "content": "one", "thinking": "two"}],
+        THOUGHTS,
+        [f"<think>\ntwo\n</think>\n\none{END}"],
+        [f"\n\none{END}"],
     ),
     "opened by the generation prompt": (
         [answer("a\n</think>\n\none"), answer("b\n</think>\n\ntwo")],
@@ -157,14 +164,14 @@ def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "a.jsonl", *lines)
     tokenizer = make_tokenizer(THOUGHTS.replace("(loop.last or thought)", "thought"))
-    rows, bad_lines, _ = load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
-    assert [marked(row, tokenizer) for row in rows] == ["one "]
+    found = load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
+    assert [marked(row, tokenizer) for row in found.rows] == ["one "]
     reason = "no token of an answer outside its reasoning among the first 100"
-    assert bad_lines == [
+    assert found.bad_lines == [
         BadLine(1, reason),
         BadLine(2, reason),
-        BadLine(4, "message 2 (assistant) has a reasoning_content that is not text"),
-        BadLine(5, f"message 2 holds the end-of-turn token '{END}' as text"),
+        BadLine(4, "message 2 (assistant) has a reasoning of ['two'], expected text"),
+        BadLine(5, f"message 2: the answer holds the end-of-turn token '{END}' as text"),
     ]
     with pytest.raises(
         InputError, match="no usable line; line 1: no token of an answer outside its reasoning"

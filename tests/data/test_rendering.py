@@ -1,5 +1,6 @@
 """Chat templates in their own process: the text that transformers renders, within the limits."""
 
+import datetime
 import itertools
 import time
 from collections.abc import Iterator
@@ -8,15 +9,17 @@ from typing import Any
 
 import pytest
 from chats import CHATML, chat, make_tokenizer, write
+from transformers.utils import chat_template_utils
 
 from domino_jax.base.errors import InputError
 from domino_jax.data import rendering
-from domino_jax.data.conversations import load_rows, stop_token_ids
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.prompt import stop_token_ids
 from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, render
 
 HI = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ messages[0].content }}"
-JOB = (HI, False, {})  # what the process is asked for: messages, no generation prompt, no kwargs
+JOB = (HI, False, None, {})  # messages, no generation prompt, no tools, no kwargs
 NAMES = None  # or for the names that the template reads
 
 
@@ -35,6 +38,8 @@ SAME = {
     "{{ '<b>' }}",
     "marked answers": "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
     "{{ strftime_now('%Y') }}",
+    "a date": "{{ strftime_now('%d %b %Y') }}"
+    "{{ strftime_now(format='%A %B %y %H:%M:%S.%f %z%Z') }}",
     "loop controls": "{% for m in messages * 3 %}{% if loop.index > 2 %}{% break %}{% endif %}"
     "{{ loop.length }}"
     "{% endfor %}",
@@ -48,16 +53,53 @@ SAME = {
 
 
 @pytest.mark.parametrize("template", SAME.values(), ids=SAME.keys())
-def test_render_equals_transformers(template: str) -> None:
+def test_render_equals_transformers(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Clock":
+            return cls(2026, 12, 1)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     tokenizer = make_tokenizer(template)
     told = {"enable_thinking": False, "budget": 0.5}
     more = {"reasoning_content": None, "n": [1.5, True, {"x": None}]}
     odd = [{"role": "user", "content": "ü\U0001f600\n{{ 1 }}<b>", **more}]
     both = itertools.product((HI, odd, chat("a", "b", "c")), (False, True))
     conversations = [Rendering(*one) for one in both]
-    for found, one in zip(render(tokenizer, conversations, told), conversations, strict=True):
+    ours = render(tokenizer, conversations, {**told, "strftime_now": "2026-12-01"})
+    for found, one in zip(ours, conversations, strict=True):
         theirs = {"tokenize": False, "add_generation_prompt": one.generation_prompt, **told}
         assert found == tokenizer.apply_chat_template(one.messages, **theirs)
+
+
+DATED = "{{ strftime_now('%d %b %Y') }}"
+
+
+def test_a_rendering_depends_on_its_request_alone(
+    quick: rendering._Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(template: str, kwargs: dict[str, Any]) -> str:
+        return quick.ask(make_tokenizer(template), [(HI, False, None, kwargs)], problem="refused")[
+            0
+        ]
+
+    assert ask(DATED, {"strftime_now": "2024-02-29"}) == "29 Feb 2024"
+    assert ask(DATED, {"strftime_now": "2026-12-01"}) == "01 Dec 2026"
+    message = (
+        r"^refused: it prints the date; give chat_template_kwargs.strftime_now, for example 20"
+    )
+    for kwargs in ({}, {"budget": 1}):
+        with pytest.raises(InputError, match=message):
+            ask(DATED, kwargs)
+    # Not every conversation needs it.
+    assert ask("{% if tools %}" + DATED + "{% endif %}x", {}) == "x"
+    for part in ("{{ strftime_now('%s') }}", "{{ range(99999) | random }}", "{{ lipsum() }}"):
+        found = set()
+        for zone in ("UTC", "Asia/Tokyo"):
+            monkeypatch.setenv("TZ", zone)
+            quick.end()
+            found |= {ask(part, {"strftime_now": "2026-12-01"}) for _ in range(2)}
+        assert len(found) == 1
 
 
 def test_render_tells_what_a_template_refuses() -> None:
@@ -108,7 +150,7 @@ def test_names_read_are_those_that_a_template_does_not_set() -> None:
 def test_a_costly_line_ends_the_reading_of_a_file(tmp_path: Path) -> None:
     """Each of a million lines would take as long."""
     tokenizer: Any = make_tokenizer(
-        f"{CHATML}{{% if messages | length > 3 %}}{COSTLY['a multiplied string']}{{% endif %}}"
+        f"{CHATML}{{% if messages | length > 2 %}}{COSTLY['a multiplied string']}{{% endif %}}"
     )
     assert stop_token_ids(tokenizer)
     path = write(tmp_path / "a.jsonl", *({"messages": chat(*"abcd")} for _ in range(1000)))

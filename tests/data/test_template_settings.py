@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chats import GOOD, THINKING, chat, encoded, make_tokenizer, marked, write
+from chats import CHATML, GOOD, THINKING, chat, encoded, encoded_all, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import encode_prompt, load_rows, stop_token_ids
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.prompt import encode_prompt, stop_token_ids
 
 # As Qwen3: told not to think, the answer follows empty thoughts.
 SWITCHED = THINKING.replace(
@@ -37,7 +38,7 @@ def test_what_the_template_is_told_reaches_rows_and_prompts(tmp_path: Path) -> N
     np.testing.assert_array_equal(prompt, row.input_ids[: len(prompt)])
     assert row.loss_mask[len(prompt)] and not row.loss_mask[: len(prompt)].any()
     path = write(tmp_path / "a.jsonl", {"messages": messages})
-    (read,), _, _ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING)
+    (read,) = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=NO_THINKING).rows
     np.testing.assert_array_equal(read.input_ids, row.input_ids)
     for refuse in (
         lambda kwargs: stop_token_ids(tokenizer, kwargs),
@@ -47,17 +48,18 @@ def test_what_the_template_is_told_reaches_rows_and_prompts(tmp_path: Path) -> N
             refuse({"enable_thnking": False})
 
 
-def test_an_earlier_answer_whose_prompt_is_gone_is_not_marked() -> None:
+def test_an_earlier_answer_whose_prompt_is_gone_has_a_row_of_its_own() -> None:
     # As Qwen3: the empty thoughts that the first answer followed are not shown once more follows.
     tokenizer = make_tokenizer(SWITCHED.replace("{% if enable", "{% if loop.last and enable", 1))
     for last in ([], ["Thanks"]):
         messages = chat("Hi", "Hello.", "3 cats?", "twelve", *last)
         assert marked(encoded(messages, tokenizer), tokenizer) == "Hello.<|im_end|>twelve<|im_end|>"
-    row = encoded(messages[:4], tokenizer, chat_template_kwargs=NO_THINKING)
-    assert "Hello." in tokenizer.decode(row.input_ids)
-    assert marked(row, tokenizer) == "twelve<|im_end|>"
-    with pytest.raises(InputError, match="renders what precedes message 4 otherwise without it"):
-        encoded(messages, tokenizer, chat_template_kwargs=NO_THINKING)
+        rows = encoded_all(messages, tokenizer, chat_template_kwargs=NO_THINKING).rows
+        assert [marked(row, tokenizer) for row in rows] == ["Hello.<|im_end|>", "twelve<|im_end|>"]
+        for row, count in zip(rows, (1, 3), strict=True):
+            prompt = encode_prompt(messages[:count], tokenizer, NO_THINKING)
+            np.testing.assert_array_equal(row.input_ids[: len(prompt)], prompt)
+            assert not row.loss_mask[: len(prompt)].any() and row.loss_mask[len(prompt) :].all()
 
 
 @pytest.mark.parametrize(
@@ -77,16 +79,26 @@ def test_answers_of_another_setting_are_refused(
     tokenizer = make_tokenizer(SWITCHED)
     path = write(tmp_path / "a.jsonl", GOOD, {**GOOD, "generator": generator})
     if answered is None:
-        rows, *_ = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=kwargs)
-        assert len(rows) == 2
+        found = load_rows(path, tokenizer, max_length=100, chat_template_kwargs=kwargs)
+        assert len(found.rows) == 2
         return
     with pytest.raises(InputError) as caught:
         load_rows(path, tokenizer, max_length=100, chat_template_kwargs=kwargs)
     assert str(caught.value) == (
         f"{path}:2: answered with chat_template_kwargs {answered}, "
         f"the run has {json.dumps(kwargs)}; "
-        "give the run data.chat_template_kwargs of its answers, or make the answers again"
+        "give the run data.chat_template_kwargs of its answers, or regenerate the answers"
     )
+
+
+def test_answers_of_several_days_train_together(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("{{ strftime_now('%d') }}" + CHATML)
+    days = [{"strftime_now": f"2026-12-0{number}"} for number in (1, 2)]
+    lines = [{**GOOD, "generator": {"chat_template_kwargs": day}} for day in days]
+    path = write(tmp_path / "a.jsonl", *lines)
+    # What is rendered has the date of the run.
+    for row in load_rows(path, tokenizer, max_length=100, chat_template_kwargs=days[1]).rows:
+        assert tokenizer.decode(row.input_ids).startswith("02<|im_start|>")
 
 
 def test_an_answer_that_records_nonsense_is_told_by_its_line(tmp_path: Path) -> None:

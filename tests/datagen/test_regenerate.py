@@ -12,9 +12,11 @@ from tiny import SWITCHED_TEMPLATE, TEMPLATE, Interrupted, quiet, write_conversa
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
-from domino_jax.data.conversations import encode_prompt, read_messages, stop_token_ids
-from domino_jax.data.template import NO_KWARGS
-from domino_jax.datagen.regenerate import AnswerSettings, Regenerated, regenerate
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.forms import read_conversations
+from domino_jax.data.prompt import encode_prompt, stop_token_ids
+from domino_jax.data.template import NO_KWARGS, tokenizer_record
+from domino_jax.datagen.regenerate import AnswerSettings, Regenerated, read_dialogues, regenerate
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import TextStream, generate, stream_answer
 from domino_jax.target.decoder import Target
@@ -22,6 +24,7 @@ from domino_jax.target.load import load_target, load_tokenizer
 
 SETTINGS = AnswerSettings(
     target="tiny",
+    turns="all",
     max_new_tokens=12,
     temperature=0.0,
     top_k=None,
@@ -46,7 +49,7 @@ class Tiny:
         (answer,) = generate(
             self.decoder, self.weights, [prompt], max_new_tokens=count, cache_len=CACHE_LEN
         )
-        return self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        return self.tokenizer.decode(answer.tokens[: len(answer.tokens) - answer.stopped])
 
     def regenerate(
         self,
@@ -55,9 +58,17 @@ class Tiny:
         settings: AnswerSettings = SETTINGS,
         reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
     ) -> Regenerated:
-        return regenerate(
+        dialogues = read_dialogues(
             prompts,
+            self.tokenizer,
+            chat_template_kwargs=settings.chat_template_kwargs,
+            turns=settings.turns,
+            reporter=reporter,
+        )
+        return regenerate(
+            dialogues,
             answers,
+            source=prompts,
             decoder=self.decoder,
             weights=self.weights,
             tokenizer=self.tokenizer,
@@ -84,16 +95,21 @@ def test_every_prompt_gets_the_answer_it_gets_alone(
     tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
     result = tiny.regenerate(prompts, tmp_path / "answers.jsonl")
-    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    cut = sum(not record["finished"] for record in records)
-    assert result == Regenerated(total=10, answered=10, cut=cut) and cut > 0
-    asked = dict(read_messages(prompts).conversations)
+    header, *records = written(tmp_path / "answers.jsonl")
+    assert header["generator"] == asdict(SETTINGS) | tokenizer_record(tiny.tokenizer)
+    assert {"transformers", "tokenizers"} <= header["versions"].keys()
+    cut = sum(record["finish_reason"] == "length" for record in records)
+    assert (result.total, result.answered, result.cut, result.left_out) == (10, 10, cut, 0)
+    assert cut > 0
+    asked = {each.line: each.messages for each in read_conversations(prompts).conversations}
     assert sorted(record["prompt_line"] for record in records) == sorted(asked)
     for record in records:
         prompt = asked[record["prompt_line"]]
         answer = {"role": "assistant", "content": tiny.answer_alone(prompt)}
         assert record["messages"] == [*prompt, answer]
-        assert record["generator"] == asdict(SETTINGS)
+        assert record["prompt_ids"] == encode_prompt(prompt, tiny.tokenizer).tolist()
+        ended = record["output_ids"][-1] == tiny.tokenizer.eos_token_id
+        assert ended == (record["finish_reason"] == "stop")
     assert not (tmp_path / "answers.jsonl.partial").exists()
 
 
@@ -103,20 +119,27 @@ def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     whole = tiny.regenerate(prompts, tmp_path / "whole.jsonl")
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.regenerate(prompts, tmp_path / "parts.jsonl", reporter=Interrupted(at="prompts 4/10"))
+        tiny.regenerate(prompts, tmp_path / "parts.jsonl", reporter=Interrupted(at="answers 4/10"))
     partial = tmp_path / "parts.jsonl.partial"
     batch = partial.read_text().splitlines(keepends=True)
-    partial.write_text("".join([*batch, batch[1], batch[2][:-9]]))  # killed within the next batch
+    partial.write_text("".join([*batch, batch[3], batch[4][:-9]]))  # killed within the next batch
     # Those that the first start cut count as well.
-    assert tiny.regenerate(prompts, tmp_path / "parts.jsonl") == replace(whole, answered=6)
+    resumed = tiny.regenerate(prompts, tmp_path / "parts.jsonl")
+    assert replace(resumed, retokenised=0) == replace(whole, answered=6, retokenised=0)
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def attested(lines: bytes) -> bytes:
-    """An unfinished file of answers with these lines."""
-    begin = b'{"sha256": "%s"}\n'
-    content = begin % hashlib.sha256().hexdigest().encode() + lines
-    return content + begin % hashlib.sha256(content).hexdigest().encode()
+def written(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def attested(*batches: bytes) -> bytes:
+    """An unfinished file of answers with these batches of lines."""
+    content = b""
+    for lines in (b"", *batches):
+        content += lines
+        content += b'{"sha256": "%s"}\n' % hashlib.sha256(content).hexdigest().encode()
+    return content
 
 
 def test_what_would_mix_or_lose_answers_is_refused(
@@ -131,24 +154,26 @@ def test_what_would_mix_or_lose_answers_is_refused(
         tiny.regenerate(prompts, tmp_path / "bad.jsonl")
 
 
-PROMPTED = {"messages": [], "prompt_line": 1, "finished": True, "generator": asdict(SETTINGS)}
+PROMPTED = {"messages": [], "prompt_line": 1, "finish_reason": "stop"}
 ANOTHER = [{"role": "user", "content": "x"}] * 2
 OTHER_PARTIALS = [
     (b"\xff", "not valid JSON"),
     (b"[1]", "not an answer of `domino regenerate`"),
     (b"[" * 99_999, "more than 64 levels"),
     (b"\0", "not valid JSON"),
-    ({"generator": None}, "not an answer"),
-    ({"generator": {}}, "made with"),
     ({"prompt_line": "1"}, "not an answer"),
     ({"prompt_line": True}, "not an answer"),
-    ({"finished": 1}, "not an answer"),
+    ({"finish_reason": "tired"}, "not an answer"),
     ({"messages": None}, "not an answer"),
     ({"messages": ANOTHER}, "answers another prompt than line 1 of"),
-    ({"messages": [1], "prompt_line": 11}, "answers another prompt than line 11 of"),
-    # With a temperature an answer depends on the batch that it is drawn in.
-    ({"generator": {**asdict(SETTINGS), "batch_size": 2}}, "made with .*'batch_size': 2.*, not"),
+    ({"messages": [1]}, "not an answer"),
+    ({"messages": ANOTHER, "prompt_line": 11}, "answers another prompt than line 11 of"),
 ]
+
+
+def header_line(tokenizer: Any, **changed: Any) -> bytes:
+    generator = asdict(SETTINGS) | tokenizer_record(tokenizer) | changed
+    return json.dumps({"generator": generator}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(("line", "message"), OTHER_PARTIALS)
@@ -158,7 +183,7 @@ def test_a_partial_file_of_something_else_is_refused_and_left(
     raw = line if isinstance(line, bytes) else json.dumps({**PROMPTED, **line}).encode()
     partial = tmp_path / "a.jsonl.partial"
     for content, told in (
-        (attested(raw + b"\n"), rf":2: .*{message}"),
+        (attested(header_line(tiny.tokenizer), raw + b"\n"), rf":4: .*{message}"),
         (raw + b"\n", ": not unfinished answers as this version"),
     ):
         partial.write_bytes(content)
@@ -170,13 +195,31 @@ def test_a_partial_file_of_something_else_is_refused_and_left(
 def test_an_answer_twice_in_a_partial_file_is_refused(
     tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
-    asked = dict(read_messages(prompts).conversations)[1]
+    asked = read_conversations(prompts).conversations[0].messages
     answer = {**PROMPTED, "messages": [*asked, {"role": "assistant", "content": "a"}]}
     line = json.dumps(answer).encode() + b"\n"
-    (tmp_path / "b.jsonl.partial").write_bytes(attested(line * 2))
-    message = "partial:3: the prompt of line 1 is answered twice; remove"
+    content = attested(header_line(tiny.tokenizer), line * 2)
+    (tmp_path / "b.jsonl.partial").write_bytes(content)
+    message = "partial:5: an answer of `domino regenerate` to the same prompt a second time; remove"
     with pytest.raises(InputError, match=message):
         tiny.regenerate(prompts, tmp_path / "b.jsonl")
+
+
+# With a temperature an answer depends on its batch.
+@pytest.mark.parametrize("changed", [{"batch_size": 2}, {"vocabulary": "0" * 64}])
+def test_a_partial_file_of_other_settings_is_refused(
+    tiny: Tiny, prompts: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    partial = tmp_path / "c.jsonl.partial"
+    for lines, message in (
+        (header_line(tiny.tokenizer, **changed), f"partial:2: made with .*{next(iter(changed))}.*"),
+        (b'{"generator": 1}\n', "partial:2: not the header of a file of an answer"),
+        (json.dumps(PROMPTED).encode() + b"\n", "partial:2: not the header of a file"),
+    ):
+        partial.write_bytes(attested(lines))
+        with pytest.raises(InputError, match=message):
+            tiny.regenerate(prompts, tmp_path / "c.jsonl")
+        assert partial.read_bytes() == attested(lines)
 
 
 def test_a_prompt_beyond_the_targets_positions_is_refused(
@@ -197,11 +240,11 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     answers, partial = tmp_path / "a.jsonl", tmp_path / "a.jsonl.partial"
     tiny.regenerate(prompts, answers, settings=settings)
     lines = answers.read_text().splitlines(keepends=True)
-    assert all(json.loads(line)["generator"] == asdict(settings) for line in lines)
-    first = json.loads(lines[0])
+    assert json.loads(lines[0])["generator"]["chat_template_kwargs"] == told
+    first = json.loads(lines[1])
     assert first["messages"][-1]["content"] == tiny.answer_alone(first["messages"][:1], kwargs=told)
     assert first["messages"][-1]["content"] != tiny.answer_alone(first["messages"][:1])
-    partial.write_bytes(attested("".join(lines[:4]).encode()))
+    partial.write_bytes(attested(lines[0].encode(), "".join(lines[1:5]).encode()))
     answers.unlink()
     for other in ({}, {"enable_thinking": 0}):
         with pytest.raises(InputError, match=r"made with .*'enable_thinking': False"):
@@ -212,9 +255,117 @@ def test_answers_record_what_the_template_was_told(tmp_path: Path, prompts: Path
     assert answers.read_text() == "".join(lines)
 
 
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = said("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+OTHERS = [
+    [user("a b"), said("another model"), user("c d"), said("another model")],
+    [user("d e"), said("one"), said("two"), user("f")],
+    [user("a"), CALL, {"role": "tool", "content": "g"}, user("b")],
+    [{"role": "system", "content": "h"}, user("a b c")],
+]
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_conversations_are_answered_turn_by_turn(tiny: Tiny, tmp_path: Path, turns: str) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": each}) + "\n" for each in OTHERS))
+    result = tiny.regenerate(prompts, answers, replace(SETTINGS, turns=turns, max_new_tokens=6))
+    records = written(answers)[1:]
+    texts = {
+        line: [r["messages"] for r in records if r["prompt_line"] == line] for line in range(1, 5)
+    }
+    assert (result.total, len(records)) == ((6, 6) if turns == "all" else (4, 4))
+    # A call of a tool stays, since its result belongs to it.
+    expected = {
+        "all": [["user"], ["user", "assistant", "user"]],
+        "last": [["user", "assistant", "user"]],
+    }[turns]
+    roles = [[message["role"] for message in messages[:-1]] for messages in texts[1]]
+    assert roles == expected
+    if turns == "last":
+        assert texts[1][0][1] == OTHERS[0][1] and texts[2][0][1:3] == OTHERS[1][1:3]
+    else:
+        assert texts[1][1][:2] == texts[1][0] and texts[2][1][:2] == texts[2][0]
+    assert texts[3][0][:-1] == OTHERS[2] and texts[4][0][:-1] == OTHERS[3]
+    for record in records:
+        prompt, answer = record["messages"][:-1], record["messages"][-1]["content"]
+        assert record["prompt_ids"] == encode_prompt(prompt, tiny.tokenizer).tolist()
+        assert answer == tiny.answer_alone(prompt, 6)
+
+
+def test_turns_resume_where_they_were_cut_off(tiny: Tiny, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": each}) + "\n" for each in OTHERS))
+    settings = replace(SETTINGS, max_new_tokens=6, batch_size=1)
+    tiny.regenerate(prompts, tmp_path / "whole.jsonl", settings)
+    for done in (2, 4, 5):
+        parts = tmp_path / f"parts-{done}.jsonl"
+        with pytest.raises(KeyboardInterrupt):
+            tiny.regenerate(prompts, parts, settings, Interrupted(at=f"answers {done}/6"))
+        assert tiny.regenerate(prompts, parts, settings).answered == 6 - done
+        assert parts.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_rows_are_the_generated_ids(tiny: Tiny, tmp_path: Path) -> None:
+    """Also for text that its tokenizer splits otherwise, and for turns that share a row."""
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"messages": each}) + "\n" for each in OTHERS))
+    result = tiny.regenerate(prompts, answers, replace(SETTINGS, temperature=1.0))
+    rows = load_rows(answers, tiny.tokenizer, max_length=128).rows
+    records = written(answers)[1:]
+    marked = sum(int(row.loss_mask.sum()) for row in rows)
+    assert marked == sum(len(record["output_ids"]) for record in records)
+    for row in rows:
+        text = row.input_ids.tolist()
+        for record in records:
+            if text[: len(record["prompt_ids"])] != record["prompt_ids"]:
+                continue
+            begin, end = len(record["prompt_ids"]), len(record["output_ids"])
+            assert text[begin : begin + end] == record["output_ids"]
+            assert row.loss_mask[begin : begin + end].all()
+    assert result.total == 6 >= len(rows)
+
+
+def test_answers_of_another_vocabulary_are_refused(
+    tiny: Tiny, prompts: Path, tmp_path: Path
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    tiny.regenerate(prompts, answers)
+    other = load_tokenizer(write_target(tmp_path / "other"))
+    other.add_tokens(["<extra>"])
+    with pytest.raises(
+        InputError, match=r"answers\.jsonl:2: answers of another vocabulary: sha256"
+    ):
+        load_rows(answers, other, max_length=128)
+    other = load_tokenizer(write_target(tmp_path / "third", template=SWITCHED_TEMPLATE))
+    with pytest.raises(InputError, match=r"answers\.jsonl:2: answers of another chat template"):
+        load_rows(answers, other, max_length=128)
+
+
+def test_prompts_are_rendered_before_anything_is_generated(tiny: Tiny, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    template = (
+        TEMPLATE + "{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}"
+    )
+    tokenizer = load_tokenizer(write_target(tmp_path / "target", template=template))
+    lines = [{"messages": [user("a")]}, {"messages": OTHERS[0]}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        InputError, match=r"prompts\.jsonl:2: the chat template refuses it: too many"
+    ):
+        read_dialogues(prompts, tokenizer, chat_template_kwargs={}, turns="all", reporter=quiet())
+
+
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
-    conversations = read_messages(prompts).conversations
-    ids = [encode_prompt(messages, tiny.tokenizer) for _, messages in conversations]
+    conversations = read_conversations(prompts).conversations
+    ids = [encode_prompt(each.messages, tiny.tokenizer) for each in conversations]
     answers = generate(tiny.decoder, tiny.weights, ids, max_new_tokens=40, cache_len=CACHE_LEN)
     for answer in answers:
         assert answer.stopped == (answer.tokens[-1] == tiny.tokenizer.eos_token_id)
@@ -232,7 +383,6 @@ def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny) -> None:
         tiny.decoder, tiny.weights, prompt, max_new_tokens=20, show=text.show, seed=0
     )
     text.end(answer.tokens, answer.drafted)
-    assert "".join(pieces) == tiny.answer_alone(messages, 20)
     assert len([piece for piece in pieces if piece]) > 2
     whole = tiny.tokenizer.decode(np.asarray(answer.tokens), skip_special_tokens=True)
     assert "".join(pieces) == whole

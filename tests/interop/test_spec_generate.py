@@ -26,7 +26,7 @@ from tiny import MASK_TOKEN_ID, write_target
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from domino_jax.config.draft import DraftRecipe, make_draft_config
-from domino_jax.data.conversations import encode_prompt
+from domino_jax.data.prompt import encode_prompt
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
 from domino_jax.decoding.generate import generate
 from domino_jax.decoding.speculate import required_cache_len, start, stream

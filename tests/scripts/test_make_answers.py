@@ -11,10 +11,21 @@ from typing import Any
 
 import make_answers
 import pytest
-from make_prompts import essence, leaks, prompt_record, read_records, text_of, write_records
+from make_prompts import (
+    essence,
+    leaks,
+    numbered_records,
+    prompt_record,
+    read_records,
+    text_of,
+    write_records,
+)
 from tiny import write_target
 
-from domino_jax.data.conversations import load_rows, read_messages
+from domino_jax.data.conversations import load_rows
+from domino_jax.data.forms import read_conversations
+from domino_jax.data.prompt import encode_prompt
+from domino_jax.data.template import tokenizer_record
 from domino_jax.target.load import load_tokenizer
 
 RECORD = make_answers.ANSWERS / "record.json"
@@ -25,15 +36,24 @@ def letters(number: int, count: int) -> str:
     return " ".join("abcdefghij"[number // 10**place % 10] for place in range(count))
 
 
-def write_answers(path: Path, prompts: list[dict[str, Any]], target: Path) -> None:
+def write_answers(
+    path: Path, prompts: list[dict[str, Any]], target: Path, *, first: int = 1
+) -> None:
     """As `regenerate`: in another order than the prompts', without their labels."""
+    tokenizer = load_tokenizer(target)
     generator = {"target": str(target), "max_new_tokens": 8, "chat_template_kwargs": {}}
+    header = {"generator": generator | tokenizer_record(tokenizer)}
     lines = []
     for number, prompt in enumerate(prompts, start=1):
-        answer = {"role": "assistant", "content": letters(7 * number, 1 + number % 8)}
-        line = {"messages": [*prompt["messages"], answer], "prompt_line": number}
-        lines.append(line | {"finished": number % 8 > 0, "generator": generator})
-    write_records(path, sorted(lines, key=lambda line: len(line["messages"][1]["content"])))
+        text = letters(7 * number, 1 + number % 8)
+        answer = {"role": "assistant", "content": text}
+        line = {"messages": [*prompt["messages"], answer], "prompt_line": first + number - 1}
+        line["prompt_ids"] = encode_prompt(prompt["messages"], tokenizer).tolist()
+        finished = number % 8 > 0
+        line["output_ids"] = tokenizer.encode(text) + [tokenizer.eos_token_id] * finished
+        lines.append(line | {"finish_reason": "stop" if finished else "length"})
+    lines.sort(key=lambda line: len(line["messages"][1]["content"]))
+    write_records(path, [header, *lines])
 
 
 @pytest.fixture
@@ -41,7 +61,7 @@ def place(tmp_path: Path) -> Path:
     target = write_target(tmp_path / "target")
     drawn = {"target": str(target), "count": 60, "language": None, "seed": 0}
     texts = [letters(number, 3) for number in range(60)]
-    own = [prompt_record(text) | {"generator": drawn} for text in texts]
+    own = [prompt_record(text) for text in texts]
     # Held out once more in another dress, among the last eight; and one that is evaluated on.
     own[5]["messages"][0]["content"] = f"{letters(55, 3).upper()}!"
     own[6]["messages"][0]["content"] = "What is the capital of Australia ?"
@@ -49,8 +69,9 @@ def place(tmp_path: Path) -> Path:
         prompt_record(f"k {text}", family="xyz"[number % 3]) for number, text in enumerate(texts)
     ]
     for name, prompts in (("own", own), ("families", families)):
-        write_records(tmp_path / f"{name}.jsonl", prompts)
-        write_answers(tmp_path / f"{name}-answers.jsonl", prompts, target)
+        header = [{"generator": drawn}] if name == "own" else []
+        write_records(tmp_path / f"{name}.jsonl", [*header, *prompts])
+        write_answers(tmp_path / f"{name}-answers.jsonl", prompts, target, first=1 + len(header))
     return tmp_path
 
 
@@ -70,7 +91,8 @@ def make(place: Path, *more_own: str, **changed: object) -> Path:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    found = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    return [line for line in found if "messages" in line]
 
 
 def test_sizes_are_nested_and_hold_every_family_alike(place: Path) -> None:
@@ -89,13 +111,15 @@ def test_sizes_are_nested_and_hold_every_family_alike(place: Path) -> None:
             "lines": len(part),
             "answer_tokens": sum(counts),
             "unfinished": rows.unfinished,
+            "retokenised": 0,
             "families": families,
             "unpacked_sha256": hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest(),
         }
         for family, whole in {"own": 50, "x": 20, "y": 20, "z": 20}.items():
             assert families[family] == pytest.approx(len(part) * whole / 110, abs=1)
     assert parts[2][: len(parts[1])] == parts[1] and parts[1][: len(parts[0])] == parts[0]
-    assert all(set(line) == {"messages", "finished", "family"} for line in parts[2])
+    kept = {"messages", "prompt_ids", "output_ids", "finish_reason", "family"}
+    assert all(set(line) == kept for line in parts[2])
     assert [make_answers.size_name(size) for size in (100_000, 1_500)] == ["100k", "1500"]
 
 
@@ -167,18 +191,16 @@ def test_what_cannot_be_made_is_one_line(
 
 def test_sources_that_do_not_fit_are_refused(place: Path) -> None:
     prompts, answers = place / "own.jsonl", place / "own-answers.jsonl"
-    records = read_records(prompts)
-    write_records(prompts, [records[1], records[0], *records[2:]])
+    header, *records = numbered_records(prompts).values()
+    write_records(prompts, [header, records[1], records[0], *records[2:]])
     with pytest.raises(SystemExit, match=r"own-answers\.jsonl:\d+: answers another prompt than"):
         make(place)
-    write_records(prompts, records)
-    made = read_records(answers)
-    made[3]["generator"] = {**made[3]["generator"], "seed": 1}
-    write_records(answers, made)
+    write_records(prompts, [header, *records])
+    write_records(answers, [*numbered_records(answers).values(), {"generator": {"seed": 1}}])
     with pytest.raises(SystemExit, match=r"own-answers\.jsonl: lines of several settings"):
         make(place)
-    write_answers(answers, records, place / "other")
-    with pytest.raises(SystemExit, match="expected those of one target"):
+    write_answers(answers, records, write_target(place / "other"), first=2)
+    with pytest.raises(SystemExit, match="expected one target"):
         make(place)
 
 
@@ -190,14 +212,15 @@ def test_committed_answers_are_what_their_record_says() -> None:
         path = RECORD.parent / name
         texts[name] = gzip.decompress(path.read_bytes())
         assert hashlib.sha256(texts[name]).hexdigest() == said["unpacked_sha256"], name
-        found = read_messages(path)
+        found = read_conversations(path)
         assert not found.bad_lines and len(found.conversations) == said["lines"]
         assert Counter(line["family"] for line in lines(path)) == said["families"]
+        assert all(each.generator and each.input_ids is not None for each in found.conversations)
     sizes = sorted((text for name, text in texts.items() if name.startswith("train-")), key=len)
     for smaller, larger in itertools.pairwise(sizes):
         assert larger.startswith(smaller)
     evaluated = {"heldout-own": lines(RECORD.parent / "heldout-own.jsonl.gz")}
     for name in make_answers.EVALUATED:
         evaluated[name] = read_records(make_answers.PROMPTS / f"{name}.jsonl")
-    largest = [json.loads(line) for line in sizes[-1].splitlines()]
+    largest = [json.loads(line) for line in sizes[-1].splitlines()[1:]]
     assert not leaks({"train": largest}, evaluated)

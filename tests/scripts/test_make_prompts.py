@@ -8,7 +8,7 @@ import make_prompts as script
 import pytest
 from make_prompts import PROMPTS
 
-from domino_jax.data.conversations import read_messages
+from domino_jax.data.forms import read_conversations
 
 COUNTS = {"train": 320, "heldout": 32, "instructions": 40, "humaneval": 164, "everyday": 80}
 MADE = ("train", "heldout", "humaneval")  # the others are written by hand
@@ -18,9 +18,9 @@ FILES = {name: script.read_records(PROMPTS / f"{name}.jsonl") for name in COUNTS
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_prompt_file_is_read_whole(name: str) -> None:
-    found = read_messages(PROMPTS / f"{name}.jsonl")
+    found = read_conversations(PROMPTS / f"{name}.jsonl")
     assert not found.bad_lines and len(found.conversations) == COUNTS[name]
-    roles = [[message["role"] for message in messages] for _, messages in found.conversations]
+    roles = [[message["role"] for message in each.messages] for each in found.conversations]
     assert roles == [["user"]] * COUNTS[name]
 
 

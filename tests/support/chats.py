@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from domino_jax.data.conversations import Encoder, Row
+from domino_jax.data.conversations import Encoded, Encoder, Row
+from domino_jax.data.forms import Conversation
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -73,7 +74,23 @@ def chat(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 def encoded(
     messages: list[dict[str, Any]], tokenizer: Any, *, max_length: int = 1000, **settings: Any
 ) -> Row | None:
-    return Encoder(tokenizer, max_length=max_length, **settings).row(messages)
+    """The one row of a conversation; None where nothing of it is trained."""
+    found = encoded_all(messages, tokenizer, max_length=max_length, **settings)
+    assert len(found.rows) <= 1, found.rows
+    return found.rows[0] if found.rows else None
+
+
+def encoded_all(
+    messages: list[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    max_length: int = 1000,
+    finished: bool = True,
+    **settings: Any,
+) -> Encoded:
+    """The rows of a conversation, and why answers are in none."""
+    encoder = Encoder(tokenizer, max_length=max_length, **settings)
+    return encoder.rows(Conversation(line=1, messages=messages, finished=finished))
 
 
 def marked(row: Row | None, tokenizer: Any) -> str:

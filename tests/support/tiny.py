@@ -68,6 +68,11 @@ SWITCHED_TEMPLATE = (
     "{{ m['content'] }}<|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant {% if off %}n o {% endif %}{% endif %}"
 )
+# As Llama 3.2's: the date before the conversation. Here it is the day's letter: "b" on the first.
+DATED_TEMPLATE = (
+    "{% if not day is defined %}{% set day = strftime_now('%d') | int %}{% endif %}"
+    "<|im_start|>user {{ 'abcdefghijklmnopqrstuvwxyzabcdef'[day] }}<|im_end|> " + TEMPLATE
+)
 WORDS = [
     "<|im_end|>",
     "<|im_start|>",
@@ -115,7 +120,8 @@ def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
         leaf: Any = params
         for part in path:
             leaf = leaf[part]
-        tensors[name] = np.asarray(leaf * (10.0 if leaf.ndim == 2 else 1.0))
+        tensors[name] = np.array(leaf * (10.0 if leaf.ndim == 2 else 1.0))
+    _never_generates(MASK_TOKEN_ID, tensors)
     save_file(tensors, directory / "model.safetensors")
     return directory
 
@@ -125,6 +131,18 @@ def with_ends(target: Path, directory: Path, *ends: int) -> Path:
     copy = Path(shutil.copytree(target, directory))
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return copy
+
+
+def _never_generates(token: int, tensors: dict[str, np.ndarray]) -> None:
+    """Gives a token a logit far below all others: no answer, and so no row, contains it."""
+    # The last entry of the residual stream is that of the embedding, 1: no layer adds to it.
+    tensors["model.embed_tokens.weight"][:, -1] = 1
+    for name, weight in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[-1] = 0
+    head = tensors["lm_head.weight"]
+    head[token], head[:, -1] = 0, 0
+    head[token, -1] = -1e4
 
 
 def add_token(target: Path) -> Path:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from documents import fields_of
 from saved_bits import final_bits
-from tiny import MASK_TOKEN_ID, WORDS, Heard, quiet, run_config, with_ends, write_conversations
+from tiny import WORDS, Heard, quiet, run_config, with_ends, write_conversations
 from whole_run import train
 
 from domino_jax.base.errors import InputError, Interrupted
 from domino_jax.config.run import load_config
-from domino_jax.data.conversations import encode_prompt, stop_token_ids
+from domino_jax.data.prompt import encode_prompt, stop_token_ids
 from domino_jax.datagen.capture import capture
 from domino_jax.decoding import speculate
 from domino_jax.decoding.decoder import Weights, make_decoder
@@ -30,6 +30,7 @@ from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
 from domino_jax.training.prepare import capture_inputs, prepare
 from domino_jax.training.records import read_run_record
+from domino_jax.training.rollout import rollout_decoder
 
 PROPOSALS = 3  # K - 1
 TOKENS = 12
@@ -65,7 +66,6 @@ def write_answered(place: Path, target: Path, heldout: Path) -> None:
     lines = []
     for messages, answer in zip(asked, answers, strict=True):
         words = tokenizer.decode(answer.tokens).replace(tokenizer.eos_token, "a")
-        words = words.replace(WORDS[MASK_TOKEN_ID], "b")  # which no row may contain
         answered = [*messages, {"role": "assistant", "content": words}]
         lines.append(json.dumps({"messages": answered}) + "\n")
     (place / "rows.jsonl").write_text("".join(2 * lines))
@@ -244,11 +244,10 @@ def test_what_the_target_has_no_positions_for_is_refused(
 
 
 def test_a_rollout_ends_at_the_end_tokens_of_the_directory(target: Path, tmp_path: Path) -> None:
-    ends = with_ends(target, tmp_path / "target", *(set(range(len(WORDS))) - {MASK_TOKEN_ID}))
-    settings = {**ROLLOUTS, "steps": 2, "rollout_every": 2, "rollout_prompts": 3}
-    train(load_config(run_config(tmp_path, ends, train=settings)), reporter=quiet())
-    (figures,) = [line for line in read_metrics(tmp_path / "run") if line["split"] == "rollout"]
-    assert figures["tokens"] == figures["prompts"] == 3
+    ends = with_ends(target, tmp_path / "target", WORDS.index("<unk>"))
+    path = run_config(tmp_path, ends, train=ROLLOUTS)
+    inputs = prepare(load_config(path), reporter=quiet()).inputs
+    assert rollout_decoder(inputs).stop_ids == (0, WORDS.index("<unk>"))
 
 
 def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
@@ -261,7 +260,8 @@ def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
     thanks["messages"].append({"role": "user", "content": "a b"})
     lines[:3] = [json.dumps(question), "not JSON", json.dumps(thanks)]
     heldout.write_text("\n".join(lines) + "\n")
-    prompts = prepare(load_config(path), reporter=quiet()).inputs.prompts
+    settings = load_config(path, ["data.max_unusable=0.4"])
+    prompts = prepare(settings, reporter=quiet()).inputs.prompts
     tokenizer = load_tokenizer(target)
     assert len(prompts) == 3
     for index, (prompt, line) in enumerate(zip(prompts, lines[2:], strict=True)):
