@@ -45,7 +45,14 @@ from domino_jax.data.prompt import (
     tokenize,
 )
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record, with_date
+from domino_jax.data.template import (
+    KWARGS,
+    NO_KWARGS,
+    check_kwargs,
+    settings_text,
+    tokenizer_record,
+    with_date,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +206,7 @@ class Encoder:
         self._mask_reasoning_content = mask_reasoning_content
         self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs, end_ids=end_ids)
         self._frame = frame_of(tokenizer, chat_template_kwargs)
+        self._accepted: set[str] = set()  # names of template arguments that lines give
 
     def unused(self, conversation: Conversation) -> Iterator[str]:
         """The keys of a line and of its messages that neither this module nor the template read."""
@@ -248,6 +256,13 @@ class Encoder:
             return Encoded([], ["no assistant message"])
         if all(messages[at].get("weight") == 0 for at in answers):
             return Encoded([], ["every answer has weight 0"])
+        own = conversation.chat_template_kwargs
+        if not own.keys() <= self._accepted:
+            try:
+                check_kwargs(self._tokenizer, own)
+            except InputError as error:
+                return Encoded([], [str(error)])
+            self._accepted |= own.keys()
         rows: list[Row] = []
         untrained = []
         for at in answers:

@@ -17,6 +17,12 @@ from domino_jax.decoding.speculate import DecodeState, finish, required_cache_le
 from domino_jax.target.tokens import check_vocabulary
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
+# What to do about logits that are not finite, by model.
+REMEDIES = {
+    "target": "use another copy of its weights, or dtype float32 in place of bfloat16",
+    "draft": "use an earlier checkpoint of a run that diverged (--step), or dtype float32 in place "
+    "of bfloat16",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +92,8 @@ def generate(
         longest: of the prompts of all batches, likewise; 0 for those of this one.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
+    Raises:
+        InputError: logits of the target or the draft are not finite.
     """
     # A caller of many batches gives one number for all: another one is another program.
     if cache_len is None:
@@ -124,6 +132,8 @@ def stream_answer(
             bool [n], every few cycles.
     Returns:
         The whole `Answer`; its `seconds` hold no compilation.
+    Raises:
+        InputError: logits of the target or the draft are not finite.
     """
     cache_len = required_cache_len(decoder, len(prompt), max_new_tokens)
 
@@ -133,6 +143,7 @@ def stream_answer(
             decoder, weights, [prompt], max_new_tokens=count, cache_len=cache_len, seed=seed
         )
         for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
+            require_finite(state, 1)  # before a token that follows from NaN is shown
             # Read whole: a part of an array on a device is a program for each length.
             written = slice(len(prompt), np.asarray(state.lengths)[0])
             show(np.asarray(state.tokens)[0, written], np.asarray(state.drafted)[0, written])
@@ -200,7 +211,12 @@ def pieces(tokenizer: Any, answer: Answer) -> list[tuple[str, bool]]:
 def finished_answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
-    """The answers of a state in which all are finished, to its first prompts."""
+    """The answers of a state in which all are finished, to its first prompts.
+
+    Raises:
+        InputError: logits of the target or the draft are not finite.
+    """
+    require_finite(state, len(prompts))
     parts = state.tokens, state.drafted, state.lengths, state.committed, state.verifications
     # A batch that was filled up has more rows than prompts.
     rows = zip(prompts, *map(np.asarray, parts), strict=False)
@@ -212,3 +228,25 @@ def finished_answers(
             Answer(tokens[own], drafted[own], stopped, int(committed), int(verifications), seconds)
         )
     return answers
+
+
+def require_finite(state: DecodeState, count: int) -> None:
+    """Raises `InputError` where one of the first `count` answers has logits that are not finite."""
+    # The target first: a draft that reads states of such a target has no finite logits either.
+    for model, finite in (("target", state.target_finite), ("draft", state.draft_finite)):
+        require_finite_logits(model, np.asarray(finite)[:count])
+
+
+def require_finite_logits(model: str, finite: np.ndarray) -> None:
+    """Raises `InputError` with what to do about answers whose logits are not finite.
+
+    Args:
+        model: whose logits, a key of `REMEDIES`.
+        finite: bool [n], by answer.
+    """
+    count = np.count_nonzero(~finite)
+    if count:
+        raise InputError(
+            f"the {model}'s logits are not finite in {count} of {finite.size} answers, so no token "
+            f"follows from them; {REMEDIES[model]}"
+        )

@@ -133,5 +133,5 @@ def write_evaluation(
         sets: name -> its file and the figures of `SetFigures.as_json`.
     """
     record = {"evaluator": evaluator.as_json(), "training": training, "cycle": cycle, "sets": sets}
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record

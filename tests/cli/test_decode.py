@@ -3,15 +3,32 @@
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from stand_in import SGLang, serving
-from tiny import MASK_TOKEN_ID, WORDS, add_token, seal, with_ends
+from tiny import (
+    MASK_TOKEN_ID,
+    WORDS,
+    add_token,
+    quiet,
+    run_config,
+    seal,
+    with_ends,
+    write_conversations,
+    write_target,
+)
+from whole_run import train
 
+from domino_jax.base.errors import Untrained
 from domino_jax.cli.loading import load_run
+from domino_jax.config.run import load_config
 from domino_jax.data.forms import read_conversations
 from domino_jax.data.prompt import prompt_of
 from domino_jax.decoding.decoder import Weights, make_decoder
@@ -20,6 +37,7 @@ from domino_jax.draft.backbone import DraftModel
 from domino_jax.target.decoder import Target
 from domino_jax.target.fingerprint import tokenizer_fingerprint
 from domino_jax.target.load import load_tokenizer
+from domino_jax.training.checkpoint import load_draft, save_draft
 
 
 @pytest.mark.parametrize(
@@ -200,3 +218,72 @@ def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path)
     template = copy / "target" / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant ", "model "))
     assert "the chat template of" in refused()
+
+
+@pytest.fixture(scope="module")
+def overflowing_draft(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose draft has finite parameters, and no finite logits."""
+    stored = load_draft(trained / "run", reporter=quiet())
+    run = tmp_path_factory.mktemp("draft") / "run"
+    save_draft(
+        run, jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), stored.params), stored.record
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def overflowing_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose target has finite weights, and no finite logits; its draft is sound."""
+    directory = tmp_path_factory.mktemp("target")
+    (directory / "target").mkdir()
+    file = write_target(directory / "target") / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = 3e38
+    save_file(tensors, file)
+    config = run_config(directory, directory / "target", train={"steps": 1})
+    with pytest.raises(Untrained):
+        train(load_config(config), reporter=quiet())
+    write_conversations(directory / "prompts.jsonl", 2, seed=5, answers=False)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate {run} 'a b'",
+        "evaluate {run} {prompts}",
+        "evaluate {run} {prompts} --replay --timed 0",
+    ],
+)
+def test_no_verb_decodes_a_draft_without_finite_logits(
+    domino, trained: Path, overflowing_draft: Path, line: str
+) -> None:
+    words = shlex.split(line.format(run=overflowing_draft, prompts=trained / "prompts.jsonl"))
+    code, out, log = domino(*words, "--max-new-tokens", 8)
+    assert (code, out) == (2, "") and "Traceback" not in log
+    assert log.splitlines()[-1].startswith("error: the draft's logits are not finite in ")
+    assert "(--step)" in log.splitlines()[-1]
+    assert not (overflowing_draft / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate run 'a b'",
+        "generate run 'a b' --plain --temperature 1 --top-k 3",
+        "evaluate run prompts.jsonl",
+        "evaluate run prompts.jsonl --temperature 1 --timed 1",
+        "regenerate prompts.jsonl answers.jsonl --target target",
+        "prompts written.jsonl --count 1 --target target",
+    ],
+)
+def test_no_verb_decodes_a_target_without_finite_logits(
+    domino, overflowing_target: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.chdir(overflowing_target)
+    code, out, log = domino(*shlex.split(line), "--max-new-tokens", 8)
+    assert (code, out) == (2, "") and "Traceback" not in log
+    assert log.splitlines()[-1].startswith("error: the target's logits are not finite in ")
+    assert "use another copy of its weights" in log.splitlines()[-1]
+    written = ("run/evaluation.json", "answers.jsonl", "written.jsonl")
+    assert not any(Path(name).exists() for name in written)
