@@ -98,7 +98,9 @@ def regenerate(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        stop_ids=stop_token_ids(loaded.tokenizer, settings.chat_template_kwargs),
+        stop_ids=stop_token_ids(
+            loaded.tokenizer, settings.chat_template_kwargs, end_ids=loaded.end_ids
+        ),
     )
     result = regenerate_answers(
         dialogues,
@@ -180,7 +182,8 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
     kwargs = dated(loaded.tokenizer, settings.chat_template_kwargs, recorded)
     settings = replace(settings, chat_template_kwargs=kwargs)
-    stops = {user_turn(loaded.tokenizer, kwargs).end, *stop_token_ids(loaded.tokenizer, kwargs)}
+    ends = stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids)
+    stops = {user_turn(loaded.tokenizer, kwargs).end, *ends}
     decoder = loaded.decoder(
         temperature=settings.temperature,
         top_k=settings.top_k,

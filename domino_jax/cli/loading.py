@@ -10,6 +10,7 @@ from typing import Any
 from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.cli.shared import reporter
 from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.data.prompt import stop_token_ids
 from domino_jax.data.template import chat_template, dated
 from domino_jax.decoding.decoder import Decoder, make_decoder
 from domino_jax.draft.backbone import DraftModel
@@ -18,16 +19,18 @@ from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.resolve import resolve_target
+from domino_jax.target.tokens import end_token_ids, special_token_ids
 from domino_jax.training.checkpoint import StoredDraft, load_draft
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
+    """A target as the verbs use it: config, parameters with layers apart, tokenizer, end tokens."""
 
     config: DecoderConfig
     params: Any
     tokenizer: Any
+    end_ids: tuple[int, ...]
 
     def decoder(self, draft: DraftConfig | None = None, **how: Any) -> Decoder:
         """What decodes with this target, alone or with a draft; `how` as of `make_decoder`."""
@@ -38,8 +41,8 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
     """Reads a target by built-in name or directory.
 
     Raises:
-        InputError: as `load_target` and `load_tokenizer`, or answers are to be longer than any text
-            that the target knows positions for.
+        InputError: as `load_target`, `load_tokenizer` and `end_token_ids`, or answers are to be
+            longer than any text that the target knows positions for.
     """
     path = resolve_target(name, reporter=reporter)
     # From config.json alone, before the weights: those take longest to read.
@@ -48,9 +51,10 @@ def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
         max_new_tokens <= longest,
         f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer",
     )
+    end_ids = end_token_ids(path)
     reporter.say(f"loading the target {path}, {dtype}")
     loaded = load_target(path, dtype=dtype)
-    return Loaded(loaded.config, loaded.params, load_tokenizer(path))
+    return Loaded(loaded.config, loaded.params, load_tokenizer(path), end_ids)
 
 
 def load_run(
@@ -97,19 +101,19 @@ def load_run(
             f"{str(was)[:12]}, is {now[:12]}; put its files back",
         )
     record = replace(record, config=replace(record.config, dtype=compute))
-    check_fit(record.config, Target(loaded.config), loaded.tokenizer)
+    stop_ids = stop_token_ids(loaded.tokenizer, asked.kwargs, end_ids=loaded.end_ids)
+    check_fit(record.config, Target(loaded.config), loaded.tokenizer, stop_ids=stop_ids)
     return loaded, replace(stored, record=record)
 
 
-def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
-    """Raises `InputError` unless the draft can serve this target."""
+def check_fit(
+    config: DraftConfig, target: Target, tokenizer: Any, *, stop_ids: tuple[int, ...]
+) -> None:
+    """Raises `InputError` unless the draft can serve this target, whose answers `stop_ids` end."""
     # What decodes knows best what fits; nothing is decoded, and no weight is looked at.
     try:
         make_decoder(target, DraftModel(config))
     except ValueError as error:
         raise InputError(str(error)) from error
-    special = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
-    require(
-        config.mask_token_id not in special,
-        f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target",
-    )
+    role = special_token_ids(tokenizer, stop_ids).get(config.mask_token_id)
+    require(role is None, f"mask_token_id {config.mask_token_id} is the target's {role} token")

@@ -117,7 +117,7 @@ def stop_token_ids(
     Args:
         tokenizer: a transformers fast tokenizer with a chat template.
         chat_template_kwargs: template arguments.
-        end_ids: those of the target's generation_config.json and config.json.
+        end_ids: those of the target's directory, see `target.tokens.end_token_ids`.
     Returns:
         The tokenizer's eos, the template's end of turn and the `end_ids`, each once.
     Raises:

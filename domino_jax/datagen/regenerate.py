@@ -35,7 +35,7 @@ from domino_jax.data.prompt import encode_prompt
 from domino_jax.data.template import KWARGS, check_kwargs, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, check_length, generate
+from domino_jax.decoding.generate import Answer, check_prompt, generate
 from domino_jax.decoding.speculate import required_cache_len
 
 _TURN_SEEDS = 1_000_003  # between the seeds of two turns, which would draw alike
@@ -195,7 +195,8 @@ def regenerate(
     # Before anything is made: all prompts of the first turn must be usable.
     partial = log_of(answers_path)
     for dialogue in dialogues:
-        check_length(decoder, dialogue.first_ids, source=f"{source}:{dialogue.line}")
+        place = f"{source}:{dialogue.line}"
+        check_prompt(decoder, dialogue.first_ids, tokenizer, source=place)
     answers_path.parent.mkdir(parents=True, exist_ok=True)
     record = _AnswerRecords(dialogues, source)
     generator = asdict(settings) | tokenizer_record(tokenizer)
@@ -283,7 +284,7 @@ class _AnswerRecords:
             kwargs = {**settings.chat_template_kwargs, **dialogue.chat_template_kwargs}
             try:
                 ids = encode_prompt(messages, tokenizer, kwargs, tools=dialogue.tools)
-                check_length(decoder, ids, source=f"{self._source}:{dialogue.line}")
+                check_prompt(decoder, ids, tokenizer, source=f"{self._source}:{dialogue.line}")
             except InputError:
                 refused += 1
                 continue

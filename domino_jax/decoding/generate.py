@@ -14,6 +14,7 @@ import numpy as np
 from domino_jax.base.errors import InputError
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import DecodeState, finish, required_cache_len, start, stream
+from domino_jax.target.tokens import check_vocabulary
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
 # What to do about logits that are not finite, by model.
@@ -50,17 +51,23 @@ class Answer:
         return len(self.tokens) / self.seconds
 
 
-def check_length(decoder: Decoder, prompt: np.ndarray, *, source: str) -> None:
-    """Refuses a prompt [n] that is longer than any text that the target knows positions for.
+def check_prompt(decoder: Decoder, prompt: np.ndarray, tokenizer: Any, *, source: str) -> None:
+    """Refuses a prompt that the target has no positions or no embeddings for.
 
+    Args:
+        decoder: decodes with the target.
+        prompt: token ids, int32 [n].
+        tokenizer: gives the text of a token, for the message.
+        source: of the prompt, for the message.
     Raises:
-        InputError: with both lengths and the prompt's `source`.
+        InputError: more tokens than positions, or an id outside the vocabulary.
     """
     longest = decoder.target.cfg.max_position_embeddings
     if len(prompt) > longest:
         raise InputError(
             f"{source}: a prompt of {len(prompt)} tokens, the target has {longest} positions"
         )
+    check_vocabulary(prompt, tokenizer, vocab_size=decoder.target.cfg.vocab_size, source=source)
 
 
 def generate(

@@ -23,7 +23,7 @@ from domino_jax.base.files import read_json, write_whole
 from domino_jax.data.template import ChatTemplate, settings_text
 
 EVALUATION = "evaluation.json"  # its name in a run directory
-PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy")
+PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from documents import fields_of
 from saved_bits import final_bits
-from tiny import Heard, quiet, run_config, write_conversations
+from tiny import WORDS, Heard, quiet, run_config, with_ends, write_conversations
 from whole_run import train
 
 from domino_jax.base.errors import Diverged, InputError, Interrupted
@@ -30,6 +30,7 @@ from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
 from domino_jax.training.prepare import capture_inputs, prepare
 from domino_jax.training.records import read_run_record
+from domino_jax.training.rollout import rollout_decoder
 
 PROPOSALS = 3  # K - 1
 TOKENS = 12
@@ -240,6 +241,13 @@ def test_what_the_target_has_no_positions_for_is_refused(
     with pytest.raises(InputError, match=message):
         train(load_config(path, ["train.rollout_prompts=99", *words]), reporter=quiet())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rollout_ends_at_the_end_tokens_of_the_directory(target: Path, tmp_path: Path) -> None:
+    ends = with_ends(target, tmp_path / "target", WORDS.index("<unk>"))
+    path = run_config(tmp_path, ends, train=ROLLOUTS)
+    inputs = prepare(load_config(path), reporter=quiet()).inputs
+    assert rollout_decoder(inputs).stop_ids == (0, WORDS.index("<unk>"))
 
 
 def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
