@@ -24,11 +24,11 @@ from domino_jax.training.checkpoint import StoredDraft, load_draft
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A target as the verbs use it: config, parameters with layers apart, tokenizer, end tokens."""
+class NamedTarget:
+    """A target without its weights: directory, config, tokenizer, and its files' end tokens."""
 
+    path: Path
     config: DecoderConfig
-    params: Any
     tokenizer: Any
     end_ids: tuple[int, ...]
 
@@ -37,24 +37,48 @@ class Loaded:
         return make_decoder(Target(self.config), DraftModel(draft) if draft else None, **how)
 
 
-def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
-    """Reads a target by built-in name or directory.
+@dataclass(frozen=True)
+class Loaded(NamedTarget):
+    """A target with its parameters, layers apart."""
+
+    params: Any
+
+
+def open_named_target(name: str, dtype: str, *, max_new_tokens: int) -> NamedTarget:
+    """Reads the small files of a target by built-in name or directory.
 
     Raises:
-        InputError: as `load_target`, `load_tokenizer` and `end_token_ids`, or answers are to be
-            longer than any text that the target knows positions for.
+        InputError: as `read_decoder_config`, `load_tokenizer` and `end_token_ids`, or answers are
+            to be longer than any text that the target knows positions for.
     """
     path = resolve_target(name, reporter=reporter)
-    # From config.json alone, before the weights: those take longest to read.
-    longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
+    config = read_decoder_config(path, dtype=dtype)
+    longest = config.max_position_embeddings
     require(
         max_new_tokens <= longest,
         f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer",
     )
-    end_ids = end_token_ids(path)
-    reporter.say(f"loading the target {path}, {dtype}")
-    loaded = load_target(path, dtype=dtype)
-    return Loaded(loaded.config, loaded.params, load_tokenizer(path), end_ids)
+    return NamedTarget(path, config, load_tokenizer(path), end_token_ids(path))
+
+
+def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
+    """Reads a target by built-in name or directory.
+
+    Raises:
+        InputError: as `open_named_target` and `load_weights`.
+    """
+    return load_weights(open_named_target(name, dtype, max_new_tokens=max_new_tokens))
+
+
+def load_weights(target: NamedTarget) -> Loaded:
+    """Reads the weights of a target.
+
+    Raises:
+        InputError: as `load_target`.
+    """
+    reporter.say(f"loading the target {target.path}, {target.config.dtype}")
+    params = load_target(target.path, dtype=target.config.dtype).params
+    return Loaded(**vars(target), params=params)
 
 
 def load_run(

@@ -340,7 +340,7 @@ def token_spans(rows: Iterable[Row]) -> tuple[int, ...]:
     >>> token_spans([Row(np.array([7, 2]), np.ones(2)), Row(np.array([3]), np.ones(1))])
     (2, 4, 7, 8)
     """
-    ids = np.unique(np.concatenate([row.input_ids for row in rows]))
+    ids = np.unique(np.concatenate([np.unique(row.input_ids) for row in rows]))
     gaps = np.flatnonzero(np.diff(ids) > 1)
     firsts = ids[[0, *(gaps + 1)]]
     ends = ids[[*gaps, -1]] + 1

@@ -176,26 +176,24 @@ def check_rows(rows: Sequence[Row], tokenizer: Any, *, draft: DraftConfig, path:
         InputError: a row has more tokens than the target has positions, a token outside the
             vocabulary, or the mask token.
     """
-    lengths = np.array(row_lengths(rows))
-    positions = draft.max_position_embeddings
-    # Packed or not: positions restart with each row.
-    for number in np.flatnonzero(lengths > positions)[:1]:
-        raise InputError(
-            f"{path}:{rows[number].line}: a row of {lengths[number]} tokens, the target has "
-            f"{positions} positions; set data.max_length to {positions} at most"
-        )
-    ids = np.concatenate([row.input_ids for row in rows])
-    # One pass over all ids; which row it is matters only where one is wrong.
-    ends = np.cumsum(lengths)
-    mask = draft.mask_token_id
-    for at in np.flatnonzero((ids < 0) | (ids >= draft.vocab_size) | (ids == mask))[:1]:
-        row = rows[np.searchsorted(ends, at, side="right")]
+    positions, vocab_size = draft.max_position_embeddings, draft.vocab_size
+    masked = []
+    for row in rows:
         source = f"{path}:{row.line}"
-        check_vocabulary(row.input_ids, tokenizer, vocab_size=draft.vocab_size, source=source)
-        count = len(np.unique(np.searchsorted(ends, np.flatnonzero(ids == mask), side="right")))
+        # Packed or not: positions restart with each row.
+        if len(row.input_ids) > positions:
+            raise InputError(
+                f"{source}: a row of {len(row.input_ids)} tokens, the target has {positions} "
+                f"positions; set data.max_length to {positions} at most"
+            )
+        check_vocabulary(row.input_ids, tokenizer, vocab_size=vocab_size, source=source)
+        if (row.input_ids == draft.mask_token_id).any():
+            masked.append(row)
+    if masked:
         raise InputError(
-            f"{source}: the row contains {token_words(tokenizer, mask)}, the mask token; {count} "
-            f"of {len(rows)} rows contain it; give draft.mask_token_id an id that no row contains"
+            f"{path}:{masked[0].line}: the row contains "
+            f"{token_words(tokenizer, draft.mask_token_id)}, the mask token; {len(masked)} of "
+            f"{len(rows)} rows contain it; give draft.mask_token_id an id that no row contains"
         )
 
 

@@ -61,11 +61,7 @@ class Tiny:
         reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
     ) -> Regenerated:
         dialogues = read_dialogues(
-            prompts,
-            self.tokenizer,
-            chat_template_kwargs=settings.chat_template_kwargs,
-            turns=settings.turns,
-            reporter=reporter,
+            prompts, self.decoder, self.tokenizer, settings=settings, reporter=reporter
         )
         return regenerate(
             dialogues,
@@ -362,7 +358,7 @@ def test_prompts_are_rendered_before_anything_is_generated(tiny: Tiny, tmp_path:
     with pytest.raises(
         InputError, match=r"prompts\.jsonl:2: the chat template refuses it: too many"
     ):
-        read_dialogues(prompts, tokenizer, chat_template_kwargs={}, turns="all", reporter=quiet())
+        read_dialogues(prompts, tiny.decoder, tokenizer, settings=SETTINGS, reporter=quiet())
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
@@ -409,16 +405,18 @@ def test_rows_of_smollm2_are_its_generated_ids(
 
     monkeypatch.setattr(datagen_regenerate, "generate", spy)
     changed = {"temperature": temperature, "max_new_tokens": 64, "batch_size": 32}
+    settings = replace(SETTINGS, **changed)
+    decoder = make_decoder(
+        Target(loaded.config), temperature=temperature, stop_ids=stop_token_ids(tokenizer)
+    )
     regenerate(
-        read_dialogues(prompts, tokenizer, chat_template_kwargs={}, turns="all", reporter=quiet()),
+        read_dialogues(prompts, decoder, tokenizer, settings=settings, reporter=quiet()),
         answers,
         source=prompts,
-        decoder=make_decoder(
-            Target(loaded.config), temperature=temperature, stop_ids=stop_token_ids(tokenizer)
-        ),
+        decoder=decoder,
         weights=Weights(loaded.params),
         tokenizer=tokenizer,
-        settings=replace(SETTINGS, **changed),
+        settings=settings,
         reporter=quiet(),
     )
     rows = load_rows(answers, tokenizer, max_length=512).rows
