@@ -40,10 +40,14 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """Too many consecutive updates, or the parameters, were not finite.
+    """Too many consecutive updates, the parameters, or the logits of a rollout were not finite.
 
     The run stopped; its checkpoints are finite.
     """
+
+
+class Untrained(Exception):
+    """No step of a finished training run updated the draft; its checkpoints are the initial one."""
 
 
 def one_line(text: str) -> str:

@@ -34,6 +34,8 @@ BESIDE = ".new"  # what the name of a file ends with until it is whole
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
 TEXT_BYTES = 2**26
 LINE_BYTES = 2**26  # of one line of a JSONL file
+# What git leaves in the place of a large file until git-lfs fetches it.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # A packed file's text, as a multiple of its size: text reaches 10 to 50, zeros reach 1000.
 MAX_UNPACKING = 200
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
@@ -75,7 +77,8 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Opens a regular file for reading; a pipe or a device, which may never answer, is refused.
 
     Raises:
-        InputError: not there, not a regular file, or not readable, also within the body.
+        InputError: not there, not a regular file, a git-lfs pointer, or not readable, also within
+            the body.
     """
     try:
         # A pipe that nobody writes is opened without waiting for a writer.
@@ -83,6 +86,11 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
             path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
         ) as file:
             require(stat.S_ISREG(os.fstat(file.fileno()).st_mode), f"{path}: not a regular file")
+            if file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+                raise InputError(
+                    f"{path}: a git-lfs pointer, expected the file itself; run `git lfs pull` in "
+                    "its repository"
+                )
             yield file
     except InputError:
         raise

@@ -83,9 +83,11 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     check_new(run)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import check_fit
+    from domino_jax.data.prompt import stop_token_ids
     from domino_jax.interop.hf import load_hf_draft, recorded_template
     from domino_jax.target.decoder import Target
     from domino_jax.target.load import load_tokenizer
+    from domino_jax.target.tokens import end_token_ids
     from domino_jax.training.checkpoint import save_draft
     from domino_jax.training.records import DraftRecord
 
@@ -100,8 +102,6 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     )
     path = resolve_target(target, reporter=reporter)
     tokenizer = load_tokenizer(path)
-    # Sizes alone are compared: no weights are read, and the compute type does not matter.
-    check_fit(config, Target(read_decoder_config(path, dtype="float32")), tokenizer)
     trained_with = recorded_template(directory)
     recorded = NO_KWARGS if trained_with is None else trained_with.kwargs
     asked = recorded if chat_template_kwargs is None else chat_template_kwargs
@@ -115,6 +115,10 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
         )
     else:
         template.check_trained(trained_with, source=str(directory), target=target)
+    stop_ids = stop_token_ids(tokenizer, template.kwargs, end_ids=end_token_ids(path))
+    # Sizes alone are compared: no weights are read, and the compute type does not matter.
+    model = Target(read_decoder_config(path, dtype="float32"))
+    check_fit(config, model, tokenizer, stop_ids=stop_ids)
     reporter.say(f"saving {run}")
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
     record = DraftRecord(config, target, template, *hashes)

@@ -75,38 +75,36 @@ def regenerate(
     their text. A stopped command resumes when it is started again. docs/data.md has all forms.
     """
     # Before `keeps`: until then a signal ends the process at once.
-    from domino_jax.cli.loading import load_named_target
+    from domino_jax.cli.loading import load_weights, open_named_target
     from domino_jax.data.prompt import stop_token_ids
-    from domino_jax.datagen.batch_log import log_of
     from domino_jax.datagen.regenerate import AnswerSettings, read_dialogues
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
     from domino_jax.decoding.decoder import Weights
-    from domino_jax.target.load import load_tokenizer
 
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     settings = AnswerSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
     recorded = recorded_kwargs(log_of(answers))
-    tokenizer = load_tokenizer(resolve_target(settings.target, reporter=reporter))
-    kwargs = dated(tokenizer, settings.chat_template_kwargs, recorded)
+    target = open_named_target(settings.target, settings.dtype, max_new_tokens=length)
+    kwargs = dated(target.tokenizer, settings.chat_template_kwargs, recorded)
     settings = replace(settings, chat_template_kwargs=kwargs)
-    dialogues = read_dialogues(
-        prompts, tokenizer, chat_template_kwargs=kwargs, turns=settings.turns, reporter=reporter
-    )
-    loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
-    decoder = loaded.decoder(
+    decoder = target.decoder(
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        stop_ids=stop_token_ids(loaded.tokenizer, settings.chat_template_kwargs),
+        stop_ids=stop_token_ids(target.tokenizer, kwargs, end_ids=target.end_ids),
+    )
+    # Before the weights: a file of prompts that is refused costs seconds.
+    dialogues = read_dialogues(
+        prompts, decoder, target.tokenizer, settings=settings, reporter=reporter
     )
     result = regenerate_answers(
         dialogues,
         answers,
         source=prompts,
         decoder=decoder,
-        weights=Weights(loaded.params),
-        tokenizer=loaded.tokenizer,
+        weights=Weights(load_weights(target).params),
+        tokenizer=target.tokenizer,
         settings=settings,
         reporter=reporter,
     )
@@ -180,7 +178,8 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
     kwargs = dated(loaded.tokenizer, settings.chat_template_kwargs, recorded)
     settings = replace(settings, chat_template_kwargs=kwargs)
-    stops = {user_turn(loaded.tokenizer, kwargs).end, *stop_token_ids(loaded.tokenizer, kwargs)}
+    ends = stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids)
+    stops = {user_turn(loaded.tokenizer, kwargs).end, *ends}
     decoder = loaded.decoder(
         temperature=settings.temperature,
         top_k=settings.top_k,

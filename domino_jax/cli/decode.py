@@ -65,7 +65,7 @@ def generate(
     from domino_jax.cli.loading import load_run
     from domino_jax.data.prompt import encode_prompt, stop_token_ids
     from domino_jax.decoding.decoder import Weights
-    from domino_jax.decoding.generate import TextStream, check_length, stream_answer
+    from domino_jax.decoding.generate import TextStream, check_prompt, stream_answer
     from domino_jax.evaluation.counts import acceptance
 
     keeps("nothing is kept of the answer; the same command starts over")
@@ -80,10 +80,10 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop_ids=stop_token_ids(loaded.tokenizer, kwargs),
+        stop_ids=stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids),
     )
     ids = encode_prompt([{"role": "user", "content": text}], loaded.tokenizer, kwargs)
-    check_length(decoder, ids, source="the prompt")
+    check_prompt(decoder, ids, loaded.tokenizer, source="the prompt")
     text_stream = TextStream(loaded.tokenizer, _writer(color=color), apart=color)
     reporter.say("compiling")
     answer = stream_answer(

@@ -10,6 +10,7 @@ from typing import Any
 from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.cli.shared import reporter
 from domino_jax.config.model import DecoderConfig, DraftConfig
+from domino_jax.data.prompt import stop_token_ids
 from domino_jax.data.template import chat_template, dated
 from domino_jax.decoding.decoder import Decoder, make_decoder
 from domino_jax.draft.backbone import DraftModel
@@ -18,39 +19,66 @@ from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import load_target, load_tokenizer
 from domino_jax.target.resolve import resolve_target
+from domino_jax.target.tokens import end_token_ids, special_token_ids
 from domino_jax.training.checkpoint import StoredDraft, load_draft
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A target as the verbs use it: config, parameters with layers apart, tokenizer."""
+class NamedTarget:
+    """A target without its weights: directory, config, tokenizer, and its files' end tokens."""
 
+    path: Path
     config: DecoderConfig
-    params: Any
     tokenizer: Any
+    end_ids: tuple[int, ...]
 
     def decoder(self, draft: DraftConfig | None = None, **how: Any) -> Decoder:
         """What decodes with this target, alone or with a draft; `how` as of `make_decoder`."""
         return make_decoder(Target(self.config), DraftModel(draft) if draft else None, **how)
 
 
-def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
-    """Reads a target by built-in name or directory.
+@dataclass(frozen=True)
+class Loaded(NamedTarget):
+    """A target with its parameters, layers apart."""
+
+    params: Any
+
+
+def open_named_target(name: str, dtype: str, *, max_new_tokens: int) -> NamedTarget:
+    """Reads the small files of a target by built-in name or directory.
 
     Raises:
-        InputError: as `load_target` and `load_tokenizer`, or answers are to be longer than any text
-            that the target knows positions for.
+        InputError: as `read_decoder_config`, `load_tokenizer` and `end_token_ids`, or answers are
+            to be longer than any text that the target knows positions for.
     """
     path = resolve_target(name, reporter=reporter)
-    # From config.json alone, before the weights: those take longest to read.
-    longest = read_decoder_config(path, dtype=dtype).max_position_embeddings
+    config = read_decoder_config(path, dtype=dtype)
+    longest = config.max_position_embeddings
     require(
         max_new_tokens <= longest,
         f"--max-new-tokens {max_new_tokens}: {path} has {longest} positions; give fewer",
     )
-    reporter.say(f"loading the target {path}, {dtype}")
-    loaded = load_target(path, dtype=dtype)
-    return Loaded(loaded.config, loaded.params, load_tokenizer(path))
+    return NamedTarget(path, config, load_tokenizer(path), end_token_ids(path))
+
+
+def load_named_target(name: str, dtype: str, *, max_new_tokens: int) -> Loaded:
+    """Reads a target by built-in name or directory.
+
+    Raises:
+        InputError: as `open_named_target` and `load_weights`.
+    """
+    return load_weights(open_named_target(name, dtype, max_new_tokens=max_new_tokens))
+
+
+def load_weights(target: NamedTarget) -> Loaded:
+    """Reads the weights of a target.
+
+    Raises:
+        InputError: as `load_target`.
+    """
+    reporter.say(f"loading the target {target.path}, {target.config.dtype}")
+    params = load_target(target.path, dtype=target.config.dtype).params
+    return Loaded(**vars(target), params=params)
 
 
 def load_run(
@@ -97,19 +125,19 @@ def load_run(
             f"{str(was)[:12]}, is {now[:12]}; put its files back",
         )
     record = replace(record, config=replace(record.config, dtype=compute))
-    check_fit(record.config, Target(loaded.config), loaded.tokenizer)
+    stop_ids = stop_token_ids(loaded.tokenizer, asked.kwargs, end_ids=loaded.end_ids)
+    check_fit(record.config, Target(loaded.config), loaded.tokenizer, stop_ids=stop_ids)
     return loaded, replace(stored, record=record)
 
 
-def check_fit(config: DraftConfig, target: Target, tokenizer: Any) -> None:
-    """Raises `InputError` unless the draft can serve this target."""
+def check_fit(
+    config: DraftConfig, target: Target, tokenizer: Any, *, stop_ids: tuple[int, ...]
+) -> None:
+    """Raises `InputError` unless the draft can serve this target, whose answers `stop_ids` end."""
     # What decodes knows best what fits; nothing is decoded, and no weight is looked at.
     try:
         make_decoder(target, DraftModel(config))
     except ValueError as error:
         raise InputError(str(error)) from error
-    special = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
-    require(
-        config.mask_token_id not in special,
-        f"mask_token_id {config.mask_token_id} is an eos, pad or bos token of the target",
-    )
+    role = special_token_ids(tokenizer, stop_ids).get(config.mask_token_id)
+    require(role is None, f"mask_token_id {config.mask_token_id} is the target's {role} token")

@@ -19,7 +19,7 @@ from domino_jax.cli.shared import reporter, user_cache
 from domino_jax.data.forms import question, read_conversations
 from domino_jax.data.prompt import prompt_of, stop_token_ids
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, check_length, pieces
+from domino_jax.decoding.generate import Answer, check_prompt, pieces
 from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
 from domino_jax.evaluation.endpoint import compare_with_server
 from domino_jax.evaluation.evaluate import SERVING, plain_answers
@@ -51,7 +51,7 @@ class Measurement:
             self.drafter.record.config,
             proposals="serving",
             temperature=self.evaluator.temperature,
-            stop_ids=stop_token_ids(self.loaded.tokenizer, kwargs),
+            stop_ids=stop_token_ids(self.loaded.tokenizer, kwargs, end_ids=self.loaded.end_ids),
         )
 
     @property
@@ -139,7 +139,7 @@ class Measurement:
         tokenizer, kwargs = self.loaded.tokenizer, self.evaluator.chat_template.kwargs
         for conversation in found.conversations[:limit]:
             prompt = prompt_of(conversation, tokenizer, kwargs)
-            check_length(self._decoder, prompt, source=f"{path}:{conversation.line}")
+            check_prompt(self._decoder, prompt, tokenizer, source=f"{path}:{conversation.line}")
             prompts.append(prompt)
             asked = question(conversation)
             texts.append(asked[-1]["content"] if asked else tokenizer.decode(prompt))

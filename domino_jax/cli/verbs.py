@@ -16,11 +16,19 @@ from typing import Any
 import click
 
 from domino_jax import __version__
-from domino_jax.base.errors import Diverged, InputError, Interrupted, one_line, shown, text_problem
+from domino_jax.base.errors import (
+    Diverged,
+    InputError,
+    Interrupted,
+    Untrained,
+    one_line,
+    shown,
+    text_problem,
+)
 from domino_jax.base.files import NO_ROOM
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 
-DIVERGED = 3
+NO_RESULT = 3
 NOBODY_READS = 141  # what shells report of a program that SIGPIPE ended
 
 
@@ -79,13 +87,13 @@ class _Group(click.Group):
             if error.errno in NO_ROOM and kept():
                 words = f"{words}; {kept()}"
             raise click.UsageError(words) from error
-        # These two are no errors of the user's: they have codes of their own, and no "error:".
+        # These are no errors of the user's: they have codes of their own, and no "error:".
         except Interrupted as error:
             print(error, file=sys.stderr)
             ctx.exit(EXIT_CODE)
-        except Diverged as error:
+        except (Diverged, Untrained) as error:
             print(error, file=sys.stderr)
-            ctx.exit(DIVERGED)
+            ctx.exit(NO_RESULT)
 
 
 @click.group(
@@ -116,7 +124,7 @@ def cli(ctx: click.Context) -> None:
       0    done
       1    plan: it does not fit
       2    bad input, or a full disk: one line says where, what and what to do
-      3    train: the numbers diverged; the checkpoints are finite
+      3    train: the numbers diverged, or no step updated the draft; the checkpoints are finite
       130  interrupted by Ctrl-C or SIGTERM: one line says what is kept
       141  nobody reads what is printed any more
     """

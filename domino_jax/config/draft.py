@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from domino_jax.base.errors import require
+from domino_jax.base.errors import InputError, require
 from domino_jax.config.heads import HEADS, head_kind
 from domino_jax.config.model import (
     SLIDING_ATTENTION,
@@ -18,7 +18,7 @@ from domino_jax.config.model import (
     DraftConfig,
     default_target_layer_ids,
 )
-from domino_jax.config.schema import INDEX, LENGTH, REQUIRED, SIZE, Section, key
+from domino_jax.config.schema import INDEX, LENGTH, SIZE, Section, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,11 @@ class DraftRecipe(Section):
     block_size: int = key(
         16, "K, tokens of a block, its clean first one included; 1 needs shift_label", **LENGTH
     )
-    # No default: which token a vocabulary can spare differs from target to target.
-    mask_token_id: int = key(
-        REQUIRED,
-        "token that stands where a block is to be predicted; no eos, pad or bos of the target",
+    # No number: which token a vocabulary can spare differs from target to target.
+    mask_token_id: int | None = key(
+        None,
+        "mask token id; must not be a stop, eos, pad or bos token or occur in a row; null: a mask, "
+        "reserved or unused token of the target, chosen at the first start",
         **INDEX,
     )
     target_layer_ids: tuple[int, ...] | None = key(
@@ -95,24 +96,28 @@ for _kind in HEADS.values():
 
 
 def make_draft_config(
-    recipe: DraftRecipe, target: DecoderConfig, *, special_ids: Mapping[str, int | None], dtype: str
+    recipe: DraftRecipe, target: DecoderConfig, *, special_ids: Mapping[int, str], dtype: str
 ) -> DraftConfig:
     """The full draft of a recipe for one target.
 
     Args:
-        recipe: what the run's configuration says.
+        recipe: what the run's configuration says, with a mask token.
         target: the target; widths, heads and rotary base are taken from it.
-        special_ids: name -> id of tokens that must not double as the mask token (eos, pad, bos).
+        special_ids: ids of tokens that must not double as the mask token -> role (eos, pad, ...).
         dtype: compute type of the draft.
     Raises:
-        InputError: the mask token is a special token, or the recipe does not fit the target.
+        InputError: the mask token is missing or a special token, or the recipe does not fit the
+            target.
     """
-    # A text may hold such a token, where the draft would then see a place to be predicted.
-    for name, token in special_ids.items():
-        require(
-            token != recipe.mask_token_id,
-            f"draft.mask_token_id {recipe.mask_token_id} is the target's {name} token",
+    mask = recipe.mask_token_id
+    if mask is None:
+        raise InputError(
+            "draft.mask_token_id is missing, and only the target's tokenizer shows which id is "
+            "unused; give draft.mask_token_id, or the tokenizer's files beside config.json"
         )
+    # A text may hold such a token, where the draft would then see a place to be predicted.
+    role = special_ids.get(mask)
+    require(role is None, f"draft.mask_token_id {mask} is the target's {role} token")
     layers = recipe.target_layer_ids
     if layers is None:
         depth = target.num_hidden_layers

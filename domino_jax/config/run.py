@@ -41,7 +41,7 @@ class RunConfig(Section):
 
     run_dir: str = key(REQUIRED, "directory of the run; made where missing")
     target: str = key(REQUIRED, "directory of the target in Hugging Face form, or a built-in name")
-    draft: DraftRecipe
+    draft: DraftRecipe = field(default_factory=DraftRecipe)
     data: DataConfig
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

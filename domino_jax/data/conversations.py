@@ -13,7 +13,7 @@ used, since it may insert, trim or strip text:
 
 import bisect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +43,17 @@ from domino_jax.data.prompt import (
     spellings,
     stop_token_ids,
     tokenize,
+    tokenize_with_ends,
 )
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record, with_date
+from domino_jax.data.template import (
+    KWARGS,
+    NO_KWARGS,
+    check_kwargs,
+    settings_text,
+    tokenizer_record,
+    with_date,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +207,7 @@ class Encoder:
         self._mask_reasoning_content = mask_reasoning_content
         self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs, end_ids=end_ids)
         self._frame = frame_of(tokenizer, chat_template_kwargs)
+        self._accepted: set[str] = set()  # names of template arguments that lines give
 
     def unused(self, conversation: Conversation) -> Iterator[str]:
         """The keys of a line and of its messages that neither this module nor the template read."""
@@ -225,13 +234,14 @@ class Encoder:
         """
         if conversation.input_ids is not None:
             assert conversation.loss_mask is not None
-            encoded = Encoded([Row(conversation.input_ids, conversation.loss_mask)], [])
+            row = Row(conversation.input_ids, conversation.loss_mask)
+            if self._mask_reasoning_content:
+                row = replace(row, loss_mask=self._without_reasoning(row))
+            encoded = Encoded([row], [])
         else:
             encoded = self._rows_of_text(conversation)
         cut, untrained = [], encoded.untrained
         for row in encoded.rows:
-            if self._mask_reasoning_content:
-                row = replace(row, loss_mask=self._without_reasoning(row))
             ids, mask = row.input_ids[: self._max_length], row.loss_mask[: self._max_length]
             if mask.any():
                 cut.append(Row(ids, mask, line=conversation.line))
@@ -248,6 +258,13 @@ class Encoder:
             return Encoded([], ["no assistant message"])
         if all(messages[at].get("weight") == 0 for at in answers):
             return Encoded([], ["every answer has weight 0"])
+        own = conversation.chat_template_kwargs
+        if not own.keys() <= self._accepted:
+            try:
+                check_kwargs(self._tokenizer, own)
+            except InputError as error:
+                return Encoded([], [str(error)])
+            self._accepted |= own.keys()
         rows: list[Row] = []
         untrained = []
         for at in answers:
@@ -287,19 +304,25 @@ class Encoder:
             raise InputError(
                 "the prompt ends with an end of turn, after which nothing is generated"
             )
-        whole = tokenize(text + written, self._tokenizer)
+        whole, ends = tokenize_with_ends(text + written, self._tokenizer)
+        answer, ends = whole[len(prompt) :], ends[len(prompt) :] - len(text)
         # A token over the border is none that can follow the prompt.
-        answer = whole[len(prompt) :]
         if not np.array_equal(whole[: len(prompt)], prompt):
-            answer = tokenize(written, self._tokenizer)
+            answer, ends = tokenize_with_ends(written, self._tokenizer)
         stops = np.flatnonzero(np.isin(answer, self._stop_ids))
         if len(stops) and stops[0] < len(answer) - 1:
             token = self._tokenizer.convert_ids_to_tokens(int(answer[stops[0]]))
             raise InputError(f"the answer holds the end-of-turn token {token!r} as text")
         if finished and not len(stops):
             answer = np.append(answer, np.int32(self._frame.end))
-        ids = np.concatenate([prompt, answer])
-        return Row(ids, np.arange(len(ids)) >= len(prompt))
+            ends = np.append(ends, len(written) + 1)
+        marked = np.ones(len(answer), bool)
+        if self._mask_reasoning_content:
+            lengths = [0, *ends]
+            opened = text.rstrip().endswith(THINK_BEGIN)
+            marked = self._outside_reasoning(answer, written, lengths.__getitem__, opened=opened)
+        mask = np.concatenate([np.zeros(len(prompt), bool), marked])
+        return Row(np.concatenate([prompt, answer]), mask)
 
     def _plain_answer(self, prompt: str, content: str, *, finished: bool) -> str:
         """The content as it continues its prompt."""
@@ -368,28 +391,42 @@ class Encoder:
         return written[: begin + len(text)] if finished else written[:begin]
 
     def _without_reasoning(self, row: Row) -> np.ndarray:
-        """The mask of a row without the reasoning of its answers."""
+        """The mask of recorded ids without the reasoning of their answers."""
         mask = row.loss_mask.copy()
         edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
         for begin, end in edges.reshape(-1, 2):
             ids = row.input_ids[begin:end]
-            text = self._decode(ids)
-            ended = ids[-1] in self._stop_ids
-            if ended:
-                text = text.removesuffix(self._decode(ids[-1:]))
             prompt_end = self._decode(row.input_ids[max(begin - 32, 0) : begin])
             opened = prompt_end.rstrip().endswith(THINK_BEGIN)
-            for start, stop in _reasoning_spans(text, opened=opened):
-                # The tokens that hold a character of the span.
-                lengths = range(len(ids) + 1)
-                first = bisect.bisect_right(
-                    lengths, start, key=lambda count: len(self._decode(ids[:count]))
-                )
-                last = bisect.bisect_left(
-                    lengths, stop, key=lambda count: len(self._decode(ids[:count]))
-                )
-                mask[begin + first - 1 : begin + last] = False
+
+            def length_of(count: int, ids: np.ndarray = ids) -> int:
+                return len(self._decode(ids[:count]))
+
+            mask[begin:end] = self._outside_reasoning(
+                ids, self._decode(ids), length_of, opened=opened
+            )
         return mask
+
+    def _outside_reasoning(
+        self, ids: np.ndarray, text: str, length_of: Callable[[int], int], *, opened: bool
+    ) -> np.ndarray:
+        """The tokens of an answer outside its reasoning, bool [n].
+
+        Args:
+            ids: of the answer, [n].
+            text: of the answer.
+            length_of: the characters of its first tokens, by their number.
+            opened: whether the prompt opens reasoning.
+        """
+        outside = np.ones(len(ids), bool)
+        if ids[-1] in self._stop_ids:
+            text = text.removesuffix(self._decode(ids[-1:]))
+        counts = range(len(ids) + 1)
+        for start, stop in _reasoning_spans(text, opened=opened):
+            # The tokens that hold a character of the span.
+            first = bisect.bisect_right(counts, start, key=length_of) - 1
+            outside[first : bisect.bisect_left(counts, stop, key=length_of)] = False
+        return outside
 
     def _decode(self, ids: np.ndarray) -> str:
         text: str = self._tokenizer.decode(

@@ -9,6 +9,7 @@ states of another target, template or layer are refused and not trained on:
     shard-00001.arrayrecord   the next shard_rows[1]; renamed to its name once it is whole
 """
 
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -45,7 +46,8 @@ class Manifest:
     `rows_fingerprint`), `hidden_size` is D, `dtype` the stored type, `compute_dtype` the one the
     target ran in, `target_states` whether its states after the final norm are there too.
     `row_lengths` are tokens per row, `shard_rows` rows per shard, `chat_template_kwargs` what the
-    template was told for the rows, `answer_tokens` how many tokens of all rows the target wrote.
+    template was told for the rows, `answer_tokens` how many tokens of all rows the target wrote,
+    `token_spans` which token ids the rows contain, see `token_spans`.
     """
 
     target: str
@@ -62,6 +64,7 @@ class Manifest:
     shard_rows: tuple[int, ...]
     chat_template_kwargs: Scalars
     answer_tokens: int
+    token_spans: tuple[int, ...]
 
     def __post_init__(self) -> None:
         """Refuses what no capture can hold; `shard_rows` may be empty until it is planned."""
@@ -87,12 +90,21 @@ class Manifest:
             min(self.shard_rows, default=1) >= 1,
             f"shard_rows must be positive, found {shown(list(self.shard_rows))}",
         )
+        spans = list(self.token_spans)
+        require(
+            bool(spans) and len(spans) % 2 == 0 and spans == sorted(set(spans)) and spans[0] >= 0,
+            f"token_spans must be pairs of strictly increasing ids, found {shown(spans)}",
+        )
 
     @property
     def token_bytes(self) -> int:
         """What one token takes on disk."""
         values = self.hidden_size * (len(self.target_layer_ids) + int(self.target_states))
         return 4 + 1 + values * _BYTES[self.dtype]  # its id and its mask
+
+    def contains(self, token: int) -> bool:
+        """Whether a token id occurs in the rows."""
+        return bisect.bisect_right(self.token_spans, token) % 2 == 1
 
 
 class FeatureRows(Sequence[Row]):
@@ -318,6 +330,21 @@ def rows_fingerprint(rows: Iterable[Row]) -> str:
         digest.update(np.ascontiguousarray(row.input_ids, np.int32).tobytes())
         digest.update(np.ascontiguousarray(row.loss_mask, np.bool_).tobytes())
     return digest.hexdigest()
+
+
+def token_spans(rows: Iterable[Row]) -> tuple[int, ...]:
+    """The token ids of rows as spans of consecutive ids: first id, end, first id, end, ...
+
+    The ends are exclusive. The ids themselves would be most of a manifest.
+
+    >>> token_spans([Row(np.array([7, 2]), np.ones(2)), Row(np.array([3]), np.ones(1))])
+    (2, 4, 7, 8)
+    """
+    ids = np.unique(np.concatenate([np.unique(row.input_ids) for row in rows]))
+    gaps = np.flatnonzero(np.diff(ids) > 1)
+    firsts = ids[[0, *(gaps + 1)]]
+    ends = ids[[*gaps, -1]] + 1
+    return tuple(np.stack([firsts, ends], axis=1).ravel().tolist())
 
 
 def _require_finite(row: Row, *, source: str, remedy: str) -> None:

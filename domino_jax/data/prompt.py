@@ -117,7 +117,7 @@ def stop_token_ids(
     Args:
         tokenizer: a transformers fast tokenizer with a chat template.
         chat_template_kwargs: template arguments.
-        end_ids: those of the target's generation_config.json and config.json.
+        end_ids: those of the target's directory, see `target.tokens.end_token_ids`.
     Returns:
         The tokenizer's eos, the template's end of turn and the `end_ids`, each once.
     Raises:
@@ -282,3 +282,10 @@ def tokenize(text: str, tokenizer: Any) -> np.ndarray:
     """The ids of rendered text, int32 [n]."""
     # The template wrote the special tokens; verbose would warn of long rows, which are cut later.
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+
+def tokenize_with_ends(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of rendered text, int32 [n], and the character that each token ends at, int64 [n]."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], np.int32), spans[:, 1]

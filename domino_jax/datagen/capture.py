@@ -32,6 +32,7 @@ from domino_jax.data.hidden_states import (
     rows_fingerprint,
     shard_path,
     shard_sizes,
+    token_spans,
     write_manifest,
     write_shard,
 )
@@ -101,6 +102,7 @@ def capture(
         row_lengths=tuple(row_lengths(rows)),
         shard_rows=(),
         answer_tokens=answer_tokens(rows),
+        token_spans=token_spans(rows),
     )
     manifest = _planned(directory, asked, shard_bytes=shard_bytes)
     # Before the target is loaded: a size that is refused should cost seconds.
@@ -166,10 +168,9 @@ def _planned(directory: Path, manifest: Manifest, *, shard_bytes: int) -> Manife
     """The manifest with its shards: new ones, or those of an earlier start of the same capture."""
     if (directory / MANIFEST).is_file():
         found = read_manifest(directory)
-        # `rows` attests the lengths too, and shards stay cut as they were when they were begun.
-        names = [
-            name for name in Manifest.__annotations__ if name not in ("row_lengths", "shard_rows")
-        ]
+        # `rows` attests lengths and ids too; shards stay cut as they were when they were begun.
+        attested = ("row_lengths", "token_spans", "shard_rows")
+        names = [name for name in Manifest.__annotations__ if name not in attested]
         check_manifest(directory, found, {name: getattr(manifest, name) for name in names})
         return found
     sizes = [length * manifest.token_bytes for length in manifest.row_lengths]

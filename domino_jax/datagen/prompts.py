@@ -22,7 +22,7 @@ from domino_jax.config.run import SEED_LIMIT
 from domino_jax.data.rendering import Rendering, render
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, generate
+from domino_jax.decoding.generate import Answer, check_prompt, generate
 from domino_jax.decoding.speculate import required_cache_len
 
 SHORTEST = 12  # characters; what is shorter asks for nothing
@@ -134,11 +134,13 @@ def write_prompts(
         reporter: is told each batch.
     Raises:
         InputError: the place is taken or called packed, a partial file of another start does not
-            fit, or the target writes no usable prompt.
+            fit, the target has no embedding for a token of the opening, or it writes no usable
+            prompt.
         OSError: they cannot be written; those of earlier batches are kept.
     """
     partial = log_of(path)
     opening = user_turn(tokenizer, settings.chat_template_kwargs).opening
+    check_prompt(decoder, opening, tokenizer, source="the opening of a user's turn")
     cache_len = required_cache_len(decoder, len(opening), settings.max_new_tokens)
     sieve = _Sieve(language_filter(settings.language) if settings.language else None)
     path.parent.mkdir(parents=True, exist_ok=True)

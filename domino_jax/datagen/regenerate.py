@@ -35,7 +35,7 @@ from domino_jax.data.prompt import encode_prompt
 from domino_jax.data.template import KWARGS, check_kwargs, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer, check_length, generate
+from domino_jax.decoding.generate import Answer, check_prompt, generate
 from domino_jax.decoding.speculate import required_cache_len
 
 _TURN_SEEDS = 1_000_003  # between the seeds of two turns, which would draw alike
@@ -122,39 +122,43 @@ class _Prompt:
 
 
 def read_dialogues(
-    path: Path, tokenizer: Any, *, chat_template_kwargs: Scalars, turns: str, reporter: Reporter
+    path: Path, decoder: Decoder, tokenizer: Any, *, settings: AnswerSettings, reporter: Reporter
 ) -> list[Dialogue]:
-    """Reads a file of prompts and renders each turn once, before the target is loaded.
+    """Reads a file of prompts and renders each turn once; no weights are needed.
 
     Answers at the end of a conversation are left out. With `turns` "all" earlier answers are
     generated again; those that call tools stay, since the results after them are theirs.
 
     Args:
         path: JSONL of {"messages": [...]}.
-        tokenizer: of the target.
-        chat_template_kwargs: template arguments.
-        turns: "all", or "last" to keep earlier answers and to answer the last turn alone.
+        decoder: the plain target as it decodes.
+        tokenizer: its tokenizer.
+        settings: of the answers; `turns` is "all", or "last" to keep earlier answers.
         reporter: receives the number of answers that are left out, and keys that nothing reads.
     Raises:
-        InputError: a line that is unusable, or that the chat template refuses, with its number.
+        InputError: a line that is unusable, that the chat template refuses, or whose prompt is too
+            long, with its number.
     """
     found = read_conversations(path)
     if found.bad_lines:
         raise InputError(f"{path}:{found.bad_lines[0].line}: {found.bad_lines[0].reason}")
-    check_kwargs(tokenizer, chat_template_kwargs)
+    check_kwargs(tokenizer, settings.chat_template_kwargs)
     dialogues = []
     replaced = 0
     for conversation in found.conversations:
+        source = f"{path}:{conversation.line}"
         try:
-            dialogues.append(_dialogue(conversation, tokenizer, chat_template_kwargs, turns=turns))
+            dialogue = _dialogue(conversation, tokenizer, settings)
         except InputError as error:
-            raise InputError(f"{path}:{conversation.line}: {error}") from error
-        kept = sum(map(len, dialogues[-1].turns))
-        replaced += len(conversation.messages) - kept
+            raise InputError(f"{source}: {error}") from error
+        check_prompt(decoder, dialogue.first_ids, tokenizer, source=source)
+        dialogues.append(dialogue)
+        replaced += len(conversation.messages) - sum(map(len, dialogue.turns))
     if replaced:
         reporter.say(f"{path}: {replaced} answers in it are left out and generated again")
     for name, count in sorted(found.unused.items()):
-        reporter.say(f"{path}: {name} is not read ({count} lines)")
+        lines = len(found.conversations)
+        reporter.say(f"{path}: {name} is not read, in {count} of {lines} lines")
     return dialogues
 
 
@@ -187,14 +191,11 @@ def regenerate(
         settings: of the answers.
         reporter: receives each batch that is answered.
     Raises:
-        InputError: an answers file that exists or is called packed, a prompt that is too long, or a
-            partial file of another start.
+        InputError: an answers file that exists or is called packed, a partial file of another
+            start, or logits that are not finite.
         OSError: the answers cannot be written; those of earlier batches are kept.
     """
-    # Before anything is made: all prompts of the first turn must be usable.
     partial = log_of(answers_path)
-    for dialogue in dialogues:
-        check_length(decoder, dialogue.first_ids, source=f"{source}:{dialogue.line}")
     answers_path.parent.mkdir(parents=True, exist_ok=True)
     record = _AnswerRecords(dialogues, source)
     generator = asdict(settings) | tokenizer_record(tokenizer)
@@ -282,7 +283,7 @@ class _AnswerRecords:
             kwargs = {**settings.chat_template_kwargs, **dialogue.chat_template_kwargs}
             try:
                 ids = encode_prompt(messages, tokenizer, kwargs, tools=dialogue.tools)
-                check_length(decoder, ids, source=f"{self._source}:{dialogue.line}")
+                check_prompt(decoder, ids, tokenizer, source=f"{self._source}:{dialogue.line}")
             except InputError:
                 refused += 1
                 continue
@@ -333,16 +334,14 @@ class _AnswerRecords:
             texts.append(text)
 
 
-def _dialogue(
-    conversation: Conversation, tokenizer: Any, kwargs: Scalars, *, turns: str
-) -> Dialogue:
+def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettings) -> Dialogue:
     """The turns of a conversation, each rendered once with placeholders as answers."""
     asked = question(conversation)
     require(bool(asked), "no messages before the answer")
     parts: list[Messages] = [[]]
     for message in asked:
         again = message["role"] == "assistant" and "tool_calls" not in message
-        if turns == "last" or not again:
+        if settings.turns == "last" or not again:
             parts[-1].append(message)
         elif parts[-1]:  # consecutive answers are one turn
             parts.append([])
@@ -353,7 +352,8 @@ def _dialogue(
         tools=conversation.tools,
         chat_template_kwargs=conversation.chat_template_kwargs,
     )
-    kwargs = {**kwargs, **conversation.chat_template_kwargs}
+    check_kwargs(tokenizer, conversation.chat_template_kwargs)
+    kwargs = {**settings.chat_template_kwargs, **conversation.chat_template_kwargs}
     ids = [
         encode_prompt(
             dialogue.messages([_PLACEHOLDER] * turn), tokenizer, kwargs, tools=conversation.tools

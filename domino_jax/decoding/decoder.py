@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.target.decoder import Target
@@ -64,8 +65,15 @@ def make_decoder(
     Raises:
         ValueError: draft and target differ in width, vocabulary or depth, or `top_k` or `top_p` are
             out of their range or given without a temperature.
+        InputError: a stop token is outside the target's vocabulary.
     """
     cfg = target.cfg
+    for token in stop_ids:
+        if not 0 <= token < cfg.vocab_size:
+            raise InputError(
+                f"stop token id {token} is outside the target's vocab_size {cfg.vocab_size}; use "
+                "the tokenizer that belongs to these weights"
+            )
     if (top_k, top_p) != (None, None) and temperature == 0:
         raise ValueError("top_k and top_p filter what is drawn: they need a temperature")
     if top_k is not None and top_k < 1:

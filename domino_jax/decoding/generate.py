@@ -14,8 +14,15 @@ import numpy as np
 from domino_jax.base.errors import InputError
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.speculate import DecodeState, finish, required_cache_len, start, stream
+from domino_jax.target.tokens import check_vocabulary
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
+# What to do about logits that are not finite, by model.
+REMEDIES = {
+    "target": "use another copy of its weights, or dtype float32 in place of bfloat16",
+    "draft": "use an earlier checkpoint of a run that diverged (--step), or dtype float32 in place "
+    "of bfloat16",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +51,23 @@ class Answer:
         return len(self.tokens) / self.seconds
 
 
-def check_length(decoder: Decoder, prompt: np.ndarray, *, source: str) -> None:
-    """Refuses a prompt [n] that is longer than any text that the target knows positions for.
+def check_prompt(decoder: Decoder, prompt: np.ndarray, tokenizer: Any, *, source: str) -> None:
+    """Refuses a prompt that the target has no positions or no embeddings for.
 
+    Args:
+        decoder: decodes with the target.
+        prompt: token ids, int32 [n].
+        tokenizer: gives the text of a token, for the message.
+        source: of the prompt, for the message.
     Raises:
-        InputError: with both lengths and the prompt's `source`.
+        InputError: more tokens than positions, or an id outside the vocabulary.
     """
     longest = decoder.target.cfg.max_position_embeddings
     if len(prompt) > longest:
         raise InputError(
             f"{source}: a prompt of {len(prompt)} tokens, the target has {longest} positions"
         )
+    check_vocabulary(prompt, tokenizer, vocab_size=decoder.target.cfg.vocab_size, source=source)
 
 
 def generate(
@@ -79,6 +92,8 @@ def generate(
         longest: of the prompts of all batches, likewise; 0 for those of this one.
     Returns:
         One `Answer` per prompt; `seconds` is the time of the whole batch.
+    Raises:
+        InputError: logits of the target or the draft are not finite.
     """
     # A caller of many batches gives one number for all: another one is another program.
     if cache_len is None:
@@ -117,6 +132,8 @@ def stream_answer(
             bool [n], every few cycles.
     Returns:
         The whole `Answer`; its `seconds` hold no compilation.
+    Raises:
+        InputError: logits of the target or the draft are not finite.
     """
     cache_len = required_cache_len(decoder, len(prompt), max_new_tokens)
 
@@ -126,6 +143,7 @@ def stream_answer(
             decoder, weights, [prompt], max_new_tokens=count, cache_len=cache_len, seed=seed
         )
         for state in stream(decoder, weights, first, cycles=STREAM_CYCLES):
+            require_finite(state, 1)  # before a token that follows from NaN is shown
             # Read whole: a part of an array on a device is a program for each length.
             written = slice(len(prompt), np.asarray(state.lengths)[0])
             show(np.asarray(state.tokens)[0, written], np.asarray(state.drafted)[0, written])
@@ -193,7 +211,12 @@ def pieces(tokenizer: Any, answer: Answer) -> list[tuple[str, bool]]:
 def finished_answers(
     decoder: Decoder, state: DecodeState, prompts: Sequence[np.ndarray], *, seconds: float
 ) -> list[Answer]:
-    """The answers of a state in which all are finished, to its first prompts."""
+    """The answers of a state in which all are finished, to its first prompts.
+
+    Raises:
+        InputError: logits of the target or the draft are not finite.
+    """
+    require_finite(state, len(prompts))
     parts = state.tokens, state.drafted, state.lengths, state.committed, state.verifications
     # A batch that was filled up has more rows than prompts.
     rows = zip(prompts, *map(np.asarray, parts), strict=False)
@@ -205,3 +228,25 @@ def finished_answers(
             Answer(tokens[own], drafted[own], stopped, int(committed), int(verifications), seconds)
         )
     return answers
+
+
+def require_finite(state: DecodeState, count: int) -> None:
+    """Raises `InputError` where one of the first `count` answers has logits that are not finite."""
+    # The target first: a draft that reads states of such a target has no finite logits either.
+    for model, finite in (("target", state.target_finite), ("draft", state.draft_finite)):
+        require_finite_logits(model, np.asarray(finite)[:count])
+
+
+def require_finite_logits(model: str, finite: np.ndarray) -> None:
+    """Raises `InputError` with what to do about answers whose logits are not finite.
+
+    Args:
+        model: whose logits, a key of `REMEDIES`.
+        finite: bool [n], by answer.
+    """
+    count = np.count_nonzero(~finite)
+    if count:
+        raise InputError(
+            f"the {model}'s logits are not finite in {count} of {finite.size} answers, so no token "
+            f"follows from them; {REMEDIES[model]}"
+        )

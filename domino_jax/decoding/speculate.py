@@ -42,7 +42,9 @@ class DecodeState(NamedTuple):
     drafted: jax.Array  # bool [B, L], committed tokens that were proposed; the rest is the target's
     lengths: jax.Array  # int32 [B], committed tokens; the target has not read the last one yet
     limits: jax.Array  # int32 [B], the length that ends an answer
-    finished: jax.Array  # bool [B]
+    finished: jax.Array  # bool [B]; also where an answer's logits are not finite
+    target_finite: jax.Array  # bool [B], the target's logits behind the committed tokens
+    draft_finite: jax.Array  # bool [B], likewise of the draft
     committed: jax.Array  # int32 [B]
     verifications: jax.Array  # int32 [B]
     target_cache: LayerCaches
@@ -125,7 +127,7 @@ def _prefill(
     # Of the last position alone: nothing reads the logits of all, [B, T, V].
     logits = vocabulary_logits(last, lm_head_weight(weights.target))
     key, draw = jax.random.split(key)
-    first = _pick(decoder, draw, logits)
+    first, finite = _pick(decoder, draw, logits), are_finite(logits)
     draft_cache: tuple[Cache, ...] = ()
     if decoder.draft is not None:
         draft_cache = decoder.draft.empty_cache(batch=batch, cache_len=cache_len)
@@ -134,9 +136,20 @@ def _prefill(
     tokens = _written(tokens, first[:, None], lengths)
     drafted = jnp.zeros(tokens.shape, bool)
     zeros = jnp.zeros_like(lengths)  # the first token costs no verification: tau leaves it out
-    finished = _is_stop(decoder, first) | (lengths + 1 >= limits)
+    finished = _is_stop(decoder, first) | (lengths + 1 >= limits) | ~finite
     return DecodeState(
-        tokens, drafted, lengths + 1, limits, finished, zeros, zeros, out.cache, draft_cache, key
+        tokens=tokens,
+        drafted=drafted,
+        lengths=lengths + 1,
+        limits=limits,
+        finished=finished,
+        target_finite=finite,
+        draft_finite=jnp.ones_like(finite),
+        committed=zeros,
+        verifications=zeros,
+        target_cache=out.cache,
+        draft_cache=draft_cache,
+        key=key,
     )
 
 
@@ -163,6 +176,7 @@ class Drafts(NamedTuple):
     """The bonus token and the drafted ones, int32 [B, 1 + P], and what those were drawn from."""
 
     block: jax.Array
+    finite: jax.Array  # bool [B, P], the logits of each drafted token
     probs: jax.Array  # float32 [B, P, V] when sampling
 
 
@@ -185,9 +199,9 @@ def cycle(decoder: Decoder, weights: Weights, state: DecodeState) -> DecodeState
 def draft_block(decoder: Decoder, weights: Weights, state: DecodeState, key: jax.Array) -> Drafts:
     """The bonus token and what is drafted behind it."""
     bonus = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
-    drafted, probs = _draft(decoder, weights, state, bonus[:, 0], key)
+    drafted, finite, probs = _draft(decoder, weights, state, bonus[:, 0], key)
     # The bonus token goes first: its logits choose the token that d1 is verified against.
-    return Drafts(jnp.concatenate([bonus, drafted], axis=1), probs)
+    return Drafts(jnp.concatenate([bonus, drafted], axis=1), finite, probs)
 
 
 def verify(decoder: Decoder, weights: Weights, state: DecodeState, block: jax.Array) -> Verified:
@@ -223,12 +237,19 @@ def commit(
     until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1), accepted) + 1
     count = jnp.where(state.finished, 0, jnp.minimum(until_stop, state.limits - state.lengths))
     lengths = state.lengths + count
+    # The logits that decided a committed token; what lies behind the last of them is never used.
+    unused = index >= count[:, None]
+    target_finite = state.target_finite & jnp.all(are_finite(logits) | unused, axis=1)
+    draft_finite = state.draft_finite & jnp.all(drafts.finite | unused[:, :-1], axis=1)
+    ended = jnp.any(stops, axis=1) | (lengths >= state.limits)
     active = (~state.finished).astype(jnp.int32)  # shapes are static: finished ones run along
     state = state._replace(
         tokens=_written(state.tokens, new, state.lengths),
         drafted=_written(state.drafted, index < accepted[:, None], state.lengths),
         lengths=lengths,
-        finished=state.finished | jnp.any(stops, axis=1) | (lengths >= state.limits),
+        finished=state.finished | ended | ~target_finite | ~draft_finite,
+        target_finite=target_finite,
+        draft_finite=draft_finite,
         committed=state.committed + count,
         verifications=state.verifications + active,
         target_cache=verified.cache,
@@ -260,12 +281,16 @@ def remember(
 
 def _draft(
     decoder: Decoder, weights: Weights, state: DecodeState, bonus: jax.Array, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Proposed tokens [B, P] and, when sampling, the distributions they come from, [B, P, V]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Proposed tokens [B, P], whether their logits are finite, and their distributions [B, P, V].
+
+    Greedy drafts have no distributions: theirs are not read.
+    """
     # A draft of one prediction proposes none where K - 1 tokens are proposed.
     if decoder.draft is None or decoder.proposals == 0:
         none = jnp.zeros((bonus.shape[0], 0), jnp.int32)
-        return none, jnp.zeros((*none.shape, decoder.target.cfg.vocab_size))
+        undrawn = jnp.zeros((*none.shape, decoder.target.cfg.vocab_size))
+        return none, none.astype(bool), undrawn
     model, cfg = decoder.draft.bind({"params": weights.draft}), decoder.draft.cfg
     embedding = weights.target["embed_tokens"]
     anchors = state.lengths - 1
@@ -281,7 +306,7 @@ def _draft(
     hidden = model.prediction_states(hidden)[:, 0, : decoder.proposals]
     base = output_logits(cfg, vocabulary_logits(hidden, lm_head_weight(weights.target)))
     # As in training: the head reads every token, from the anchor on, corrected or not.
-    tokens, probs = [], []
+    tokens, finite, probs = [], [], []
     previous, known = bonus, model.head.initial_state(bonus.shape[0]) if decoder.use_head else None
     for index in range(decoder.proposals):
         logits = base[:, index]
@@ -292,9 +317,11 @@ def _draft(
                 logits += vocabulary_logits(factor, model.head.expansion)
         previous = _pick(decoder, jax.random.fold_in(key, index), logits)
         tokens.append(previous)
+        finite.append(are_finite(logits))
         if decoder.temperature > 0:
             probs.append(jax.nn.softmax(_drawn_from(decoder, logits), axis=-1))
-    return jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1) if probs else base  # greedy: unread
+    distributions = jnp.stack(probs, axis=1) if probs else base
+    return jnp.stack(tokens, axis=1), jnp.stack(finite, axis=1), distributions
 
 
 def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # [B, V] -> [B]
@@ -302,6 +329,12 @@ def _pick(decoder: Decoder, key: jax.Array, logits: jax.Array) -> jax.Array:  # 
         drawn = jax.random.categorical(key, _drawn_from(decoder, logits), axis=-1)
         return drawn.astype(jnp.int32)
     return argmax(logits)
+
+
+def are_finite(logits: jax.Array) -> jax.Array:
+    """Whether logits hold neither NaN nor infinity, [..., V] -> bool [...]."""
+    # Not by their maximum: on a CPU XLA's loses a NaN among many numbers.
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _drawn_from(decoder: Decoder, logits: jax.Array) -> jax.Array:

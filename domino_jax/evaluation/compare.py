@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.decoding.decoder import Weights
-from domino_jax.decoding.generate import Answer
+from domino_jax.decoding.generate import Answer, require_finite_logits
 from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import Target, lm_head_weight
 
@@ -83,6 +83,8 @@ def compare(
         prompts: token ids of each prompt.
         plain: answers of the target alone.
         speculative: answers with a draft.
+    Raises:
+        InputError: the target's logits behind a common prefix are not finite.
     """
     compared = equal = 0
     differences = []
@@ -103,6 +105,7 @@ def compare(
             read = np.concatenate([prompt, left.tokens[:position]])
             logits = next_logits(target, weights.target, read)
             gap = float(abs(logits[left_token] - logits[right_token]))
+            require_finite_logits("target", np.isfinite([gap]))
         differences.append(Difference(index, position, left_token, right_token, gap))
     return Comparison(compared, equal, tuple(differences), TIES[target.cfg.dtype])
 

@@ -23,7 +23,7 @@ from domino_jax.base.files import read_json, write_whole
 from domino_jax.data.template import ChatTemplate, settings_text
 
 EVALUATION = "evaluation.json"  # its name in a run directory
-PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy")
+PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,5 +133,5 @@ def write_evaluation(
         sets: name -> its file and the figures of `SetFigures.as_json`.
     """
     record = {"evaluator": evaluator.as_json(), "training": training, "cycle": cycle, "sets": sets}
-    write_whole(path, json.dumps(record, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record

@@ -16,14 +16,15 @@ The counts are decoding's, but where two logits are a tie for the arithmetic.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.decoding.decoder import Decoder, Weights
-from domino_jax.decoding.generate import Answer
-from domino_jax.decoding.speculate import bucketed, remember
+from domino_jax.decoding.generate import Answer, require_finite_logits
+from domino_jax.decoding.speculate import are_finite, bucketed, remember
 from domino_jax.draft.backbone import output_logits
 from domino_jax.draft.mask import layer_spans
 from domino_jax.evaluation.counts import in_cycles
@@ -33,6 +34,17 @@ from domino_jax.kernels.matmul import vocabulary_logits
 from domino_jax.target.decoder import lm_head_weight
 
 DRAFTED = 512  # positions at a time: their logits are held, [DRAFTED, V]
+
+
+class Agreement(NamedTuple):
+    """Drafts of anchors [B, N] against the text: predictions up to the first that differs.
+
+    `kept` int32 [B, N] counts those that agree; `finite` bool [B, N] tells whether the logits of
+    the one that does not are finite. A prediction whose logits are not finite never agrees.
+    """
+
+    kept: jax.Array
+    finite: jax.Array
 
 
 def replayed(
@@ -56,6 +68,8 @@ def replayed(
             program.
     Returns:
         By way, one `Answer` per prompt; it has no time.
+    Raises:
+        InputError: logits of the draft are not finite where decoding would use them.
     """
     texts = [
         np.concatenate([prompt, answer.tokens])
@@ -69,14 +83,27 @@ def replayed(
     # One program, however many proposals: those of a block are cut below.
     decoder = replace(one, proposals=0, use_head=any(mode.use_head for mode in modes.values()))
     tokens, context = _read(decoder, weights, jnp.asarray(padded), cache_len=cache_len)
-    base, corrected = map(
-        np.asarray, _kept(decoder, weights, tokens, context, begins, count=max_new_tokens)
+    base, corrected = jax.device_get(
+        _agreements(decoder, weights, tokens, context, begins, count=max_new_tokens)
     )
     written = {}
     for name, mode in modes.items():
-        kept = np.minimum(corrected if mode.use_head else base, mode.proposals)
+        found = corrected if mode.use_head else base
+        kept = np.minimum(found.kept, mode.proposals)
         written[name] = [in_cycles(*pair) for pair in zip(answers, kept, strict=True)]
+        rows = zip(written[name], found.kept, found.finite, strict=True)
+        finite = [_is_finite(*row, proposals=mode.proposals) for row in rows]
+        require_finite_logits("draft", np.array(finite))
     return written
+
+
+def _is_finite(answer: Answer, kept: np.ndarray, finite: np.ndarray, *, proposals: int) -> bool:
+    """Whether the logits of the drafts that decided an answer are finite; `Agreement` of [N]."""
+    # A cycle begins behind each token of the target's own but the last of the answer.
+    anchors = np.flatnonzero(~answer.drafted[:-1])
+    refused = kept[anchors]
+    decided = (refused < proposals) & (anchors + 1 + refused < len(answer.drafted))
+    return bool(np.all(finite[anchors] | ~decided))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "cache_len"))
@@ -93,7 +120,7 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "count"))
-def _kept(
+def _agreements(
     decoder: Decoder,
     weights: Weights,
     tokens: jax.Array,
@@ -101,8 +128,8 @@ def _kept(
     begins: jax.Array,
     *,
     count: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Drafted tokens that agree behind each of `count` tokens from `begins`, [B]: two [B, count].
+) -> tuple[Agreement, Agreement]:
+    """Drafts behind each of `count` tokens from `begins`, [B]: two of [B, count].
 
     Those of the backbone alone, and with the head.
     """
@@ -114,7 +141,7 @@ def _kept(
     used = jnp.ones((batch, 1), bool)
     offsets = jnp.arange(cfg.block_size, dtype=jnp.int32)
 
-    def of_anchors(anchors: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, N] -> two of it
+    def of_anchors(anchors: jax.Array) -> tuple[Agreement, Agreement]:  # [B, N] -> two of it
         # The anchor, and what each prediction should say.
         places = anchors[..., None] + jnp.arange(cfg.num_predictions + 1, dtype=jnp.int32)
         flat = jnp.minimum(places, cache_len - 1).reshape(batch, -1)
@@ -129,21 +156,25 @@ def _kept(
         )
         hidden = model.prediction_states(hidden)
         base = output_logits(cfg, vocabulary_logits(hidden, lm_head))
-        agreeing = _agreeing(base, text)
+        alone = _agreement(base, text)
         if not decoder.use_head:
-            return agreeing, agreeing
+            return alone, alone
         factors = model.corrections(hidden, jnp.take(embedding, text[..., :-1], axis=0))
-        return agreeing, _agreeing(base + vocabulary_logits(factors, model.head.expansion), text)
+        logits = base + vocabulary_logits(factors, model.head.expansion)
+        return alone, _agreement(logits, text)
 
     at_once = max(DRAFTED // (batch * cfg.block_size), 1)
     turns = -(-count // at_once)
     anchors = begins[:, None] + jnp.arange(turns * at_once, dtype=jnp.int32)
-    kept = jax.lax.map(of_anchors, anchors.reshape(batch, turns, at_once).swapaxes(0, 1))
-    base, corrected = (one.swapaxes(0, 1).reshape(batch, -1)[:, :count] for one in kept)
-    return base, corrected
+    found = jax.lax.map(of_anchors, anchors.reshape(batch, turns, at_once).swapaxes(0, 1))
+    return jax.tree.map(lambda one: one.swapaxes(0, 1).reshape(batch, -1)[:, :count], found)
 
 
-def _agreeing(logits: jax.Array, text: jax.Array) -> jax.Array:
-    """How many predictions say what the text does, [B, N, M, V], [B, N, 1 + M] -> [B, N]."""
-    agrees = argmax(logits) == text[..., 1:]
-    return jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=-1), axis=-1)
+def _agreement(logits: jax.Array, text: jax.Array) -> Agreement:
+    """Predictions against the text, [B, N, M, V], [B, N, 1 + M] -> of [B, N]."""
+    finite = are_finite(logits)
+    agrees = (argmax(logits) == text[..., 1:]) & finite
+    kept = jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=-1), axis=-1)
+    # Behind the last prediction there is none that could differ.
+    differing = jnp.minimum(kept, finite.shape[-1] - 1)[..., None]
+    return Agreement(kept, jnp.take_along_axis(finite, differing, axis=-1)[..., 0])

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from domino_jax.decoding.decoder import Decoder, Weights, alone
+from domino_jax.decoding.generate import require_finite
 from domino_jax.decoding.speculate import (
     DecodeState,
     Drafts,
@@ -94,6 +95,8 @@ def cycle_times(
         weights: parameters of both.
         context: tokens behind the cycle.
         rounds: times that each part runs, beside those for warming up.
+    Raises:
+        InputError: logits of the target or the draft are not finite.
     """
     # Nothing ends: a cycle that has nothing left to do must not be timed.
     endless = replace(decoder, stop_ids=())
@@ -162,24 +165,28 @@ def _rest(
 
 def _repeated(
     part: _Part, weights: Weights, state: DecodeState, given: _Given
-) -> Callable[[], None]:
-    """Runs a part once more, on the state that it left."""
+) -> Callable[[], DecodeState]:
+    """Runs a part once more, on the state that it left, and returns the state."""
     # Arguments, all of them: what is known when a program is compiled, XLA computes there.
     compiled = jax.jit(part, donate_argnums=1)
 
-    def run() -> None:
+    def run() -> DecodeState:
         nonlocal state
         state = jax.block_until_ready(compiled(weights, state, given))[0]
+        return state
 
     return run
 
 
-def _timed(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:
+def _timed(runs: Mapping[str, Callable[[], DecodeState]], *, rounds: int) -> dict[str, float]:
     """Median milliseconds of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
+    states = {}
     for _ in range(WARM + rounds):
         for name, run in runs.items():
             began = time.perf_counter()
-            run()
+            states[name] = run()
             taken[name].append(1e3 * (time.perf_counter() - began))
+    for state in states.values():
+        require_finite(state, 1)
     return {name: median(times[WARM:]) for name, times in taken.items()}

@@ -131,11 +131,16 @@ def check_tensors(
         shapes: what was expected, by name.
         source: file or directory for the message.
     Raises:
-        InputError: missing, unexpected or mis-shaped tensors, by name, found and expected.
+        InputError: names with another prefix, or missing, unexpected or mis-shaped tensors, by
+            name, found and expected.
     """
     counts = f"expected {len(shapes)}, found {len(tensors)}"
     missing = set(shapes) - set(tensors)
     unexpected = set(tensors) - set(shapes)
+    # Most names: one that differs is another tensor, not another prefix.
+    renamed = _other_prefix(missing, unexpected) if 2 * len(missing) > len(shapes) else None
+    if renamed:
+        raise InputError(f"{source}: {renamed}")
     for word, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise InputError(f"{source}: {word} tensor: {_some(names)}; {counts}")
@@ -222,6 +227,31 @@ def _check_type(path: Path, name: str, stored: str) -> None:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: not a readable safetensors file: {error}")
+
+
+def _other_prefix(missing: set[str], unexpected: set[str]) -> str | None:
+    """What is wrong with names that all have another prefix than expected, None of any others."""
+    wanted = min(missing)
+    parts = wanted.split(".")
+    # The longest common end first: `model.model.norm` ends with the whole of `model.norm`.
+    for first in range(len(parts)):
+        tail = ".".join(parts[first:])
+        prefix = wanted.removesuffix(tail)
+        for name in sorted(unexpected):
+            found = name.removesuffix(tail)
+            if name != f"{found}{tail}" or (found and not found.endswith(".")):
+                continue
+            if all(f"{found}{other.removeprefix(prefix)}" in unexpected for other in missing):
+                words = f"begin with {found!r}, expected {prefix!r}"
+                if not found:
+                    words = f"lack the prefix {prefix!r}"
+                elif not prefix:
+                    words = f"have the prefix {found!r}, which was not expected"
+                return (
+                    f"tensor names {words}: for example {name} in the place of {wanted}; rename "
+                    "the tensors"
+                )
+    return None
 
 
 def _some(names: set[str]) -> str:

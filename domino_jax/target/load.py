@@ -10,9 +10,11 @@ Decoding wants the layers apart, on one device; both are filled by the same read
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ TABLES = ("embed_tokens", "lm_head")  # the parameters with one row per token of
 
 _TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 _TOKENIZER_BYTES = 2**28  # of each of its files
+# Text that tokenizers split in different ways where one of them is read wrongly.
+_PROBE = "One two  three\n\n\tx = 3.14 * 2048; Zoë's Größe: 東京 🦊👍🏽 end."
 ParameterPath = tuple[str, ...]  # in a tree of parameters
 Bounds = tuple[tuple[int, int], ...]  # first entry and end of a part, for each axis
 
@@ -154,10 +158,12 @@ def load_tokenizer(directory: str | Path) -> Any:
     Returns:
         A transformers fast tokenizer.
     Raises:
-        InputError: a file or the chat template is missing, or the files cannot be read.
+        InputError: a file or the chat template is missing, the files cannot be read, or
+            transformers reads them as another tokenizer than the one in tokenizer.json.
     """
     # Here and not at the top: where torch is installed, transformers imports it, which takes
     # seconds.
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     directory = Path(directory)
@@ -170,11 +176,19 @@ def load_tokenizer(directory: str | Path) -> Any:
             str(directory), local_files_only=True, trust_remote_code=False
         )
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        tokenizer("a", verbose=False)  # some settings are looked at when text comes
+        # Some settings are looked at when text comes.
+        found = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+        plain = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        # transformers asks for neither, whatever the file has.
+        plain.no_truncation()
+        plain.no_padding()
+        expected = plain.encode(_PROBE, add_special_tokens=False).ids
     except Exception as error:  # the Rust library raises plain Exception for a damaged file
         raise InputError(
             f"{directory}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}"
         ) from error
+    if found != expected:
+        raise _other_tokenizer(directory, found, expected)
     if not template:
         raise InputError(
             f"{directory}: no chat template in tokenizer_config.json or chat_template.jinja"
@@ -183,6 +197,19 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise InputError(f"{directory}: the chat template is {shown(template)}; expected text")
     tokenizer.chat_template = template  # of several, the default one
     return tokenizer
+
+
+def _other_tokenizer(directory: Path, found: list[int], expected: list[int]) -> InputError:
+    """The error of a probe text that transformers splits otherwise than tokenizer.json."""
+    pairs = enumerate(itertools.zip_longest(found, expected))
+    first = next(index for index, (one, other) in pairs if one != other)
+    part = slice(first, first + 6)
+    return InputError(
+        f"{directory}: transformers {version('transformers')} reads {_PROBE!r} as {len(found)} "
+        f"ids, {found[part]} from number {first} on; tokenizers {version('tokenizers')} reads "
+        f"tokenizer.json as {len(expected)}, {expected[part]}; use transformers 5.22 or newer, or "
+        "tokenizer_class PreTrainedTokenizerFast"
+    )
 
 
 def _check_tokenizer_files(directory: Path) -> None:

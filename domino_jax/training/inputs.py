@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Reporter
-from domino_jax.config.model import DecoderConfig
+from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.data.conversations import Row, load_rows
 from domino_jax.data.forms import BadLine, read_conversations
 from domino_jax.data.hidden_states import FeatureRows, check_manifest, rows_fingerprint
@@ -33,10 +33,11 @@ from domino_jax.data.packing import (
 )
 from domino_jax.data.prompt import prompt_of
 from domino_jax.decoding.decoder import make_decoder
-from domino_jax.decoding.generate import check_length
+from domino_jax.decoding.generate import check_prompt
 from domino_jax.objective.objectives import reads_target
 from domino_jax.sharding import axis_size, make_mesh, partition_spec
 from domino_jax.target.decoder import Target
+from domino_jax.target.tokens import check_vocabulary, token_words
 from domino_jax.training.step import Batch
 
 
@@ -99,12 +100,13 @@ def read_rows(
     tokenizer: Any,
     settings: RowSettings,
     *,
+    draft: DraftConfig,
     packing: bool,
     max_unusable: float,
-    end_ids: Sequence[int] = (),
+    end_ids: Sequence[int],
     reporter: Reporter,
 ) -> InputRows:
-    """Reads and encodes conversations and packs the rows if the run packs.
+    """Reads, encodes and checks conversations, and packs the rows if the run packs.
 
     Reports lines and answers that are not trained with their reasons, keys that nothing reads,
     answers that are unfinished, and how many lines are text.
@@ -113,13 +115,14 @@ def read_rows(
         path: of the conversations.
         tokenizer: of the target, with `end_ids`, see `stop_token_ids`.
         settings: of the rows.
+        draft: reads the rows, see `check_rows`.
         packing: whether rows share batch rows.
         max_unusable: largest share of lines with something that is not trained.
         end_ids: see `tokenizer`.
         reporter: receives the report.
     Raises:
-        InputError: the file cannot be read, gives no row, or more of its lines than `max_unusable`
-            are not usable.
+        InputError: the file cannot be read, gives no row, more of its lines than `max_unusable`
+            are not usable, or a row does not fit the draft.
     """
     found = load_rows(path, tokenizer, end_ids=end_ids, **vars(settings))
     rows, bad = found.rows, found.bad_lines
@@ -129,7 +132,7 @@ def read_rows(
     if bad:
         reporter.say(f"{path}: {len(bad)} of {found.lines} lines are not trained, or not whole")
     for name, count in sorted(found.unused.items()):
-        reporter.say(f"{path}: {name} is not read ({count} lines)")
+        reporter.say(f"{path}: {name} is not read, in {count} of {found.lines} lines")
     if len(bad) > max_unusable * found.lines:
         lines = _by_reason(bad)[0]
         raise InputError(
@@ -148,6 +151,7 @@ def read_rows(
             f"{path}: {found.from_text} of {found.lines} lines are text: their token ids are those "
             "of the text tokenised again, and may differ from the generated ones"
         )
+    check_rows(rows, tokenizer, draft=draft, path=path)
     return _with_packs(rows, settings, packing=packing)
 
 
@@ -160,6 +164,39 @@ def _by_reason(bad_lines: Sequence[BadLine]) -> list[list[BadLine]]:
     return sorted(kinds.values(), key=len, reverse=True)
 
 
+def check_rows(rows: Sequence[Row], tokenizer: Any, *, draft: DraftConfig, path: str) -> None:
+    """Refuses rows that a draft and its target cannot read.
+
+    Args:
+        rows: of a file, with their lines.
+        tokenizer: gives the text of a token, for messages.
+        draft: has the vocabulary and the positions of its target, and a mask token.
+        path: of the file, for messages.
+    Raises:
+        InputError: a row has more tokens than the target has positions, a token outside the
+            vocabulary, or the mask token.
+    """
+    positions, vocab_size = draft.max_position_embeddings, draft.vocab_size
+    masked = []
+    for row in rows:
+        source = f"{path}:{row.line}"
+        # Packed or not: positions restart with each row.
+        if len(row.input_ids) > positions:
+            raise InputError(
+                f"{source}: a row of {len(row.input_ids)} tokens, the target has {positions} "
+                f"positions; set data.max_length to {positions} at most"
+            )
+        check_vocabulary(row.input_ids, tokenizer, vocab_size=vocab_size, source=source)
+        if (row.input_ids == draft.mask_token_id).any():
+            masked.append(row)
+    if masked:
+        raise InputError(
+            f"{path}:{masked[0].line}: the row contains "
+            f"{token_words(tokenizer, draft.mask_token_id)}, the mask token; {len(masked)} of "
+            f"{len(rows)} rows contain it; give draft.mask_token_id an id that no row contains"
+        )
+
+
 def read_features(
     directory: str,
     settings: RowSettings,
@@ -167,6 +204,7 @@ def read_features(
     target: str,
     tokenizer: str,
     target_layer_ids: tuple[int, ...],
+    mask_token_id: int,
     packing: bool,
     loss_type: str,
     kl_weight: float,
@@ -179,17 +217,24 @@ def read_features(
         target: sha256 of the target (see `target.fingerprint`), `tokenizer` that of its tokenizer.
         tokenizer: see `target`.
         target_layer_ids: layers that the draft reads.
+        mask_token_id: of the draft; no row may contain it.
         packing: whether rows share batch rows.
         loss_type: decides with `kl_weight` which states are read.
         kl_weight: see `LossConfig`.
     Raises:
         InputError: no finished capture, or one of another target, tokenizer, template, layers,
-            length or masking, or without the final states, for a loss that reads them.
+            length or masking, of rows with the mask token, or without the final states, for a loss
+            that reads them.
     """
     rows = FeatureRows(directory)
     # Not compared: the stored type, since a step casts the states to the type it computes in.
     of_run = {"target": target, "tokenizer": tokenizer, "target_layer_ids": target_layer_ids}
     check_manifest(directory, rows.manifest, of_run | vars(settings))
+    if rows.manifest.contains(mask_token_id):
+        raise InputError(
+            f"{directory}: the captured rows contain draft.mask_token_id {mask_token_id}; give an "
+            "id that no row contains"
+        )
     if reads_target(loss_type, kl_weight=kl_weight) and not rows.manifest.target_states:
         raise InputError(
             f"{directory}: captured without the target's final states, which "
@@ -220,7 +265,8 @@ def read_prompts(
     Returns:
         Token ids, int32 [n] each.
     Raises:
-        InputError: a prompt, or an answer, exceeds the target's positions.
+        InputError: a prompt, or an answer, exceeds the target's positions, or a prompt has a token
+            outside its vocabulary.
     """
     positions = target.max_position_embeddings
     if rollout_tokens > positions:
@@ -235,7 +281,7 @@ def read_prompts(
     for row in rows:
         assert row.line is not None, "held-out rows are read from a file"
         prompt = prompt_of(conversations[row.line], tokenizer, chat_template_kwargs)
-        check_length(reader, prompt, source=f"{path}:{row.line}")
+        check_prompt(reader, prompt, tokenizer, source=f"{path}:{row.line}")
         prompts[row.line] = prompt
     return list(prompts.values())
 

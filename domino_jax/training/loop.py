@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from domino_jax.base.chips import CHIPS
-from domino_jax.base.errors import Diverged, Interrupted
+from domino_jax.base.errors import Diverged, InputError, Interrupted, Untrained
 from domino_jax.base.progress import STDERR, Bar, Reporter
 from domino_jax.data.packing import row_lengths
 from domino_jax.training.accumulator import MetricAccumulator, total
@@ -35,7 +35,14 @@ from domino_jax.training.program import StepArguments, traced_step
 from domino_jax.training.records import RunRecord
 from domino_jax.training.rollout import Rollout, rollout_words
 from domino_jax.training.run import Run
-from domino_jax.training.skips import StepRows, StepWatch, divergence, overflow
+from domino_jax.training.skips import (
+    StepRows,
+    StepWatch,
+    divergence,
+    no_update,
+    overflow,
+    rollout_failure,
+)
 from domino_jax.training.speed import Speed, speed_words
 from domino_jax.training.step import Batch, TrainState, all_finite
 from domino_jax.training.trace import Trace
@@ -55,8 +62,9 @@ def train(
         The run directory.
     Raises:
         Interrupted: `stop_requested` said so, and the state is saved.
-        Diverged: `train.max_nonfinite_steps` consecutive updates, or the parameters, were not
-            finite; every checkpoint is.
+        Diverged: `train.max_nonfinite_steps` consecutive updates, the parameters, or the logits of
+            a rollout were not finite; every checkpoint is.
+        Untrained: no step of the run, earlier starts included, updated the draft.
     """
     inputs, cadence = run.inputs, run.inputs.cadence
     kept = Checkpoints(inputs.directory, keep=cadence.keep_checkpoints, keep_best=cadence.keep_best)
@@ -81,6 +89,13 @@ def train(
                     max_nonfinite_steps=cadence.max_nonfinite_steps,
                     newest_checkpoint=checkpoints.newest(),
                 )
+            )
+        problem = training.without_update()
+        if problem is not None:
+            # The checkpoints stay: they are sound, and a longer run may resume from them.
+            raise Untrained(
+                f"{inputs.directory}: {problem}; the checkpoints hold the initial draft, so start "
+                "another run_dir"
             )
     return inputs.directory
 
@@ -208,6 +223,14 @@ class _Training:
             )
         return None
 
+    def without_update(self) -> str | None:
+        """Why no step of the run has updated the draft, and what to do; None once one has."""
+        # The optimiser's own count covers earlier starts. Without an update no count of non-finite
+        # steps was ever reset.
+        if int(updates_done(self._state.opt_state)):
+            return None
+        return no_update(self._step, nonfinite=self._watch.nonfinite_in_a_row)
+
     def _next(self) -> tuple[dict[str, np.ndarray], Batch]:
         """The rows of the next step, and their batch on the devices."""
         inputs = self._inputs
@@ -245,6 +268,9 @@ class _Training:
         for notice in self._watch.notices(outcomes):
             self._reporter.say(f"step {notice.step}: {notice.words}")
             self.log.write(notice.step, notice.split, notice.record)
+        problem = self.without_update()
+        if problem is not None and self._step < self._inputs.last_step:
+            self._reporter.say(f"step {self._step}: {problem}")
         self.log.write(self._step, "train", figures, timing=timing)
         bar.tell(self._step, f"{_formatted(figures)}  {speed_words(timing)}")
         self._window.clear()
@@ -258,8 +284,13 @@ class _Training:
         measured: dict[str, Mapping[str, Any]] = {}
         while self._due:
             one = self._due[0]
-            with self._speed.paused(self._state):
-                figures = one.measure(self._state, stop_requested=stop_requested)
+            try:
+                with self._speed.paused(self._state):
+                    figures = one.measure(self._state, stop_requested=stop_requested)
+            except InputError as error:  # logits that are not finite
+                directory, newest = self._inputs.directory, self._checkpoints.newest()
+                words = rollout_failure(directory, self._step, str(error), newest_checkpoint=newest)
+                raise Diverged(words) from error
             if figures is None:
                 break
             self._due.pop(0)

@@ -34,6 +34,7 @@ from domino_jax.config.run import RunConfig, dump_config
 from domino_jax.config.sections import DataConfig, LossConfig
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import MANIFEST, read_manifest
+from domino_jax.data.prompt import stop_token_ids
 from domino_jax.data.template import KWARGS, NO_KWARGS, chat_template, dated, recorded_kwargs
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
@@ -48,6 +49,7 @@ from domino_jax.target.decoder_keys import read_decoder_config
 from domino_jax.target.fingerprint import hashed_beside, tokenizer_fingerprint
 from domino_jax.target.load import TABLES, load_sharded_target, load_tokenizer, open_target
 from domino_jax.target.resolve import resolve_target
+from domino_jax.target.tokens import choose_mask_token, end_token_ids, special_token_ids
 from domino_jax.training.checkpoint import CHECKPOINTS, NEWEST, sound_checkpoint
 from domino_jax.training.inputs import RowSettings, read_features, read_prompts, read_rows, run_mesh
 from domino_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -135,7 +137,9 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are read and checked
     tokenizer = load_tokenizer(path)
-    draft_config = draft_of(config, target_config, tokenizer)
+    draft_config = draft_of(config, target_config, tokenizer, directory=path, reporter=reporter)
+    chosen = dataclasses.replace(config.draft, mask_token_id=draft_config.mask_token_id)
+    config = dataclasses.replace(config, draft=chosen)
     if init_from:
         check_start(init_from, draft_config)
     check_room(
@@ -196,8 +200,10 @@ def read_inputs(
         read_rows,
         tokenizer=run.tokenizer,
         settings=settings,
+        draft=run.record.config,
         packing=data.packing,
         max_unusable=data.max_unusable,
+        end_ids=end_token_ids(run.target),
         reporter=reporter,
     )
     hashes = {"tokenizer": f"sha256 {run.record.tokenizer_sha256}"}
@@ -208,6 +214,7 @@ def read_inputs(
             target=target_sha256(),
             tokenizer=run.record.tokenizer_sha256,
             target_layer_ids=run.record.config.target_layer_ids,
+            mask_token_id=run.record.config.mask_token_id,
             packing=data.packing,
             loss_type=loss.loss_type,
             kl_weight=loss.kl_weight,
@@ -344,11 +351,23 @@ def _batch_shape(config: RunConfig) -> BatchShape:
     )
 
 
-def draft_of(config: RunConfig, target: DecoderConfig, tokenizer: Any) -> DraftConfig:
-    """The draft that a run trains for this target (see `make_draft_config`)."""
-    # Of a role that the tokenizer does not fill it is None, which no id equals.
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    return make_draft_config(config.draft, target, special_ids=special, dtype=config.dtype)
+def draft_of(
+    config: RunConfig, target: DecoderConfig, tokenizer: Any, *, directory: Path, reporter: Reporter
+) -> DraftConfig:
+    """The draft that a run trains for the target in a directory (see `make_draft_config`).
+
+    A mask token that the run leaves open is chosen and reported; the same files give the same one.
+    """
+    # Any date: no template ends a turn by it.
+    kwargs = dated(tokenizer, config.data.chat_template_kwargs)
+    stop_ids = stop_token_ids(tokenizer, kwargs, end_ids=end_token_ids(directory))
+    special_ids = special_token_ids(tokenizer, stop_ids)
+    recipe = config.draft
+    if recipe.mask_token_id is None:
+        chosen = choose_mask_token(tokenizer, special_ids=special_ids, vocab_size=target.vocab_size)
+        reporter.say(f"draft.mask_token_id {chosen.id}: {chosen.reason}")
+        recipe = dataclasses.replace(recipe, mask_token_id=chosen.id)
+    return make_draft_config(recipe, target, special_ids=special_ids, dtype=config.dtype)
 
 
 def resolved(config: RunConfig, mesh: Mesh) -> RunConfig:
@@ -471,7 +490,9 @@ def read_models(config: RunConfig, *, reporter: Reporter) -> Models:
     path = resolve_target(config.target, reporter=reporter)
     target = read_decoder_config(path, dtype=config.dtype)
     if (path / "tokenizer.json").is_file():
-        return Models(target, draft_of(config, target, load_tokenizer(path)))
+        tokenizer = load_tokenizer(path)
+        draft = draft_of(config, target, tokenizer, directory=path, reporter=reporter)
+        return Models(target, draft)
     reporter.say(f"{path}: no tokenizer; whether the mask token is a special one is not checked")
     draft = make_draft_config(config.draft, target, special_ids={}, dtype=config.dtype)
     return Models(target, draft)
@@ -550,18 +571,21 @@ def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) 
     tokenizer = load_tokenizer(path)
     kwargs = dated(tokenizer, data.chat_template_kwargs, recorded, recorded_kwargs(data.train))
     settings = row_settings(dataclasses.replace(data, chat_template_kwargs=kwargs))
+    draft = draft_of(config, target_config, tokenizer, directory=path, reporter=reporter)
     rows = read_rows(
         data.train,
         tokenizer,
         settings,
+        draft=draft,
         packing=False,
         max_unusable=data.max_unusable,
+        end_ids=end_token_ids(path),
         reporter=reporter,
     )
     return CaptureInputs(
         target=path,
         target_config=target_config,
-        target_layer_ids=draft_of(config, target_config, tokenizer).target_layer_ids,
+        target_layer_ids=draft.target_layer_ids,
         tokenizer_sha256=tokenizer_fingerprint(path, tokenizer),
         rows=rows.rows,
         settings=settings,

@@ -18,6 +18,7 @@ from domino_jax.decoding.speculate import required_cache_len
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.evaluation.counts import acceptance, tau
 from domino_jax.sharding import axis_size
+from domino_jax.target.tokens import end_token_ids
 from domino_jax.training.run import Run, RunInputs
 from domino_jax.training.step import TrainState
 
@@ -75,7 +76,9 @@ def rollout_decoder(run: RunInputs) -> Decoder:
         run.program.target,
         DraftModel(run.record.config),
         proposals="serving",
-        stop_ids=stop_token_ids(run.tokenizer, run.record.chat_template.kwargs),
+        stop_ids=stop_token_ids(
+            run.tokenizer, run.record.chat_template.kwargs, end_ids=end_token_ids(run.target)
+        ),
     )
 
 

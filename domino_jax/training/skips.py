@@ -90,6 +90,11 @@ class StepWatch:
         self._bad_in_a_row: int = stored["bad_in_a_row"] if stored else 0
         self._first_bad: list[Any] | None = stored["first_bad"] if stored else None
 
+    @property
+    def nonfinite_in_a_row(self) -> int:
+        """Consecutive non-finite steps up to now."""
+        return self._bad_in_a_row
+
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint: the consecutive non-finite steps up to now."""
         return {"bad_in_a_row": self._bad_in_a_row, "first_bad": self._first_bad}
@@ -163,6 +168,35 @@ def overflow(run_dir: Path, step: int, *, newest_checkpoint: int | None) -> str:
         f"stopped: the parameters are not finite after step {step}, so they were not saved; "
         f"{_way_on(run_dir, newest_checkpoint)}"
     )
+
+
+def rollout_failure(run_dir: Path, step: int, reason: str, *, newest_checkpoint: int | None) -> str:
+    """One line on a draft that cannot decode: at which step, why, what is left, what to do."""
+    return (
+        f"stopped: the rollout after step {step} failed: {reason}; "
+        f"{_way_on(run_dir, newest_checkpoint)}"
+    )
+
+
+def no_update(steps: int, *, nonfinite: int) -> str:
+    """A few words on a run of which no step has updated the draft: why, and what to do.
+
+    Args:
+        steps: of the run up to now, at least 1.
+        nonfinite: how many of them were not finite; the others had no anchor.
+    """
+    reasons, remedies = [], []
+    if nonfinite:
+        reasons.append(f"{nonfinite} were not finite")
+        remedies.append(
+            "use another copy of the target or of the captured states, or dtype=float32"
+        )
+    if nonfinite < steps:
+        reasons.append(f"{steps - nonfinite} had no anchor in their batch")
+        remedies.append(
+            "give longer answers, a larger data.max_length or a smaller draft.block_size"
+        )
+    return f"none of {steps} steps updated the draft: {', '.join(reasons)}; {'; '.join(remedies)}"
 
 
 def _way_on(run_dir: Path, newest_checkpoint: int | None) -> str:

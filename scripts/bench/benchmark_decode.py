@@ -196,7 +196,7 @@ def case_of_runs(options: argparse.Namespace) -> Case:
             "dflash": (dflash.record.config, dflash.params),
         },
         prompts=[prompt_of(each, loaded.tokenizer, kwargs) for each in usable[: options.limit]],
-        stops=stop_token_ids(loaded.tokenizer, kwargs),
+        stops=stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids),
         context=CONTEXT,
         torch_models=torch_models,
     )

@@ -16,7 +16,8 @@ From prompts and answers in DIR:
         +-- every family spread evenly --> train-30k.jsonl.gz < train-100k.jsonl.gz < ...
     families                               each begins like the next, all in the same shares
 
-Own prompts that were drawn in several parts are several `--own`, in the order of their seeds. A
+Own prompts that were drawn in several parts are several `--own`, in the order of their seeds. The
+committed ones are of seed 0 (1,150 of at most 128 tokens) and seed 1000 (1,400 of at most 64). A
 size is the number of tokens that a loss counts (`data.conversations`: the target's own words and
 the ends of its turns). No order is drawn: the own prompts are independent draws, the families'
 stand spread already. record.json holds what is in each file, and what it was made from and by.

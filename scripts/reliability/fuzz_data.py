@@ -121,6 +121,7 @@ def _manifest(directory: Path) -> Parser:
         "shard_rows": [2, 1],
         "chat_template_kwargs": {"a": 1},
         "answer_tokens": 20,
+        "token_spans": [0, 40],
     }
 
     def check(content: bytes) -> str | None:

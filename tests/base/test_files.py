@@ -7,6 +7,7 @@ import stat
 import subprocess
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disk import files_end_at
@@ -24,6 +25,8 @@ from domino_jax.base.files import (
     write_error,
     write_whole,
 )
+from domino_jax.formats.gguf import open_gguf
+from domino_jax.formats.safetensors import open_safetensors
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,32 @@ def test_read_json_names_the_file(tmp_path: Path, text: str | None, message: str
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match=f"config.json: {message}"):
         read_json(tmp_path / "config.json")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4096\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", read_json),
+        ("config.json", lambda path: checked_file(path.parent, path.name)),
+        ("rows.jsonl", lambda path: next(read_lines(path))),
+        ("rows.jsonl.gz", lambda path: next(read_lines(path))),
+        ("model.gguf", lambda path: open_gguf(path)),
+        ("model.safetensors", lambda path: open_safetensors(path.parent)),
+    ],
+)
+def test_a_git_lfs_pointer_is_no_file(tmp_path: Path, name: str, read: Any) -> None:
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / name)
+    assert str(caught.value) == (
+        f"{tmp_path / name}: a git-lfs pointer, expected the file itself; run `git lfs pull` in "
+        "its repository"
+    )
+    (tmp_path / "notes").write_text(f" {POINTER}")  # text about one
+    assert read_text(tmp_path / "notes").strip() == POINTER.strip()
 
 
 def test_write_whole_leaves_what_was_there_when_it_fails(tmp_path: Path) -> None:

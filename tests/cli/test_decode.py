@@ -3,21 +3,41 @@
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from stand_in import SGLang, serving
-from tiny import seal
+from tiny import (
+    MASK_TOKEN_ID,
+    WORDS,
+    add_token,
+    quiet,
+    run_config,
+    seal,
+    with_ends,
+    write_conversations,
+    write_target,
+)
+from whole_run import train
 
+from domino_jax.base.errors import Untrained
 from domino_jax.cli.loading import load_run
+from domino_jax.config.run import load_config
 from domino_jax.data.forms import read_conversations
 from domino_jax.data.prompt import prompt_of
 from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, generate
 from domino_jax.draft.backbone import DraftModel
 from domino_jax.target.decoder import Target
+from domino_jax.target.fingerprint import tokenizer_fingerprint
+from domino_jax.target.load import load_tokenizer
+from domino_jax.training.checkpoint import load_draft, save_draft
 
 
 @pytest.mark.parametrize(
@@ -110,7 +130,7 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     with serving(engine) as url:
         code, out, log = domino(*words, "--endpoint", url)
     assert code == 0 and "asked 2/2" in log and "endpoint: tau, over ours" in out
-    usable, _ = read_conversations(prompts)
+    usable = read_conversations(prompts).conversations
     asked = [prompt_of(each, loaded.tokenizer).tolist() for each in usable[:2]]
     assert [question["input_ids"] for question in engine.asked] == asked
     figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["prompts"]
@@ -118,6 +138,63 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     assert (endpoint["url"], endpoint["server"]) == (url, "SGLang 0.5.19")
     assert endpoint["ratio"] == 1 and endpoint["per_prompt"] == serving_here["per_prompt"]
     assert endpoint["tokens_equal"] == endpoint["tokens_compared"] == figures["tokens"]
+
+
+def test_the_end_tokens_of_the_directory_end_answers(domino, trained: Path, tmp_path: Path) -> None:
+    """In every verb that decodes: with all tokens but the mask token, answers are of one token."""
+    everything = set(range(len(WORDS))) - {MASK_TOKEN_ID}
+    target = with_ends(trained / "target", tmp_path / "target", *everything)
+    run, prompts = tmp_path / "run", trained / "prompts.jsonl"
+    shutil.copytree(trained / "run", run)
+    for record in (run / "checkpoints").glob("*/draft/metadata"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"target": str(target)}))
+        seal(record.parent.parent)
+    code, _, log = domino("generate", run, "a b c", "--max-new-tokens", 8)
+    assert code == 0 and log.splitlines()[-1].startswith("1 tokens, ")
+    words = ("--max-new-tokens", 8, "--timed", 0)
+    assert domino("evaluate", run, prompts, *words)[0] == 0
+    figures = json.loads((run / "evaluation.json").read_text())["sets"]["prompts"]
+    assert figures["tokens"] == figures["prompts"] == 3
+    answers = tmp_path / "answers.jsonl"
+    words = ("--target", target, "--max-new-tokens", 8)
+    code, _, log = domino("regenerate", prompts, answers, *words)
+    assert code == 0 and "were cut" not in log
+    # A prompt of one word is too short, so none is ever kept.
+    words = ("--target", target, "--count", 1, "--batch-size", 2, "--max-new-tokens", 8)
+    code, _, log = domino("prompts", tmp_path / "drawn.jsonl", *words)
+    last = log.splitlines()[-1]
+    assert code == 2 and " too short" in last and "without an end" not in last
+
+
+def test_a_prompt_with_a_token_outside_the_vocabulary_is_refused(
+    domino, trained: Path, tmp_path: Path
+) -> None:
+    """A tokenizer of more tokens than the target has embeddings for, in every verb that decodes."""
+    place = Path(shutil.copytree(trained, tmp_path / "place"))
+    target, run, prompts = place / "target", place / "run", place / "prompts.jsonl"
+    add_token(target)
+    changed = tokenizer_fingerprint(target, load_tokenizer(target))
+    for record in (run / "checkpoints").glob("*/draft/metadata"):
+        changes = {"target": str(target), "tokenizer_sha256": changed}
+        record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+        seal(record.parent.parent)
+    question = {"messages": [{"role": "user", "content": "a <new> b"}]}
+    prompts.write_text(prompts.read_text() + json.dumps(question) + "\n")
+    words = ("--target", target, "--max-new-tokens", 8)
+    for verb, source in (
+        (("generate", run, "a <new> b"), "the prompt"),
+        (("evaluate", run, prompts, "--max-new-tokens", 8), f"{prompts}:4"),
+        (("regenerate", prompts, tmp_path / "answers.jsonl", *words), f"{prompts}:4"),
+    ):
+        code, out, log = domino(*verb)
+        message = f"error: {source}: token '<new>' (id 32) is outside the target's vocab_size 32;"
+        assert (code, out) == (2, "") and log.splitlines()[-1].startswith(message), log
+    template = target / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|><new>"))
+    code, _, log = domino("prompts", tmp_path / "drawn.jsonl", "--count", 1, *words)
+    source = "the opening of a user's turn"
+    assert code == 2 and log.splitlines()[-1].startswith(f"error: {source}: token '<new>' (id 32)")
+    assert not list(tmp_path.glob("*.jsonl*"))
 
 
 @pytest.mark.pitfall(
@@ -141,3 +218,72 @@ def test_another_chat_template_is_refused(domino, trained: Path, tmp_path: Path)
     template = copy / "target" / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant ", "model "))
     assert "the chat template of" in refused()
+
+
+@pytest.fixture(scope="module")
+def overflowing_draft(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose draft has finite parameters, and no finite logits."""
+    stored = load_draft(trained / "run", reporter=quiet())
+    run = tmp_path_factory.mktemp("draft") / "run"
+    save_draft(
+        run, jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), stored.params), stored.record
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def overflowing_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose target has finite weights, and no finite logits; its draft is sound."""
+    directory = tmp_path_factory.mktemp("target")
+    (directory / "target").mkdir()
+    file = write_target(directory / "target") / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = 3e38
+    save_file(tensors, file)
+    config = run_config(directory, directory / "target", train={"steps": 1})
+    with pytest.raises(Untrained):
+        train(load_config(config), reporter=quiet())
+    write_conversations(directory / "prompts.jsonl", 2, seed=5, answers=False)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate {run} 'a b'",
+        "evaluate {run} {prompts}",
+        "evaluate {run} {prompts} --replay --timed 0",
+    ],
+)
+def test_no_verb_decodes_a_draft_without_finite_logits(
+    domino, trained: Path, overflowing_draft: Path, line: str
+) -> None:
+    words = shlex.split(line.format(run=overflowing_draft, prompts=trained / "prompts.jsonl"))
+    code, out, log = domino(*words, "--max-new-tokens", 8)
+    assert (code, out) == (2, "") and "Traceback" not in log
+    assert log.splitlines()[-1].startswith("error: the draft's logits are not finite in ")
+    assert "(--step)" in log.splitlines()[-1]
+    assert not (overflowing_draft / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate run 'a b'",
+        "generate run 'a b' --plain --temperature 1 --top-k 3",
+        "evaluate run prompts.jsonl",
+        "evaluate run prompts.jsonl --temperature 1 --timed 1",
+        "regenerate prompts.jsonl answers.jsonl --target target",
+        "prompts written.jsonl --count 1 --target target",
+    ],
+)
+def test_no_verb_decodes_a_target_without_finite_logits(
+    domino, overflowing_target: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.chdir(overflowing_target)
+    code, out, log = domino(*shlex.split(line), "--max-new-tokens", 8)
+    assert (code, out) == (2, "") and "Traceback" not in log
+    assert log.splitlines()[-1].startswith("error: the target's logits are not finite in ")
+    assert "use another copy of its weights" in log.splitlines()[-1]
+    written = ("run/evaluation.json", "answers.jsonl", "written.jsonl")
+    assert not any(Path(name).exists() for name in written)

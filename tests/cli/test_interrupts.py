@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import pytest
 from doubles import slow_after
-from tiny import run_config, write_conversations, write_target
+from tiny import quiet, run_config, write_conversations, write_target
 
 from domino_jax.cli.interrupts import GRACE_SECONDS, NOT_BEGUN, SAVING
 from domino_jax.config.run import load_config
@@ -44,7 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings["max_position_embeddings"] = 2**15
     (path / "config.json").write_text(json.dumps(settings))
     target, tokenizer = load_target(path), load_tokenizer(path)
-    config = draft_of(load_config(run_config(directory, path)), target.config, tokenizer)
+    settings = load_config(run_config(directory, path))
+    config = draft_of(settings, target.config, tokenizer, directory=path, reporter=quiet())
     params = nn.unbox(init_variables(DraftModel(config), jax.random.key(0)))["params"]
     hashes = target_fingerprint(path), tokenizer_fingerprint(path, tokenizer)
     record = DraftRecord(config, str(path), chat_template(tokenizer, {}), *hashes)

@@ -1,5 +1,6 @@
 """`domino capture` and `domino train`, and a target that no verb runs on."""
 
+import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,3 +73,18 @@ def test_a_run_that_went_astray_has_an_exit_code_of_its_own(
     last = err.splitlines()[-1]
     assert code == 3 and not out
     assert last.startswith("stopped: ") and len(last) > 100  # one line, however long
+
+
+def test_a_run_that_trained_nothing_has_the_same_exit_code(
+    domino, trained: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    rows.write_text(24 * (json.dumps({"messages": turns}) + "\n"))
+    words = (f"run_dir={tmp_path / 'run'}", f"data.train={rows}", "data.packing=true")
+    code, out, err = domino("train", trained / "config.yaml", *words, "train.steps=1")
+    last = err.splitlines()[-1]
+    assert code == 3 and not out
+    assert last.startswith(
+        f"{tmp_path / 'run'}: none of 1 steps updated the draft: 1 had no anchor"
+    )

@@ -41,11 +41,9 @@ def test_load_config_overrides_one_name_of_a_mapping(smallest: Path) -> None:
 
 def test_load_config_names_missing_keys(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("run_dir: runs/x\ndraft: {}\n")
-    with pytest.raises(InputError, match=r"run\.yaml: draft: missing mask_token_id$"):
-        load_config(path)
+    path.write_text("run_dir: runs/x\n")
     with pytest.raises(InputError, match=r"run\.yaml: missing target, data$"):
-        load_config(path, ["draft.mask_token_id=5"])
+        load_config(path)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def test_make_draft_config_takes_the_rest_from_the_target() -> None:
     deep = {"num_hidden_layers": 36, "rope_theta": 1e6, "tie_word_embeddings": True}
     target = DecoderConfig(**DECODER | deep)
     recipe = DraftRecipe(mask_token_id=31)
-    draft = make_draft_config(recipe, target, special_ids={"eos": 2}, dtype="bfloat16")
+    draft = make_draft_config(recipe, target, special_ids={2: "eos"}, dtype="bfloat16")
     own = {"num_hidden_layers": 5, "rope_theta": 1e6, "block_size": 16, "mask_token_id": 31}
     assert draft == DraftConfig(
         **DECODER | own,
@@ -200,13 +198,20 @@ def test_make_draft_config_refuses_what_does_not_fit_the_target() -> None:
     target = DecoderConfig(**DECODER | {"num_hidden_layers": 36})
     for token, layers, message in (
         (2, None, "draft.mask_token_id 2 is the target's pad token"),
+        (3, None, "draft.mask_token_id 3 is the target's stop token"),
+        (
+            None,
+            None,
+            "draft.mask_token_id is missing, and only the target's tokenizer shows which id is "
+            "unused; give draft.mask_token_id, or the tokenizer's files beside config.json",
+        ),
         (32, None, "mask_token_id 32 is outside the vocabulary of 32"),
         (31, (), "target_layer_ids [] must lie in 0..35"),
         (31, (36,), "target_layer_ids [36] must lie in 0..35"),
     ):
         recipe = DraftRecipe(mask_token_id=token, target_layer_ids=layers)
         with pytest.raises(InputError) as caught:
-            make_draft_config(recipe, target, special_ids={"eos": None, "pad": 2}, dtype="float32")
+            make_draft_config(recipe, target, special_ids={2: "pad", 3: "stop"}, dtype="float32")
         assert str(caught.value) == message
 
 

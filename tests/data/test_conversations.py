@@ -149,6 +149,8 @@ def test_stop_token_ids_are_eos_and_end_of_turn() -> None:
     assert stop_token_ids(tokenizer) == (end_of_turn,)
     assert stop_token_ids(make_tokenizer(eos="<|endoftext|>")) == (end_of_text, end_of_turn)
     assert stop_token_ids(make_tokenizer(eos=None)) == (end_of_turn,)
+    ends = (7, end_of_turn, 3)
+    assert stop_token_ids(make_tokenizer(eos=None), end_ids=ends) == (end_of_turn, 7, 3)
     bare = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     message = "no eos token and its chat template no token that ends a turn"
     with pytest.raises(InputError, match=message):

@@ -19,6 +19,7 @@ from domino_jax.data.hidden_states import (
     rows_fingerprint,
     shard_path,
     shard_sizes,
+    token_spans,
     write_manifest,
     write_shard,
 )
@@ -57,6 +58,7 @@ def write_capture(directory: Path, *, target_states: bool = True) -> list[Row]:
         shard_rows=(3, 1),
         chat_template_kwargs={"enable_thinking": False},
         answer_tokens=9,
+        token_spans=token_spans(rows),
     )
     write_manifest(directory, manifest)
     assert read_manifest(directory) == manifest
@@ -88,6 +90,16 @@ def test_states_that_are_not_finite_are_neither_written_nor_read(
     with pytest.raises(InputError) as caught:
         FeatureRows(tmp_path)[3]
     assert str(caught.value).startswith(f"{tmp_path}: row 3: {counted}")
+
+
+@pytest.mark.parametrize("spans", [[], [3], [4, 4], [4, 2], [-1, 3]])
+def test_spans_of_ids_that_are_none_are_refused(tmp_path: Path, spans: list[int]) -> None:
+    write_capture(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"token_spans": spans}))
+    message = r"manifest\.json: token_spans must be pairs of strictly increasing ids, found \["
+    with pytest.raises(InputError, match=message):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("target_states", [True, False])

@@ -8,8 +8,8 @@ import pytest
 from chats import BRACKETS, CHATML, chat, encoded, encoded_all, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
-from domino_jax.data.conversations import load_rows
-from domino_jax.data.forms import BadLine
+from domino_jax.data.conversations import Encoder, load_rows
+from domino_jax.data.forms import BadLine, Conversation
 
 # In the manner of Qwen3: thoughts come from `reasoning_content` or out of the content, and only
 # answers after the last question show theirs, the very last one even when it has none.
@@ -142,6 +142,22 @@ def test_reasoning_is_masked_where_asked(
     messages = [turn for answer in answers for turn in (*QUESTION, answer)]
     assert marked_runs(messages, template, masked=False) == whole
     assert marked_runs(messages, template, masked=True) == without
+
+
+@pytest.mark.parametrize(("answers", "template"), [case[:2] for case in CASES.values()], ids=CASES)
+def test_reasoning_of_recorded_ids_is_masked_alike(
+    answers: list[dict[str, Any]], template: str
+) -> None:
+    messages = [turn for answer in answers for turn in (*QUESTION, answer)]
+    tokenizer = make_tokenizer(template)
+    masked = encoded_all(messages, tokenizer, mask_reasoning_content=True).rows
+    expected = {row.input_ids.tobytes(): row.loss_mask.tolist() for row in masked}
+    encoder = Encoder(tokenizer, max_length=1000, mask_reasoning_content=True)
+    for row in encoded_all(messages, tokenizer).rows:
+        recorded = Conversation(line=1, input_ids=row.input_ids, loss_mask=row.loss_mask)
+        found = encoder.rows(recorded).rows
+        marks = expected.get(row.input_ids.tobytes())
+        assert [row.loss_mask.tolist() for row in found] == ([marks] if marks else [])
 
 
 def test_reasoning_of_a_template_without_generation_prompt() -> None:

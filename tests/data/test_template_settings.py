@@ -101,6 +101,25 @@ def test_answers_of_several_days_train_together(tmp_path: Path) -> None:
         assert tokenizer.decode(row.input_ids).startswith("02<|im_start|>")
 
 
+def test_a_line_may_override_the_settings(tmp_path: Path) -> None:
+    """So that one draft is trained on reasoning and on plain answers."""
+    tokenizer = make_tokenizer(SWITCHED)
+    plain = {"messages": chat("Hi", "Hello."), "chat_template_kwargs": NO_THINKING}
+    reasoning = {"messages": chat("Hi", "<think>\nHm.\n</think>\n\nHello.")}
+    misspelt = {**GOOD, "chat_template_kwargs": {"enable_thnking": False}}
+    path = write(tmp_path / "a.jsonl", plain, reasoning, misspelt)
+    found = load_rows(path, tokenizer, max_length=100)
+    empty = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    texts = [tokenizer.decode(row.input_ids) for row in found.rows]
+    assert [empty in text for text in texts] == [True, False]
+    assert [marked(row, tokenizer) for row in found.rows] == [
+        "Hello.<|im_end|>",
+        "<think>\nHm.\n</think>\n\nHello.<|im_end|>",
+    ]
+    (bad,) = found.bad_lines
+    assert bad.line == 3 and "did you mean 'enable_thinking'" in bad.reason
+
+
 def test_an_answer_that_records_nonsense_is_told_by_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {**GOOD, "generator": {"chat_template_kwargs": [1]}})
     message = r"a.jsonl:1: generator: chat_template_kwargs: expected a map"

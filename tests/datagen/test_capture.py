@@ -22,7 +22,7 @@ from domino_jax.formats.safetensors import StoredTensor
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target
 from domino_jax.training.log import read_metrics
-from domino_jax.training.prepare import capture_inputs, prepare
+from domino_jax.training.prepare import capture_inputs, check, prepare, read_inputs
 
 LAYERS = (0, 2)
 WIDTH = CONFIG.hidden_size * len(LAYERS)
@@ -293,6 +293,26 @@ def test_training_refuses_states_of_something_else(place: Path, tmp_path: Path) 
     template.write_text(template.read_text() + " ")
     refused(otherwise.format("tokenizer"), f"target={other}")
     refused("expected a directory that `domino capture` wrote", directory=tmp_path)
+
+
+def test_a_mask_token_that_captured_rows_contain_is_refused(place: Path, tmp_path: Path) -> None:
+    """The rows are not read for it: the manifest lists their ids."""
+    rows = FeatureRows(place / "float32")
+    ids = set(np.concatenate([row.input_ids for row in rows]).tolist())
+    assert ids == {token for token in range(99) if rows.manifest.contains(token)}
+    for token in range(3, CONFIG.vocab_size):
+        words = (f"run_dir={tmp_path / 'run'}", f"draft.mask_token_id={token}", "data.eval=null")
+        config = load_config(place / "config.yaml", [*words, *offline(place / "float32")])
+        checked = check(config, reporter=quiet(), set_aside=False)
+        read = functools.partial(
+            read_inputs, checked, target_sha256=lambda: rows.manifest.target, reporter=quiet()
+        )
+        if token in ids:
+            message = f"the captured rows contain draft.mask_token_id {token}; give an id that no"
+            with pytest.raises(InputError, match=message):
+                read()
+        else:
+            assert len(read().rows.rows) == 24
 
 
 def test_rows_come_from_one_place(place: Path) -> None:

@@ -53,12 +53,12 @@ class Tiny:
         path: Path,
         settings: PromptSettings = SETTINGS,
         *,
-        stop: int = END,
+        stops: tuple[int, ...] = (END,),
         reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
     ) -> Drawn:
         return write_prompts(
             path,
-            decoder=make_decoder(self.target, temperature=1.0, stop_ids=(stop,)),
+            decoder=make_decoder(self.target, temperature=1.0, stop_ids=stops),
             weights=self.weights,
             tokenizer=self.tokenizer,
             settings=settings,
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_a_target_that_never_ends_a_turn_ends_the_work(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none of the last 128 rows .* 128 without an end"):
-        tiny.write(tmp_path / "prompts.jsonl", stop=len(WORDS))  # no token
+        tiny.write(tmp_path / "prompts.jsonl", stops=())  # no token
 
 
 def usable(rows: list[Answer], tokenizer: Any, sieve: _Sieve) -> list[str]:

@@ -16,9 +16,10 @@ from domino_jax.data.conversations import load_rows
 from domino_jax.data.forms import read_conversations
 from domino_jax.data.prompt import encode_prompt, stop_token_ids
 from domino_jax.data.template import NO_KWARGS, tokenizer_record
+from domino_jax.datagen import regenerate as datagen_regenerate
 from domino_jax.datagen.regenerate import AnswerSettings, Regenerated, read_dialogues, regenerate
 from domino_jax.decoding.decoder import Weights, make_decoder
-from domino_jax.decoding.generate import TextStream, generate, stream_answer
+from domino_jax.decoding.generate import Answer, TextStream, generate, stream_answer
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
 
@@ -34,6 +35,7 @@ SETTINGS = AnswerSettings(
     batch_size=4,
     chat_template_kwargs={},
 )
+PROMPTS = Path(__file__).parents[2] / "configs" / "prompts"
 CACHE_LEN = 128  # one length, one program
 
 
@@ -59,11 +61,7 @@ class Tiny:
         reporter: Reporter = quiet(),  # noqa: B008  (it holds nothing)
     ) -> Regenerated:
         dialogues = read_dialogues(
-            prompts,
-            self.tokenizer,
-            chat_template_kwargs=settings.chat_template_kwargs,
-            turns=settings.turns,
-            reporter=reporter,
+            prompts, self.decoder, self.tokenizer, settings=settings, reporter=reporter
         )
         return regenerate(
             dialogues,
@@ -360,7 +358,7 @@ def test_prompts_are_rendered_before_anything_is_generated(tiny: Tiny, tmp_path:
     with pytest.raises(
         InputError, match=r"prompts\.jsonl:2: the chat template refuses it: too many"
     ):
-        read_dialogues(prompts, tokenizer, chat_template_kwargs={}, turns="all", reporter=quiet())
+        read_dialogues(prompts, tiny.decoder, tokenizer, settings=SETTINGS, reporter=quiet())
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:
@@ -386,3 +384,44 @@ def test_streamed_pieces_join_to_the_whole_text(tiny: Tiny) -> None:
     assert len([piece for piece in pieces if piece]) > 2
     whole = tiny.tokenizer.decode(np.asarray(answer.tokens), skip_special_tokens=True)
     assert "".join(pieces) == whole
+
+
+@pytest.mark.slow  # a minute for each temperature
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_smollm2_are_its_generated_ids(
+    smollm2: Path, tmp_path: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, tokenizer = load_target(smollm2), load_tokenizer(smollm2)
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    lines = (PROMPTS / "train.jsonl").read_text().splitlines(keepends=True)
+    prompts.write_text("".join(lines[:64]))
+    generated = []
+
+    def spy(*args: Any, **options: Any) -> list[Answer]:
+        found = generate(*args, **options)
+        pairs = zip(args[2], found, strict=True)
+        generated.extend((prompt.tolist(), answer.tokens.tolist()) for prompt, answer in pairs)
+        return found
+
+    monkeypatch.setattr(datagen_regenerate, "generate", spy)
+    changed = {"temperature": temperature, "max_new_tokens": 64, "batch_size": 32}
+    settings = replace(SETTINGS, **changed)
+    decoder = make_decoder(
+        Target(loaded.config), temperature=temperature, stop_ids=stop_token_ids(tokenizer)
+    )
+    regenerate(
+        read_dialogues(prompts, decoder, tokenizer, settings=settings, reporter=quiet()),
+        answers,
+        source=prompts,
+        decoder=decoder,
+        weights=Weights(loaded.params),
+        tokenizer=tokenizer,
+        settings=settings,
+        reporter=quiet(),
+    )
+    rows = load_rows(answers, tokenizer, max_length=512).rows
+    trained = [
+        (row.input_ids[~row.loss_mask].tolist(), row.input_ids[row.loss_mask].tolist())
+        for row in rows
+    ]
+    assert trained == generated and len(rows) == 64

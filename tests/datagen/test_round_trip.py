@@ -102,9 +102,6 @@ def test_rows_hold_the_ids_that_were_fed_and_generated(
     kwargs = {"strftime_now": day} if published.prints_date else {}
     prompts, answers = write(tmp_path / "prompts", *CONVERSATIONS), tmp_path / "answers.jsonl"
     decoder, weights = target
-    dialogues = read_dialogues(
-        prompts, tokenizer, chat_template_kwargs=kwargs, turns="all", reporter=quiet()
-    )
     settings = AnswerSettings(
         target="tiny",
         turns="all",
@@ -118,7 +115,7 @@ def test_rows_hold_the_ids_that_were_fed_and_generated(
         chat_template_kwargs=kwargs,
     )
     counts = regenerate(
-        dialogues,
+        read_dialogues(prompts, decoder, tokenizer, settings=settings, reporter=quiet()),
         answers,
         source=prompts,
         decoder=decoder,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from toy_models import PROMPTS, TARGET, draft_config, models
 
+from domino_jax.base.errors import InputError
 from domino_jax.decoding import generate
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import TextStream, stream_answer
@@ -42,6 +43,15 @@ def test_a_character_is_written_whole_and_as_its_last_token(shown: Any, apart: b
     assert found == [(one, kind and apart) for one, kind in OF_LAST_TOKEN[:-1]]
     text.end(IDS, DRAFTED)
     assert found == [(one, kind and apart) for one, kind in OF_LAST_TOKEN]
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused() -> None:
+    size = TARGET.vocab_size
+    assert make_decoder(Target(TARGET), stop_ids=(0, size - 1)).stop_ids == (0, size - 1)
+    for token in (size, -1):
+        message = f"stop token id {token} is outside the target's vocab_size {size}; use the"
+        with pytest.raises(InputError, match=message):
+            make_decoder(Target(TARGET), stop_ids=(0, token))
 
 
 def test_pieces_of_an_answer_are_its_drafted_and_own_tokens(target_params: Any) -> None:

@@ -130,7 +130,7 @@ def test_a_cycle_drafts_what_training_would_predict(
     )
     anchors = np.asarray(state.lengths) - 1
     bonus = np.take_along_axis(np.asarray(state.tokens), anchors[:, None], axis=1)
-    drafted, _ = jax.jit(_draft, static_argnums=0)(
+    drafted, *_ = jax.jit(_draft, static_argnums=0)(
         decoder, weights, state, jnp.asarray(bonus[:, 0]), jax.random.key(0)
     )
 

@@ -9,6 +9,7 @@ import pytest
 import toy_models
 from stand_in import own_answer as answer
 
+from domino_jax.base.errors import InputError
 from domino_jax.decoding.decoder import Weights
 from domino_jax.evaluation.compare import Difference, compare, next_logits
 from domino_jax.target.decoder import Target
@@ -57,3 +58,10 @@ def test_a_tie_is_as_wide_as_the_type_is_coarse(
     assert found.lossless
     apart = replace(found, differences=(Difference(0, 1, 5, 9, logit_gap=0.1),))
     assert apart.lossless == lossless
+
+
+def test_a_gap_that_is_not_finite_is_an_error(weights: Weights) -> None:
+    head = weights.target["lm_head"].at[2].set(jnp.nan)
+    bad = weights._replace(target={**weights.target, "lm_head": head})
+    with pytest.raises(InputError, match="the target's logits are not finite"):
+        compare(bad, TARGET, PROMPTS[:1], [answer(4, 5, 6)], [answer(4, 2, 6)])

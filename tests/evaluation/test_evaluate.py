@@ -12,8 +12,12 @@ import toy_models
 from tiny import Heard
 from toy_models import TARGET, draft_config, models
 
+from domino_jax.base.errors import InputError
 from domino_jax.decoding.decoder import Decoder, Weights, make_decoder
+from domino_jax.decoding.generate import Answer
+from domino_jax.evaluation.counts import in_cycles
 from domino_jax.evaluation.evaluate import SetFigures, evaluate, plain_answers
+from domino_jax.evaluation.replay import _agreement, _is_finite
 from domino_jax.target.decoder import Target
 
 # The last one is padded to another length than the others.
@@ -150,3 +154,50 @@ def test_a_wrong_verifier_is_noticed(
     compared = evaluate(decoder, weights, PROMPTS[:1], max_new_tokens=10, timed=0).comparison
     assert compared is not None and not compared.lossless
     assert compared.tokens_equal < compared.tokens_compared
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("part", ["layers_0", "head"])
+def test_a_draft_that_is_not_finite_has_no_figures(
+    domino_draft: Drafted, replay: bool, part: str
+) -> None:
+    decoder, weights = domino_draft
+    nan = jax.tree.map(lambda leaf: leaf * np.nan, weights.draft[part])
+    bad = weights._replace(draft={**weights.draft, part: nan})
+    with pytest.raises(InputError, match=r"^the draft's logits are not finite in . of 2 answers"):
+        evaluate(decoder, bad, PROMPTS, **SETTINGS, timed=0, replay=replay)
+
+
+@pytest.mark.parametrize(
+    ("kept", "bad", "finite"),
+    [
+        # One kept, the second refused, then the target's own; the next cycle is behind that.
+        ([1, 0, 0, 0, 0], [], True),
+        ([1, 0, 0, 0, 0], [0], False),
+        ([1, 0, 0, 0, 0], [1], True),  # within a cycle: nothing was drafted there
+        ([1, 0, 0, 0, 0], [2], False),
+        ([2, 0, 0, 0, 0], [0], True),  # as many as were proposed: none decided against them
+        ([0, 0, 0, 0, 0], [4], False),
+        ([0, 0, 0, 0, 0], [5], True),  # behind the last token nothing is drafted
+        ([0, 0, 0, 0, 1], [4], True),  # kept up to the end, and the next is not of the answer
+    ],
+)
+def test_replay_asks_only_what_decoding_uses(kept: list[int], bad: list[int], finite: bool) -> None:
+    tokens = np.arange(6, dtype=np.int32)
+    greedy = Answer(tokens, np.zeros(6, bool), False, 0, 0, 0.0)
+    counts = np.array([*kept, 0])
+    answer = in_cycles(greedy, np.minimum(counts, 2))
+    are_finite = np.array([index not in bad for index in range(6)])
+    assert _is_finite(answer, counts, are_finite, proposals=2) is finite
+
+
+def test_a_prediction_that_is_not_finite_agrees_with_no_text() -> None:
+    """Token 0 is what an argmax makes of NaN."""
+    sure = jax.nn.one_hot(jnp.array([[[0, 0, 3]]]), 7)
+    text = jnp.array([[[5, 0, 0, 3]]])
+    found = [
+        _agreement(sure if bad is None else sure.at[0, 0, bad].set(jnp.nan), text)
+        for bad in (None, 0, 1, 2)
+    ]
+    assert [int(one.kept[0, 0]) for one in found] == [3, 0, 1, 2]
+    assert [bool(one.finite[0, 0]) for one in found] == [True, False, False, False]

@@ -89,4 +89,13 @@ def test_a_measurement_says_when_and_where() -> None:
     said = measured("cpu:cpu")
     assert set(said) == {"date", "hardware", "device", "python", "versions"}
     assert said["device"] == "cpu:cpu" and " x " in said["hardware"]
-    assert set(said["versions"]) == {"domino-jax", "jax", "jaxlib", "numpy"}
+    # The last two decide what tokens a text is.
+    packages = {"domino-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers"}
+    assert set(said["versions"]) == packages
+
+
+def test_a_figure_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
+    place = tmp_path / "evaluation.json"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_evaluation(place, EVALUATOR, training={}, cycle={"whole": float("nan")}, sets=SETS)
+    assert not place.exists()

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from toy_models import TARGET, draft_config, models
 
+from domino_jax.base.errors import InputError
 from domino_jax.decoding.decoder import make_decoder
+from domino_jax.decoding.speculate import DecodeState
 from domino_jax.evaluation import timing
 from domino_jax.evaluation.timing import CycleTimes, cycle_times
 from domino_jax.target.decoder import Target
@@ -42,7 +46,7 @@ def test_every_part_is_timed_without_the_call(
     measured: dict[str, float] = {}
     timed = timing._timed
 
-    def spy(runs: Mapping[str, Callable[[], None]], *, rounds: int) -> dict[str, float]:
+    def spy(runs: Mapping[str, Callable[[], DecodeState]], *, rounds: int) -> dict[str, float]:
         # Without a head, its part is the same program: none needs to run again.
         taken = timed(runs, rounds=rounds) if use_head else dict(zip(runs, range(9), strict=False))
         measured.update(taken)
@@ -57,3 +61,12 @@ def test_every_part_is_timed_without_the_call(
         assert getattr(times, part) == measured[part] - times.call
     head = measured["with_head"] - measured["draft"]
     assert times.head == (pytest.approx(head) if use_head else None)
+
+
+@pytest.mark.parametrize("model", ["target", "draft"])
+def test_a_cycle_without_finite_logits_is_not_timed(target_params: Any, model: str) -> None:
+    draft, weights = models(target_params, draft_config())
+    decoder = make_decoder(Target(TARGET), draft, proposals="serving")
+    nan = jax.tree.map(lambda leaf: leaf * np.nan, getattr(weights, model))
+    with pytest.raises(InputError, match=f"^the {model}'s logits are not finite in 1 of 1 answers"):
+        cycle_times(decoder, weights._replace(**{model: nan}), context=20, rounds=1)

@@ -27,7 +27,7 @@ TABLE = (
     (1.5, "formats", "safetensors rope_keys gguf gguf_tokenizer"),
     (2, "data", "renderer rendering template forms prompt conversations"),
     (2, "data", "packing pipeline hidden_states"),
-    (2, "target", "moe decoder decoder_keys load gguf resolve fingerprint"),
+    (2, "target", "moe decoder decoder_keys tokens load gguf resolve fingerprint"),
     (2, "draft", "blocks mask head backbone build"),
     (2.5, "interop", "hf_config hf start engines"),
     (2.7, "decoding", "filters acceptance decoder speculate generate"),

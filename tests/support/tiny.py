@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,39 @@ def write_target(directory: Path, *, template: str = TEMPLATE) -> Path:
         leaf: Any = params
         for part in path:
             leaf = leaf[part]
-        tensors[name] = np.asarray(leaf * (10.0 if leaf.ndim == 2 else 1.0))
+        tensors[name] = np.array(leaf * (10.0 if leaf.ndim == 2 else 1.0))
+    _never_generates(MASK_TOKEN_ID, tensors)
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+def with_ends(target: Path, directory: Path, *ends: int) -> Path:
+    """A copy of a target that generates up to one of these tokens."""
+    copy = Path(shutil.copytree(target, directory))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return copy
+
+
+def _never_generates(token: int, tensors: dict[str, np.ndarray]) -> None:
+    """Gives a token a logit far below all others: no answer, and so no row, contains it."""
+    # The last entry of the residual stream is that of the embedding, 1: no layer adds to it.
+    tensors["model.embed_tokens.weight"][:, -1] = 1
+    for name, weight in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[-1] = 0
+    head = tensors["lm_head.weight"]
+    head[token], head[:, -1] = 0, 0
+    head[token, -1] = -1e4
+
+
+def add_token(target: Path) -> Path:
+    """Adds the token <new> to a target's tokenizer; it has no embedding."""
+    path = target / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    token = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token |= {"id": len(WORDS), "content": "<new>", "special": True}
+    path.write_text(json.dumps(tree | {"added_tokens": [*tree["added_tokens"], token]}))
+    return target
 
 
 def stack_layers(params: Any) -> Any:

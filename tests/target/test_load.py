@@ -172,6 +172,54 @@ REFUSED = [
 ]
 
 
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda arrays: {change(name): values for name, values in arrays.items()}
+
+
+TABLE = "model.embed_tokens.weight"
+PREFIXES = [
+    (
+        lambda name: name.removeprefix("model."),
+        f"lack the prefix 'model.': for example embed_tokens.weight in the place of {TABLE}",
+    ),
+    (
+        lambda name: f"model.{name}",
+        f"have the prefix 'model.', which was not expected: for example model.{TABLE} in the "
+        f"place of {TABLE}",
+    ),
+    (
+        lambda name: name.replace("model.", "transformer."),
+        "begin with 'transformer.', expected 'model.': for example transformer.embed_tokens.weight",
+    ),
+    (
+        lambda name: f"language_model.{name}",
+        f"have the prefix 'language_model.', which was not expected: for example language_model."
+        f"{TABLE}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), PREFIXES)
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_names_with_another_prefix_are_told_by_it(
+    tiny: Callable[..., Any], tmp_path: Path, kind: str, change: Any, message: str
+) -> None:
+    directory = edited(tiny(kind, tied=True).directory, tmp_path, tensors=renamed(change))
+    with pytest.raises(InputError) as caught:
+        load_target(directory)
+    assert str(caught.value).startswith(f"{directory}: tensor names {message}")
+    assert str(caught.value).endswith("; rename the tensors")
+
+
+def test_an_untied_head_may_keep_its_name(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    def change(name: str) -> str:
+        return name if name == "lm_head.weight" else f"model.{name}"
+
+    directory = edited(tiny("llama", tied=False).directory, tmp_path, tensors=renamed(change))
+    with pytest.raises(InputError, match=r"tensor names have the prefix 'model\.', which was not"):
+        load_target(directory)
+
+
 @pytest.mark.parametrize(("kind", "change", "message"), REFUSED)
 def test_load_target_refuses_tensors(
     tiny: Callable[..., Any], tmp_path: Path, kind: str, change: Any, message: str

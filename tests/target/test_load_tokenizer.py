@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import make_tokenizer
 from tiny import write_target
 
 from domino_jax.base.errors import InputError
@@ -54,6 +57,31 @@ def test_a_tokenizer_that_cannot_encode_is_refused(tmp_path: Path) -> None:
     model = with_settings(write_target(tmp_path), model_max_length="x")
     with pytest.raises(InputError, match="the tokenizer cannot be read: '>' not supported"):
         load_tokenizer(model)
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    """By its class transformers may build another one than tokenizer.json holds."""
+    make_tokenizer().save_pretrained(tmp_path)
+    model = with_settings(tmp_path, tokenizer_class="LlamaTokenizerFast")
+    assert load_tokenizer(model)("a b", add_special_tokens=False)["input_ids"]
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(with_settings(model, tokenizer_class="Qwen2Tokenizer"))
+    found = rf"^{tmp_path}: transformers {version('transformers')} reads \"One two  three\\n.* end"
+    found += r"\.\" as 58 ids, \[[\d, ]+\] from number 18 on; tokenizers "
+    found += rf"{version('tokenizers')} reads tokenizer\.json as 57, \[[\d, ]+\]; use transformers"
+    assert re.match(found, str(caught.value)), caught.value
+
+
+def test_a_tokenizer_file_that_cuts_or_pads_text_is_read_without_either(tmp_path: Path) -> None:
+    model = write_target(tmp_path)
+    tree = json.loads((model / "tokenizer.json").read_text())
+    tree["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    tree["truncation"]["direction"] = "Right"
+    tree["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None}
+    tree["padding"] |= {"pad_id": 3, "pad_type_id": 0, "pad_token": "<unk>"}
+    (model / "tokenizer.json").write_text(json.dumps(tree))
+    tokenizer = load_tokenizer(model)
+    assert len(tokenizer("a b c d", add_special_tokens=False)["input_ids"]) == 4
 
 
 def test_the_default_of_several_chat_templates_is_taken(tmp_path: Path) -> None:

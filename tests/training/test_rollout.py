@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from documents import fields_of
 from saved_bits import final_bits
-from tiny import Heard, quiet, run_config, write_conversations
+from tiny import WORDS, Heard, quiet, run_config, with_ends, write_conversations
 from whole_run import train
 
-from domino_jax.base.errors import InputError, Interrupted
+from domino_jax.base.errors import Diverged, InputError, Interrupted
 from domino_jax.config.run import load_config
 from domino_jax.data.prompt import encode_prompt, stop_token_ids
 from domino_jax.datagen.capture import capture
@@ -30,6 +30,7 @@ from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
 from domino_jax.training.prepare import capture_inputs, prepare
 from domino_jax.training.records import read_run_record
+from domino_jax.training.rollout import rollout_decoder
 
 PROPOSALS = 3  # K - 1
 TOKENS = 12
@@ -242,6 +243,13 @@ def test_what_the_target_has_no_positions_for_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rollout_ends_at_the_end_tokens_of_the_directory(target: Path, tmp_path: Path) -> None:
+    ends = with_ends(target, tmp_path / "target", WORDS.index("<unk>"))
+    path = run_config(tmp_path, ends, train=ROLLOUTS)
+    inputs = prepare(load_config(path), reporter=quiet()).inputs
+    assert rollout_decoder(inputs).stop_ids == (0, WORDS.index("<unk>"))
+
+
 def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
     """A line that gives no row gives no prompt, and the next one takes its place."""
     path = run_config(tmp_path, target, train={**ROLLOUTS, "rollout_prompts": 3})
@@ -260,3 +268,18 @@ def test_prompts_are_those_of_the_rows(target: Path, tmp_path: Path) -> None:
         # The first ends with a question, which the verbs would ask as it stands.
         question = json.loads(line)["messages"][: 1 if index else 3]
         np.testing.assert_array_equal(prompt, encode_prompt(question, tokenizer))
+
+
+@pytest.mark.parametrize("learning_rate", [1e19, 1e30])
+def test_a_rollout_of_a_draft_that_diverged_ends_the_run(
+    target: Path, tmp_path: Path, learning_rate: float
+) -> None:
+    """Its parameters may still be finite: a figure of such a draft is not one."""
+    settings = {**ROLLOUTS, "steps": 3, "rollout_every": 2, "checkpoint_every": 1}
+    path = run_config(tmp_path, target, train=settings, optimizer={"learning_rate": learning_rate})
+    with pytest.raises(Diverged) as raised:
+        train(load_config(path), reporter=quiet())
+    said = str(raised.value)
+    begin = "stopped: the rollout after step 2 failed: the draft's logits are not finite in "
+    assert said.startswith(begin) and "the newest checkpoint, of step 1, is finite" in said
+    assert [line for line in read_metrics(tmp_path / "run") if line["split"] == "rollout"] == []

@@ -14,7 +14,7 @@ from strict_json import strictly
 from tiny import WORDS, Heard, quiet, run_config, write_target
 from whole_run import train
 
-from domino_jax.base.errors import Diverged
+from domino_jax.base.errors import Diverged, Interrupted, Untrained
 from domino_jax.config.run import load_config
 from domino_jax.data.conversations import Row
 from domino_jax.page.terminal import training_summary
@@ -22,7 +22,7 @@ from domino_jax.training.accumulator import StepOutcome
 from domino_jax.training.checkpoint import open_checkpoints, sound_checkpoint
 from domino_jax.training.log import read_metrics
 from domino_jax.training.optimizer import learning_rate_schedule
-from domino_jax.training.skips import StepWatch, divergence
+from domino_jax.training.skips import StepWatch, divergence, no_update
 
 
 def edit(target: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
@@ -151,6 +151,54 @@ def test_parameters_that_overflowed_are_never_saved(tmp_path: Path) -> None:
         train(load_config(path, words), reporter=quiet())
     assert sound_checkpoint(tmp_path / "run", reporter=quiet()) is None
     strictly(tmp_path / "run" / "metrics.jsonl")
+
+
+def one_word_answers(path: Path) -> None:
+    """Rows into which no block of four fits once they are packed."""
+    turns = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d"}]
+    path.write_text(24 * (json.dumps({"messages": turns}) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "why", "remedy"),
+    [
+        ("nonfinite", "6 were not finite", "use another copy of the target"),
+        ("no_anchor", "6 had no anchor in their batch", "give longer answers"),
+    ],
+)
+def test_a_run_without_any_update_is_no_success(
+    tmp_path: Path, reason: str, why: str, remedy: str
+) -> None:
+    """It is known at the first line of the log, and an earlier start counts too."""
+    target, sections = write_target(tmp_path / "target"), {}
+    if reason == "nonfinite":
+        edit(target, overflow)
+    else:
+        sections["data"] = {"packing": True}
+    path = run_config(tmp_path, target, **sections)
+    if reason == "no_anchor":
+        one_word_answers(tmp_path / "rows.jsonl")
+    heard = Heard()
+    with pytest.raises(Interrupted):
+        train(load_config(path), reporter=heard, stop_requested=lambda: len(heard.lines) > 3)
+    for _ in range(2):  # the second start finds a run that is already trained
+        with pytest.raises(Untrained) as raised:
+            train(load_config(path), reporter=heard)
+        said = str(raised.value)
+        assert f"none of 6 steps updated the draft: {why}; {remedy}" in said and "\n" not in said
+        assert said.startswith(f"{tmp_path / 'run'}: ") and "hold the initial draft" in said
+    assert f"step 2: none of 2 steps updated the draft: {why.replace('6', '2')}; " in heard.text
+    assert "step 6: none of 6" not in heard.text  # that is the error
+    # The draft is there, as it began.
+    assert assert_checkpoints_are_finite(tmp_path / "run")[-1] == 6
+    records = read_metrics(tmp_path / "run")
+    assert {line.get("reason") for line in records if line["split"] == "skipped"} == {reason}
+
+
+def test_reasons_without_an_update_are_counted_apart() -> None:
+    said = no_update(7, nonfinite=3)
+    assert "none of 7 steps updated the draft: 3 were not finite, 4 had no anchor" in said
+    assert "dtype=float32; give longer answers" in said
 
 
 def watch(stored: Any = None, *, max_nonfinite_steps: int = 3) -> StepWatch:
