@@ -57,6 +57,7 @@ PITFALLS = (
     "text rendered and tokenised again: the row differs from what was generated",
     "a template prints the date: prompts and fingerprints change at midnight",
     "tools, weight or other keys of a line ignored",
+    "end tokens ignored, ids beyond the embedding, a mask token in use",
 )
 HEAD = """\
 # What went wrong for users of the other trainers

@@ -34,6 +34,10 @@ MANY = ["b"] * 130
 READERS = ["train", "eval", "capture"]
 
 
+@pytest.mark.pitfall(
+    "end tokens ignored, ids beyond the embedding, a mask token in use",
+    seen="training/inputs.py: ids and mask token of rows not compared",
+)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(
     ("line", "message"),
