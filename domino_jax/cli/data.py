@@ -71,8 +71,8 @@ def regenerate(
     """Generate the target's answers to PROMPTS into ANSWERS, the training data of a drafter.
 
     PROMPTS is JSONL or JSONL.gz of {"messages": [...]}; an answer at the end is left out. ANSWERS
-    holds text and the token ids that the target was given and generated, which training uses.
-    A stopped command resumes when it is started again.
+    holds the token ids that the target was given and generated, which are the training rows, and
+    their text. A stopped command resumes when it is started again. docs/data.md has all forms.
     """
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_weights, open_named_target
@@ -158,7 +158,7 @@ def regenerate(
 @options.target_dtype
 @options.chat_template_kwargs
 def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> None:
-    """Let the target write prompts into OUT: training data for who has none.
+    """Generate prompts with the target into OUT, for `domino regenerate`.
 
     Given the opening of a user's turn, a chat model writes a request. Those that end, ask for
     something and are not repeated are kept; `domino regenerate OUT ANSWERS` answers them. Stopped

@@ -135,8 +135,8 @@ chat_template_kwargs = click.option(
     "--chat-template-kwargs",
     callback=_mapping,
     metavar="MAPPING",
-    help="What the target's chat template is told, as YAML or JSON: "
-    "'{\"enable_thinking\": false}'. A run or a draft knows its own and accepts no other.",
+    help="Arguments of the target's chat template, as YAML or JSON: "
+    "'{\"enable_thinking\": false}'. Default: those of the run or draft; others are an error.",
 )
 proposals = click.option(
     "--proposals",

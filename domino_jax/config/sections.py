@@ -18,9 +18,9 @@ BEST_FIGURES = {"heldout": "accept_len", "rollout": "tau"}
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """Conversations and how they become rows: JSONL of {"messages": [...]}, one per line."""
+    """Training data: files of generated ids or of text, see docs/data.md, and their rows."""
 
-    train: str | None = key(None, "JSONL or JSONL.gz of conversations that the target answered")
+    train: str | None = key(None, "JSONL or JSONL.gz of the target's answers: token ids or text")
     hidden_states: str | None = key(
         None, "directory of `domino capture`: replaces train and skips the target forward"
     )
@@ -36,9 +36,10 @@ class DataConfig(Section):
     )
     chat_template_kwargs: Scalars = key(
         {},
-        "what the target's chat template is told besides the messages, for example "
-        "enable_thinking: false; a name that it does not read is refused. A template that prints "
-        "the date gets strftime_now: 2026-12-01, filled in at the first start",
+        "arguments of the target's chat template besides messages and tools, for example "
+        "enable_thinking: false; those of a line override them. A name that it does not read is an "
+        "error. A template that prints the date gets strftime_now: 2026-12-01, filled in at "
+        "the first start",
     )
     mask_reasoning_content: bool = key(
         False, "take <think>...</think> of answers out of the loss; their tokens stay in the rows"

@@ -110,6 +110,10 @@ def test_a_run_takes_the_date_of_its_answers(place: Path, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.pitfall(
+    "a template prints the date: prompts and fingerprints change at midnight",
+    seen="training/prepare.py: the recorded date not taken",
+)
 def test_a_run_that_crosses_midnight_resumes_with_the_same_bits(
     place: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return found
 
 
+@pytest.mark.pitfall(
+    "text rendered and tokenised again: the row differs from what was generated",
+    seen="data/conversations.py: recorded ids not taken, the text tokenised again",
+)
 @pytest.mark.parametrize(("name", "day"), DAYS)
 def test_rows_hold_the_ids_that_were_fed_and_generated(
     name: str, day: str, target: Any, recorded: Recorded, tmp_path: Path
