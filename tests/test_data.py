@@ -85,8 +85,19 @@ def rows_block(found: RowSet, tokenizer: Any) -> str:
 def report_block(path: str, tokenizer: Any, settings: RowSettings) -> str:
     """The lines that `domino train` prints of a file."""
     heard = Heard()
+    sizes = {"vocab_size": 2**20, "max_position_embeddings": MAX_LENGTH, "mask_token_id": 2**20 - 1}
+    draft: Any = SimpleNamespace(**sizes)  # as much of it as rows are checked against
     try:
-        read_rows(path, tokenizer, settings, packing=False, max_unusable=0.2, reporter=heard)
+        read_rows(
+            path,
+            tokenizer,
+            settings,
+            draft=draft,
+            packing=False,
+            max_unusable=0.2,
+            end_ids=(),
+            reporter=heard,
+        )
     except InputError as error:
         heard.say(f"error: {error}")
     return "".join(f"{line}\n" for line in heard.lines)
