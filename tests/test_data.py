@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from chat_templates import PUBLISHED, VOCAB_SIZE, covered
+from chat_templates import PUBLISHED, covered
 from chats import write
 from commands import run_commands
 from documents import FENCE, blocks, commands, page, section
-from reference import draft_config
 from tiny import SWITCHED_TEMPLATE, Heard, run_config, write_target
 
 from domino_jax.base.errors import InputError
@@ -86,10 +85,19 @@ def rows_block(found: RowSet, tokenizer: Any) -> str:
 def report_block(path: str, tokenizer: Any, settings: RowSettings) -> str:
     """The lines that `domino train` prints of a file."""
     heard = Heard()
-    draft = draft_config(vocab_size=VOCAB_SIZE, mask_token_id=VOCAB_SIZE - 1)
-    options = {"packing": False, "max_unusable": 0.2, "end_ids": ()}
+    sizes = {"vocab_size": 2**20, "max_position_embeddings": MAX_LENGTH, "mask_token_id": 2**20 - 1}
+    draft: Any = SimpleNamespace(**sizes)  # as much of it as rows are checked against
     try:
-        read_rows(path, tokenizer, settings, draft=draft, **options, reporter=heard)
+        read_rows(
+            path,
+            tokenizer,
+            settings,
+            draft=draft,
+            packing=False,
+            max_unusable=0.2,
+            end_ids=(),
+            reporter=heard,
+        )
     except InputError as error:
         heard.say(f"error: {error}")
     return "".join(f"{line}\n" for line in heard.lines)

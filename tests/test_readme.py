@@ -28,7 +28,7 @@ TOY = (
     f"draft.mask_token_id={MASK_TOKEN_ID}",
     "draft.emb_dim=8",
     "draft.gru_hidden_dim=8",
-    "data.max_length=80",
+    "data.max_length=96",
     "loss.num_anchors=4",
     "dtype=float32",  # a CPU takes ten times as long for bfloat16
 )
