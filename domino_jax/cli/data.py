@@ -15,7 +15,6 @@ from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
 from domino_jax.data.template import dated, recorded_kwargs
-from domino_jax.datagen.batch_log import log_of
 from domino_jax.target.resolve import resolve_target
 
 
@@ -77,6 +76,7 @@ def regenerate(
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_weights, open_named_target
     from domino_jax.data.prompt import stop_token_ids
+    from domino_jax.datagen.batch_log import log_of
     from domino_jax.datagen.regenerate import AnswerSettings, read_dialogues
     from domino_jax.datagen.regenerate import regenerate as regenerate_answers
     from domino_jax.decoding.decoder import Weights
@@ -168,6 +168,7 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
     from domino_jax.data.prompt import stop_token_ids
+    from domino_jax.datagen.batch_log import log_of
     from domino_jax.datagen.prompts import PromptSettings, user_turn, write_prompts
     from domino_jax.decoding.decoder import Weights
 

@@ -360,7 +360,7 @@ class Encoder:
         opened = opening is not None and opening[1] is None
         if opened and not reasoning and THINK_END not in content:
             raise InputError("the generation prompt opens reasoning, the answer never ends it")
-        for spelled in spellings([message], self._template):
+        for spelled in spellings([message]):
             rendering = Rendering([*before, *spelled], tools=tools)
             (text,) = render(self._tokenizer, [rendering], kwargs)
             known = prompt if text.startswith(prompt) else OPENED.sub("", prompt)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars, require
+from domino_jax.base.parse import parse_json
 from domino_jax.data.forms import REASONING_KEYS, Conversation, Messages, question
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 from domino_jax.data.template import NO_KWARGS, check_kwargs
@@ -82,8 +83,8 @@ def render_prompt(
 ) -> tuple[Messages, str]:
     """The messages as the chat template reads them, and their text with the generation prompt.
 
-    Templates differ in the spelling of messages: arguments of tool calls are objects or text, some
-    have no developer role, and reasoning has several names.
+    Templates differ in the spelling of messages: arguments of tool calls are objects or text, and
+    some have no developer role. transformers knows the names of reasoning.
 
     Args:
         messages: a conversation that ends before an answer.
@@ -92,7 +93,7 @@ def render_prompt(
         InputError: the template refuses the conversation, or does not show a message of it.
     """
     problems = []
-    for spelled in spellings(messages, tokenizer.chat_template):
+    for spelled in spellings(messages):
         rendering = Rendering(spelled, generation_prompt=True, tools=tools)
         try:
             (text,) = render(tokenizer, [rendering], chat_template_kwargs)
@@ -199,27 +200,16 @@ def mentions(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
-def spellings(messages: Messages, template: str) -> Iterator[Messages]:
+def spellings(messages: Messages) -> Iterator[Messages]:
     """Messages as templates may read them: arguments as objects or text, developer or system."""
-    named = [_renamed(message, template) for message in messages]
-    parsed = [_with_objects(message) for message in named]
-    spelled = [parsed, named] if parsed != named else [named]
+    parsed = [_with_objects(message) for message in messages]
+    spelled = [parsed, messages] if parsed != messages else [messages]
     if any(message["role"] == "developer" for message in messages):
         as_system = {"developer": "system"}
         spelled += [
             [{**m, "role": as_system.get(m["role"], m["role"])} for m in each] for each in spelled
         ]
     yield from spelled
-
-
-def _renamed(message: dict[str, Any], template: str) -> dict[str, Any]:
-    """A message whose reasoning has the name that the template reads, if it reads one."""
-    names = [name for name in REASONING_KEYS if name in message]
-    read = [name for name in REASONING_KEYS if mentions(template, name)]
-    if not names or not read or set(names) & set(read):
-        return message
-    rest = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    return {**rest, read[0]: message[names[0]]}
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
@@ -229,8 +219,8 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)
         arguments = function.get("arguments")
         try:
-            found = json.loads(arguments) if isinstance(arguments, str) else None
-        except ValueError:
+            found = parse_json(arguments, source=None) if isinstance(arguments, str) else None
+        except InputError:  # text that is no JSON stays as it is
             found = None
         if isinstance(found, dict):
             function = {**function, "arguments": found}
