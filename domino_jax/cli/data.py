@@ -14,7 +14,7 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter
-from domino_jax.data.template import dated, recorded_kwargs
+from domino_jax.data.template import dated
 from domino_jax.target.resolve import resolve_target
 
 
@@ -84,9 +84,9 @@ def regenerate(
     keeps(f"answered batches are kept in {answers}.partial; the same command resumes")
     settings = AnswerSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
-    recorded = recorded_kwargs(log_of(answers))
+    partial = log_of(answers)
     target = open_named_target(settings.target, settings.dtype, max_new_tokens=length)
-    kwargs = dated(target.tokenizer, settings.chat_template_kwargs, recorded)
+    kwargs = dated(target.tokenizer, settings.chat_template_kwargs, partial, prompts)
     settings = replace(settings, chat_template_kwargs=kwargs)
     decoder = target.decoder(
         temperature=settings.temperature,
@@ -175,9 +175,9 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     keeps(f"batches of prompts are kept in {out}.partial; the same command resumes")
     settings = PromptSettings(**drawing, chat_template_kwargs=chat_template_kwargs or {})
     length = settings.max_new_tokens
-    recorded = recorded_kwargs(log_of(out))
+    partial = log_of(out)
     loaded = load_named_target(settings.target, settings.dtype, max_new_tokens=length)
-    kwargs = dated(loaded.tokenizer, settings.chat_template_kwargs, recorded)
+    kwargs = dated(loaded.tokenizer, settings.chat_template_kwargs, partial)
     settings = replace(settings, chat_template_kwargs=kwargs)
     ends = stop_token_ids(loaded.tokenizer, kwargs, end_ids=loaded.end_ids)
     stops = {user_turn(loaded.tokenizer, kwargs).end, *ends}

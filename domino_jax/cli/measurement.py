@@ -17,7 +17,7 @@ from domino_jax.base.files import file_sha256
 from domino_jax.cli.loading import Loaded
 from domino_jax.cli.shared import reporter, user_cache
 from domino_jax.data.forms import question, read_conversations
-from domino_jax.data.prompt import prompt_of, stop_token_ids
+from domino_jax.data.prompt import prompt_of, stop_token_ids, unused_words
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_prompt, pieces
 from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
@@ -137,6 +137,8 @@ class Measurement:
             reporter.say(f"{path}:{bad.line}: {bad.reason}")
         texts, prompts = [], []
         tokenizer, kwargs = self.loaded.tokenizer, self.evaluator.chat_template.kwargs
+        for words in unused_words(found.conversations, tokenizer.chat_template):
+            reporter.say(f"{path}: {words}")
         for conversation in found.conversations[:limit]:
             prompt = prompt_of(conversation, tokenizer, kwargs)
             check_prompt(self._decoder, prompt, tokenizer, source=f"{path}:{conversation.line}")

@@ -13,47 +13,25 @@ used, since it may insert, trim or strip text:
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from domino_jax.base.errors import InputError, Scalars, require, scalars, shown
+from domino_jax.base.errors import InputError, Scalars, require, scalars
+from domino_jax.data.answer import THINK_BEGIN, THINK_END, AnswerFormat
 from domino_jax.data.forms import (
-    REASONING_KEYS,
     BadLine,
     Conversation,
     Messages,
     iterate_conversations,
     nothing_usable,
 )
-from domino_jax.data.prompt import (
-    EMPTY_REASONING,
-    OPENED,
-    THINK_BEGIN,
-    THINK_END,
-    frame_of,
-    mentions,
-    reasoning_of,
-    render_prompt,
-    shows,
-    shows_calls,
-    spellings,
-    stop_token_ids,
-    tokenize,
-    tokenize_with_ends,
-)
-from domino_jax.data.rendering import CostlyTemplate, Rendering, render
-from domino_jax.data.template import (
-    KWARGS,
-    NO_KWARGS,
-    check_kwargs,
-    settings_text,
-    tokenizer_record,
-    with_date,
-)
+from domino_jax.data.prompt import render_prompt, tokenize, tokenize_with_ends, unused_keys
+from domino_jax.data.rendering import CostlyTemplate
+from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record, with_date
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +130,7 @@ def load_rows(
                 generator, tokenizer, chat_template_kwargs, source=f"{path}:{found.line}"
             )
             latest = {}
-        unused.update(encoder.unused(found))
+        unused.update(unused_keys(found, tokenizer.chat_template))
         encoded = encoder.rows(found)
         bad_lines += [BadLine(found.line, reason) for reason in encoded.untrained[:1]]
         counts["unfinished"] += bool(encoded.rows) and not found.finished
@@ -201,26 +179,20 @@ class Encoder:
             InputError: as `stop_token_ids`, or the template has no generation prompt where it needs
                 one.
         """
-        self._tokenizer, self._template = tokenizer, tokenizer.chat_template
+        self._tokenizer = tokenizer
         self._max_length = max_length
         self._kwargs = chat_template_kwargs
         self._mask_reasoning_content = mask_reasoning_content
-        self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs, end_ids=end_ids)
-        self._frame = frame_of(tokenizer, chat_template_kwargs)
-        self._accepted: set[str] = set()  # names of template arguments that lines give
+        self._end_ids = end_ids
+        self._formats: dict[str, AnswerFormat] = {}  # by the template arguments as text
+        self._stop_ids = self._format(chat_template_kwargs).stop_ids
 
-    def unused(self, conversation: Conversation) -> Iterator[str]:
-        """The keys of a line and of its messages that neither this module nor the template read."""
-        yield from conversation.unused
-        if conversation.input_ids is not None:
-            return
-        keys = {key for message in conversation.messages for key in message}
-        read = {"role", "content", "weight", "tool_calls", *REASONING_KEYS}
-        for key in sorted(keys - read):
-            if not mentions(self._template, key):
-                yield f"message key {key!r}"
-        if conversation.tools and not mentions(self._template, "tools"):
-            yield "key 'tools'"
+    def _format(self, kwargs: Scalars) -> AnswerFormat:
+        """Answers under template arguments; each probes the template once."""
+        name = settings_text(kwargs)
+        if name not in self._formats:
+            self._formats[name] = AnswerFormat(self._tokenizer, kwargs, end_ids=self._end_ids)
+        return self._formats[name]
 
     def rows(self, conversation: Conversation) -> Encoded:
         """The rows of a conversation.
@@ -234,6 +206,8 @@ class Encoder:
         """
         if conversation.input_ids is not None:
             assert conversation.loss_mask is not None
+            if conversation.messages and conversation.messages[-1].get("weight") == 0:
+                return Encoded([], ["every answer has weight 0"])
             row = Row(conversation.input_ids, conversation.loss_mask)
             if self._mask_reasoning_content:
                 row = replace(row, loss_mask=self._without_reasoning(row))
@@ -258,13 +232,10 @@ class Encoder:
             return Encoded([], ["no assistant message"])
         if all(messages[at].get("weight") == 0 for at in answers):
             return Encoded([], ["every answer has weight 0"])
-        own = conversation.chat_template_kwargs
-        if not own.keys() <= self._accepted:
-            try:
-                check_kwargs(self._tokenizer, own)
-            except InputError as error:
-                return Encoded([], [str(error)])
-            self._accepted |= own.keys()
+        try:
+            self._format(kwargs)
+        except InputError as error:
+            return Encoded([], [str(error)])
         rows: list[Row] = []
         untrained = []
         for at in answers:
@@ -283,7 +254,8 @@ class Encoder:
             else:
                 rows.append(turn)
             # A conversation of a thousand turns costs no more than its first tokens.
-            if len(turn.input_ids) >= self._max_length:
+            begins = np.argmax(turn.loss_mask) if turn.loss_mask.any() else len(turn.loss_mask)
+            if begins >= self._max_length:
                 break
         return Encoded(rows, untrained)
 
@@ -291,16 +263,11 @@ class Encoder:
         self, messages: Messages, tools: Sequence[Any] | None, kwargs: Scalars, *, finished: bool
     ) -> Row:
         """The prompt and the answer of the last message, which is marked."""
+        answers = self._format(kwargs)
         spelled, text = render_prompt(messages[:-1], self._tokenizer, kwargs, tools=tools)
-        message = messages[-1]
-        if "tool_calls" in message or reasoning_of(message):
-            written = self._rendered_answer(
-                spelled, text, message, tools=tools, kwargs=kwargs, finished=finished
-            )
-        else:
-            written = self._plain_answer(text, message["content"], finished=finished)
+        written = answers.written(spelled, text, messages[-1], tools=tools, finished=finished)
         prompt = tokenize(text, self._tokenizer)
-        if len(prompt) and prompt[-1] in self._stop_ids:
+        if len(prompt) and prompt[-1] in answers.stop_ids:
             raise InputError(
                 "the prompt ends with an end of turn, after which nothing is generated"
             )
@@ -308,13 +275,13 @@ class Encoder:
         answer, ends = whole[len(prompt) :], ends[len(prompt) :] - len(text)
         # A token over the border is none that can follow the prompt.
         if not np.array_equal(whole[: len(prompt)], prompt):
-            answer, ends = tokenize_with_ends(written, self._tokenizer)
-        stops = np.flatnonzero(np.isin(answer, self._stop_ids))
+            answer, ends = self._tokens_alone(written)
+        stops = np.flatnonzero(np.isin(answer, answers.stop_ids))
         if len(stops) and stops[0] < len(answer) - 1:
             token = self._tokenizer.convert_ids_to_tokens(int(answer[stops[0]]))
             raise InputError(f"the answer holds the end-of-turn token {token!r} as text")
         if finished and not len(stops):
-            answer = np.append(answer, np.int32(self._frame.end))
+            answer = np.append(answer, np.int32(answers.end))
             ends = np.append(ends, len(written) + 1)
         marked = np.ones(len(answer), bool)
         if self._mask_reasoning_content:
@@ -324,71 +291,14 @@ class Encoder:
         mask = np.concatenate([np.zeros(len(prompt), bool), marked])
         return Row(np.concatenate([prompt, answer]), mask)
 
-    def _plain_answer(self, prompt: str, content: str, *, finished: bool) -> str:
-        """The content as it continues its prompt."""
-        if self._frame.inserted:
-            raise InputError(
-                f"the chat template puts {shown(self._frame.inserted)} between the generation "
-                "prompt and an answer; whether the target writes it cannot be known from text"
-            )
-        opening = OPENED.search(prompt)
-        if opening is not None:
-            closed = opening[1] is not None
-            content = _without_prefix(content, opening[0])
-            if closed and content.lstrip().startswith(THINK_BEGIN):
-                raise InputError("the generation prompt closes reasoning, the answer opens it")
-            if not closed and finished and THINK_END not in content:
-                raise InputError("the generation prompt opens reasoning, the answer never ends it")
-        elif not content[:1].isspace():
-            content = self._frame.space + content
-        return content
-
-    def _rendered_answer(
-        self,
-        before: Messages,
-        prompt: str,
-        message: dict[str, Any],
-        *,
-        tools: Sequence[Any] | None,
-        kwargs: Scalars,
-        finished: bool,
-    ) -> str:
-        """The template's rendering of an answer with reasoning or tool calls, behind its prompt."""
-        reasoning, content = reasoning_of(message), message["content"]
-        calls = message.get("tool_calls", [])
-        opening = OPENED.search(prompt)
-        opened = opening is not None and opening[1] is None
-        if opened and not reasoning and THINK_END not in content:
-            raise InputError("the generation prompt opens reasoning, the answer never ends it")
-        for spelled in spellings([message]):
-            rendering = Rendering([*before, *spelled], tools=tools)
-            (text,) = render(self._tokenizer, [rendering], kwargs)
-            known = prompt if text.startswith(prompt) else OPENED.sub("", prompt)
-            if not text.startswith(known):
-                continue
-            written = text[len(known) :]
-            if opening is not None and known != prompt:
-                written = _without_prefix(written, opening[0])
-            written = self._until_end(written, finished=finished)
-            if not reasoning:
-                written = EMPTY_REASONING.sub("", written)
-            if shows(written, reasoning, content) and shows_calls(written, calls):
-                if not finished and not content and not calls:
-                    written = written[: written.index(reasoning.strip()) + len(reasoning.strip())]
-                return written
-        if opened and not calls:
-            closing = f"\n{THINK_END}\n\n{content}" if content or finished else ""
-            return reasoning.strip("\n") + closing
-        what = "reasoning" if reasoning else "tool calls"
-        raise InputError(f"the chat template does not show the {what} of the answer as given")
-
-    def _until_end(self, written: str, *, finished: bool) -> str:
-        """A rendered answer up to its end of turn, which calls of tools may have of their own."""
-        texts = self._tokenizer.convert_ids_to_tokens(list(self._stop_ids))
-        begin, text = max((written.rfind(text), text) for text in texts)
-        if begin < 0:
-            return written
-        return written[: begin + len(text)] if finished else written[:begin]
+    def _tokens_alone(self, written: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of an answer without the prefix that tokenizers put at the start of a text."""
+        for anchor in ("x", ".", "\n"):
+            before = tokenize(anchor, self._tokenizer)
+            found, ends = tokenize_with_ends(anchor + written, self._tokenizer)
+            if np.array_equal(found[: len(before)], before):
+                return found[len(before) :], ends[len(before) :] - len(anchor)
+        raise InputError("no token border lies between the prompt and the answer")
 
     def _without_reasoning(self, row: Row) -> np.ndarray:
         """The mask of recorded ids without the reasoning of their answers."""
@@ -419,7 +329,7 @@ class Encoder:
             opened: whether the prompt opens reasoning.
         """
         outside = np.ones(len(ids), bool)
-        if ids[-1] in self._stop_ids:
+        if len(ids) and ids[-1] in self._stop_ids:
             text = text.removesuffix(self._decode(ids[-1:]))
         counts = range(len(ids) + 1)
         for start, stop in _reasoning_spans(text, opened=opened):
@@ -433,14 +343,6 @@ class Encoder:
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         return text
-
-
-def _without_prefix(content: str, opening: str) -> str:
-    """An answer without the reasoning tags that its generation prompt ends with already."""
-    for prefix in (opening, opening.rstrip()):
-        if content.startswith(prefix):
-            return content.removeprefix(prefix)
-    return content
 
 
 def _continues(row: Row, before: Row) -> bool:
@@ -485,7 +387,7 @@ def _check_generator(
         was = generator.get(name, now)
         require(
             was == now,
-            f"{source}: answers of another {name.replace('_', ' ')}: sha256 {shown(was)[1:13]}, "
+            f"{source}: answers of another {name.replace('_', ' ')}: sha256 {str(was)[:12]}, "
             f"the target's is {now[:12]}; give the target that generated them, or regenerate them",
         )
     if KWARGS not in generator:

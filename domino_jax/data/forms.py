@@ -8,11 +8,11 @@ Each line is checked by itself and becomes a `Conversation`, or a `BadLine` with
     {"generator": {...}}      header of the lines after it: the settings that generated them
 """
 
-from collections import Counter
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,13 +71,11 @@ class Conversation:
     unused: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class ConversationSet:
-    """The usable conversations of a file, the lines left out, and unused keys with their lines."""
+class ConversationSet(NamedTuple):
+    """The usable conversations of a file, and the lines left out."""
 
     conversations: list[Conversation]
     bad_lines: list[BadLine]
-    unused: Counter[str]
 
 
 def read_conversations(path: str | Path) -> ConversationSet:
@@ -91,16 +89,14 @@ def read_conversations(path: str | Path) -> ConversationSet:
         InputError: the file cannot be read or has no usable line.
     """
     conversations, bad_lines = [], []
-    unused: Counter[str] = Counter()
     for found in iterate_conversations(path):
         if isinstance(found, BadLine):
             bad_lines.append(found)
         else:
             conversations.append(found)
-            unused.update(found.unused)
     if not conversations:
         raise nothing_usable(path, bad_lines)
-    return ConversationSet(conversations, bad_lines, unused)
+    return ConversationSet(conversations, bad_lines)
 
 
 def iterate_conversations(path: str | Path) -> Iterator[Conversation | BadLine]:
@@ -123,7 +119,9 @@ def iterate_conversations(path: str | Path) -> Iterator[Conversation | BadLine]:
             elif not record.keys() & {"messages", PROMPT_IDS, INPUT_IDS}:
                 generator = of_line
                 continue
-            yield _conversation(record, line, of_line)
+            conversation = _conversation(record, line, of_line)
+            _check_unicode(record, raw)
+            yield conversation
         except InputError as error:
             yield BadLine(line, str(error))
 
@@ -161,8 +159,7 @@ def _conversation(
     record: Mapping[str, Any], line: int, generator: Mapping[str, Any] | None
 ) -> Conversation:
     """The conversation of a parsed line, or `InputError` with what is wrong with it."""
-    finished = record.get("finished", record.get(FINISH_REASON) != "length")
-    require(isinstance(finished, bool), f"finished is {shown(finished)}, expected true or false")
+    finished = _finished(record)
     ids, mask = _token_ids(record)
     messages = _messages(record, text=ids is None)
     tools = record.get("tools")
@@ -170,7 +167,14 @@ def _conversation(
         objects = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
         require(objects, f"tools is {shown(tools)}, expected a list of objects")
     prompt_line = record.get(PROMPT_LINE)
-    unused = [f"key {key!r}" for key in record if key not in _LINE_KEYS]
+    read = set(_LINE_KEYS)
+    if not isinstance(record.get(GENERATOR), dict):
+        read.discard(GENERATOR)
+    if type(prompt_line) is not int:
+        read.discard(PROMPT_LINE)
+    if ids is None or PROMPT_IDS in record:
+        read -= {INPUT_IDS, LOSS_MASK}
+    unused = [f"key {key!r}" for key in record if key not in read]
     kwargs = scalars(record.get(KWARGS) or {}, source=KWARGS)
     return Conversation(
         line=line,
@@ -184,6 +188,32 @@ def _conversation(
         generator=generator,
         unused=unused,
     )
+
+
+def _check_unicode(record: Mapping[str, Any], raw: bytes) -> None:
+    """Refuses half a surrogate pair in any key, which JSON can spell and no file can hold."""
+    try:
+        if b"\\u" in raw:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("a key or a value is not valid Unicode") from error
+
+
+def _finished(record: Mapping[str, Any]) -> bool:
+    """Whether the last answer ended by itself."""
+    reason, finished = record.get(FINISH_REASON), record.get("finished")
+    require(
+        reason in (None, "stop", "tool_calls", "length"),
+        f"{FINISH_REASON} is {shown(reason)}, expected 'stop', 'tool_calls' or 'length'",
+    )
+    if finished is None:
+        return reason != "length"
+    require(isinstance(finished, bool), f"finished is {shown(finished)}, expected true or false")
+    require(
+        reason is None or finished == (reason != "length"),
+        f"finished is {shown(finished)}, {FINISH_REASON} is {shown(reason)}; expected the same",
+    )
+    return finished
 
 
 def _token_ids(record: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -259,13 +289,10 @@ def _message(found: Mapping[str, Any], role: str, *, text: bool) -> dict[str, An
     if not calls:
         message.pop("tool_calls", None)
     may_be_empty = not text or role == "tool" or any(reasoning) or bool(calls)
-    require(isinstance(content, str) and (may_be_empty or bool(content.strip())), "has no content")
+    require(isinstance(content, str), f"has content {shown(content)}, expected text")
+    require(may_be_empty or bool(content.strip()), "has no content")
     weight = message.get("weight", 1)
     require(weight in (0, 1), f"has weight {shown(weight)}, expected 0 or 1")
-    try:
-        (content + "".join(reasoning)).encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise InputError("is not valid Unicode") from error
     return message
 
 

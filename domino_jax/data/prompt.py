@@ -8,11 +8,10 @@ and measurements use the same prompts:
     It is 4.<|im_end|>                             answer, and the token that ends it
 """
 
-import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,7 @@ from domino_jax.data.forms import REASONING_KEYS, Conversation, Messages, questi
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 from domino_jax.data.template import NO_KWARGS, check_kwargs
 
-# Tags of reasoning in DeepSeek-R1, Qwen3 and their chat templates.
-THINK_BEGIN, THINK_END = "<think>", "</think>"
-EMPTY_REASONING = re.compile(rf"\A\s*{THINK_BEGIN}\s*{THINK_END}\s*")
-# A generation prompt that opens reasoning, or closes it at once (Qwen3 without thinking).
-OPENED = re.compile(rf"{THINK_BEGIN}\s*({THINK_END}\s*)?\Z")
+_READ_KEYS = {"role", "content", "weight", "tool_calls", "function_call", *REASONING_KEYS}
 
 
 def encode_prompt(
@@ -71,7 +66,9 @@ def prompt_of(
         return encode_prompt(question(conversation), tokenizer, kwargs, tools=conversation.tools)
     assert conversation.input_ids is not None and conversation.loss_mask is not None
     begins = np.flatnonzero(np.diff(conversation.loss_mask.astype(np.int8), prepend=0) == 1)
-    return conversation.input_ids[: begins[-1] if len(begins) else None]
+    prompt = conversation.input_ids[: begins[-1] if len(begins) else None]
+    require(len(prompt) > 0, "the answer has no prompt before it")
+    return prompt
 
 
 def render_prompt(
@@ -97,11 +94,10 @@ def render_prompt(
         rendering = Rendering(spelled, generation_prompt=True, tools=tools)
         try:
             (text,) = render(tokenizer, [rendering], chat_template_kwargs)
-            for number, message in enumerate(spelled, start=1):
-                # Templates strip earlier answers of their reasoning.
-                shown_here = message["role"] == "assistant" or shows(text, message["content"])
-                role = messages[number - 1]["role"]
-                require(shown_here, f"the chat template does not show message {number} ({role})")
+            hidden = _first_hidden(spelled, text)
+            if hidden is not None:
+                role = messages[hidden]["role"]
+                raise InputError(f"the chat template does not show message {hidden + 1} ({role})")
             return spelled, text
         except CostlyTemplate:
             raise
@@ -126,8 +122,8 @@ def stop_token_ids(
             plain exchange.
     """
     check_kwargs(tokenizer, chat_template_kwargs)
-    turn_ends = _turn_ends(*_probe(tokenizer, chat_template_kwargs), tokenizer)
-    stops = dict.fromkeys([tokenizer.eos_token_id, *turn_ends, *end_ids])
+    own = turn_end(tokenizer, chat_template_kwargs, end_ids=end_ids)
+    stops = dict.fromkeys([tokenizer.eos_token_id, own, *end_ids])
     stops.pop(None, None)
     if not stops:
         raise InputError(
@@ -136,63 +132,49 @@ def stop_token_ids(
     return tuple(stops)
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The surroundings of an answer: white space and other text before it, the id that ends it."""
+def turn_end(
+    tokenizer: Any, chat_template_kwargs: Scalars, *, end_ids: Sequence[int]
+) -> int | None:
+    """The id that a chat template ends an answer with; None where it prints none.
 
-    space: str
-    inserted: str
-    end: int
+    A tokenizer does not name it: it is the first special token behind an answer, or one directly
+    behind that, where the target's files know that one as an end. Templates without it (GLM) show
+    the end as the role that follows.
 
-
-def frame_of(tokenizer: Any, kwargs: Scalars) -> Frame:
-    """The surroundings of a plain answer in the chat template's rendering.
-
+    Args:
+        tokenizer, chat_template_kwargs, end_ids: see `stop_token_ids`.
     Raises:
-        InputError: the template has no generation prompt where it needs one, or shows no answer.
+        InputError: the chat template refuses a plain exchange.
     """
-    text, begin, end = _probe(tokenizer, kwargs)
-    prompt, without = render(
-        tokenizer, [Rendering([_QUESTION], generation_prompt=True), Rendering([_QUESTION])], kwargs
-    )
-    known = prompt if text.startswith(prompt) else OPENED.sub("", prompt)
-    before = text[len(known) : begin] if text.startswith(known) else ""
-    # Empty reasoning, which Qwen3's templates insert, is no part of the answer; the prompt may open
-    # it already.
-    opening = OPENED.search(prompt) if known == prompt else None
-    if opening is not None and EMPTY_REASONING.fullmatch(opening[0] + before):
-        before = ""
-    inserted = EMPTY_REASONING.sub("", before)
-    if prompt == without and inserted.strip():
-        raise InputError(
-            "the chat template ignores add_generation_prompt, which marks where an answer begins"
-        )
-    turn_ends = _turn_ends(text, begin, end, tokenizer)
-    return Frame(
-        space="" if before.strip() else before,
-        inserted=before if inserted.strip() else "",
-        end=(turn_ends or [tokenizer.eos_token_id])[0],
-    )
+    known = {tokenizer.eos_token_id, *end_ids}
+    text, _, end = probe(tokenizer, chat_template_kwargs)
+    marks: list[int] = []
+    for token in map(int, tokenize(text[end:], tokenizer)):
+        added = tokenizer.added_tokens_decoder.get(token)
+        if added is not None and (added.special or token in known):
+            marks.append(token)
+        elif marks:
+            break
+    if marks:
+        return next((token for token in marks if token in known), marks[0])
+    again = [QUESTION, {"role": "assistant", "content": ANSWER}, QUESTION]
+    (text,) = render(tokenizer, [Rendering(again)], chat_template_kwargs)
+    ids = tokenize(text[text.rfind(ANSWER) + len(ANSWER) :], tokenizer)
+    following = [int(token) for token in ids if int(token) in tokenizer.added_tokens_decoder]
+    return following[0] if following and following[0] in known else None
 
 
-_QUESTION = {"role": "user", "content": "Hi"}
-_ANSWER = "Certainly, here it is"
+QUESTION = {"role": "user", "content": "Hi"}
+ANSWER = "Certainly, here it is"
 
 
-def _probe(tokenizer: Any, kwargs: Scalars) -> tuple[str, int, int]:
-    """The text of a plain exchange, and where the answer begins and ends in it."""
-    exchange = [_QUESTION, {"role": "assistant", "content": _ANSWER}]
-    (text,) = render(tokenizer, [Rendering(exchange)], kwargs)
-    begin = text.rfind(_ANSWER)
+def probe(tokenizer: Any, chat_template_kwargs: Scalars) -> tuple[str, int, int]:
+    """The rendered text of a plain exchange, and where its answer begins and ends."""
+    exchange = [QUESTION, {"role": "assistant", "content": ANSWER}]
+    (text,) = render(tokenizer, [Rendering(exchange)], chat_template_kwargs)
+    begin = text.rfind(ANSWER)
     require(begin >= 0, "the chat template does not show the text of an answer")
-    return text, begin, begin + len(_ANSWER)
-
-
-def _turn_ends(text: str, begin: int, end: int, tokenizer: Any) -> list[int]:
-    """The id that the template ends a turn with: the first added token after an answer."""
-    # A tokenizer does not name the end of a turn.
-    after = tokenize(text[end:], tokenizer)
-    return [int(token) for token in after if int(token) in tokenizer.added_tokens_decoder][:1]
+    return text, begin, begin + len(ANSWER)
 
 
 def mentions(template: str, name: str) -> bool:
@@ -219,8 +201,9 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)
         arguments = function.get("arguments")
         try:
-            found = parse_json(arguments, source=None) if isinstance(arguments, str) else None
-        except InputError:  # text that is no JSON stays as it is
+            text = isinstance(arguments, str)
+            found = parse_json(arguments, source=None, nonfinite=True) if text else None
+        except InputError:
             found = None
         if isinstance(found, dict):
             function = {**function, "arguments": found}
@@ -229,43 +212,53 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def reasoning_of(message: Mapping[str, Any]) -> str:
-    """The reasoning of a message under any of its names; empty where it has none."""
-    return next((message[name] for name in REASONING_KEYS if name in message), "")
+def unused_words(conversations: Iterable[Conversation], template: str) -> Iterator[str]:
+    """A few words on each key that neither a reader nor the template reads, with its lines.
+
+    Args:
+        conversations: of a file.
+        template: text of the chat template.
+    """
+    counts: Counter[str] = Counter()
+    total = 0
+    for conversation in conversations:
+        counts.update(unused_keys(conversation, template))
+        total += 1
+    for name, count in sorted(counts.items()):
+        yield f"{name} is not read, in {count} of {total} lines"
 
 
-def shows(text: str, *parts: str) -> bool:
-    """Whether text holds the parts in their order, as they are or escaped as JSON."""
-    at = 0
-    for part in parts:
-        words = part.strip()
-        spellings = (words, json.dumps(words, ensure_ascii=False)[1:-1])
-        found = [text.find(words, at) for words in spellings if text.find(words, at) >= 0]
-        if not found:
-            return False
-        at = min(found) + len(words)
-    return True
+def unused_keys(conversation: Conversation, template: str) -> Iterator[str]:
+    """The keys of a line and of its messages that neither a reader nor the template reads."""
+    yield from conversation.unused
+    if conversation.input_ids is not None:
+        return
+    keys = {key for message in conversation.messages for key in message}
+    for key in sorted(keys - _READ_KEYS):
+        if not mentions(template, key):
+            yield f"message key {key!r}"
+    if conversation.tools and not mentions(template, "tools"):
+        yield "key 'tools'"
 
 
-def shows_calls(written: str, calls: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a rendered answer holds the names and the arguments of its tool calls."""
-    for call in calls:
-        function = call.get("function", call)
-        if not shows(written, function["name"]):
-            return False
-        if not all(shows(written, words) for words in _leaves(function.get("arguments"))):
-            return False
-    return True
+def _first_hidden(messages: Messages, text: str) -> int | None:
+    """The first message that is not in rendered text; templates may shorten answers.
 
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The text and the numbers inside the arguments of a tool call."""
-    if isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(_leaves, value.values()))
-    elif isinstance(value, list):
-        yield from itertools.chain.from_iterable(map(_leaves, value))
-    elif value is not None:
-        yield value if isinstance(value, str) else json.dumps(value)
+    Each message takes its own part of the text, the longest first: the words of one may occur in
+    another.
+    """
+    hidden = []
+    order = sorted(range(len(messages)), key=lambda at: -len(messages[at]["content"]))
+    for at in order:
+        words = messages[at]["content"].strip()
+        for spelled in (words, json.dumps(words, ensure_ascii=False)[1:-1]):
+            if spelled in text:
+                text = text.replace(spelled, "\0", 1) if words else text
+                break
+        else:
+            if messages[at]["role"] != "assistant":
+                hidden.append(at)
+    return min(hidden, default=None)
 
 
 def tokenize(text: str, tokenizer: Any) -> np.ndarray:

@@ -102,13 +102,14 @@ def settings_text(settings: Any) -> str:
     return json.dumps(plain, sort_keys=True, ensure_ascii=False)
 
 
-def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars) -> Scalars:
+def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars | Path) -> Scalars:
     """The kwargs of a chat template, with a date where the template prints one.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         kwargs: the settings that were asked for.
-        recorded: the settings of earlier starts and of inputs, in the order of their precedence.
+        recorded: settings of earlier starts and of inputs, or files that record them, see
+            `recorded_kwargs`, in the order of their precedence.
     Returns:
         `kwargs` as they are for a template without a date. Otherwise with their own date, the first
         recorded one, or today's.
@@ -118,7 +119,9 @@ def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars) -> Scalars:
     # The text first: most templates print no date, and `names_read` starts a process.
     if DATE not in tokenizer.get_chat_template() or DATE not in names_read(tokenizer):
         return kwargs
-    return with_date(kwargs, kwargs, *recorded, {DATE: today()})
+    # Files last: their records may lie behind gigabytes of lines.
+    known = [recorded_kwargs(one) if isinstance(one, Path) else one for one in recorded]
+    return with_date(kwargs, kwargs, *known, {DATE: today()})
 
 
 def with_date(kwargs: Scalars, *sources: Scalars) -> Scalars:
@@ -136,11 +139,10 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def recorded_kwargs(path: str | Path) -> Scalars:
-    """The template kwargs that a file of answers or prompts records, not checked.
+def recorded_kwargs(path: Path) -> Scalars:
+    """The first template kwargs that a file of answers or prompts records, not checked.
 
-    They stand under "generator" in its first record, a header or an answer. An unfinished file,
-    `.partial`, has lines with checksums before it.
+    They stand under "generator" in a header or an answer.
 
     Args:
         path: JSONL or JSONL.gz of any writer; it may be missing.
@@ -149,12 +151,11 @@ def recorded_kwargs(path: str | Path) -> Scalars:
     Raises:
         InputError: the file cannot be read.
     """
-    path = Path(path)
-    if not path.is_file():
-        return NO_KWARGS
-    for _, line in read_lines(path):
-        if line.strip() and not line.startswith(b'{"sha256"'):
-            return _generator_kwargs(line)
+    if path.is_file():
+        for _, line in read_lines(path):
+            found = _generator_kwargs(line) if b'"generator"' in line else NO_KWARGS
+            if found:
+                return found
     return NO_KWARGS
 
 

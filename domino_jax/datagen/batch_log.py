@@ -167,7 +167,7 @@ class BatchLog:
 
     def _take(self, number: int, line: bytes) -> None:
         try:
-            record = parse_json(line, source=None)
+            record = parse_json(line, source=None, nonfinite=True)
             require(isinstance(record, dict), f"not {self._kind}")
             if not self._headed:
                 made_with = record.get(GENERATOR)

@@ -31,8 +31,8 @@ from domino_jax.data.forms import (
     question,
     read_conversations,
 )
-from domino_jax.data.prompt import encode_prompt
-from domino_jax.data.template import KWARGS, check_kwargs, tokenizer_record
+from domino_jax.data.prompt import encode_prompt, unused_words
+from domino_jax.data.template import KWARGS, check_kwargs, settings_text, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_prompt, generate
@@ -156,9 +156,8 @@ def read_dialogues(
         replaced += len(conversation.messages) - sum(map(len, dialogue.turns))
     if replaced:
         reporter.say(f"{path}: {replaced} answers in it are left out and generated again")
-    for name, count in sorted(found.unused.items()):
-        lines = len(found.conversations)
-        reporter.say(f"{path}: {name} is not read, in {count} of {lines} lines")
+    for words in unused_words(found.conversations, tokenizer.chat_template):
+        reporter.say(f"{path}: {words}")
     return dialogues
 
 
@@ -323,7 +322,12 @@ class _AnswerRecords:
             return None
         dialogue = self._dialogues.get(line)
         before = dialogue and dialogue.messages(self._texts[line])
-        if dialogue is None or messages[:-1] != before:
+        # As text: NaN differs from itself.
+        own = dialogue and {"tools": dialogue.tools, KWARGS: dict(dialogue.chat_template_kwargs)}
+        asked = {"tools": record.get("tools"), KWARGS: record.get(KWARGS, {})}
+        if dialogue is None or settings_text([messages[:-1], asked]) != settings_text(
+            [before, own]
+        ):
             raise InputError(f"answers another prompt than line {line} of {self._source}")
         self._note(dialogue, str(messages[-1].get("content")))
         return (line, len(messages) - 1), reason == "stop"

@@ -32,6 +32,7 @@ from domino_jax.data.packing import (
     single_packs,
 )
 from domino_jax.data.prompt import prompt_of
+from domino_jax.data.rendering import CostlyTemplate
 from domino_jax.decoding.decoder import make_decoder
 from domino_jax.decoding.generate import check_prompt
 from domino_jax.objective.objectives import reads_target
@@ -280,9 +281,16 @@ def read_prompts(
     prompts = {}
     for row in rows:
         assert row.line is not None, "held-out rows are read from a file"
-        prompt = prompt_of(conversations[row.line], tokenizer, chat_template_kwargs)
+        try:
+            prompt = prompt_of(conversations[row.line], tokenizer, chat_template_kwargs)
+        except CostlyTemplate:
+            raise
+        except InputError:  # a later answer of the line, which is not trained either
+            continue
         check_prompt(reader, prompt, tokenizer, source=f"{path}:{row.line}")
         prompts[row.line] = prompt
+    if not prompts:
+        raise InputError(f"{path}: no line of it has a prompt for a rollout")
     return list(prompts.values())
 
 

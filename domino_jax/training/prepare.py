@@ -35,7 +35,7 @@ from domino_jax.config.sections import DataConfig, LossConfig
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import MANIFEST, read_manifest
 from domino_jax.data.prompt import stop_token_ids
-from domino_jax.data.template import KWARGS, NO_KWARGS, chat_template, dated, recorded_kwargs
+from domino_jax.data.template import KWARGS, NO_KWARGS, chat_template, dated
 from domino_jax.interop.start import check_start
 from domino_jax.objective.curriculum import lambda_base_schedule
 from domino_jax.objective.modules import build_trainer
@@ -327,14 +327,13 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
 
 def _dated_kwargs(data: DataConfig, tokenizer: Any, *, resumed: Resumed | None) -> Scalars:
     """The template kwargs of a run with the date of its first start or of its inputs."""
-    recorded: list[Scalars] = []
+    recorded: list[Scalars | Path] = []
     if resumed is not None:
         # A record of another version may lack the section; `check_settings` refuses it.
         recorded.append(resumed.record.config.get("data", {}).get(KWARGS, NO_KWARGS))
     if data.hidden_states is not None:
         recorded.append(read_manifest(data.hidden_states).chat_template_kwargs)
-    else:
-        recorded.append(recorded_kwargs(data.source))
+    recorded += [Path(file) for file in (data.train, data.eval) if file is not None]
     return dated(tokenizer, data.chat_template_kwargs, *recorded)
 
 
@@ -569,7 +568,7 @@ def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) 
     target_config = read_decoder_config(path, dtype=config.dtype)
     open_target(path, target_config)  # its headers are checked; the weights stay unread
     tokenizer = load_tokenizer(path)
-    kwargs = dated(tokenizer, data.chat_template_kwargs, recorded, recorded_kwargs(data.train))
+    kwargs = dated(tokenizer, data.chat_template_kwargs, recorded, Path(data.train))
     settings = row_settings(dataclasses.replace(data, chat_template_kwargs=kwargs))
     draft = draft_of(config, target_config, tokenizer, directory=path, reporter=reporter)
     rows = read_rows(

@@ -13,6 +13,7 @@ from domino_jax.base.files import LINE_BYTES
 from domino_jax.data.conversations import load_rows
 from domino_jax.data.forms import BadLine, read_conversations
 from domino_jax.data.hidden_states import rows_fingerprint
+from domino_jax.data.prompt import unused_words
 
 
 def said(*messages: object, **more: object) -> dict[str, object]:
@@ -39,7 +40,7 @@ BAD_LINES = [
     (said(*chat("Hi", " \n")), "message 2 (assistant) has no content"),
     (said({"role": "user"}), "message 1 (user) has no content"),
     (said({"role": "user", "content": ["Hi"]}), "message 1 (user) has a part 'Hi', expected parts"),
-    (said({"role": "user", "content": 1}), "message 1 (user) has no content"),
+    (said({"role": "user", "content": 1}), "message 1 (user) has content 1, expected text"),
     (
         said(*chat("Hi"), {"role": "assistant", "content": "a", "weight": 0.5}),
         "has weight 0.5, exp",
@@ -63,7 +64,7 @@ BAD_LINES = [
     ({"prompt_ids": [1]}, "output_ids is None, expected a list of integers"),
     ({"prompt_ids": [True], "output_ids": [1]}, "prompt_ids is [True], expected a list of int"),
     (said({"role": "assistant", "content": "Hi"}), "message 1 answers, but no message of a user"),
-    (HALF_A_PAIR, "message 1 (user) is not valid Unicode"),
+    (HALF_A_PAIR, "a key or a value is not valid Unicode"),
 ]
 
 
@@ -74,7 +75,8 @@ def test_read_conversations_tells_bad_lines_by_number(tmp_path: Path) -> None:
     found = read_conversations(path)
     usable = [(each.line, each.messages) for each in found.conversations]
     assert usable == [(1, GOOD["messages"]), (len(BAD_LINES) + 4, chat("Bye"))]
-    assert found.unused == {"key 'family'": 1}
+    words = list(unused_words(found.conversations, ""))
+    assert words == ["key 'family' is not read, in 1 of 2 lines"]
     assert [bad.line for bad in found.bad_lines] == list(range(2, len(BAD_LINES) + 2))
     for bad, (_, reason) in zip(found.bad_lines, BAD_LINES, strict=True):
         assert reason in bad.reason
@@ -86,7 +88,8 @@ def test_read_conversations_refuses_a_line_beyond_its_bound(tmp_path: Path) -> N
     found = read_conversations(path)
     assert [(each.line, each.messages) for each in found.conversations] == [(2, GOOD["messages"])]
     assert found.bad_lines == [BadLine(1, f"more than {LINE_BYTES} bytes")]
-    assert found.unused == {"key 'family'": 1, "key 'score'": 1}
+    words = list(unused_words(found.conversations, ""))
+    assert [each.split(" is ")[0] for each in words] == ["key 'family'", "key 'score'"]
 
 
 def test_read_conversations_skips_a_byte_order_mark(tmp_path: Path) -> None:

@@ -163,7 +163,8 @@ RECORDS = {
     "blank lines": (b"\n \n" + LINE, OF_DAY),
     "an unfinished file": (b'{"sha256": "00"}\n' + HEADER + OTHERS, OF_DAY),
     "nothing attested": (b'{"sha256": "00"}\n', {}),
-    "a later line": (OTHERS + LINE, {}),
+    "a later line": (OTHERS + LINE, OF_DAY),
+    "a header without a date": (b'{"generator": {}}\n' + HEADER, OF_DAY),
     "half a line": (LINE[:-5], {}),
     "no UTF-8": (b"\xff\n", {}),
     "a list": (b"[1]", {}),
@@ -179,7 +180,7 @@ def test_settings_of_a_file(content: bytes, expected: dict[str, Any], tmp_path: 
     assert recorded_kwargs(path) == {}
     path.write_bytes(content)
     packed.write_bytes(gzip.compress(content))
-    assert recorded_kwargs(path) == expected == recorded_kwargs(str(packed))
+    assert recorded_kwargs(path) == expected == recorded_kwargs(packed)
 
 
 def test_text_is_json_that_an_option_takes_back() -> None:
