@@ -73,7 +73,7 @@ def test_every_printed_command_runs_in_order(tmp_path: Path) -> None:
     regenerated = next(log for command, log in logs.items() if " regenerate " in command)
     assert f"{cut} of 20 answers ({cut / 20:.0%}) were cut at 64 tokens" in regenerated
     trained = next(log for command, log in logs.items() if "data.train=answers.jsonl" in command)
-    assert f"answers.jsonl: {cut} of 20 answers ({cut / 20:.0%}) are unfinished" in trained
+    assert f"answers.jsonl: {cut} of 20 lines ({cut / 20:.0%}) end with an unfinished" in trained
     assert (tmp_path / "runs/qwen3-8b/evaluation.json").is_file()
     assert (tmp_path / "runs/other/checkpoints").is_dir()
 

@@ -1,4 +1,4 @@
-"""A drafter learns to predict one target, so it is trained on that target's own answers.
+"""Verbs that make training data: `target`, `prompts` and `regenerate`.
 
 The verb `target` makes a directory of the target, `prompts` lets it write requests, `regenerate`
 answer them. The options of how the target draws are the settings that each line records.

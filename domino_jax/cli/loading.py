@@ -49,7 +49,7 @@ def open_named_target(name: str, dtype: str, *, max_new_tokens: int) -> NamedTar
 
     Raises:
         InputError: as `read_decoder_config`, `load_tokenizer` and `end_token_ids`, or answers are
-            to be longer than any text that the target knows positions for.
+            to be longer than the target has positions.
     """
     path = resolve_target(name, reporter=reporter)
     config = read_decoder_config(path, dtype=dtype)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from domino_jax import __version__
+from domino_jax.base.errors import InputError
 from domino_jax.base.files import file_sha256
 from domino_jax.cli.loading import Loaded
 from domino_jax.cli.shared import reporter, user_cache
@@ -140,8 +141,12 @@ class Measurement:
         for words in unused_words(found.conversations, tokenizer.chat_template):
             reporter.say(f"{path}: {words}")
         for conversation in found.conversations[:limit]:
-            prompt = prompt_of(conversation, tokenizer, kwargs)
-            check_prompt(self._decoder, prompt, tokenizer, source=f"{path}:{conversation.line}")
+            source = f"{path}:{conversation.line}"
+            try:
+                prompt = prompt_of(conversation, tokenizer, kwargs)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from error
+            check_prompt(self._decoder, prompt, tokenizer, source=source)
             prompts.append(prompt)
             asked = question(conversation)
             texts.append(asked[-1]["content"] if asked else tokenizer.decode(prompt))

@@ -32,11 +32,11 @@ class DraftRecipe(Section):
     block_size: int = key(
         16, "K, tokens of a block, its clean first one included; 1 needs shift_label", **LENGTH
     )
-    # No number: which token a vocabulary can spare differs from target to target.
+    # No constant default: unused ids differ between targets.
     mask_token_id: int | None = key(
         None,
         "mask token id; must not be a stop, eos, pad or bos token or occur in a row; null: a mask, "
-        "reserved or unused token of the target, chosen at the first start",
+        "reserved or unused token of the target, chosen from the target's files",
         **INDEX,
     )
     target_layer_ids: tuple[int, ...] | None = key(

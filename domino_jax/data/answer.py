@@ -18,7 +18,7 @@ from typing import Any
 from domino_jax.base.errors import InputError, Scalars, require, shown
 from domino_jax.data.forms import REASONING_KEYS, Messages
 from domino_jax.data.prompt import QUESTION, probe, spellings, stop_token_ids, turn_end
-from domino_jax.data.rendering import Rendering, render
+from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 
 # Tags of reasoning in DeepSeek-R1, Qwen3 and their chat templates.
 THINK_BEGIN, THINK_END = "<think>", "</think>"
@@ -134,7 +134,12 @@ class AnswerFormat:
         # Arguments as text come first: a template that shows them shows what was written.
         for spelled in reversed(list(spellings([message]))):
             rendering = Rendering([*messages, *spelled], tools=tools)
-            (text,) = render(self._tokenizer, [rendering], self._kwargs)
+            try:
+                (text,) = render(self._tokenizer, [rendering], self._kwargs)
+            except CostlyTemplate:
+                raise
+            except InputError:  # this spelling alone, perhaps
+                continue
             calls = spelled[0].get("tool_calls", [])
             written = _behind(text, prompt)
             if not reasoning and not _starts(content):

@@ -14,7 +14,7 @@ used, since it may insert, trim or strip text:
 import bisect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +29,23 @@ from domino_jax.data.forms import (
     iterate_conversations,
     nothing_usable,
 )
-from domino_jax.data.prompt import render_prompt, tokenize, tokenize_with_ends, unused_keys
+from domino_jax.data.prompt import (
+    kwargs_of,
+    render_prompt,
+    stop_token_ids,
+    tokenize,
+    tokenize_with_ends,
+    unused_keys,
+)
 from domino_jax.data.rendering import CostlyTemplate
-from domino_jax.data.template import KWARGS, NO_KWARGS, settings_text, tokenizer_record, with_date
+from domino_jax.data.template import (
+    HASHES,
+    KWARGS,
+    NO_KWARGS,
+    settings_text,
+    tokenizer_record,
+    with_date,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,19 +80,19 @@ class RowSet:
         lines: how many lines were read, bad ones included.
         unfinished: lines whose last answer was cut at its token limit.
         from_text: lines of text, whose tokens are those of the text and not recorded ones.
-        unused: what nothing reads -> lines.
+        unused: key that is not read -> number of lines.
     """
 
-    rows: list[Row] = field(default_factory=list)
-    bad_lines: list[BadLine] = field(default_factory=list)
-    lines: int = 0
-    unfinished: int = 0
-    from_text: int = 0
-    unused: Counter[str] = field(default_factory=Counter)
+    rows: list[Row]
+    bad_lines: list[BadLine]
+    lines: int
+    unfinished: int
+    from_text: int
+    unused: Counter[str]
 
 
 class Encoded(NamedTuple):
-    """The rows of a conversation, and why answers of it are in none."""
+    """The rows of a conversation, and the reasons of answers that are not trained."""
 
     rows: list[Row]
     untrained: list[str]
@@ -116,37 +130,37 @@ def load_rows(
     rows: list[Row] = []
     bad_lines: list[BadLine] = []
     unused: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    latest: dict[int, int] = {}  # line of a prompt -> the row of its latest turn
+    lines = unfinished = from_text = 0
+    latest: dict[int, int] = {}  # line of a prompt -> position of the row of its latest turn
     generator = None
     for found in iterate_conversations(path):
-        counts["lines"] += 1
+        lines += 1
         if isinstance(found, BadLine):
             bad_lines.append(found)
             continue
         if found.generator is not generator:
             generator = found.generator
-            _check_generator(
-                generator, tokenizer, chat_template_kwargs, source=f"{path}:{found.line}"
-            )
+            source = f"{path}:{found.line}"
+            _check_generator(generator, tokenizer, chat_template_kwargs, source=source)
             latest = {}
         unused.update(unused_keys(found, tokenizer.chat_template))
         encoded = encoder.rows(found)
-        bad_lines += [BadLine(found.line, reason) for reason in encoded.untrained[:1]]
-        counts["unfinished"] += bool(encoded.rows) and not found.finished
-        counts["from_text"] += found.input_ids is None
+        if encoded.untrained:
+            bad_lines.append(BadLine(found.line, encoded.untrained[0]))
+        unfinished += bool(encoded.rows) and not found.finished
+        from_text += found.input_ids is None
         for row in encoded.rows:
-            before = latest.get(found.prompt_line) if found.prompt_line is not None else None
-            if before is not None and _continues(row, rows[before]):
-                rows[before] = _joined(row, rows[before])
+            position = latest.get(found.prompt_line) if found.prompt_line is not None else None
+            if position is not None and _continues(row, rows[position]):
+                rows[position] = _joined(row, rows[position])
             else:
-                before = len(rows)
+                position = len(rows)
                 rows.append(row)
             if found.prompt_line is not None:
-                latest[found.prompt_line] = before
+                latest[found.prompt_line] = position
     if not rows:
         raise nothing_usable(path, bad_lines)
-    return RowSet(rows, bad_lines, unused=unused, **counts)
+    return RowSet(rows, bad_lines, lines, unfinished, from_text, unused)
 
 
 class Encoder:
@@ -184,8 +198,8 @@ class Encoder:
         self._kwargs = chat_template_kwargs
         self._mask_reasoning_content = mask_reasoning_content
         self._end_ids = end_ids
+        self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs, end_ids=end_ids)
         self._formats: dict[str, AnswerFormat] = {}  # by the template arguments as text
-        self._stop_ids = self._format(chat_template_kwargs).stop_ids
 
     def _format(self, kwargs: Scalars) -> AnswerFormat:
         """Answers under template arguments; each probes the template once."""
@@ -226,14 +240,16 @@ class Encoder:
 
     def _rows_of_text(self, conversation: Conversation) -> Encoded:
         messages = conversation.messages
-        kwargs = {**self._kwargs, **conversation.chat_template_kwargs}
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             return Encoded([], ["no assistant message"])
         if all(messages[at].get("weight") == 0 for at in answers):
             return Encoded([], ["every answer has weight 0"])
         try:
+            kwargs = kwargs_of(conversation, self._tokenizer, self._kwargs)
             self._format(kwargs)
+        except CostlyTemplate:
+            raise
         except InputError as error:
             return Encoded([], [str(error)])
         rows: list[Row] = []
@@ -262,7 +278,7 @@ class Encoder:
     def _turn(
         self, messages: Messages, tools: Sequence[Any] | None, kwargs: Scalars, *, finished: bool
     ) -> Row:
-        """The prompt and the answer of the last message, which is marked."""
+        """The row of one answer: prompt ids, then marked answer ids."""
         answers = self._format(kwargs)
         spelled, text = render_prompt(messages[:-1], self._tokenizer, kwargs, tools=tools)
         written = answers.written(spelled, text, messages[-1], tools=tools, finished=finished)
@@ -273,7 +289,7 @@ class Encoder:
             )
         whole, ends = tokenize_with_ends(text + written, self._tokenizer)
         answer, ends = whole[len(prompt) :], ends[len(prompt) :] - len(text)
-        # A token over the border is none that can follow the prompt.
+        # No token may span the end of the prompt.
         if not np.array_equal(whole[: len(prompt)], prompt):
             answer, ends = self._tokens_alone(written)
         stops = np.flatnonzero(np.isin(answer, answers.stop_ids))
@@ -352,7 +368,7 @@ def _continues(row: Row, before: Row) -> bool:
 
 
 def _joined(row: Row, before: Row) -> Row:
-    """A row with the marks of the earlier one that it continues as well."""
+    """A row with its own marks and those of the row that it extends."""
     mask = row.loss_mask.copy()
     mask[: len(before.loss_mask)] |= before.loss_mask
     return replace(row, loss_mask=mask)
@@ -383,8 +399,11 @@ def _check_generator(
     """
     if generator is None:
         return
-    for name, now in tokenizer_record(tokenizer).items():
-        was = generator.get(name, now)
+    # Hashing a vocabulary takes a while, and a file may record settings on every line.
+    recorded_hashes = HASHES & generator.keys()
+    hashes = tokenizer_record(tokenizer) if recorded_hashes else {}
+    for name in sorted(recorded_hashes):
+        was, now = generator[name], hashes[name]
         require(
             was == now,
             f"{source}: answers of another {name.replace('_', ' ')}: sha256 {str(was)[:12]}, "

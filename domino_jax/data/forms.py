@@ -84,7 +84,7 @@ def read_conversations(path: str | Path) -> ConversationSet:
     Args:
         path: JSONL, see the module; empty lines are skipped.
     Returns:
-        The usable lines, and per other line its number and what is wrong with it.
+        The usable lines, and per other line its number and the reason.
     Raises:
         InputError: the file cannot be read or has no usable line.
     """
@@ -116,7 +116,7 @@ def iterate_conversations(path: str | Path) -> Iterator[Conversation | BadLine]:
             of_line = record.get(GENERATOR)
             if not isinstance(of_line, dict):  # none, or that of another program
                 of_line = generator
-            elif not record.keys() & {"messages", PROMPT_IDS, INPUT_IDS}:
+            elif not record.keys() & {"messages", PROMPT_IDS, OUTPUT_IDS, INPUT_IDS, LOSS_MASK}:
                 generator = of_line
                 continue
             conversation = _conversation(record, line, of_line)
@@ -158,7 +158,7 @@ def _record(raw: bytes) -> dict[str, Any]:
 def _conversation(
     record: Mapping[str, Any], line: int, generator: Mapping[str, Any] | None
 ) -> Conversation:
-    """The conversation of a parsed line, or `InputError` with what is wrong with it."""
+    """The conversation of a parsed line, or `InputError` with the reason."""
     finished = _finished(record)
     ids, mask = _token_ids(record)
     messages = _messages(record, text=ids is None)
@@ -217,7 +217,7 @@ def _finished(record: Mapping[str, Any]) -> bool:
 
 
 def _token_ids(record: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Token ids int32 [n] and which of them the target generated, bool [n]; None for text."""
+    """Token ids int32 [n] and their loss mask, bool [n]; None for text."""
     if PROMPT_IDS in record or OUTPUT_IDS in record:
         prompt, output = _integers(record, PROMPT_IDS), _integers(record, OUTPUT_IDS)
         return np.concatenate([prompt, output]), np.arange(len(prompt) + len(output)) >= len(prompt)

@@ -62,13 +62,23 @@ def prompt_of(
         InputError: as `encode_prompt`.
     """
     if conversation.messages:
-        kwargs = {**chat_template_kwargs, **conversation.chat_template_kwargs}
+        kwargs = kwargs_of(conversation, tokenizer, chat_template_kwargs)
         return encode_prompt(question(conversation), tokenizer, kwargs, tools=conversation.tools)
     assert conversation.input_ids is not None and conversation.loss_mask is not None
     begins = np.flatnonzero(np.diff(conversation.loss_mask.astype(np.int8), prepend=0) == 1)
     prompt = conversation.input_ids[: begins[-1] if len(begins) else None]
     require(len(prompt) > 0, "the answer has no prompt before it")
     return prompt
+
+
+def kwargs_of(conversation: Conversation, tokenizer: Any, chat_template_kwargs: Scalars) -> Scalars:
+    """The template arguments of a conversation: its own over the given ones.
+
+    Raises:
+        InputError: its own hold a name that the chat template does not read.
+    """
+    check_kwargs(tokenizer, conversation.chat_template_kwargs)
+    return {**chat_template_kwargs, **conversation.chat_template_kwargs}
 
 
 def render_prompt(

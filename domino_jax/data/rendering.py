@@ -35,7 +35,7 @@ class CostlyTemplate(InputError):
 
 
 class Rendering(NamedTuple):
-    """A conversation to render: its messages, its tools, and whether an answer is to follow."""
+    """A conversation to render, its tools, and `generation_prompt` (add_generation_prompt)."""
 
     messages: list[dict[str, Any]]
     generation_prompt: bool = False

@@ -1,9 +1,9 @@
-"""What a chat template is to a run: its text, and what it is told besides the messages.
+"""The chat template of a run: its text and its arguments, recorded and compared.
 
 A drafter learns conversations as one template renders them under one setting, for example with
 `enable_thinking: false`. Rendered otherwise they are other tokens: acceptance falls and nothing
 fails. So whatever depends on a rendering (answers, captured states, checkpoints, exports, figures)
-records the setting, and `ChatTemplate` and `settings_text` say for all of them what is the same.
+records the setting, and `ChatTemplate` and `settings_text` compare them.
 
 Some templates (Llama 3.1 and later) print the current date. It is one of the settings, so that a
 run renders the same text on every day:
@@ -35,7 +35,7 @@ DATE = "strftime_now"
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """`sha256` of a template's text, in hex, and the `kwargs` that it is told."""
+    """`sha256` of a template's text, in hex, and the template's `kwargs`."""
 
     sha256: str
     kwargs: Scalars
@@ -74,9 +74,12 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Any, kwargs: Scalars) -> ChatTemplate:
-    """The template of a tokenizer, told `kwargs`."""
+    """The template of a tokenizer with its `kwargs`."""
     digest = hashlib.sha256(tokenizer.chat_template.encode())
     return ChatTemplate(digest.hexdigest(), kwargs)
+
+
+HASHES = {"vocabulary", "chat_template"}
 
 
 def tokenizer_record(tokenizer: Any) -> dict[str, str]:
@@ -107,7 +110,7 @@ def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars | Path) -> Scalars
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        kwargs: the settings that were asked for.
+        kwargs: the settings given by the user.
         recorded: settings of earlier starts and of inputs, or files that record them, see
             `recorded_kwargs`, in the order of their precedence.
     Returns:

@@ -30,7 +30,7 @@ from domino_jax.data.template import settings_text
 
 # Token ids depend on them; a later start may have others.
 PACKAGES = ("domino-jax", "jax", "transformers", "tokenizers")
-# No answer begins so (its first key is "messages"): this alone tells the two kinds of lines apart.
+# No header and no record begins so: their first keys are "generator" and "messages".
 _ATTESTS = b'{"sha256": '
 
 
@@ -171,7 +171,8 @@ class BatchLog:
             require(isinstance(record, dict), f"not {self._kind}")
             if not self._headed:
                 made_with = record.get(GENERATOR)
-                require(isinstance(made_with, dict), f"not the header of a file of {self._kind}")
+                header = isinstance(made_with, dict) and "messages" not in record
+                require(header, f"not the header of a file of {self._kind}")
                 differs = settings_text(made_with) != settings_text(self._generator)
                 require(not differs, f"made with {made_with}, not {self._generator}")
                 self._headed = True
@@ -180,7 +181,7 @@ class BatchLog:
             if known is None:
                 raise InputError(f"not {self._kind}")
             key, finished = known
-            require(key not in self.finished, f"{self._kind} to the same prompt a second time")
+            require(key not in self.finished, f"{self._kind} that the file has already")
         except InputError as error:
             raise InputError(
                 f"{self._path}:{number}: {error}; remove the file to start again"

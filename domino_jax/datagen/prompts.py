@@ -125,13 +125,13 @@ def write_prompts(
     A second start resumes after the last whole batch and ends with the same file.
 
     Args:
-        path: the JSONL to write, {"messages": [user's turn], "draw", "generator"} a line; until it
-            is complete, a `BatchLog`, `.partial`.
+        path: the JSONL to write, a header, then {"messages": [user's turn], "draw"} a line; a
+            `BatchLog`, `.partial`, until it is complete.
         decoder: the plain target as it samples; `stop_ids` hold the end of a user's turn.
         weights: its parameters.
         tokenizer: its tokenizer.
         settings: how they are drawn.
-        reporter: is told each batch.
+        reporter: receives each batch.
     Raises:
         InputError: the place is taken or called packed, a partial file of another start does not
             fit, the target has no embedding for a token of the opening, or it writes no usable

@@ -31,14 +31,14 @@ from domino_jax.data.forms import (
     question,
     read_conversations,
 )
-from domino_jax.data.prompt import encode_prompt, unused_words
-from domino_jax.data.template import KWARGS, check_kwargs, settings_text, tokenizer_record
+from domino_jax.data.prompt import encode_prompt, kwargs_of, unused_words
+from domino_jax.data.template import KWARGS, settings_text, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_prompt, generate
 from domino_jax.decoding.speculate import required_cache_len
 
-_TURN_SEEDS = 1_000_003  # between the seeds of two turns, which would draw alike
+_TURN_SEEDS = 1_000_003  # seed offset of a turn: turns of one line draw differently
 _PLACEHOLDER = "Okay."  # an answer of a turn that is rendered before it is answered
 
 
@@ -117,7 +117,7 @@ class _Prompt:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Line and number of messages, which tell one turn of a file from all others."""
+        """Line and number of messages, unique in a file."""
         return self.dialogue.line, len(self.messages)
 
 
@@ -142,7 +142,6 @@ def read_dialogues(
     found = read_conversations(path)
     if found.bad_lines:
         raise InputError(f"{path}:{found.bad_lines[0].line}: {found.bad_lines[0].reason}")
-    check_kwargs(tokenizer, settings.chat_template_kwargs)
     dialogues = []
     replaced = 0
     for conversation in found.conversations:
@@ -321,13 +320,14 @@ class _AnswerRecords:
         if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
             return None
         dialogue = self._dialogues.get(line)
-        before = dialogue and dialogue.messages(self._texts[line])
+        found = [messages[:-1], record.get("tools"), record.get(KWARGS, {})]
+        expected = dialogue and [
+            dialogue.messages(self._texts[line]),
+            dialogue.tools,
+            dict(dialogue.chat_template_kwargs),
+        ]
         # As text: NaN differs from itself.
-        own = dialogue and {"tools": dialogue.tools, KWARGS: dict(dialogue.chat_template_kwargs)}
-        asked = {"tools": record.get("tools"), KWARGS: record.get(KWARGS, {})}
-        if dialogue is None or settings_text([messages[:-1], asked]) != settings_text(
-            [before, own]
-        ):
+        if dialogue is None or settings_text(found) != settings_text(expected):
             raise InputError(f"answers another prompt than line {line} of {self._source}")
         self._note(dialogue, str(messages[-1].get("content")))
         return (line, len(messages) - 1), reason == "stop"
@@ -356,8 +356,7 @@ def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettin
         tools=conversation.tools,
         chat_template_kwargs=conversation.chat_template_kwargs,
     )
-    check_kwargs(tokenizer, conversation.chat_template_kwargs)
-    kwargs = {**settings.chat_template_kwargs, **conversation.chat_template_kwargs}
+    kwargs = kwargs_of(conversation, tokenizer, settings.chat_template_kwargs)
     ids = [
         encode_prompt(
             dialogue.messages([_PLACEHOLDER] * turn), tokenizer, kwargs, tools=conversation.tools

@@ -17,7 +17,7 @@ from domino_jax.decoding.speculate import DecodeState, finish, required_cache_le
 from domino_jax.target.tokens import check_vocabulary
 
 STREAM_CYCLES = 8  # cycles between two pieces of streamed text
-# What to do about logits that are not finite, by model.
+# Remedies for logits that are not finite, by model.
 REMEDIES = {
     "target": "use another copy of its weights, or dtype float32 in place of bfloat16",
     "draft": "use an earlier checkpoint of a run that diverged (--step), or dtype float32 in place "

@@ -1,7 +1,7 @@
 """Token ids of a target: its end tokens, its vocabulary, and the mask token of its drafts.
 
-Three files number the same tokens, and nothing compares them. Text may hold ids that have no
-embedding, and an answer may end with a token that only generation_config.json names:
+Three files of a target give token ids and may disagree. Text may hold ids that have no embedding,
+and an answer may end with a token that only generation_config.json names:
 
     0 .. tokenizer.json's last id      ids of text; some of them are reserved for no use
     .. config.json's vocab_size - 1    ids that no text has: padding of the embedding
@@ -25,7 +25,7 @@ _SPARE_NAMES = ("reserved", "unused", "placeholder")
 
 @dataclass(frozen=True)
 class MaskToken:
-    """A mask token: its `id`, and in words which token it is and why it is taken."""
+    """A mask token: its `id`, and as `reason` its text and the rule that chose it."""
 
     id: int
     reason: str
@@ -72,7 +72,11 @@ def token_words(tokenizer: Any, token: int) -> str:
 
 
 def check_vocabulary(ids: np.ndarray, tokenizer: Any, *, vocab_size: int, source: str) -> None:
-    """Raises `InputError` for the first of the ids, int32 [n], that has no embedding."""
+    """Refuses token ids, int32 [n], outside the target's vocabulary.
+
+    Raises:
+        InputError: the first of them, with its text.
+    """
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         raise InputError(

@@ -131,21 +131,22 @@ def read_rows(
         more = f" and {len(lines) - 1} more lines" if len(lines) > 1 else ""
         reporter.say(f"{path}:{lines[0].line}{more}: {lines[0].reason}")
     if bad:
-        reporter.say(f"{path}: {len(bad)} of {found.lines} lines are not trained, or not whole")
+        share = f"{len(bad)} of {found.lines} lines hold an answer that is not trained"
+        reporter.say(f"{path}: {share}")
     for name, count in sorted(found.unused.items()):
         reporter.say(f"{path}: {name} is not read, in {count} of {found.lines} lines")
     if len(bad) > max_unusable * found.lines:
         lines = _by_reason(bad)[0]
         raise InputError(
-            f"{path}: {len(bad)} of {found.lines} lines ({len(bad) / found.lines:.0%}) are not "
-            f"usable, {len(lines)} for one reason (line {lines[0].line}: {lines[0].reason}); "
-            f"expected at most {max_unusable:.0%}: mend the file, or raise data.max_unusable"
+            f"{path}: {share} ({len(bad) / found.lines:.0%}), {len(lines)} for one reason (line "
+            f"{lines[0].line}: {lines[0].reason}); expected at most {max_unusable:.0%}: correct "
+            "the file, or raise data.max_unusable"
         )
     if found.unfinished:
         reporter.say(
-            f"{path}: {found.unfinished} of {found.lines} answers "
-            f"({found.unfinished / found.lines:.0%}) are unfinished, cut at their token limit: no "
-            "end of turn is learned from them"
+            f"{path}: {found.unfinished} of {found.lines} lines "
+            f"({found.unfinished / found.lines:.0%}) end with an unfinished answer, cut at its "
+            "token limit: no end of turn is learned from it"
         )
     if found.from_text:
         reporter.say(
@@ -252,6 +253,7 @@ def read_prompts(
     target: DecoderConfig,
     *,
     chat_template_kwargs: Scalars,
+    count: int,
     rollout_tokens: int,
 ) -> list[np.ndarray]:
     """The prompts of a run's rollouts: what held-out conversations ask, as `evaluate` asks it.
@@ -262,6 +264,7 @@ def read_prompts(
         tokenizer: the target's, as are the `chat_template_kwargs`.
         target: the target.
         chat_template_kwargs: see `DataConfig`.
+        count: of the first conversations with a prompt.
         rollout_tokens: longest answer.
     Returns:
         Token ids, int32 [n] each.
@@ -278,8 +281,10 @@ def read_prompts(
     reader = make_decoder(Target(target))
     # Read once more: a row has its tokens alone, and may be cut before its last answer.
     conversations = {found.line: found for found in read_conversations(path).conversations}
-    prompts = {}
+    prompts: dict[int, np.ndarray] = {}
     for row in rows:
+        if len(prompts) == count:
+            break
         assert row.line is not None, "held-out rows are read from a file"
         try:
             prompt = prompt_of(conversations[row.line], tokenizer, chat_template_kwargs)

@@ -188,7 +188,7 @@ def read_inputs(
     Args:
         run: what was checked.
         target_sha256: returns the target's fingerprint; only called for captured states.
-        reporter: is told each line of the data that is left out.
+        reporter: receives each line of the data that is left out.
     Raises:
         InputError: no usable rows, too few of them, or not those that the run was started with.
     """
@@ -231,10 +231,11 @@ def read_inputs(
         if train.rollout_every is not None:
             prompts = read_prompts(
                 data.eval,
-                heldout.rows[: train.rollout_prompts],
+                heldout.rows,
                 run.tokenizer,
                 run.target_config,
                 chat_template_kwargs=data.chat_template_kwargs,
+                count=train.rollout_prompts,
                 rollout_tokens=train.rollout_tokens,
             )
     # Without the target, whose hash may not be there yet: `prepare` compares it.
@@ -326,7 +327,7 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
 
 
 def _dated_kwargs(data: DataConfig, tokenizer: Any, *, resumed: Resumed | None) -> Scalars:
-    """The template kwargs of a run with the date of its first start or of its inputs."""
+    """The template kwargs of a run, with the date of its checkpoint, its inputs, or today."""
     recorded: list[Scalars | Path] = []
     if resumed is not None:
         # A record of another version may lack the section; `check_settings` refuses it.
@@ -357,7 +358,7 @@ def draft_of(
 
     A mask token that the run leaves open is chosen and reported; the same files give the same one.
     """
-    # Any date: no template ends a turn by it.
+    # The end of a turn does not depend on the date.
     kwargs = dated(tokenizer, config.data.chat_template_kwargs)
     stop_ids = stop_token_ids(tokenizer, kwargs, end_ids=end_token_ids(directory))
     special_ids = special_token_ids(tokenizer, stop_ids)
@@ -553,7 +554,7 @@ def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) 
     Args:
         config: the run.
         recorded: template kwargs of an earlier start.
-        reporter: is told each line of the data that is left out.
+        reporter: receives each line of the data that is left out.
     Raises:
         InputError: no conversations, a target or a mesh that cannot be, or several processes.
     """

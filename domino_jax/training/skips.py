@@ -171,7 +171,7 @@ def overflow(run_dir: Path, step: int, *, newest_checkpoint: int | None) -> str:
 
 
 def rollout_failure(run_dir: Path, step: int, reason: str, *, newest_checkpoint: int | None) -> str:
-    """One line on a draft that cannot decode: at which step, why, what is left, what to do."""
+    """Message for a rollout with logits that are not finite: step, reason and remedy."""
     return (
         f"stopped: the rollout after step {step} failed: {reason}; "
         f"{_way_on(run_dir, newest_checkpoint)}"
@@ -179,7 +179,7 @@ def rollout_failure(run_dir: Path, step: int, reason: str, *, newest_checkpoint:
 
 
 def no_update(steps: int, *, nonfinite: int) -> str:
-    """A few words on a run of which no step has updated the draft: why, and what to do.
+    """Message for a run without an update of the draft: reasons and remedies.
 
     Args:
         steps: of the run up to now, at least 1.

@@ -89,7 +89,7 @@ def answered(source: Source, tokenizer: Any, *, max_length: int) -> list[Answere
     `regenerate` sorts by length and keeps no label.
     """
     prompts, answers = numbered_records(source.prompts), numbered_records(source.answers)
-    encoder = Encoder(tokenizer, max_length=max_length)
+    encoder = Encoder(tokenizer, max_length=2**24)  # whole rows
     by_prompt = {}
     for row in load_rows(source.answers, tokenizer, max_length=max_length).rows:
         answer = answers[row.line]

@@ -118,7 +118,7 @@ def stopped_place(place: Place) -> Path:
     _stopped(filling.begin(base, *TRAIN), "saving checkpoint 12")
     assert filling.run(base, *CAPTURE).code == DONE
     assert filling.run(base, "export", "run", "draft", "--dtype", "float32").code == DONE
-    _stopped(filling.begin(base, *REGENERATE), "prompts 4/12")
+    _stopped(filling.begin(base, *REGENERATE), "answers 4/12")
     partial = base / "answers.jsonl.partial"
     assert partial.is_file(), "the answers were complete before they could be interrupted"
     return base

@@ -29,7 +29,7 @@ def data_parsers(directory: Path) -> list[Parser]:
 
 
 def _settings() -> Any:
-    """How the answers below were asked for."""
+    """Settings of the answers below."""
     from domino_jax.datagen.regenerate import AnswerSettings
 
     sampling = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}

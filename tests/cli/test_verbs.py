@@ -34,7 +34,7 @@ def test_from_prompts_to_an_evaluated_run(domino, tmp_path: Path) -> None:
     config = run_config(tmp_path, target)
     code, out, log = domino("train", config, f"data.train={answers}", "data.eval=null")
     assert (code, out) == (0, f"{tmp_path / 'run'}\n") and "step 6/6" in log
-    assert f"{answers}: {share} are unfinished" in log
+    assert f"{answers}: {cut} of 12 lines ({cut / 12:.0%}) end with an unfinished answer" in log
     asked, evaluation = prompts.read_bytes(), tmp_path / "run" / "evaluation.json"
     words = ("--limit", 2, "--max-new-tokens", 8)
     code, out, log = domino("evaluate", tmp_path / "run", prompts, *words)

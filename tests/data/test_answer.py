@@ -8,6 +8,7 @@ from chat_templates import PUBLISHED
 from chats import CHATML, chat, encoded_all, make_tokenizer, marked, write
 
 from domino_jax.base.errors import InputError
+from domino_jax.data import conversations
 from domino_jax.data.conversations import Encoder, load_rows
 from domino_jax.data.forms import Conversation
 from domino_jax.data.prompt import stop_token_ids
@@ -153,6 +154,27 @@ def test_a_message_that_only_another_one_shows_is_missed() -> None:
     ]
     found = encoded_all(messages, tokenizer)
     assert found.untrained == ["message 4: the chat template does not show message 3 (tool)"]
+
+
+def test_arguments_stay_text_where_the_template_joins_text() -> None:
+    calls = "{% for c in message.tool_calls or [] %}{{ c.function.name + c.function.arguments }}"
+    content = "{{ message['content'] }}"
+    tokenizer = make_tokenizer(CHATML.replace(content, content + calls + "{% endfor %}"))
+    messages = [*chat("Hi"), {"role": "assistant", **call('{"city":"Oslo"}')}]
+    (row,) = encoded_all(messages, tokenizer).rows
+    assert marked(row, tokenizer) == 'f{"city":"Oslo"}<|im_end|>'
+
+
+def test_settings_on_every_line_are_compared_without_hashing(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(_: Any) -> Any:
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr(conversations, "tokenizer_record", hashed)
+    line = {"messages": chat("Hi", "Ho"), "generator": {"chat_template_kwargs": {}}}
+    path = write(tmp_path / "a.jsonl", *[line] * 3)
+    assert len(load_rows(path, make_tokenizer(), max_length=100).rows) == 3
 
 
 LINES = [

@@ -8,6 +8,8 @@ import pytest
 from chats import BRACKETS, CHATML, THINKING, chat, encoded, encoded_all, make_tokenizer, marked
 
 from domino_jax.base.errors import InputError
+from domino_jax.data.conversations import Encoder
+from domino_jax.data.forms import Conversation
 from domino_jax.data.prompt import encode_prompt, stop_token_ids
 
 
@@ -98,25 +100,49 @@ def test_encoder_splits_a_token_across_the_start_of_an_answer() -> None:
     np.testing.assert_array_equal(row.input_ids[: len(prompt)], prompt)
 
 
-REFUSED = [
+NO_PROMPT = CHATML.partition("{% if add_gen")[0]
+OF_A_LINE = [
     (CHATML, ["Hi"], "no assistant message"),
     (CHATML, ["Hi", "a <|im_end|> b"], "message 2: the answer holds the end-of-turn token '<|im_e"),
-    (CHATML.replace("message['content']", "'x'"), ["Hi", "Ho"], "does not show the text of an ans"),
-    (CHATML.partition("{% if add_gen")[0], ["Hi", "Hello."], "ignores add_generation_prompt"),
-    ("{{ raise_exception('must alternate') }}", ["Hi", "Hello."], "refuses it: must alternate"),
-    ("{{ messages[0]['content'] + 1 }}", ["Hi", "Hello."], "the chat template refuses it"),
-    ("Hello", ["Hi", "Hello."], "does not show the text of an answer"),
+    (
+        NO_PROMPT,
+        ["Hi", "Hello."],
+        "the chat template ignores add_generation_prompt, which marks wh",
+    ),
+]
+OF_A_TEMPLATE = [
+    (CHATML.replace("message['content']", "'x'"), "does not show the text of an answer"),
+    ("{{ raise_exception('must alternate') }}", "refuses it: must alternate"),
+    ("{{ messages[0]['content'] + 1 }}", "the chat template refuses it"),
+    ("Hello", "does not show the text of an answer"),
 ]
 
 
-@pytest.mark.parametrize(("template", "contents", "reason"), REFUSED)
-def test_encoder_says_what_it_refuses(template: str, contents: list[str], reason: str) -> None:
-    try:
-        found = encoded_all(chat(*contents), make_tokenizer(template))
-    except InputError as error:  # of every conversation
-        assert reason in str(error)
-    else:
-        assert not found.rows and reason in found.untrained[0]
+@pytest.mark.parametrize(("template", "contents", "reason"), OF_A_LINE)
+def test_encoder_names_why_an_answer_is_not_trained(
+    template: str, contents: list[str], reason: str
+) -> None:
+    found = encoded_all(chat(*contents), make_tokenizer(template))
+    assert not found.rows and found.untrained[0].startswith(reason)
+
+
+@pytest.mark.parametrize(("template", "reason"), OF_A_TEMPLATE)
+def test_encoder_refuses_a_template_without_answers(template: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        encoded_all(chat("Hi", "Hello."), make_tokenizer(template))
+
+
+def test_recorded_ids_need_no_generation_prompt() -> None:
+    encoder = Encoder(make_tokenizer(NO_PROMPT), max_length=10)
+    ids, mask = np.arange(4, dtype=np.int32), np.array([False, False, True, True])
+    (row,) = encoder.rows(Conversation(line=1, input_ids=ids, loss_mask=mask)).rows
+    assert row.input_ids.tolist() == ids.tolist() and row.loss_mask.tolist() == mask.tolist()
+
+
+def test_a_template_without_an_end_of_turn_ends_with_eos() -> None:
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ""), eos="<|endoftext|>")
+    row = encoded(chat("Hi", "Hello."), tokenizer)
+    assert marked(row, tokenizer) == "Hello.<|endoftext|>"
 
 
 def test_a_message_that_the_template_does_not_show_is_named() -> None:
