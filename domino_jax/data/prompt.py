@@ -22,6 +22,9 @@ from domino_jax.data.forms import REASONING_KEYS, Conversation, Messages, questi
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 from domino_jax.data.template import NO_KWARGS, check_kwargs
 
+# A plain exchange, which shows what a template prints around an answer.
+QUESTION = {"role": "user", "content": "Hi"}
+ANSWER = "Certainly, here it is"
 _READ_KEYS = {"role", "content", "weight", "tool_calls", "function_call", *REASONING_KEYS}
 
 
@@ -172,10 +175,6 @@ def turn_end(
     ids = tokenize(text[text.rfind(ANSWER) + len(ANSWER) :], tokenizer)
     following = [int(token) for token in ids if int(token) in tokenizer.added_tokens_decoder]
     return following[0] if following and following[0] in known else None
-
-
-QUESTION = {"role": "user", "content": "Hi"}
-ANSWER = "Certainly, here it is"
 
 
 def probe(tokenizer: Any, chat_template_kwargs: Scalars) -> tuple[str, int, int]:

@@ -64,8 +64,11 @@ def names_read(tokenizer: Any) -> set[str]:
         CostlyTemplate: to find out took more than `SECONDS` or `MEMORY_BYTES`.
         InputError: it is not a template.
     """
-    (names,) = _process.ask(tokenizer, [None], problem="the chat template cannot be read")
-    return set(names)
+    text = tokenizer.get_chat_template()
+    if text not in _names:  # asked for each line with arguments of its own
+        problem = "the chat template cannot be read"
+        (_names[text],) = _process.ask(tokenizer, [None], problem=problem)
+    return set(_names[text])
 
 
 class _Process:
@@ -156,3 +159,4 @@ class _Process:
 
 
 _process = _Process()
+_names: dict[str, list[str]] = {}  # of each template's text
