@@ -136,7 +136,8 @@ chat_template_kwargs = click.option(
     callback=_mapping,
     metavar="MAPPING",
     help="Arguments of the target's chat template, as YAML or JSON: "
-    "'{\"enable_thinking\": false}'. Default: those of the run or draft; others are an error.",
+    "'{\"enable_thinking\": false}'. Default: those of the run or draft, where there is one; "
+    "others are an error there.",
 )
 proposals = click.option(
     "--proposals",

@@ -19,12 +19,12 @@ import numpy as np
 from domino_jax.base.errors import InputError, Scalars, require, scalars, shown
 from domino_jax.base.files import LINE_BYTES, read_lines
 from domino_jax.base.parse import parse_json
-from domino_jax.data.template import KWARGS
+from domino_jax.data.template import GENERATOR, KWARGS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names of a message's reasoning: vLLM and SGLang, OpenRouter, gpt-oss.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-GENERATOR, PROMPT_LINE = "generator", "prompt_line"
+PROMPT_LINE = "prompt_line"
 PROMPT_IDS, OUTPUT_IDS, FINISH_REASON = "prompt_ids", "output_ids", "finish_reason"
 INPUT_IDS, LOSS_MASK = "input_ids", "loss_mask"
 _LINE_KEYS = {"messages", "tools", "finished", KWARGS, GENERATOR, PROMPT_LINE}

@@ -45,8 +45,8 @@ class Manifest:
     `target`, `tokenizer` and `rows` are sha256 sums (see `target.fingerprint` and
     `rows_fingerprint`), `hidden_size` is D, `dtype` the stored type, `compute_dtype` the one the
     target ran in, `target_states` whether its states after the final norm are there too.
-    `row_lengths` are tokens per row, `shard_rows` rows per shard, `chat_template_kwargs` what the
-    template was told for the rows, `answer_tokens` how many tokens of all rows the target wrote,
+    `row_lengths` are tokens per row, `shard_rows` rows per shard, `chat_template_kwargs` the
+    template's arguments, `answer_tokens` how many tokens of all rows the target generated,
     `token_spans` which token ids the rows contain, see `token_spans`.
     """
 

@@ -9,7 +9,7 @@ Some templates (Llama 3.1 and later) print the current date. It is one of the se
 run renders the same text on every day:
 
     dated             fills it in: the recorded date, or today's at the first start
-    recorded_kwargs   reads it from a file of answers or prompts
+    recorded_date     reads it from a file of answers or prompts
 """
 
 import datetime
@@ -27,7 +27,8 @@ from domino_jax.base.files import read_lines
 from domino_jax.base.parse import parse_json
 from domino_jax.data.rendering import names_read
 
-KWARGS = "chat_template_kwargs"  # its name in every file
+# Their names in every file.
+KWARGS, GENERATOR = "chat_template_kwargs", "generator"
 NO_KWARGS: Scalars = MappingProxyType({})
 # The setting with the date, an ISO date, under the name of the function that templates call.
 DATE = "strftime_now"
@@ -111,8 +112,8 @@ def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars | Path) -> Scalars
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         kwargs: the settings given by the user.
-        recorded: settings of earlier starts and of inputs, or files that record them, see
-            `recorded_kwargs`, in the order of their precedence.
+        recorded: settings of earlier starts and of inputs, or files that record them, in
+            the order of their precedence.
     Returns:
         `kwargs` as they are for a template without a date. Otherwise with their own date, the first
         recorded one, or today's.
@@ -122,9 +123,12 @@ def dated(tokenizer: Any, kwargs: Scalars, *recorded: Scalars | Path) -> Scalars
     # The text first: most templates print no date, and `names_read` starts a process.
     if DATE not in tokenizer.get_chat_template() or DATE not in names_read(tokenizer):
         return kwargs
-    # Files last: their records may lie behind gigabytes of lines.
-    known = [recorded_kwargs(one) if isinstance(one, Path) else one for one in recorded]
-    return with_date(kwargs, kwargs, *known, {DATE: today()})
+    # In turn: the record of a file may lie behind gigabytes of lines.
+    for source in (kwargs, *recorded):
+        found = recorded_date(source) if isinstance(source, Path) else source
+        if DATE in found:
+            return with_date(kwargs, found)
+    return {**kwargs, DATE: today()}
 
 
 def with_date(kwargs: Scalars, *sources: Scalars) -> Scalars:
@@ -142,10 +146,10 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def recorded_kwargs(path: Path) -> Scalars:
-    """The first template kwargs that a file of answers or prompts records, not checked.
+def recorded_date(path: Path) -> Scalars:
+    """The first template kwargs with a date in a file of answers or prompts, not checked.
 
-    They stand under "generator" in a header or an answer.
+    A header or an answer has them under the key "generator".
 
     Args:
         path: JSONL or JSONL.gz of any writer; it may be missing.
@@ -156,20 +160,20 @@ def recorded_kwargs(path: Path) -> Scalars:
     """
     if path.is_file():
         for _, line in read_lines(path):
-            found = _generator_kwargs(line) if b'"generator"' in line else NO_KWARGS
-            if found:
+            found = _generator_kwargs(line) if GENERATOR.encode() in line else NO_KWARGS
+            if DATE in found:
                 return found
     return NO_KWARGS
 
 
 def _generator_kwargs(line: bytes) -> Scalars:
-    """The template kwargs under "generator" in a line of a file."""
+    """The template kwargs of the generator in a line of a file."""
     found: Any
     try:
         found = parse_json(line, source=None, nonfinite=True)
     except InputError:  # reported by the reader of the whole file
         return NO_KWARGS
-    for name in ("generator", KWARGS):
+    for name in (GENERATOR, KWARGS):
         found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else NO_KWARGS
 

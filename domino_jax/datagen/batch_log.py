@@ -25,8 +25,7 @@ from typing import Any, BinaryIO
 from domino_jax.base.errors import InputError, require
 from domino_jax.base.files import read_lines, whole_file
 from domino_jax.base.parse import parse_json
-from domino_jax.data.forms import GENERATOR
-from domino_jax.data.template import settings_text
+from domino_jax.data.template import GENERATOR, settings_text
 
 # Token ids depend on them; a later start may have others.
 PACKAGES = ("domino-jax", "jax", "transformers", "tokenizers")

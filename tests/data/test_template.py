@@ -17,7 +17,7 @@ from domino_jax.data.template import (
     chat_template,
     check_kwargs,
     dated,
-    recorded_kwargs,
+    recorded_date,
     settings_text,
 )
 
@@ -169,6 +169,7 @@ RECORDS = {
     "no UTF-8": (b"\xff\n", {}),
     "a list": (b"[1]", {}),
     "another program": (b'{"generator": "x"}', {}),
+    "a later date": (b'{"generator": {"chat_template_kwargs": {"x": 1}}}\n' + HEADER, OF_DAY),
     "no mapping": (b'{"generator": {"chat_template_kwargs": [1]}}', {}),
     "empty": (b"", {}),
 }
@@ -177,10 +178,10 @@ RECORDS = {
 @pytest.mark.parametrize(("content", "expected"), RECORDS.values(), ids=RECORDS.keys())
 def test_settings_of_a_file(content: bytes, expected: dict[str, Any], tmp_path: Path) -> None:
     path, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
-    assert recorded_kwargs(path) == {}
+    assert recorded_date(path) == {}
     path.write_bytes(content)
     packed.write_bytes(gzip.compress(content))
-    assert recorded_kwargs(path) == expected == recorded_kwargs(packed)
+    assert recorded_date(path) == expected == recorded_date(packed)
 
 
 def test_text_is_json_that_an_option_takes_back() -> None:
