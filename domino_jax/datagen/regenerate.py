@@ -11,7 +11,7 @@ target's answers to the turns before it.
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +363,7 @@ def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettin
         )
         for turn in range(len(parts))
     ]
-    return Dialogue(**{**vars(dialogue), "first_ids": ids[0]})
+    return replace(dialogue, first_ids=ids[0])
 
 
 def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
