@@ -11,18 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-from faults_damage import damaged
+from faults_damage import damaged, logs, misplaced
 from faults_disk import full_disks
 from faults_growth import growth
-from faults_kills import kills, signals
+from faults_kills import kills, saves, signals
+from faults_owners import owners
 from faults_place import Case, Place
 from faults_refusals import DRIFT, NUMBERS, SILENCE, drift, numbers, silence
 
 Part = Callable[[Place, int], Iterator[Case]]
 PARTS: dict[str, tuple[Part, int]] = {
     "kills": (kills, 50),
+    "saves": (saves, 60),
+    "owners": (owners, 50),
     "signals": (signals, 30),
     "damage": (damaged, 400),
+    "places": (misplaced, 200),
+    "logs": (logs, 100),
     "drift": (drift, len(DRIFT) + 1),
     "numbers": (numbers, len(NUMBERS)),
     "silence": (silence, len(SILENCE)),

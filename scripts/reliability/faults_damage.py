@@ -1,6 +1,8 @@
-"""Damaged files: a disk or a person that breaks one must not change a result in silence.
+"""Damaged and misplaced files: neither may change a result without a message.
 
-Every kind that a verb reads is broken in every way that disks and people break files.
+Each kind of file that a verb reads is broken in each way that disks and people break files. Part
+`damage` breaks bytes and names; `places` also exchanges whole files and changes digits, which
+leaves each file readable; `logs` changes what a report shows:
 
     group        broken                                   read by
     checkpoint   any file or directory of a step          train (resumed), export, generate
@@ -10,15 +12,25 @@ Every kind that a verb reads is broken in every way that disks and people break 
     states       manifest and shards of a capture         train (from the start), capture
     draft        an exported checkpoint                   import, train with draft.init_from
     partial      an unfinished file of answers            regenerate (resumed)
+    steps        a step under another step's number       train (resumed), export, generate
+    shards       shards exchanged, doubled, of another    train (from the start), capture
+                 target's capture
+    digits       digits of a manifest or of a record      train, capture, export
+    cache        the target's answers in the user's cache evaluate --replay
+    evaluation   evaluation.json                          report, evaluate --append
+    log          metrics.jsonl, timing.jsonl, config.yaml report, train (resumed)
 
-Each ends in one of three ways: restored from an earlier checkpoint and said so, harmless (all bits
-at the end are those of an undisturbed process), or refused in one line.
+Each ends in one of these ways: restored from an earlier checkpoint or from its source with a
+message, harmless (all bits at the end are those of an undisturbed process), or refused in one line.
+A report may also carry on with a notice on the page and on stderr.
 """
 
 import dataclasses
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,11 +52,13 @@ from faults_place import (
 )
 from faults_process import Outcome, Running
 from faults_verdict import DONE, damage
+from safetensors.numpy import load_file, save_file
 
+SHARD_BYTES = 8000  # of the captures whose shards are exchanged
 REAL_COMMANDS = 20  # of the cases, spread evenly: the others have imported jax before
 STEPS = override(train__steps=16)
 FEW = override(train__steps=4)
-SAID = re.compile("damaged|aside|is gone|incomplete|cut off", re.IGNORECASE)
+SAID = re.compile("damaged|aside|is gone|incomplete|cut off|not used|changed", re.IGNORECASE)
 
 TRAIN = ("train", "config.yaml", STEPS)
 _STATES = ("data.train=null", "data.hidden_states=states")
@@ -55,6 +69,13 @@ IMPORT = ("import", "draft", "imported", "--target", "target")
 GENERATE = ("generate", "run", "a b c", "--max-new-tokens", "24")
 CAPTURE = ("capture", "config.yaml", "states")
 REGENERATE = (*ANSWERS, *("--batch-size", "2", "--max-new-tokens", "24", "--temperature", "0.7"))
+SHARDED = ("train", "config.yaml", FEW, "run_dir=sharded", "data.train=null",
+           "data.hidden_states=shards")  # fmt: skip
+RECAPTURE = ("capture", "config.yaml", "shards")
+_MEASURED = ("--limit", "3", "--max-new-tokens", "8", "--timed", "0", "--replay")
+EVALUATE = ("evaluate", "run", "prompts.jsonl", *_MEASURED)
+APPEND = ("evaluate", "run", "heldout.jsonl", *_MEASURED, "--append")
+REPORT = ("report", "run")
 
 # Where they leave something, for a comparison bit for bit; elsewhere what they print.
 LEAVE = {
@@ -65,9 +86,15 @@ LEAVE = {
     IMPORT: "imported",
     CAPTURE: "states",
     REGENERATE: "answers.jsonl",
+    SHARDED: "sharded",
+    RECAPTURE: "shards",
+    EVALUATE: "run/evaluation.json",
+    APPEND: "run/evaluation.json",
+    REPORT: "run/report.html",
 }
+Readers = dict[str, tuple[tuple[tuple[str, ...], ...], int]]
 # The words that read each group, and how often a group is drawn.
-READERS: dict[str, tuple[tuple[tuple[str, ...], ...], int]] = {
+DAMAGE: Readers = {
     "checkpoint": ((TRAIN, TRAIN, TRAIN, EXPORT, GENERATE), 48),
     "run": ((TRAIN,), 14),
     "target": ((TRAIN, GENERATE), 12),
@@ -76,6 +103,13 @@ READERS: dict[str, tuple[tuple[tuple[str, ...], ...], int]] = {
     "draft": ((IMPORT, STARTED), 6),
     "partial": ((REGENERATE,), 4),
 }
+PLACES: Readers = {
+    "steps": ((TRAIN, TRAIN, EXPORT, GENERATE), 4),
+    "shards": ((SHARDED, SHARDED, RECAPTURE), 4),
+    "digits": ((SHARDED, RECAPTURE, TRAIN, EXPORT), 4),
+    "cache": ((EVALUATE,), 4),
+}
+LOGS: Readers = {"evaluation": ((REPORT, REPORT, APPEND), 6), "log": ((REPORT, TRAIN), 4)}
 
 
 @dataclass(frozen=True)
@@ -97,15 +131,30 @@ class Undisturbed:
 
 def damaged(place: Place, count: int) -> Iterator[Case]:
     """Breaks `count` places one at a time and starts a verb that reads them."""
-    undisturbed = _undisturbed(place)
-    groups = [name for name, (_, share) in READERS.items() for _ in range(share)]
-    order = [groups[number] for number in place.random(3).permutation(len(groups))]
+    yield from _broken("damage", DAMAGE, place, count)
+
+
+def misplaced(place: Place, count: int) -> Iterator[Case]:
+    """Exchanges whole files and changes digits; every file still can be read."""
+    yield from _broken("places", PLACES, place, count)
+
+
+def logs(place: Place, count: int) -> Iterator[Case]:
+    """Changes logs and evaluations, which a report shows."""
+    yield from _broken("logs", LOGS, place, count)
+
+
+def _broken(part: str, groups: Readers, place: Place, count: int) -> Iterator[Case]:
+    undisturbed = _undisturbed(place, groups)
+    names = [name for name, (_, share) in groups.items() for _ in range(share)]
+    order = [names[number] for number in place.random(3).permutation(len(names))]
 
     def case(index: int, group: str) -> Case:
         command = index % max(count // REAL_COMMANDS, 1) == 0
-        return _case(place, undisturbed, index, group, command=command)
+        words = groups[group][0]
+        return _case(part, place, undisturbed, index, group, words, command=command)
 
-    yield from all_cases("damage", in_turn(order, count, case), count)
+    yield from all_cases(part, in_turn(order, count, case), count)
 
 
 def stopped_place(place: Place) -> Path:
@@ -121,7 +170,27 @@ def stopped_place(place: Place) -> Path:
     _stopped(filling.begin(base, *REGENERATE), "answers 4/12")
     partial = base / "answers.jsonl.partial"
     assert partial.is_file(), "the answers were complete before they could be interrupted"
+    assert filling.run(base, *EVALUATE).code == DONE
+    _captured(base, "shards", "target")
+    weights = shutil.copytree(base / "target", base / "other_target") / "model.safetensors"
+    save_file({name: 1.5 * array for name, array in load_file(weights).items()}, weights)
+    _captured(base, "other_shards", "other_target")
     return base
+
+
+def _captured(directory: Path, name: str, target: str) -> None:
+    """A capture in shards of a few rows each; the command writes shards of 250 MB."""
+    program = (
+        "from domino_jax.datagen import capture\n"
+        f"capture.capture.__kwdefaults__['shard_bytes'] = {SHARD_BYTES}\n"
+        "from domino_jax.cli import main\n"
+        "main()\n"
+    )
+    words = ("capture", "config.yaml", name, f"target={target}")
+    subprocess.run([sys.executable, "-c", program, *words], cwd=directory, check=True,
+                   capture_output=True)  # fmt: skip
+    count = len(list((directory / name).glob("*.arrayrecord")))
+    assert count > 3, f"{count} shards, expected several of equal lengths"
 
 
 def _stopped(process: Running, line: str) -> None:
@@ -132,19 +201,20 @@ def _stopped(process: Running, line: str) -> None:
     process.wait()
 
 
-def _undisturbed(place: Place) -> Undisturbed:
+def _undisturbed(place: Place, groups: Readers) -> Undisturbed:
     filling, base = place.filling, stopped_place(place)
     steps = sorted(
         int(path.name) for path in (base / "run" / "checkpoints").iterdir() if path.name.isdigit()
     )
     undisturbed, earlier = {}, {}
-    for words in {words for readers, _ in READERS.values() for words in readers}:
+    asked = {words for readers, _ in groups.values() for words in readers}
+    for words in asked:
         directory = place.copy(base)
         outcome = filling.run(directory, *words)
         assert outcome.code == DONE, f"{words}: {outcome.log}"
         undisturbed[words] = left(directory, LEAVE.get(words, ""), outcome)
         earlier[words] = []
-    for words in (EXPORT, GENERATE):
+    for words in asked & {EXPORT, GENERATE}:
         directory = place.copy(base)
         for step in reversed(steps[1:]):
             shutil.rmtree(directory / "run" / "checkpoints" / str(step))
@@ -155,11 +225,19 @@ def _undisturbed(place: Place) -> Undisturbed:
     return Undisturbed(base, steps[-1], undisturbed, earlier)
 
 
-def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, command: bool) -> Case:
+def _case(
+    part: str,
+    place: Place,
+    undisturbed: Undisturbed,
+    index: int,
+    group: str,
+    readers: tuple[tuple[str, ...], ...],
+    *,
+    command: bool,
+) -> Case:
     rng, directory = place.random(4, index), place.copy(undisturbed.place)
-    readers = READERS[group][0]
     words = readers[int(rng.integers(len(readers)))]
-    broken, how = break_something(_candidates(directory, group, rng), rng)
+    broken, how = _break(directory, group, words, rng)
     outcome = place.processes().run(directory, *words, command=command)
     differences = None
     if outcome.code == DONE:
@@ -173,7 +251,7 @@ def _case(place: Place, undisturbed: Undisturbed, index: int, group: str, *, com
     if fault is None and kind == "harmless" and words == TRAIN and group in ("checkpoint", "run"):
         fault = _silence(undisturbed, outcome, directory, broken)
     name = f"{index}: {broken.relative_to(directory)} {how}, read by {words[0]}"
-    return Case("damage", name, cleared(directory, fault), kind)
+    return Case(part, name, cleared(directory, fault), kind)
 
 
 def _silence(
@@ -209,6 +287,84 @@ def _candidates(directory: Path, group: str, rng: np.random.Generator) -> list[P
     if group == "partial":
         return [directory / "answers.jsonl.partial"]
     return sorted((directory / group).rglob("*"))
+
+
+def _break(
+    directory: Path, group: str, words: tuple[str, ...], rng: np.random.Generator
+) -> tuple[Path, str]:
+    """Breaks something of a group; which, and how."""
+    if group == "steps":
+        return _misplaced_step(directory, rng)
+    if group == "shards":
+        return _misplaced_shard(directory, rng)
+    if group == "digits":
+        states = {SHARDED, RECAPTURE}
+        files = [directory / "shards" / "manifest.json"]
+        if words not in states:
+            newest = max(_steps(directory), key=lambda path: int(path.name))
+            files = [newest / item / "metadata" for item in ("draft", "run")]
+            files.append(directory / "run" / "newest_checkpoint.json")
+        return _other_digit(files[int(rng.integers(len(files)))], rng)
+    if group == "cache":
+        (answers,) = (directory / "cache").rglob("answers/*.json")
+        return _other_digit(answers, rng) if rng.random() < 0.7 else break_something([answers], rng)
+    if group == "evaluation":
+        return _other_digit(directory / "run" / "evaluation.json", rng)
+    if group == "log":
+        files = [directory / "run" / name for name in ("metrics.jsonl", "timing.jsonl",
+                 "config.yaml")]  # fmt: skip
+        return _other_digit(files[int(rng.integers(len(files)))], rng)
+    return break_something(_candidates(directory, group, rng), rng)
+
+
+def _steps(directory: Path) -> list[Path]:
+    return [path for path in (directory / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def _misplaced_step(directory: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """Puts an earlier step in the place of the newest, or under a later number."""
+    *earlier, newest = sorted(_steps(directory), key=lambda path: int(path.name))
+    step = earlier[int(rng.integers(len(earlier)))]
+    way = int(rng.integers(3))
+    if way == 0:
+        return _exchange(newest, step)
+    if way == 1:
+        shutil.rmtree(newest)
+    name = newest.name if way == 1 else str(rng.integers(20, 99))
+    shutil.copytree(step, newest.with_name(name))
+    return newest.with_name(name), f"is a copy of {step.name}"
+
+
+def _misplaced_shard(directory: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """Exchanges two shards, doubles one, or takes one of another target's capture."""
+    shards = sorted((directory / "shards").glob("*.arrayrecord"))
+    first, second = (shards[number] for number in rng.permutation(len(shards))[:2])
+    way = int(rng.integers(3))
+    if way == 0:
+        return _exchange(first, second)
+    source = second if way == 1 else directory / "other_shards" / first.name
+    shutil.copyfile(source, first)
+    return first, f"is a copy of {source.relative_to(directory)}"
+
+
+def _exchange(first: Path, second: Path) -> tuple[Path, str]:
+    beside = first.with_name("exchanged")
+    first.rename(beside)
+    second.rename(first)
+    beside.rename(second)
+    return first, f"exchanged with {second.name}"
+
+
+def _other_digit(path: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """Changes one digit of a text file into another."""
+    content = bytearray(path.read_bytes())
+    digits = [index for index, byte in enumerate(content) if chr(byte).isdigit()]
+    at = digits[int(rng.integers(len(digits)))]
+    was = int(chr(content[at]))
+    content[at] = ord(str((was + int(rng.integers(1, 10))) % 10))
+    path.write_bytes(content)
+    before = content[max(at - 24, 0) : at].decode(errors="replace")
+    return path, f"with {chr(content[at])} for {was} behind {before!r}"
 
 
 def break_something(candidates: list[Path], rng: np.random.Generator) -> tuple[Path, str]:

@@ -30,7 +30,7 @@ from faults_place import (
     run_bits,
 )
 from faults_process import Running
-from faults_verdict import DONE, INTERRUPTED, completion, crash, interruption
+from faults_verdict import DONE, INTERRUPTED, completion, crash, interruption, last_line
 
 KILLS_PER_RUN = 4
 AIMED = 0.3  # share of kills that wait for a save
@@ -40,13 +40,24 @@ STEPS = override(train__steps=40)
 
 def kills(place: Place, count: int) -> Iterator[Case]:
     """`kill -9` until `count` have struck; every run is started again until it ends equal."""
+    yield from _killed_runs("kills", place, count, aimed=AIMED)
+
+
+def saves(place: Place, count: int) -> Iterator[Case]:
+    """`kill -9` while a checkpoint is being written; none that is complete may count as damaged."""
+    yield from _killed_runs("saves", place, count, aimed=1.0)
+
+
+def _killed_runs(part: str, place: Place, count: int, *, aimed: float) -> Iterator[Case]:
     reference, seconds = _reference(place)
     works = []
     for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
-        part = min(KILLS_PER_RUN, count - first)
-        run = functools.partial(_killed_run, place, index, part, reference, seconds)
+        number = min(KILLS_PER_RUN, count - first)
+        run = functools.partial(
+            _killed_run, part, place, index, number, reference, seconds, aimed=aimed
+        )
         works.append((f"run {index + 1}", run))
-    yield from all_cases("kills", works, count)
+    yield from all_cases(part, works, count)
 
 
 def _reference(place: Place) -> tuple[Bits, dict[bool, float]]:
@@ -70,7 +81,14 @@ def _reference(place: Place) -> tuple[Bits, dict[bool, float]]:
 
 
 def _killed_run(
-    place: Place, index: int, count: int, reference: Bits, seconds: dict[bool, float]
+    part: str,
+    place: Place,
+    index: int,
+    count: int,
+    reference: Bits,
+    seconds: dict[bool, float],
+    *,
+    aimed: float,
 ) -> list[Case]:
     rng, directory = place.random(1, index), place.copy()
     moments: list[str] = []
@@ -80,8 +98,12 @@ def _killed_run(
         process = place.processes().begin(directory, "train", "config.yaml", STEPS, command=command)
         moment = ""
         if len(moments) < count:
-            moment = _kill(process, directory / "run", rng, seconds[command])
+            aim = bool(rng.random() < aimed)
+            moment = _kill(process, directory / "run", rng, seconds[command], aimed=aim)
         outcome = process.wait()
+        if "damaged" in outcome.log:
+            fault = f"a kill left a checkpoint that counts as damaged: {last_line(outcome)}"
+            break
         if outcome.code == -signal.SIGKILL:
             moments.append(moment)
             continue
@@ -97,25 +119,29 @@ def _killed_run(
         fault = reference.differences(run_bits(directory / "run"))
     fault = cleared(directory, fault)
     return [
-        Case("kills", f"run {index + 1}, kill {k + 1} ({what})", fault)
-        for k, what in enumerate(moments)
+        Case(part, f"run {index + 1}, kill {k + 1} ({what})", fault)
+        for k, what in enumerate(moments or ["none struck"])
     ]
 
 
-def _kill(process: Running, run: Path, rng: np.random.Generator, seconds: float) -> str:
-    """Kills at a moment of its own choice; what was going on then."""
-    aimed = bool(rng.random() < AIMED)
+def _kill(
+    process: Running, run: Path, rng: np.random.Generator, seconds: float, *, aimed: bool
+) -> str:
+    """Kills at a moment of its own choice, or during a save; what was going on then."""
     delay = float(rng.uniform(0, seconds))
     if aimed:
-        wanted, extra = int(rng.integers(1, 5)), float(rng.uniform(0, 0.08))
+        # From the first file of a save on, or from its checksums on, which come last.
+        begun = rng.random() < 0.5
+        pattern = "*tmp*" if begun else "*tmp*/SHA256SUMS"
+        extra = float(rng.uniform(0, 0.08 if begun else 0.01))
+        wanted = int(rng.integers(1, 5))
         seen: set[str] = set()
         while process.poll() is None and len(seen) < wanted:
-            seen |= {path.name for path in (run / "checkpoints").glob("*tmp*")}
+            seen |= {str(path) for path in (run / "checkpoints").glob(pattern)}
             time.sleep(0.001)
         time.sleep(extra)
     else:
-        while process.poll() is None and time.monotonic() - process.began < delay:
-            time.sleep(0.001)
+        process.wait_until(delay)
     process.send(signal.SIGKILL)
     lines = process.log.read_text(errors="replace").splitlines()
     where = next(
@@ -182,8 +208,7 @@ def _signalled(
     delay = float(rng.uniform(0.02, seconds))
     words, where = VERBS[verb]
     process = place.processes().begin(directory, *words, command=True)
-    while process.poll() is None and time.monotonic() - process.began < delay:
-        time.sleep(0.002)
+    process.wait_until(delay)
     struck = process.send(number)
     sent = time.monotonic()
     outcome = process.wait()

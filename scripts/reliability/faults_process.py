@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CACHE = "XDG_CACHE_HOME"  # the user's cache lies in each case's directory
 HANG_SECONDS = 240.0  # a machine with two busy cores needs up to 30 for the longest case
 
 
@@ -53,6 +54,11 @@ class Running(ABC):
         os.kill(self.pid, number)
         return True
 
+    def wait_until(self, seconds: float) -> None:
+        """Waits until the process has run so long or has ended."""
+        while self.poll() is None and time.monotonic() - self.began < seconds:
+            time.sleep(0.002)
+
     @abstractmethod
     def poll(self) -> int | None:
         """The exit code once it has ended."""
@@ -85,7 +91,7 @@ class _Command(Running):
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=log,
-                env=environment,
+                env=environment | {CACHE: str(directory / "cache")},
             )
         self.pid = self._process.pid
 
@@ -177,7 +183,6 @@ def environment(cache: Path, *, fill: bool) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0" if fill else "1e9",
         "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": str(cache.parent / "cache"),  # answers that `evaluate` keeps
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
@@ -222,6 +227,7 @@ def _become(request: dict[str, str]) -> None:
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(request["directory"])
+    os.environ[CACHE] = str(Path("cache").absolute())
     sys.argv = ["domino", *request["words"]]
     from domino_jax.cli import main
 

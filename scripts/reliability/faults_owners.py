@@ -1,0 +1,125 @@
+"""Two processes that start on one output: the first is undisturbed, the second is refused.
+
+A requeued job may start while the old one still runs. Each case begins a verb twice in one
+directory, the second time after a random part, at most 0.7, of the time that the verb takes:
+
+    first     start-up | lock | work .................................. | exit code 0
+    second         start-up | refused in one line, exit code 2
+
+A second process that begins after the first has ended is an ordinary second start.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from faults_kills import VERBS
+from faults_place import ANSWERS, Case, Place, all_cases, cleared, difference, in_turn, left
+from faults_process import Outcome
+from faults_verdict import BAD_INPUT, DONE, crash, last_line, refusal
+
+# `generate` writes nothing. Longer answers than elsewhere: the starts are to overlap.
+OWNING = {verb: words for verb, words in VERBS.items() if verb != "generate"} | {
+    "regenerate": (
+        (*ANSWERS, *("--batch-size", "2", "--max-new-tokens", "100", "--temperature", "0.7")),
+        "answers.jsonl",
+    ),
+    "append": (
+        (
+            *("evaluate", "trained", "prompts.jsonl", "--append"),
+            *("--limit", "4", "--max-new-tokens", "40", "--timed", "0"),
+        ),
+        "trained/evaluation.json",
+    ),
+    "export": (("export", "trained", "exported"), "exported"),
+    "import": (("import", "draft", "imported", "--target", "target"), "imported"),
+}
+# A second start after the first has ended succeeds; the others find their output there.
+AGAIN = ("train", "capture", "report", "evaluate", "append")
+_OWNER = re.compile(r"process (\d+)")
+
+
+def owners(place: Place, count: int) -> Iterator[Case]:
+    """Starts each verb twice in one directory, `count` times in all."""
+    trained, filling = place.copy(), place.filling
+    for words in (("train", "config.yaml"), ("export", "run", "draft", "--dtype", "float32")):
+        outcome = filling.run(trained, *words)
+        assert outcome.code == DONE, outcome.log
+    (trained / "run").rename(trained / "trained")
+    undisturbed: dict[str, tuple[object, set[str], float]] = {}
+    for verb, (words, name) in OWNING.items():
+        filling.run(place.copy(trained), *words)
+        directory = place.copy(trained)
+        outcome = place.processes().run(directory, *words, command=True)
+        assert outcome.code == DONE, outcome.log
+        names = _names(directory)
+        undisturbed[verb] = left(directory, name, outcome), names, outcome.seconds
+
+    def case(index: int, verb: str) -> Case:
+        return _twice(place, place.copy(trained), index, verb, *undisturbed[verb])
+
+    yield from all_cases("owners", in_turn(OWNING, count, case), count)
+
+
+def _twice(
+    place: Place,
+    directory: Path,
+    index: int,
+    verb: str,
+    expected: object,
+    names: set[str],
+    seconds: float,
+) -> Case:
+    delay = float(place.random(6, index).uniform(0, 0.7 * seconds))
+    words, where = OWNING[verb]
+    one = place.processes().begin(directory, *words, command=True)
+    one.wait_until(delay)
+    overlap = one.poll() is None
+    other = place.processes().begin(directory, *words, command=True)
+    outcomes = {one.pid: one.wait(), other.pid: other.wait()}
+    fault = _verdict(outcomes, overlap=overlap, again=verb in AGAIN)
+    if fault is None:
+        done = next(outcome for outcome in outcomes.values() if outcome.code == DONE)
+        found = difference(expected, left(directory, where, done))
+        fault = found and f"what is left differs from an undisturbed start: {found}"
+    if fault is None:
+        added = sorted(_names(directory) ^ names)
+        fault = f"other files: {added[:3]}" if added else None
+    kind = ", ".join(str(outcome.code) for outcome in outcomes.values())
+    return Case("owners", f"{verb} after {delay:.2f} s", cleared(directory, fault), f"codes {kind}")
+
+
+def _names(directory: Path) -> set[str]:
+    """Files below a case, without the names that TensorStore draws and the processes' output."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*"))
+    kept = (path for path in paths if len(path.parts) <= 3 and path.parts[0] != "cache")
+    return {str(path) for path in kept if ".process-" not in path.name}
+
+
+def _verdict(outcomes: dict[int, Outcome], *, overlap: bool, again: bool) -> str | None:
+    """Anything but one undisturbed process and one that is refused and names it.
+
+    Args:
+        outcomes: of both processes by process id, in the order of their starts.
+        overlap: whether the second was begun while the first ran.
+        again: whether a second start after the first has ended succeeds as well.
+    """
+    for outcome in outcomes.values():
+        if found := crash(outcome):
+            return found
+    done = [pid for pid, outcome in outcomes.items() if outcome.code == DONE]
+    refused = [one for one in outcomes.values() if one.code == BAD_INPUT]
+    if not done:
+        return f"both failed: {'; '.join(last_line(one) for one in outcomes.values())}"
+    if len(done) == 2:
+        # The first may have ended while the second still imported its packages.
+        return None if again or not overlap else "both succeeded on one output"
+    (outcome,) = refused
+    if found := refusal(outcome):
+        return found
+    owner = _OWNER.search(outcome.log)
+    if owner is None and "already there" in outcome.log:
+        return None  # the first had ended by then
+    if owner is None or int(owner[1]) != done[0]:
+        return f"the line does not name process {done[0]}: {last_line(outcome)}"
+    return None
