@@ -9,14 +9,13 @@ directory, the second time after a random part, at most 0.7, of the time that th
 A second process that begins after the first has ended is an ordinary second start.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from faults_kills import VERBS
 from faults_place import ANSWERS, Case, Place, all_cases, cleared, difference, in_turn, left
 from faults_process import Outcome
-from faults_verdict import BAD_INPUT, DONE, crash, last_line, refusal
+from faults_verdict import DONE, ownership
 
 # `generate` writes nothing. Longer answers than elsewhere: the starts are to overlap.
 OWNING = {verb: words for verb, words in VERBS.items() if verb != "generate"} | {
@@ -36,7 +35,6 @@ OWNING = {verb: words for verb, words in VERBS.items() if verb != "generate"} | 
 }
 # A second start after the first has ended succeeds; the others find their output there.
 AGAIN = ("train", "capture", "report", "evaluate", "append")
-_OWNER = re.compile(r"process (\d+)")
 
 
 def owners(place: Place, count: int) -> Iterator[Case]:
@@ -77,7 +75,7 @@ def _twice(
     overlap = one.poll() is None
     other = place.processes().begin(directory, *words, command=True)
     outcomes = {one.pid: one.wait(), other.pid: other.wait()}
-    fault = _verdict(outcomes, overlap=overlap, again=verb in AGAIN)
+    fault = ownership(outcomes, overlap=overlap, again=verb in AGAIN)
     if fault is None:
         done = next(outcome for outcome in outcomes.values() if outcome.code == DONE)
         found = difference(expected, left(directory, where, done))
@@ -94,32 +92,3 @@ def _names(directory: Path) -> set[str]:
     paths = (path.relative_to(directory) for path in directory.rglob("*"))
     kept = (path for path in paths if len(path.parts) <= 3 and path.parts[0] != "cache")
     return {str(path) for path in kept if ".process-" not in path.name}
-
-
-def _verdict(outcomes: dict[int, Outcome], *, overlap: bool, again: bool) -> str | None:
-    """Anything but one undisturbed process and one that is refused and names it.
-
-    Args:
-        outcomes: of both processes by process id, in the order of their starts.
-        overlap: whether the second was begun while the first ran.
-        again: whether a second start after the first has ended succeeds as well.
-    """
-    for outcome in outcomes.values():
-        if found := crash(outcome):
-            return found
-    done = [pid for pid, outcome in outcomes.items() if outcome.code == DONE]
-    refused = [one for one in outcomes.values() if one.code == BAD_INPUT]
-    if not done:
-        return f"both failed: {'; '.join(last_line(one) for one in outcomes.values())}"
-    if len(done) == 2:
-        # The first may have ended while the second still imported its packages.
-        return None if again or not overlap else "both succeeded on one output"
-    (outcome,) = refused
-    if found := refusal(outcome):
-        return found
-    owner = _OWNER.search(outcome.log)
-    if owner is None and "already there" in outcome.log:
-        return None  # the first had ended by then
-    if owner is None or int(owner[1]) != done[0]:
-        return f"the line does not name process {done[0]}: {last_line(outcome)}"
-    return None

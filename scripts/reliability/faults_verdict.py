@@ -4,6 +4,8 @@ Each function returns what is wrong in a few words, or None. `tests/scripts/test
 them against outcomes that are broken on purpose.
 """
 
+import re
+
 from faults_process import Outcome
 
 DONE, NO_FIT, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -18,6 +20,7 @@ CRASHES = (
     "Check failed",
     "*** SIG",
 )
+_OWNER = re.compile(r"process (\d+)")
 
 
 def crash(outcome: Outcome) -> str | None:
@@ -117,6 +120,35 @@ def damage(outcome: Outcome, *, differences: str | None, said: bool) -> tuple[st
     if differences is not None:
         return "wrong", f"exit code 0 with other numbers: {differences}"
     return ("restored" if said else "harmless"), None
+
+
+def ownership(outcomes: dict[int, Outcome], *, overlap: bool, again: bool) -> str | None:
+    """Anything but one undisturbed process and one that is refused and names it.
+
+    Args:
+        outcomes: of both processes by process id, in the order of their starts.
+        overlap: whether the second was begun while the first ran.
+        again: whether a second start after the first has ended succeeds as well.
+    """
+    for outcome in outcomes.values():
+        if found := crash(outcome):
+            return found
+    done = [pid for pid, outcome in outcomes.items() if outcome.code == DONE]
+    refused = [one for one in outcomes.values() if one.code == BAD_INPUT]
+    if not done:
+        return f"both failed: {'; '.join(last_line(one) for one in outcomes.values())}"
+    if len(done) == 2:
+        # The first may have ended while the second still imported its packages.
+        return None if again or not overlap else "both succeeded on one output"
+    (outcome,) = refused
+    if found := refusal(outcome):
+        return found
+    owner = _OWNER.search(outcome.log)
+    if owner is None and "already there" in outcome.log:
+        return None  # the first had ended by then
+    if owner is None or int(owner[1]) != done[0]:
+        return f"the line does not name process {done[0]}: {last_line(outcome)}"
+    return None
 
 
 def last_line(outcome: Outcome) -> str:

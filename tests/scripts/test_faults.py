@@ -10,7 +10,7 @@ from faults_damage import WAYS, break_something
 from faults_growth import Sample, grown
 from faults_place import Bits, Case, Place, all_cases, cleared, difference, in_turn
 from faults_process import Outcome
-from faults_verdict import completion, crash, damage, interruption, refusal
+from faults_verdict import completion, crash, damage, interruption, ownership, refusal
 
 DONE = Outcome(code=0, out="run\n", log="step 6/6\n", seconds=3.0)
 REFUSED = replace(DONE, code=2, out="", log="loading\nerror: rows.jsonl: 2 rows, expected 3\n")
@@ -124,6 +124,17 @@ def test_each_way_of_breaking_breaks(way: str, tmp_path: Path) -> None:
         assert not path.is_file() or path.read_bytes() != content
 
 
+def test_ownership_takes_one_undisturbed_and_one_refused_process() -> None:
+    refused = replace(REFUSED, log="error: run: in use by process 7 since 12:00\n")
+    assert ownership({7: DONE, 8: refused}, overlap=True, again=False) is None
+    assert "process 9" in str(ownership({9: DONE, 8: refused}, overlap=True, again=False))
+    assert "both failed" in str(ownership({7: refused, 8: refused}, overlap=True, again=True))
+    assert "both succeeded" in str(ownership({7: DONE, 8: DONE}, overlap=True, again=False))
+    assert ownership({7: DONE, 8: DONE}, overlap=True, again=True) is None
+    late = replace(REFUSED, log="error: out: already there and not an empty directory\n")
+    assert ownership({7: DONE, 8: late}, overlap=True, again=False) is None
+
+
 def test_break_something_takes_directories_too(tmp_path: Path) -> None:
     (tmp_path / "step" / "params").mkdir(parents=True)
     broken, how = break_something([tmp_path / "step"], np.random.default_rng(0))
@@ -168,7 +179,18 @@ def test_a_work_that_fails_did_not_hold() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "count"), [("kills", 3), ("signals", 5), ("damage", 12)])
+@pytest.mark.parametrize(
+    ("part", "count"),
+    [
+        ("kills", 3),
+        ("saves", 2),
+        ("owners", 4),
+        ("signals", 5),
+        ("damage", 12),
+        ("places", 12),
+        ("logs", 12),
+    ],
+)
 def test_real_faults_hold(part: str, count: int, tmp_path: Path) -> None:
     place = Place(tmp_path, seed=1)
     try:
