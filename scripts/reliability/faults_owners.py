@@ -14,7 +14,6 @@ from pathlib import Path
 
 from faults_kills import VERBS
 from faults_place import ANSWERS, Case, Place, all_cases, cleared, difference, in_turn, left
-from faults_process import Outcome
 from faults_verdict import DONE, ownership
 
 # `generate` writes nothing. Longer answers than elsewhere: the starts are to overlap.
