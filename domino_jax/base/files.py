@@ -63,12 +63,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it could not be written; what stood there is as it was, nothing is left beside it.
     """
+    with whole_path(path) as beside, open(beside, "wb", opener=no_links) as file:
+        yield file
+
+
+@contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """Gives the path of a temporary file, as `whole_file`, for a library that opens it itself.
+
+    Raises:
+        OSError: as `whole_file`.
+    """
     beside = _temporary(path)
     _unfinished.add(beside)
     try:
-        with open(beside, "xb", opener=no_links) as file:
-            yield file
-            file.flush()
+        with open(beside, "xb", opener=no_links):
+            pass
+        yield beside
+        with open(beside, "rb", opener=no_links) as file:
             # Before the rename, which may reach the disk earlier than the bytes do.
             os.fsync(file.fileno())
         beside.replace(path)

@@ -18,7 +18,7 @@ def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> No
     assert not states.exists()
     code, out, log = domino(*capture, "--yes", "data.max_length=20")
     assert (code, out) == (0, f"{states}\n")
-    assert "tokens of 24 rows, 69 bytes each" in log and "shard 1/1" in log
+    assert "tokens of 24 rows, 69 bytes each" in log and "rows 24/24  shard 1 of 1 written, " in log
     run = tmp_path / "run"
     offline = ("data.train=null", f"data.hidden_states={states}", f"run_dir={run}")
     code, out, log = domino("train", config, *offline)
