@@ -113,6 +113,7 @@ def _writer(*, color: bool) -> Callable[[str, bool], None]:
 
     def write(piece: str, drafted: bool) -> None:
         safe_point()  # a piece of text is a place to end, as a line of `say` is
+        reporter.pause_heartbeat()  # its lines would be in the middle of the answer
         if piece and drafted:
             piece = marked(piece, coloured=coloured)
         # Colours that FORCE_COLOR asks for reach a pipe too, where click takes them out.

@@ -15,7 +15,11 @@ WIDTH = 100  # characters of a table where nothing says how wide the screen is
 
 
 def results() -> Console:
-    """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`."""
+    """Standard output for tables: as wide as the terminal, elsewhere at least `WIDTH`.
+
+    Ends the heartbeat, which would write between the lines of a table.
+    """
+    reporter.pause_heartbeat()
     # Into a file rich would fold tables at 80 characters, for a screen that is not there.
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))

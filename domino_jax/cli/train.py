@@ -4,15 +4,15 @@ The verbs are `train` and `capture`, which stores what a training reads of its t
 """
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.progress import Reporter
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import logs, reporter, results
+from domino_jax.cli.shared import reporter, results
 from domino_jax.config.run import load_config
 from domino_jax.target.fingerprint import target_fingerprint
 
@@ -54,7 +54,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from domino_jax.training.prepare import prepare
 
     # Without a safe point: training ends by itself, once its step is saved.
-    told = Reporter(logs)
+    told = replace(reporter, safe_point=lambda: None)
     run = prepare(settings, reporter=told)
     directory = train_run(run, reporter=told, stop_requested=stop_requested)
     click.echo(directory)

@@ -75,8 +75,13 @@ class _Group(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        # Not at the top: rich is more than `--version` needs.
+        from domino_jax.base.progress import heartbeat
+        from domino_jax.cli.shared import reporter
+
         try:
-            return super().invoke(ctx)
+            with heartbeat(reporter):
+                return super().invoke(ctx)
         except InputError as error:
             raise click.UsageError(str(error)) from error
         except BrokenPipeError:

@@ -1,19 +1,24 @@
 """Captured states of the target on disk: ArrayRecord shards of rows, and a manifest.
 
 Runs over the same rows would repeat the target's forward, which is most of a step. Written once,
-its states are read row by row as training needs them; the manifest says what they are, so that
-states of another target, template or layer are refused and not trained on:
+its states are read row by row as training needs them. The manifest describes them, so that states
+of another target, template or layer are refused and not trained on:
 
-    manifest.json             written first; says how many rows each shard will hold
-    shard-00000.arrayrecord   rows 0 .. shard_rows[0] - 1, one record each: a safetensors of arrays
-    shard-00001.arrayrecord   the next shard_rows[1]; renamed to its name once it is whole
+    manifest.json             written first: target, rows, layers, rows of each shard; its own hash
+    shard-00000.arrayrecord   a header, then rows 0 .. shard_rows[0] - 1, a record each
+    shard-00001.arrayrecord   a header, then the next shard_rows[1] rows
+
+A record is a safetensors. Each one has a stamp: the manifest's identity and a row number (a
+header has that of its shard's first row). ArrayRecord verifies the bytes of each record, and the
+stamp their place, so a row costs nothing more to read, and a capture opens after one small record
+of each shard. A hash of whole shards would read hundreds of gigabytes before the first step.
 """
 
 import bisect
 import dataclasses
+import functools
 import hashlib
-import json
-import os
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,16 +31,29 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from domino_jax.base.errors import InputError, Scalars, from_dict, require, shown
-from domino_jax.base.files import checked_file, file_sha256, read_json, write_error, write_whole
+from domino_jax.base.files import checked_file, read_own_json, whole_path, write_error, write_json
 from domino_jax.base.finite import require_finite
 from domino_jax.config.sizes import SIZE_LIMIT
 from domino_jax.data.conversations import Row
 from domino_jax.data.template import settings_text
 
 MANIFEST = "manifest.json"
+_CAPTURE_AGAIN = "capture the states again, into a new directory"
+_WRITE_AGAIN = "`domino capture` with the same words writes it again"
+# A row's number and the capture that it belongs to, in every record.
+_STAMP = ("capture", "row")
 # By the names of safetensors, and no more of them than a capture may hold.
-_TYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "BOOL": np.bool_}
+_TYPES = {
+    "F32": np.float32,
+    "BF16": ml_dtypes.bfloat16,
+    "I32": np.int32,
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I64": np.int64,
+}
 _BYTES = {"float32": 4, "bfloat16": 2}
+# Raised for a record that cannot be read, or that is no safetensors of ours.
+_UNREADABLE = (RuntimeError, SafetensorError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +114,16 @@ class Manifest:
             f"token_spans must be pairs of strictly increasing ids, found {shown(spans)}",
         )
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256, in hex, of all fields: of what was captured, how, and into which shards."""
+        return hashlib.sha256(settings_text(dataclasses.asdict(self)).encode()).hexdigest()
+
+    @property
+    def first_rows(self) -> list[int]:
+        """Number of each shard's first row."""
+        return [0, *itertools.accumulate(self.shard_rows[:-1])]
+
     @property
     def token_bytes(self) -> int:
         """What one token takes on disk."""
@@ -119,8 +147,8 @@ class FeatureRows(Sequence[Row]):
         """Opens a directory that `domino capture` wrote.
 
         Raises:
-            InputError: no capture, an unfinished one, a file that cannot be read, or a shard that
-                is a link out of the directory.
+            InputError: no capture, an unfinished one, a file that cannot be read, a shard that is
+                a link out of the directory, or one of another capture or another place in it.
         """
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -136,13 +164,12 @@ class FeatureRows(Sequence[Row]):
             )
         for path in shards:
             checked_file(self._directory, path.name)
-        try:
-            self._records = ArrayRecordDataSource([str(path) for path in shards])
-        except RuntimeError as error:
-            raise InputError(f"{directory}: a damaged shard: {error}") from error
-        held, count = len(self._records), len(self.lengths)
-        if held != count:
-            raise InputError(f"{directory}: {held} records, the manifest says {count}")
+        for index, path in enumerate(shards):
+            problem = _header_problem(path, self.manifest, index)
+            if problem:
+                raise InputError(f"{path}: {problem}; {_WRITE_AGAIN}")
+        self._first_rows = self.manifest.first_rows
+        self._records = ArrayRecordDataSource([str(path) for path in shards])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -150,22 +177,24 @@ class FeatureRows(Sequence[Row]):
     @property
     def fingerprint(self) -> str:
         """sha256, in hex, of the manifest: of what was captured, and how."""
-        return file_sha256(self._directory / MANIFEST)
+        return self.manifest.identity
 
     # One row at a time, never a slice.
     def __getitem__(self, number: int) -> Row:  # type: ignore[override]
         if not 0 <= number < len(self):
             raise IndexError(number)  # ends an iteration
+        # Behind the headers of its shard and of those before it.
+        position = number + bisect.bisect_right(self._first_rows, number)
         try:
-            arrays: dict[str, Any] = {}
-            for name, tensor in deserialize(self._records[number]):
-                values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
-                arrays[name] = values.reshape(tensor["shape"])
+            arrays = _arrays(self._records[position])
+            problem = _stamp_problem(arrays, self.manifest, number)
+            if problem:
+                raise InputError(f"{self._directory}: row {number}: {problem}; {_WRITE_AGAIN}")
             row = Row(**arrays)
             self._check_row(number, row)
         except InputError:  # a ValueError as well, which says already what is wrong
             raise
-        except (RuntimeError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{self._directory}: row {number} cannot be read: {error}") from error
         return row
 
@@ -204,22 +233,30 @@ def shard_path(directory: str | Path, index: int) -> Path:
     return Path(directory) / f"shard-{index:05d}.arrayrecord"
 
 
-def is_whole(directory: str | Path, index: int, count: int) -> bool:
-    """Whether shard `index` is there with all of its `count` rows.
+def shard_problem(directory: str | Path, index: int, manifest: Manifest) -> str | None:
+    """What is wrong with shard `index`, in a few words; None where it is whole.
 
-    It is read once, which checks the hash of each record.
+    Every record is read, which verifies its bytes and its stamp.
     """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     path = shard_path(directory, index)
     if not path.is_file():
-        return False
+        return "missing"
+    problem = _header_problem(path, manifest, index)
+    if problem:
+        return problem
+    first, count = manifest.first_rows[index], manifest.shard_rows[index]
     try:
-        records = ArrayRecordDataSource([str(path)])
-        # No record is empty: what counts is that each of them could be read.
-        return len(records) == count and all(records[number] for number in range(count))
-    except RuntimeError:
-        return False
+        with ArrayRecordDataSource([str(path)]) as records:
+            for position in range(count):
+                arrays = _arrays(records[1 + position])
+                problem = _stamp_problem(arrays, manifest, first + position)
+                if problem:
+                    return problem
+    except _UNREADABLE as error:
+        return f"a damaged shard: {error}"
+    return None
 
 
 def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...]:
@@ -235,37 +272,85 @@ def shard_sizes(row_bytes: Sequence[int], *, shard_bytes: int) -> tuple[int, ...
     return tuple([*sizes, count] if count else sizes)
 
 
-def write_shard(directory: str | Path, index: int, rows: Iterable[Row]) -> None:
+def write_shard(
+    directory: str | Path, index: int, rows: Iterable[Row], *, manifest: Manifest
+) -> None:
     """Writes rows as one shard, beside its place first: a shard that is there is whole.
 
+    Args:
+        directory: of the capture.
+        index: of the shard, from 0.
+        rows: of the shard, in their order.
+        manifest: of the capture.
     Raises:
         InputError: states of a row that are not finite; no shard is there then.
         OSError: it could not be written; likewise.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path = shard_path(directory, index)
-    beside = path.with_suffix(".partial")
-    try:
+    path, first = shard_path(directory, index), manifest.first_rows[index]
+    with whole_path(path) as beside:
         with _write_errors(path):
             # For random access; floats hardly compress.
             writer = ArrayRecordWriter(str(beside), "group_size:1,uncompressed")
         try:
-            for row in rows:
+            with _write_errors(path):
+                writer.write(save(_stamp(manifest, first)))
+            for number, row in enumerate(rows, start=first):
                 source = f"{directory}: line {row.line} of the conversations was not captured"
                 _require_finite(
                     row, source=source, remedy="leave the line out, or capture in float32"
                 )
                 arrays = {name: np.ascontiguousarray(x) for name, x in row.arrays.items()}
-                record = save(arrays)
+                record = save(arrays | _stamp(manifest, number))
                 with _write_errors(path):
                     writer.write(record)
         finally:
             with _write_errors(path):  # closing writes as well
                 writer.close()
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+
+
+def _stamp(manifest: Manifest, row: int) -> dict[str, np.ndarray]:
+    """The arrays that bind a record to its capture and its place there."""
+    identity = np.frombuffer(bytes.fromhex(manifest.identity), np.uint8)
+    return dict(zip(_STAMP, (identity, np.array([row], np.int64)), strict=True))
+
+
+def _stamp_problem(arrays: dict[str, Any], manifest: Manifest, row: int) -> str | None:
+    """What is wrong with the stamp of a record, in a few words; takes it out of the arrays."""
+    found = {name: arrays.pop(name, np.zeros(0)) for name in _STAMP}
+    expected = _stamp(manifest, row)
+    if not np.array_equal(found["capture"], expected["capture"]):
+        return f"states of another capture, expected those of {MANIFEST}"
+    if not np.array_equal(found["row"], expected["row"]):
+        return f"found row {found['row'].tolist()[0]}, expected row {row}"
+    return None
+
+
+def _header_problem(path: Path, manifest: Manifest, index: int) -> str | None:
+    """What is wrong with the header or the count of a shard's records, in a few words."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        # Opened for the header alone: a reader stays open, and shards may outnumber file handles.
+        with ArrayRecordDataSource([str(path)]) as records:
+            header, found = _arrays(records[0]), len(records) - 1
+    except _UNREADABLE as error:
+        return f"a damaged shard: {error}"
+    problem = _stamp_problem(header, manifest, manifest.first_rows[index])
+    if problem:
+        return problem
+    expected = manifest.shard_rows[index]
+    return None if found == expected else f"{found} rows, expected {expected}"
+
+
+def _arrays(record: bytes) -> dict[str, Any]:
+    """The arrays of a record by name."""
+    arrays = {}
+    for name, tensor in deserialize(record):
+        values = np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]])
+        arrays[name] = values.reshape(tensor["shape"])
+    return arrays
 
 
 @contextmanager
@@ -278,21 +363,20 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def write_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Writes the manifest, beside its place first."""
-    text = json.dumps(dataclasses.asdict(manifest)) + "\n"
-    write_whole(Path(directory) / MANIFEST, text)
+    """Writes the manifest with its own hash."""
+    write_json(Path(directory) / MANIFEST, dataclasses.asdict(manifest))
 
 
 def read_manifest(directory: str | Path) -> Manifest:
     """Reads the manifest of a directory of captured states.
 
     Raises:
-        InputError: there is none, or it is not one.
+        InputError: there is none, it is not one, or it was changed after it was written.
     """
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
-    manifest = from_dict(Manifest, read_json(path), source=str(path))
+    manifest = from_dict(Manifest, read_own_json(path, remedy=_CAPTURE_AGAIN), source=str(path))
     # Here and not in `Manifest`, which may have no shards as long as they are not planned.
     held = sum(manifest.shard_rows)
     count = len(manifest.row_lengths)

@@ -3,15 +3,14 @@
 The target's forward is most of a step, and every run over the same rows repeats it. So it can be
 run once, and its states stored in the order of the rows:
 
-    DIR/manifest.json             what is captured and the rows of each shard, there first
-    DIR/shard-00000.arrayrecord   row 0, row 1, ...: ids and mask [n], features [n, C*D] and, if
-                                  asked for, target_states [n, D]
-    DIR/shard-00001.partial       a shard that is being written; renamed once it is whole
+    DIR/manifest.json                        target, rows and shards of the capture, written first
+    DIR/shard-00000.arrayrecord              row 0, row 1, ...: ids and mask [n], features [n, C*D]
+                                             and, if asked for, target_states [n, D]
+    DIR/.shard-00001.arrayrecord.5be11e90    an unfinished shard; renamed once it is whole
 """
 
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,16 @@ import jax
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars
-from domino_jax.base.files import BESIDE
-from domino_jax.base.progress import Reporter
+from domino_jax.base.progress import Bar, Reporter
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
     MANIFEST,
     Manifest,
     check_manifest,
-    is_whole,
     read_manifest,
     rows_fingerprint,
     shard_path,
+    shard_problem,
     shard_sizes,
     token_spans,
     write_manifest,
@@ -129,14 +127,19 @@ def capture(
     directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
     # Before its shards: without a manifest nobody could tell what they are, or resume them.
     write_manifest(directory, manifest)
+    # Of a killed start: a capture has one owner, so no other process writes them now.
+    for pattern in (f".{MANIFEST}.*", ".shard-*.arrayrecord.*"):
+        for unfinished in directory.glob(pattern):
+            unfinished.unlink()
     with jax.set_mesh(mesh):
         reporter.say("compiling")
         written = 0
         began = time.monotonic()
         shards = len(manifest.shard_rows)
-        with reporter.bar("shard", total=shards, done=shards - len(missing)) as bar:
-            for done, index in enumerate(missing, start=shards - len(missing) + 1):
-                first = sum(manifest.shard_rows[:index])
+        done = len(rows) - sum(manifest.shard_rows[index] for index in missing)
+        with reporter.bar("rows", total=len(rows), done=done) as bar:
+            for index in missing:
+                first = manifest.first_rows[index]
                 part = rows[first : first + manifest.shard_rows[index]]
                 captured = _captured_rows(
                     part,
@@ -144,10 +147,12 @@ def capture(
                     batch_size=inputs.batch_size,
                     max_length=inputs.settings.max_length,
                 )
-                write_shard(directory, index, captured)
+                counted = _counted(captured, bar, done)
+                write_shard(directory, index, counted, manifest=manifest)
                 written += len(part)
+                done += len(part)
                 speed = written / (time.monotonic() - began)
-                bar.tell(done, f"written, {speed:.1f} rows/s")
+                bar.tell(done, f"shard {index + 1} of {shards} written, {speed:.1f} rows/s")
 
 
 def _check_directory(directory: Path) -> None:
@@ -156,9 +161,9 @@ def _check_directory(directory: Path) -> None:
         return
     if not directory.exists():
         return
-    # All that a kill during the first start can leave: the manifest is written before any shard.
-    unfinished = MANIFEST + BESIDE
-    if not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir()):
+    # A killed first start leaves its lock and an unfinished manifest, which precedes all shards.
+    left = (".lock", f".{MANIFEST}.")
+    if not directory.is_dir() or any(not x.name.startswith(left) for x in directory.iterdir()):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"
         )
@@ -184,15 +189,18 @@ def _agreed(
     tokens = sum(manifest.row_lengths)
     total = tokens * manifest.token_bytes
     missing, left = [], 0
-    bounds = itertools.pairwise([0, *itertools.accumulate(manifest.shard_rows)])
-    for index, (first, end) in enumerate(bounds):
-        if is_whole(directory, index, end - first):
-            continue
-        missing.append(index)
-        left += sum(manifest.row_lengths[first:end]) * manifest.token_bytes
-        path = shard_path(directory, index)
-        if path.exists():  # shards are renamed when they are whole, so this one broke later
-            reporter.say(f"{path}: damaged, it is written again")
+    with reporter.bar("shards checked", total=len(manifest.shard_rows)) as bar:
+        for index, first in enumerate(manifest.first_rows):
+            problem = shard_problem(directory, index, manifest)
+            bar.update(index + 1)
+            if problem is None:
+                continue
+            missing.append(index)
+            end = first + manifest.shard_rows[index]
+            left += sum(manifest.row_lengths[first:end]) * manifest.token_bytes
+            path = shard_path(directory, index)
+            if path.exists():  # shards are renamed when they are whole: this one changed later
+                reporter.say(f"{path}: {problem}; it is written again")
     done = "" if left == total else f", {left / GIGABYTE:.3g} GB of it still to be written"
     reporter.say(
         f"{directory}: {total / GIGABYTE:.3g} GB for {tokens} tokens of "
@@ -211,6 +219,13 @@ def _agreed(
             "on the disk"
         )
     return missing
+
+
+def _counted(rows: Iterable[Row], bar: Bar, done: int) -> Iterator[Row]:
+    """The same rows; moves a bar to `done` and those that were taken."""
+    for count, row in enumerate(rows, start=1):
+        yield row
+        bar.update(done + count)
 
 
 def _captured_rows(

@@ -5,6 +5,7 @@ Conversations, captured states, unfinished answers and logs.
 
 import gzip
 import hashlib
+import json
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -130,8 +131,27 @@ def _manifest(directory: Path) -> Parser:
 
     run = ("train", directory / "valid" / "config.yaml")
     words = (*run, "data.train=null", f"data.hidden_states={place.parent}")
-    inputs = json_inputs(manifest)
+    inputs = _signed(json_inputs(manifest), directory / "signed.json")
     return Parser(name="capture manifest", weight=12, inputs=inputs, check=check, words=words)
+
+
+def _signed(inputs: Inputs, scratch: Path) -> Inputs:
+    """Inputs with the hash of their values: without it none would get beyond that check."""
+    from domino_jax.base.files import write_json
+
+    def signed(content: bytes) -> bytes:
+        try:
+            write_json(scratch, json.loads(content))
+        except (ValueError, TypeError, RecursionError):  # no object, or no JSON
+            return content
+        return scratch.read_bytes()
+
+    def draw(rng: random.Random) -> Case:
+        case = inputs.draw(rng)
+        # Of two equal keys one would be gone.
+        return case if case.forbidden else Case(signed(case.content))
+
+    return Inputs(signed(inputs.good), draw)
 
 
 def _wrong_manifest(found: Any) -> str | None:

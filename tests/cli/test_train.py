@@ -1,13 +1,20 @@
 """`domino capture` and `domino train`, and a target that no verb runs on."""
 
+import importlib
 import json
+import re
 import shlex
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+from domino_jax.base import progress
 
 
 def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> None:
@@ -18,7 +25,7 @@ def test_capture_then_train_offline(domino, trained: Path, tmp_path: Path) -> No
     assert not states.exists()
     code, out, log = domino(*capture, "--yes", "data.max_length=20")
     assert (code, out) == (0, f"{states}\n")
-    assert "tokens of 24 rows, 69 bytes each" in log and "shard 1/1" in log
+    assert "tokens of 24 rows, 69 bytes each" in log and "rows 24/24  shard 1 of 1 written, " in log
     run = tmp_path / "run"
     offline = ("data.train=null", f"data.hidden_states={states}", f"run_dir={run}")
     code, out, log = domino("train", config, *offline)
@@ -88,3 +95,48 @@ def test_a_run_that_trained_nothing_has_the_same_exit_code(
     assert last.startswith(
         f"{tmp_path / 'run'}: none of 1 steps updated the draft: 1 had no anchor"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "slow", "heard"),
+    [
+        (
+            "capture config.yaml {new}/states",
+            "domino_jax.datagen.capture.load_sharded_target",
+            r"loading the target .*, float32 \(\d s so far\)",
+        ),
+        (
+            "train config.yaml run_dir={new}/run",
+            "domino_jax.training.loop.traced_step",
+            r".* \(\d s so far\)",
+        ),
+        (
+            "export run {new}/draft",
+            "domino_jax.training.checkpoint.load_draft",
+            "loading the draft .*",
+        ),
+    ],
+)
+def test_a_log_has_lines_while_a_verb_is_busy(
+    domino,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    slow: str,
+    heard: str,
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(progress, "heartbeat", partial(progress.heartbeat, seconds=0.1))
+    module, name = slow.rsplit(".", 1)
+    work = getattr(importlib.import_module(module), name)
+
+    def busy(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.5)
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(slow, busy)
+    code, out, log = domino(*shlex.split(line.format(new=tmp_path)))
+    assert code == 0 and len(out.splitlines()) == 1
+    repeated = [one for one in log.splitlines() if one.endswith(" s so far)")]
+    assert any(re.fullmatch(heard, one) for one in repeated), log

@@ -1,23 +1,31 @@
 """Captured states on disk: what is written is read, and damage is told in one line."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from directories import leftovers
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_own_json, remove_unfinished, write_json
 from domino_jax.data import hidden_states as features
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
+    MANIFEST,
     FeatureRows,
     Manifest,
     check_manifest,
     read_manifest,
     rows_fingerprint,
     shard_path,
+    shard_problem,
     shard_sizes,
     token_spans,
     write_manifest,
@@ -26,6 +34,7 @@ from domino_jax.data.hidden_states import (
 from domino_jax.data.pipeline import row_batches
 
 LENGTHS = (5, 3, 7, 1)
+ANOTHER = r"shard-00000\.arrayrecord: states of another capture, expected those of manifest\.json; "
 
 
 def write_capture(directory: Path, *, target_states: bool = True) -> list[Row]:
@@ -62,9 +71,15 @@ def write_capture(directory: Path, *, target_states: bool = True) -> list[Row]:
     )
     write_manifest(directory, manifest)
     assert read_manifest(directory) == manifest
-    write_shard(directory, 0, rows[:3])
-    write_shard(directory, 1, rows[3:])
+    write_shard(directory, 0, rows[:3], manifest=manifest)
+    write_shard(directory, 1, rows[3:], manifest=manifest)
     return rows
+
+
+def change_manifest(directory: Path, **changes: Any) -> None:
+    """Writes a manifest with other values and their own hash."""
+    path = directory / MANIFEST
+    write_json(path, read_own_json(path, remedy="") | changes)
 
 
 @pytest.mark.parametrize("field", ["features", "target_states"])
@@ -74,18 +89,19 @@ def test_states_that_are_not_finite_are_neither_written_nor_read(
     rows = write_capture(tmp_path)
     states = getattr(rows[3], field).copy()
     states[0, :2] = np.nan, -np.inf
+    manifest = read_manifest(tmp_path)
     shard_path(tmp_path, 1).unlink()
     bad = replace(rows[3], **{field: states}, line=17)
     counted = f"{field}: 2 of {states.size} entries are not finite in bfloat16; "
     with pytest.raises(InputError) as caught:
-        write_shard(tmp_path, 1, [bad])
+        write_shard(tmp_path, 1, [bad], manifest=manifest)
     assert str(caught.value).startswith(
         f"{tmp_path}: line 17 of the conversations was not captured: {counted}"
     )
-    assert not shard_path(tmp_path, 1).exists()
+    assert leftovers(tmp_path) == [MANIFEST, "shard-00000.arrayrecord"]
     with monkeypatch.context() as unchecked:
         unchecked.setattr(features, "require_finite", lambda *_, **__: None)
-        write_shard(tmp_path, 1, [bad])
+        write_shard(tmp_path, 1, [bad], manifest=manifest)
     assert len(list(zip(range(3), FeatureRows(tmp_path), strict=False))) == 3
     with pytest.raises(InputError) as caught:
         FeatureRows(tmp_path)[3]
@@ -95,8 +111,7 @@ def test_states_that_are_not_finite_are_neither_written_nor_read(
 @pytest.mark.parametrize("spans", [[], [3], [4, 4], [4, 2], [-1, 3]])
 def test_spans_of_ids_that_are_none_are_refused(tmp_path: Path, spans: list[int]) -> None:
     write_capture(tmp_path)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"token_spans": spans}))
+    change_manifest(tmp_path, token_spans=spans)
     message = r"manifest\.json: token_spans must be pairs of strictly increasing ids, found \["
     with pytest.raises(InputError, match=message):
         read_manifest(tmp_path)
@@ -150,16 +165,12 @@ def test_fingerprint_of_rows_sees_ids_masks_and_bounds() -> None:
 
 
 OTHERWISE = [
-    (
-        {"hidden_size": 4},
-        r"row 0 has features of shape \(5, 6\) and type bfloat16, .* \(5, 8\) and bfloat16",
-    ),
-    ({"dtype": "float32"}, r"row 0 has features of .* bfloat16, the manifest says .* float32"),
-    (
-        {"target_states": False},
-        "row 0 has features, .*, target_states, the manifest says features, input_ids, loss_m",
-    ),
-    ({"row_lengths": [4, 3, 7, 1]}, r"row 0 has input_ids of shape \(5,\) .* says \(4,\)"),
+    ({"hidden_size": 4}, ANOTHER),
+    ({"dtype": "float32"}, ANOTHER),
+    ({"target_states": False}, ANOTHER),
+    ({"row_lengths": [4, 3, 7, 1]}, ANOTHER),
+    ({"shard_rows": [2, 2]}, ANOTHER),
+    ({"target": "c"}, ANOTHER),
     ({"shard_rows": []}, "shard_rows holds 0 rows, row_lengths 4"),
     ({"shard_rows": [3, 2]}, "shard_rows holds 5 rows, row_lengths 4"),
     ({"shard_rows": [5, -1]}, r"shard_rows must be positive, found \[5, -1\]"),
@@ -186,17 +197,14 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     shard.write_bytes(whole[: len(whole) // 3])
     with pytest.raises(InputError, match=r"row 0 cannot be read|damaged shard"):
         FeatureRows(tmp_path)[0]
-    shard.write_bytes(shard_path(tmp_path, 1).read_bytes())
-    with pytest.raises(InputError, match="2 records, the manifest says 4"):
-        FeatureRows(tmp_path)
     shard.write_bytes(whole)
+    for change, message in (*OTHERWISE, ({"row": 1}, "unknown key 'row'")):
+        change_manifest(tmp_path, **change)
+        with pytest.raises(InputError, match=message):
+            FeatureRows(tmp_path)
+        (tmp_path / "manifest.json").write_text(manifest)
     for tree, message in (
-        (manifest.replace("rows", "row", 1), "unknown key 'row'"),
         (manifest.replace("answer_tokens", "rows", 1), "the key 'rows' is given twice"),
-        *(
-            (json.dumps({**json.loads(manifest), **change}), message)
-            for change, message in OTHERWISE
-        ),
         ("[]", "expected a JSON object"),
         ("{", "not valid JSON"),
     ):
@@ -212,6 +220,127 @@ def test_damage_is_told_in_one_line(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(InputError, match="unfinished capture, 1 of 2 shards"):
         FeatureRows(tmp_path)
+
+
+def test_swapped_and_foreign_shards_are_refused_before_the_first_row(tmp_path: Path) -> None:
+    """Of the same sizes, so that nothing but their stamps differs."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for directory in (ours, other):
+        directory.mkdir()
+    rows = write_capture(ours)[:2]
+    rows = [rows[0], replace(rows[0], features=rows[0].features + 1)]
+    manifest = replace(read_manifest(ours), row_lengths=(5, 5), shard_rows=(1, 1))
+    for directory, one in ((ours, manifest), (other, replace(manifest, target="z"))):
+        write_manifest(directory, one)
+        for index in range(2):
+            write_shard(directory, index, rows[index : index + 1], manifest=one)
+    first, second = (shard_path(ours, index).read_bytes() for index in range(2))
+    assert [shard_problem(ours, index, manifest) for index in range(2)] == [None, None]
+    foreign = shard_path(other, 1).read_bytes()
+    remedy = "; `domino capture` with the same words writes it again"
+    for index, content, message in (
+        (0, second, "found row 1, expected row 0"),
+        (1, first, "found row 0, expected row 1"),
+        (1, foreign, f"states of another capture, expected those of {MANIFEST}"),
+    ):
+        shard_path(ours, 0).write_bytes(first)
+        shard_path(ours, 1).write_bytes(second)
+        shard_path(ours, index).write_bytes(content)
+        with pytest.raises(InputError) as caught:
+            FeatureRows(ours)
+        assert str(caught.value) == f"{shard_path(ours, index)}: {message}{remedy}"
+        assert shard_problem(ours, index, manifest) == message
+
+
+def test_records_at_another_place_are_refused(tmp_path: Path) -> None:
+    """Within a shard whose header is right, as no verb writes it."""
+    write_capture(tmp_path)
+    manifest, shard = read_manifest(tmp_path), shard_path(tmp_path, 0)
+    with ArrayRecordDataSource([str(shard)]) as records:
+        header, *rows = list(records)
+
+    def write(*found: bytes) -> None:
+        writer = ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
+        for record in found:
+            writer.write(record)
+        writer.close()
+
+    write(header, rows[0], rows[2], rows[1])
+    message = "row 1: found row 2, expected row 1; `domino capture` with the same words writes it"
+    with pytest.raises(InputError, match=message):
+        FeatureRows(tmp_path)[1]
+    assert shard_problem(tmp_path, 0, manifest) == "found row 2, expected row 1"
+    for found in (rows[:2], [*rows, rows[2]]):
+        write(header, *found)
+        message = f"{len(found)} rows, expected 3"
+        with pytest.raises(InputError, match=rf"00000\.arrayrecord: {message}; "):
+            FeatureRows(tmp_path)
+        assert shard_problem(tmp_path, 0, manifest) == message
+
+
+def test_every_changed_digit_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    write_capture(tmp_path)
+    path = tmp_path / MANIFEST
+    text = path.read_text()
+    digits = [at for at, letter in enumerate(text) if letter.isdigit()]
+    assert len(digits) > 50
+    for at in digits:
+        path.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
+        with pytest.raises(InputError, match=r"manifest\.json: .*"):
+            read_manifest(tmp_path)
+    earlier = json.loads(text)
+    del earlier["sha256"]
+    path.write_text(json.dumps(earlier))
+    message = "no key 'sha256', .*; capture the states again, into a new directory$"
+    with pytest.raises(InputError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_no_changed_byte_of_a_shard_gives_other_values(tmp_path: Path) -> None:
+    """Every byte that is not padding, and some of the padding, one at a time."""
+    row, shard = write_capture(tmp_path)[3], shard_path(tmp_path, 1)
+    manifest, whole = read_manifest(tmp_path), shard.read_bytes()
+    content = [at for at, byte in enumerate(whole) if byte]
+    padding = range(0, len(whole), 2503)
+    found = []
+    with shard.open("r+b", buffering=0) as file:
+        for at in sorted({*content, *padding}):
+            file.seek(at)
+            file.write(bytes([whole[at] ^ (1 << at % 8)]))
+            found.append(shard_problem(tmp_path, 1, manifest))
+            if found[-1] is None:
+                arrays = FeatureRows(tmp_path)[3].arrays
+                for name, values in row.arrays.items():
+                    np.testing.assert_array_equal(arrays[name], values)
+            file.seek(at)
+            file.write(whole[at : at + 1])
+    assert len(content) > 500 and found.count(None) < len(found) / 4
+
+
+def test_a_shard_follows_no_planted_link(tmp_path: Path) -> None:
+    rows, manifest = write_capture(tmp_path), read_manifest(tmp_path)
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name in ("shard-00000.partial", "shard-00000.arrayrecord.new"):
+        (tmp_path / name).symlink_to(other)
+    write_shard(tmp_path, 0, rows[:3], manifest=manifest)
+    assert other.read_text() == "mine" and shard_problem(tmp_path, 0, manifest) is None
+
+
+def test_an_interrupted_shard_is_removed(tmp_path: Path) -> None:
+    rows, manifest = write_capture(tmp_path), read_manifest(tmp_path)
+    before = leftovers(tmp_path)
+
+    def half() -> Iterator[Row]:
+        yield rows[0]
+        assert len(leftovers(tmp_path)) == len(before) + 1
+        remove_unfinished()  # as a signal does
+        assert leftovers(tmp_path) == before
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path, 0, half(), manifest=manifest)
+    assert leftovers(tmp_path) == before and shard_problem(tmp_path, 0, manifest) is None
 
 
 def test_false_and_0_are_two_settings(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from tiny import CONFIG, Heard, Interrupted, quiet, run_config, write_target
 from whole_run import train
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.progress import Bar
 from domino_jax.config.run import load_config
-from domino_jax.data.hidden_states import FeatureRows, is_whole, shard_path
+from domino_jax.data.hidden_states import FeatureRows, shard_path
 from domino_jax.datagen import capture as capture_module
 from domino_jax.datagen.capture import capture
 from domino_jax.formats.safetensors import StoredTensor
@@ -48,7 +49,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     steps = {"steps": 20, "log_every": 1, "eval_every": 20, "checkpoint_every": 20}
     path = run_config(directory, directory / "target", train=steps, data={"max_length": 40})
     (directory / "float32").mkdir()
-    (directory / "float32" / "manifest.json.new").write_text("half of it, as a kill leaves it")
+    unfinished = directory / "float32" / ".manifest.json.1f0c9a7e"
+    unfinished.write_text("half of it, as a kill leaves it")
     captured(path, directory / "float32", target_states=True)
     captured(path, directory / "bfloat16", dtype="bfloat16")
     return directory
@@ -166,10 +168,11 @@ def test_training_offline_reads_neither_layers_nor_rows_before_they_are_needed(
 
 def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Path) -> None:
     path, directory = place / "config.yaml", tmp_path / "states"
+    second = f"rows {sum(FeatureRows(place / 'float32').manifest.shard_rows[:2])}/24"
     with pytest.raises(KeyboardInterrupt):
-        captured(path, directory, target_states=True, reporter=Interrupted(at="shard 2/"))
+        captured(path, directory, target_states=True, reporter=Interrupted(at=second))
     assert [shard_path(directory, index).exists() for index in range(3)] == [True, True, False]
-    shard_path(directory, 2).with_suffix(".partial").write_bytes(b"half a shard")
+    (directory / ".shard-00002.arrayrecord.1f0c9a7e").write_bytes(b"half a shard")
     message = r"an unfinished capture, \d+ of \d+ shards are missing \(shard-00002"
     with pytest.raises(InputError, match=message):
         FeatureRows(directory)
@@ -178,7 +181,7 @@ def test_a_capture_cut_off_goes_on_with_the_same_bits(place: Path, tmp_path: Pat
     said = captured(path, directory, target_states=True, shard_bytes=99)
     _, size, loading, compiling, shard, *_ = said
     assert loading == f"loading the target {place / 'target'}, float32" and compiling == "compiling"
-    assert "still to be written" in size and shard.startswith("shard 3/")
+    assert "still to be written" in size and "/24  shard 3 of " in shard
     assert shard_path(directory, 0).stat().st_mtime_ns == first
     assert leftovers(directory) == leftovers(place / "float32")
     for ours, whole in zip(FeatureRows(directory), FeatureRows(place / "float32"), strict=True):
@@ -195,23 +198,48 @@ def test_a_damaged_shard_is_written_again(place: Path, tmp_path: Path, damage: s
     whole = shard.read_bytes()
     shard.write_bytes(whole[damage])
     said = captured(place / "config.yaml", directory, target_states=True)
-    assert said[1] == f"{shard}: damaged, it is written again"
+    assert said[1].startswith(f"{shard}: a damaged shard: ")
+    assert said[1].endswith("; it is written again")
     assert shard.read_bytes() == whole
 
 
-def test_a_shard_is_whole_where_all_its_bits_are(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["float32/shard-00000", "other/shard-00001"])
+def test_a_shard_of_another_place_is_written_again(
+    place: Path, tmp_path: Path, source: str
+) -> None:
+    """Swapped within the capture, or from a capture of another target."""
     directory = shutil.copytree(place / "float32", tmp_path / "states")
-    shard, rows = shard_path(directory, 0), FeatureRows(directory).manifest.shard_rows[0]
+    shutil.copytree(place / "float32", tmp_path / "float32")
+    if source.startswith("other"):
+        other = tmp_path / "target"
+        shutil.copytree(place / "target", other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+        words = (f"target={other}",)
+        captured(place / "config.yaml", tmp_path / "other", *words, target_states=True)
+    shard = shard_path(directory, 1)
     whole = shard.read_bytes()
-    assert is_whole(directory, 0, rows) and not is_whole(directory, 0, rows + 1)
-    expected, found = [FeatureRows(directory)[number] for number in range(rows)], []
-    for at in range(100, len(whole), 501):
-        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        found.append(is_whole(directory, 0, rows))
-        if found[-1]:  # in the padding
-            for number, row in enumerate(expected):
-                chex.assert_trees_all_equal(FeatureRows(directory)[number].arrays, row.arrays)
-    assert 10 < found.count(False) < len(found)
+    shutil.copyfile((tmp_path / source).with_suffix(".arrayrecord"), shard)
+    with pytest.raises(InputError, match=r"shard-00001\.arrayrecord: (found row 0|states of anot)"):
+        losses(place, "misplaced", *offline(directory))
+    assert not (place / "run-misplaced").exists()
+    said = captured(place / "config.yaml", directory, target_states=True)
+    assert said[1].startswith(f"{shard}: ") and said[1].endswith("; it is written again")
+    assert shard.read_bytes() == whole
+
+
+def test_capture_counts_rows_within_a_shard(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a log the heartbeat repeats the count; a shard may take minutes."""
+    counts: list[tuple[str, int]] = []
+
+    def noted(bar: Bar, done: int) -> None:
+        counts.append((bar.drawn.tasks[0].description, done))
+
+    monkeypatch.setattr(Bar, "update", noted)
+    captured(place / "config.yaml", tmp_path / "states", shard_bytes=10**9)
+    assert counts == [("shards checked", 1), *(("rows", done) for done in range(1, 25))]
 
 
 @pytest.mark.pitfall(
