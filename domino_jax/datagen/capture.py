@@ -21,6 +21,7 @@ import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import BESIDE
+from domino_jax.base.lock import LOCK
 from domino_jax.base.progress import Reporter
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
@@ -157,8 +158,8 @@ def _check_directory(directory: Path) -> None:
     if not directory.exists():
         return
     # All that a kill during the first start can leave: the manifest is written before any shard.
-    unfinished = MANIFEST + BESIDE
-    if not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir()):
+    unfinished = {MANIFEST + BESIDE, LOCK}
+    if not directory.is_dir() or any(x.name not in unfinished for x in directory.iterdir()):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"
         )
