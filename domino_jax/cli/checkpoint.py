@@ -9,9 +9,10 @@ import click
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import check_new, whole_directory, write_error
+from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter
+from domino_jax.cli.shared import own, reporter
 from domino_jax.data.template import NO_KWARGS, chat_template, check_kwargs, dated
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.target.decoder_keys import read_decoder_config
@@ -47,6 +48,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
       all        plain DFlash drafts with shift_label; heads other than Domino's
     """
     check_new(directory)  # before the run is read
+    own(lock_beside, directory, parents=True)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.interop.hf import save_hf_draft
     from domino_jax.training.checkpoint import load_draft
@@ -81,6 +83,7 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     RUN then serves generate, evaluate and export.
     """
     check_new(run)
+    own(lock_beside, run, parents=True)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import check_fit
     from domino_jax.data.prompt import stop_token_ids

@@ -11,9 +11,10 @@ from typing import Any
 import click
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter
+from domino_jax.cli.shared import own, reporter
 from domino_jax.data.template import dated
 from domino_jax.target.resolve import resolve_target
 
@@ -35,6 +36,7 @@ def target(source: str, directory: Path | None) -> None:
             raise InputError(
                 f"{source}: give the directory to convert into: domino target {source} DIRECTORY"
             )
+        own(lock_beside, directory, parents=True)
         from domino_jax.target.gguf import convert_gguf
 
         path = convert_gguf(source, directory, reporter=reporter)
@@ -73,6 +75,7 @@ def regenerate(
     holds the token ids that the target was given and generated, which are the training rows, and
     their text. A stopped command resumes when it is started again. docs/data.md has all forms.
     """
+    own(lock_beside, answers)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_weights, open_named_target
     from domino_jax.data.prompt import stop_token_ids
@@ -165,6 +168,7 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     and started again it resumes where it was. Each batch counts the seed up by one, so the seeds of
     two files lie further apart than a file has batches, or both hold the same prompts.
     """
+    own(lock_beside, out)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_named_target
     from domino_jax.data.prompt import stop_token_ids

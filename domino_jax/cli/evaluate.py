@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter, results
+from domino_jax.cli.shared import own, reporter, results
 from domino_jax.evaluation.record import (
     EVALUATION,
     Evaluator,
@@ -86,6 +87,8 @@ def evaluate(
         raise InputError("--replay follows greedy answers; leave --temperature out")
     evaluation = run / EVALUATION
     names = set_names(prompt_files, evaluation)
+    if run.is_dir():  # otherwise `load_run` refuses it
+        own(lock_beside, evaluation)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import load_run
     from domino_jax.cli.measurement import Measurement

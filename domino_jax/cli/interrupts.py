@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from domino_jax.base.files import remove_unfinished
+from domino_jax.base.lock import release_all
 
 GRACE_SECONDS = 3.0
 EXIT_CODE = 130  # what shells report of a program that Ctrl-C ended
@@ -131,6 +132,7 @@ def _watch(reader: int) -> None:
 def _end() -> None:
     """Ends the process without a teardown; verbs flush what they write as they write it."""
     remove_unfinished()
+    release_all()
     if sys.stderr.isatty():
         os.write(sys.stderr.fileno(), b"\x1b[?25h")  # a progress bar hides the cursor
     os._exit(EXIT_CODE)

@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter
+from domino_jax.cli.shared import own, reporter
 from domino_jax.page.sources import read_runs
 
 PAGE = "report.html"  # its name in a run directory
@@ -45,6 +46,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     found = read_runs(runs)
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: no directory {path.parent}; make it first")
+    own(lock_beside, path)  # its folder of pictures too
     reporter.say(f"drawing {path}")
     write_page(found, path)
     keeps(f"{path} is written")

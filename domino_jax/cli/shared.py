@@ -1,12 +1,19 @@
-"""Streams and the cache that verbs share: results go to stdout, progress and logs to stderr."""
+"""Streams, locks and the cache that verbs share.
 
+Results go to stdout, progress and logs to stderr.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import click
 from rich.console import Console
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.progress import Reporter
 from domino_jax.cli.interrupts import safe_point
+from domino_jax.processes import check_single_process
 
 logs = Console(stderr=True)  # so that stdout holds results alone
 # Each line and each figure is a place where an interrupted verb may end.
@@ -23,6 +30,26 @@ def results() -> Console:
     # Into a file rich would fold tables at 80 characters, for a screen that is not there.
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))
+
+
+def own(
+    lock: Callable[..., AbstractContextManager[None]], place: str | Path, **options: str | bool
+) -> None:
+    """Makes this process the only writer of a place until the verb ends.
+
+    Called before the verb imports jax: a second process is refused within a moment.
+
+    Args:
+        lock: `lock_inside` or `lock_beside`.
+        place: the output of the verb.
+        options: of `lock`.
+    Raises:
+        InputError: a launcher started several processes, or as `lock`.
+    """
+    context = click.get_current_context()
+    command = f"domino {context.info_name}"
+    check_single_process(command)
+    context.with_resource(lock(place, command=command, **options))
 
 
 def user_cache(name: str, *, verb: str) -> Path:

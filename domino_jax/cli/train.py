@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.lock import lock_inside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import reporter, results
+from domino_jax.cli.shared import own, reporter, results
 from domino_jax.config.run import load_config
 from domino_jax.target.fingerprint import target_fingerprint
 
@@ -45,6 +46,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         inputs = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
         print_preview(inputs, results())
         return
+    own(lock_inside, settings.run_dir, key="run_dir")
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
         f"the checkpoints in {settings.run_dir} stay as they are; the same command resumes",
@@ -104,6 +106,7 @@ def capture(
             "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
         )
     settings = load_config(config, overrides)
+    own(lock_inside, directory, key="DIRECTORY")
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.datagen.capture import capture as capture_states
     from domino_jax.training.prepare import capture_inputs

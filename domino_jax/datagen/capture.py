@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.lock import LOCK
 from domino_jax.base.progress import Bar, Reporter
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
@@ -162,7 +163,7 @@ def _check_directory(directory: Path) -> None:
     if not directory.exists():
         return
     # A killed first start leaves its lock and an unfinished manifest, which precedes all shards.
-    left = (".lock", f".{MANIFEST}.")
+    left = (LOCK, f".{MANIFEST}.")
     if not directory.is_dir() or any(not x.name.startswith(left) for x in directory.iterdir()):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.lock import lock_beside
 from domino_jax.base.progress import STDERR, Reporter
 
 
@@ -38,7 +39,8 @@ BUILT_IN = {
 def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> Path:
     """Finds the Hugging Face directory of a target.
 
-    A built-in one is fetched and converted the first time, into the user's cache.
+    A built-in one is fetched and converted the first time, into the user's cache. A second process
+    waits for the first and uses its result.
 
     Args:
         name_or_path: a directory, or a name of `BUILT_IN`.
@@ -72,10 +74,14 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
 
     name = str(name_or_path)
     directory = platformdirs.user_cache_path("domino_jax") / "targets" / name
-    if not (directory / "config.json").is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            file = _fetch(BUILT_IN[name], Path(scratch), reporter)
-            convert_gguf(file, directory, reporter=reporter)
+    config = directory / "config.json"
+    if config.is_file():
+        return directory
+    with lock_beside(directory, command=f"fetch {name}", parents=True, waits=reporter.say):
+        if not config.is_file():  # another process may have made it meanwhile
+            with tempfile.TemporaryDirectory() as scratch:
+                file = _fetch(BUILT_IN[name], Path(scratch), reporter)
+                convert_gguf(file, directory, reporter=reporter)
     return directory
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.lock import nearest_existing
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.build import boxed_parameters
 
@@ -50,21 +51,6 @@ def check_one_process(what: str) -> None:
     """Refuses to run in several processes, of which each would write the same files."""
     if jax.process_count() > 1:
         raise InputError(f"{what} runs in one process, found {jax.process_count()}")
-
-
-def check_place(run_dir: str | Path) -> None:
-    """Refuses a run directory that cannot be made or written."""
-    # As a path it would be a directory `gs:` of this machine.
-    if "://" in str(run_dir):
-        raise InputError(f"run_dir: {run_dir}: an address; expected a directory of this machine")
-    place = nearest_existing(run_dir)
-    if not place.is_dir():
-        raise InputError(f"run_dir: {run_dir}: {place} is not a directory; give another run_dir")
-    # To write a directory is not enough: a file in it is reached only if it may be entered.
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(
-            f"run_dir: {run_dir}: {place} may not be written by this user; give another run_dir"
-        )
 
 
 def check_room(
@@ -109,12 +95,6 @@ def checkpoints_at_once(keep: int, *, keep_best: bool) -> int:
 def free_bytes(path: str | Path) -> int:
     """Room on the disk that holds, or would hold, a path."""
     return shutil.disk_usage(nearest_existing(path)).free
-
-
-def nearest_existing(path: str | Path) -> Path:
-    """The path, or the first directory above it that is there."""
-    whole = Path(path).absolute()
-    return next(there for there in (whole, *whole.parents) if there.exists())
 
 
 def _instead(path: Path, *, lacking: str = "") -> str:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import write_whole
+from domino_jax.base.lock import check_place
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
@@ -58,7 +59,6 @@ from domino_jax.training.preflight import (
     check_directory,
     check_one_process,
     check_packages,
-    check_place,
     check_room,
 )
 from domino_jax.training.program import (
@@ -129,7 +129,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         lacking="config.json",
         expected="the directory of a draft, as export writes it",
     )
-    check_place(config.run_dir)
+    check_place("run_dir", config.run_dir)
     check_one_process("train")
     mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
     config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices

@@ -17,9 +17,9 @@ OTHER_TESTS = {"accelerator", "parity", "scripts"}
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "base", "errors parse files finite marks progress chips scopes"),
+    (0, "base", "errors parse files lock finite marks progress chips scopes"),
     (0.2, "config", "sizes schema heads model draft sections run"),
-    (0.3, "", "sharding"),
+    (0.3, "", "sharding processes"),
     (1, "kernels", "causal_attention kv_cache matmul argmax softmax operands"),
     (1, "kernels", "block_attention_xla tpu_tiles block_attention_pallas_tpu block_attention"),
     (1, "kernels", "token_loss chunked_cross_entropy"),
@@ -63,8 +63,9 @@ PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
 TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
 # Of processes that answer before jax is there, or must not hold a part of the device themselves.
 WITHOUT_JAX = {
-    *(f"base.{name}" for name in ("errors", "parse", "files", "finite", "marks", "progress")),
-    *(f"base.{name}" for name in ("chips", "scopes")),
+    *(f"base.{name}" for name in ("errors", "parse", "files", "lock", "finite", "marks")),
+    *(f"base.{name}" for name in ("progress", "chips", "scopes")),
+    "processes",
     *(f"config.{name}" for name in ("schema", "sizes", "heads", "model", "draft", "sections")),
     "config.run",
     "training.flops",

