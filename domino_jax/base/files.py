@@ -7,30 +7,35 @@ its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError
 place which the user gave. No other module does any of it. No jax here: whoever answers a signal
 tidies up before jax is there.
 
-    run/config.yaml.new  -- written, flushed to disk --  renamed to  run/config.yaml
-    .draft.1f0c9a7e/config.json model.safetensors  --    renamed to  draft/
+    run/.config.yaml.5be11e90  -- written, flushed to disk --  renamed to  run/config.yaml
+    .draft.1f0c9a7e/config.json model.safetensors  --          renamed to  draft/
+
+A temporary name is random and created exclusively: a link or a file that somebody else put there
+changes nothing. A JSON file whose values matter carries its own hash (`write_json`,
+`read_own_json`).
 """
 
 import errno
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import stat
 import uuid
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from domino_jax.base.errors import InputError, require
+from domino_jax.base.errors import InputError, require, shown
 from domino_jax.base.parse import parse_json
 
 CHECKSUMS = "SHA256SUMS"
-BESIDE = ".new"  # what the name of a file ends with until it is whole
+OWN_HASH = "sha256"  # last key of a JSON file that `write_json` wrote
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
 TEXT_BYTES = 2**26
 LINE_BYTES = 2**26  # of one line of a JSONL file
@@ -44,32 +49,87 @@ _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _unfinished: set[Path] = set()
 
 
+def no_links(name: str, flags: int) -> int:
+    """Opener for `open` that refuses a symbolic link as the last part of the name."""
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # the umask applies
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Gives a file beside its place, flushes it to disk and renames it once the body has ended.
+    """Gives a temporary file of the same directory; flushes and renames it after the body.
 
     The mode follows the umask.
 
     Raises:
         OSError: it could not be written; what stood there is as it was, nothing is left beside it.
     """
-    beside = path.with_name(path.name + BESIDE)
+    beside = _temporary(path)
+    _unfinished.add(beside)
     try:
-        with beside.open("wb") as file:
+        with open(beside, "xb", opener=no_links) as file:
             yield file
             file.flush()
             # Before the rename, which may reach the disk earlier than the bytes do.
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        _remove(beside)
+        _unfinished.discard(beside)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes UTF-8 text as a `whole_file`."""
     with whole_file(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, tree: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Writes a JSON object with its own hash as a `whole_file`.
+
+    The last key, `OWN_HASH`, holds the sha256 of the other keys and values. Their order and the
+    white space are not part of it. `read_own_json` verifies it.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: a number is not finite, or the object has a key `OWN_HASH`.
+    """
+    if OWN_HASH in tree:
+        raise ValueError(f"{path}: the key {OWN_HASH!r} is reserved for the file's own hash")
+    # Parsed again: a reader finds lists and text where the object had tuples and numbers as keys.
+    plain = json.loads(json.dumps(tree, allow_nan=False))
+    plain[OWN_HASH] = _tree_sha256(plain)
+    write_whole(path, json.dumps(plain, indent=indent) + "\n")
+
+
+def read_own_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Reads a file that `write_json` wrote and verifies its hash.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a changed file, for the message.
+    Returns:
+        The object without its hash.
+    Raises:
+        InputError: as `read_json`; the hash is missing, or it is another than that of the values.
+    """
+    tree = read_json(path)
+    if OWN_HASH not in tree:
+        raise InputError(f"{path}: no key {OWN_HASH!r}, expected the hash of its values; {remedy}")
+    expected = tree.pop(OWN_HASH)
+    found = _tree_sha256(tree)
+    if found != expected:
+        raise InputError(
+            f"{path}: changed after it was written: its values have sha256 {found[:12]}, "
+            f"expected {shown(expected)}; {remedy}"
+        )
+    return tree
+
+
+def _tree_sha256(tree: Any) -> str:
+    text = json.dumps(tree, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 @contextmanager
@@ -274,10 +334,10 @@ def whole_directory(path: Path) -> Iterator[Path]:
         OSError: something could not be written; it names `path`, and nothing is left beside it.
     """
     check_new(path)
-    # Beside its place and not among temporary files: a rename works within one file system only.
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    beside = _temporary(path)
     _unfinished.add(beside)
     try:
+        # Exclusive: fails where a link or anything else has the name.
         beside.mkdir(parents=True)
         yield beside
         beside.replace(path)
@@ -288,14 +348,27 @@ def whole_directory(path: Path) -> Iterator[Path]:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         # Removed, then forgotten: a signal in between still finds what there is to remove.
-        shutil.rmtree(beside, ignore_errors=True)
+        _remove(beside)
         _unfinished.discard(beside)
 
 
 def remove_unfinished() -> None:
-    """Removes what bodies of `whole_directory` have written so far: the process is about to end."""
+    """Removes the files and directories that are half-written; the process is about to end."""
     for beside in list(_unfinished):
-        shutil.rmtree(beside, ignore_errors=True)
+        _remove(beside)
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden random name in the same directory; a rename works within one file system only."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # the error of the write is the one to report
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_error(error: Exception, path: Path) -> OSError:

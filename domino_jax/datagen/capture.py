@@ -20,7 +20,6 @@ import jax
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars
-from domino_jax.base.files import BESIDE
 from domino_jax.base.progress import Reporter
 from domino_jax.data.conversations import Row
 from domino_jax.data.hidden_states import (
@@ -156,9 +155,9 @@ def _check_directory(directory: Path) -> None:
         return
     if not directory.exists():
         return
-    # All that a kill during the first start can leave: the manifest is written before any shard.
-    unfinished = MANIFEST + BESIDE
-    if not directory.is_dir() or any(x.name != unfinished for x in directory.iterdir()):
+    # A killed first start leaves its lock and an unfinished manifest, which precedes all shards.
+    left = (".lock", f".{MANIFEST}.")
+    if not directory.is_dir() or any(not x.name.startswith(left) for x in directory.iterdir()):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"
         )

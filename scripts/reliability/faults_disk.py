@@ -11,6 +11,7 @@ The harness mounts a tmpfs, which needs the right to do so (root, or `unshare --
                 undisturbed process
 """
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def _half_written(disk: Path, verb: str, kept: dict[str, str]) -> str | None:
     beside = [
         str(path.relative_to(disk))
         for path in disk.rglob("*")
-        if path.suffix == ".new" or "tmp" in path.name
+        if re.search(r"^\..*\.[0-9a-f]{8}$|tmp", path.name)
     ]
     if beside:
         return f"{beside[0]} is left behind"

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import json
 import os
 import stat
 import subprocess
@@ -18,11 +19,14 @@ from domino_jax.base.files import (
     damage,
     read_json,
     read_lines,
+    read_own_json,
     read_text,
     remove_unfinished,
     whole_directory,
+    whole_file,
     write_checksums,
     write_error,
+    write_json,
     write_whole,
 )
 from domino_jax.formats.gguf import open_gguf
@@ -85,6 +89,69 @@ def test_write_whole_follows_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+def test_a_temporary_file_follows_no_link_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.write_text("mine")
+    for name in ("config.yaml.new", "config.yaml.tmp", ".config.yaml.tmp"):
+        (tmp_path / name).symlink_to(other)
+    write_whole(tmp_path / "config.yaml", "text\n")
+    assert other.read_text() == "mine" and (tmp_path / "config.yaml").read_text() == "text\n"
+    # Even the random name, had somebody guessed it.
+    monkeypatch.setattr("domino_jax.base.files._temporary", lambda path: tmp_path / "guessed")
+    (tmp_path / "guessed").symlink_to(other)
+    with pytest.raises(OSError, match=r"File exists: '.*config.yaml'"):
+        write_whole(tmp_path / "config.yaml", "changed\n")
+    assert other.read_text() == "mine" and (tmp_path / "config.yaml").read_text() == "text\n"
+    # A link in the place itself is replaced, and what it points to stays.
+    (tmp_path / "linked").symlink_to(other)
+    monkeypatch.undo()
+    write_whole(tmp_path / "linked", "text\n")
+    assert other.read_text() == "mine" and not (tmp_path / "linked").is_symlink()
+
+
+def test_own_json_keeps_every_value(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    tree = {"b": (1, 2.5, 1e-7), "a": {10: None, 9: True}, "text": "ä\ud800\n", "1.0": 1.0}
+    write_json(path, tree, indent=1)
+    assert list(json.loads(path.read_text()))[-1] == "sha256"
+    found = read_own_json(path, remedy="write it again")
+    assert found == {**tree, "b": [1, 2.5, 1e-7], "a": {"10": None, "9": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    assert read_own_json(path, remedy="write it again") == found
+    with pytest.raises(ValueError, match="reserved"):
+        write_json(path, {"sha256": "x"})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"tau": float("nan")})
+    assert read_own_json(path, remedy="write it again") == found
+
+
+def test_no_changed_byte_of_own_json_changes_a_value(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    tree = {"tau": 2.531, "sets": {"x": [1, True, None, "a\nb"]}}
+    write_json(path, tree, indent=1)
+    whole = path.read_bytes()
+    read = 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            changed = bytearray(whole)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                assert read_own_json(path, remedy="write it again") == tree, (place, bit)
+                read += 1  # other white space
+            except InputError as error:
+                assert "\n" not in str(error)
+    assert read < 100
+    path.write_bytes(whole.replace(b"2.531", b"2.631"))
+    with pytest.raises(InputError, match=r"own\.json: changed .* expected '.*'; write it again"):
+        read_own_json(path, remedy="write it again")
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"no key 'sha256', expected the hash .*; write it again"):
+        read_own_json(path, remedy="write it again")
 
 
 def test_read_text_refuses_what_is_no_small_text_file(tmp_path: Path) -> None:
@@ -284,6 +351,13 @@ def test_remove_unfinished_is_for_a_process_that_ends(tmp_path: Path) -> None:
         (beside / "file").write_text("half")
         remove_unfinished()
         assert not beside.exists()
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "page.html") as file:
+        assert names(tmp_path)
+        file.write(b"half")
+        remove_unfinished()
+        assert not names(tmp_path)
+    with pytest.raises(KeyError), whole_file(tmp_path / "page.html"):
+        raise KeyError
     assert not names(tmp_path)
 
 

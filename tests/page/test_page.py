@@ -380,7 +380,7 @@ def test_report_writes_beside_the_first_run_or_where_it_is_told(
     assert (run / "report.html").is_file() and (run / "report" / "loss.png").is_file()
     assert domino("report", run, "--out", tmp_path / "x.html")[0] == 0
     assert (tmp_path / "x" / "loss.png").is_file()
-    assert not list(tmp_path.rglob("*.new"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 @pytest.mark.parametrize(
