@@ -45,6 +45,8 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     found = read_runs(runs)
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: no directory {path.parent}; make it first")
+    for line in (line for run in found for line in run.notices):
+        reporter.say(line)
     reporter.say(f"drawing {path}")
     write_page(found, path)
     keeps(f"{path} is written")
