@@ -49,9 +49,24 @@ _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 _unfinished: set[Path] = set()
 
 
-def no_links(name: str, flags: int) -> int:
+def _no_links(name: str, flags: int) -> int:
     """Opener for `open` that refuses a symbolic link as the last part of the name."""
     return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # the umask applies
+
+
+def open_appending(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """Opens a file that grows over several starts.
+
+    Raises:
+        InputError: the name is a symbolic link, which could lead to any file.
+        OSError: it cannot be opened.
+    """
+    try:
+        return open(path, "ab", buffering=buffering, opener=_no_links)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"{path}: a symbolic link, expected a file; remove the link") from error
 
 
 @contextmanager
@@ -63,7 +78,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it could not be written; what stood there is as it was, nothing is left beside it.
     """
-    with whole_path(path) as beside, open(beside, "wb", opener=no_links) as file:
+    with whole_path(path) as beside, open(beside, "wb", opener=_no_links) as file:
         yield file
 
 
@@ -77,10 +92,10 @@ def whole_path(path: Path) -> Iterator[Path]:
     beside = _temporary(path)
     _unfinished.add(beside)
     try:
-        with open(beside, "xb", opener=no_links):
+        with open(beside, "xb", opener=_no_links):
             pass
         yield beside
-        with open(beside, "rb", opener=no_links) as file:
+        with open(beside, "rb", opener=_no_links) as file:
             # Before the rename, which may reach the disk earlier than the bytes do.
             os.fsync(file.fileno())
         beside.replace(path)
@@ -289,11 +304,8 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
     Returns:
         A few words that name the first file in question, or None where every file is as it was.
     """
-    listed = {}
     try:
-        for line in read_text(directory / CHECKSUMS).splitlines():
-            digest, _, name = line.partition("  ")
-            listed[name] = digest
+        listed = _listed(directory)
     except InputError as error:
         return str(error)
     found = set(_files_below(directory))
@@ -320,6 +332,22 @@ def damage(directory: Path, *, unlisted: Container[str] | None = ()) -> str | No
             if not intact:
                 return f"{name} does not match its checksum"
     return None
+
+
+def checksum_of(directory: Path, name: str) -> str | None:
+    """The sha256 of a file in a directory's SHA256SUMS, in hex; None where it is not listed.
+
+    Raises:
+        InputError: SHA256SUMS cannot be read.
+    """
+    return _listed(directory).get(name)
+
+
+def _listed(directory: Path) -> dict[str, str]:
+    """The sha256 of each file that SHA256SUMS lists."""
+    lines = read_text(directory / CHECKSUMS).splitlines()
+    parts = (line.partition("  ") for line in lines)
+    return {name: digest for digest, _, name in parts}
 
 
 def _files_below(directory: Path) -> list[str]:

@@ -112,6 +112,9 @@ def evaluate(
         dtype=record.config.dtype,
     )
     earlier = read_earlier(evaluation, evaluator) if append else {"sets": {}, "cycle": None}
+    training = training_summary(run)  # before the hours that a damaged log would cost
+    if "notice" in training:
+        reporter.say(training["notice"])
     sets = earlier["sets"]
     measurement = Measurement(loaded, drafter, evaluator, batch_size, timed, replay)
     for name, path in zip(names, prompt_files, strict=True):
@@ -120,9 +123,7 @@ def evaluate(
     cycle = measurement.cycle() if timed and temperature == 0 else earlier["cycle"]
     reporter.say(f"saving {evaluation}")
     # Before the table, which a closed pipe may refuse.
-    written = write_evaluation(
-        evaluation, evaluator, training=training_summary(run), cycle=cycle, sets=sets
-    )
+    written = write_evaluation(evaluation, evaluator, training=training, cycle=cycle, sets=sets)
     keeps(f"{evaluation} is written")
     results().print(evaluation_table(written))
     for name in names:

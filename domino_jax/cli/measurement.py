@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 
 from domino_jax import __version__
@@ -116,6 +117,7 @@ class Measurement:
             "dtype": self.evaluator.dtype,
             "device": _device(),
             "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
             "domino_jax": __version__,
         }
         compute = functools.partial(
@@ -128,7 +130,14 @@ class Measurement:
             reporter=reporter,
         )
         cache = user_cache("answers", verb="evaluate")
-        return cached_answers(cache, identity, compute, reporter=reporter)
+        return cached_answers(
+            cache,
+            identity,
+            compute,
+            prompts=len(prompts),
+            vocab_size=self.loaded.config.vocab_size,
+            reporter=reporter,
+        )
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""

@@ -6,12 +6,14 @@ So the step is compiled for machines that are not here, and what its program tak
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.files import write_whole
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
 from domino_jax.cli.shared import reporter, results, user_cache
@@ -63,7 +65,6 @@ def plan_verb(
     # Before `keeps`: until then a signal ends the process at once.
     import jax
 
-    from domino_jax.plan.plan import write_json
     from domino_jax.plan.table import plan_table
     from domino_jax.training.prepare import read_models
 
@@ -81,7 +82,8 @@ def plan_verb(
             found = one.batch_size if one.fits else "none"
             click.echo(f"{one.spec}: largest data.batch_size that fits: {found}")
     if file is not None:
-        write_json(file, [dataclasses.asdict(one) for one in plans])
+        tree = [dataclasses.asdict(one) for one in plans]
+        write_whole(file, json.dumps(tree, indent=2) + "\n")
         click.echo(file)
     # After what was found is printed and written: not fitting is a result.
     if not all(one.fits for one in plans):

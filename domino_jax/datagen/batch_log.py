@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from domino_jax.base.errors import InputError, require
-from domino_jax.base.files import read_lines, whole_file
+from domino_jax.base.files import open_appending, read_lines, whole_file
 from domino_jax.base.parse import parse_json
 from domino_jax.data.template import GENERATOR, settings_text
 
@@ -72,7 +72,7 @@ class BatchLog:
             kind: what a record is, for messages.
             generator: the settings of this start, which the header holds.
         Raises:
-            InputError: a record of another start, or the file is not what was written.
+            InputError: a record of another start, a link, or the file is not what was written.
             OSError: it cannot be opened or written.
         """
         self.finished: dict[Any, bool] = {}
@@ -85,7 +85,7 @@ class BatchLog:
             self._read()
         # Unbuffered: what a full disk refused is dropped, not tried again when the file is closed.
         # Appending: every write goes to the file's end, also after a batch was cut off it.
-        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._file: BinaryIO = open_appending(path, buffering=0)
         self._file.truncate(self._length)
         if self._length == 0:
             self.add([])  # so that a file without a batch shows whose it is

@@ -4,11 +4,11 @@
  "training":  {first and last loss, held-out figures},
  "cycle":     {milliseconds of a cycle by part, break-even tau, where and when},
  "sets":      {name: {file, sha256, figures of `SetFigures`, examples, where and when,
-                      "endpoint" of `compare_with_server`, if one was asked}, ...}}
+                      "endpoint" of `compare_with_server`, if one was asked}, ...},
+ "sha256":    of the rest}
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import read_json, write_whole
+from domino_jax.base.files import read_own_json, write_json
 from domino_jax.data.template import ChatTemplate, settings_text
 
 EVALUATION = "evaluation.json"  # its name in a run directory
+REMEDY = "run `domino evaluate` again, without --append"  # for a changed evaluation
 PACKAGES = ("domino-jax", "jax", "jaxlib", "numpy", "tokenizers", "transformers")
 
 
@@ -95,11 +96,12 @@ def read_earlier(path: Path, evaluator: Evaluator) -> dict[str, Any]:
     """An evaluation that more sets are added to: its `sets` and `cycle`, which may be None.
 
     Raises:
-        InputError: it was measured otherwise: with another checkpoint or length, for example.
+        InputError: it was changed, an earlier version wrote it, or it was measured otherwise: with
+            another checkpoint or length, for example.
     """
     if not path.exists():
         return {"sets": {}, "cycle": None}
-    record = read_json(path)
+    record = read_own_json(path, remedy=REMEDY)
     known, now = record.get("evaluator"), evaluator.as_json()
     sets, cycle = record.get("sets"), record.get("cycle")
     # Null where nothing was timed.
@@ -123,7 +125,7 @@ def write_evaluation(
     cycle: Mapping[str, Any] | None,
     sets: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Writes an evaluation, whole, and returns what was written.
+    """Writes an evaluation with its own hash, and returns it without.
 
     Args:
         path: the file.
@@ -133,5 +135,5 @@ def write_evaluation(
         sets: name -> its file and the figures of `SetFigures.as_json`.
     """
     record = {"evaluator": evaluator.as_json(), "training": training, "cycle": cycle, "sets": sets}
-    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_json(path, record, indent=1)
     return record

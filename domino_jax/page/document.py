@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 
 from domino_jax import __version__
+from domino_jax.base.errors import InputError
 from domino_jax.base.files import whole_file, write_whole
 from domino_jax.page import charts, notes, tables
 from domino_jax.page.cells import Cell
@@ -56,12 +57,14 @@ def write_page(runs: Sequence[RunFiles], out: Path) -> None:
         runs: compared with each other, in this order.
         out: the file, `NAME.html`; the drawings go to `NAME/`.
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or the folder is a link.
         OSError: something could not be written.
     """
     parts = [*_evaluated(runs), *_trained(runs)]
     text = _rendered(runs, parts, out.stem)
     folder = out.with_suffix("")
+    if folder.is_symlink():
+        raise InputError(f"{folder}: a symbolic link, expected a directory; remove the link")
     folder.mkdir(exist_ok=True)
     for picture in (picture for part in parts for picture in part.pictures):
         with whole_file(folder / f"{picture.chart.name}.png") as file:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import read_json, read_text
+from domino_jax.base.files import OWN_HASH, read_json, read_own_json, read_text
 from domino_jax.base.parse import YAML_CHARACTERS, parse_yaml
-from domino_jax.evaluation.record import EVALUATION
-from domino_jax.training.log import METRICS, TIMING, read_metrics, read_timing
+from domino_jax.evaluation.record import EVALUATION, REMEDY
+from domino_jax.training.log import METRICS, TIMING, log_notice, read_metrics, read_timing
 
 CONFIG = "config.yaml"
 # Any one of them makes a directory a run: a copy for a colleague may lack the checkpoints.
@@ -89,6 +89,7 @@ class RunFiles:
         name: what a page calls it.
         config_text: `config.yaml` as it stands.
         config, metrics, timing, evaluation: the files; logs as lists of their records.
+        notices: a line for each file whose figures could not be verified.
     """
 
     name: str
@@ -97,6 +98,7 @@ class RunFiles:
     metrics: Source
     timing: Source
     evaluation: Source
+    notices: Sequence[str] = ()
 
     @functools.cached_property
     def _by_split(self) -> dict[str, list[Source]]:
@@ -152,7 +154,7 @@ def read_runs(directories: Sequence[Path]) -> list[RunFiles]:
     """Reads the files of runs.
 
     Raises:
-        InputError: a directory is no run, or one of its files is damaged.
+        InputError: a directory is no run, or one of its files is damaged or was changed.
     """
     names = [directory.resolve().name or str(directory) for directory in directories]
     # Runs of two experiments are often called alike; then only their paths tell them apart.
@@ -168,11 +170,26 @@ def _read(directory: Path, name: str) -> RunFiles:
             "give the run_dir of a training"
         )
     text = config = evaluation = None
+    notices = []
+    log = log_notice(directory)
+    if log is not None:
+        notices.append(f"{name}/{log}")
     if (directory / CONFIG).exists():
         text = read_text(directory / CONFIG, limit=YAML_CHARACTERS)
         config = parse_yaml(text, source=str(directory / CONFIG))
     if (directory / EVALUATION).exists():
         evaluation = read_json(directory / EVALUATION)
+        if OWN_HASH in evaluation:
+            evaluation = read_own_json(directory / EVALUATION, remedy=REMEDY)
+        else:
+            notices.append(
+                f"{name}/{EVALUATION}: no sha256, as earlier versions wrote it: its figures are "
+                f"not verified; {REMEDY}"
+            )
+        # Of the log when it was evaluated.
+        earlier = Source("", (), evaluation)["training"]["notice"].text
+        if earlier is not None and earlier not in notices:
+            notices.append(earlier)
     return RunFiles(
         name,
         text,
@@ -180,4 +197,5 @@ def _read(directory: Path, name: str) -> RunFiles:
         Source(f"{name}/{METRICS}", (), read_metrics(directory)),
         Source(f"{name}/{TIMING}", (), list(read_timing(directory))),
         Source(f"{name}/{EVALUATION}", (), evaluation),
+        notices,
     )

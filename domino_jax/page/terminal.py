@@ -6,19 +6,27 @@ from typing import Any
 
 from rich.table import Table
 
-from domino_jax.training.log import read_metrics
+from domino_jax.training.log import log_notice, read_metrics
 
 
 def training_summary(run: Path) -> dict[str, Any]:
     """Of a run's log: its data, first and last training loss, and the last held-out figures.
 
-    Empty for an imported draft.
+    `notice` is there where the newest checkpoint does not confirm the log. Empty for an imported
+    draft.
+
+    Raises:
+        InputError: the log cannot be read.
     """
     records = read_metrics(run)
     # A window in which every step was skipped has no loss; neither has a pass that was not finite.
-    measured = [record for record in records if record.get("loss") is not None]
+    measured = [record for record in records if _numbers(record, "loss")]
     training = [record for record in measured if record.get("split") == "train"]
-    heldout = [record for record in measured if record.get("split") == "heldout"]
+    heldout = [
+        record
+        for record in measured
+        if record.get("split") == "heldout" and _numbers(record, "accept_len")
+    ]
     data = [record for record in records if record.get("split") == "data"]
     summary: dict[str, Any] = {}
     if training:
@@ -30,7 +38,15 @@ def training_summary(run: Path) -> dict[str, Any]:
     if data:
         known = data[-1].items()
         summary["data"] = {name: value for name, value in known if name not in ("step", "split")}
+    notice = log_notice(run)
+    if notice is not None:
+        summary["notice"] = f"{run}/{notice}"
     return summary
+
+
+def _numbers(record: dict[str, Any], *names: str) -> bool:
+    """Whether a line of a log, which may be damaged, has figures of these names."""
+    return all(type(record.get(name)) in (int, float) for name in names)
 
 
 def evaluation_table(report: dict[str, Any]) -> Table:
@@ -104,5 +120,6 @@ def _caption(report: dict[str, Any]) -> Iterator[str]:
     if "heldout" in training:
         # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
         heldout = training["heldout"]
-        base = f", base {heldout['base_accept_len']:.3f}" if "base_accept_len" in heldout else ""
+        known = _numbers(heldout, "base_accept_len")
+        base = f", base {heldout['base_accept_len']:.3f}" if known else ""
         yield f"held-out accept_len (teacher-forced) {heldout['accept_len']:.3f}{base}"

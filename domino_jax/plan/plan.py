@@ -14,7 +14,6 @@ neither peak, and nothing here tells how near it comes.
 import dataclasses
 import datetime
 import hashlib
-import json
 import re
 import tempfile
 import time
@@ -26,7 +25,8 @@ from typing import Any
 import jax
 
 from domino_jax.base.chips import CHIPS
-from domino_jax.base.files import write_whole
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import read_own_json, write_json
 from domino_jax.base.progress import Reporter
 from domino_jax.objective.objectives import reads_target
 from domino_jax.plan import hlo, jaxpr_flops
@@ -159,8 +159,13 @@ def plan(step: AbstractStep, compiler: Compiler, *, cache: Path, reporter: Repor
     kept = cache / f"{hashlib.sha256(chr(0).join(told).encode()).hexdigest()}.json"
     batch_size = step.arguments.batch.input_ids.shape[1]
     if kept.is_file():
-        reporter.say(f"{spec}, batch {batch_size}: planned before ({kept})")
-        return dataclasses.replace(read_plan(kept), cached=True)
+        try:
+            found = read_plan(kept)
+        except InputError as error:
+            reporter.say(f"{error}; planned again")
+        else:
+            reporter.say(f"{spec}, batch {batch_size}: planned before ({kept})")
+            return dataclasses.replace(found, cached=True)
     reporter.say(f"compiling for {spec}, batch {batch_size}")
     outcome = compile_step(lowered, compiler)
     reporter.say(f"compiled for {spec} in {outcome.seconds:.0f} s")
@@ -271,13 +276,15 @@ def largest_batch(first: int, planned: Callable[[int], Plan], *, multiple_of: in
 
 
 def read_plan(path: Path) -> Plan:
-    """Reads a plan that `write_json` wrote."""
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    tree["exchanges"] = {kind: Exchange(**one) for kind, one in tree["exchanges"].items()}
-    tree["buffers"] = tuple(hlo.Buffer(**one) for one in tree["buffers"])
-    return Plan(**tree)
+    """Reads a plan of the cache.
 
-
-def write_json(path: Path, tree: Any) -> None:
-    """Writes JSON beside its place and renames it."""
-    write_whole(path, json.dumps(tree, indent=2) + "\n")
+    Raises:
+        InputError: it was changed, or another version wrote it.
+    """
+    tree = read_own_json(path, remedy="not used")
+    try:
+        tree["exchanges"] = {kind: Exchange(**one) for kind, one in tree["exchanges"].items()}
+        tree["buffers"] = tuple(hlo.Buffer(**one) for one in tree["buffers"])
+        return Plan(**tree)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a plan of this version: {error}") from error

@@ -15,9 +15,8 @@ is left, a run refuses to begin again.
 
 import asyncio
 import functools
-import json
 import math
-import re
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,14 +30,14 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import damage, read_json, write_checksums, write_whole
+from domino_jax.base.files import damage, read_json, read_own_json, write_checksums, write_json
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.config.sections import BEST_FIGURES
 from domino_jax.draft.build import boxed_parameters
-from domino_jax.training.records import DRAFT, RUN, DraftRecord, RunRecord, read_draft_record
+from domino_jax.training.names import CHECKPOINTS, DRAFT, RUN, saved_steps
+from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, recorded_step
 from domino_jax.training.step import TrainState
 
-CHECKPOINTS = "checkpoints"
 NEWEST = "newest_checkpoint.json"
 SET_ASIDE = "set_aside"
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checksums
@@ -47,12 +46,16 @@ COMMITTED = "commit_success.txt"  # Orbax writes it into a step after the checks
 class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A directory that is hashed before it is renamed to its place."""
 
+    _metadata_store: Any = None
+
     @classmethod
     def from_final(
         cls, final_path: Any, *, checkpoint_metadata_store: Any = None, **options: Any
     ) -> Any:
-        # Without the store, which would write times into a file that is hashed already.
-        return super().from_final(final_path, **options)
+        # Orbax's own class gets no store: it would write times into a file that is hashed already.
+        path = super().from_final(final_path, **options)
+        path._metadata_store = checkpoint_metadata_store
+        return path
 
     async def create(self) -> Any:
         path = await super().create()
@@ -66,12 +69,16 @@ class _CheckedDirectory(ocp.path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         final = Path(self.get_final())
+        # A thread of the store writes `_CHECKPOINT_METADATA`, the one file that nothing has waited
+        # for: every item is complete before Orbax calls this.
+        if self._metadata_store is not None:
+            await asyncio.to_thread(self._metadata_store.wait_until_finished)
         # Before the rename, so that a step under its own name always has its hashes; in a thread,
         # because this is Orbax's event loop.
         await asyncio.to_thread(write_checksums, Path(self.get()))
         await super().finalize()
         # Behind the rename: killed between the two, a run would miss a checkpoint that never was.
-        write_whole(final.parent.parent / NEWEST, json.dumps({"step": int(final.name)}) + "\n")
+        write_json(final.parent.parent / NEWEST, {"step": int(final.name)})
 
     @property
     def _is_step(self) -> bool:
@@ -112,6 +119,8 @@ def sound_checkpoint(
 ) -> int | None:
     """The newest step whose files are all as they were saved, or None where none was ever saved.
 
+    A directory that was renamed or copied to another step is not used, like a damaged one.
+
     Args:
         run_dir: the run's directory; nothing in it needs to exist.
         reporter: is told each damaged step that is passed over.
@@ -124,7 +133,7 @@ def sound_checkpoint(
     directory = _directory(run_dir)
     run_dir = Path(run_dir)
     recorded = _recorded_step(run_dir)
-    steps = _steps(directory)
+    steps = saved_steps(directory)
     if only is not None and only not in steps:
         raise InputError(
             f"{directory}: no checkpoint {only}; there are {', '.join(map(str, steps)) or 'none'}"
@@ -133,7 +142,7 @@ def sound_checkpoint(
         reporter.say(f"{directory}/{recorded}: the newest checkpoint is gone")
     for step in steps if only is None else [only]:
         checkpoint = directory / str(step)
-        found = damage(checkpoint, unlisted=[COMMITTED])
+        found = damage(checkpoint, unlisted=[COMMITTED]) or _misplaced(checkpoint)
         if found is None:
             return step
         moved = ""
@@ -217,7 +226,7 @@ class Checkpoints:
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
             "data": grain.checkpoint.CheckpointSave(batches),
-            DRAFT: ocp.args.JsonSave(draft.as_json()),
+            DRAFT: ocp.args.JsonSave(draft.as_json(step=int(state.step))),
             RUN: ocp.args.JsonSave(run.as_json()),
         }
         if state.ema is not None:
@@ -253,6 +262,12 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         restored = _restored(self._manager, step, items)
         optimizer = restored["optimizer"]
+        held = int(optimizer["step"])
+        if held != step:  # only where an earlier version saved it: its record has no step
+            raise InputError(
+                f"{self._directory}/{step}: holds the state of step {held}, expected that of step "
+                f"{step}; rename the directory to {held}"
+            )
         restored_state = TrainState(
             optimizer["step"], restored["params"], optimizer["opt_state"], restored.get("ema")
         )
@@ -267,7 +282,7 @@ class Checkpoints:
             if step is not None:
                 # What is half written takes the room that the next try needs.
                 shutil.rmtree(self._directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
-            kept = [one for one in _steps(self._directory) if one != step]
+            kept = [one for one in saved_steps(self._directory) if one != step]
             whole = f"checkpoint {kept[0]} is whole" if kept else "no earlier one is there"
             what = "checkpoints" if step is None else f"checkpoint {step}"
             raise InputError(
@@ -281,7 +296,7 @@ def save_draft(run_dir: str | Path, params: Any, record: DraftRecord) -> None:
     with open_checkpoints(run_dir) as checkpoints:
         items = {
             "params": ocp.args.StandardSave(params),
-            DRAFT: ocp.args.JsonSave(record.as_json()),
+            DRAFT: ocp.args.JsonSave(record.as_json(step=0)),
         }
         checkpoints.save(0, args=ocp.args.Composite(**items))
 
@@ -330,34 +345,38 @@ def _directory(run_dir: str | Path) -> Path:
     return (Path(run_dir) / CHECKPOINTS).resolve()
 
 
-def _steps(directory: Path) -> list[int]:
-    """The steps below a directory, newest first; unfinished ones have other names."""
-    if not directory.is_dir():
-        return []
-    names = [path.name for path in directory.iterdir()]
-    numbers = [int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,18}", name)]
-    return sorted(numbers, reverse=True)
-
-
 def _recorded_step(run_dir: Path) -> int | None:
     """The newest step that was ever saved, as far as the run knows."""
     path = run_dir / NEWEST
     if not path.exists():
         return None
-    step = read_json(path).get("step")
+    remedy = f"remove the file if {CHECKPOINTS}/ is whole"
+    tree = read_json(path)
+    # An earlier version wrote the step alone.
+    if tree.keys() != {"step"}:
+        tree = read_own_json(path, remedy=remedy)
+    step = tree.get("step")
     if type(step) is not int:  # to `isinstance` true is an integer
-        raise InputError(
-            f"{path}: step is {step!r}, expected an integer; remove the file if {CHECKPOINTS}/ is "
-            "whole"
-        )
+        raise InputError(f"{path}: step is {step!r}, expected an integer; {remedy}")
     return step
+
+
+def _misplaced(checkpoint: Path) -> str | None:
+    """Why an undamaged directory is not the checkpoint of the step in its name; None if it is."""
+    try:
+        step = recorded_step(checkpoint)
+    except InputError as error:
+        return str(error)
+    if step is None or step == int(checkpoint.name):
+        return None
+    return f"holds the state of step {step}"
 
 
 def _put_aside(run_dir: Path, checkpoint: Path) -> Path:
     to = run_dir / SET_ASIDE / checkpoint.name
     number = 1
     # A step that was set aside is trained and saved again, and may be damaged again.
-    while to.exists():
+    while os.path.lexists(to):
         number += 1
         to = to.with_name(f"{checkpoint.name}.{number}")
     to.parent.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import read_text, write_whole
+from domino_jax.base.files import open_appending, read_text, write_whole
 from domino_jax.base.progress import Reporter
 from domino_jax.objective.metrics import DFlashStepMetrics
-from domino_jax.training.log import LOG_BYTES, METRICS, TIMING, read_timing
+from domino_jax.training.log import LOG_BYTES, METRICS, TIMING, LogMark, read_timing
 
 # Each mean of a window, the sum it is made from and what divides it. Those of the base logits are
 # there only where a head makes final ones from them.
@@ -85,14 +84,6 @@ def metric_means(sums: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in means.items()}
 
 
-@dataclass(frozen=True)
-class LogMark:
-    """Where a log stands: the bytes of `metrics.jsonl` and their sha256, in hex."""
-
-    bytes: int
-    sha256: str
-
-
 class MetricsLog:
     """`metrics.jsonl` and `timing.jsonl` of a run directory and, when asked for, TensorBoard files.
 
@@ -141,7 +132,7 @@ class MetricsLog:
         # Written whole first and then appended to: a start that is killed here cuts no line in two.
         write_whole(directory / METRICS, kept.decode("utf-8"))
         write_whole(directory / TIMING, "".join(timing))
-        self._files = {name: (directory / name).open("ab") for name in (METRICS, TIMING)}
+        self._files = {name: open_appending(directory / name) for name in (METRICS, TIMING)}
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -2,7 +2,7 @@
 
 In step 40 for example:
 
-    40/draft/metadata   DraftRecord, JSON
+    40/draft/metadata   DraftRecord and its step, JSON
     40/run/metadata     RunRecord, JSON
 """
 
@@ -15,14 +15,13 @@ from domino_jax.base.errors import InputError, scalars
 from domino_jax.base.files import read_json
 from domino_jax.config.model import DraftConfig, draft_from_dict, draft_tree
 from domino_jax.data.template import KWARGS, ChatTemplate
-from domino_jax.training.metrics import LogMark
+from domino_jax.training.log import LogMark
+from domino_jax.training.names import DRAFT, METADATA, RUN
 
 OTHER_VERSION = (
     "the run was started by another version of this program and cannot be resumed by this one; "
     "use another run_dir, which may begin with the old run's export (draft.init_from)"
 )
-DRAFT, RUN = "draft", "run"  # the items of a checkpoint
-METADATA = "metadata"  # where Orbax puts JSON; as a file it is read within bounds
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,10 @@ class DraftRecord:
     target_sha256: str | None
     tokenizer_sha256: str
 
-    def as_json(self) -> dict[str, Any]:
-        """As a checkpoint stores it."""
+    def as_json(self, *, step: int) -> dict[str, Any]:
+        """As the checkpoint of a step stores it."""
         return {
+            "step": step,
             "config": draft_tree(self.config),
             "target": self.target,
             "target_sha256": self.target_sha256,
@@ -103,6 +103,21 @@ def read_run_record(source: Path) -> RunRecord:
         return RunRecord(**{**tree, "log": LogMark(**tree["log"])})
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{source}: {OTHER_VERSION}") from error
+
+
+def recorded_step(source: Path) -> int | None:
+    """The step that an undamaged checkpoint, a directory, was saved at.
+
+    None for a checkpoint of an earlier version, whose record has no step.
+
+    Raises:
+        InputError: the record cannot be read, or its step is no integer.
+    """
+    path = source / DRAFT / METADATA
+    step = read_json(path).get("step")
+    if step is not None and type(step) is not int:  # to `isinstance` true is an integer
+        raise InputError(f"{path}: step is {step!r}, expected an integer")
+    return step
 
 
 def read_draft_record(source: Path) -> DraftRecord:

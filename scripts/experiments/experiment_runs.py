@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.files import write_whole
-from domino_jax.evaluation.record import EVALUATION
+from domino_jax.base.files import read_own_json, write_json, write_whole
+from domino_jax.evaluation.record import EVALUATION, REMEDY
 
 CONFIG = Path("configs/experiments/smollm2.yaml")
 ANSWERS = Path("configs/answers")
@@ -118,7 +118,7 @@ def run(training: Training) -> None:
     result.mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", "metrics.jsonl", "timing.jsonl"):
         shutil.copy(training.directory / name, result)
-    write_whole(result / EVALUATION, json.dumps(record(training)) + "\n")
+    write_json(result / EVALUATION, record(training))
 
 
 def rows(training: Training) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def rows(training: Training) -> tuple[str, ...]:
 
 def record(training: Training) -> dict[str, Any]:
     """What the repository keeps of a run: its evaluation without texts, and what it was."""
-    evaluation = json.loads((training.directory / EVALUATION).read_text())
+    evaluation = read_own_json(training.directory / EVALUATION, remedy=REMEDY)
     for figures in evaluation["sets"].values():
         figures.pop("examples", None)
     answers = json.loads((ANSWERS / "record.json").read_text())["files"]

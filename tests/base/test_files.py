@@ -136,16 +136,15 @@ def test_no_changed_byte_of_own_json_changes_a_value(tmp_path: Path) -> None:
     whole = path.read_bytes()
     read = 0
     for place in range(len(whole)):
-        for bit in range(8):
-            changed = bytearray(whole)
-            changed[place] ^= 1 << bit
-            path.write_bytes(changed)
-            try:
-                assert read_own_json(path, remedy="write it again") == tree, (place, bit)
-                read += 1  # other white space
-            except InputError as error:
-                assert "\n" not in str(error)
-    assert read < 100
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        try:
+            assert read_own_json(path, remedy="write it again") == tree, place
+            read += 1  # other white space
+        except InputError as error:
+            assert "\n" not in str(error)
+    assert read < 20
     path.write_bytes(whole.replace(b"2.531", b"2.631"))
     with pytest.raises(InputError, match=r"own\.json: changed .* expected '.*'; write it again"):
         read_own_json(path, remedy="write it again")

@@ -287,3 +287,44 @@ def test_no_verb_decodes_a_target_without_finite_logits(
     assert "use another copy of its weights" in log.splitlines()[-1]
     written = ("run/evaluation.json", "answers.jsonl", "written.jsonl")
     assert not any(Path(name).exists() for name in written)
+
+
+def test_no_changed_figure_is_read_in_silence(
+    domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("domino_jax.cli.measurement.user_cache", lambda name, *, verb: cache / name)
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    evaluation, metrics = run / "evaluation.json", run / "metrics.jsonl"
+    words = ("evaluate", run, trained / "prompts.jsonl", "--max-new-tokens", 4, "--limit", 2)
+    words = (*words, "--timed", 0, "--replay")
+    assert domino(*words)[0] == 0
+    whole = json.loads(evaluation.read_text())
+    assert "notice" not in whole["training"]
+    # The cache of the target's answers.
+    (cached,) = (cache / "answers").iterdir()
+    text = cached.read_text()
+    cached.write_text(text.replace('"stopped": [', '"stopped": [true, ', 1))
+    code, _, log = domino(*words, "--append")
+    assert code == 0 and "the target's answers are decoded again" in " ".join(log.split())
+    assert cached.read_text() == text
+    assert (
+        json.loads(evaluation.read_text())["sets"]["prompts"]["ways"]
+        == (whole["sets"]["prompts"]["ways"])
+    )
+    # The log: the newest checkpoint has its hash.
+    log_text = metrics.read_text()
+    metrics.write_text(log_text.replace('"accept_len"', '"accept_leo"', 1))
+    code, _, log = domino(*words)
+    notice = json.loads(evaluation.read_text())["training"]["notice"]
+    assert code == 0 and "the file has changed; put it back" in " ".join(log.split())
+    assert notice.startswith(f"{metrics}: its first ")
+    metrics.write_text(log_text)
+    # The evaluation itself: one value, and sets as nobody wrote them.
+    whole = json.loads(evaluation.read_text())
+    for change in ([], {"ways": {"serving": {"tau": None}}}):
+        changed = whole | {"sets": {"other": change}}
+        for tree in (changed, {name: changed[name] for name in changed if name != "sha256"}):
+            evaluation.write_text(json.dumps(tree))
+            code, out, log = domino(*words, "--append")
+            assert (code, out) == (2, "") and "run `domino evaluate` again" in log, log

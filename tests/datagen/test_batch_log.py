@@ -114,3 +114,11 @@ def test_a_full_disk_keeps_the_batches_before(tmp_path: Path) -> None:
         assert path.read_bytes() == content[: whole[1]]
         log.add(BATCHES[1])
     assert path.read_bytes() == content
+
+
+def test_batch_log_writes_through_no_link(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (tmp_path / "answers.partial").symlink_to(other)
+    with pytest.raises(InputError, match=r"answers\.partial: a symbolic link, .*; remove the link"):
+        opened(tmp_path / "answers.partial")
+    assert not other.exists()

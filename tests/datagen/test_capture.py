@@ -48,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_target(directory / "target")
     steps = {"steps": 20, "log_every": 1, "eval_every": 20, "checkpoint_every": 20}
     path = run_config(directory, directory / "target", train=steps, data={"max_length": 40})
-    (directory / "float32").mkdir()
-    unfinished = directory / "float32" / ".manifest.json.1f0c9a7e"
+    (directory / "bfloat16").mkdir()
+    unfinished = directory / "bfloat16" / ".manifest.json.1f0c9a7e"
     unfinished.write_text("half of it, as a kill leaves it")
     captured(path, directory / "float32", target_states=True)
     captured(path, directory / "bfloat16", dtype="bfloat16")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.files import write_json
 from domino_jax.data.template import ChatTemplate
 from domino_jax.evaluation.record import (
     Evaluator,
@@ -37,7 +38,8 @@ def test_what_was_written_is_what_is_added_to(tmp_path: Path) -> None:
     place = tmp_path / "evaluation.json"
     assert read_earlier(place, EVALUATOR) == {"sets": {}, "cycle": None}
     record = write_evaluation(place, EVALUATOR, training={"steps": 6}, cycle=CYCLE, sets=SETS)
-    assert json.loads(place.read_text()) == record
+    stored = json.loads(place.read_text())
+    assert list(stored)[-1] == "sha256" and stored == record | {"sha256": stored["sha256"]}
     # The times of a cycle too: another set may be measured without timing anything.
     assert read_earlier(place, EVALUATOR) == {"sets": SETS, "cycle": CYCLE}
     write_evaluation(place, EVALUATOR, training={}, cycle=None, sets=SETS)
@@ -71,9 +73,32 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, damage: str) -> None:
     place.write_text(damage)
     with pytest.raises(InputError, match=r"evaluation\.json"):
         read_earlier(place, EVALUATOR)
-    record = {"evaluator": EVALUATOR.as_json(), "sets": {}, "cycle": [1]}
-    place.write_text(json.dumps(record))
+    write_json(place, {"evaluator": EVALUATOR.as_json(), "sets": {}, "cycle": [1]})
     with pytest.raises(InputError, match="not an evaluation"):
+        read_earlier(place, EVALUATOR)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sets": {"first": {"prompts": 2}, "second": {"prompts": 4}}},
+        {"sets": {"first": {}}},
+        {"sets": []},
+        {"cycle": {"whole": 36.0, "plain": 13.0}},
+        {"training": {"steps": 7}},
+    ],
+)
+def test_nothing_is_added_to_a_changed_evaluation(tmp_path: Path, change: dict[str, Any]) -> None:
+    place = tmp_path / "evaluation.json"
+    write_evaluation(place, EVALUATOR, training={"steps": 6}, cycle=CYCLE, sets=SETS)
+    place.write_text(json.dumps(json.loads(place.read_text()) | change))
+    message = r"evaluation\.json: changed .*; run `domino evaluate` again, without --append"
+    with pytest.raises(InputError, match=message):
+        read_earlier(place, EVALUATOR)
+    tree = json.loads(place.read_text())
+    del tree["sha256"]
+    place.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"no key 'sha256', .*; run `domino evaluate` again"):
         read_earlier(place, EVALUATOR)
 
 

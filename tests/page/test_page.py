@@ -1,6 +1,7 @@
 """The page of a run or several: every figure is the file's, all text is escaped, nothing fails."""
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from page_runs import edited, evaluation_of, write_evaluation, write_run
 
+from domino_jax.base.files import write_checksums
 from domino_jax.page import charts, document, notes, tables
 from domino_jax.page.charts import Chart, described
 from domino_jax.page.document import write_page
@@ -381,6 +383,68 @@ def test_report_writes_beside_the_first_run_or_where_it_is_told(
     assert domino("report", run, "--out", tmp_path / "x.html")[0] == 0
     assert (tmp_path / "x" / "loss.png").is_file()
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_changed_evaluation_is_refused(domino, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=40)
+    path = run / "evaluation.json"
+    whole = path.read_text()
+    for old, new in (("1.34", "1.94"), ('"ways"', '"wayz"'), ('"prompts": 80', '"prompts": 90')):
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        code, out, log = domino("report", run)
+        assert (code, out) == (2, ""), log
+        message = "evaluation.json: changed after it was written: its values have sha256"
+        assert message in log and "run `domino evaluate` again" in log
+    assert not (run / "report.html").exists() and not (run / "report").exists()
+
+
+def test_what_could_not_be_verified_is_on_the_page(domino, undrawn: None, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=40)
+    assert domino("report", run)[0] == 0
+    assert "Not verified" not in (run / "report.html").read_text()
+    path = run / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    del evaluation["sha256"]
+    evaluation["training"]["notice"] = "run/metrics.jsonl: the file has changed"
+    path.write_text(json.dumps(evaluation))
+    log = (run / "metrics.jsonl").read_bytes()
+    checkpoint = run / "checkpoints" / "40" / "run"
+    checkpoint.mkdir(parents=True)
+    mark = {"bytes": len(log), "sha256": hashlib.sha256(log).hexdigest()}
+    (checkpoint / "metadata").write_text(json.dumps({"log": mark}))
+    write_checksums(checkpoint.parent)
+    (run / "metrics.jsonl").write_bytes(log.replace(b"2.5", b"2.6", 1) + b"{")
+    code, _, said = domino("report", run)
+    page = (run / "report.html").read_text()
+    assert code == 0
+    for words in (
+        "run/evaluation.json: no sha256, as earlier versions wrote it: its figures are not",
+        "run/metrics.jsonl: its first",
+        "run/metrics.jsonl: the file has changed",
+    ):
+        assert f"Not verified: {words}" in page and words in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "new"), [('"accept_len"', '"accept_leo"'), ('"loss": ([0-9.]+)', r'"loss": "\1"')]
+)
+def test_a_damaged_log_makes_a_page(
+    domino, undrawn: None, tmp_path: Path, pattern: str, new: str
+) -> None:
+    path = write_run(tmp_path / "run", steps=40) / "metrics.jsonl"
+    text, count = re.subn(pattern, new, path.read_text())
+    path.write_text(text)
+    assert count and domino("report", tmp_path / "run")[0] == 0
+
+
+def test_pictures_are_not_written_through_a_link(domino, undrawn: None, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=40)
+    (tmp_path / "other").mkdir()
+    (run / "report").symlink_to(tmp_path / "other")
+    code, _, log = domino("report", run)
+    assert code == 2 and "report: a symbolic link, expected a directory; remove the link" in log
+    assert not list((tmp_path / "other").iterdir()) and not (run / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from page_runs import evaluation_of
 from rich.console import Console
 
@@ -38,6 +39,35 @@ def test_a_summary_of_training_is_of_its_log(tmp_path: Path) -> None:
         "heldout": last,
         "data": {"conversations": 24, "answer_tokens": 300},
     }
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"accept_len"', '"accept_leo"'),
+        ('"loss": 2.5', '"loss": "2.5"'),
+        ('"loss": 5.0', '"loss": true'),
+        ('"accept_len": 2.0', '"accept_len": [2.0]'),
+        ('"base_accept_len": 1.5', '"base_accept_len": null'),
+    ],
+)
+def test_a_damaged_log_makes_a_summary(tmp_path: Path, old: str, new: str) -> None:
+    heldout = {"step": 9, "split": "heldout", "loss": 2.5, "accept_len": 2.0}
+    lines = [{"step": 9, "split": "train", "loss": 5.0}, heldout | {"base_accept_len": 1.5}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    assert old in text
+    (tmp_path / "metrics.jsonl").write_text(text.replace(old, new))
+    evaluation = evaluation_of(sets=("everyday",))
+    evaluation["training"] = training_summary(tmp_path)
+    assert "smollm2" in printed(evaluation)
+
+
+def test_a_summary_of_a_changed_log_has_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr("domino_jax.page.terminal.log_notice", lambda run: "metrics.jsonl: changed")
+    assert training_summary(tmp_path) == {"notice": f"{tmp_path}/metrics.jsonl: changed"}
 
 
 def test_the_table_of_an_evaluation_has_every_way_and_what_it_must_reach() -> None:

@@ -16,6 +16,8 @@ from doubles import slow_after
 from rich.console import Console
 from tiny import quiet, run_config, write_target
 
+from domino_jax.base.errors import InputError
+from domino_jax.base.files import write_json
 from domino_jax.base.scopes import HEAD, STAGES, VOCABULARY_LOSS, stage_of
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig
@@ -31,7 +33,6 @@ from domino_jax.plan.plan import (
     plan,
     read_plan,
     unknown_trip_count,
-    write_json,
 )
 from domino_jax.plan.table import plan_table
 from domino_jax.plan.topology import compiler_for, parse_device_spec
@@ -81,6 +82,19 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
         write_json(tmp_path / "plan.json", dataclasses.asdict(one))
         assert read_plan(tmp_path / "plan.json") == one
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_changed_plan_is_not_used(tmp_path: Path) -> None:
+    place = tmp_path / "plan.json"
+    write_json(place, dataclasses.asdict(MADE))
+    text = place.read_text()
+    place.write_text(text.replace('"fits": true', '"fits": false'))
+    with pytest.raises(InputError, match=r"plan\.json: changed .*; not used"):
+        read_plan(place)
+    for change in ({"exchanges": []}, {"buffers": [1]}, {"more": 1}):
+        write_json(place, dataclasses.asdict(MADE) | change)
+        with pytest.raises(InputError, match=r"plan\.json: not a plan of this version"):
+            read_plan(place)
 
 
 def test_a_refusal_tells_what_was_needed() -> None:

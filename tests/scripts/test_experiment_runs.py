@@ -1,11 +1,11 @@
 """The runs of the experiment: each is a configuration that trains, on answers that are there."""
 
-import json
 from pathlib import Path
 
 import experiment_runs as experiment
 import pytest
 
+from domino_jax.base.files import write_json
 from domino_jax.config.run import load_config
 
 TOP = Path(experiment.__file__).parents[2]
@@ -38,7 +38,7 @@ def test_a_record_holds_the_evaluation_without_texts(
     training = next(experiment.trials())
     training.directory.mkdir()
     sets = {"everyday": {"prompts": 80, "examples": [{"prompt": "a", "pieces": []}]}}
-    (training.directory / "evaluation.json").write_text(json.dumps({"cycle": None, "sets": sets}))
+    write_json(training.directory / "evaluation.json", {"cycle": None, "sets": sets})
     record = experiment.record(training)
     assert record["sets"] == {"everyday": {"prompts": 80}} and record["cycle"] is None
     names = ("name", "size", "overrides")

@@ -34,7 +34,11 @@ TABLE = (
     (2.8, "objective", "curriculum loss objectives metrics modules"),
     (2.9, "evaluation", "bootstrap counts compare prompt_lookup throughput replay evaluate timing"),
     (2.9, "evaluation", "answer_cache record responses servers endpoint"),
-    (3, "training", "flops log metrics accumulator optimizer step program records checkpoint"),
+    (
+        3,
+        "training",
+        "flops names log metrics accumulator optimizer step program records checkpoint",
+    ),
     (3, "training", "run_directory inputs run start preflight prepare rollout preview skips speed"),
     (3, "training", "trace eval loop"),
     (3.2, "datagen", "batch_log prompts regenerate capture"),
@@ -70,6 +74,7 @@ WITHOUT_JAX = {
     "config.run",
     "training.flops",
     "training.log",
+    "training.names",
     *(f"page.{name}" for name in ("sources", "growth", "cells", "verdict", "tables", "charts")),
     *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from domino_jax.base.files import read_own_json, write_json
 from domino_jax.config.run import dump_config, load_config
 
 HARDWARE = {
@@ -46,13 +47,13 @@ def write_run(
 
 
 def write_evaluation(directory: Path, evaluation: dict[str, Any]) -> None:
-    (directory / "evaluation.json").write_text(json.dumps(evaluation, indent=2))
+    write_json(directory / "evaluation.json", evaluation, indent=2)
 
 
 @contextmanager
 def edited(run: Path) -> Iterator[dict[str, Any]]:
     """The evaluation of a run, written again once it has been changed."""
-    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation = read_own_json(run / "evaluation.json", remedy="write it again")
     yield evaluation
     write_evaluation(run, evaluation)
 

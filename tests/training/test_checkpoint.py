@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chex
+import orbax.checkpoint as ocp
 import pytest
+from directories import leftovers
 from saved_bits import final_bits
 from tiny import Heard, quiet, run_config, seal, write_conversations, write_target
 from whole_run import train
@@ -96,6 +99,96 @@ def test_damage_is_named_and_the_one_before_is_taken(place: Path, how: str) -> N
     assert (place / "run" / "checkpoints" / "6").is_dir()
 
 
+def test_a_checkpoint_is_hashed_once_it_is_complete(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
+
+    draft = load_draft(trained / "run", reporter=quiet())
+    write = _MetadataStoreImpl.write
+
+    def late(self: Any, *arguments: Any) -> None:
+        time.sleep(0.5)  # the thread of Orbax that writes `_CHECKPOINT_METADATA`
+        write(self, *arguments)
+
+    monkeypatch.setattr(_MetadataStoreImpl, "write", late)
+    save_draft(tmp_path, draft.params, draft.record)
+    said: list[str] = []
+    assert sound_checkpoint(tmp_path, reporter=Heard(lines=said)) == 0 and not said
+    written = tmp_path / "checkpoints" / "0" / "_CHECKPOINT_METADATA"
+    assert "item_handlers" in written.read_text()
+
+
+def test_a_killed_save_leaves_no_checkpoint_or_a_sound_one(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = load_draft(trained / "run", reporter=quiet())
+
+    def killed(*_: Any) -> None:
+        raise InputError("killed")
+
+    # Between the hashes and the rename.
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.path.atomicity.AtomicRenameTemporaryPath, "finalize", killed)
+        with pytest.raises(InputError, match="killed"):
+            save_draft(tmp_path, draft.params, draft.record)
+    assert sound_checkpoint(tmp_path, reporter=quiet()) is None
+    # Between the rename and the note of the newest checkpoint; the first is removed.
+    with monkeypatch.context() as patch:
+        patch.setattr("domino_jax.training.checkpoint.write_json", killed)
+        with pytest.raises(InputError, match="killed"):
+            save_draft(tmp_path, draft.params, draft.record)
+    assert sound_checkpoint(tmp_path, reporter=quiet()) == 0
+    assert leftovers(tmp_path / "checkpoints")[0] == "0"
+
+
+def without_step(checkpoint: Path) -> None:
+    """Makes a checkpoint of an earlier version."""
+    metadata = checkpoint / "draft" / "metadata"
+    tree = json.loads(metadata.read_text())
+    del tree["step"]
+    metadata.write_text(json.dumps(tree))
+    seal(checkpoint)
+
+
+def test_a_checkpoint_under_another_step_is_passed_over(place: Path) -> None:
+    checkpoints = place / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "2", checkpoints / "8")
+    (checkpoints / "4").rename(checkpoints / "5")
+    (checkpoints / "6").rename(checkpoints / "4")
+    said: list[str] = []
+    assert sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 2
+    assert [line.partition("checkpoints/")[2] for line in said] == [
+        f"{name}: damaged, not used: holds the state of step {step}"
+        for name, step in ((8, 2), (5, 4), (4, 6))
+    ]
+    with pytest.raises(InputError, match="no undamaged checkpoint is left"):
+        load_draft(place / "run", reporter=quiet(), step=8)
+    assert sound_checkpoint(place / "run", reporter=quiet(), set_aside=True) == 2
+    assert {path.name for path in (place / "run" / "set_aside").iterdir()} == {"4", "5", "8"}
+    assert {path.name for path in checkpoints.iterdir()} == {"2"}
+
+
+def test_an_earlier_checkpoint_without_its_step_is_taken_at_its_own(place: Path) -> None:
+    checkpoints = place / "run" / "checkpoints"
+    for step in ("2", "4", "6"):
+        without_step(checkpoints / step)
+    assert "resuming at step 6 of 6" in resume(place)
+    (checkpoints / "4").rename(checkpoints / "7")
+    message = r"checkpoints/7: holds the state of step 4, expected .* rename the directory to 4"
+    with pytest.raises(InputError, match=message):
+        resume(place, "train.extra_steps=3")
+
+
+def test_an_import_is_step_0(trained: Path, tmp_path: Path) -> None:
+    draft = load_draft(trained / "run", reporter=quiet())
+    save_draft(tmp_path, draft.params, draft.record)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "0").rename(checkpoints / "3")
+    with pytest.raises(InputError, match="no undamaged checkpoint is left"):
+        load_draft(tmp_path, reporter=quiet())
+
+
 def test_a_damaged_run_ends_with_the_same_bits(trained: Path, place: Path) -> None:
     damaged(place / "run" / "checkpoints" / "6", "flip")
     damaged(place / "run" / "checkpoints" / "4", "position")
@@ -138,6 +231,17 @@ def test_the_note_of_the_newest_checkpoint_is_read_strictly(place: Path, content
     (place / "run" / "newest_checkpoint.json").write_text(content)
     with pytest.raises(InputError, match=r"newest_checkpoint\.json"):
         sound_checkpoint(place / "run", reporter=quiet())
+
+
+def test_a_changed_note_of_the_newest_checkpoint_is_refused(place: Path) -> None:
+    note = place / "run" / "newest_checkpoint.json"
+    shutil.rmtree(place / "run" / "checkpoints" / "6")
+    note.write_text(note.read_text().replace("6", "4", 1))  # 6 would not be missed
+    with pytest.raises(InputError, match=r"newest_checkpoint\.json: changed .*; remove the file"):
+        sound_checkpoint(place / "run", reporter=quiet())
+    note.write_text('{"step": 6}\n')  # of an earlier version
+    heard = Heard()
+    assert sound_checkpoint(place / "run", reporter=heard) == 4 and "is gone" in heard.text
 
 
 def test_one_step_can_be_asked_for(place: Path) -> None:

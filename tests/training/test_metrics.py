@@ -1,7 +1,9 @@
 """The log of a run: JSON that any reader takes, times apart, resumed where its checkpoint says."""
 
 import hashlib
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from strict_json import strictly
 from tiny import Heard, quiet
 
 from domino_jax.base.errors import InputError
-from domino_jax.training.log import read_metrics
-from domino_jax.training.metrics import LogMark, MetricsLog
+from domino_jax.base.files import write_checksums
+from domino_jax.training.log import LogMark, log_notice, read_metrics
+from domino_jax.training.metrics import MetricsLog
 
 
 def opened(
@@ -87,10 +90,50 @@ def test_a_log_that_is_gone_begins_anew_and_says_so(tmp_path: Path) -> None:
 def test_damaged_times_are_left_out(tmp_path: Path) -> None:
     mark = written(tmp_path)
     timing = tmp_path / "timing.jsonl"
-    timing.write_bytes(b"\xff\n[]\n{}\n" + timing.read_bytes() + b'{"step": ')
+    timing.write_bytes(b'\xff\n[]\n{}\n{"step": "1"}\n' + timing.read_bytes() + b'{"step": ')
     with opened(tmp_path, mark, step=2):
         pass
     assert [line.get("step") for line in strictly(timing)] == [None, 1, 2]
+
+
+def saved_at(run: Path, step: int, mark: LogMark) -> None:
+    """A checkpoint of a run, as far as readers of the log look at it."""
+    checkpoint = run / "checkpoints" / str(step)
+    (checkpoint / "run").mkdir(parents=True)
+    (checkpoint / "run" / "metadata").write_text(json.dumps({"log": vars(mark)}))
+    write_checksums(checkpoint)
+
+
+def test_a_changed_log_is_reported_by_the_newest_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    mark = written(tmp_path)
+    assert log_notice(tmp_path) is None  # without a checkpoint nothing can be compared
+    saved_at(tmp_path, 2, mark)
+    whole = path.read_bytes()[: mark.bytes]
+    path.write_bytes(whole)
+    assert log_notice(tmp_path) is None
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(changed)
+        notice = log_notice(tmp_path) or ""
+        assert re.fullmatch(
+            r"metrics\.jsonl: its first \d+ bytes have sha256 \w+, expected \w+ of checkpoint 2: "
+            "the file has changed; put it back",
+            notice,
+        )
+    path.write_bytes(whole[:-1])
+    assert "the file has changed" in (log_notice(tmp_path) or "")
+    path.write_bytes(whole + b'{"step": 3}\n')
+    assert log_notice(tmp_path) == (
+        "metrics.jsonl: the lines that follow checkpoint 2 are not verified"
+    )
+    # A damaged checkpoint says nothing of the log; the one before it does.
+    saved_at(tmp_path, 3, LogMark(1, "0" * 64))
+    (tmp_path / "checkpoints" / "3" / "run" / "metadata").write_text("{}")
+    assert "follow checkpoint 2" in (log_notice(tmp_path) or "")
+    path.unlink()
+    assert log_notice(tmp_path) is None
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"split": "train"}', '{"step": "1"}'])

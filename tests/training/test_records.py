@@ -10,12 +10,12 @@ from reference import dflash_config, draft_config
 from domino_jax.base.errors import InputError
 from domino_jax.config.model import DraftConfig
 from domino_jax.data.template import ChatTemplate
-from domino_jax.training.records import DraftRecord, read_draft_record
+from domino_jax.training.records import DraftRecord, read_draft_record, recorded_step
 
 
 def stored(config: DraftConfig, place: Path, **extra: Any) -> Path:
     hashes = {"target_sha256": "1" * 64, "tokenizer_sha256": "2" * 64}
-    tree = DraftRecord(config, "target", ChatTemplate("0" * 64, {}), **hashes).as_json()
+    tree = DraftRecord(config, "target", ChatTemplate("0" * 64, {}), **hashes).as_json(step=7)
     tree["config"] |= extra
     (place / "draft").mkdir()
     (place / "draft" / "metadata").write_text(json.dumps(tree))
@@ -25,6 +25,7 @@ def stored(config: DraftConfig, place: Path, **extra: Any) -> Path:
 @pytest.mark.parametrize("config", [draft_config(), dflash_config()])
 def test_a_stored_draft_is_read_back(config: DraftConfig, tmp_path: Path) -> None:
     record = read_draft_record(stored(config, tmp_path))
+    assert recorded_step(tmp_path) == 7
     assert (record.config, record.target_sha256) == (config, "1" * 64)
 
 
