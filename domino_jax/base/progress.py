@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from domino_jax.base.escapes import printable
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Reporter:
     safe_point: Callable[[], None] = lambda: None
 
     def say(self, line: str) -> None:
-        """Writes one line."""
+        """Writes one line; what is not printable in it is escaped."""
         self.safe_point()
-        # As it is: a path may hold what rich takes for markup, and a line must stay one line.
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        # Not as `str`, in which rich replaces markup and names of emoji; a path may hold both.
+        self.console.print(Text(printable(line)), soft_wrap=True)
 
     @contextmanager
     def bar(self, name: str, *, total: int, done: int = 0) -> Iterator["Bar"]:
@@ -46,7 +49,7 @@ class Reporter:
             done: how many are done already.
         """
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
@@ -54,7 +57,7 @@ class Reporter:
         )
         in_log = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=in_log) as drawn:
-            drawn.add_task(name, total=total, completed=done, figures="")
+            drawn.add_task(printable(name), total=total, completed=done, figures="")
             yield Bar(self, drawn)
 
 
@@ -75,7 +78,7 @@ class Bar:
         (task,) = self.drawn.tasks
         if self.reporter.console.is_terminal:
             self.reporter.safe_point()
-            self.drawn.update(task.id, completed=done, figures=figures)
+            self.drawn.update(task.id, completed=done, figures=printable(figures))
         else:
             line = f"{task.description} {done}/{task.total:.0f}  {figures}"
             self.reporter.say(line.rstrip())

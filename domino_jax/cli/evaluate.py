@@ -13,7 +13,7 @@ import click
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter, results
+from domino_jax.cli.shared import echo, reporter, results
 from domino_jax.evaluation.record import (
     EVALUATION,
     Evaluator,
@@ -125,5 +125,5 @@ def evaluate(
     for name in names:
         for mode, figures in sets[name]["ways"].items():
             for difference in figures.get("differences", ()):
-                click.echo(f"{name}, {mode}: first difference {difference}")
-    click.echo(evaluation)
+                echo(f"{name}, {mode}: first difference {difference}")
+    echo(evaluation)

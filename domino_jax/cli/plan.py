@@ -6,15 +6,18 @@ So the step is compiled for machines that are not here, and what its program tak
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from domino_jax.base.errors import InputError
+from domino_jax.base.files import write_whole
+from domino_jax.base.user_cache import user_cache
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter, results, user_cache
+from domino_jax.cli.shared import echo, reporter, results
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.plan.topology import Compiler, compiler_for, parse_device_spec
 
@@ -63,7 +66,6 @@ def plan_verb(
     # Before `keeps`: until then a signal ends the process at once.
     import jax
 
-    from domino_jax.plan.plan import write_json
     from domino_jax.plan.table import plan_table
     from domino_jax.training.prepare import read_models
 
@@ -76,13 +78,13 @@ def plan_verb(
     results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
-            click.echo(f"{one.spec}: the compiler refused: {one.refusal}")
+            echo(f"{one.spec}: the compiler refused: {one.refusal}")
         if largest_batch:
             found = one.batch_size if one.fits else "none"
-            click.echo(f"{one.spec}: largest data.batch_size that fits: {found}")
+            echo(f"{one.spec}: largest data.batch_size that fits: {found}")
     if file is not None:
-        write_json(file, [dataclasses.asdict(one) for one in plans])
-        click.echo(file)
+        write_whole(file, json.dumps([dataclasses.asdict(one) for one in plans], indent=2) + "\n")
+        echo(file)
     # After what was found is printed and written: not fitting is a result.
     if not all(one.fits for one in plans):
         ctx.exit(1)
@@ -93,7 +95,7 @@ def _planned(config: RunConfig, models: Models, compiler: Compiler, *, largest: 
     from domino_jax.plan.plan import largest_batch, plan
     from domino_jax.training.prepare import abstract_step
 
-    cache = user_cache("plans", verb="plan")
+    cache = user_cache("plans", needs="domino plan")
 
     def with_batch(batch_size: int) -> Plan:
         data = dataclasses.replace(config.data, batch_size=batch_size)

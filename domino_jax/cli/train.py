@@ -12,7 +12,7 @@ from domino_jax.base.errors import InputError
 from domino_jax.base.progress import Reporter
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import logs, reporter, results
+from domino_jax.cli.shared import echo, logs, reporter, results
 from domino_jax.config.run import load_config
 from domino_jax.target.fingerprint import target_fingerprint
 
@@ -57,7 +57,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     told = Reporter(logs)
     run = prepare(settings, reporter=told)
     directory = train_run(run, reporter=told, stop_requested=stop_requested)
-    click.echo(directory)
+    echo(directory)
 
 
 @click.command()
@@ -118,4 +118,4 @@ def capture(
         confirmed=yes,
         reporter=reporter,
     )
-    click.echo(directory)
+    echo(directory)

@@ -320,7 +320,8 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     text = dump_config(checked.config)
     inputs.directory.mkdir(parents=True, exist_ok=True)
     write_whole(inputs.directory / "config.yaml", text)
-    reporter.say(text)
+    for line in text.splitlines():
+        reporter.say(line)
     for line in announcement(inputs):
         reporter.say(line)
     return Run(inputs, target_params, state)
