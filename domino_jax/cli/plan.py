@@ -6,14 +6,12 @@ So the step is compiled for machines that are not here, and what its program tak
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import write_whole
 from domino_jax.base.user_cache import user_cache
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
@@ -66,6 +64,7 @@ def plan_verb(
     # Before `keeps`: until then a signal ends the process at once.
     import jax
 
+    from domino_jax.plan.plan import write_json
     from domino_jax.plan.table import plan_table
     from domino_jax.training.prepare import read_models
 
@@ -83,7 +82,7 @@ def plan_verb(
             found = one.batch_size if one.fits else "none"
             echo(f"{one.spec}: largest data.batch_size that fits: {found}")
     if file is not None:
-        write_whole(file, json.dumps([dataclasses.asdict(one) for one in plans], indent=2) + "\n")
+        write_json(file, [dataclasses.asdict(one) for one in plans])
         echo(file)
     # After what was found is printed and written: not fitting is a result.
     if not all(one.fits for one in plans):
