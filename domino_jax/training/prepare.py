@@ -58,6 +58,7 @@ from domino_jax.training.preflight import (
     check_directory,
     check_one_process,
     check_packages,
+    check_pattern,
     check_place,
     check_room,
 )
@@ -130,6 +131,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         expected="the directory of a draft, as export writes it",
     )
     check_place(config.run_dir)
+    check_pattern(config.run_dir)
     check_one_process("train")
     mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
     config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices
