@@ -116,7 +116,7 @@ def domino(
 
     # What another state of the code answered must not be what this one is held against.
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(measurement, "user_cache", lambda name, *, verb: cache / name)
+    monkeypatch.setattr(measurement, "user_cache", lambda name, *, needs: cache / name)
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["domino", *map(str, words)])

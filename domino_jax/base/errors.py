@@ -12,6 +12,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from domino_jax.base.escapes import printable
+
 T = TypeVar("T")
 Scalar = bool | int | float | str
 # Settings whose names somebody else defines, a chat template for example.
@@ -63,11 +65,6 @@ def one_line(text: str) -> str:
         return text
     end = LINE_CHARACTERS // 3
     return f"{text[: LINE_CHARACTERS - end - 5]} ... {text[-end:]}"
-
-
-def printable(text: str) -> str:
-    """Text with escapes in the place of what a terminal would obey or not show."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: Any) -> str:

@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from domino_jax.base.escapes import printable
 
 # With 5 s to spare: a library may keep Python's lock for seconds.
 HEARTBEAT_SECONDS = 25.0  # so that a log has a line at least every 30 s
@@ -78,10 +81,11 @@ class Reporter:
     newest: _Newest = field(default_factory=_Newest, repr=False, compare=False)
 
     def say(self, line: str) -> None:
-        """Writes one line."""
+        """Writes one line; what is not printable in it is escaped."""
         self.safe_point()
-        # As it is: a path may hold what rich takes for markup, and a line must stay one line.
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        line = printable(line)
+        # Not as `str`, in which rich replaces markup and names of emoji; a path may hold both.
+        self.console.print(Text(line), soft_wrap=True)
         self.newest.line(line)
 
     def pause_heartbeat(self) -> None:
@@ -98,7 +102,7 @@ class Reporter:
             done: how many are done already.
         """
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
@@ -106,7 +110,7 @@ class Reporter:
         )
         in_log = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=in_log) as drawn:
-            drawn.add_task(name, total=total, completed=done, figures="")
+            drawn.add_task(printable(name), total=total, completed=done, figures="")
             yield Bar(self, drawn)
 
 
@@ -128,7 +132,7 @@ class Bar:
         (task,) = self.drawn.tasks
         if self.reporter.console.is_terminal:
             self.reporter.safe_point()
-            self.drawn.update(task.id, completed=done, figures=figures)
+            self.drawn.update(task.id, completed=done, figures=printable(figures))
         else:
             count = f"{task.description} {done}/{task.total:.0f}"
             self.reporter.say(f"{count}  {figures}".rstrip())

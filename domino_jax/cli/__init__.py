@@ -5,6 +5,7 @@ of a verb imports at its top what needs neither jax nor numpy; a verb imports th
 arguments are checked.
 """
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -14,6 +15,7 @@ from domino_jax.cli.interrupts import answered_signals
 
 def main() -> None:
     """The `domino` command, and `python -m domino_jax`."""
+    _open_standard_streams()
     try:
         command()
     except SystemExit as stop:
@@ -26,9 +28,26 @@ def main() -> None:
         os._exit(stop.code)
 
 
+def _open_standard_streams() -> None:
+    """Opens each standard stream that the caller has closed, on the null device.
+
+    Otherwise a file that is opened later takes its number: what a library writes to "standard
+    error" would end inside it.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest number that is free is this one
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def command() -> None:
     """What the command does, ended by SystemExit as any other Python program."""
     with answered_signals():
+        # An answer may hold letters that the encoding of a terminal or a pipe lacks.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         # transformers warns where PyTorch is not installed; nothing here needs it.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         # Only now, behind the handlers: the verb imports jax.

@@ -12,7 +12,7 @@ from domino_jax.base.files import check_new, whole_directory, write_error
 from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import own, reporter
+from domino_jax.cli.shared import echo, own, reporter
 from domino_jax.data.template import NO_KWARGS, chat_template, check_kwargs, dated
 from domino_jax.interop.engines import ENGINES, engine_refusals, proposals_note
 from domino_jax.target.decoder_keys import read_decoder_config
@@ -69,7 +69,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
     reporter.say(f"step {stored.step} of {run} exported and read back, {dtype}")
     if engine:
         reporter.say(proposals_note(record.config, engine))
-    click.echo(directory)
+    echo(directory)
 
 
 @click.command(name="import")
@@ -92,8 +92,10 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     from domino_jax.target.load import load_tokenizer
     from domino_jax.target.tokens import end_token_ids
     from domino_jax.training.checkpoint import save_draft
+    from domino_jax.training.preflight import check_pattern
     from domino_jax.training.records import DraftRecord
 
+    check_pattern(run)
     keeps(f"{run} is whole or was not made; the same command starts over")
     reporter.say(f"loading {directory}")
     config, params = load_hf_draft(directory)
@@ -132,4 +134,4 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
         except (ValueError, RuntimeError) as error:  # TensorStore has no OSError
             raise write_error(error, run) from error
     keeps(f"{run} is complete")
-    click.echo(run)
+    echo(run)

@@ -14,7 +14,7 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import own, reporter
+from domino_jax.cli.shared import echo, own, reporter
 from domino_jax.data.template import dated
 from domino_jax.target.resolve import resolve_target
 
@@ -44,7 +44,7 @@ def target(source: str, directory: Path | None) -> None:
         if directory is not None:
             raise InputError(f"{source}: only a .gguf file is converted into a directory")
         path = resolve_target(source, reporter=reporter)
-    click.echo(path)
+    echo(path)
 
 
 @click.command()
@@ -128,7 +128,7 @@ def regenerate(
             f"{result.left_out} later turns are left out: their prompts are too long, or the chat "
             "template refuses them"
         )
-    click.echo(answers)
+    echo(answers)
 
 
 @click.command()
@@ -202,4 +202,4 @@ def prompts(out: Path, chat_template_kwargs: Scalars | None, **drawing: Any) -> 
     keeps(f"{out} is complete")
     words = f"{drawn.drawn} drawn by this start, left out: {drawn.left_out}"
     reporter.say(f"saved {settings.count} prompts; {words}")
-    click.echo(out)
+    echo(out)

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.escapes import printable_text
 from domino_jax.base.files import LINE_BYTES
 from domino_jax.base.marks import MARKS, has_colours, marked
 from domino_jax.cli import options
@@ -114,6 +115,7 @@ def _writer(*, color: bool) -> Callable[[str, bool], None]:
     def write(piece: str, drafted: bool) -> None:
         safe_point()  # a piece of text is a place to end, as a line of `say` is
         reporter.pause_heartbeat()  # its lines would be in the middle of the answer
+        piece = printable_text(piece)
         if piece and drafted:
             piece = marked(piece, coloured=coloured)
         # Colours that FORCE_COLOR asks for reach a pipe too, where click takes them out.

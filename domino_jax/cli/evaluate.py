@@ -14,7 +14,7 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import own, reporter, results
+from domino_jax.cli.shared import echo, own, reporter, results
 from domino_jax.evaluation.record import (
     EVALUATION,
     Evaluator,
@@ -129,5 +129,5 @@ def evaluate(
     for name in names:
         for mode, figures in sets[name]["ways"].items():
             for difference in figures.get("differences", ()):
-                click.echo(f"{name}, {mode}: first difference {difference}")
-    click.echo(evaluation)
+                echo(f"{name}, {mode}: first difference {difference}")
+    echo(evaluation)

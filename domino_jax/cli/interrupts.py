@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from domino_jax.base.escapes import printable
 from domino_jax.base.files import remove_unfinished
 from domino_jax.base.lock import release_all
 
@@ -123,7 +124,7 @@ def _watch(reader: int) -> None:
             timer.start()
         line = SAVING if _state.saves else f"interrupted: {_state.kept or NOT_BEGUN}"
         with suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         if _state.at_once and not _state.saves:
             _end()
     os.close(reader)

@@ -16,8 +16,9 @@ import numpy as np
 from domino_jax import __version__
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import file_sha256
+from domino_jax.base.user_cache import user_cache
 from domino_jax.cli.loading import Loaded
-from domino_jax.cli.shared import reporter, user_cache
+from domino_jax.cli.shared import reporter
 from domino_jax.data.forms import question, read_conversations
 from domino_jax.data.prompt import prompt_of, stop_token_ids, unused_words
 from domino_jax.decoding.decoder import Decoder, Weights
@@ -129,7 +130,7 @@ class Measurement:
             batch_size=self.batch_size,
             reporter=reporter,
         )
-        cache = user_cache("answers", verb="evaluate")
+        cache = user_cache("answers", needs="domino evaluate")
         return cached_answers(
             cache,
             identity,

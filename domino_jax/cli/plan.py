@@ -14,9 +14,10 @@ import click
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import write_whole
+from domino_jax.base.user_cache import user_cache
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import reporter, results, user_cache
+from domino_jax.cli.shared import echo, reporter, results
 from domino_jax.config.run import RunConfig, load_config
 from domino_jax.plan.topology import Compiler, compiler_for, parse_device_spec
 
@@ -77,14 +78,14 @@ def plan_verb(
     results().print(plan_table(plans))
     for one in plans:
         if one.refusal is not None:
-            click.echo(f"{one.spec}: the compiler refused: {one.refusal}")
+            echo(f"{one.spec}: the compiler refused: {one.refusal}")
         if largest_batch:
             found = one.batch_size if one.fits else "none"
-            click.echo(f"{one.spec}: largest data.batch_size that fits: {found}")
+            echo(f"{one.spec}: largest data.batch_size that fits: {found}")
     if file is not None:
         tree = [dataclasses.asdict(one) for one in plans]
         write_whole(file, json.dumps(tree, indent=2) + "\n")
-        click.echo(file)
+        echo(file)
     # After what was found is printed and written: not fitting is a result.
     if not all(one.fits for one in plans):
         ctx.exit(1)
@@ -95,7 +96,7 @@ def _planned(config: RunConfig, models: Models, compiler: Compiler, *, largest: 
     from domino_jax.plan.plan import largest_batch, plan
     from domino_jax.training.prepare import abstract_step
 
-    cache = user_cache("plans", verb="plan")
+    cache = user_cache("plans", needs="domino plan")
 
     def with_batch(batch_size: int) -> Plan:
         data = dataclasses.replace(config.data, batch_size=batch_size)

@@ -8,7 +8,7 @@ from domino_jax.base.errors import InputError
 from domino_jax.base.lock import lock_beside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps
-from domino_jax.cli.shared import own, reporter
+from domino_jax.cli.shared import echo, own, reporter
 from domino_jax.page.sources import read_runs
 
 PAGE = "report.html"  # its name in a run directory
@@ -52,4 +52,4 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     reporter.say(f"drawing {path}")
     write_page(found, path)
     keeps(f"{path} is written")
-    click.echo(path)
+    echo(path)

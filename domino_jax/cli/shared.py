@@ -1,7 +1,4 @@
-"""Streams, locks and the cache that verbs share.
-
-Results go to stdout, progress and logs to stderr.
-"""
+"""Streams and locks that verbs share: results go to stdout, progress and logs to stderr."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.escapes import printable_text
 from domino_jax.base.progress import Reporter
 from domino_jax.cli.interrupts import safe_point
 from domino_jax.processes import check_single_process
@@ -52,11 +49,6 @@ def own(
     context.with_resource(lock(place, command=command, **options))
 
 
-def user_cache(name: str, *, verb: str) -> Path:
-    """A directory of the user's cache, for a verb that keeps there what it would compute again."""
-    # Imported where it is used: machines with an accelerator's packages alone often lack it.
-    try:
-        import platformdirs
-    except ModuleNotFoundError as error:
-        raise InputError(f"domino {verb} needs platformdirs: pip install platformdirs") from error
-    return platformdirs.user_cache_path("domino_jax") / name
+def echo(result: object) -> None:
+    """Prints a result on standard output, control characters escaped."""
+    click.echo(printable_text(str(result)))

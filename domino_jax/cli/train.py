@@ -13,7 +13,7 @@ from domino_jax.base.errors import InputError
 from domino_jax.base.lock import lock_inside
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, stop_requested
-from domino_jax.cli.shared import own, reporter, results
+from domino_jax.cli.shared import echo, own, reporter, results
 from domino_jax.config.run import load_config
 from domino_jax.target.fingerprint import target_fingerprint
 
@@ -59,7 +59,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     told = replace(reporter, safe_point=lambda: None)
     run = prepare(settings, reporter=told)
     directory = train_run(run, reporter=told, stop_requested=stop_requested)
-    click.echo(directory)
+    echo(directory)
 
 
 @click.command()
@@ -121,4 +121,4 @@ def capture(
         confirmed=yes,
         reporter=reporter,
     )
-    click.echo(directory)
+    echo(directory)

@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -25,6 +27,7 @@ from domino_jax.base.errors import (
     shown,
     text_problem,
 )
+from domino_jax.base.escapes import printable, printable_text
 from domino_jax.base.files import NO_ROOM
 from domino_jax.cli.interrupts import EXIT_CODE, kept
 
@@ -47,6 +50,22 @@ _COMMANDS = {
     "target": ("data", "target"),
     "train": ("train", "train"),
 }
+
+
+_formatted = warnings.formatwarning
+
+
+def _formatted_warning(*args: Any, **kwargs: Any) -> str:
+    """A warning as Python prints it, control characters escaped."""
+    return printable_text(_formatted(*args, **kwargs))
+
+
+class _Record(logging.LogRecord):
+    """A record of `logging`, control characters escaped."""
+
+    def getMessage(self) -> str:
+        """The message with its arguments."""
+        return printable_text(super().getMessage())
 
 
 class _Verbs(Mapping[str, click.Command]):
@@ -92,12 +111,17 @@ class _Group(click.Group):
             if error.errno in NO_ROOM and kept():
                 words = f"{words}; {kept()}"
             raise click.UsageError(words) from error
+        except RuntimeError as error:
+            # JAX's, without a type of its own: JAX_PLATFORMS or a driver.
+            if str(error).startswith("Unable to initialize backend"):
+                raise click.UsageError(str(error)) from error
+            raise
         # These are no errors of the user's: they have codes of their own, and no "error:".
         except Interrupted as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             ctx.exit(EXIT_CODE)
         except (Diverged, Untrained) as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             ctx.exit(NO_RESULT)
 
 
@@ -141,6 +165,7 @@ def run() -> None:
     """Runs the verb of the command line and exits; a message of bad input is one line, code 2."""
     _multiply_in_full_float32()
     _hear_failed_saves_once()
+    _escape_what_libraries_quote()
     # Not in click's own mode, which prints the usage before a message and ends the process itself.
     try:
         code = cli(standalone_mode=False, prog_name="domino") or 0
@@ -148,7 +173,8 @@ def run() -> None:
         # What click and rich do at a closed pipe: `domino generate RUN "a question" | head -1`.
         sys.exit(NOBODY_READS)
     except click.ClickException as error:  # code 2 where it is about usage
-        print(f"error: {one_line(error.format_message())}", file=sys.stderr)
+        with suppress(OSError):  # a full disk: the exit code is left
+            print(f"error: {one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(code)
 
@@ -163,6 +189,13 @@ def _multiply_in_full_float32() -> None:
     jax = sys.modules.get("jax")
     if jax is not None:
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _escape_what_libraries_quote() -> None:
+    """Escapes control characters in logs and warnings of libraries, which may quote data."""
+
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _formatted_warning
 
 
 def _hear_failed_saves_once() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.parse import parse_json
 
 SECONDS = 5.0  # for one conversation; a good template takes milliseconds
 MEMORY_BYTES = 2**29  # beyond what the process takes when it starts
@@ -112,7 +113,7 @@ class _Process:
                 self.end()
                 raise
             if line.endswith(b"\n"):
-                reply = json.loads(line)
+                reply = parse_json(line, source="the process that renders chat templates")
                 if "error" in reply:
                     raise InputError(f"{problem}: {reply['error']}")
                 if "costly" not in reply:

@@ -1,8 +1,22 @@
-"""JSON responses of servers, bounded in time and size; a fault is one line with the address."""
+"""JSON responses of servers, bounded in time and size; a fault is one line with the address.
+
+A socket's own limit restarts with every byte, and a header or a chunk takes as many reads as the
+server likes. So a thread of its own runs the whole exchange, from the look-up of the name to the
+last trailer, and the caller waits for it:
+
+    fetch                       _exchange, a daemon thread
+    waits `timeout` seconds     connects, sends, reads; every read of the socket checks time and
+                                bytes, so an abandoned thread ends by itself
+"""
 
 import http.client
+import io
 import json
+import queue
+import socket
+import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
@@ -13,7 +27,7 @@ from domino_jax.base.errors import InputError, shown
 from domino_jax.base.parse import parse_json
 
 TIMEOUT_SECONDS = 600.0  # for a response: a long answer takes minutes on a slow machine
-RESPONSE_BYTES = 2**24  # more than any answer in JSON
+RESPONSE_BYTES = 2**24  # headers included; more than any answer in JSON
 
 
 def base_url(url: str) -> str:
@@ -55,31 +69,112 @@ def fetch(
 
     Args:
         address: of the response.
-        timeout: seconds for all of it.
-        question: is posted as JSON; None gets what is there.
+        timeout: seconds for the whole exchange.
+        question: is posted as JSON; None sends a GET request.
     Raises:
-        InputError: there is none, or not in time, or one that has no end.
+        InputError: no response, not a whole one in time, or more than `RESPONSE_BYTES`.
     """
     data = None if question is None else json.dumps(question).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    ends = time.monotonic() + timeout
-    said = bytearray()
+    ended: queue.SimpleQueue[tuple[int, bytes] | Exception] = queue.SimpleQueue()
+
+    def exchange() -> None:
+        try:
+            ended.put(_exchange(request, timeout))
+        except Exception as error:  # raised by the caller
+            ended.put(error)
+
+    # A daemon: nothing stops the look-up of a name, and the process must be able to exit.
+    threading.Thread(target=exchange, name=f"exchange with {address}", daemon=True).start()
     try:
-        with urllib.request.build_opener(_AsAnswered).open(request, timeout=timeout) as response:
-            # In pieces: who sends a byte now and then is always within the time of a piece.
-            while piece := response.read1(2**16):
-                said += piece
-                if time.monotonic() > ends:
-                    raise TimeoutError
-                if len(said) > RESPONSE_BYTES:
-                    raise InputError(f"{address}: more than {RESPONSE_BYTES} bytes")
-            return response.status, bytes(said)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        result = ended.get(timeout=timeout)
+    except queue.Empty:
+        result = TimeoutError()
+    if isinstance(result, InputError | OSError | http.client.HTTPException | UnicodeError):
         # urllib wraps what goes wrong before there is a response.
-        reason = getattr(error, "reason", error)
+        reason = result.reason if isinstance(result, urllib.error.URLError) else result
         if isinstance(reason, TimeoutError):
             reason = f"no response within {timeout:g} seconds"
-        raise InputError(f"{address}: {str(reason) or type(reason).__name__}") from error
+        raise InputError(f"{address}: {str(reason) or type(reason).__name__}") from result
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _exchange(request: urllib.request.Request, timeout: float) -> tuple[int, bytes]:
+    """Status and body; the errors are those of urllib and of `_Received`."""
+    body = bytearray()
+    opener = urllib.request.build_opener(_AsAnswered, _Bounded)
+    with opener.open(request, timeout=timeout) as response:
+        while piece := response.read1(2**16):
+            body += piece
+        # `read1` takes the end of the connection for the end of the body.
+        if response.length:
+            raise http.client.IncompleteRead(bytes(body), response.length)
+        return response.status, bytes(body)
+
+
+class _Received(io.RawIOBase):
+    """The bytes of a response: at most `RESPONSE_BYTES`, within the socket's own limit of time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._raw = sock.makefile("rb", buffering=0)
+        self._left = RESPONSE_BYTES
+        self._ends = time.monotonic() + (sock.gettimeout() or TIMEOUT_SECONDS)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Reads what the socket has.
+
+        Raises:
+            TimeoutError: too late.
+            HTTPException: too many bytes. Not an InputError: http.client takes a ValueError among
+                chunks for a bad size.
+        """
+        count = self._raw.readinto(buffer)
+        if time.monotonic() > self._ends:
+            raise TimeoutError
+        self._left -= count or 0
+        if self._left < 0:
+            raise http.client.HTTPException(f"more than {RESPONSE_BYTES} bytes")
+        return count
+
+    def close(self) -> None:
+        """Closes the socket with it."""
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response read through `_Received`: status, headers, chunk sizes and trailers included."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Received(sock))
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Bounded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https addresses with such responses."""
+
+    def http_open(self, request: Any) -> Any:
+        """The response."""
+        return self.do_open(_Connection, request)
+
+    def https_open(self, request: Any) -> Any:
+        """The response."""
+        return self.do_open(_SecureConnection, request)
 
 
 class _AsAnswered(urllib.request.HTTPErrorProcessor):

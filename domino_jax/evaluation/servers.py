@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from domino_jax.base.errors import InputError, printable, shown
+from domino_jax.base.errors import InputError, shown
+from domino_jax.base.escapes import printable
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.evaluation.bootstrap import PerPrompt
 from domino_jax.evaluation.responses import (

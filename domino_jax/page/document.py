@@ -12,6 +12,7 @@ import jinja2
 
 from domino_jax import __version__
 from domino_jax.base.errors import InputError
+from domino_jax.base.escapes import printable_text
 from domino_jax.base.files import whole_file, write_whole
 from domino_jax.page import charts, notes, tables
 from domino_jax.page.cells import Cell
@@ -169,6 +170,8 @@ def _rendered(runs: Sequence[RunFiles], parts: Sequence[Section], folder: str) -
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        # Not of markup, which is another type: paths of drawings and what is escaped already.
+        finalize=lambda value: printable_text(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )

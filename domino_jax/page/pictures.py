@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from domino_jax.base.errors import InputError, printable
+from domino_jax.base.errors import InputError
+from domino_jax.base.escapes import printable
 from domino_jax.page.charts import PARTS, Chart, described
 
 WIDTH, HEIGHT = 3.6, 2.3  # inches; a phone's width at 100 units an inch
@@ -76,6 +77,8 @@ def drawn(charts: Sequence[Chart], names: Sequence[str]) -> list[Picture]:
         import matplotlib
     except ModuleNotFoundError as error:
         raise InputError("domino report needs matplotlib: pip install matplotlib") from error
+    except ValueError as error:  # an unknown backend
+        raise InputError(f"MPLBACKEND: {error}; unset it") from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         # matplotlib's own font: the same widths on every machine.
         matplotlib.rc("font", family="DejaVu Sans", size=NORMAL)

@@ -1,12 +1,23 @@
-"""A run's files are for programs: here a person gets training in figures, evaluation in a table."""
+"""A run's training in figures and its evaluation as a table, for a terminal.
 
-from collections.abc import Iterator
+Both are read through `Source`: a log or an earlier evaluation may hold anything, and what is no
+figure is left out.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from domino_jax.training.log import log_notice, read_metrics
+from domino_jax.base.escapes import printable
+from domino_jax.evaluation.record import EVALUATION
+from domino_jax.page.sources import Source
+from domino_jax.training.log import METRICS, log_notice, read_metrics
+
+COUNT, PLACES = "{:.0f}", "{:.3f}"
 
 
 def training_summary(run: Path) -> dict[str, Any]:
@@ -18,25 +29,21 @@ def training_summary(run: Path) -> dict[str, Any]:
     Raises:
         InputError: the log cannot be read.
     """
-    records = read_metrics(run)
+    records = Source(METRICS, (), read_metrics(run)).entries
     # A window in which every step was skipped has no loss; neither has a pass that was not finite.
-    measured = [record for record in records if _numbers(record, "loss")]
-    training = [record for record in measured if record.get("split") == "train"]
-    heldout = [
-        record
-        for record in measured
-        if record.get("split") == "heldout" and _numbers(record, "accept_len")
-    ]
-    data = [record for record in records if record.get("split") == "data"]
+    measured = [record for record in records if record["loss"].number is not None]
+    training = [record for record in measured if record["split"].text == "train"]
+    heldout = [record for record in measured if record["split"].text == "heldout"]
+    data = [record for record in records if record["split"].text == "data"]
     summary: dict[str, Any] = {}
     if training:
-        summary["first_loss"] = training[0]["loss"]
-        summary["last_loss"] = training[-1]["loss"]
-        summary["steps"] = training[-1]["step"]
+        summary["first_loss"] = training[0]["loss"].value
+        summary["last_loss"] = training[-1]["loss"].value
+        summary["steps"] = training[-1]["step"].value
     if heldout:
-        summary["heldout"] = heldout[-1]
+        summary["heldout"] = _plain_values(heldout[-1])
     if data:
-        known = data[-1].items()
+        known = _plain_values(data[-1]).items()
         summary["data"] = {name: value for name, value in known if name not in ("step", "split")}
     notice = log_notice(run)
     if notice is not None:
@@ -44,9 +51,13 @@ def training_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def _numbers(record: dict[str, Any], *names: str) -> bool:
-    """Whether a line of a log, which may be damaged, has figures of these names."""
-    return all(type(record.get(name)) in (int, float) for name in names)
+def _plain_values(record: Source) -> dict[str, Any]:
+    """The text and the finite numbers of a record: what JSON can hold."""
+    return {
+        name: value
+        for name, value in record.value.items()
+        if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+    }
 
 
 def evaluation_table(report: dict[str, Any]) -> Table:
@@ -58,68 +69,87 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         f"{head}, temperature {evaluator['temperature']}, "
         f"{evaluator['max_new_tokens']} new tokens, {evaluator['dtype']}"
     )
-    table = Table("", *report["sets"], title=title, caption="; ".join(_caption(report)))
-    columns = [_column(figures) for figures in report["sets"].values()]
-    for name in columns[0]:
+    source = Source(EVALUATION, (), report)
+    sets = source["sets"]
+    # Not as `str`, here and below: rich would replace markup and names of emoji in it.
+    caption = Text("; ".join(_caption(source)), style="table.caption")
+    table = Table("", title=Text(printable(title), style="table.title"), caption=caption)
+    for name in sets.names:
+        table.add_column(Text(printable(name)))
+    columns = [_column(sets[name]) for name in sets.names]
+    for name in columns[0] if columns else ():
         cells = [column[name] for column in columns]
         # What no set has is left out: a head that could be off, speeds.
         if any(cells):
-            table.add_row(name, *(text or "-" for text in cells))
+            table.add_row(name, *(Text(text or "-") for text in cells))
     return table
 
 
-def _column(figures: dict[str, Any]) -> dict[str, str]:
+def _column(figures: Source) -> dict[str, str]:
     """What a set of prompts shows in each row; nothing where it was not measured."""
-    ways, speed, endpoint = figures["ways"], figures.get("speed"), figures.get("endpoint")
-    rates = [speed["tokens_per_second"], speed["tokens_per_second_plain"]] if speed else []
-    compared = [way for way in ways.values() if "tokens_compared" in way]  # none of samples
+    ways, speed, endpoint = figures["ways"], figures["speed"], figures["endpoint"]
+    rates = [speed["tokens_per_second"], speed["tokens_per_second_plain"]]
+    counted_by = "replay" if figures["replayed"].value is True else "decoding"
     # Not every server tells what its drafts took.
-    served = [endpoint.get(key) for key in ("tau", "ratio", "proposals")] if endpoint else []
+    served = [endpoint[key] for key in ("tau", "ratio", "proposals")]
     return {
-        "prompts": f"{figures['prompts']}",
-        "proposals": f"{ways['serving']['proposals']}",
+        "prompts": _figure(COUNT, figures["prompts"]),
+        "proposals": _figure(COUNT, ways["serving"]["proposals"]),
         "tau (95 %)": _tau(ways["serving"]),
-        "tau, head off": _tau(ways.get("head_off")),
-        "tau, block proposals": _tau(ways.get("block")),
-        "n-gram floor": _tau(ways.get("ngram")),
-        "counted by": "replay" if figures["replayed"] else "decoding",
-        "tokens/s speculative / plain": " / ".join(f"{rate:.1f}" for rate in rates),
-        "tokens compared / equal": _equal(compared),
-        "endpoint: tau, over ours, proposals": ", ".join(
-            "-" if figure is None else f"{figure:.4g}" for figure in served
+        "tau, head off": _tau(ways["head_off"]),
+        "tau, block proposals": _tau(ways["block"]),
+        "n-gram floor": _tau(ways["ngram"]),
+        "counted by": counted_by if ways.names else "",
+        "tokens/s speculative / plain": _figure("{:.1f} / {:.1f}", *rates),
+        "tokens compared / equal": _equal([ways[name] for name in ways.names]),
+        "endpoint: tau, over ours, proposals": (
+            ", ".join(_figure("{:.4g}", figure) or "-" for figure in served)
+            if endpoint.names
+            else ""
         ),
-        "endpoint: tokens compared / equal": _equal([endpoint] if endpoint else []),
+        "endpoint: tokens compared / equal": _equal([endpoint]),
     }
 
 
-def _tau(way: dict[str, Any] | None) -> str:
-    if way is None:
-        return ""
+def _figure(form: str, *sources: Source) -> str:
+    """Numbers in a format string; "" where one of them is none."""
+    numbers = [source.number for source in sources]
+    return "" if None in numbers else form.format(*numbers)
+
+
+def _tau(way: Source) -> str:
     # One prompt has no interval.
-    ends = way.get("interval")
-    return f"{way['tau']:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")
+    tau, ends = _figure(PLACES, way["tau"]), way["interval"]
+    interval = _figure(f" ({PLACES} to {PLACES})", ends[0], ends[1])
+    return f"{tau}{interval}" if tau else ""
 
 
-def _equal(compared: list[dict[str, Any]]) -> str:
-    """Of all that were compared with the target's own output, added up."""
-    tokens = sum(one["tokens_compared"] for one in compared)
-    equal = sum(one["tokens_equal"] for one in compared)
-    return f"{tokens} / {equal}" if compared else ""
+def _equal(compared: Sequence[Source]) -> str:
+    """Of all that were compared with the target's own output, added up; samples are not."""
+    pairs = [(one["tokens_compared"].number, one["tokens_equal"].number) for one in compared]
+    found = [(tokens, equal) for tokens, equal in pairs if tokens is not None and equal is not None]
+    if not found:
+        return ""
+    tokens, equal = (sum(column) for column in zip(*found, strict=True))
+    return f"{tokens:.0f} / {equal:.0f}"
 
 
-def _caption(report: dict[str, Any]) -> Iterator[str]:
-    training = report["training"]
-    cycle = report["cycle"] or {}  # null where no cycle was timed
-    if cycle.get("break_even_tau") is not None:
-        yield f"break-even tau {cycle['break_even_tau']:.2f} at batch 1 here"
-    if cycle.get("break_even_tau_if_one_step") is not None:
-        yield f"{cycle['break_even_tau_if_one_step']:.2f} where verifying a block costs one step"
-    if "first_loss" in training:
-        loss = f"loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}"
-        yield f"{loss} in {training['steps']} steps"
-    if "heldout" in training:
+def _caption(report: Source) -> Iterator[str]:
+    training, cycle = report["training"], report["cycle"]
+    heldout = training["heldout"]
+    base = _figure(f", base {PLACES}", heldout["base_accept_len"])
+    words = (
+        _figure("break-even tau {:.2f} at batch 1 here", cycle["break_even_tau"]),
+        _figure(
+            "{:.2f} where verifying a block costs one step", cycle["break_even_tau_if_one_step"]
+        ),
+        _figure(
+            f"loss {PLACES} -> {PLACES} in {COUNT} steps",
+            training["first_loss"],
+            training["last_loss"],
+            training["steps"],
+        ),
         # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
-        heldout = training["heldout"]
-        known = _numbers(heldout, "base_accept_len")
-        base = f", base {heldout['base_accept_len']:.3f}" if known else ""
-        yield f"held-out accept_len (teacher-forced) {heldout['accept_len']:.3f}{base}"
+        _figure(f"held-out accept_len (teacher-forced) {PLACES}{base}", heldout["accept_len"]),
+    )
+    yield from filter(None, words)

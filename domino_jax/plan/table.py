@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
+from domino_jax.base.escapes import printable
 from domino_jax.plan.plan import Exchange, Plan
 
 MIB, GIB, TERA = 2**20, 2**30, 1e12
@@ -15,14 +17,15 @@ def plan_table(plans: Sequence[Plan]) -> Table:
     table = Table(title="A training step: figures of one device, FLOPs of all")
     table.add_column("", no_wrap=True)
     for plan in plans:
-        table.add_column(plan.spec)
+        table.add_column(Text(plan.spec))
     table.caption = "The bounds are what the chip's published peaks allow, not a step time."
 
     def row(name: str, cells: Iterable[str | None]) -> None:
         texts = list(cells)
         # What no place has is left out: launches, where all are TPUs.
         if any(texts):
-            table.add_row(name, *(text or "-" for text in texts))
+            # Not as `str`: scopes and names of devices may hold what rich takes for markup.
+            table.add_row(*(Text(printable(text or "-")) for text in (name, *texts)))
 
     row("devices", (f"{plan.devices} x {plan.device_kind}" for plan in plans))
     row("mesh", (" ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) for plan in plans))

@@ -16,6 +16,7 @@ from pathlib import Path
 from domino_jax.base.errors import InputError
 from domino_jax.base.lock import lock_beside
 from domino_jax.base.progress import STDERR, Reporter
+from domino_jax.base.user_cache import user_cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
         InputError: no such directory or name, a GGUF file that was not converted, or a failed
             download.
     """
-    path = Path(name_or_path).expanduser()
+    try:
+        path = Path(name_or_path).expanduser()
+    except RuntimeError as error:  # of an unknown user, or none
+        raise InputError(f"{name_or_path}: no such home directory; give the path itself") from error
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
@@ -67,13 +71,11 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
             f"{name_or_path}: no such directory, and no built-in target; "
             f"known: {', '.join(BUILT_IN)}"
         )
-    import platformdirs
-
     # Imports jax; the command line reads `BUILT_IN` without it.
     from domino_jax.target.gguf import convert_gguf
 
     name = str(name_or_path)
-    directory = platformdirs.user_cache_path("domino_jax") / "targets" / name
+    directory = user_cache("targets", needs=f"the built-in target {name}") / name
     config = directory / "config.json"
     if config.is_file():
         return directory

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from domino_jax.base.errors import InputError
+from domino_jax.base.errors import InputError, shown
 from domino_jax.base.lock import nearest_existing
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.build import boxed_parameters
@@ -44,6 +44,21 @@ def check_conversations(key: str, name: str | None) -> None:
     if name is not None and not (Path(name).is_file() and os.access(name, os.R_OK)):
         raise InputError(
             f"{key}: {name}: {_instead(Path(name))}; expected a JSONL file of conversations"
+        )
+
+
+def check_pattern(run_dir: str | Path) -> None:
+    """Refuses a run directory that Orbax would take for a pattern of paths.
+
+    It lists the files that it has written with `glob`: in such a directory it finds none of them,
+    or those of another run, and the checkpoint cannot be read.
+    """
+    path = str(Path(run_dir).resolve())
+    odd = "".join(sorted(set("*?[\\") & set(path)))
+    if odd:
+        raise InputError(
+            f"{path}: a run directory with {shown(odd)} in its path, where no checkpoint could be "
+            "read again; give another one"
         )
 
 

@@ -59,6 +59,7 @@ from domino_jax.training.preflight import (
     check_directory,
     check_one_process,
     check_packages,
+    check_pattern,
     check_room,
 )
 from domino_jax.training.program import (
@@ -130,6 +131,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         expected="the directory of a draft, as export writes it",
     )
     check_place("run_dir", config.run_dir)
+    check_pattern(config.run_dir)
     check_one_process("train")
     mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
     config = resolved(config, mesh)  # what is left open is chosen for the mesh's devices
@@ -320,7 +322,8 @@ def prepare(config: RunConfig, *, reporter: Reporter) -> Run:
     text = dump_config(checked.config)
     inputs.directory.mkdir(parents=True, exist_ok=True)
     write_whole(inputs.directory / "config.yaml", text)
-    reporter.say(text)
+    for line in text.splitlines():
+        reporter.say(line)
     for line in announcement(inputs):
         reporter.say(line)
     return Run(inputs, target_params, state)

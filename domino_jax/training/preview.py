@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from domino_jax.base.errors import printable
+from domino_jax.base.escapes import printable
 from domino_jax.base.marks import MARKS, STYLE
 from domino_jax.data.packing import row_lengths
 from domino_jax.draft.build import boxed_parameters
@@ -60,7 +60,7 @@ def print_preview(run: RunInputs, console: Console) -> None:
     first = next(run.batches())
     figures = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, words in (*_models(run), *_data(run), *_steps(run), *_shapes(run, first)):
-        figures.add_row(Text(name, overflow="fold"), Text(words, overflow="fold"))
+        figures.add_row(*(Text(printable(cell), overflow="fold") for cell in (name, words)))
     console.print(figures)
 
     numbers = [int(number) for number in first["row_numbers"][0] if number >= 0]
@@ -69,7 +69,8 @@ def print_preview(run: RunInputs, console: Console) -> None:
         run.tokenizer, first["input_ids"][0, :count], first["loss_mask"][0, :count]
     )
     marked = "green" if console.is_terminal else MARKS
-    console.print(Text(f"\nfirst row of the first batch, {_where(run, numbers)} of {run.source}"))
+    where = f"{_where(run, numbers)} of {printable(run.source)}"
+    console.print(Text(f"\nfirst row of the first batch, {where}"))
     console.print(Text(f"what the loss counts: {marked}"))
     console.print(_marked(spans, coloured=console.is_terminal))
 

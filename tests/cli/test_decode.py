@@ -27,6 +27,7 @@ from tiny import (
 from whole_run import train
 
 from domino_jax.base.errors import Untrained
+from domino_jax.base.escapes import printable_text
 from domino_jax.cli.loading import load_run
 from domino_jax.config.run import load_config
 from domino_jax.data.forms import read_conversations
@@ -80,6 +81,23 @@ def test_color_marks_what_was_drafted_and_changes_no_text(
     assert coloured == bracketed.replace("⟦", "\x1b[1;32m").replace("⟧", "\x1b[0m")
     monkeypatch.setenv("NO_COLOR", "1")
     assert domino(*words, "--color")[1] == bracketed
+
+
+@pytest.mark.parametrize("option", [(), ("--color",)])
+def test_an_answer_commands_no_terminal(
+    domino, trained: Path, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
+) -> None:
+    """A token is a character here, so pieces end within a control sequence."""
+    answer = "\x1b[2J\x1b]52;c;cm0=\x07\u202e\x9b\r\x08 \u0645\u06cc\u200c\u062e\n\t".ljust(64, ".")
+    monkeypatch.setattr(
+        "domino_jax.decoding.generate.TextStream._text", lambda _, ids: answer[: len(ids)]
+    )
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    code, out, _ = domino("generate", trained / "run", "a b c", *HOT, *option)
+    assert code == 0
+    shown = re.sub("[⟦⟧]", "", out).removesuffix("\n")
+    assert shown == printable_text(answer[:24])
+    assert shown.startswith(r"\x1b[2J\x1b]52;c;cm0=\x07\u202e\x9b\r\x08")
 
 
 @pytest.mark.parametrize(

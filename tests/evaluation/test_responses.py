@@ -1,11 +1,19 @@
 """Whatever a server does, it ends in a response within bounds or in one line with the address."""
 
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from threading import Event
 from typing import Any
 
 import pytest
-from stand_in import NOT_FOUND, serving
+from stand_in import NOT_FOUND, serving, speaking
 
 from domino_jax.base.errors import InputError
 from domino_jax.evaluation import responses
@@ -93,6 +101,106 @@ def test_who_never_ends_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(InputError, match=f"{url}/x: more than 1000 bytes"),
     ):
         fetch(f"{url}/x", 5.0)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+# What a server sends without end: once, then again and again.
+ENDLESS = {
+    "status line": (b"HTTP/1.1 200 O", b"K"),
+    "header": (OK + b"Name: a", b"b"),
+    "100 Continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "body without a length": (OK + b"\r\n", b" "),
+    "chunk size": (CHUNKED, b"0"),
+    "chunk extension": (CHUNKED + b"1;", b"a"),
+    "chunks with extensions": (CHUNKED, b"1;a=b\r\n \r\n"),
+    "trailers": (CHUNKED + b"0\r\n", b"Name: a\r\n"),
+}
+LINES = ("status line", "header", "chunk size")  # of which http.client bounds each
+TLS_RECORD = b"\x16\x03\x03\x40\x00"  # the head of a handshake's record of 16 KiB
+
+
+def again(first: bytes, then: bytes, count: int) -> Iterator[bytes]:
+    yield first
+    yield from itertools.repeat(then, count)
+
+
+def refused(address: str, timeout: float) -> str:
+    """The message of an exchange that ends in time, and whose thread ends too."""
+    began = time.monotonic()
+    with pytest.raises(InputError) as error:
+        fetch(address, timeout)
+    assert time.monotonic() - began < 5
+    for thread in threading.enumerate():
+        if thread.name == f"exchange with {address}":
+            thread.join(5)
+            assert not thread.is_alive()
+    return str(error.value).removeprefix(f"{address}: ")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "first", "then"),
+    [
+        *(pytest.param("http", *words, id=name) for name, words in ENDLESS.items()),
+        pytest.param("https", b"", b"", id="TLS handshake, silent"),
+        pytest.param("https", TLS_RECORD, b"\2", id="TLS handshake, byte by byte"),
+    ],
+)
+def test_the_limit_covers_the_whole_exchange(scheme: str, first: bytes, then: bytes) -> None:
+    """Each read of the socket is within the limit; 10 seconds of them are not."""
+    with speaking(again(first, then, 500), pause=0.02) as host:
+        assert refused(f"{scheme}://{host}/x", 0.3) == "no response within 0.3 seconds"
+
+
+@pytest.mark.parametrize("name", [name for name in ENDLESS if name not in LINES])
+def test_the_size_is_of_the_whole_exchange(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "RESPONSE_BYTES", 20_000)
+    first, then = ENDLESS[name]
+    with speaking(again(first, then * 100, 1000), pause=0) as host:
+        assert refused(f"http://{host}/x", 5.0) == "more than 20000 bytes"
+
+
+def test_the_limit_covers_all_addresses_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        address = listener.getsockname()
+        for _ in range(2):  # nobody accepts them: further ones wait
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        found = (socket.AF_INET, socket.SOCK_STREAM, 0, "", address)
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [found] * 20)
+        monkeypatch.setenv("no_proxy", "host")
+        with pytest.raises(InputError, match=r"host:1/x: no response within 0.3 seconds"):
+            began = time.monotonic()
+            fetch("http://host:1/x", 0.3)
+        assert time.monotonic() - began < 4
+        monkeypatch.undo()
+
+
+def test_an_exchange_that_was_left_does_not_keep_the_process() -> None:
+    program = """
+import socket, time
+from domino_jax.evaluation.responses import fetch
+socket.getaddrinfo = lambda *_, **__: time.sleep(60)
+try:
+    fetch("http://host/x", 0.1)
+except ValueError as error:
+    print(error)
+"""
+    words = [sys.executable, "-c", program]
+    environment = {**os.environ, "no_proxy": "host"}
+    result = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=50, check=True
+    )
+    assert result.stdout == "http://host/x: no response within 0.1 seconds\n"
+
+
+def test_a_body_that_is_cut_off_is_refused() -> None:
+    """A counter of `/metrics` without its last digits is another number."""
+    words = OK + b"Content-Length: 9\r\n\r\nabc"
+    with speaking([words], pause=0) as host:
+        message = refused(f"http://{host}/x", 5.0)
+    assert message == "IncompleteRead(3 bytes read, 6 more expected)"
 
 
 def test_who_is_not_there_or_speaks_something_else_is_one_line() -> None:

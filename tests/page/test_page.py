@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import string
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -262,6 +263,22 @@ def test_text_of_prompts_answers_and_names_is_escaped(tmp_path: Path) -> None:
     text = (run / "report.html").read_text(encoding="utf-8")
     assert not (page.of("script") or page.of("b")) and "<script" not in text
     assert text.count(SHOWN_EVIL) > 10 and "&lt;b&gt;$1_^" in text
+
+
+def test_control_characters_do_not_reach_the_page(undrawn: None, tmp_path: Path) -> None:
+    """An override would show a text in another order than it has."""
+    odd = "\x1b[2J\u202egpj.exe\u2066\x9b\0\ud800"
+    run = write_run(tmp_path / "run")
+    with edited(run) as evaluation:
+        evaluation["evaluator"]["target"] = odd
+        evaluation["sets"] = {odd: evaluation["sets"]["everyday"]}
+        evaluation["sets"][odd]["examples"] = [
+            {"prompt": odd, "pieces": [[f"a\n\u200d{odd}", True]]}
+        ]
+    words = page_of(run).text
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert not set(text) & set(odd) - set(string.printable)
+    assert r"\x1b[2J\u202egpj.exe\u2066\x9b\x00\ud800" in words and "a\n\u200d" in text
 
 
 def test_what_a_run_lacks_is_left_out_and_said(undrawn: None, tmp_path: Path) -> None:

@@ -41,33 +41,71 @@ def test_a_summary_of_training_is_of_its_log(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"accept_len"', '"accept_leo"'),
-        ('"loss": 2.5', '"loss": "2.5"'),
-        ('"loss": 5.0', '"loss": true'),
-        ('"accept_len": 2.0', '"accept_len": [2.0]'),
-        ('"base_accept_len": 1.5', '"base_accept_len": null'),
-    ],
-)
-def test_a_damaged_log_makes_a_summary(tmp_path: Path, old: str, new: str) -> None:
-    heldout = {"step": 9, "split": "heldout", "loss": 2.5, "accept_len": 2.0}
-    lines = [{"step": 9, "split": "train", "loss": 5.0}, heldout | {"base_accept_len": 1.5}]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    assert old in text
-    (tmp_path / "metrics.jsonl").write_text(text.replace(old, new))
-    evaluation = evaluation_of(sets=("everyday",))
-    evaluation["training"] = training_summary(tmp_path)
-    assert "smollm2" in printed(evaluation)
-
-
 def test_a_summary_of_a_changed_log_has_a_notice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     monkeypatch.setattr("domino_jax.page.terminal.log_notice", lambda run: "metrics.jsonl: changed")
     assert training_summary(tmp_path) == {"notice": f"{tmp_path}/metrics.jsonl: changed"}
+
+
+@pytest.mark.parametrize("figure", ["x", None, [1], {"a": 1}, True, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["loss", "accept_len", "base_accept_len", "split"])
+def test_a_summary_leaves_out_what_is_no_figure(tmp_path: Path, name: str, figure: object) -> None:
+    records = [
+        {"step": 40, "split": split, "loss": 2.5, "accept_len": 2.0, "base_accept_len": 1.5}
+        for split in ("data", "train", "heldout")
+    ]
+    lines = [json.dumps({**record, name: figure, "not_finite": ["x"]}) for record in records]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    evaluation = evaluation_of(sets=("everyday",))
+    evaluation["training"] = training_summary(tmp_path)
+    json.dumps(evaluation, allow_nan=False)
+    text = " ".join(printed(evaluation).split())
+    assert ("held-out accept_len" in text) == (name == "base_accept_len")
+    assert ("loss 2.500 -> 2.500" in text) == (name not in ("loss", "split"))
+
+
+def test_a_log_without_a_figure_has_a_table(tmp_path: Path) -> None:
+    """One wrong byte in a key."""
+    record = {"step": 40, "split": "heldout", "loss": 2.5, "accept_lex": 2.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    evaluation = evaluation_of(sets=("everyday",))
+    evaluation["training"] = training_summary(tmp_path)
+    assert "held-out" not in printed(evaluation)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        None,
+        "x",
+        {},
+        {"prompts": "x", "ways": {"serving": {"tau": None, "interval": [None]}}, "replayed": []},
+        {"ways": [], "speed": [1], "endpoint": {"tau": "x", "tokens_compared": 3}},
+        {"ways": {"serving": 3, "block": {"tokens_compared": "3", "tokens_equal": 3}}},
+    ],
+)
+def test_a_set_that_was_changed_leaves_the_table(broken: object) -> None:
+    """`evaluate --append` keeps sets that it did not measure."""
+    evaluation = evaluation_of(sets=("everyday", "code"))
+    evaluation["sets"]["code"] = broken
+    rows = [line.split("│") for line in printed(evaluation).splitlines() if "│" in line]
+    cells = {name.strip(): rest for _, name, *rest in rows}
+    assert cells["tau (95 %)"][0].strip() == "1.340 (1.298 to 1.383)"
+    assert cells["tau (95 %)"][1].strip() == "-"
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """Markup of rich, names of emoji, control characters, length."""
+    names = ("[red]x", "[/bold]", ":smile:", "\x1b[2J\n\u202e", "x" * 200)
+    evaluation = evaluation_of(sets=names)
+    evaluation["evaluator"]["target"] = "runs/[/red]:smile:\x9b2J"
+    text = printed(evaluation)
+    for shown in ("[red]x", "[/bold]", ":smile:", r"\x1b[2J\n", r"runs/[/red]:smile:\x9b2J"):
+        assert shown in text
+    assert not set(text) & set("\x1b\x9b\u202e")
 
 
 def test_the_table_of_an_evaluation_has_every_way_and_what_it_must_reach() -> None:

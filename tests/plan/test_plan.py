@@ -125,6 +125,16 @@ def test_the_table_has_a_column_for_each_place() -> None:
     assert "launches, at most" not in lines
 
 
+def test_the_table_shows_names_as_they_are() -> None:
+    buffers = (hlo.Buffer(2**30, "f32[a]", "[/bold]:smile:\x1b[2J"),)
+    odd = dataclasses.replace(MADE, spec="[/red]", device_kind="[b]", buffers=buffers)
+    console = Console(width=140)
+    with console.capture() as shown:
+        console.print(plan_table([odd]))
+    for name in ("[/red]", "4 x [b]", r"f32[a] [/bold]:smile:\x1b[2J"):
+        assert name in shown.get()
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of this test alone."""

@@ -17,7 +17,7 @@ OTHER_TESTS = {"accelerator", "parity", "scripts"}
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "base", "errors parse files lock finite marks progress chips scopes"),
+    (0, "base", "escapes errors parse files lock finite marks progress chips user_cache scopes"),
     (0.2, "config", "sizes schema heads model draft sections run"),
     (0.3, "", "sharding processes"),
     (1, "kernels", "causal_attention kv_cache matmul argmax softmax operands"),
@@ -43,7 +43,7 @@ TABLE = (
     (3, "training", "trace eval loop"),
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),
-    (4, "page", "terminal sources growth cells verdict tables charts pictures notes document"),
+    (4, "page", "sources terminal growth cells verdict tables charts pictures notes document"),
     (
         5,
         "cli",
@@ -67,8 +67,8 @@ PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
 TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
 # Of processes that answer before jax is there, or must not hold a part of the device themselves.
 WITHOUT_JAX = {
-    *(f"base.{name}" for name in ("errors", "parse", "files", "lock", "finite", "marks")),
-    *(f"base.{name}" for name in ("progress", "chips", "scopes")),
+    *(f"base.{name}" for name in ("escapes", "errors", "parse", "files", "lock", "finite")),
+    *(f"base.{name}" for name in ("marks", "progress", "chips", "user_cache", "scopes")),
     "processes",
     *(f"config.{name}" for name in ("schema", "sizes", "heads", "model", "draft", "sections")),
     "config.run",

@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -67,6 +68,34 @@ def serving(respond: Respond) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+        thread.join()
+
+
+@contextmanager
+def speaking(words: Iterable[bytes], *, pause: float) -> Iterator[str]:
+    """The host and port of a server that reads a request, sends these bytes and closes.
+
+    Args:
+        words: sent one after the other.
+        pause: seconds between them.
+    """
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):  # the other side has left
+            connection.recv(2**16)
+            for word in words:
+                connection.sendall(word)
+                if ended.wait(pause):
+                    return
+
+    ended = Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        with patch.dict(os.environ, {"no_proxy": "127.0.0.1"}):
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        ended.set()
         thread.join()
 
 

@@ -108,6 +108,26 @@ def test_resolve_target_says_what_to_do_offline(cache: Path, packages: Path) -> 
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "~nosuchuser"])
+def test_an_unknown_home_directory_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: no such home directory; give the path itself$"):
+        resolve_target(name)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, older: bool) -> None:
+    """As in many a container; older versions of platformdirs give "~/.cache"."""
+
+    def homeless(*_: str) -> Path:
+        if older:
+            return Path("~/.cache")
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("platformdirs.user_cache_path", homeless)
+    with pytest.raises(InputError, match="no home directory; set XDG_CACHE_HOME to an absolute"):
+        resolve_target("smollm2-135m-instruct")
+
+
 def test_resolve_target_does_not_open_a_wheel_with_another_checksum(
     cache: Path, packages: Path
 ) -> None:
