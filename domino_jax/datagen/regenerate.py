@@ -31,7 +31,7 @@ from domino_jax.data.forms import (
     question,
     read_conversations,
 )
-from domino_jax.data.prompt import encode_prompt, kwargs_of, unused_words
+from domino_jax.data.prompt import Prompts, check_asked, encode_prompt, kwargs_of, unused_words
 from domino_jax.data.template import KWARGS, settings_text, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
@@ -357,13 +357,16 @@ def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettin
         chat_template_kwargs=conversation.chat_template_kwargs,
     )
     kwargs = kwargs_of(conversation, tokenizer, settings.chat_template_kwargs)
-    ids = [
-        encode_prompt(
-            dialogue.messages([_PLACEHOLDER] * turn), tokenizer, kwargs, tools=conversation.tools
-        )
-        for turn in range(len(parts))
-    ]
-    return replace(dialogue, first_ids=ids[0])
+    whole = dialogue.messages([_PLACEHOLDER] * (len(parts) - 1))
+    prompts = Prompts(whole, tokenizer, kwargs, tools=conversation.tools)
+    count = 0
+    for part in parts:
+        check_asked(part)
+        count += len(part)
+        prompts.before(count)
+        count += 1  # the placeholder
+    first_ids = encode_prompt(parts[0], tokenizer, kwargs, tools=conversation.tools)
+    return replace(dialogue, first_ids=first_ids)
 
 
 def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
@@ -380,5 +383,5 @@ def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
         chat_template_kwargs=line.get(KWARGS, {}),
         finished=line[FINISH_REASON] == "stop",
     )
-    rows = encoder.rows(conversation).rows
+    rows = encoder.rows(conversation, last=True).rows
     return not rows or rows[-1].input_ids.tolist() != line[PROMPT_IDS] + line[OUTPUT_IDS]

@@ -19,8 +19,12 @@ from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, ren
 
 HI = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ messages[0].content }}"
-JOB = (HI, False, None, {})  # messages, no generation prompt, no tools, no kwargs
+JOB = {"spelling": 0, "count": 1, "more": [], "generation_prompt": False}
 NAMES = None  # or for the names that the template reads
+
+
+def conversation(**kwargs: Any) -> dict[str, Any]:
+    return {"spellings": [HI], "tools": None, "kwargs": kwargs}
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +83,9 @@ def test_a_rendering_depends_on_its_request_alone(
     quick: rendering._Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(template: str, kwargs: dict[str, Any]) -> str:
-        return quick.ask(make_tokenizer(template), [(HI, False, None, kwargs)], problem="refused")[
-            0
-        ]
+        told = conversation(**kwargs)
+        text: str = quick.ask(make_tokenizer(template), JOB, problem="refused", conversation=told)
+        return text
 
     assert ask(DATED, {"strftime_now": "2024-02-29"}) == "29 Feb 2024"
     assert ask(DATED, {"strftime_now": "2026-12-01"}) == "01 Dec 2026"
@@ -137,10 +141,10 @@ def test_a_template_beyond_its_limits_is_ended(
     began = time.monotonic()
     message = r"the chat template took more than (1 s|128 MiB) for one conversation"
     with pytest.raises(CostlyTemplate, match=message):
-        quick.ask(make_tokenizer(template), [job], problem="")
+        quick.ask(make_tokenizer(template), job, problem="", conversation=conversation())
     assert time.monotonic() - began < 20
     # Another one starts.
-    assert quick.ask(make_tokenizer(PLAIN), [JOB], problem="") == ["Hi"]
+    assert quick.ask(make_tokenizer(PLAIN), JOB, problem="", conversation=conversation()) == "Hi"
 
 
 def test_names_read_are_those_that_a_template_does_not_set() -> None:
@@ -162,13 +166,14 @@ def test_a_costly_line_ends_the_reading_of_a_file(tmp_path: Path) -> None:
 
 def test_the_process_is_started_again_and_ends_with_its_asker(quick: rendering._Process) -> None:
     tokenizer = make_tokenizer(PLAIN)
-    quick.ask(tokenizer, [JOB], problem="")
+    hi = conversation()
+    quick.ask(tokenizer, JOB, problem="", conversation=hi)
     running = quick._running
     assert running is not None
     running.kill()
     with pytest.raises(CostlyTemplate):
-        quick.ask(tokenizer, [JOB], problem="")
-    assert quick.ask(tokenizer, [JOB], problem="") == ["Hi"]
+        quick.ask(tokenizer, JOB, problem="", conversation=hi)
+    assert quick.ask(tokenizer, JOB, problem="", conversation=hi) == "Hi"
     running = quick._running
     assert running is not None and running.stdin is not None
     running.stdin.close()

@@ -25,7 +25,7 @@ TABLE = (
     (1, "kernels", "token_loss chunked_cross_entropy"),
     (1.5, "layers", "dense norm rotary attention"),
     (1.5, "formats", "safetensors rope_keys gguf gguf_tokenizer"),
-    (2, "data", "renderer rendering template forms prompt answer conversations"),
+    (2, "data", "renderer rendering template forms prefix_tokens prompt answer conversations"),
     (2, "data", "packing pipeline hidden_states"),
     (2, "target", "moe decoder decoder_keys tokens load gguf resolve fingerprint"),
     (2, "draft", "blocks mask head backbone build"),
