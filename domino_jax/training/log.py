@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError
-from domino_jax.base.files import read_text
+from domino_jax.base.errors import InputError, require
+from domino_jax.base.files import LINE_BYTES, read_lines
 from domino_jax.base.parse import parse_json
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -29,15 +29,14 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = read_text(path, limit=LOG_BYTES).splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
-            record = parse_json(line, source=f"{path}:{number}", nonfinite=True)
+    for number, line in read_lines(path):
+        source = f"{path}:{number}"
+        require(len(line) <= LINE_BYTES, f"{source}: more than {LINE_BYTES} bytes")
+        if line.endswith(b"\n"):
+            record = parse_json(line, source=source, nonfinite=True)
             # Its type and not `isinstance`, to which true is an integer.
             if not isinstance(record, dict) or type(record.get("step")) is not int:
-                raise InputError(
-                    f"{path}:{number}: expected a record with its step, found {line[:80]!r}"
-                )
+                raise InputError(f"{source}: expected a record with its step, found {line[:80]!r}")
             records.append(record)
     return records
 
@@ -47,9 +46,8 @@ def read_timing(directory: Path) -> Iterator[dict[str, Any]]:
     path = directory / TIMING
     if not path.is_file():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
+    for _, line in read_lines(path):
         with contextlib.suppress(InputError):
             record = parse_json(line, source=str(path), nonfinite=True)
-            if isinstance(record, dict) and line.endswith("\n"):
+            if isinstance(record, dict) and line.endswith(b"\n"):
                 yield record
