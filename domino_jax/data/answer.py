@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from domino_jax.base.errors import InputError, Scalars, require, shown
-from domino_jax.data.forms import REASONING_KEYS
 from domino_jax.data.prompt import (
     QUESTION,
     THINK_BEGIN,
     THINK_END,
     Prompt,
     probe,
+    reasoning_of,
     spellings,
     stop_token_ids,
     turn_end,
@@ -151,11 +151,6 @@ class AnswerFormat:
             return written
         begin, text = min(found)
         return written[: begin + len(text)]
-
-
-def reasoning_of(message: Mapping[str, Any]) -> str:
-    """The reasoning of a message under any of its names; empty where it has none."""
-    return next((message[name] for name in REASONING_KEYS if name in message), "")
 
 
 def _opens(prompt: str) -> bool:

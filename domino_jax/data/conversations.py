@@ -12,7 +12,6 @@ used, since it may insert, trim or strip text:
 """
 
 import bisect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +21,10 @@ import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars, require, scalars
 from domino_jax.data.answer import AnswerFormat
-from domino_jax.data.forms import BadLine, Conversation, iterate_conversations, nothing_usable
+from domino_jax.data.forms import BadLine, BadLines, Conversation, nothing_usable
 from domino_jax.data.prefix_tokens import PrefixTokens
-from domino_jax.data.prompt import (
-    THINK_BEGIN,
-    THINK_END,
-    Prompts,
-    kwargs_of,
-    stop_token_ids,
-    unused_keys,
-)
+from domino_jax.data.prompt import THINK_BEGIN, THINK_END, Prompts, kwargs_of, stop_token_ids
+from domino_jax.data.reading import ALLOW, Reading
 from domino_jax.data.rendering import CostlyTemplate
 from domino_jax.data.template import (
     HASHES,
@@ -71,19 +64,21 @@ class RowSet:
 
     Attributes:
         rows: in the order of the file.
-        bad_lines: lines without a row, and lines with an answer that is not trained.
-        lines: how many lines were read, bad ones included.
+        reading: counts and report of the file; its bad lines are those without a row, and those
+            with an answer that is not trained.
         unfinished: lines whose last answer was cut at its token limit.
         from_text: lines of text, whose tokens are those of the text and not recorded ones.
-        unused: key that is not read -> number of lines.
     """
 
     rows: list[Row]
-    bad_lines: list[BadLine]
-    lines: int
+    reading: Reading
     unfinished: int
     from_text: int
-    unused: Counter[str]
+
+    @property
+    def bad_lines(self) -> BadLines:
+        """Of the reading."""
+        return self.reading.bad_lines
 
 
 class Encoded(NamedTuple):
@@ -101,6 +96,8 @@ def load_rows(
     chat_template_kwargs: Scalars = NO_KWARGS,
     mask_reasoning_content: bool = False,
     end_ids: Sequence[int] = (),
+    special_tokens: str = ALLOW,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> RowSet:
     """Reads conversations and encodes them.
 
@@ -110,6 +107,8 @@ def load_rows(
     Args:
         path: JSONL, see `data.forms`.
         tokenizer, max_length, chat_template_kwargs, mask_reasoning_content, end_ids: see `Encoder`.
+        special_tokens: see `Reading`.
+        progress: receives the number of each line before it is encoded.
     Raises:
         InputError: the file cannot be read, no line of it gives a row, its answers were generated
             with another tokenizer, template or template arguments, or the template breaks its
@@ -122,26 +121,21 @@ def load_rows(
         mask_reasoning_content=mask_reasoning_content,
         end_ids=end_ids,
     )
+    reading = Reading(path, tokenizer, chat_template_kwargs, special_tokens=special_tokens)
     rows: list[Row] = []
-    bad_lines: list[BadLine] = []
-    unused: Counter[str] = Counter()
-    lines = unfinished = from_text = 0
+    unfinished = from_text = 0
     latest: dict[int, int] = {}  # line of a prompt -> position of the row of its latest turn
     generator = None
-    for found in iterate_conversations(path):
-        lines += 1
-        if isinstance(found, BadLine):
-            bad_lines.append(found)
-            continue
+    for found in reading.conversations():
+        progress(found.line)
         if found.generator is not generator:
             generator = found.generator
             source = f"{path}:{found.line}"
             _check_generator(generator, tokenizer, chat_template_kwargs, source=source)
             latest = {}
-        unused.update(unused_keys(found, tokenizer.chat_template))
         encoded = encoder.rows(found)
         if encoded.untrained:
-            bad_lines.append(BadLine(found.line, encoded.untrained[0]))
+            reading.bad_lines.add(BadLine(found.line, encoded.untrained[0]))
         unfinished += bool(encoded.rows) and not found.finished
         from_text += found.input_ids is None
         for row in encoded.rows:
@@ -154,8 +148,8 @@ def load_rows(
             if found.prompt_line is not None:
                 latest[found.prompt_line] = position
     if not rows:
-        raise nothing_usable(path, bad_lines)
-    return RowSet(rows, bad_lines, lines, unfinished, from_text, unused)
+        raise nothing_usable(path, reading.bad_lines)
+    return RowSet(rows, reading, unfinished, from_text)
 
 
 class Encoder:

@@ -10,8 +10,7 @@ and measurements use the same prompts:
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -250,20 +249,9 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def unused_words(conversations: Iterable[Conversation], template: str) -> Iterator[str]:
-    """A few words on each key that neither a reader nor the template reads, with its lines.
-
-    Args:
-        conversations: of a file.
-        template: text of the chat template.
-    """
-    counts: Counter[str] = Counter()
-    total = 0
-    for conversation in conversations:
-        counts.update(unused_keys(conversation, template))
-        total += 1
-    for name, count in sorted(counts.items()):
-        yield f"{name} is not read, in {count} of {total} lines"
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """The reasoning of a message under any of its names; empty where it has none."""
+    return next((message[name] for name in REASONING_KEYS if name in message), "")
 
 
 def unused_keys(conversation: Conversation, template: str) -> Iterator[str]:
@@ -303,8 +291,7 @@ class _Shown:
             at = self._parts[-1][1] if self._parts else 0
             part = (at, at) if message["role"] == "system" else _part(message, text, at)
             if part is None:
-                nowhere = not any(spelled in text for spelled in _spelled(message["content"]))
-                if nowhere and message["role"] != "assistant":
+                if message["role"] != "assistant" and not _is_in(message["content"], text):
                     return len(self._parts)
                 return _first_hidden(self._messages[:count], text)
             self._parts.append(part)
@@ -319,16 +306,21 @@ class _Shown:
 
 def _part(message: Mapping[str, Any], text: str, at: int) -> tuple[int, int] | None:
     """The first part of rendered text behind a character that shows a message."""
-    contents = [message["content"]]
-    if message["role"] == "assistant":
-        # The answer of a turn whose reasoning the template leaves out of later prompts.
-        contents += message["content"].split(THINK_END)[1:][-1:]
-    for content in contents:
-        for spelled in _spelled(content):
-            begin = text.find(spelled, at)
-            if begin >= 0 and (spelled or content is contents[0]):
-                return begin, begin + len(spelled)
+    content, role = message["content"], message["role"]
+    # Of an answer in an earlier turn a template may show what follows its reasoning.
+    if role == "assistant" and THINK_END in content and not _is_in(content, text):
+        content = content.rpartition(THINK_END)[2]
+        if not content.strip():
+            return None
+    for spelled in _spelled(content):
+        begin = text.find(spelled, at)
+        if begin >= 0:
+            return begin, begin + len(spelled)
     return None
+
+
+def _is_in(content: str, text: str) -> bool:
+    return any(spelled in text for spelled in _spelled(content))
 
 
 def _spelled(content: str) -> tuple[str, str]:

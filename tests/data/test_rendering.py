@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,47 @@ def test_render_tells_what_a_template_refuses() -> None:
         with pytest.raises(InputError, match=message):
             render(make_tokenizer(template), [Rendering(HI)], {})
     assert render(make_tokenizer(PLAIN), [Rendering(HI)], {}) == ["Hi"]
+
+
+SANDBOXED = [
+    *(
+        "''.__class__.__mro__",
+        "messages[0].__class__",
+        "messages[0].items",
+        "messages[0].get.__self__",
+    ),
+    *("'{0.__class__}'.format(1)", "'{0.content}'.format(messages[0])", "'%s' % messages[0].role"),
+    *("'a'.format_map({'a': 1})", "'a-b'.split('-') | last", "' x '.strip().upper()"),
+    *("messages.append(1)", "messages[0].update(a=1)", "messages[0].pop('role')", "messages[0].no"),
+    *(
+        "messages[0].no.no",
+        "messages[0]._x",
+        "messages[0].keys() | list",
+        "n.__init__",
+        "n.a",
+        "n.b",
+    ),
+    *("n.f(1)", "n._Namespace__attrs", "loop.first", "loop.__class__", "loop._iterator", "m()"),
+    *("m(1)", "m(1, 2)", "m.__call__", "messages[0]['role'].join(['a', 'b'])", "loop.cycle(1, 2)"),
+    *("'a'.encode", "'x'.startswith('x', 0)", "'x'.nothing()", "('a' | upper).title()"),
+]
+
+
+@pytest.mark.parametrize("expression", SANDBOXED)
+def test_the_sandbox_is_that_of_transformers(expression: str) -> None:
+    begin = "{% set n = namespace(a='{0.__class__}', f='{0.__class__}'.format) %}"
+    begin += "{% macro m(x=3) %}{{ x }}{% endmacro %}{% for one in messages %}"
+    tokenizer = make_tokenizer(f"{begin}{{{{ {expression} }}}}{{% endfor %}}")
+    try:
+        expected = tokenizer.apply_chat_template(HI, tokenize=False)
+    except Exception as error:
+        with pytest.raises(InputError) as caught:
+            render(tokenizer, [Rendering(HI)], {})
+        assert str(error)[:60] in str(caught.value)
+    else:
+        (found,) = render(tokenizer, [Rendering(HI)], {})
+        # The text of a function has its place in memory.
+        assert re.sub("0x[0-9a-f]+", "", found) == re.sub("0x[0-9a-f]+", "", expected)
 
 
 COSTLY = {

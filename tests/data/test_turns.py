@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from chat_templates import DATE, PUBLISHED, TOOL, rendered
 from chats import chat, make_tokenizer
+from tokenizers import AddedToken
 
 from domino_jax.data import prompt, rendering
 from domino_jax.data.conversations import Encoded, Encoder
@@ -130,6 +131,17 @@ def test_tokens_follow_a_text_that_changes_anywhere() -> None:
             np.testing.assert_array_equal(ends, spans[:, 1])
 
 
+def test_a_longer_token_may_begin_before_a_special_one_and_end_behind_the_shared_text() -> None:
+    tokenizer = make_tokenizer()
+    added = [AddedToken(text, special=True, normalized=False) for text in ("<a>", "ab<a>q")]
+    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokens, shared = PrefixTokens(tokenizer), "x" * 59 + "ab<a>"
+    for text in (f"{shared}z", f"{shared}q"):
+        np.testing.assert_array_equal(
+            tokens.encode(text)[0], PrefixTokens(tokenizer).encode(text)[0]
+        )
+
+
 def long_chat(turns: int) -> Conversation:
     words = []
     for turn in range(turns):
@@ -163,11 +175,9 @@ def test_a_thousand_turns_take_five_seconds(name: str) -> None:
     assert np.diff(row.loss_mask.astype(int), prepend=0).tolist().count(1) == 1000
 
 
-def test_turns_beyond_the_longest_row_are_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = PUBLISHED["SmolLM2"].tokenizer()
-    case = long_chat(300)
-    whole = Encoder(tokenizer, max_length=10**6).rows(case).rows[0]
-    counts = []
+def counted_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of messages of each prompt that is rendered from now on."""
+    counts: list[int] = []
     before = Prompts.before
 
     def counted(self: Prompts, count: int) -> Any:
@@ -175,7 +185,25 @@ def test_turns_beyond_the_longest_row_are_not_rendered(monkeypatch: pytest.Monke
         return before(self, count)
 
     monkeypatch.setattr(Prompts, "before", counted)
+    return counts
+
+
+def test_turns_beyond_the_longest_row_are_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = PUBLISHED["SmolLM2"].tokenizer()
+    case = long_chat(300)
+    whole = Encoder(tokenizer, max_length=10**6).rows(case).rows[0]
+    counts = counted_prompts(monkeypatch)
     (row,) = Encoder(tokenizer, max_length=500).rows(case).rows
     np.testing.assert_array_equal(row.input_ids, whole.input_ids[:500])
     # No more than the tokens of the row: what is cut off is not kept.
     assert len(counts) < 15 and row.input_ids.base is None and row.loss_mask.base is None
+
+
+def test_the_row_of_the_last_answer_is_rendered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(PUBLISHED["Qwen3"].tokenizer(), max_length=10**6)
+    case = long_chat(20)
+    (whole,) = encoder.rows(case).rows
+    counts = counted_prompts(monkeypatch)
+    (row,) = encoder.rows(case, last=True).rows
+    np.testing.assert_array_equal(row.input_ids, whole.input_ids)
+    assert counts == [39] and row.loss_mask.sum() < whole.loss_mask.sum() / 10
