@@ -175,14 +175,14 @@ def stopped_place(place: Place) -> Path:
     partial = base / "answers.jsonl.partial"
     assert partial.is_file(), "the answers were complete before they could be interrupted"
     assert filling.run(base, *EVALUATE).code == DONE
-    _captured(base, "shards", "target")
+    _captured(place, base, "shards", "target")
     weights = shutil.copytree(base / "target", base / "other_target") / "model.safetensors"
     save_file({name: 1.5 * array for name, array in load_file(weights).items()}, weights)
-    _captured(base, "other_shards", "other_target")
+    _captured(place, base, "other_shards", "other_target")
     return base
 
 
-def _captured(directory: Path, name: str, target: str) -> None:
+def _captured(place: Place, directory: Path, name: str, target: str) -> None:
     """A capture in shards of a few rows each; the command writes shards of 250 MB."""
     program = (
         "from domino_jax.datagen import capture\n"
@@ -191,8 +191,13 @@ def _captured(directory: Path, name: str, target: str) -> None:
         "main()\n"
     )
     words = ("capture", "config.yaml", name, f"target={target}")
-    subprocess.run([sys.executable, "-c", program, *words], cwd=directory, check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=directory,
+        env=place.filling.environment,
+        check=True,
+        capture_output=True,
+    )
     count = len(list((directory / name).glob("*.arrayrecord")))
     assert count > 3, f"{count} shards, expected several of equal lengths"
 

@@ -332,7 +332,9 @@ def test_no_changed_figure_is_read_in_silence(
     domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    monkeypatch.setattr("domino_jax.cli.measurement.user_cache", lambda name, *, verb: cache / name)
+    monkeypatch.setattr(
+        "domino_jax.cli.measurement.user_cache", lambda name, *, needs: cache / name
+    )
     run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
     evaluation, metrics = run / "evaluation.json", run / "metrics.jsonl"
     words = ("evaluate", run, trained / "prompts.jsonl", "--max-new-tokens", 4, "--limit", 2)
