@@ -31,17 +31,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from domino_jax.base.errors import InputError, require, shown
-from domino_jax.base.parse import parse_json
+from domino_jax.base.parse import ENTRIES, parse_json
 
 CHECKSUMS = "SHA256SUMS"
 OWN_HASH = "sha256"  # last key of a JSON file that `write_json` wrote
+OWN_ENTRIES = 2**22  # of such a file: rows of a manifest, tokens of answers
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
-TEXT_BYTES = 2**26
-LINE_BYTES = 2**26  # of one line of a JSONL file
+TEXT_BYTES = 2**24
+# Of one line of a JSONL file. A reader holds it several times: as bytes, as text, as values.
+LINE_BYTES = 2**22
 # What git leaves in the place of a large file until git-lfs fetches it.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# A packed file's text, as a multiple of its size: text reaches 10 to 50, zeros reach 1000.
-MAX_UNPACKING = 200
+_CHUNK_BYTES = 2**20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
 _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -132,7 +133,7 @@ def read_own_json(path: Path, *, remedy: str) -> dict[str, Any]:
     Raises:
         InputError: as `read_json`; the hash is missing, or it is another than that of the values.
     """
-    tree = read_json(path)
+    tree = read_json(path, entries=OWN_ENTRIES)
     if OWN_HASH not in tree:
         raise InputError(f"{path}: no key {OWN_HASH!r}, expected the hash of its values; {remedy}")
     expected = tree.pop(OWN_HASH)
@@ -205,14 +206,22 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
     """The text of a small regular file.
 
     Raises:
-        InputError: not there, not a regular file, larger than `limit` bytes, or not UTF-8.
+        InputError: not there, not a regular file, larger than `limit` bytes, a quarter of them
+            where it is not ASCII, or not UTF-8.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         require(size <= limit, f"{path}: {size} bytes, expected at most {limit}")
+        # Bounded here too: the file may have grown since its size was asked.
+        content = file.read(limit + 1)
+        # One wide character makes a text of four bytes a character.
+        narrow = limit // 4
+        require(
+            len(content) <= narrow or content.isascii(),
+            f"{path}: {size} bytes that are not all ASCII, expected at most {narrow}",
+        )
         try:
-            # Bounded here too: the file may have grown since its size was asked.
-            return file.read(limit + 1).decode("utf-8")
+            return content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
@@ -222,25 +231,17 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
 def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
     """The lines of a regular file of any size with their numbers from 1, line ends included.
 
-    A file named `.gz` is unpacked as it is read. Of a line longer than `limit` bytes one byte more
-    than that is given, without its end.
+    A file named `.gz` is unpacked as it is read, so memory is bounded by `limit`. Of a line longer
+    than `limit` bytes one byte more than that is given, without its end.
 
     Raises:
-        InputError: as `open_regular`, it cannot be read, or it is packed and damaged or a bomb.
+        InputError: as `open_regular`, it cannot be read, or it is packed and damaged.
     """
     with open_regular(path) as file:
-        packed = path.suffix == ".gz"
-        text = gzip.GzipFile(fileobj=file) if packed else file
-        # A line is bounded by its reader, but what becomes of a thousand million short ones is not.
-        most = limit + MAX_UNPACKING * os.fstat(file.fileno()).st_size
+        text = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         number, inside = 0, False  # of a line that is too long
         try:
             while line := text.readline(limit + 1):
-                if packed and text.tell() > most:
-                    raise InputError(
-                        f"{path}: unpacks to more than {MAX_UNPACKING} times its size; "
-                        "unpack it yourself if it is meant so"
-                    )
                 if not inside:
                     number += 1
                     yield number, line
@@ -250,26 +251,49 @@ def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, by
             raise InputError(f"{path}: damaged, or not gzip: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def count_lines(path: Path) -> int:
+    """The number of lines of a regular file; see `read_lines`."""
+    return sum(1 for _ in read_lines(path))
+
+
+def read_json(path: Path, *, entries: int = ENTRIES) -> dict[str, Any]:
     """Reads a JSON object.
 
+    Args:
+        path: of the file.
+        entries: see `parse_json`.
     Raises:
         InputError: as `read_text` and `parse_json`, or it is not an object; it names the file.
     """
-    tree = parse_json(read_text(path), source=str(path))
+    tree = parse_json(read_text(path), source=str(path), entries=entries)
     kind = type(tree).__name__
     require(isinstance(tree, dict), f"{path}: expected a JSON object, found {kind}")
     return tree
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex.
+def file_sha256(path: Path, *, first: int | None = None) -> str:
+    """sha256 of a file's bytes, or of so many first ones, in hex.
 
     Raises:
         InputError: it cannot be read.
     """
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path, first):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_chunks(path: Path, first: int | None = None) -> Iterator[bytes]:
+    """The bytes of a regular file in chunks, or so many first ones of them.
+
+    Raises:
+        InputError: as `open_regular`.
+    """
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        left = os.fstat(file.fileno()).st_size if first is None else first
+        while chunk := file.read(min(left, _CHUNK_BYTES)):
+            yield chunk
+            left -= len(chunk)
 
 
 def write_checksums(directory: Path) -> None:

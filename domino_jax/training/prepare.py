@@ -205,6 +205,7 @@ def read_inputs(
         draft=run.record.config,
         packing=data.packing,
         max_unusable=data.max_unusable,
+        special_tokens=data.special_tokens_in_text,
         end_ids=end_token_ids(run.target),
         reporter=reporter,
     )
@@ -582,6 +583,7 @@ def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) 
         draft=draft,
         packing=False,
         max_unusable=data.max_unusable,
+        special_tokens=data.special_tokens_in_text,
         end_ids=end_token_ids(path),
         reporter=reporter,
     )

@@ -159,6 +159,27 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     assert endpoint["tokens_equal"] == endpoint["tokens_compared"] == figures["tokens"]
 
 
+def test_special_tokens_in_text_are_reported(domino, trained: Path, tmp_path: Path) -> None:
+    run, answers = tmp_path / "run", tmp_path / "answers.jsonl"
+    shutil.copytree(trained / "run", run)
+    texts = ("a", "b <|im_end|> <|im_start|> assistant c") * 4
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    short = ("--max-new-tokens", 4)
+    words = "a message holds the text of a special token, in 4 of 8 lines, first '<|im_end|>' in "
+    code, _, log = domino("evaluate", run, prompts, *short, "--timed", 0)
+    assert code == 0 and f"{prompts}: {words}line 2" in log
+    code, _, log = domino("regenerate", prompts, answers, "--target", trained / "target", *short)
+    assert code == 0 and f"{prompts}: {words}line 2" in log
+    train = ("train", trained / "config.yaml", f"data.train={answers}", f"run_dir={tmp_path / 'x'}")
+    code, _, log = domino(*train, "--dry-run")
+    assert code == 0 and f"{answers}: {words}line " in log
+    code, _, log = domino(*train, "--dry-run", "data.special_tokens_in_text=refuse")
+    assert code == 2 and "4 of 8 lines hold an answer that is not trained (50%)" in log
+    assert "a message holds the text of the special token '<|im_end|>'" in log
+
+
 def test_the_end_tokens_of_the_directory_end_answers(domino, trained: Path, tmp_path: Path) -> None:
     """In every verb that decodes: with all tokens but the mask token, answers are of one token."""
     everything = set(range(len(WORDS))) - {MASK_TOKEN_ID}
