@@ -62,7 +62,7 @@ SAID = re.compile(
     "damaged|aside|is gone|incomplete|cut off|not used|changed| again", re.IGNORECASE
 )
 
-# A report shows a notice, or the documentation says that it verifies nothing of the file.
+# A report shows a notice on the log; it does not verify the other two files.
 NOTICED = re.compile("metrics.jsonl: ")
 UNVERIFIED = ("timing.jsonl", "config.yaml")
 
@@ -158,7 +158,9 @@ def _broken(part: str, groups: Readers, place: Place, count: int) -> Iterator[Ca
     def case(index: int, group: str) -> Case:
         command = index % max(count // REAL_COMMANDS, 1) == 0
         words = groups[group][0]
-        return _case(part, place, undisturbed, index, group, words, command=command)
+        return _case(
+            part, place, undisturbed, index=index, group=group, readers=words, command=command
+        )
 
     yield from all_cases(part, in_turn(order, count, case), count)
 
@@ -240,10 +242,10 @@ def _case(
     part: str,
     place: Place,
     undisturbed: Undisturbed,
+    *,
     index: int,
     group: str,
     readers: tuple[tuple[str, ...], ...],
-    *,
     command: bool,
 ) -> Case:
     rng, directory = place.random(4, index), place.copy(undisturbed.place)
@@ -303,15 +305,14 @@ def _candidates(directory: Path, group: str, rng: np.random.Generator) -> list[P
 def _break(
     directory: Path, group: str, words: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[Path, str]:
-    """Breaks something of a group; which, and how."""
+    """Breaks a file of a group; returns its path and the way in words."""
     if group == "steps":
         return _misplaced_step(directory, rng)
     if group == "shards":
         return _misplaced_shard(directory, rng)
     if group == "digits":
-        states = {SHARDED, RECAPTURE}
         files = [directory / "shards" / "manifest.json"]
-        if words not in states:
+        if words not in (SHARDED, RECAPTURE):
             newest = max(_steps(directory), key=lambda path: int(path.name))
             files = [newest / item / "metadata" for item in ("draft", "run")]
             files.append(directory / "run" / "newest_checkpoint.json")
@@ -322,8 +323,7 @@ def _break(
     if group == "evaluation":
         return _other_digit(directory / "run" / "evaluation.json", rng)
     if group == "log":
-        files = [directory / "run" / name for name in ("metrics.jsonl", "timing.jsonl",
-                 "config.yaml")]  # fmt: skip
+        files = [directory / "run" / name for name in ("metrics.jsonl", *UNVERIFIED)]
         return _other_digit(files[int(rng.integers(len(files)))], rng)
     return break_something(_candidates(directory, group, rng), rng)
 
@@ -359,10 +359,10 @@ def _misplaced_shard(directory: Path, rng: np.random.Generator) -> tuple[Path, s
 
 
 def _exchange(first: Path, second: Path) -> tuple[Path, str]:
-    beside = first.with_name("exchanged")
-    first.rename(beside)
+    third = first.with_name("exchanged")
+    first.rename(third)
     second.rename(first)
-    beside.rename(second)
+    third.rename(second)
     return first, f"exchanged with {second.name}"
 
 
@@ -375,7 +375,7 @@ def _other_digit(path: Path, rng: np.random.Generator) -> tuple[Path, str]:
     content[at] = ord(str((was + int(rng.integers(1, 10))) % 10))
     path.write_bytes(content)
     before = content[max(at - 24, 0) : at].decode(errors="replace")
-    return path, f"with {chr(content[at])} for {was} behind {before!r}"
+    return path, f"with {chr(content[at])} for {was} after {before!r}"
 
 
 def break_something(candidates: list[Path], rng: np.random.Generator) -> tuple[Path, str]:

@@ -114,6 +114,13 @@ def test_a_temporary_file_follows_no_link_and_overwrites_nothing(
     assert other.read_text() == "mine" and not (tmp_path / "linked").is_symlink()
 
 
+def test_an_error_of_another_file_names_that_file(tmp_path: Path) -> None:
+    missing, path = tmp_path / "missing", tmp_path / "config.yaml"
+    with pytest.raises(FileNotFoundError) as caught, whole_file(path):
+        missing.read_bytes()
+    assert caught.value.filename == str(missing) and not names(tmp_path)
+
+
 def test_own_json_keeps_every_value(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     tree = {"b": (1, 2.5, 1e-7), "a": {10: None, 9: True}, "text": "ä\ud800\n", "1.0": 1.0}
