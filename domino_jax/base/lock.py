@@ -33,7 +33,8 @@ LOCK = ".lock"  # name of the lock file inside a directory
 RECORD_SECONDS = 1.0  # from the creation of a lock file to its record, at most
 POLL_SECONDS = 0.05
 _RECORD_BYTES = 4096
-_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+# EBADF: of a file that another user may not write, on NFS.
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,11 @@ def lock_beside(
         OSError: the lock file cannot be written; names `path`.
     """
     _check_local(path, source=str(path))
-    whole = Path(os.path.abspath(path))  # "." has no name
-    file = Path(os.path.realpath(whole.parent)) / f".{whole.name}{LOCK}"
+    # A last part that is a link is replaced, not followed; "." and ".." have no name of their own.
+    named = path.name not in ("", "..")
+    parent = os.path.realpath(path.parent if named else path / "..")
+    name = path.name if named else Path(os.path.realpath(path)).name
+    file = Path(parent) / f".{name}{LOCK}"
     with _locked(file, path, command=command, parents=parents, waits=waits):
         yield
 
@@ -173,6 +177,11 @@ def _locked(
             time.sleep(POLL_SECONDS)
     except BaseException as error:
         _remove_empty(made)
+        if isinstance(error, PermissionError) and os.path.lexists(file):
+            raise InputError(
+                f"{place}: this user may not read or remove the lock file {file}; if its process "
+                "is gone, let its owner remove it"
+            ) from error
         if isinstance(error, OSError):  # of the lock file, which the user has not named
             raise OSError(error.errno, error.strerror, str(place)) from error
         raise
@@ -227,12 +236,15 @@ _AGAIN = _Busy("", "")  # the lock file is about to change
 def _opened(file: Path) -> tuple[int, bool]:
     """A descriptor of a lock file, and whether this call created the file."""
     # A link could make this process overwrite any file of the user; a pipe could block it.
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with suppress(FileExistsError):
-            return os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+            return os.open(file, flags | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         try:
-            descriptor = os.open(file, flags)
+            try:
+                descriptor = os.open(file, flags | os.O_RDWR)
+            except PermissionError:  # of another user: its record can be read
+                descriptor = os.open(file, flags)
         except FileNotFoundError:  # removed in between
             continue
         except OSError as error:
@@ -262,13 +274,13 @@ def _examined(held: _Held, *, new: bool, early: bool) -> _Busy | None:
         return _AGAIN
     if new and free is not False:
         return None
-    if free is False:
-        time.sleep(POLL_SECONDS)  # an owner that took the file over replaces the record
     record = _record(held)
     owner = _owner(record)
     here = os.uname().nodename
     if free and (not record or (owner is not None and owner.host == here)):
-        return None
+        # Of a process that was killed. Removed under its lock, as an owner removes its own.
+        held.file.unlink()
+        return _AGAIN
     found = f"another process writes it, and {held.file} does not name it"
     if owner is not None:
         found = (
@@ -299,7 +311,6 @@ def _write(held: _Held, command: str) -> None:
     owner = Owner(os.uname().nodename, os.getpid(), started, command)
     text = json.dumps(dataclasses.asdict(owner)) + "\n"
     try:
-        os.ftruncate(held.descriptor, 0)
         os.pwrite(held.descriptor, text.encode(), 0)
         os.fsync(held.descriptor)  # after a power failure an empty file would name nobody
     except OSError:
