@@ -373,8 +373,10 @@ def _files_below(directory: Path) -> list[str]:
 
 
 def check_new(path: Path) -> None:
-    """Raises `InputError` unless a directory may be written there: nothing is, or an empty one."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raises `InputError` unless a directory may be renamed there: nothing is, or an empty one."""
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: expected the name of a new directory, such as {path / 'new'}")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already there and not an empty directory; give a new one")
 
 

@@ -36,7 +36,8 @@ LOCK = ".lock"  # name of the lock file inside a directory
 RECORD_SECONDS = 1.0  # from the creation of a lock file to its record, at most
 POLL_SECONDS = 0.05
 _RECORD_BYTES = 4096
-_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+# EBADF: of a file that another user may not write, on NFS.
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def lock_beside(
     """
     check_local(path, source=str(path))
     output = Path(path)
+    # A last part that is a link is replaced, not followed; "." and ".." have no name of their own.
     named = output if output.name not in ("", "..") else Path(os.path.realpath(output))
     file = Path(os.path.realpath(named.parent)) / f".{named.name}{LOCK}"
     return _locked(file, output, command, waits)
@@ -146,6 +148,11 @@ def _locked(
             time.sleep(POLL_SECONDS)
     except BaseException as error:
         _remove_empty(made)
+        if isinstance(error, PermissionError) and os.path.lexists(file):
+            raise InputError(
+                f"{output}: this user may not read or remove the lock file {file}; if its process "
+                "is gone, let its owner remove it"
+            ) from error
         if isinstance(error, OSError):  # of the lock file, which the user has not named
             raise OSError(error.errno, error.strerror, str(output)) from error
         raise
@@ -212,12 +219,15 @@ def _attempt(
 def _opened(file: Path) -> _LockFile:
     """Opens a lock file, or creates it."""
     # A link could make this process overwrite any file of the user; a pipe could block it.
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with suppress(FileExistsError):
             return _LockFile(file, os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True)
         try:
-            descriptor = os.open(file, flags)
+            try:
+                descriptor = os.open(file, flags | os.O_RDWR)
+            except PermissionError:  # of another user: its record can be read
+                descriptor = os.open(file, flags)
         except FileNotFoundError:  # removed in between
             continue
         except OSError as error:

@@ -80,6 +80,13 @@ def test_two_names_of_one_place_share_a_lock(
     with lock_beside(Path("draft"), command="domino export"):
         for name in (tmp_path / "name" / "draft", Path("../real/./draft")):
             assert "domino export" in refusal(lock_beside(name, command="domino import"))
+    # ".." leaves the directory that a link leads to, not the link's own.
+    (tmp_path / "real" / "inner").mkdir()
+    (tmp_path / "into").symlink_to(tmp_path / "real" / "inner")
+    with lock_beside(tmp_path / "into" / ".." / "draft", command="domino export"):
+        assert "domino export" in refusal(lock_beside(Path("draft"), command="domino import"))
+    (tmp_path / "real" / "inner").rmdir()
+    (tmp_path / "into").unlink()
     with run_lock(tmp_path / "real"):
         assert "domino train" in refusal(run_lock(tmp_path / "name"))
     with lock_beside(Path(), command="domino export"):
@@ -121,6 +128,47 @@ def test_an_empty_lock_file_is_that_of_a_process_that_was_killed(
     (tmp_path / LOCK).touch()
     with run_lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+class _AnotherUser:
+    """`os.open` and `os.unlink` as they answer a user who does not own the lock files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, reads: bool, removes: bool) -> None:
+        opened, unlinked = os.open, os.unlink
+
+        def open_(file: Path, flags: int, mode: int = 0o777) -> int:
+            if Path(file).exists() and (flags & os.O_RDWR or not reads):
+                if flags & os.O_EXCL:
+                    raise FileExistsError(errno.EEXIST, "File exists", str(file))
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return opened(file, flags, mode)
+
+        def unlink(file: Path) -> None:
+            if not removes:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+            unlinked(file)
+
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(os, "unlink", unlink)
+
+
+def test_the_lock_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = "lock_inside(Path('.'), key='run_dir', command='domino train')"
+    with other_process(held, tmp_path), monkeypatch.context() as patched:
+        _AnotherUser(patched, reads=True, removes=True)
+        assert "`domino train`, process " in refusal(run_lock(tmp_path))
+    with monkeypatch.context() as patched:
+        _AnotherUser(patched, reads=True, removes=True)
+        with run_lock(tmp_path):  # of a process that was killed
+            pass
+    record(tmp_path / LOCK)
+    for reads in (True, False):
+        with monkeypatch.context() as patched:
+            _AnotherUser(patched, reads=reads, removes=False)
+            assert refusal(run_lock(tmp_path)) == (
+                f"{tmp_path}: this user may not read or remove the lock file {tmp_path / LOCK}; "
+                "if its process is gone, let its owner remove it"
+            )
 
 
 def test_what_is_no_lock_file_is_left_alone(tmp_path: Path) -> None:
