@@ -192,16 +192,17 @@ def _attempt(
         free = _flock(lock.descriptor)
         if not lock.is_current():  # unlocked, but removed by its owner
             return None
-        if free is False:
-            time.sleep(POLL_SECONDS)  # an owner that took the file over replaces the record
-        record = lock.record()
-        owner = _owner(record)
-        foreign = owner is not None and owner.host != os.uname().nodename
-        ended = not record or (owner is not None and not foreign)
-        if lock.created if free is None else free and ended:
+        if lock.created and free is not False:
             _acquired[lock] = made
             _write(lock, command)
             return lock
+        record = lock.record()
+        owner = _owner(record)
+        foreign = owner is not None and owner.host != os.uname().nodename
+        if free and (not record or (owner is not None and not foreign)):
+            # Of a process that was killed. Removed under its lock, as an owner removes its own.
+            lock.path.unlink()
+            return None
     finally:
         if lock not in _acquired:
             os.close(lock.descriptor)
@@ -220,9 +221,10 @@ def _opened(file: Path) -> _LockFile:
     """Opens a lock file, or creates it."""
     # A link could make this process overwrite any file of the user; a pipe could block it.
     flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    create = flags | os.O_RDWR | os.O_CREAT | os.O_EXCL
     while True:
         with suppress(FileExistsError):
-            return _LockFile(file, os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True)
+            return _LockFile(file, os.open(file, create, 0o666), True)
         try:
             try:
                 descriptor = os.open(file, flags | os.O_RDWR)
@@ -259,7 +261,6 @@ def _write(lock: _LockFile, command: str) -> None:
     owner = Owner(os.uname().nodename, os.getpid(), started, command)
     text = json.dumps(dataclasses.asdict(owner)) + "\n"
     try:
-        os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, text.encode(), 0)
         os.fsync(lock.descriptor)  # after a power failure an empty file would name no owner
     except OSError:

@@ -153,10 +153,9 @@ class _AnotherUser:
 
 
 def test_the_lock_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = "lock_inside(Path('.'), key='run_dir', command='domino train')"
-    with other_process(held, tmp_path), monkeypatch.context() as patched:
+    with lock_owner(tmp_path, LOCK), monkeypatch.context() as patched:
         _AnotherUser(patched, reads=True, removes=True)
-        assert "`domino train`, process " in refusal(run_lock(tmp_path))
+        assert "`first`, process " in refusal(run_lock(tmp_path))
     with monkeypatch.context() as patched:
         _AnotherUser(patched, reads=True, removes=True)
         with run_lock(tmp_path):  # of a process that was killed
