@@ -186,8 +186,12 @@ def _named(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _bytes_until(path: Path, at: LogMark, *, reporter: Reporter) -> bytes:
-    if not path.exists() and at.bytes:
-        reporter.say(f"{path} is gone: the log begins anew, without the records up to here")
+    # Empty after a start that found no log and ended before its first record.
+    empty = path.is_file() and path.stat().st_size == 0
+    if at.bytes and (empty or not path.exists()):
+        reporter.say(
+            f"{path} is gone or empty: the log begins anew, without the records up to here"
+        )
         return b""
     kept = b""
     if path.exists():
