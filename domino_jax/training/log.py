@@ -16,7 +16,7 @@ from typing import Any
 from domino_jax.base.errors import InputError, require
 from domino_jax.base.files import LINE_BYTES, checksum_of, file_sha256, read_json, read_lines
 from domino_jax.base.parse import parse_json
-from domino_jax.training.checkpoint_names import CHECKPOINTS, METADATA, RUN, saved_steps
+from domino_jax.training.checkpoint_names import CHECKPOINTS, DRAFT, METADATA, RUN, saved_steps
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
@@ -58,14 +58,18 @@ def log_notice(directory: Path) -> str | None:
 
 
 def _newest_mark(directory: Path) -> tuple[int, LogMark] | None:
-    """The newest step whose record is undamaged, and the mark of the log in it."""
-    name = f"{RUN}/{METADATA}"
+    """The newest step whose records are undamaged, and the mark of the log in them."""
+    names = [f"{item}/{METADATA}" for item in (DRAFT, RUN)]
     for step in saved_steps(directory / CHECKPOINTS):
         checkpoint = directory / CHECKPOINTS / str(step)
         # An imported draft has no record; a checkpoint may be removed while it is read.
         with contextlib.suppress(InputError, KeyError, TypeError):
-            if file_sha256(checkpoint / name) == checksum_of(checkpoint, name):
-                return step, LogMark(**read_json(checkpoint / name)["log"])
+            if any(file_sha256(checkpoint / x) != checksum_of(checkpoint, x) for x in names):
+                continue
+            draft, run = (read_json(checkpoint / name) for name in names)
+            # Of an earlier version the record has no step; a directory may have been renamed.
+            if draft.get("step", step) == step:
+                return step, LogMark(**run["log"])
     return None
 
 

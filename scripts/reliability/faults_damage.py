@@ -58,9 +58,7 @@ SHARD_BYTES = 8000  # of the captures whose shards are exchanged
 REAL_COMMANDS = 20  # of the cases, spread evenly: the others have imported jax before
 STEPS = override(train__steps=16)
 FEW = override(train__steps=4)
-SAID = re.compile(
-    "damaged|aside|is gone|incomplete|cut off|not used|changed| again", re.IGNORECASE
-)
+SAID = re.compile("damaged|aside|is gone|incomplete|cut off|not used|changed| again", re.IGNORECASE)
 
 # A report shows a notice on the log; it does not verify the other two files.
 NOTICED = re.compile("metrics.jsonl: ")
