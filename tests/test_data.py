@@ -56,15 +56,17 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_target(tmp_path_factory.mktemp("target") / "DIR", template=SWITCHED_TEMPLATE)
 
 
-def settings_of(heading: str) -> tuple[str, RowSettings]:
-    """The template and the settings of a row that a block's first line names."""
+def settings_of(heading: str) -> tuple[str, RowSettings, str]:
+    """The template, the settings of a row and `special_tokens` that a block's first line names."""
     name, *words = heading.split(" data.")
     data = dict(word.split("=") for word in words)
     masked = yaml.safe_load(data.pop("mask_reasoning_content", "false"))
+    special = data.pop("special_tokens_in_text", "allow")
     kwargs = {key.removeprefix("chat_template_kwargs."): value for key, value in data.items()}
-    return name, RowSettings(
+    settings = RowSettings(
         max_length=MAX_LENGTH, chat_template_kwargs=kwargs, mask_reasoning_content=masked
     )
+    return name, settings, special
 
 
 def rows_block(found: RowSet, tokenizer: Any) -> str:
@@ -78,7 +80,7 @@ def rows_block(found: RowSet, tokenizer: Any) -> str:
         )
         lines += [f"# line {row.line}", text.removesuffix("\n")]
     lines += [f"# line {bad.line}: {bad.reason}" for bad in found.bad_lines]
-    lines += [f"# {name} is not read" for name in sorted(found.unused)]
+    lines += [f"# {name} is not read" for name in sorted(found.reading.unused)]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -95,6 +97,7 @@ def report_block(path: str, tokenizer: Any, settings: RowSettings) -> str:
             draft=draft,
             packing=False,
             max_unusable=0.2,
+            special_tokens="allow",
             end_ids=(),
             reporter=heard,
         )
@@ -105,14 +108,15 @@ def report_block(path: str, tokenizer: Any, settings: RowSettings) -> str:
 
 def shown(example: Example, target: Path) -> str:
     """The block that belongs behind the lines of an example."""
-    name, settings = settings_of(example.template)
+    name, settings, special = settings_of(example.template)
     tokenizer = load_tokenizer(target) if name == "toy" else PUBLISHED[name].tokenizer()
     path = Path("answers.jsonl")
     lines = [line.encode() for line in example.lines.splitlines()]
     if example.kind == "report":
         return report_block(str(write(path, *lines)), tokenizer, settings)
     # A file without any usable line has no rows to show.
-    found = load_rows(write(path, *lines, USABLE), tokenizer, **vars(settings))
+    whole = write(path, *lines, USABLE)
+    found = load_rows(whole, tokenizer, special_tokens=special, **vars(settings))
     assert found.rows.pop().line == len(lines) + 1
     return rows_block(found, tokenizer)
 

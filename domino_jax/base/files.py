@@ -1,18 +1,17 @@
 """Files and directories: written whole or not at all, read within bounds, known by their hashes.
 
 A process may end at any moment, a disk may be full at any byte, and a file that somebody else wrote
-may be anything. So what a run relies on is written beside its place and renamed, what it reads is a
-regular file of a bounded size, and what libraries raise when a write fails (safetensors an error of
-its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError that names the
-place which the user gave. No other module does any of it. No jax here: whoever answers a signal
-tidies up before jax is there.
+may be anything. So what a run relies on is written under a temporary name and renamed, what it
+reads is a regular file of a bounded size, and the error of a library whose write fails (safetensors
+has its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError that names the
+path that the user gave. No other module does any of it. No jax here: the answer to a signal removes
+temporary files before jax is imported.
 
     run/.config.yaml.5be11e90  -- written, flushed to disk --  renamed to  run/config.yaml
     .draft.1f0c9a7e/config.json model.safetensors  --          renamed to  draft/
 
-A temporary name is random and created exclusively: a link or a file that somebody else put there
-changes nothing. A JSON file whose values matter carries its own hash (`write_json`,
-`read_own_json`).
+A temporary name is random and created exclusively, so a planted link or file has no effect. A JSON
+file whose values matter carries its own hash (`write_json`, `read_own_json`).
 """
 
 import errno
@@ -32,17 +31,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from domino_jax.base.errors import InputError, require, shown
-from domino_jax.base.parse import parse_json
+from domino_jax.base.parse import ENTRIES, parse_json
 
 CHECKSUMS = "SHA256SUMS"
 OWN_HASH = "sha256"  # last key of a JSON file that `write_json` wrote
+OWN_ENTRIES = 2**22  # of such a file: rows of a manifest, tokens of answers
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
-TEXT_BYTES = 2**26
-LINE_BYTES = 2**26  # of one line of a JSONL file
+TEXT_BYTES = 2**24
+# Of one line of a JSONL file. A reader holds it several times: as bytes, as text, as values.
+LINE_BYTES = 2**22
 # What git leaves in the place of a large file until git-lfs fetches it.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# A packed file's text, as a multiple of its size: text reaches 10 to 50, zeros reach 1000.
-MAX_UNPACKING = 200
+_CHUNK_BYTES = 2**20
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # writing resumes once there is room
 _WRITE_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -71,39 +71,31 @@ def open_appending(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Gives a temporary file of the same directory; flushes and renames it after the body.
+    """Opens a temporary file of the same directory; flushes and renames it after the body.
 
     The mode follows the umask.
 
     Raises:
-        OSError: it could not be written; what stood there is as it was, nothing is left beside it.
+        OSError: it could not be written; `path` is as it was, and no temporary file is left.
     """
-    with whole_path(path) as beside, open(beside, "wb", opener=_no_links) as file:
+    with whole_path(path) as temporary, open(temporary, "wb", opener=_no_links) as file:
         yield file
 
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """Gives the path of a temporary file, as `whole_file`, for a library that opens it itself.
+    """Creates a temporary file, as `whole_file`, for a library that opens it by its path.
 
     Raises:
         OSError: as `whole_file`.
     """
-    beside = _temporary(path)
-    _unfinished.add(beside)
-    try:
-        with open(beside, "xb", opener=_no_links):
+    with _renamed(path) as temporary:
+        with open(temporary, "xb", opener=_no_links):
             pass
-        yield beside
-        with open(beside, "rb", opener=_no_links) as file:
+        yield temporary
+        with open(temporary, "rb", opener=_no_links) as file:
             # Before the rename, which may reach the disk earlier than the bytes do.
             os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        _remove(beside)
-        _unfinished.discard(beside)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -141,7 +133,7 @@ def read_own_json(path: Path, *, remedy: str) -> dict[str, Any]:
     Raises:
         InputError: as `read_json`; the hash is missing, or it is another than that of the values.
     """
-    tree = read_json(path)
+    tree = read_json(path, entries=OWN_ENTRIES)
     if OWN_HASH not in tree:
         raise InputError(f"{path}: no key {OWN_HASH!r}, expected the hash of its values; {remedy}")
     expected = tree.pop(OWN_HASH)
@@ -214,14 +206,22 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
     """The text of a small regular file.
 
     Raises:
-        InputError: not there, not a regular file, larger than `limit` bytes, or not UTF-8.
+        InputError: not there, not a regular file, larger than `limit` bytes, a quarter of them
+            where it is not ASCII, or not UTF-8.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         require(size <= limit, f"{path}: {size} bytes, expected at most {limit}")
+        # Bounded here too: the file may have grown since its size was asked.
+        content = file.read(limit + 1)
+        # One wide character makes a text of four bytes a character.
+        narrow = limit // 4
+        require(
+            len(content) <= narrow or content.isascii(),
+            f"{path}: {size} bytes that are not all ASCII, expected at most {narrow}",
+        )
         try:
-            # Bounded here too: the file may have grown since its size was asked.
-            return file.read(limit + 1).decode("utf-8")
+            return content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
@@ -231,25 +231,17 @@ def read_text(path: Path, *, limit: int = TEXT_BYTES) -> str:
 def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
     """The lines of a regular file of any size with their numbers from 1, line ends included.
 
-    A file named `.gz` is unpacked as it is read. Of a line longer than `limit` bytes one byte more
-    than that is given, without its end.
+    A file named `.gz` is unpacked as it is read, so memory is bounded by `limit`. Of a line longer
+    than `limit` bytes one byte more than that is given, without its end.
 
     Raises:
-        InputError: as `open_regular`, it cannot be read, or it is packed and damaged or a bomb.
+        InputError: as `open_regular`, it cannot be read, or it is packed and damaged.
     """
     with open_regular(path) as file:
-        packed = path.suffix == ".gz"
-        text = gzip.GzipFile(fileobj=file) if packed else file
-        # A line is bounded by its reader, but what becomes of a thousand million short ones is not.
-        most = limit + MAX_UNPACKING * os.fstat(file.fileno()).st_size
+        text = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
         number, inside = 0, False  # of a line that is too long
         try:
             while line := text.readline(limit + 1):
-                if packed and text.tell() > most:
-                    raise InputError(
-                        f"{path}: unpacks to more than {MAX_UNPACKING} times its size; "
-                        "unpack it yourself if it is meant so"
-                    )
                 if not inside:
                     number += 1
                     yield number, line
@@ -259,26 +251,49 @@ def read_lines(path: Path, *, limit: int = LINE_BYTES) -> Iterator[tuple[int, by
             raise InputError(f"{path}: damaged, or not gzip: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def count_lines(path: Path) -> int:
+    """The number of lines of a regular file; see `read_lines`."""
+    return sum(1 for _ in read_lines(path))
+
+
+def read_json(path: Path, *, entries: int = ENTRIES) -> dict[str, Any]:
     """Reads a JSON object.
 
+    Args:
+        path: of the file.
+        entries: see `parse_json`.
     Raises:
         InputError: as `read_text` and `parse_json`, or it is not an object; it names the file.
     """
-    tree = parse_json(read_text(path), source=str(path))
+    tree = parse_json(read_text(path), source=str(path), entries=entries)
     kind = type(tree).__name__
     require(isinstance(tree, dict), f"{path}: expected a JSON object, found {kind}")
     return tree
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hex.
+def file_sha256(path: Path, *, first: int | None = None) -> str:
+    """sha256 of a file's bytes, or of so many first ones, in hex.
 
     Raises:
         InputError: it cannot be read.
     """
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path, first):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_chunks(path: Path, first: int | None = None) -> Iterator[bytes]:
+    """The bytes of a regular file in chunks, or so many first ones of them.
+
+    Raises:
+        InputError: as `open_regular`.
+    """
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        left = os.fstat(file.fileno()).st_size if first is None else first
+        while chunk := file.read(min(left, _CHUNK_BYTES)):
+            yield chunk
+            left -= len(chunk)
 
 
 def write_checksums(directory: Path) -> None:
@@ -367,37 +382,48 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Gives a new directory beside its place, and renames it to its place once the body has ended.
+    """Makes a temporary directory of the same parent, and renames it after the body.
 
     Args:
-        path: not there yet, or an empty directory.
+        path: missing, or an empty directory.
     Raises:
         InputError: something else is there.
-        OSError: something could not be written; it names `path`, and nothing is left beside it.
+        OSError: something could not be written; it names `path`, and nothing is left.
     """
     check_new(path)
-    beside = _temporary(path)
-    _unfinished.add(beside)
-    try:
+    with _renamed(path) as temporary:
         # Exclusive: fails where a link or anything else has the name.
-        beside.mkdir(parents=True)
-        yield beside
-        beside.replace(path)
+        temporary.mkdir(parents=True)
+        yield temporary
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary name, renamed to `path` after the body; nothing is left where either fails.
+
+    Raises:
+        OSError: of the body or the rename; names `path`, or another file that the body used.
+    """
+    temporary = _temporary(path)
+    _unfinished.add(temporary)
+    try:
+        yield temporary
+        temporary.replace(path)
     except OSError as error:
-        # Of another file, such as one that the body reads: it names its place already.
-        if error.filename is not None and not Path(error.filename).is_relative_to(beside):
+        # Of another file, such as one that the body reads: the error names it.
+        if error.filename is not None and not Path(error.filename).is_relative_to(temporary):
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         # Removed, then forgotten: a signal in between still finds what there is to remove.
-        _remove(beside)
-        _unfinished.discard(beside)
+        _remove(temporary)
+        _unfinished.discard(temporary)
 
 
 def remove_unfinished() -> None:
     """Removes the files and directories that are half-written; the process is about to end."""
-    for beside in list(_unfinished):
-        _remove(beside)
+    for temporary in list(_unfinished):
+        _remove(temporary)
 
 
 def _temporary(path: Path) -> Path:

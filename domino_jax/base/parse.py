@@ -17,23 +17,38 @@ import yaml
 from domino_jax.base.errors import InputError, require, shown
 
 YAML_CHARACTERS = 2**20  # of settings, which people write; the parser takes seconds for as many
+YAML_VALUES = 2**14  # each takes about a kilobyte while it is parsed
+# Of a value of JSON in Python: `[[],[],...]` takes 20 to 60 times its characters.
+CONTAINER_BYTES, STRING_BYTES = 240, 128
+STRUCTURE_BYTES = 9 * 2**22  # of all lists, mappings and strings; an index of 140,000 tensors
+ENTRIES = 2**19  # of all lists and mappings of a text, 40 bytes each
 DEPTH = 64  # levels of mappings and lists
 NUMBER_CHARACTERS = 64  # of a number as it is written
 
 
-def parse_json(text: str | bytes, *, source: str | None, nonfinite: bool = False) -> Any:
+def parse_json(
+    text: str | bytes, *, source: str | None, nonfinite: bool = False, entries: int = ENTRIES
+) -> Any:
     """Parses JSON of somebody else, within bounds.
 
     Args:
-        text: the JSON.
+        text: the JSON; bytes are UTF-8.
         source: where it comes from, for the message; None where the caller says so.
         nonfinite: take NaN and Infinity, which are not JSON but which Python writes.
+        entries: of all lists and mappings, at most.
     Raises:
         InputError: not JSON, a key that is given twice in one object, a number beyond every float
-            or of more than `NUMBER_CHARACTERS`, or more than `DEPTH` levels.
+            or of more than `NUMBER_CHARACTERS`, more than `DEPTH` levels, more than `entries`, or
+            more lists, mappings and strings than `STRUCTURE_BYTES` hold.
     """
     where = "" if source is None else f"{source}: "
     too_deep = f"{where}more than {DEPTH} levels of lists and mappings"
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}not UTF-8") from error
+    _check_values(text, where=where, entries=entries)
     try:
         value = json.loads(
             text,
@@ -58,7 +73,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
 
     Raises:
         InputError: not YAML, a key that is given twice, an alias, a tag, a number of more than
-            `NUMBER_CHARACTERS`, more than `DEPTH` levels, or more than `YAML_CHARACTERS`.
+            `NUMBER_CHARACTERS`, more than `DEPTH` levels, `YAML_VALUES` or `YAML_CHARACTERS`.
     """
     characters = f"{len(text)} characters of YAML, expected at most {YAML_CHARACTERS}"
     require(len(text) <= YAML_CHARACTERS, f"{source}: {characters}")
@@ -72,6 +87,33 @@ def parse_yaml(text: str, *, source: str) -> Any:
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_values(text: str, *, where: str, entries: int) -> None:
+    """Refuses JSON whose values take much more memory than its text, before it is parsed."""
+    lists, commas, quotes = text.count("[") + text.count("{"), text.count(","), text.count('"')
+    if not _is_large(lists, quotes // 2) and commas < entries:
+        return
+    # Some of them are words of strings.
+    text = text.replace("\\\\", "").replace('\\"', "")
+    strings = text.count('"') // 2
+    lists = commas = at = 0
+    while at >= 0 and not _is_large(lists, strings):
+        end = text.find('"', at)
+        part = (at, end if end >= 0 else len(text))
+        lists += text.count("[", *part) + text.count("{", *part)
+        commas += text.count(",", *part)
+        at = text.find('"', end + 1) + 1 or -1 if end >= 0 else -1
+    require(
+        not _is_large(lists, strings),
+        f"{where}{lists} lists and mappings and {strings} strings, which take more than "
+        f"{STRUCTURE_BYTES // 2**20} MiB",
+    )
+    require(commas < entries, f"{where}{commas} entries, expected at most {entries}")
+
+
+def _is_large(lists: int, strings: int) -> bool:
+    return lists * CONTAINER_BYTES + strings * STRING_BYTES > STRUCTURE_BYTES
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,9 +157,13 @@ class _BoundedLoader(yaml.SafeLoader):
     """The part of YAML that settings need; the rest costs memory or says what nobody meant."""
 
     depth = 0
+    values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
+        self.values += 1
+        if self.values > YAML_VALUES:
+            raise self._refusal(f"more than {YAML_VALUES} values", event)
         # Nine lists of nine aliases, each of the list before, stand for 9**9 values.
         if isinstance(event, yaml.AliasEvent):
             raise self._refusal("aliases (*name) are not read; write the value itself", event)

@@ -19,8 +19,9 @@ from domino_jax.base.files import file_sha256
 from domino_jax.base.user_cache import user_cache
 from domino_jax.cli.loading import Loaded
 from domino_jax.cli.shared import reporter
-from domino_jax.data.forms import question, read_conversations
-from domino_jax.data.prompt import prompt_of, stop_token_ids, unused_words
+from domino_jax.data.forms import nothing_usable, question
+from domino_jax.data.prompt import prompt_of, stop_token_ids
+from domino_jax.data.reading import Reading
 from domino_jax.decoding.decoder import Decoder, Weights
 from domino_jax.decoding.generate import Answer, check_prompt, pieces
 from domino_jax.evaluation.answer_cache import cached_answers, prompts_sha256
@@ -142,15 +143,13 @@ class Measurement:
 
     def _prompts(self, path: Path, limit: int | None) -> tuple[list[str], list[np.ndarray]]:
         """The first prompts of a file as text and as token ids; tells which lines are left out."""
-        found = read_conversations(path)
-        # A set is measured on its usable lines.
-        for bad in found.bad_lines:
-            reporter.say(f"{path}:{bad.line}: {bad.reason}")
-        texts, prompts = [], []
+        texts: list[str] = []
+        prompts: list[np.ndarray] = []
         tokenizer, kwargs = self.loaded.tokenizer, self.evaluator.chat_template.kwargs
-        for words in unused_words(found.conversations, tokenizer.chat_template):
-            reporter.say(f"{path}: {words}")
-        for conversation in found.conversations[:limit]:
+        reading = Reading(path, tokenizer, kwargs)
+        for conversation in reading.conversations():
+            if len(prompts) == limit:
+                continue  # its line is counted
             source = f"{path}:{conversation.line}"
             try:
                 prompt = prompt_of(conversation, tokenizer, kwargs)
@@ -160,6 +159,11 @@ class Measurement:
             prompts.append(prompt)
             asked = question(conversation)
             texts.append(asked[-1]["content"] if asked else tokenizer.decode(prompt))
+        # A set is measured on its usable lines.
+        for words in (*reading.bad_lines.report(path), *reading.report()):
+            reporter.say(words)
+        if not prompts:
+            raise nothing_usable(path, reading.bad_lines)
         return texts, prompts
 
 

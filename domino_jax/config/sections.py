@@ -49,6 +49,12 @@ class DataConfig(Section):
         "share of a file's lines that may hold an answer that is not trained; more is an error",
         **SHARE,
     )
+    special_tokens_in_text: str = key(
+        "allow",
+        "lines with the text of a special token in a message, such as <|im_end|>; refuse: they are "
+        "not trained, and count in max_unusable",
+        choices=("allow", "refuse"),
+    )
     packing: bool = key(
         False, "put several short conversations into one row; epochs then count packed rows"
     )

@@ -16,12 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from domino_jax.base.errors import InputError, Scalars, require, shown
-from domino_jax.data.forms import REASONING_KEYS, Messages
-from domino_jax.data.prompt import QUESTION, probe, spellings, stop_token_ids, turn_end
+from domino_jax.data.prompt import (
+    QUESTION,
+    THINK_BEGIN,
+    THINK_END,
+    Prompt,
+    probe,
+    reasoning_of,
+    spellings,
+    stop_token_ids,
+    turn_end,
+)
 from domino_jax.data.rendering import CostlyTemplate, Rendering, render
 
-# Tags of reasoning in DeepSeek-R1, Qwen3 and their chat templates.
-THINK_BEGIN, THINK_END = "<think>", "</think>"
 _EMPTY = re.compile(rf"\A\s*{THINK_BEGIN}\s*{THINK_END}\n*")
 # A generation prompt that opens reasoning, or closes it at once (Qwen3 without thinking).
 _OPENING = re.compile(rf"{THINK_BEGIN}\s*({THINK_END}\s*)?\Z")
@@ -70,29 +77,19 @@ class AnswerFormat:
         self._space = "" if before.strip() else before
         self._inserted = before if inserted else ""
 
-    def written(
-        self,
-        messages: Messages,
-        prompt: str,
-        message: dict[str, Any],
-        *,
-        tools: Sequence[Any] | None,
-        finished: bool,
-    ) -> str:
+    def written(self, prompt: Prompt, message: dict[str, Any], *, finished: bool) -> str:
         """The text that the target generated for an answer, with its end of turn where rendered.
 
         Args:
-            messages: those before the answer, as the template reads them.
-            prompt: their rendering with the generation prompt.
+            prompt: of the answer.
             message: the answer.
-            tools: see `encode_prompt`.
             finished: False: the answer was cut at a token limit.
         Raises:
             InputError: the target cannot have written the answer there, or the template does not
                 show all of it.
         """
         require("function_call" not in message, "function_call is not read; give tool_calls")
-        opening = _OPENING.search(prompt)
+        opening = _OPENING.search(prompt.text)
         opened = opening is not None and opening[1] is None
         content = message["content"]
         reasoning = reasoning_of(message)
@@ -106,7 +103,7 @@ class AnswerFormat:
             again = reasoning or _starts(content)
             require(not again, "the generation prompt closes reasoning, the answer opens it")
         if reasoning or "tool_calls" in message:
-            return self._rendered(messages, prompt, message, tools=tools, finished=finished)
+            return self._rendered(prompt, message, finished=finished)
         return self._plain(content, opening)
 
     def _plain(self, content: str, opening: re.Match[str] | None) -> str:
@@ -120,34 +117,25 @@ class AnswerFormat:
             return _without_opening(content, opening[0])
         return content if content[:1].isspace() else self._space + content
 
-    def _rendered(
-        self,
-        messages: Messages,
-        prompt: str,
-        message: dict[str, Any],
-        *,
-        tools: Sequence[Any] | None,
-        finished: bool,
-    ) -> str:
+    def _rendered(self, prompt: Prompt, message: dict[str, Any], *, finished: bool) -> str:
         """The template's rendering of an answer with reasoning or tool calls."""
         reasoning, content = reasoning_of(message), message["content"]
         # Arguments as text come first: a template that shows them shows what was written.
         for spelled in reversed(list(spellings([message]))):
-            rendering = Rendering([*messages, *spelled], tools=tools)
             try:
-                (text,) = render(self._tokenizer, [rendering], self._kwargs)
+                text = prompt.continued(spelled)
             except CostlyTemplate:
                 raise
             except InputError:  # this spelling alone, perhaps
                 continue
             calls = spelled[0].get("tool_calls", [])
-            written = _behind(text, prompt)
+            written = _behind(text, prompt.text)
             if not reasoning and not _starts(content):
                 written = _EMPTY.sub("", written)
             end = _end_of_parts(written, reasoning, content, calls)
             if end >= 0:
                 return self._until_stop(written, end) if finished else written[:end]
-        if reasoning and "tool_calls" not in message and _opens(prompt):
+        if reasoning and "tool_calls" not in message and _opens(prompt.text):
             closing = f"\n{THINK_END}\n\n{content}" if content or finished else ""
             return reasoning.strip("\n") + closing
         what = "reasoning" if reasoning else "tool calls"
@@ -163,11 +151,6 @@ class AnswerFormat:
             return written
         begin, text = min(found)
         return written[: begin + len(text)]
-
-
-def reasoning_of(message: Mapping[str, Any]) -> str:
-    """The reasoning of a message under any of its names; empty where it has none."""
-    return next((message[name] for name in REASONING_KEYS if name in message), "")
 
 
 def _opens(prompt: str) -> bool:

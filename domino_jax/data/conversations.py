@@ -12,7 +12,6 @@ used, since it may insert, trim or strip text:
 """
 
 import bisect
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,22 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from domino_jax.base.errors import InputError, Scalars, require, scalars
-from domino_jax.data.answer import THINK_BEGIN, THINK_END, AnswerFormat
-from domino_jax.data.forms import (
-    BadLine,
-    Conversation,
-    Messages,
-    iterate_conversations,
-    nothing_usable,
-)
-from domino_jax.data.prompt import (
-    kwargs_of,
-    render_prompt,
-    stop_token_ids,
-    tokenize,
-    tokenize_with_ends,
-    unused_keys,
-)
+from domino_jax.data.answer import AnswerFormat
+from domino_jax.data.forms import BadLine, BadLines, Conversation, nothing_usable
+from domino_jax.data.prefix_tokens import PrefixTokens
+from domino_jax.data.prompt import THINK_BEGIN, THINK_END, Prompts, kwargs_of, stop_token_ids
+from domino_jax.data.reading import ALLOW, Reading
 from domino_jax.data.rendering import CostlyTemplate
 from domino_jax.data.template import (
     HASHES,
@@ -76,19 +64,21 @@ class RowSet:
 
     Attributes:
         rows: in the order of the file.
-        bad_lines: lines without a row, and lines with an answer that is not trained.
-        lines: how many lines were read, bad ones included.
+        reading: counts and report of the file; its bad lines are those without a row, and those
+            with an answer that is not trained.
         unfinished: lines whose last answer was cut at its token limit.
         from_text: lines of text, whose tokens are those of the text and not recorded ones.
-        unused: key that is not read -> number of lines.
     """
 
     rows: list[Row]
-    bad_lines: list[BadLine]
-    lines: int
+    reading: Reading
     unfinished: int
     from_text: int
-    unused: Counter[str]
+
+    @property
+    def bad_lines(self) -> BadLines:
+        """Of the reading."""
+        return self.reading.bad_lines
 
 
 class Encoded(NamedTuple):
@@ -106,6 +96,8 @@ def load_rows(
     chat_template_kwargs: Scalars = NO_KWARGS,
     mask_reasoning_content: bool = False,
     end_ids: Sequence[int] = (),
+    special_tokens: str = ALLOW,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> RowSet:
     """Reads conversations and encodes them.
 
@@ -115,6 +107,8 @@ def load_rows(
     Args:
         path: JSONL, see `data.forms`.
         tokenizer, max_length, chat_template_kwargs, mask_reasoning_content, end_ids: see `Encoder`.
+        special_tokens: see `Reading`.
+        progress: receives the number of each line before it is encoded.
     Raises:
         InputError: the file cannot be read, no line of it gives a row, its answers were generated
             with another tokenizer, template or template arguments, or the template breaks its
@@ -127,26 +121,21 @@ def load_rows(
         mask_reasoning_content=mask_reasoning_content,
         end_ids=end_ids,
     )
+    reading = Reading(path, tokenizer, chat_template_kwargs, special_tokens=special_tokens)
     rows: list[Row] = []
-    bad_lines: list[BadLine] = []
-    unused: Counter[str] = Counter()
-    lines = unfinished = from_text = 0
+    unfinished = from_text = 0
     latest: dict[int, int] = {}  # line of a prompt -> position of the row of its latest turn
     generator = None
-    for found in iterate_conversations(path):
-        lines += 1
-        if isinstance(found, BadLine):
-            bad_lines.append(found)
-            continue
+    for found in reading.conversations():
+        progress(found.line)
         if found.generator is not generator:
             generator = found.generator
             source = f"{path}:{found.line}"
             _check_generator(generator, tokenizer, chat_template_kwargs, source=source)
             latest = {}
-        unused.update(unused_keys(found, tokenizer.chat_template))
         encoded = encoder.rows(found)
         if encoded.untrained:
-            bad_lines.append(BadLine(found.line, encoded.untrained[0]))
+            reading.bad_lines.add(BadLine(found.line, encoded.untrained[0]))
         unfinished += bool(encoded.rows) and not found.finished
         from_text += found.input_ids is None
         for row in encoded.rows:
@@ -159,8 +148,8 @@ def load_rows(
             if found.prompt_line is not None:
                 latest[found.prompt_line] = position
     if not rows:
-        raise nothing_usable(path, bad_lines)
-    return RowSet(rows, bad_lines, lines, unfinished, from_text, unused)
+        raise nothing_usable(path, reading.bad_lines)
+    return RowSet(rows, reading, unfinished, from_text)
 
 
 class Encoder:
@@ -208,8 +197,8 @@ class Encoder:
             self._formats[name] = AnswerFormat(self._tokenizer, kwargs, end_ids=self._end_ids)
         return self._formats[name]
 
-    def rows(self, conversation: Conversation) -> Encoded:
-        """The rows of a conversation.
+    def rows(self, conversation: Conversation, *, last: bool = False) -> Encoded:
+        """The rows of a conversation, or the one of its last answer.
 
         An answer is not trained where it has `weight` 0, where a message before it is not in its
         prompt, where it holds an end-of-turn token, where its reasoning or its tool calls are not
@@ -227,18 +216,19 @@ class Encoder:
                 row = replace(row, loss_mask=self._without_reasoning(row))
             encoded = Encoded([row], [])
         else:
-            encoded = self._rows_of_text(conversation)
+            encoded = self._rows_of_text(conversation, last=last)
         cut, untrained = [], encoded.untrained
         for row in encoded.rows:
             ids, mask = row.input_ids[: self._max_length], row.loss_mask[: self._max_length]
             if mask.any():
-                cut.append(Row(ids, mask, line=conversation.line))
+                # A view would keep the tokens of the whole conversation.
+                cut.append(Row(ids.copy(), mask.copy(), line=conversation.line))
         if not cut and not untrained:
             outside = " outside its reasoning" if self._mask_reasoning_content else ""
             untrained = [f"no token of an answer{outside} among the first {self._max_length}"]
         return Encoded(cut, untrained)
 
-    def _rows_of_text(self, conversation: Conversation) -> Encoded:
+    def _rows_of_text(self, conversation: Conversation, *, last: bool) -> Encoded:
         messages = conversation.messages
         answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
@@ -247,19 +237,23 @@ class Encoder:
             return Encoded([], ["every answer has weight 0"])
         try:
             kwargs = kwargs_of(conversation, self._tokenizer, self._kwargs)
-            self._format(kwargs)
+            answers_of = self._format(kwargs)
         except CostlyTemplate:
             raise
         except InputError as error:
             return Encoded([], [str(error)])
+        prompts = Prompts(messages, self._tokenizer, kwargs, tools=conversation.tools)
+        tokens = PrefixTokens(self._tokenizer)
         rows: list[Row] = []
         untrained = []
-        for at in answers:
+        for at in answers[-1:] if last else answers:
             if messages[at].get("weight") == 0:
                 continue
             finished = conversation.finished or at != answers[-1]
             try:
-                turn = self._turn(messages[: at + 1], conversation.tools, kwargs, finished=finished)
+                prompt = prompts.before(at)
+                written = answers_of.written(prompt, messages[at], finished=finished)
+                turn = self._turn(prompt.text, written, answers_of, tokens, finished=finished)
             except CostlyTemplate:  # each further line would take as long
                 raise
             except InputError as error:
@@ -276,18 +270,21 @@ class Encoder:
         return Encoded(rows, untrained)
 
     def _turn(
-        self, messages: Messages, tools: Sequence[Any] | None, kwargs: Scalars, *, finished: bool
+        self,
+        text: str,
+        written: str,
+        answers: AnswerFormat,
+        tokens: PrefixTokens,
+        *,
+        finished: bool,
     ) -> Row:
         """The row of one answer: prompt ids, then marked answer ids."""
-        answers = self._format(kwargs)
-        spelled, text = render_prompt(messages[:-1], self._tokenizer, kwargs, tools=tools)
-        written = answers.written(spelled, text, messages[-1], tools=tools, finished=finished)
-        prompt = tokenize(text, self._tokenizer)
+        prompt, _ = tokens.encode(text)
         if len(prompt) and prompt[-1] in answers.stop_ids:
             raise InputError(
                 "the prompt ends with an end of turn, after which nothing is generated"
             )
-        whole, ends = tokenize_with_ends(text + written, self._tokenizer)
+        whole, ends = tokens.encode(text + written)
         answer, ends = whole[len(prompt) :], ends[len(prompt) :] - len(text)
         # No token may span the end of the prompt.
         if not np.array_equal(whole[: len(prompt)], prompt):
@@ -310,8 +307,9 @@ class Encoder:
     def _tokens_alone(self, written: str) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of an answer without the prefix that tokenizers put at the start of a text."""
         for anchor in ("x", ".", "\n"):
-            before = tokenize(anchor, self._tokenizer)
-            found, ends = tokenize_with_ends(anchor + written, self._tokenizer)
+            tokens = PrefixTokens(self._tokenizer)
+            before, _ = tokens.encode(anchor)
+            found, ends = tokens.encode(anchor + written)
             if np.array_equal(found[: len(before)], before):
                 return found[len(before) :], ends[len(before) :] - len(anchor)
         raise InputError("no token border lies between the prompt and the answer")

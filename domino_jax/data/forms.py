@@ -8,7 +8,7 @@ Each line is checked by itself and becomes a `Conversation`, or a `BadLine` with
     {"generator": {...}}      header of the lines after it: the settings that generated them
 """
 
-import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,8 @@ INPUT_IDS, LOSS_MASK = "input_ids", "loss_mask"
 _LINE_KEYS = {"messages", "tools", "finished", KWARGS, GENERATOR, PROMPT_LINE}
 _LINE_KEYS |= {PROMPT_IDS, OUTPUT_IDS, FINISH_REASON, INPUT_IDS, LOSS_MASK}
 
+KEPT_LINES, KEPT_KINDS = 1000, 100  # of bad lines
+
 # {"role": ..., "content": ...}; further keys, as `tool_calls`, reach the template unchanged
 Messages = list[dict[str, Any]]
 
@@ -40,6 +42,49 @@ class BadLine:
 
     line: int
     reason: str
+
+
+@dataclass
+class BadLines:
+    """Lines that cannot be used: their number, and the first ones.
+
+    Attributes:
+        total: how many there are.
+        first: the first `KEPT_LINES`.
+        kinds: reason without its numbers and quotes -> the first line, and how many there are.
+    """
+
+    total: int = 0
+    first: list[BadLine] = field(default_factory=list)
+    kinds: dict[str, tuple[BadLine, int]] = field(default_factory=dict)
+
+    def add(self, bad: BadLine) -> None:
+        """Counts a line."""
+        self.total += 1
+        if len(self.first) < KEPT_LINES:
+            self.first.append(bad)
+        kind = re.sub(r"\d+|'[^']*'", "", bad.reason)
+        if kind not in self.kinds and len(self.kinds) >= KEPT_KINDS:
+            kind = ""
+        first, count = self.kinds.get(kind, (bad, 0))
+        self.kinds[kind] = first, count + 1
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[BadLine]:
+        """The first lines."""
+        return iter(self.first)
+
+    def by_reason(self) -> list[tuple[BadLine, int]]:
+        """The first line of each kind of reason and their number; most lines first."""
+        return sorted(self.kinds.values(), key=lambda kind: -kind[1])
+
+    def report(self, path: str | Path) -> Iterator[str]:
+        """A line of text on each kind of reason."""
+        for bad, count in self.by_reason():
+            more = f" and {count - 1} more lines" if count > 1 else ""
+            yield f"{path}:{bad.line}{more}: {bad.reason}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +120,7 @@ class ConversationSet(NamedTuple):
     """The usable conversations of a file, and the lines left out."""
 
     conversations: list[Conversation]
-    bad_lines: list[BadLine]
+    bad_lines: BadLines
 
 
 def read_conversations(path: str | Path) -> ConversationSet:
@@ -88,10 +133,10 @@ def read_conversations(path: str | Path) -> ConversationSet:
     Raises:
         InputError: the file cannot be read or has no usable line.
     """
-    conversations, bad_lines = [], []
+    conversations, bad_lines = [], BadLines()
     for found in iterate_conversations(path):
         if isinstance(found, BadLine):
-            bad_lines.append(found)
+            bad_lines.add(found)
         else:
             conversations.append(found)
     if not conversations:
@@ -120,17 +165,19 @@ def iterate_conversations(path: str | Path) -> Iterator[Conversation | BadLine]:
                 generator = of_line
                 continue
             conversation = _conversation(record, line, of_line)
-            _check_unicode(record, raw)
+            if b"\\u" in raw:
+                _check_unicode(record)
             yield conversation
         except InputError as error:
             yield BadLine(line, str(error))
 
 
-def nothing_usable(path: str | Path, bad_lines: Sequence[BadLine]) -> InputError:
+def nothing_usable(path: str | Path, bad_lines: BadLines) -> InputError:
     """The error for a file without a usable line."""
     if not bad_lines:
         return InputError(f"{path}: empty")
-    return InputError(f"{path}: no usable line; line {bad_lines[0].line}: {bad_lines[0].reason}")
+    bad = bad_lines.first[0]
+    return InputError(f"{path}: no usable line; line {bad.line}: {bad.reason}")
 
 
 def question(conversation: Conversation) -> Messages:
@@ -144,12 +191,8 @@ def question(conversation: Conversation) -> Messages:
 
 def _record(raw: bytes) -> dict[str, Any]:
     require(len(raw) <= LINE_BYTES, f"more than {LINE_BYTES} bytes")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("not UTF-8") from error
     # Keys that nothing reads may hold NaN, which Python writes.
-    record = parse_json(text, source=None, nonfinite=True)
+    record = parse_json(raw, source=None, nonfinite=True)
     if not isinstance(record, dict):
         raise InputError(f"a JSON {type(record).__name__}; expected an object with messages")
     return record
@@ -190,13 +233,16 @@ def _conversation(
     )
 
 
-def _check_unicode(record: Mapping[str, Any], raw: bytes) -> None:
-    """Refuses half a surrogate pair in any key, which JSON can spell and no file can hold."""
-    try:
-        if b"\\u" in raw:
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError("a key or a value is not valid Unicode") from error
+def _check_unicode(value: Any) -> None:
+    """Refuses half a surrogate pair in any text, which JSON can spell and no file can hold."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError("a key or a value is not valid Unicode") from error
+    elif isinstance(value, dict | list):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_unicode(part)
 
 
 def _finished(record: Mapping[str, Any]) -> bool:

@@ -10,8 +10,9 @@ and measurements use the same prompts:
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ import numpy as np
 from domino_jax.base.errors import InputError, Scalars, require
 from domino_jax.base.parse import parse_json
 from domino_jax.data.forms import REASONING_KEYS, Conversation, Messages, question
-from domino_jax.data.rendering import CostlyTemplate, Rendering, render
+from domino_jax.data.prefix_tokens import shared_length, tokenize
+from domino_jax.data.rendering import CostlyTemplate, History, Rendering, render
 from domino_jax.data.template import NO_KWARGS, check_kwargs
 
 # A plain exchange, which shows what a template prints around an answer.
 QUESTION = {"role": "user", "content": "Hi"}
 ANSWER = "Certainly, here it is"
+# Tags of reasoning in DeepSeek-R1, Qwen3 and their chat templates.
+THINK_BEGIN, THINK_END = "<think>", "</think>"
 _READ_KEYS = {"role", "content", "weight", "tool_calls", "function_call", *REASONING_KEYS}
 
 
@@ -45,12 +49,17 @@ def encode_prompt(
     Returns:
         int32 [n], generation prompt included.
     Raises:
-        InputError: the last message is an answer already, or as `render_prompt`.
+        InputError: the last message is an answer already, or as `Prompts.before`.
     """
-    if messages[-1]["role"] == "assistant":
-        raise InputError("the last message is an answer; a prompt ends with a message of the user")
-    _, text = render_prompt(messages, tokenizer, chat_template_kwargs, tools=tools)
-    return tokenize(text, tokenizer)
+    check_asked(messages)
+    prompts = Prompts(messages, tokenizer, chat_template_kwargs, tools=tools)
+    return tokenize(prompts.before(len(messages)).text, tokenizer)
+
+
+def check_asked(messages: Messages) -> None:
+    """Raises `InputError` where the last message is an answer already."""
+    answered = messages[-1]["role"] == "assistant"
+    require(not answered, "the last message is an answer; a prompt ends with a message of the user")
 
 
 def prompt_of(
@@ -84,39 +93,58 @@ def kwargs_of(conversation: Conversation, tokenizer: Any, chat_template_kwargs: 
     return {**chat_template_kwargs, **conversation.chat_template_kwargs}
 
 
-def render_prompt(
-    messages: Messages,
-    tokenizer: Any,
-    chat_template_kwargs: Scalars,
-    *,
-    tools: Sequence[Any] | None = None,
-) -> tuple[Messages, str]:
-    """The messages as the chat template reads them, and their text with the generation prompt.
+@dataclass(frozen=True)
+class Prompt:
+    """The text of a prompt, and the rendering of the conversation with more messages after it."""
+
+    text: str
+    continued: Callable[[Messages], str]
+
+
+class Prompts:
+    """The prompts of a conversation's answers, rendered one after the other.
 
     Templates differ in the spelling of messages: arguments of tool calls are objects or text, and
     some have no developer role. transformers knows the names of reasoning.
-
-    Args:
-        messages: a conversation that ends before an answer.
-        tokenizer, chat_template_kwargs, tools: see `encode_prompt`.
-    Raises:
-        InputError: the template refuses the conversation, or does not show a message of it.
     """
-    problems = []
-    for spelled in spellings(messages):
-        rendering = Rendering(spelled, generation_prompt=True, tools=tools)
-        try:
-            (text,) = render(tokenizer, [rendering], chat_template_kwargs)
-            hidden = _first_hidden(spelled, text)
-            if hidden is not None:
-                role = messages[hidden]["role"]
-                raise InputError(f"the chat template does not show message {hidden + 1} ({role})")
-            return spelled, text
-        except CostlyTemplate:
-            raise
-        except InputError as error:
-            problems.append(error)
-    raise problems[0]
+
+    def __init__(
+        self,
+        messages: Messages,
+        tokenizer: Any,
+        chat_template_kwargs: Scalars,
+        *,
+        tools: Sequence[Any] | None,
+    ) -> None:
+        """Renders nothing yet; for the arguments see `encode_prompt`."""
+        spelled = list(spellings(messages))
+        self._messages = messages
+        self._history = History(tokenizer, spelled, tools=tools, kwargs=chat_template_kwargs)
+        self._shown = [_Shown(each) for each in spelled]
+
+    def before(self, count: int) -> Prompt:
+        """The prompt after the first `count` messages, with the generation prompt.
+
+        Raises:
+            InputError: the template refuses the conversation, or does not show a message of it.
+        """
+        problems = []
+        for number, shown in enumerate(self._shown):
+            try:
+                text = self._history.render(number, count, generation_prompt=True)
+                hidden = shown.first_hidden(count, text)
+                if hidden is not None:
+                    role = self._messages[hidden]["role"]
+                    raise InputError(
+                        f"the chat template does not show message {hidden + 1} ({role})"
+                    )
+                continued = partial(self._history.render, number, count, generation_prompt=False)
+                return Prompt(text, continued)
+            except CostlyTemplate:
+                raise
+            except InputError as error:
+                problems.append(error)
+        raise problems[0]
 
 
 def stop_token_ids(
@@ -221,20 +249,9 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def unused_words(conversations: Iterable[Conversation], template: str) -> Iterator[str]:
-    """A few words on each key that neither a reader nor the template reads, with its lines.
-
-    Args:
-        conversations: of a file.
-        template: text of the chat template.
-    """
-    counts: Counter[str] = Counter()
-    total = 0
-    for conversation in conversations:
-        counts.update(unused_keys(conversation, template))
-        total += 1
-    for name, count in sorted(counts.items()):
-        yield f"{name} is not read, in {count} of {total} lines"
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """The reasoning of a message under any of its names; empty where it has none."""
+    return next((message[name] for name in REASONING_KEYS if name in message), "")
 
 
 def unused_keys(conversation: Conversation, template: str) -> Iterator[str]:
@@ -250,6 +267,68 @@ def unused_keys(conversation: Conversation, template: str) -> Iterator[str]:
         yield "key 'tools'"
 
 
+class _Shown:
+    """Which messages are in the text of a conversation; templates may shorten answers.
+
+    Messages have parts of the text in their order, those of a system anywhere else. What was found
+    in the beginning that a text shares with the one before is not searched for again.
+    """
+
+    def __init__(self, messages: Messages) -> None:
+        self._messages = messages
+        self._text = ""
+        self._parts: list[tuple[int, int]] = []  # of the first messages; empty ones of a system
+
+    def first_hidden(self, count: int, text: str) -> int | None:
+        """The first of `count` messages that is not in rendered text; None where all are."""
+        shared = shared_length(text, self._text)
+        while self._parts and self._parts[-1][1] > shared:
+            self._parts.pop()
+        del self._parts[count:]
+        self._text = text
+        while len(self._parts) < count:
+            message = self._messages[len(self._parts)]
+            at = self._parts[-1][1] if self._parts else 0
+            part = (at, at) if message["role"] == "system" else _part(message, text, at)
+            if part is None:
+                if message["role"] != "assistant" and not _is_in(message["content"], text):
+                    return len(self._parts)
+                return _first_hidden(self._messages[:count], text)
+            self._parts.append(part)
+        systems = [m for m in self._messages[:count] if m["role"] == "system"]
+        if systems:
+            bounds = [0, *(bound for part in self._parts for bound in part), len(text)]
+            gaps = [text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+            if _first_hidden(systems, "\0".join(gaps)) is not None:
+                return _first_hidden(self._messages[:count], text)
+        return None
+
+
+def _part(message: Mapping[str, Any], text: str, at: int) -> tuple[int, int] | None:
+    """The first part of rendered text behind a character that shows a message."""
+    content, role = message["content"], message["role"]
+    # Of an answer in an earlier turn a template may show what follows its reasoning.
+    if role == "assistant" and THINK_END in content and not _is_in(content, text):
+        content = content.rpartition(THINK_END)[2]
+        if not content.strip():
+            return None
+    for spelled in _spelled(content):
+        begin = text.find(spelled, at)
+        if begin >= 0:
+            return begin, begin + len(spelled)
+    return None
+
+
+def _is_in(content: str, text: str) -> bool:
+    return any(spelled in text for spelled in _spelled(content))
+
+
+def _spelled(content: str) -> tuple[str, str]:
+    """A content as a template shows it: as it is, or escaped as JSON."""
+    words = content.strip()
+    return words, json.dumps(words, ensure_ascii=False)[1:-1]
+
+
 def _first_hidden(messages: Messages, text: str) -> int | None:
     """The first message that is not in rendered text; templates may shorten answers.
 
@@ -259,25 +338,11 @@ def _first_hidden(messages: Messages, text: str) -> int | None:
     hidden = []
     order = sorted(range(len(messages)), key=lambda at: -len(messages[at]["content"]))
     for at in order:
-        words = messages[at]["content"].strip()
-        for spelled in (words, json.dumps(words, ensure_ascii=False)[1:-1]):
+        for spelled in _spelled(messages[at]["content"]):
             if spelled in text:
-                text = text.replace(spelled, "\0", 1) if words else text
+                text = text.replace(spelled, "\0", 1) if spelled else text
                 break
         else:
             if messages[at]["role"] != "assistant":
                 hidden.append(at)
     return min(hidden, default=None)
-
-
-def tokenize(text: str, tokenizer: Any) -> np.ndarray:
-    """The ids of rendered text, int32 [n]."""
-    # The template wrote the special tokens; verbose would warn of long rows, which are cut later.
-    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
-
-
-def tokenize_with_ends(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of rendered text, int32 [n], and the character that each token ends at, int64 [n]."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    return np.array(encoded["input_ids"], np.int32), spans[:, 1]

@@ -4,12 +4,13 @@ A template comes with a target from somewhere and is a program: its loops may ne
 multiplication of text may ask for all memory. Neither can be stopped from inside the process that
 trains, so another one renders; where it breaks a limit the kernel ends it and its memory is gone:
 
-    render  -- a line of JSON: conversations -->  renderer.py, started once, at the first rendering
-            <-- their texts, or what was wrong --     setitimer(SECONDS), RLIMIT_AS
+    render  -- a line of JSON: a conversation -->  renderer.py, started once, at the first rendering
+            <-- its text, or what was wrong --         setitimer(SECONDS), RLIMIT_AS
 
 transformers renders there as it does anywhere, but for the date, which is one of the kwargs
-(`template.DATE`) and never read from the clock. Conversations are sent together where many are
-rendered: a question costs about 0.1 ms.
+(`template.DATE`) and never read from the clock. A question costs about 0.1 ms. A conversation is
+sent once, and of a text that begins like the one before only the rest comes back: so a thousand
+turns, each rendered with all before it, take seconds.
 """
 
 import atexit
@@ -54,8 +55,42 @@ def render(tokenizer: Any, conversations: Iterable[Rendering], kwargs: Scalars) 
         CostlyTemplate: one took more than `SECONDS` or `MEMORY_BYTES`.
         InputError: the template refuses one of them.
     """
-    jobs = [(*conversation, dict(kwargs)) for conversation in conversations]
-    return _process.ask(tokenizer, jobs, problem="the chat template refuses it")
+    texts = []
+    for messages, generation_prompt, tools in conversations:
+        history = History(tokenizer, [messages], tools=tools, kwargs=kwargs)
+        texts.append(history.render(0, len(messages), generation_prompt=generation_prompt))
+    return texts
+
+
+class History:
+    """A conversation of which the messages up to any of them are rendered."""
+
+    def __init__(
+        self, tokenizer: Any, spellings: Sequence[Any], *, tools: Sequence[Any] | None, kwargs: Any
+    ) -> None:
+        """Keeps the conversation until it is rendered.
+
+        Args:
+            tokenizer: a transformers tokenizer with a chat template.
+            spellings: the messages, as templates may read them.
+            tools, kwargs: see `render`.
+        """
+        self._tokenizer = tokenizer
+        self._request = {"spellings": spellings, "tools": tools, "kwargs": dict(kwargs)}
+
+    def render(
+        self, spelling: int, count: int, more: Sequence[Any] = (), *, generation_prompt: bool
+    ) -> str:
+        """The text of the first `count` messages of a spelling, and of `more` after them.
+
+        Raises:
+            CostlyTemplate, InputError: see `render`.
+        """
+        job = {"spelling": spelling, "count": count, "more": list(more)}
+        job["generation_prompt"] = generation_prompt
+        problem = "the chat template refuses it"
+        text: str = _process.ask(self._tokenizer, job, conversation=self._request, problem=problem)
+        return text
 
 
 def names_read(tokenizer: Any) -> set[str]:
@@ -68,14 +103,14 @@ def names_read(tokenizer: Any) -> set[str]:
     text = tokenizer.get_chat_template()
     if text not in _names:  # asked for each line with arguments of its own
         problem = "the chat template cannot be read"
-        (_names[text],) = _process.ask(tokenizer, [None], problem=problem)
+        _names[text] = _process.ask(tokenizer, None, problem=problem)
     return set(_names[text])
 
 
 class _Process:
     """`renderer.py`, started when it is first asked and again after it was ended.
 
-    `seconds` and `memory_bytes` bound each conversation.
+    `seconds` and `memory_bytes` bound each rendering.
     """
 
     def __init__(self, *, seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -83,26 +118,44 @@ class _Process:
         self._lock = threading.Lock()
         self._running: Any = None  # the process, with pipes as its input and output
         self._template: dict[str, Any] = {}
+        self._conversation: dict[str, Any] | None = None  # that the process has
+        self._text = ""  # its latest rendering
         atexit.register(self.end)
 
-    def ask(self, tokenizer: Any, jobs: list[Any], *, problem: str) -> list[Any]:
-        """The answers to one request, see `renderer.main`.
+    def ask(
+        self,
+        tokenizer: Any,
+        job: dict[str, Any] | None,
+        *,
+        problem: str,
+        conversation: dict[str, Any] | None = None,
+    ) -> Any:
+        """The answer to one request, see `renderer.main`.
 
+        Args:
+            tokenizer: a transformers tokenizer with a chat template.
+            job: arguments of `renderer.Conversation.rendered`; None for the names of the template.
+            problem: begins the message of an `InputError`.
+            conversation: the `renderer.Conversation`; the same object is sent once.
         Raises:
-            CostlyTemplate: one of the jobs broke a limit.
-            InputError: the template failed at one of them: the `problem`, and what it said.
+            CostlyTemplate: the job broke a limit.
+            InputError: the template failed: the `problem`, and its error.
         """
         template = {
             "text": tokenizer.get_chat_template(),
             "special_tokens_map": tokenizer.special_tokens_map,
         }
-        request: dict[str, Any] = {"jobs": jobs}
+        request: dict[str, Any] = {"job": job}
         # One exchange at a time: a reply does not say which request it answers.
         with self._lock:
             if self._running is None:
                 self._start()
             if template != self._template:
                 request["template"] = self._template = template
+                self._conversation = None  # its variables are those of a template
+            if conversation is not None and conversation is not self._conversation:
+                request["conversation"] = self._conversation = conversation
+                self._text = ""
             try:
                 self._running.stdin.write(json.dumps(request).encode() + b"\n")
                 self._running.stdin.flush()
@@ -117,7 +170,11 @@ class _Process:
                 if "error" in reply:
                     raise InputError(f"{problem}: {reply['error']}")
                 if "costly" not in reply:
-                    return reply["answers"]
+                    if job is None:
+                        return reply["answer"]
+                    shared, rest = reply["answer"]
+                    self._text = self._text[:shared] + rest
+                    return self._text
             code = self.end()
         # What is left of a line says that it was costly; below 0 is the signal that ended it.
         if line or code < 0:
@@ -132,6 +189,7 @@ class _Process:
     def end(self) -> int:
         """Ends the process; its exit code, or 0 where there was none."""
         running, self._running, self._template = self._running, None, {}
+        self._conversation = None
         if running is None:
             return 0
         with contextlib.suppress(BrokenPipeError):

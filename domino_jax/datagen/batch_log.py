@@ -16,6 +16,7 @@ Whatever follows the last such line is dropped and answered again. No jax here.
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ class BatchLog:
             kind: what a record is, for messages.
             generator: the settings of this start, which the header holds.
         Raises:
-            InputError: a record of another start, a link, or the file is not what was written.
+            InputError: a record of another start, a link, or a changed file.
             OSError: it cannot be opened or written.
         """
         self.finished: dict[Any, bool] = {}
@@ -134,35 +135,33 @@ class BatchLog:
     def _read(self) -> None:
         """Takes what is attested; `_length` is where it ends."""
         digest = hashlib.sha256()
-        batch = []
-        number = 0
+        length = number = kept = 0
+        first = b""
         nothing = _attestation(digest)
         for number, line in read_lines(self._path):
-            batch.append((number, line))
+            first = first or line
             # Cut off before its line end, an attestation attests nothing: its batch is dropped.
-            if line.startswith(_ATTESTS) and line.endswith(b"\n"):
-                if line != _attestation(digest):
-                    raise InputError(
-                        f"{self._path}:{number}: damaged: it does not attest the lines before it; "
-                        "put a copy of the file back, or remove it to start again"
-                    )
-                # Only now: before it is attested, a line may be damaged in any way.
-                for one in batch[:-1]:
-                    self._take(*one)
-                self._length += sum(len(text) for _, text in batch)
-                self._digest = digest.copy()
-                batch = []
-                self._digest.update(line)
+            attests = line.startswith(_ATTESTS) and line.endswith(b"\n")
+            if attests and line != _attestation(digest):
+                raise InputError(
+                    f"{self._path}:{number}: damaged: it does not attest the lines before it; "
+                    "put a copy of the file back, or remove it to start again"
+                )
             digest.update(line)
+            length += len(line)
+            if attests:
+                kept, self._length, self._digest = number, length, digest.copy()
         # Part of the first line is a start that was killed while it wrote it; anything else without
         # an attestation is a file of somebody else, which opening it would cut to nothing.
-        if self._length == 0 and (
-            number > 1 or not nothing.startswith(b"".join(text for _, text in batch))
-        ):
+        if self._length == 0 and (number > 1 or not nothing.startswith(first)):
             raise InputError(
                 f"{self._path}: not unfinished answers as this version writes them; "
                 "move the file away to start again"
             )
+        # Only now: before it is attested, a line may be damaged in any way.
+        for number, line in itertools.islice(read_lines(self._path), kept):
+            if not line.startswith(_ATTESTS):
+                self._take(number, line)
 
     def _take(self, number: int, line: bytes) -> None:
         try:

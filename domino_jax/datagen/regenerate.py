@@ -26,12 +26,15 @@ from domino_jax.data.forms import (
     OUTPUT_IDS,
     PROMPT_IDS,
     PROMPT_LINE,
+    BadLine,
     Conversation,
     Messages,
+    iterate_conversations,
+    nothing_usable,
     question,
-    read_conversations,
 )
-from domino_jax.data.prompt import encode_prompt, kwargs_of, unused_words
+from domino_jax.data.prompt import Prompts, check_asked, encode_prompt, kwargs_of
+from domino_jax.data.reading import Reading
 from domino_jax.data.template import KWARGS, settings_text, tokenizer_record
 from domino_jax.datagen.batch_log import BatchLog, log_of
 from domino_jax.decoding.decoder import Decoder, Weights
@@ -139,24 +142,32 @@ def read_dialogues(
         InputError: a line that is unusable, that the chat template refuses, or whose prompt is too
             long, with its number.
     """
-    found = read_conversations(path)
-    if found.bad_lines:
-        raise InputError(f"{path}:{found.bad_lines[0].line}: {found.bad_lines[0].reason}")
+    total = 0
+    # Before any is rendered, which may take minutes.
+    for found in iterate_conversations(path):
+        if isinstance(found, BadLine):
+            raise InputError(f"{path}:{found.line}: {found.reason}")
+        total = found.line
+    reading = Reading(path, tokenizer, settings.chat_template_kwargs)
     dialogues = []
     replaced = 0
-    for conversation in found.conversations:
-        source = f"{path}:{conversation.line}"
-        try:
-            dialogue = _dialogue(conversation, tokenizer, settings)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
-        check_prompt(decoder, dialogue.first_ids, tokenizer, source=source)
-        dialogues.append(dialogue)
-        replaced += len(conversation.messages) - sum(map(len, dialogue.turns))
+    with reporter.bar("lines", total=total) as bar:
+        for conversation in reading.conversations():
+            bar.update(conversation.line)
+            source = f"{path}:{conversation.line}"
+            try:
+                dialogue = _dialogue(conversation, tokenizer, settings)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from error
+            check_prompt(decoder, dialogue.first_ids, tokenizer, source=source)
+            dialogues.append(dialogue)
+            replaced += len(conversation.messages) - sum(map(len, dialogue.turns))
+    if not dialogues:
+        raise nothing_usable(path, reading.bad_lines)
     if replaced:
         reporter.say(f"{path}: {replaced} answers in it are left out and generated again")
-    for words in unused_words(found.conversations, tokenizer.chat_template):
-        reporter.say(f"{path}: {words}")
+    for words in reading.report():
+        reporter.say(words)
     return dialogues
 
 
@@ -357,13 +368,16 @@ def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettin
         chat_template_kwargs=conversation.chat_template_kwargs,
     )
     kwargs = kwargs_of(conversation, tokenizer, settings.chat_template_kwargs)
-    ids = [
-        encode_prompt(
-            dialogue.messages([_PLACEHOLDER] * turn), tokenizer, kwargs, tools=conversation.tools
-        )
-        for turn in range(len(parts))
-    ]
-    return replace(dialogue, first_ids=ids[0])
+    whole = dialogue.messages([_PLACEHOLDER] * (len(parts) - 1))
+    prompts = Prompts(whole, tokenizer, kwargs, tools=conversation.tools)
+    count = 0
+    for part in parts:
+        check_asked(part)
+        count += len(part)
+        prompts.before(count)
+        count += 1  # the placeholder
+    first_ids = encode_prompt(parts[0], tokenizer, kwargs, tools=conversation.tools)
+    return replace(dialogue, first_ids=first_ids)
 
 
 def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
@@ -380,5 +394,5 @@ def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:
         chat_template_kwargs=line.get(KWARGS, {}),
         finished=line[FINISH_REASON] == "stop",
     )
-    rows = encoder.rows(conversation).rows
+    rows = encoder.rows(conversation, last=True).rows
     return not rows or rows[-1].input_ids.tolist() != line[PROMPT_IDS] + line[OUTPUT_IDS]

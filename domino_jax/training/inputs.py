@@ -8,9 +8,10 @@ batch row is one row, or with packing several that share its S positions:
     held-out file   -> prompts [n] of rollouts
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from domino_jax.base.errors import InputError, Scalars
+from domino_jax.base.files import count_lines
 from domino_jax.base.progress import Reporter
 from domino_jax.config.model import DecoderConfig, DraftConfig
 from domino_jax.data.conversations import Row, load_rows
-from domino_jax.data.forms import BadLine, read_conversations
+from domino_jax.data.forms import Conversation, iterate_conversations
 from domino_jax.data.hidden_states import FeatureRows, check_manifest, rows_fingerprint
 from domino_jax.data.packing import (
     Pack,
@@ -104,13 +106,14 @@ def read_rows(
     draft: DraftConfig,
     packing: bool,
     max_unusable: float,
+    special_tokens: str,
     end_ids: Sequence[int],
     reporter: Reporter,
 ) -> InputRows:
     """Reads, encodes and checks conversations, and packs the rows if the run packs.
 
     Reports lines and answers that are not trained with their reasons, keys that nothing reads,
-    answers that are unfinished, and how many lines are text.
+    special tokens in text, answers that are unfinished, and how many lines are text.
 
     Args:
         path: of the conversations.
@@ -119,51 +122,50 @@ def read_rows(
         draft: reads the rows, see `check_rows`.
         packing: whether rows share batch rows.
         max_unusable: largest share of lines with something that is not trained.
+        special_tokens: see `Reading`.
         end_ids: see `tokenizer`.
-        reporter: receives the report.
+        reporter: receives the progress and the report.
     Raises:
         InputError: the file cannot be read, gives no row, more of its lines than `max_unusable`
             are not usable, or a row does not fit the draft.
     """
-    found = load_rows(path, tokenizer, end_ids=end_ids, **vars(settings))
-    rows, bad = found.rows, found.bad_lines
-    for lines in _by_reason(bad):
-        more = f" and {len(lines) - 1} more lines" if len(lines) > 1 else ""
-        reporter.say(f"{path}:{lines[0].line}{more}: {lines[0].reason}")
+    with reporter.bar("lines", total=count_lines(Path(path))) as bar:
+        found = load_rows(
+            path,
+            tokenizer,
+            end_ids=end_ids,
+            special_tokens=special_tokens,
+            progress=bar.update,
+            **vars(settings),
+        )
+    rows, lines, bad = found.rows, found.reading.lines, found.bad_lines
+    for words in bad.report(path):
+        reporter.say(words)
+    share = f"{len(bad)} of {lines} lines hold an answer that is not trained"
     if bad:
-        share = f"{len(bad)} of {found.lines} lines hold an answer that is not trained"
         reporter.say(f"{path}: {share}")
-    for name, count in sorted(found.unused.items()):
-        reporter.say(f"{path}: {name} is not read, in {count} of {found.lines} lines")
-    if len(bad) > max_unusable * found.lines:
-        lines = _by_reason(bad)[0]
+    for words in found.reading.report():
+        reporter.say(words)
+    if len(bad) > max_unusable * lines:
+        first, count = bad.by_reason()[0]
         raise InputError(
-            f"{path}: {share} ({len(bad) / found.lines:.0%}), {len(lines)} for one reason (line "
-            f"{lines[0].line}: {lines[0].reason}); expected at most {max_unusable:.0%}: correct "
+            f"{path}: {share} ({len(bad) / lines:.0%}), {count} for one reason (line "
+            f"{first.line}: {first.reason}); expected at most {max_unusable:.0%}: correct "
             "the file, or raise data.max_unusable"
         )
     if found.unfinished:
         reporter.say(
-            f"{path}: {found.unfinished} of {found.lines} lines "
-            f"({found.unfinished / found.lines:.0%}) end with an unfinished answer, cut at its "
+            f"{path}: {found.unfinished} of {lines} lines "
+            f"({found.unfinished / lines:.0%}) end with an unfinished answer, cut at its "
             "token limit: no end of turn is learned from it"
         )
     if found.from_text:
         reporter.say(
-            f"{path}: {found.from_text} of {found.lines} lines are text: their token ids are those "
+            f"{path}: {found.from_text} of {lines} lines are text: their token ids are those "
             "of the text tokenised again, and may differ from the generated ones"
         )
     check_rows(rows, tokenizer, draft=draft, path=path)
     return _with_packs(rows, settings, packing=packing)
-
-
-def _by_reason(bad_lines: Sequence[BadLine]) -> list[list[BadLine]]:
-    """Bad lines by their reason, whatever numbers and values a reason quotes; most lines first."""
-    kinds: dict[str, list[BadLine]] = {}
-    for bad in bad_lines:
-        kind = re.sub(r"\d+|'[^']*'", "", bad.reason)
-        kinds.setdefault(kind, []).append(bad)
-    return sorted(kinds.values(), key=len, reverse=True)
 
 
 def check_rows(rows: Sequence[Row], tokenizer: Any, *, draft: DraftConfig, path: str) -> None:
@@ -279,21 +281,25 @@ def read_prompts(
             "positions; give fewer"
         )
     reader = make_decoder(Target(target))
-    # Read once more: a row has its tokens alone, and may be cut before its last answer.
-    conversations = {found.line: found for found in read_conversations(path).conversations}
+    lines = iter(dict.fromkeys(row.line for row in rows))
     prompts: dict[int, np.ndarray] = {}
-    for row in rows:
-        if len(prompts) == count:
-            break
-        assert row.line is not None, "held-out rows are read from a file"
-        try:
-            prompt = prompt_of(conversations[row.line], tokenizer, chat_template_kwargs)
-        except CostlyTemplate:
-            raise
-        except InputError:  # a later answer of the line, which is not trained either
-            continue
-        check_prompt(reader, prompt, tokenizer, source=f"{path}:{row.line}")
-        prompts[row.line] = prompt
+    while wanted := list(islice(lines, count - len(prompts))):
+        # Read once more: a row has its tokens alone, and may be cut before its last answer.
+        found = {
+            one.line: one
+            for one in iterate_conversations(path)
+            if isinstance(one, Conversation) and one.line in wanted
+        }
+        for line in wanted:
+            assert line is not None, "held-out rows are read from a file"
+            try:
+                prompt = prompt_of(found[line], tokenizer, chat_template_kwargs)
+            except CostlyTemplate:
+                raise
+            except InputError:  # a later answer of the line, which is not trained either
+                continue
+            check_prompt(reader, prompt, tokenizer, source=f"{path}:{line}")
+            prompts[line] = prompt
     if not prompts:
         raise InputError(f"{path}: no line of it has a prompt for a rollout")
     return list(prompts.values())

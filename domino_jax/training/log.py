@@ -4,41 +4,39 @@ metrics.jsonl    {"step": 10, "split": "train", "loss": ...}    what the seed de
 timing.jsonl     {"step": 10, "split": "train", ...}            times, speeds, memory
 
 Each checkpoint holds the bytes and the sha256 of `metrics.jsonl` at its save (`LogMark`), so a
-changed line is found where a checkpoint is there. Nothing verifies `timing.jsonl`.
+changed line is found in a run with a checkpoint. Nothing verifies `timing.jsonl`.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.base.errors import InputError
-from domino_jax.base.files import checksum_of, file_sha256, open_regular, read_json, read_text
+from domino_jax.base.errors import InputError, require
+from domino_jax.base.files import LINE_BYTES, checksum_of, file_sha256, read_json, read_lines
 from domino_jax.base.parse import parse_json
-from domino_jax.training.names import CHECKPOINTS, DRAFT, METADATA, RUN, saved_steps
+from domino_jax.training.checkpoint_names import CHECKPOINTS, DRAFT, METADATA, RUN, saved_steps
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-LOG_BYTES = 2**32  # a log grows as long as its run; other files that are read whole do not
 
 
 @dataclass(frozen=True)
 class LogMark:
-    """Where a log stands: the bytes of `metrics.jsonl` and their sha256, in hex."""
+    """Length of `metrics.jsonl` in bytes at a save, and the sha256 of those bytes in hex."""
 
     bytes: int
     sha256: str
 
 
 def log_notice(directory: Path) -> str | None:
-    """What the newest checkpoint of a run cannot confirm of `metrics.jsonl`.
+    """Compares `metrics.jsonl` with the newest checkpoint of its run.
 
     Args:
-        directory: the run's.
+        directory: of the run.
     Returns:
-        A line that begins with the file's name; None where the whole file is as it was at the
-        newest save, or where either is missing.
+        A line that begins with the file's name, for a log that was changed or continued after the
+        save. None for an equal log, or where the log or a checkpoint is missing.
     Raises:
         InputError: the file cannot be read.
     """
@@ -48,21 +46,19 @@ def log_notice(directory: Path) -> str | None:
     if saved is None or not path.exists():
         return None
     step, mark = saved
-    with open_regular(path) as file:
-        found = hashlib.sha256(file.read(mark.bytes)).hexdigest()
-        longer = bool(file.read(1))
+    found = file_sha256(path, first=mark.bytes)
     if found != mark.sha256:
         return (
             f"{METRICS}: its first {mark.bytes} bytes have sha256 {found[:12]}, expected "
-            f"{mark.sha256[:12]} of checkpoint {step}: the file has changed; put it back"
+            f"{mark.sha256[:12]} of checkpoint {step}: the file has changed; restore it"
         )
-    if longer:
+    if path.stat().st_size > mark.bytes:
         return f"{METRICS}: the lines that follow checkpoint {step} are not verified"
     return None
 
 
 def _newest_mark(directory: Path) -> tuple[int, LogMark] | None:
-    """The newest step whose records are undamaged, and where the log stood when it was saved."""
+    """The newest step whose records are undamaged, and the mark of the log in it."""
     names = [f"{item}/{METADATA}" for item in (DRAFT, RUN)]
     for step in saved_steps(directory / CHECKPOINTS):
         checkpoint = directory / CHECKPOINTS / str(step)
@@ -89,15 +85,14 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = read_text(path, limit=LOG_BYTES).splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if line.endswith("\n"):
-            record = parse_json(line, source=f"{path}:{number}", nonfinite=True)
+    for number, line in read_lines(path):
+        source = f"{path}:{number}"
+        require(len(line) <= LINE_BYTES, f"{source}: more than {LINE_BYTES} bytes")
+        if line.endswith(b"\n"):
+            record = parse_json(line, source=source, nonfinite=True)
             # Its type and not `isinstance`, to which true is an integer.
             if not isinstance(record, dict) or type(record.get("step")) is not int:
-                raise InputError(
-                    f"{path}:{number}: expected a record with its step, found {line[:80]!r}"
-                )
+                raise InputError(f"{source}: expected a record with its step, found {line[:80]!r}")
             records.append(record)
     return records
 
@@ -107,11 +102,9 @@ def read_timing(directory: Path) -> Iterator[dict[str, Any]]:
     path = directory / TIMING
     if not path.is_file():
         return
-    with open_regular(path) as file:
-        text = file.read().decode("utf-8", "replace")
-    for line in text.splitlines(keepends=True):
+    for _, line in read_lines(path):
         with contextlib.suppress(InputError):
             record = parse_json(line, source=str(path), nonfinite=True)
             sound = isinstance(record, dict) and type(record.get("step", 0)) is int
-            if sound and line.endswith("\n"):
+            if sound and line.endswith(b"\n"):
                 yield record

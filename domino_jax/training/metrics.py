@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import open_appending, read_text, write_whole
+from domino_jax.base.files import open_appending, read_chunks, whole_file
 from domino_jax.base.progress import Reporter
 from domino_jax.objective.metrics import DFlashStepMetrics
-from domino_jax.training.log import LOG_BYTES, METRICS, TIMING, LogMark, read_timing
+from domino_jax.training.log import METRICS, TIMING, LogMark, read_timing
 
 # Each mean of a window, the sum it is made from and what divides it. Those of the base logits are
 # there only where a head makes final ones from them.
@@ -119,20 +119,16 @@ class MetricsLog:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(directory / "tensorboard"))
-        kept = b""
+        self._hash, self._count = hashlib.sha256(), 0
         if at is not None:
-            kept = _bytes_until(directory / METRICS, at, reporter=reporter)
-        self._hash = hashlib.sha256(kept)
-        self._count = len(kept)
+            self._take(directory / METRICS, at, reporter=reporter)
         # Nothing depends on times, so they carry no mark: a step number is enough to drop them.
-        timing = []
-        if at is not None:
-            records = read_timing(directory)
-            timing = [_json_line(one) for one in records if one.get("step", 0) <= step]
-        # Written whole first and then appended to: a start that is killed here cuts no line in two.
-        write_whole(directory / METRICS, kept.decode("utf-8"))
-        write_whole(directory / TIMING, "".join(timing))
+        with whole_file(directory / TIMING) as timing:
+            for record in read_timing(directory) if at is not None else ():
+                if record.get("step", 0) <= step:
+                    timing.write(_json_line(record).encode())
         self._files = {name: open_appending(directory / name) for name in (METRICS, TIMING)}
+        self._files[METRICS].truncate(self._count)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -169,6 +165,24 @@ class MetricsLog:
                 if self._board and isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(f"{split}/{figure}", value, step)
 
+    def _take(self, path: Path, at: LogMark, *, reporter: Reporter) -> None:
+        """Takes the first bytes of an earlier start's log as those of this one."""
+        # Empty after a start that found no log and ended before its first record.
+        empty = path.is_file() and path.stat().st_size == 0
+        if at.bytes and (empty or not path.exists()):
+            reporter.say(
+                f"{path} is gone or empty: the log begins anew, without the records up to here"
+            )
+            return
+        for chunk in read_chunks(path, at.bytes) if path.exists() else ():
+            self._hash.update(chunk)
+            self._count += len(chunk)
+        if LogMark(self._count, self._hash.hexdigest()) != at:
+            raise InputError(
+                f"{path}: its first {at.bytes} bytes are not those that the checkpoint was saved "
+                "with; put them back, or remove the file to resume with a log that begins anew"
+            )
+
     def mark(self) -> LogMark:
         """Where `metrics.jsonl` stands; on disk when this returns."""
         with _named(self._files[METRICS]) as file:
@@ -183,25 +197,6 @@ def _named(file: BinaryIO) -> Iterator[BinaryIO]:
         yield file
     except OSError as error:
         raise OSError(error.errno, error.strerror, file.name) from error
-
-
-def _bytes_until(path: Path, at: LogMark, *, reporter: Reporter) -> bytes:
-    # Empty after a start that found no log and ended before its first record.
-    empty = path.is_file() and path.stat().st_size == 0
-    if at.bytes and (empty or not path.exists()):
-        reporter.say(
-            f"{path} is gone or empty: the log begins anew, without the records up to here"
-        )
-        return b""
-    kept = b""
-    if path.exists():
-        kept = read_text(path, limit=LOG_BYTES).encode()[: at.bytes]
-    if LogMark(len(kept), hashlib.sha256(kept).hexdigest()) != at:
-        raise InputError(
-            f"{path}: its first {at.bytes} bytes are not those that the checkpoint was saved with; "
-            "put them back, or remove the file to resume with a log that begins anew"
-        )
-    return kept
 
 
 def _json_line(record: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import write_whole
-from domino_jax.base.lock import check_place
+from domino_jax.base.output_paths import check_output_directory
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
@@ -130,7 +130,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         lacking="config.json",
         expected="the directory of a draft, as export writes it",
     )
-    check_place("run_dir", config.run_dir)
+    check_output_directory("run_dir", config.run_dir)
     check_pattern(config.run_dir)
     check_one_process("train")
     mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)
@@ -205,6 +205,7 @@ def read_inputs(
         draft=run.record.config,
         packing=data.packing,
         max_unusable=data.max_unusable,
+        special_tokens=data.special_tokens_in_text,
         end_ids=end_token_ids(run.target),
         reporter=reporter,
     )
@@ -582,6 +583,7 @@ def capture_inputs(config: RunConfig, recorded: Scalars, *, reporter: Reporter) 
         draft=draft,
         packing=False,
         max_unusable=data.max_unusable,
+        special_tokens=data.special_tokens_in_text,
         end_ids=end_token_ids(path),
         reporter=reporter,
     )

@@ -22,6 +22,7 @@ from domino_jax.training.records import OTHER_VERSION, DraftRecord, Resumed
 # and logits_mib, which change the order of sums.
 _FREE = (
     "data.max_unusable",
+    "data.special_tokens_in_text",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",

@@ -23,6 +23,7 @@ def data_parsers(directory: Path) -> list[Parser]:
     return [
         _conversations(directory),
         _packed_conversations(directory),
+        _bombs(directory),
         _manifest(directory),
         _partial_answers(directory),
         _metrics(directory),
@@ -57,7 +58,7 @@ def _conversations(directory: Path) -> Parser:
         lines.write_bytes(as_json(prompt) + b"\n" + line)
         found = read_conversations(lines)
         if found.bad_lines:  # what was wrong with the line
-            raise InputError(found.bad_lines[0].reason)
+            raise InputError(found.bad_lines.first[0].reason)
         return _wrong_lines(found)
 
     words = ("regenerate", alone, directory / "new.jsonl", "--target", directory / "target")
@@ -80,6 +81,60 @@ def _packed_conversations(directory: Path) -> Parser:
         return _wrong_lines(read_conversations(path))
 
     return Parser(name="packed data", weight=8, inputs=Inputs(packed, draw), check=check)
+
+
+# What takes much more memory than its text, or repeats without end.
+BOMBS = [b"[],", b"{},", b'{"":0},', b"3000,", b'"ab",', b"1e5,", b"[", b'{"a":', b"\\", b'\\"']
+BOMBS += [b"\n", b"x\n", b"\0", b"a", "\U0001f98a".encode(), b'{"%d":0}\n', b'"%d":0,']
+OPENINGS = [
+    b"",
+    b"[",
+    b"{",
+    b'["',
+    b'{"messages": [',
+    b'{"messages": [{"role": "user", "content": "',
+]
+
+
+def _bombs(directory: Path) -> Parser:
+    """A packed file that repeats a part: the memory of its reader is bounded."""
+    from domino_jax.base.errors import InputError
+    from domino_jax.data.forms import read_conversations
+
+    path = directory / "bomb.jsonl.gz"
+    good = as_json({"messages": ASKED}) + b"\n"
+
+    def draw(rng: random.Random) -> Case:
+        part, size = rng.choice(BOMBS), 2 ** rng.randrange(10, 24)
+        parts = [part % n if b"%d" in part else part for n in range(min(size // len(part), 2**18))]
+        text = good + rng.choice(OPENINGS) + b"".join(parts) + rng.choice([b"", b"]\n", b'"]}]}\n'])
+        return Case(gzip.compress(text, compresslevel=1, mtime=0))
+
+    def check(content: bytes) -> str | None:
+        path.write_bytes(content)
+        before = _reset_peak()
+        try:
+            problem = _wrong_lines(read_conversations(path))
+        except InputError:
+            if _peak() - before <= 64:
+                raise
+        grown = _peak() - before
+        return f"a reader of {grown:.0f} MiB" if grown > 64 else problem
+
+    inputs = Inputs(gzip.compress(good, mtime=0), draw)
+    return Parser(name="packed bombs", weight=6, inputs=inputs, check=check)
+
+
+def _reset_peak() -> float:
+    """Forgets the largest size of this process; its size now, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
+def _peak() -> float:
+    """The largest size of this process, in MiB."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) / 1024
 
 
 def _wrong_lines(found: Any) -> str | None:
@@ -136,7 +191,7 @@ def _manifest(directory: Path) -> Parser:
 
 
 def _signed(inputs: Inputs, scratch: Path) -> Inputs:
-    """Inputs with the hash of their values: without it none would get beyond that check."""
+    """Inputs with the hash of their values, so that they pass that check and reach the others."""
     from domino_jax.base.files import write_json
 
     def signed(content: bytes) -> bytes:
@@ -148,7 +203,7 @@ def _signed(inputs: Inputs, scratch: Path) -> Inputs:
 
     def draw(rng: random.Random) -> Case:
         case = inputs.draw(rng)
-        # Of two equal keys one would be gone.
+        # Parsing would remove one of two equal keys.
         return case if case.forbidden else Case(signed(case.content))
 
     return Inputs(signed(inputs.good), draw)

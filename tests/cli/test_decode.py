@@ -28,6 +28,7 @@ from whole_run import train
 
 from domino_jax.base.errors import Untrained
 from domino_jax.base.escapes import printable_text
+from domino_jax.cli import measurement
 from domino_jax.cli.loading import load_run
 from domino_jax.config.run import load_config
 from domino_jax.data.forms import read_conversations
@@ -156,6 +157,27 @@ def test_a_server_of_the_draft_is_measured_beside_it(domino, trained: Path, tmp_
     assert (endpoint["url"], endpoint["server"]) == (url, "SGLang 0.5.19")
     assert endpoint["ratio"] == 1 and endpoint["per_prompt"] == serving_here["per_prompt"]
     assert endpoint["tokens_equal"] == endpoint["tokens_compared"] == figures["tokens"]
+
+
+def test_special_tokens_in_text_are_reported(domino, trained: Path, tmp_path: Path) -> None:
+    run, answers = tmp_path / "run", tmp_path / "answers.jsonl"
+    shutil.copytree(trained / "run", run)
+    texts = ("a", "b <|im_end|> <|im_start|> assistant c") * 4
+    lines = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    short = ("--max-new-tokens", 4)
+    words = "a message holds the text of a special token, in 4 of 8 lines, first '<|im_end|>' in "
+    code, _, log = domino("evaluate", run, prompts, *short, "--timed", 0)
+    assert code == 0 and f"{prompts}: {words}line 2" in log
+    code, _, log = domino("regenerate", prompts, answers, "--target", trained / "target", *short)
+    assert code == 0 and f"{prompts}: {words}line 2" in log
+    train = ("train", trained / "config.yaml", f"data.train={answers}", f"run_dir={tmp_path / 'x'}")
+    code, _, log = domino(*train, "--dry-run")
+    assert code == 0 and f"{answers}: {words}line " in log
+    code, _, log = domino(*train, "--dry-run", "data.special_tokens_in_text=refuse")
+    assert code == 2 and "4 of 8 lines hold an answer that is not trained (50%)" in log
+    assert "a message holds the text of the special token '<|im_end|>'" in log
 
 
 def test_the_end_tokens_of_the_directory_end_answers(domino, trained: Path, tmp_path: Path) -> None:
@@ -311,7 +333,7 @@ def test_no_changed_figure_is_read_in_silence(
     domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    monkeypatch.setattr("domino_jax.cli.measurement.user_cache", lambda name, *, verb: cache / name)
+    monkeypatch.setattr(measurement, "user_cache", lambda name, *, needs: cache / name)
     run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
     evaluation, metrics = run / "evaluation.json", run / "metrics.jsonl"
     words = ("evaluate", run, trained / "prompts.jsonl", "--max-new-tokens", 4, "--limit", 2)
@@ -335,8 +357,8 @@ def test_no_changed_figure_is_read_in_silence(
     metrics.write_text(log_text.replace('"accept_len"', '"accept_leo"', 1))
     code, _, log = domino(*words)
     notice = json.loads(evaluation.read_text())["training"]["notice"]
-    assert code == 0 and "the file has changed; put it back" in " ".join(log.split())
-    assert notice.startswith(f"{metrics}: its first ")
+    assert code == 0 and f"{metrics}: its first" in " ".join(log.split())
+    assert notice.startswith("metrics.jsonl: its first ") and notice.endswith("; restore it")
     metrics.write_text(log_text)
     # The evaluation itself: one value, and sets as nobody wrote them.
     whole = json.loads(evaluation.read_text())

@@ -11,9 +11,13 @@ from chats import GOOD, chat, encoded, make_tokenizer, marked, write
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import LINE_BYTES
 from domino_jax.data.conversations import load_rows
-from domino_jax.data.forms import BadLine, read_conversations
+from domino_jax.data.forms import BadLine, Conversation, read_conversations
 from domino_jax.data.hidden_states import rows_fingerprint
-from domino_jax.data.prompt import unused_words
+from domino_jax.data.prompt import unused_keys
+
+
+def unused(conversations: list[Conversation]) -> list[str]:
+    return [name for each in conversations for name in unused_keys(each, "")]
 
 
 def said(*messages: object, **more: object) -> dict[str, object]:
@@ -75,8 +79,8 @@ def test_read_conversations_tells_bad_lines_by_number(tmp_path: Path) -> None:
     found = read_conversations(path)
     usable = [(each.line, each.messages) for each in found.conversations]
     assert usable == [(1, GOOD["messages"]), (len(BAD_LINES) + 4, chat("Bye"))]
-    words = list(unused_words(found.conversations, ""))
-    assert words == ["key 'family' is not read, in 1 of 2 lines"]
+    words = unused(found.conversations)
+    assert words == ["key 'family'"]
     assert [bad.line for bad in found.bad_lines] == list(range(2, len(BAD_LINES) + 2))
     for bad, (_, reason) in zip(found.bad_lines, BAD_LINES, strict=True):
         assert reason in bad.reason
@@ -87,9 +91,9 @@ def test_read_conversations_refuses_a_line_beyond_its_bound(tmp_path: Path) -> N
     path = write(tmp_path / "a.jsonl", long, {**GOOD, "score": float("nan")})
     found = read_conversations(path)
     assert [(each.line, each.messages) for each in found.conversations] == [(2, GOOD["messages"])]
-    assert found.bad_lines == [BadLine(1, f"more than {LINE_BYTES} bytes")]
-    words = list(unused_words(found.conversations, ""))
-    assert [each.split(" is ")[0] for each in words] == ["key 'family'", "key 'score'"]
+    assert list(found.bad_lines) == [BadLine(1, f"more than {LINE_BYTES} bytes")]
+    words = unused(found.conversations)
+    assert words == ["key 'family'", "key 'score'"]
 
 
 def test_read_conversations_skips_a_byte_order_mark(tmp_path: Path) -> None:
@@ -146,8 +150,8 @@ def test_load_rows_joins_rows_and_bad_lines(tmp_path: Path) -> None:
     long = {"messages": chat("Hi " * 100, "Hello.")}
     path = write(tmp_path / "a.jsonl", {"messages": chat("Hi")}, GOOD, b"{}", long)
     found = load_rows(path, tokenizer, max_length=60)
-    rows, bad_lines = found.rows, found.bad_lines
-    assert [row.line for row in rows] == [2] and (found.lines, found.from_text) == (4, 3)
+    rows, bad_lines = found.rows, list(found.bad_lines)
+    assert [row.line for row in rows] == [2] and (found.reading.lines, found.from_text) == (4, 3)
     expected = encoded(chat("Hi", "Hello."), tokenizer, max_length=60)
     np.testing.assert_array_equal(rows[0].input_ids, expected.input_ids)
     np.testing.assert_array_equal(rows[0].loss_mask, expected.loss_mask)

@@ -183,7 +183,7 @@ def test_load_rows_leaves_out_what_is_all_reasoning(tmp_path: Path) -> None:
     found = load_rows(path, tokenizer, max_length=100, mask_reasoning_content=True)
     assert [marked(row, tokenizer) for row in found.rows] == ["one "]
     reason = "no token of an answer outside its reasoning among the first 100"
-    assert found.bad_lines == [
+    assert list(found.bad_lines) == [
         BadLine(1, reason),
         BadLine(2, reason),
         BadLine(4, "message 2 (assistant) has a reasoning of ['two'], expected text"),

@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,12 @@ from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, ren
 
 HI = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ messages[0].content }}"
-JOB = (HI, False, None, {})  # messages, no generation prompt, no tools, no kwargs
+JOB = {"spelling": 0, "count": 1, "more": [], "generation_prompt": False}
 NAMES = None  # or for the names that the template reads
+
+
+def conversation(**kwargs: Any) -> dict[str, Any]:
+    return {"spellings": [HI], "tools": None, "kwargs": kwargs}
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +84,9 @@ def test_a_rendering_depends_on_its_request_alone(
     quick: rendering._Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(template: str, kwargs: dict[str, Any]) -> str:
-        return quick.ask(make_tokenizer(template), [(HI, False, None, kwargs)], problem="refused")[
-            0
-        ]
+        told = conversation(**kwargs)
+        text: str = quick.ask(make_tokenizer(template), JOB, problem="refused", conversation=told)
+        return text
 
     assert ask(DATED, {"strftime_now": "2024-02-29"}) == "29 Feb 2024"
     assert ask(DATED, {"strftime_now": "2026-12-01"}) == "01 Dec 2026"
@@ -116,6 +121,47 @@ def test_render_tells_what_a_template_refuses() -> None:
     assert render(make_tokenizer(PLAIN), [Rendering(HI)], {}) == ["Hi"]
 
 
+SANDBOXED = [
+    *(
+        "''.__class__.__mro__",
+        "messages[0].__class__",
+        "messages[0].items",
+        "messages[0].get.__self__",
+    ),
+    *("'{0.__class__}'.format(1)", "'{0.content}'.format(messages[0])", "'%s' % messages[0].role"),
+    *("'a'.format_map({'a': 1})", "'a-b'.split('-') | last", "' x '.strip().upper()"),
+    *("messages.append(1)", "messages[0].update(a=1)", "messages[0].pop('role')", "messages[0].no"),
+    *(
+        "messages[0].no.no",
+        "messages[0]._x",
+        "messages[0].keys() | list",
+        "n.__init__",
+        "n.a",
+        "n.b",
+    ),
+    *("n.f(1)", "n._Namespace__attrs", "loop.first", "loop.__class__", "loop._iterator", "m()"),
+    *("m(1)", "m(1, 2)", "m.__call__", "messages[0]['role'].join(['a', 'b'])", "loop.cycle(1, 2)"),
+    *("'a'.encode", "'x'.startswith('x', 0)", "'x'.nothing()", "('a' | upper).title()"),
+]
+
+
+@pytest.mark.parametrize("expression", SANDBOXED)
+def test_the_sandbox_is_that_of_transformers(expression: str) -> None:
+    begin = "{% set n = namespace(a='{0.__class__}', f='{0.__class__}'.format) %}"
+    begin += "{% macro m(x=3) %}{{ x }}{% endmacro %}{% for one in messages %}"
+    tokenizer = make_tokenizer(f"{begin}{{{{ {expression} }}}}{{% endfor %}}")
+    try:
+        expected = tokenizer.apply_chat_template(HI, tokenize=False)
+    except Exception as error:
+        with pytest.raises(InputError) as caught:
+            render(tokenizer, [Rendering(HI)], {})
+        assert str(error)[:60] in str(caught.value)
+    else:
+        (found,) = render(tokenizer, [Rendering(HI)], {})
+        # The text of a function has its place in memory.
+        assert re.sub("0x[0-9a-f]+", "", found) == re.sub("0x[0-9a-f]+", "", expected)
+
+
 COSTLY = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
     "{% endfor %}",
@@ -137,10 +183,10 @@ def test_a_template_beyond_its_limits_is_ended(
     began = time.monotonic()
     message = r"the chat template took more than (1 s|128 MiB) for one conversation"
     with pytest.raises(CostlyTemplate, match=message):
-        quick.ask(make_tokenizer(template), [job], problem="")
+        quick.ask(make_tokenizer(template), job, problem="", conversation=conversation())
     assert time.monotonic() - began < 20
     # Another one starts.
-    assert quick.ask(make_tokenizer(PLAIN), [JOB], problem="") == ["Hi"]
+    assert quick.ask(make_tokenizer(PLAIN), JOB, problem="", conversation=conversation()) == "Hi"
 
 
 def test_names_read_are_those_that_a_template_does_not_set() -> None:
@@ -162,13 +208,14 @@ def test_a_costly_line_ends_the_reading_of_a_file(tmp_path: Path) -> None:
 
 def test_the_process_is_started_again_and_ends_with_its_asker(quick: rendering._Process) -> None:
     tokenizer = make_tokenizer(PLAIN)
-    quick.ask(tokenizer, [JOB], problem="")
+    hi = conversation()
+    quick.ask(tokenizer, JOB, problem="", conversation=hi)
     running = quick._running
     assert running is not None
     running.kill()
     with pytest.raises(CostlyTemplate):
-        quick.ask(tokenizer, [JOB], problem="")
-    assert quick.ask(tokenizer, [JOB], problem="") == ["Hi"]
+        quick.ask(tokenizer, JOB, problem="", conversation=hi)
+    assert quick.ask(tokenizer, JOB, problem="", conversation=hi) == "Hi"
     running = quick._running
     assert running is not None and running.stdin is not None
     running.stdin.close()

@@ -4,14 +4,23 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny import SWITCHED_TEMPLATE, TEMPLATE, Interrupted, quiet, write_conversations, write_target
+from tiny import (
+    MASK_TOKEN_ID,
+    SWITCHED_TEMPLATE,
+    TEMPLATE,
+    Interrupted,
+    quiet,
+    write_conversations,
+    write_target,
+)
 
 from domino_jax.base.errors import InputError, Scalars
-from domino_jax.base.progress import Reporter
+from domino_jax.base.progress import Bar, Reporter
 from domino_jax.data.conversations import load_rows
 from domino_jax.data.forms import read_conversations
 from domino_jax.data.prompt import encode_prompt, stop_token_ids
@@ -22,6 +31,7 @@ from domino_jax.decoding.decoder import Weights, make_decoder
 from domino_jax.decoding.generate import Answer, TextStream, generate, stream_answer
 from domino_jax.target.decoder import Target
 from domino_jax.target.load import load_target, load_tokenizer
+from domino_jax.training.inputs import RowSettings, read_rows
 
 SETTINGS = AnswerSettings(
     target="tiny",
@@ -111,6 +121,24 @@ def test_every_prompt_gets_the_answer_it_gets_alone(
     assert not (tmp_path / "answers.jsonl.partial").exists()
 
 
+def test_reading_prompts_and_rows_shows_its_progress(
+    tiny: Tiny, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(Bar, "update", lambda self, count: done.append(count))
+    read_dialogues(prompts, tiny.decoder, tiny.tokenizer, settings=SETTINGS, reporter=quiet())
+    assert done == list(range(1, 11))
+    done.clear()
+    rows, sizes = write_conversations(tmp_path / "rows.jsonl", 5), tiny.decoder.target.cfg
+    draft: Any = SimpleNamespace(
+        vocab_size=sizes.vocab_size, max_position_embeddings=128, mask_token_id=MASK_TOKEN_ID
+    )
+    settings = RowSettings(max_length=64, chat_template_kwargs={}, mask_reasoning_content=False)
+    limits = {"max_unusable": 0.0, "special_tokens": "allow", "packing": False, "end_ids": ()}
+    read_rows(str(rows), tiny.tokenizer, settings, draft=draft, reporter=quiet(), **limits)
+    assert done == list(range(1, 6))
+
+
 def test_a_cut_off_start_goes_on_and_gives_the_same_file(
     tiny: Tiny, prompts: Path, tmp_path: Path
 ) -> None:
@@ -155,7 +183,7 @@ def test_what_would_mix_or_lose_answers_is_refused(
 PROMPTED = {"messages": [], "prompt_line": 1, "finish_reason": "stop"}
 ANOTHER = [{"role": "user", "content": "x"}] * 2
 OTHER_PARTIALS = [
-    (b"\xff", "not valid JSON"),
+    (b"\xff", "not UTF-8"),
     (b"[1]", "not an answer of `domino regenerate`"),
     (b"[" * 99_999, "more than 64 levels"),
     (b"\0", "not valid JSON"),

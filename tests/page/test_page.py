@@ -423,7 +423,7 @@ def test_what_could_not_be_verified_is_on_the_page(domino, undrawn: None, tmp_pa
     path = run / "evaluation.json"
     evaluation = json.loads(path.read_text())
     del evaluation["sha256"]
-    evaluation["training"]["notice"] = "run/metrics.jsonl: the file has changed"
+    evaluation["training"]["notice"] = "metrics.jsonl: the file has changed"
     path.write_text(json.dumps(evaluation))
     log = (run / "metrics.jsonl").read_bytes()
     checkpoint = run / "checkpoints" / "40"

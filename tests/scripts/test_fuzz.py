@@ -11,7 +11,8 @@ from domino_jax.base.errors import InputError
 
 NAMES = (
     *("config.yaml", "key=value words", "--chat-template-kwargs", "decoding options"),
-    *("lines of data", "packed data", "capture manifest", "partial answers", "metrics.jsonl"),
+    *("lines of data", "packed data", "packed bombs", "capture manifest", "partial answers"),
+    "metrics.jsonl",
     *("config.json, target", "config.json, draft", "safetensors", "safetensors index", "GGUF"),
     *("tokenizer files", "chat templates"),
 )
@@ -36,7 +37,8 @@ def test_a_mutated_input_is_refused_in_one_line_or_right(
     with quiet():
         counts = run(parser, count=5 * parser.weight, seed=0, say=said.append)
     assert not [counts[kind] for kind in BAD if counts[kind]], "\n".join(said)
-    assert counts[REFUSED] > 0
+    # Behind a good line a bad one is left out, not refused.
+    assert counts[REFUSED] > 0 or name == "packed bombs"
 
 
 def test_the_harness_sees_what_is_wrong(parsers: dict[str, Parser]) -> None:

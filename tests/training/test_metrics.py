@@ -124,7 +124,7 @@ def test_a_changed_log_is_reported_by_the_newest_checkpoint(tmp_path: Path) -> N
         notice = log_notice(tmp_path) or ""
         assert re.fullmatch(
             r"metrics\.jsonl: its first \d+ bytes have sha256 \w+, expected \w+ of checkpoint 2: "
-            "the file has changed; put it back",
+            "the file has changed; restore it",
             notice,
         )
     path.write_bytes(whole[:-1])
