@@ -49,7 +49,7 @@ def _announced(environment: Mapping[str, str]) -> Mapping[str, int | None]:
     counts: dict[str, int | None] = {}
     for name, companion in COUNTS.items():
         value = environment.get(name, "")
-        if re.fullmatch("[0-9]{1,9}", value) and (companion is None or companion in environment):
+        if re.fullmatch("[0-9]{1,9}", value) and (companion is None or environment.get(companion)):
             counts[name] = int(value)
     hosts = next((name for name in HOSTS if name in environment), None)
     if hosts is not None:

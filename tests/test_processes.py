@@ -30,6 +30,7 @@ ALONE = (
     {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_PROCESS_ADDRESSES": "localhost:8476"},
     {"WORLD_SIZE": "2"},
     {"NUM_PROCESSES": "16"},  # of some other program
+    {"WORLD_SIZE": "4", "RANK": "", "NUM_PROCESSES": "2", "COORDINATOR_ADDRESS": ""},
     {"PMI_SIZE": "", "OMPI_COMM_WORLD_SIZE": "many", "JAX_COORDINATOR_ADDRESS": ""},
     {"JOB_COMPLETION_INDEX": "3", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
 )
