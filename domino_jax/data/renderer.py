@@ -124,6 +124,7 @@ class Conversation:
         shared = 0
         while self.text.startswith(text[shared : shared + BLOCK], shared) and shared < len(text):
             shared += BLOCK
+        shared = min(shared, len(text))  # the last block may be shorter
         self.text = text
         return shared, text[shared:]
 
