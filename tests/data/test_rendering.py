@@ -179,6 +179,7 @@ COSTLY = {
     "{% set ns.s = ns.s ~ ns.s %}"
     "{% endfor %}",
     "a power": "{{ 9 ** (10 ** 9) }}",
+    "text whose JSON is longer": "{{ 'é' * 11000000 }}",
     "much text": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
 }
 # To find out what a template reads evaluates its constants.
