@@ -35,7 +35,7 @@ from domino_jax.base.parse import ENTRIES, parse_json
 
 CHECKSUMS = "SHA256SUMS"
 OWN_HASH = "sha256"  # last key of a JSON file that `write_json` wrote
-OWN_ENTRIES = 2**22  # of such a file: rows of a manifest, tokens of answers
+MANY_ENTRIES = 2**22  # of such a file where it lists rows of a capture or tokens of answers
 # Of a file that is parsed as a whole: settings, manifests, tokenizers' side files.
 TEXT_BYTES = 2**24
 # Of one line of a JSONL file. A reader holds it several times: as bytes, as text, as values.
@@ -122,18 +122,19 @@ def write_json(path: Path, tree: Mapping[str, Any], *, indent: int | None = None
     write_whole(path, json.dumps(plain, indent=indent) + "\n")
 
 
-def read_own_json(path: Path, *, remedy: str) -> dict[str, Any]:
+def read_own_json(path: Path, *, remedy: str, entries: int = ENTRIES) -> dict[str, Any]:
     """Reads a file that `write_json` wrote and verifies its hash.
 
     Args:
         path: of the file.
         remedy: what to do about a changed file, for the message.
+        entries: see `parse_json`.
     Returns:
         The object without its hash.
     Raises:
         InputError: as `read_json`; the hash is missing, or it is another than that of the values.
     """
-    tree = read_json(path, entries=OWN_ENTRIES)
+    tree = read_json(path, entries=entries)
     if OWN_HASH not in tree:
         raise InputError(f"{path}: no key {OWN_HASH!r}, expected the hash of its values; {remedy}")
     expected = tree.pop(OWN_HASH)

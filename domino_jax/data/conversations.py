@@ -22,8 +22,15 @@ import numpy as np
 from domino_jax.base.errors import InputError, Scalars, require, scalars
 from domino_jax.data.answer import AnswerFormat
 from domino_jax.data.forms import BadLine, BadLines, Conversation, nothing_usable
-from domino_jax.data.prefix_tokens import PrefixTokens
-from domino_jax.data.prompt import THINK_BEGIN, THINK_END, Prompts, kwargs_of, stop_token_ids
+from domino_jax.data.prefix_tokens import PrefixTokens, tokenize_with_spans
+from domino_jax.data.prompt import (
+    THINK_BEGIN,
+    THINK_END,
+    HiddenMessage,
+    Prompts,
+    kwargs_of,
+    stop_token_ids,
+)
 from domino_jax.data.reading import ALLOW, Reading
 from domino_jax.data.rendering import CostlyTemplate
 from domino_jax.data.template import (
@@ -189,6 +196,8 @@ class Encoder:
         self._end_ids = end_ids
         self._stop_ids = stop_token_ids(tokenizer, chat_template_kwargs, end_ids=end_ids)
         self._formats: dict[str, AnswerFormat] = {}  # by the template arguments as text
+        # For all conversations: a tokenizer takes 20 ms to list thousands of added tokens.
+        self._tokens = PrefixTokens(tokenizer)
 
     def _format(self, kwargs: Scalars) -> AnswerFormat:
         """Answers under template arguments; each probes the template once."""
@@ -243,48 +252,43 @@ class Encoder:
         except InputError as error:
             return Encoded([], [str(error)])
         prompts = Prompts(messages, self._tokenizer, kwargs, tools=conversation.tools)
-        tokens = PrefixTokens(self._tokenizer)
         rows: list[Row] = []
         untrained = []
         for at in answers[-1:] if last else answers:
             if messages[at].get("weight") == 0:
                 continue
             finished = conversation.finished or at != answers[-1]
+            asked = np.empty(0, np.int32)
             try:
                 prompt = prompts.before(at)
+                asked, _ = self._tokens.encode(prompt.text)
                 written = answers_of.written(prompt, messages[at], finished=finished)
-                turn = self._turn(prompt.text, written, answers_of, tokens, finished=finished)
+                turn = self._turn(prompt.text, asked, written, answers_of, finished=finished)
             except CostlyTemplate:  # each further line would take as long
                 raise
             except InputError as error:
                 untrained.append(f"message {at + 1}: {error}")
-                continue
-            if rows and _continues(turn, rows[-1]):
-                rows[-1] = _joined(turn, rows[-1])
+                if isinstance(error, HiddenMessage):
+                    asked, _ = self._tokens.encode(error.prompt)
             else:
-                rows.append(turn)
+                if rows and _continues(turn, rows[-1]):
+                    rows[-1] = _joined(turn, rows[-1])
+                else:
+                    rows.append(turn)
             # A conversation of a thousand turns costs no more than its first tokens.
-            begins = np.argmax(turn.loss_mask) if turn.loss_mask.any() else len(turn.loss_mask)
-            if begins >= self._max_length:
+            if len(asked) >= self._max_length:
                 break
         return Encoded(rows, untrained)
 
     def _turn(
-        self,
-        text: str,
-        written: str,
-        answers: AnswerFormat,
-        tokens: PrefixTokens,
-        *,
-        finished: bool,
+        self, text: str, prompt: np.ndarray, written: str, answers: AnswerFormat, *, finished: bool
     ) -> Row:
-        """The row of one answer: prompt ids, then marked answer ids."""
-        prompt, _ = tokens.encode(text)
+        """The row of one answer, marked, behind the text and the ids of its prompt."""
         if len(prompt) and prompt[-1] in answers.stop_ids:
             raise InputError(
                 "the prompt ends with an end of turn, after which nothing is generated"
             )
-        whole, ends = tokens.encode(text + written)
+        whole, ends = self._tokens.encode(text + written)
         answer, ends = whole[len(prompt) :], ends[len(prompt) :] - len(text)
         # No token may span the end of the prompt.
         if not np.array_equal(whole[: len(prompt)], prompt):
@@ -307,11 +311,10 @@ class Encoder:
     def _tokens_alone(self, written: str) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of an answer without the prefix that tokenizers put at the start of a text."""
         for anchor in ("x", ".", "\n"):
-            tokens = PrefixTokens(self._tokenizer)
-            before, _ = tokens.encode(anchor)
-            found, ends = tokens.encode(anchor + written)
+            before, _ = tokenize_with_spans(anchor, self._tokenizer)
+            found, spans = tokenize_with_spans(anchor + written, self._tokenizer)
             if np.array_equal(found[: len(before)], before):
-                return found[len(before) :], ends[len(before) :] - len(anchor)
+                return found[len(before) :], spans[len(before) :, 1] - len(anchor)
         raise InputError("no token border lies between the prompt and the answer")
 
     def _without_reasoning(self, row: Row) -> np.ndarray:

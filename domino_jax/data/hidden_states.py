@@ -31,7 +31,14 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from domino_jax.base.errors import InputError, Scalars, from_dict, require, shown
-from domino_jax.base.files import checked_file, read_own_json, whole_path, write_error, write_json
+from domino_jax.base.files import (
+    MANY_ENTRIES,
+    checked_file,
+    read_own_json,
+    whole_path,
+    write_error,
+    write_json,
+)
 from domino_jax.base.finite import require_finite
 from domino_jax.config.sizes import SIZE_LIMIT
 from domino_jax.data.conversations import Row
@@ -377,7 +384,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     path = Path(directory) / MANIFEST
     if not path.is_file():
         raise InputError(f"{path}: not there; expected a directory that `domino capture` wrote")
-    manifest = from_dict(Manifest, read_own_json(path, remedy=_CAPTURE_AGAIN), source=str(path))
+    manifest = from_dict(
+        Manifest, read_own_json(path, remedy=_CAPTURE_AGAIN, entries=MANY_ENTRIES), source=str(path)
+    )
     # Here and not in `Manifest`, which may have no shards as long as they are not planned.
     held = sum(manifest.shard_rows)
     count = len(manifest.row_lengths)

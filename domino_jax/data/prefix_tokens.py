@@ -24,6 +24,13 @@ def tokenize(text: str, tokenizer: Any) -> np.ndarray:
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
 
+def tokenize_with_spans(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a text, int32 [n], and the characters of each token, int64 [n, 2]."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], np.int32), spans
+
+
 def shared_length(text: str, before: str) -> int:
     """A number of characters that two texts begin with alike, at most 63 short of all of them."""
     shared = 0
@@ -42,12 +49,19 @@ class PrefixTokens:
         """Takes a transformers fast tokenizer."""
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        # Another one depends on what the normalizer makes of the text around it.
-        self._splits = [id for id, token in added.items() if token.special and not token.normalized]
         self._margin = max((len(token.content) for token in added.values()), default=0)
+        # Text of each token that splits a text wherever it occurs. Others depend on what the
+        # normalizer makes of the text around them, or on the characters beside them.
+        self._splits = {
+            id: token.content
+            for id, token in added.items()
+            if token.special and not (token.normalized or token.single_word)
+        }
+        if tokenizer.split_special_tokens:
+            self._splits = {}
         self._text = ""
         self._ids, self._spans = np.empty(0, np.int32), np.empty((0, 2), np.int64)
-        self._marks = np.empty(0, np.int64)  # indices of special tokens
+        self._marks = np.empty(0, np.int64)  # indices of tokens that split the text
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a text, int32 [n], and the character that each token ends at, int64 [n]."""
@@ -57,20 +71,19 @@ class PrefixTokens:
         known = self._marks[ends <= shared]
         keep = int(known[-1]) if len(known) else 0
         begin = int(self._spans[keep, 0]) if keep else 0
-        ids, spans = self._encoded(text[begin:])
+        ids, spans = tokenize_with_spans(text[begin:], self._tokenizer)
         if keep and (not len(ids) or ids[0] != self._ids[keep]):
             keep, begin = 0, 0
-            ids, spans = self._encoded(text)
-        marks = np.flatnonzero(np.isin(ids, self._splits)) + keep
-        self._marks = np.concatenate([self._marks[self._marks < keep], marks])
+            ids, spans = tokenize_with_spans(text, self._tokenizer)
+        spans += begin
+        special = np.flatnonzero(np.isin(ids, list(self._splits)))
+        # An unknown character may have the id of a special token, and splits no text.
+        marks = [
+            keep + at for at in special if self._splits[int(ids[at])] in text[slice(*spans[at])]
+        ]
+        kept = self._marks[self._marks < keep]
+        self._marks = np.concatenate([kept, np.array(marks, np.int64)])
         self._ids = np.concatenate([self._ids[:keep], ids])
-        self._spans = np.concatenate([self._spans[:keep], spans + begin])
+        self._spans = np.concatenate([self._spans[:keep], spans])
         self._text = text
         return self._ids, self._spans[:, 1]
-
-    def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        spans = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        return np.array(encoded["input_ids"], np.int32), spans

@@ -93,6 +93,14 @@ def kwargs_of(conversation: Conversation, tokenizer: Any, chat_template_kwargs: 
     return {**chat_template_kwargs, **conversation.chat_template_kwargs}
 
 
+class HiddenMessage(InputError):
+    """A prompt that does not show a message before it; `prompt` is its text."""
+
+    def __init__(self, message: str, prompt: str) -> None:
+        super().__init__(message)
+        self.prompt = prompt
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The text of a prompt, and the rendering of the conversation with more messages after it."""
@@ -126,7 +134,8 @@ class Prompts:
         """The prompt after the first `count` messages, with the generation prompt.
 
         Raises:
-            InputError: the template refuses the conversation, or does not show a message of it.
+            HiddenMessage: the template does not show a message of the conversation.
+            InputError: the template refuses the conversation.
         """
         problems = []
         for number, shown in enumerate(self._shown):
@@ -135,8 +144,8 @@ class Prompts:
                 hidden = shown.first_hidden(count, text)
                 if hidden is not None:
                     role = self._messages[hidden]["role"]
-                    raise InputError(
-                        f"the chat template does not show message {hidden + 1} ({role})"
+                    raise HiddenMessage(
+                        f"the chat template does not show message {hidden + 1} ({role})", text
                     )
                 continued = partial(self._history.render, number, count, generation_prompt=False)
                 return Prompt(text, continued)

@@ -11,7 +11,8 @@ the first lines are kept, never all lines, so a file of ten million bad lines ta
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,29 @@ def special_text(tokenizer: Any, chat_template_kwargs: Scalars) -> re.Pattern[st
         if token.special
         or (id in marks and token.content not in plain and not token.content[:1].isalnum())
     }
-    longest_first = sorted(filter(str.strip, texts), key=lambda text: (-len(text), text))
+    visible = list(filter(str.strip, texts))
     # Without any token: what matches nothing.
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return re.compile(_alternatives(visible) if visible else r"(?!)")
+
+
+def _alternatives(texts: Sequence[str], *, levels: int = 32) -> str:
+    """A regular expression of several texts, a longer one before its own beginning.
+
+    Texts that begin alike share their beginning, for so many levels. Thousands of alternatives, as
+    Gemma has, would be tried one by one at every `<` of a text.
+    """
+    least, most = min(texts), max(texts)
+    differing = (at for at, (a, b) in enumerate(zip(least, most, strict=False)) if a != b)
+    shared = least[: next(differing, len(least))]
+    tails: dict[str, list[str]] = {}
+    for text in texts:
+        tail = text[len(shared) :]
+        tails.setdefault(tail[:1], []).append(tail)
+    if levels == 0 or len(tails) < 2:
+        return "|".join(map(re.escape, sorted(texts, reverse=True)))
+    # In this order the end of a text comes last.
+    parts = [_alternatives(tails[first], levels=levels - 1) for first in sorted(tails)[::-1]]
+    return f"{re.escape(shared)}(?:{'|'.join(parts)})"
 
 
 def _first_match(pattern: re.Pattern[str], conversation: Conversation) -> str:
@@ -121,8 +142,18 @@ def _first_match(pattern: re.Pattern[str], conversation: Conversation) -> str:
         # Recorded ids are those that the target generated, tool calls with their tokens included.
         if message["role"] == "assistant" and conversation.input_ids is not None:
             continue
-        for text in (message["content"], reasoning_of(message)):
+        for text in _texts([message["content"], reasoning_of(message), message.get("tool_calls")]):
             found = pattern.search(text)
             if found:
                 return found[0]
     return ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text inside of a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        yield from chain.from_iterable(map(_texts, value))
+    elif isinstance(value, dict):
+        yield from chain.from_iterable(map(_texts, chain.from_iterable(value.items())))

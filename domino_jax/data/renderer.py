@@ -124,6 +124,7 @@ class Conversation:
         shared = 0
         while self.text.startswith(text[shared : shared + BLOCK], shared) and shared < len(text):
             shared += BLOCK
+        shared = min(shared, len(text))  # the last block may be shorter
         self.text = text
         return shared, text[shared:]
 
@@ -192,27 +193,29 @@ def main(seconds: float, memory_bytes: int) -> None:
         limit = int(file.read().split()[0]) * resource.getpagesize() + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin.buffer:
-        request = json.loads(line)
-        # Only with its first request: it may be long, and is the same for all that follow.
-        if "template" in request:
-            template = Template(**request["template"])
-        # It is sent once as well, and then rendered up to each of its answers.
-        if "conversation" in request:
-            conversation = Conversation(**request["conversation"])
+        costly = False
         try:
+            request = json.loads(line)
+            # Only with its first request: it may be long, and is the same for all that follow.
+            if "template" in request:
+                template = Template(**request["template"])
+            # It is sent once as well, and then rendered up to each of its answers.
+            if "conversation" in request:
+                conversation = Conversation(**request["conversation"])
             signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process
             job = request["job"]
             answer = template.names() if job is None else conversation.rendered(template, **job)
-            reply: dict[str, Any] = {"answer": answer}
+            reply = json.dumps({"answer": answer}).encode()
         except MemoryError:
-            reply = {"costly": True}
+            costly, reply = True, b'{"costly": true}'
         except Exception as error:  # a template is a program of its own: it may raise anything
-            reply = {"error": " ".join(str(error).split())[:200]}
+            reply = json.dumps({"error": " ".join(str(error).split())[:200]}).encode()
         # Between two requests nobody renders, and the wait for the next may be long.
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
+        sys.stdout.buffer.write(reply)
+        sys.stdout.buffer.write(b"\n")
         sys.stdout.buffer.flush()
-        if "costly" in reply:
+        if costly:
             return  # and gives the memory back
 
 

@@ -33,6 +33,7 @@ from domino_jax.data.forms import (
     nothing_usable,
     question,
 )
+from domino_jax.data.prefix_tokens import PrefixTokens
 from domino_jax.data.prompt import Prompts, check_asked, encode_prompt, kwargs_of
 from domino_jax.data.reading import Reading
 from domino_jax.data.template import KWARGS, settings_text, tokenizer_record
@@ -149,6 +150,7 @@ def read_dialogues(
             raise InputError(f"{path}:{found.line}: {found.reason}")
         total = found.line
     reading = Reading(path, tokenizer, settings.chat_template_kwargs)
+    tokens = PrefixTokens(tokenizer)
     dialogues = []
     replaced = 0
     with reporter.bar("lines", total=total) as bar:
@@ -156,7 +158,9 @@ def read_dialogues(
             bar.update(conversation.line)
             source = f"{path}:{conversation.line}"
             try:
-                dialogue = _dialogue(conversation, tokenizer, settings)
+                dialogue = _dialogue(
+                    conversation, tokenizer, settings, decoder=decoder, tokens=tokens
+                )
             except InputError as error:
                 raise InputError(f"{source}: {error}") from error
             check_prompt(decoder, dialogue.first_ids, tokenizer, source=source)
@@ -349,8 +353,18 @@ class _AnswerRecords:
             texts.append(text)
 
 
-def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettings) -> Dialogue:
-    """The turns of a conversation, each rendered once with placeholders as answers."""
+def _dialogue(
+    conversation: Conversation,
+    tokenizer: Any,
+    settings: AnswerSettings,
+    *,
+    decoder: Decoder,
+    tokens: PrefixTokens,
+) -> Dialogue:
+    """The turns of a conversation, each rendered once with placeholders as answers.
+
+    Turns after the first one that is longer than the target's positions are not rendered.
+    """
     asked = question(conversation)
     require(bool(asked), "no messages before the answer")
     parts: list[Messages] = [[]]
@@ -371,13 +385,16 @@ def _dialogue(conversation: Conversation, tokenizer: Any, settings: AnswerSettin
     whole = dialogue.messages([_PLACEHOLDER] * (len(parts) - 1))
     prompts = Prompts(whole, tokenizer, kwargs, tools=conversation.tools)
     count = 0
-    for part in parts:
+    for turn, part in enumerate(parts):
         check_asked(part)
         count += len(part)
-        prompts.before(count)
+        ids, _ = tokens.encode(prompts.before(count).text)
+        if turn == 0:
+            dialogue = replace(dialogue, first_ids=ids)
+        if len(ids) > decoder.target.cfg.max_position_embeddings:
+            break
         count += 1  # the placeholder
-    first_ids = encode_prompt(parts[0], tokenizer, kwargs, tools=conversation.tools)
-    return replace(dialogue, first_ids=first_ids)
+    return dialogue
 
 
 def is_retokenised(line: Mapping[str, Any], encoder: Encoder) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from domino_jax.base.errors import InputError, require
-from domino_jax.base.files import read_own_json, write_json
+from domino_jax.base.files import MANY_ENTRIES, read_own_json, write_json
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.data.template import settings_text
 from domino_jax.decoding.generate import Answer
@@ -77,7 +77,7 @@ def _read(path: Path, identity: str, *, prompts: int, vocab_size: int) -> list[A
     Raises:
         InputError: it is not a file that `cached_answers` wrote for this identity.
     """
-    record = read_own_json(path, remedy="not used")
+    record = read_own_json(path, remedy="not used", entries=MANY_ENTRIES)
     found = settings_text(record.get("identity"))
     require(found == identity, f"{path}: answers of {found[:100]}, expected those of {identity}")
     every, stopped = record.get("tokens"), record.get("stopped")

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from domino_jax.base.errors import InputError, shown, text_problem
-from domino_jax.base.files import checked_file, open_regular, read_json, write_error
+from domino_jax.base.errors import InputError, require, shown, text_problem
+from domino_jax.base.files import TEXT_BYTES, checked_file, open_regular, read_json, write_error
 from domino_jax.base.finite import count_non_finite, not_finite
 from domino_jax.base.parse import parse_json
 
@@ -196,6 +196,7 @@ def _chunks(shape: tuple[int, ...], chunk_bytes: int) -> Iterator[tuple[slice]]:
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
+    _check_header(path)
     try:
         # The views stay readable after the `with`: each keeps the mapping of the file.
         with safe_open(path, framework="numpy") as file:
@@ -209,12 +210,19 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-    # Of a tensor that is described twice the library takes the last; it has refused a header
-    # without an end, and whatever else does not add up.
+    return tensors
+
+
+def _check_header(path: Path) -> None:
+    """Refuses a header that describes a tensor twice, or that takes much memory to parse.
+
+    The library takes the last of two descriptions. Whatever else does not add up it refuses.
+    """
     with open_regular(path) as file:
         size = int.from_bytes(file.read(8), "little")
-        parse_json(file.read(size).rstrip(b"\0"), source=f"{path}: header")
-    return tensors
+        source = f"{path}: not a readable safetensors file: header"
+        require(size <= TEXT_BYTES, f"{source}: {size} bytes, expected at most {TEXT_BYTES}")
+        parse_json(file.read(size).rstrip(b"\0"), source=source)
 
 
 def _check_type(path: Path, name: str, stored: str) -> None:

@@ -283,7 +283,10 @@ def read_prompts(
     reader = make_decoder(Target(target))
     lines = iter(dict.fromkeys(row.line for row in rows))
     prompts: dict[int, np.ndarray] = {}
-    while wanted := list(islice(lines, count - len(prompts))):
+    size = count
+    while len(prompts) < count and (wanted := dict.fromkeys(islice(lines, size))):
+        # More each time: lines without a prompt, however many, take few passes over the file.
+        size *= 4
         # Read once more: a row has its tokens alone, and may be cut before its last answer.
         found = {
             one.line: one
@@ -292,6 +295,8 @@ def read_prompts(
         }
         for line in wanted:
             assert line is not None, "held-out rows are read from a file"
+            if len(prompts) == count:
+                break
             try:
                 prompt = prompt_of(found[line], tokenizer, chat_template_kwargs)
             except CostlyTemplate:

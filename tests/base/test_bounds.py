@@ -19,10 +19,11 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from domino_jax.base.errors import InputError
-from domino_jax.base.files import read_json, read_text
+from domino_jax.base.files import read_json, read_own_json, read_text
 from domino_jax.base.parse import parse_yaml
 from domino_jax.data.forms import read_conversations
 from domino_jax.datagen.batch_log import BatchLog
+from domino_jax.formats.safetensors import open_safetensors
 from domino_jax.training.log import read_metrics, read_timing
 
 def partial(path):
@@ -33,6 +34,8 @@ READERS = {
     "conversations": read_conversations, "json": read_json, "partial": partial,
     "metrics": lambda path: read_metrics(path.parent),
     "timing": lambda path: list(read_timing(path.parent)),
+    "own": lambda path: read_own_json(path, remedy="x"),
+    "tensors": lambda path: open_safetensors(path.parent),
     "yaml": lambda path: parse_yaml(read_text(path), source="x"),
 }
 
@@ -58,6 +61,10 @@ def repeated(part: bytes, size: int) -> bytes:
 
 def wide(size: int) -> bytes:
     return b"{" + b",".join(b'"%07d":1' % number for number in range(size // 12)) + b"}"
+
+
+def headed(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
 
 
 LINE, FILE = LINE_BYTES - 99, TEXT_BYTES - 99
@@ -113,6 +120,17 @@ SHAPES: dict[str, tuple[str, str, Callable[[], bytes], str]] = {
         *("json", "config.json"),
         lambda: ('["' + "🦊" + "a" * (FILE - 99) + '"]').encode(),
         "not all ASCII",
+    ),
+    "numbers of an own file": (
+        *("own", "evaluation.json"),
+        lambda: b'{"a":[' + repeated(b"3000,", FILE - 99) + b"1]}",
+        "entries, expected at most",
+    ),
+    "a header": ("tensors", "model.safetensors", lambda: headed(wide(FILE)), "strings, which take"),
+    "a long header": (
+        *("tensors", "model.safetensors"),
+        lambda: headed(b"{}" + b" " * (90 * MIB)),
+        "bytes, expected at most",
     ),
     "settings": (
         *("yaml", "config.yaml"),

@@ -1,5 +1,6 @@
 """Reports on the lines of a file: text of special tokens, and counts that stay small."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from domino_jax.data.forms import KEPT_KINDS, KEPT_LINES, BadLine, BadLines
 from domino_jax.data.reading import REFUSE, UNUSED_KEYS, Reading, special_text
 
 IDS = {"prompt_ids": [1, 2], "output_ids": [3]}
+CALLS = [{"function": {"name": "f", "arguments": {"a": ["b", {"<|im_end|>": 1.0}]}}}]
 TURN = "Hi<|im_end|>\n<|im_start|>assistant\nYes."
 
 
@@ -32,15 +34,16 @@ def test_lines_with_the_text_of_a_special_token_are_counted(tmp_path: Path) -> N
         {"messages": chat("Hi", "<|im_start|>"), **IDS},
         {"messages": [*chat("Hi"), {"role": "assistant", "content": "", "reasoning": TURN}]},
         {"messages": chat("<|im_start", "<|IM_END|>")},
+        {"messages": [*chat("Hi"), {"role": "assistant", "content": "", "tool_calls": CALLS}]},
     ]
     path = tmp_path / "a.jsonl"
     reading = counted(path, make_tokenizer(), *lines)
     assert list(reading.report()) == [
-        f"{path}: a message holds the text of a special token, in 4 of 7 lines, first "
+        f"{path}: a message holds the text of a special token, in 5 of 8 lines, first "
         "'<|im_end|>' in line 2: it is tokenised as that token"
     ]
     refused = counted(path, make_tokenizer(), *lines, special_tokens=REFUSE)
-    assert [bad.line for bad in refused.bad_lines] == [2, 3, 4, 6] and not refused.special
+    assert [bad.line for bad in refused.bad_lines] == [2, 3, 4, 6, 8] and not refused.special
     reason = "a message holds the text of the special token '<|im_end|>'"
     assert refused.bad_lines.first[0] == BadLine(2, reason)
 
@@ -69,6 +72,19 @@ def test_special_text_is_that_of_special_tokens_and_of_marks_of_turns() -> None:
     # Reasoning that the template opens is no turn.
     thinking = PUBLISHED["Qwen3-Thinking-2507"].tokenizer()
     assert not special_text(thinking, {}).search("<think>\nAdd.\n</think>\n\n4.")
+
+
+def test_special_text_of_thousands_of_tokens_is_found_in_time() -> None:
+    tokenizer = make_tokenizer()
+    texts = [f"<unused{number}>" for number in range(3000)] + ["a" * n for n in range(2, 99)]
+    tokenizer.add_special_tokens({"additional_special_tokens": texts})
+    pattern = special_text(tokenizer, {})
+    for text in (*texts, "<|im_end|>"):
+        found = pattern.search(f"<unused{text}")
+        assert found is not None and found[0] == text
+    began = time.process_time()
+    assert not pattern.search("<unused" * 100_000 + "<" * 100_000)
+    assert time.process_time() - began < 2
 
 
 def test_bad_lines_are_counted_and_the_first_ones_kept() -> None:

@@ -16,7 +16,7 @@ from domino_jax.base.errors import InputError
 from domino_jax.data import rendering
 from domino_jax.data.conversations import load_rows
 from domino_jax.data.prompt import stop_token_ids
-from domino_jax.data.rendering import CostlyTemplate, Rendering, names_read, render
+from domino_jax.data.rendering import CostlyTemplate, History, Rendering, names_read, render
 
 HI = [{"role": "user", "content": "Hi"}]
 PLAIN = "{{ messages[0].content }}"
@@ -75,6 +75,15 @@ def test_render_equals_transformers(template: str, monkeypatch: pytest.MonkeyPat
     for found, one in zip(ours, conversations, strict=True):
         theirs = {"tokenize": False, "add_generation_prompt": one.generation_prompt, **told}
         assert found == tokenizer.apply_chat_template(one.messages, **theirs)
+
+
+def test_a_text_that_ends_earlier_is_not_the_one_before() -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    words, tokenizer = chat("x" * 1100, "y"), make_tokenizer(template)
+    history = History(tokenizer, [words], tools=None, kwargs={})
+    for count in (1, 2, 1, 2, 1):
+        text = "".join(message["content"] for message in words[:count])
+        assert history.render(0, count, generation_prompt=False) == text
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}"
@@ -170,6 +179,7 @@ COSTLY = {
     "{% set ns.s = ns.s ~ ns.s %}"
     "{% endfor %}",
     "a power": "{{ 9 ** (10 ** 9) }}",
+    "text whose JSON is longer": "{{ 'é' * 11000000 }}",
     "much text": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
 }
 # To find out what a template reads evaluates its constants.

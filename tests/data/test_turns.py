@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from chat_templates import DATE, PUBLISHED, TOOL, rendered
 from chats import chat, make_tokenizer
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from domino_jax.data import prompt, rendering
 from domino_jax.data.conversations import Encoded, Encoder
 from domino_jax.data.forms import Conversation
-from domino_jax.data.prefix_tokens import PrefixTokens
+from domino_jax.data.prefix_tokens import PrefixTokens, tokenize_with_spans
 from domino_jax.data.prompt import Prompts
 
 WORDS = [
@@ -82,7 +83,8 @@ def define_plainly(patch: pytest.MonkeyPatch) -> None:
             raise prompt.InputError(f"the chat template refuses it: {words}") from error
 
     def encode(self: Any, text: str) -> Any:
-        return PrefixTokens(self._tokenizer)._encoded(text)[0], _ends(self, text)
+        ids, spans = tokenize_with_spans(text, self._tokenizer)
+        return ids, spans[:, 1]
 
     def hidden(self: Any, count: int, text: str) -> int | None:
         return prompt._first_hidden(self._messages[:count], text)
@@ -90,10 +92,6 @@ def define_plainly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rendering.History, "render", render)
     patch.setattr(PrefixTokens, "encode", encode)
     patch.setattr(prompt._Shown, "first_hidden", hidden)
-
-
-def _ends(tokens: Any, text: str) -> np.ndarray:
-    return PrefixTokens(tokens._tokenizer)._encoded(text)[1][:, 1]
 
 
 def plain_rows(encoded: Encoded) -> Any:
@@ -126,7 +124,7 @@ def test_tokens_follow_a_text_that_changes_anywhere() -> None:
             at = max(0, len(text) - rng.choice([0, 1, 9, 40, 200]))
             text = text[:at] + "".join(rng.choices([*WORDS, "<|im_end|>", "\nThey", "x"], k=3))
             ids, ends = tokens.encode(text)
-            plain, spans = PrefixTokens(tokenizer)._encoded(text)
+            plain, spans = tokenize_with_spans(text, tokenizer)
             np.testing.assert_array_equal(ids, plain)
             np.testing.assert_array_equal(ends, spans[:, 1])
 
@@ -140,6 +138,30 @@ def test_a_longer_token_may_begin_before_a_special_one_and_end_behind_the_shared
         np.testing.assert_array_equal(
             tokens.encode(text)[0], PrefixTokens(tokenizer).encode(text)[0]
         )
+
+
+@pytest.mark.parametrize(
+    ("special", "words", "text"),
+    [
+        (AddedToken("<unk>", special=True), "12 34 345", "12٤345"),  # an unknown character
+        (AddedToken("34", special=True, single_word=True), "34 34 12 23", "534123"),
+    ],
+)
+def test_a_special_id_inside_of_a_word_begins_no_text(
+    special: AddedToken, words: str, text: str
+) -> None:
+    model = Tokenizer(models.BPE(unk_token="<unk>"))
+    # Digits in groups of three.
+    model.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{1,3}|\D+"), "isolated")
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>"], show_progress=False)
+    model.train_from_iterator([words] * 4 + ["5a"], trainer)
+    model.add_special_tokens([special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>")
+    tokens = PrefixTokens(tokenizer)
+    for length in (90, 91):
+        found, _ = tokens.encode(text + "a" * length)
+        expected, _ = tokenize_with_spans(text + "a" * length, tokenizer)
+        np.testing.assert_array_equal(found, expected)
 
 
 def long_chat(turns: int) -> Conversation:
@@ -197,6 +219,21 @@ def test_turns_beyond_the_longest_row_are_not_rendered(monkeypatch: pytest.Monke
     np.testing.assert_array_equal(row.input_ids, whole.input_ids[:500])
     # No more than the tokens of the row: what is cut off is not kept.
     assert len(counts) < 15 and row.input_ids.base is None and row.loss_mask.base is None
+
+
+@pytest.mark.parametrize("reason", ["holds the end-of-turn token", "does not show message 1"])
+def test_turns_beyond_the_longest_row_are_not_rendered_where_none_is_trained(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = long_chat(300)
+    if "token" in reason:
+        for message in case.messages[1::2]:
+            message["content"] = "It is<|im_end|> a sum."
+    else:
+        case.messages[:0] = [{"role": "tool", "content": "Late."}]
+    counts = counted_prompts(monkeypatch)
+    encoded = Encoder(PUBLISHED["Phi-4"].tokenizer(), max_length=500).rows(case)
+    assert not encoded.rows and reason in encoded.untrained[0] and len(counts) < 20
 
 
 def test_the_row_of_the_last_answer_is_rendered_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.progress import Bar, Reporter
 from domino_jax.data.conversations import load_rows
 from domino_jax.data.forms import read_conversations
-from domino_jax.data.prompt import encode_prompt, stop_token_ids
+from domino_jax.data.prompt import Prompts, encode_prompt, stop_token_ids
 from domino_jax.data.template import NO_KWARGS, tokenizer_record
 from domino_jax.datagen import regenerate as datagen_regenerate
 from domino_jax.datagen.regenerate import AnswerSettings, Regenerated, read_dialogues, regenerate
@@ -367,6 +367,30 @@ def test_prompts_are_rendered_before_anything_is_generated(tiny: Tiny, tmp_path:
         InputError, match=r"prompts\.jsonl:2: the chat template refuses it: too many"
     ):
         read_dialogues(prompts, tiny.decoder, tokenizer, settings=SETTINGS, reporter=quiet())
+
+
+def test_turns_beyond_the_positions_of_the_target_are_not_rendered(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = [user("a b c"), {"role": "assistant", "content": "d"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"messages": turn * 200}) + "\n")
+    rendered: list[int] = []
+    before = Prompts.before
+
+    def counted(self: Prompts, count: int) -> Any:
+        rendered.append(count)
+        return before(self, count)
+
+    monkeypatch.setattr(Prompts, "before", counted)
+    (dialogue,) = read_dialogues(
+        prompts, tiny.decoder, tiny.tokenizer, settings=SETTINGS, reporter=quiet()
+    )
+    assert len(dialogue.turns) == 200
+    assert 10 < len(rendered) < 40
+    np.testing.assert_array_equal(
+        dialogue.first_ids, encode_prompt(dialogue.turns[0], tiny.tokenizer)
+    )
 
 
 def test_an_answer_knows_whether_it_stopped(tiny: Tiny, prompts: Path) -> None:

@@ -5,13 +5,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from tiny import MASK_TOKEN_ID, WORDS, Heard, add_token, quiet, run_config, with_ends, write_target
+from tiny import (
+    CONFIG,
+    MASK_TOKEN_ID,
+    WORDS,
+    Heard,
+    add_token,
+    quiet,
+    run_config,
+    with_ends,
+    write_target,
+)
 from whole_run import train
 
 from domino_jax.base.errors import InputError, Interrupted
 from domino_jax.config.run import load_config
+from domino_jax.data.conversations import Row
+from domino_jax.data.forms import iterate_conversations
+from domino_jax.target.load import load_tokenizer
+from domino_jax.training import inputs
 from domino_jax.training.checkpoint import load_draft
 from domino_jax.training.prepare import capture_inputs, check, read_inputs, read_models
 
@@ -150,3 +165,33 @@ def test_a_vocabulary_with_room_gives_its_first_unused_id(tmp_path: Path) -> Non
     (target / "config.json").write_text(json.dumps(tree | {"vocab_size": len(WORDS) + 4}))
     config = load_config(without_mask(tmp_path, target))
     assert read_models(config, reporter=quiet()).draft.mask_token_id == len(WORDS)
+
+
+def test_lines_without_a_prompt_take_few_passes_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(write_target(tmp_path / "target"))
+    without = json.dumps(json.loads(say("b")) | {"chat_template_kwargs": {"nothing": 1}})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{line}\n" for line in [*[without] * 500, say("c"), say("d")]))
+    ids = np.zeros(1, np.int32)
+    rows = [Row(ids, ids.astype(bool), line=line) for line in range(1, 503)]
+    passes = []
+
+    def counted(path: str) -> Any:
+        passes.append(path)
+        return iterate_conversations(path)
+
+    monkeypatch.setattr(inputs, "iterate_conversations", counted)
+    for count, found in ((1, 1), (2, 2), (3, 2)):
+        prompts = inputs.read_prompts(
+            str(path),
+            rows,
+            tokenizer,
+            CONFIG,
+            chat_template_kwargs={},
+            count=count,
+            rollout_tokens=4,
+        )
+        assert len(prompts) == found and len(passes) < 8
+        passes.clear()
