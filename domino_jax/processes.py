@@ -32,7 +32,7 @@ def check_single_process(command: str, environment: Mapping[str, str] = os.envir
     """Raises `InputError` if the environment announces several processes.
 
     Args:
-        command: what would run in each of them, for the message.
+        command: of each process, for the message.
         environment: variables of this process.
     """
     for name, count in _announced(environment).items():
@@ -49,12 +49,12 @@ def _announced(environment: Mapping[str, str]) -> Mapping[str, int | None]:
     counts: dict[str, int | None] = {}
     for name, companion in COUNTS.items():
         value = environment.get(name, "")
-        if re.fullmatch("[0-9]{1,9}", value) and (companion is None or companion in environment):
+        if re.fullmatch("[0-9]{1,9}", value) and (companion is None or environment.get(companion)):
             counts[name] = int(value)
     hosts = next((name for name in HOSTS if name in environment), None)
     if hosts is not None:
         counts[hosts] = len(environment[hosts].split(","))
-    # With a count beside it, the coordinator may be that of a single process.
+    # Next to a count, the coordinator may be that of a single process.
     if environment.get(COORDINATOR) and not counts:
         counts[COORDINATOR] = None
     return counts

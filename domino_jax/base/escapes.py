@@ -1,7 +1,7 @@
 """Text from models, data and files with control characters escaped, for a terminal or a page.
 
-A terminal obeys what it is sent: it clears its screen, renames its window, writes to the clipboard.
-Bidirectional controls show text in another order than it has. Two rules:
+Control sequences clear the screen, rename the window or write to the clipboard. Bidirectional
+controls change the order in which text is shown. Two rules:
 
     printable       a message, one line     as `str.isprintable`: joiners and line ends are escaped
     printable_text  an answer, any lines    joiners, combining marks, tabs and line ends stay
@@ -12,8 +12,8 @@ Both work on single characters, so a stream may be escaped in any pieces.
 import re
 
 # C0 without tab and newline, DEL and C1; line and paragraph separators, embeddings, overrides and
-# isolates of the bidirectional algorithm; halves of surrogate pairs, which no encoding takes.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# isolates of the bidirectional algorithm; halves of surrogate pairs, which have no encoding.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
@@ -22,8 +22,8 @@ def printable(text: str) -> str:
 
 
 def printable_text(text: str) -> str:
-    """Text of any lines: escapes replace characters that a terminal would obey or cannot take."""
-    return _OBEYED.sub(lambda found: _escape(found[0]), text)
+    """Text of any lines: escapes replace control characters and halves of surrogate pairs."""
+    return _CONTROLS.sub(lambda found: _escape(found[0]), text)
 
 
 def _escape(character: str) -> str:

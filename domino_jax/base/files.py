@@ -1,18 +1,17 @@
 """Files and directories: written whole or not at all, read within bounds, known by their hashes.
 
 A process may end at any moment, a disk may be full at any byte, and a file that somebody else wrote
-may be anything. So what a run relies on is written beside its place and renamed, what it reads is a
-regular file of a bounded size, and what libraries raise when a write fails (safetensors an error of
-its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError that names the
-place which the user gave. No other module does any of it. No jax here: whoever answers a signal
-tidies up before jax is there.
+may be anything. So what a run relies on is written under a temporary name and renamed, what it
+reads is a regular file of a bounded size, and the error of a library whose write fails (safetensors
+has its own, ArrayRecord a RuntimeError, tokenizers an Exception) becomes an OSError that names the
+path that the user gave. No other module does any of it. No jax here: the answer to a signal removes
+temporary files before jax is imported.
 
     run/.config.yaml.5be11e90  -- written, flushed to disk --  renamed to  run/config.yaml
     .draft.1f0c9a7e/config.json model.safetensors  --          renamed to  draft/
 
-A temporary name is random and created exclusively: a link or a file that somebody else put there
-changes nothing. A JSON file whose values matter carries its own hash (`write_json`,
-`read_own_json`).
+A temporary name is random and created exclusively, so a planted link or file has no effect. A JSON
+file whose values matter carries its own hash (`write_json`, `read_own_json`).
 """
 
 import errno
@@ -72,39 +71,31 @@ def open_appending(path: Path, *, buffering: int = -1) -> BinaryIO:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Gives a temporary file of the same directory; flushes and renames it after the body.
+    """Opens a temporary file of the same directory; flushes and renames it after the body.
 
     The mode follows the umask.
 
     Raises:
-        OSError: it could not be written; what stood there is as it was, nothing is left beside it.
+        OSError: it could not be written; `path` is as it was, and no temporary file is left.
     """
-    with whole_path(path) as beside, open(beside, "wb", opener=_no_links) as file:
+    with whole_path(path) as temporary, open(temporary, "wb", opener=_no_links) as file:
         yield file
 
 
 @contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """Gives the path of a temporary file, as `whole_file`, for a library that opens it itself.
+    """Creates a temporary file, as `whole_file`, for a library that opens it by its path.
 
     Raises:
         OSError: as `whole_file`.
     """
-    beside = _temporary(path)
-    _unfinished.add(beside)
-    try:
-        with open(beside, "xb", opener=_no_links):
+    with _renamed(path) as temporary:
+        with open(temporary, "xb", opener=_no_links):
             pass
-        yield beside
-        with open(beside, "rb", opener=_no_links) as file:
+        yield temporary
+        with open(temporary, "rb", opener=_no_links) as file:
             # Before the rename, which may reach the disk earlier than the bytes do.
             os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        _remove(beside)
-        _unfinished.discard(beside)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -383,44 +374,57 @@ def _files_below(directory: Path) -> list[str]:
 
 
 def check_new(path: Path) -> None:
-    """Raises `InputError` unless a directory may be written there: nothing is, or an empty one."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    """Raises `InputError` unless a directory may be renamed there: nothing is, or an empty one."""
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: expected the name of a new directory, such as {path / 'new'}")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already there and not an empty directory; give a new one")
 
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Gives a new directory beside its place, and renames it to its place once the body has ended.
+    """Makes a temporary directory of the same parent, and renames it after the body.
 
     Args:
-        path: not there yet, or an empty directory.
+        path: missing, or an empty directory.
     Raises:
         InputError: something else is there.
-        OSError: something could not be written; it names `path`, and nothing is left beside it.
+        OSError: something could not be written; it names `path`, and nothing is left.
     """
     check_new(path)
-    beside = _temporary(path)
-    _unfinished.add(beside)
-    try:
+    with _renamed(path) as temporary:
         # Exclusive: fails where a link or anything else has the name.
-        beside.mkdir(parents=True)
-        yield beside
-        beside.replace(path)
+        temporary.mkdir(parents=True)
+        yield temporary
+
+
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary name, renamed to `path` after the body; nothing is left where either fails.
+
+    Raises:
+        OSError: of the body or the rename; names `path`, or another file that the body used.
+    """
+    temporary = _temporary(path)
+    _unfinished.add(temporary)
+    try:
+        yield temporary
+        temporary.replace(path)
     except OSError as error:
-        # Of another file, such as one that the body reads: it names its place already.
-        if error.filename is not None and not Path(error.filename).is_relative_to(beside):
+        # Of another file, such as one that the body reads: the error names it.
+        if error.filename is not None and not Path(error.filename).is_relative_to(temporary):
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         # Removed, then forgotten: a signal in between still finds what there is to remove.
-        _remove(beside)
-        _unfinished.discard(beside)
+        _remove(temporary)
+        _unfinished.discard(temporary)
 
 
 def remove_unfinished() -> None:
     """Removes the files and directories that are half-written; the process is about to end."""
-    for beside in list(_unfinished):
-        _remove(beside)
+    for temporary in list(_unfinished):
+        _remove(temporary)
 
 
 def _temporary(path: Path) -> Path:

@@ -50,7 +50,7 @@ class _Newest:
     def pause(self) -> None:
         """Waits for a line that the heartbeat is writing; it writes none until the next event."""
         self.event = None
-        # A full pipe, which nobody reads, must not keep the process.
+        # A full pipe without a reader must not keep the process.
         if self.lock.acquire(timeout=1.0):
             self.lock.release()
 
@@ -73,7 +73,7 @@ class Reporter:
         console: where lines and bars go; a bar is drawn at a terminal only.
         safe_point: called before each line and figure. It may raise to end the work there, so
             whoever reports has its files in order.
-        newest: what `heartbeat` repeats; shared by copies of a reporter.
+        newest: the line or count for `heartbeat`; copies of a reporter share it.
     """
 
     console: Console
@@ -81,7 +81,7 @@ class Reporter:
     newest: _Newest = field(default_factory=_Newest, repr=False, compare=False)
 
     def say(self, line: str) -> None:
-        """Writes one line; what is not printable in it is escaped."""
+        """Writes one line, control characters escaped."""
         self.safe_point()
         line = printable(line)
         # Not as `str`, in which rich replaces markup and names of emoji; a path may hold both.
@@ -143,8 +143,8 @@ class Bar:
 def heartbeat(reporter: Reporter, *, seconds: float = HEARTBEAT_SECONDS) -> Iterator[None]:
     """Writes a line to a log whenever a reporter wrote none for `seconds`, during the body.
 
-    The line repeats the newest line or count, with its age where that is `seconds` or more. It is
-    no safe point: it comes from a thread of its own. At a terminal nothing is written.
+    The line repeats the newest line or count, with its age where that is `seconds` or more. A
+    thread writes it, so it is no safe point. At a terminal nothing is written.
     """
     if reporter.console.is_terminal:
         yield
@@ -152,7 +152,7 @@ def heartbeat(reporter: Reporter, *, seconds: float = HEARTBEAT_SECONDS) -> Iter
     newest, ended = reporter.newest, threading.Event()
 
     def beat() -> None:
-        with suppress(OSError, ValueError):  # nobody reads it
+        with suppress(OSError, ValueError):  # a closed pipe
             while not ended.wait(seconds / 25):
                 with newest.lock:
                     line = newest.due(seconds)

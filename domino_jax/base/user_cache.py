@@ -1,4 +1,4 @@
-"""Directories of the user's cache, for whatever is computed once and read again."""
+"""Directories of the user's cache: the built-in target, answers, plans."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ from domino_jax.base.errors import InputError, require
 
 
 def user_cache(name: str, *, needs: str) -> Path:
-    """A directory of the user's cache; it may not be there yet.
+    """The path of a directory of the user's cache, which may be missing.
 
     Args:
         name: of the directory.
-        needs: who keeps something there, for the message.
+        needs: the verb or target that uses it, for the message.
     Raises:
         InputError: platformdirs is not installed, or the user has no home directory.
     """
@@ -23,6 +23,9 @@ def user_cache(name: str, *, needs: str) -> Path:
         path = platformdirs.user_cache_path("domino_jax")
     except RuntimeError:  # of a user without a home directory
         path = Path("~")  # as older versions give it
-    words = f"{needs} keeps files in the user's cache, but the user has no home directory"
-    require(path.is_absolute(), f"{words}; set XDG_CACHE_HOME to an absolute path")
+    require(
+        path.is_absolute(),
+        f"{needs} needs a cache, but the user has no home directory; set XDG_CACHE_HOME to an "
+        "absolute path",
+    )
     return path / name

@@ -31,8 +31,8 @@ def main() -> None:
 def _open_standard_streams() -> None:
     """Opens each standard stream that the caller has closed, on the null device.
 
-    Otherwise a file that is opened later takes its number: what a library writes to "standard
-    error" would end inside it.
+    Otherwise a file that is opened later gets its number, and what a library writes to standard
+    error ends inside that file.
     """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
@@ -45,7 +45,7 @@ def _open_standard_streams() -> None:
 def command() -> None:
     """What the command does, ended by SystemExit as any other Python program."""
     with answered_signals():
-        # An answer may hold letters that the encoding of a terminal or a pipe lacks.
+        # An answer may have characters that the encoding of a terminal or a pipe lacks.
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         # transformers warns where PyTorch is not installed; nothing here needs it.

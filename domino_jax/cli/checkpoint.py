@@ -48,7 +48,7 @@ def export(run: Path, directory: Path, dtype: str, engine: str | None, step: int
       all        plain DFlash drafts with shift_label; heads other than Domino's
     """
     check_new(directory)  # before the run is read
-    own(lock_beside, directory, parents=True)
+    own(lock_beside, directory)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.interop.hf import save_hf_draft
     from domino_jax.training.checkpoint import load_draft
@@ -83,7 +83,7 @@ def import_(directory: Path, run: Path, target: str, chat_template_kwargs: Scala
     RUN then serves generate, evaluate and export.
     """
     check_new(run)
-    own(lock_beside, run, parents=True)
+    own(lock_beside, run)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.cli.loading import check_fit
     from domino_jax.data.prompt import stop_token_ids

@@ -36,7 +36,7 @@ def target(source: str, directory: Path | None) -> None:
             raise InputError(
                 f"{source}: give the directory to convert into: domino target {source} DIRECTORY"
             )
-        own(lock_beside, directory, parents=True)
+        own(lock_beside, directory)
         from domino_jax.target.gguf import convert_gguf
 
         path = convert_gguf(source, directory, reporter=reporter)

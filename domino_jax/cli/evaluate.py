@@ -114,7 +114,7 @@ def evaluate(
     earlier = read_earlier(evaluation, evaluator) if append else {"sets": {}, "cycle": None}
     training = training_summary(run)  # before the hours that a damaged log would cost
     if "notice" in training:
-        reporter.say(training["notice"])
+        reporter.say(f"{run}/{training['notice']}")
     sets = earlier["sets"]
     measurement = Measurement(loaded, drafter, evaluator, batch_size, timed, replay)
     for name, path in zip(names, prompt_files, strict=True):

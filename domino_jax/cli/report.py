@@ -47,8 +47,9 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: no directory {path.parent}; make it first")
     own(lock_beside, path)  # its folder of pictures too
-    for line in (line for run in found for line in run.notices):
-        reporter.say(line)
+    for run in found:
+        for line in run.notices:
+            reporter.say(line)
     reporter.say(f"drawing {path}")
     write_page(found, path)
     keeps(f"{path} is written")

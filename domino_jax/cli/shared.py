@@ -29,24 +29,21 @@ def results() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, WIDTH))
 
 
-def own(
-    lock: Callable[..., AbstractContextManager[None]], place: str | Path, **options: str | bool
-) -> None:
-    """Makes this process the only writer of a place until the verb ends.
+def own(lock: Callable[..., AbstractContextManager[None]], output: str | Path) -> None:
+    """Makes this process the only writer of an output until the verb ends.
 
-    Called before the verb imports jax: a second process is refused within a moment.
+    Called before the verb imports jax, so that a second process is refused at once.
 
     Args:
         lock: `lock_inside` or `lock_beside`.
-        place: the output of the verb.
-        options: of `lock`.
+        output: what the verb writes.
     Raises:
         InputError: a launcher started several processes, or as `lock`.
     """
     context = click.get_current_context()
     command = f"domino {context.info_name}"
     check_single_process(command)
-    context.with_resource(lock(place, command=command, **options))
+    context.with_resource(lock(output, command=command))
 
 
 def echo(result: object) -> None:

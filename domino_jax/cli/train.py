@@ -11,6 +11,7 @@ import click
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.lock import lock_inside
+from domino_jax.base.output_paths import check_output_directory
 from domino_jax.cli import options
 from domino_jax.cli.interrupts import keeps, stop_requested
 from domino_jax.cli.shared import echo, own, reporter, results
@@ -46,7 +47,8 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
         inputs = read_inputs(checked, target_sha256=fingerprint, reporter=reporter)
         print_preview(inputs, results())
         return
-    own(lock_inside, settings.run_dir, key="run_dir")
+    check_output_directory("run_dir", settings.run_dir)
+    own(lock_inside, settings.run_dir)
     # At once: up to the first step nothing is written that a signal could cut in two.
     keeps(
         f"the checkpoints in {settings.run_dir} stay as they are; the same command resumes",
@@ -56,9 +58,9 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     from domino_jax.training.prepare import prepare
 
     # Without a safe point: training ends by itself, once its step is saved.
-    told = replace(reporter, safe_point=lambda: None)
-    run = prepare(settings, reporter=told)
-    directory = train_run(run, reporter=told, stop_requested=stop_requested)
+    unstoppable = replace(reporter, safe_point=lambda: None)
+    run = prepare(settings, reporter=unstoppable)
+    directory = train_run(run, reporter=unstoppable, stop_requested=stop_requested)
     echo(directory)
 
 
@@ -106,7 +108,8 @@ def capture(
             "expected: domino capture CONFIG DIRECTORY [KEY=VALUE]..."
         )
     settings = load_config(config, overrides)
-    own(lock_inside, directory, key="DIRECTORY")
+    check_output_directory("DIRECTORY", directory)
+    own(lock_inside, directory)
     # Before `keeps`: until then a signal ends the process at once.
     from domino_jax.datagen.capture import capture as capture_states
     from domino_jax.training.prepare import capture_inputs

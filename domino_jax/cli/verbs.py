@@ -193,7 +193,6 @@ def _multiply_in_full_float32() -> None:
 
 def _escape_what_libraries_quote() -> None:
     """Escapes control characters in logs and warnings of libraries, which may quote data."""
-
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _formatted_warning
 

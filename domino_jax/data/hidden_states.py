@@ -330,7 +330,8 @@ def _stamp_problem(arrays: dict[str, Any], manifest: Manifest, row: int) -> str 
     if not np.array_equal(found["capture"], expected["capture"]):
         return f"states of another capture, expected those of {MANIFEST}"
     if not np.array_equal(found["row"], expected["row"]):
-        return f"found row {found['row'].tolist()[0]}, expected row {row}"
+        rows = ", ".join(map(str, found["row"].tolist())) or "none"
+        return f"found row {rows}, expected row {row}"
     return None
 
 

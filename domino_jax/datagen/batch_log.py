@@ -73,7 +73,7 @@ class BatchLog:
             kind: what a record is, for messages.
             generator: the settings of this start, which the header holds.
         Raises:
-            InputError: a record of another start, a link, or the file is not what was written.
+            InputError: a record of another start, a link, or a changed file.
             OSError: it cannot be opened or written.
         """
         self.finished: dict[Any, bool] = {}

@@ -128,7 +128,7 @@ def capture(
     directory.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing
     # Before its shards: without a manifest nobody could tell what they are, or resume them.
     write_manifest(directory, manifest)
-    # Of a killed start: a capture has one owner, so no other process writes them now.
+    # Left by a killed start: a capture has one owner, so no other process writes them now.
     for pattern in (f".{MANIFEST}.*", ".shard-*.arrayrecord.*"):
         for unfinished in directory.glob(pattern):
             unfinished.unlink()
@@ -163,8 +163,10 @@ def _check_directory(directory: Path) -> None:
     if not directory.exists():
         return
     # A killed first start leaves its lock and an unfinished manifest, which precedes all shards.
-    left = (LOCK, f".{MANIFEST}.")
-    if not directory.is_dir() or any(not x.name.startswith(left) for x in directory.iterdir()):
+    unfinished = f".{MANIFEST}."
+    if not directory.is_dir() or any(
+        path.name != LOCK and not path.name.startswith(unfinished) for path in directory.iterdir()
+    ):
         raise InputError(
             f"{directory}: not an empty directory and not one of captured states; give a new one"
         )
@@ -223,7 +225,7 @@ def _agreed(
 
 
 def _counted(rows: Iterable[Row], bar: Bar, done: int) -> Iterator[Row]:
-    """The same rows; moves a bar to `done` and those that were taken."""
+    """The rows; moves a bar by each from `done` on."""
     for count, row in enumerate(rows, start=1):
         yield row
         bar.update(done + count)

@@ -41,7 +41,7 @@ def cached_answers(
         compute: decodes them.
         prompts: number of answers.
         vocab_size: of the target; every token id is below it.
-        reporter: receives a line where a file is not used, or cannot be written.
+        reporter: receives a line if a file is not used or cannot be written.
     """
     text = settings_text(identity)
     path = directory / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
@@ -82,7 +82,7 @@ def _read(path: Path, identity: str, *, prompts: int, vocab_size: int) -> list[A
     require(found == identity, f"{path}: answers of {found[:100]}, expected those of {identity}")
     every, stopped = record.get("tokens"), record.get("stopped")
     if not (isinstance(every, list) and isinstance(stopped, list)):
-        raise InputError(f"{path}: no lists of tokens and stopped")
+        raise InputError(f"{path}: expected lists `tokens` and `stopped`")
     counts = len(every), len(stopped)
     require(
         counts == (prompts, prompts),

@@ -170,7 +170,7 @@ def _rendered(runs: Sequence[RunFiles], parts: Sequence[Section], folder: str) -
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # Not of markup, which is another type: paths of drawings and what is escaped already.
+        # Not of `Markup`: paths of drawings, and text that is escaped already.
         finalize=lambda value: printable_text(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -170,10 +170,7 @@ def _read(directory: Path, name: str) -> RunFiles:
             "give the run_dir of a training"
         )
     text = config = evaluation = None
-    notices = []
-    log = log_notice(directory)
-    if log is not None:
-        notices.append(f"{name}/{log}")
+    notices = [log_notice(directory)]
     if (directory / CONFIG).exists():
         text = read_text(directory / CONFIG, limit=YAML_CHARACTERS)
         config = parse_yaml(text, source=str(directory / CONFIG))
@@ -183,13 +180,11 @@ def _read(directory: Path, name: str) -> RunFiles:
             evaluation = read_own_json(directory / EVALUATION, remedy=REMEDY)
         else:
             notices.append(
-                f"{name}/{EVALUATION}: no sha256, as earlier versions wrote it: its figures are "
-                f"not verified; {REMEDY}"
+                f"{EVALUATION}: no sha256, as earlier versions wrote it: its figures are not "
+                f"verified; {REMEDY}"
             )
-        # Of the log when it was evaluated.
-        earlier = Source("", (), evaluation)["training"]["notice"].text
-        if earlier is not None and earlier not in notices:
-            notices.append(earlier)
+        # Of the log at the time of the evaluation.
+        notices.append(Source("", (), evaluation)["training"]["notice"].text)
     return RunFiles(
         name,
         text,
@@ -197,5 +192,5 @@ def _read(directory: Path, name: str) -> RunFiles:
         Source(f"{name}/{METRICS}", (), read_metrics(directory)),
         Source(f"{name}/{TIMING}", (), list(read_timing(directory))),
         Source(f"{name}/{EVALUATION}", (), evaluation),
-        notices,
+        [f"{name}/{notice}" for notice in dict.fromkeys(notices) if notice is not None],
     )

@@ -1,7 +1,7 @@
 """A run's training in figures and its evaluation as a table, for a terminal.
 
-Both are read through `Source`: a log or an earlier evaluation may hold anything, and what is no
-figure is left out.
+Both are read through `Source`: a log or an earlier evaluation may contain any value, and the table
+leaves out those that are not figures.
 """
 
 import math
@@ -23,7 +23,7 @@ COUNT, PLACES = "{:.0f}", "{:.3f}"
 def training_summary(run: Path) -> dict[str, Any]:
     """Of a run's log: its data, first and last training loss, and the last held-out figures.
 
-    `notice` is there where the newest checkpoint does not confirm the log. Empty for an imported
+    With a `notice` where the log differs from that of the newest checkpoint. Empty for an imported
     draft.
 
     Raises:
@@ -47,12 +47,12 @@ def training_summary(run: Path) -> dict[str, Any]:
         summary["data"] = {name: value for name, value in known if name not in ("step", "split")}
     notice = log_notice(run)
     if notice is not None:
-        summary["notice"] = f"{run}/{notice}"
+        summary["notice"] = notice
     return summary
 
 
 def _plain_values(record: Source) -> dict[str, Any]:
-    """The text and the finite numbers of a record: what JSON can hold."""
+    """The text and the finite numbers of a record, which strict JSON can represent."""
     return {
         name: value
         for name, value in record.value.items()
@@ -112,7 +112,7 @@ def _column(figures: Source) -> dict[str, str]:
 
 
 def _figure(form: str, *sources: Source) -> str:
-    """Numbers in a format string; "" where one of them is none."""
+    """Numbers in a format string; "" where a source is not a number."""
     numbers = [source.number for source in sources]
     return "" if None in numbers else form.format(*numbers)
 
@@ -125,7 +125,7 @@ def _tau(way: Source) -> str:
 
 
 def _equal(compared: Sequence[Source]) -> str:
-    """Of all that were compared with the target's own output, added up; samples are not."""
+    """Tokens compared with the target's own output, and the equal ones, over all modes."""
     pairs = [(one["tokens_compared"].number, one["tokens_equal"].number) for one in compared]
     found = [(tokens, equal) for tokens, equal in pairs if tokens is not None and equal is not None]
     if not found:
@@ -149,7 +149,7 @@ def _caption(report: Source) -> Iterator[str]:
             training["last_loss"],
             training["steps"],
         ),
-        # Teacher-forced, and told to be: it is no tau, and stands beside several of them.
+        # Not comparable with the tau of the table, so its kind is named.
         _figure(f"held-out accept_len (teacher-forced) {PLACES}{base}", heldout["accept_len"]),
     )
     yield from filter(None, words)

@@ -79,7 +79,7 @@ def resolve_target(name_or_path: str | Path, *, reporter: Reporter = STDERR) -> 
     config = directory / "config.json"
     if config.is_file():
         return directory
-    with lock_beside(directory, command=f"fetch {name}", parents=True, waits=reporter.say):
+    with lock_beside(directory, command=f"fetch {name}", waits=reporter.say):
         if not config.is_file():  # another process may have made it meanwhile
             with tempfile.TemporaryDirectory() as scratch:
                 file = _fetch(BUILT_IN[name], Path(scratch), reporter)

@@ -34,7 +34,7 @@ from domino_jax.base.files import damage, read_json, read_own_json, write_checks
 from domino_jax.base.progress import STDERR, Reporter
 from domino_jax.config.sections import BEST_FIGURES
 from domino_jax.draft.build import boxed_parameters
-from domino_jax.training.names import CHECKPOINTS, DRAFT, RUN, saved_steps
+from domino_jax.training.checkpoint_names import CHECKPOINTS, DRAFT, RUN, saved_steps
 from domino_jax.training.records import DraftRecord, RunRecord, read_draft_record, recorded_step
 from domino_jax.training.step import TrainState
 
@@ -262,11 +262,11 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         restored = _restored(self._manager, step, items)
         optimizer = restored["optimizer"]
-        held = int(optimizer["step"])
-        if held != step:  # only where an earlier version saved it: its record has no step
+        saved_step = int(optimizer["step"])
+        if saved_step != step:  # only where an earlier version saved it: its record has no step
             raise InputError(
-                f"{self._directory}/{step}: holds the state of step {held}, expected that of step "
-                f"{step}; rename the directory to {held}"
+                f"{self._directory}/{step}: the state of step {saved_step}, expected that of step "
+                f"{step}; rename the directory to {saved_step}"
             )
         restored_state = TrainState(
             optimizer["step"], restored["params"], optimizer["opt_state"], restored.get("ema")
@@ -346,7 +346,7 @@ def _directory(run_dir: str | Path) -> Path:
 
 
 def _recorded_step(run_dir: Path) -> int | None:
-    """The newest step that was ever saved, as far as the run knows."""
+    """The newest step that was ever saved, None where the run has no record of it."""
     path = run_dir / NEWEST
     if not path.exists():
         return None
@@ -369,7 +369,7 @@ def _misplaced(checkpoint: Path) -> str | None:
         return str(error)
     if step is None or step == int(checkpoint.name):
         return None
-    return f"holds the state of step {step}"
+    return f"the state of step {step}, expected that of step {checkpoint.name}"
 
 
 def _put_aside(run_dir: Path, checkpoint: Path) -> Path:

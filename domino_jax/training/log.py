@@ -4,7 +4,7 @@ metrics.jsonl    {"step": 10, "split": "train", "loss": ...}    what the seed de
 timing.jsonl     {"step": 10, "split": "train", ...}            times, speeds, memory
 
 Each checkpoint holds the bytes and the sha256 of `metrics.jsonl` at its save (`LogMark`), so a
-changed line is found where a checkpoint is there. Nothing verifies `timing.jsonl`.
+changed line is found in a run with a checkpoint. Nothing verifies `timing.jsonl`.
 """
 
 import contextlib
@@ -16,27 +16,27 @@ from typing import Any
 from domino_jax.base.errors import InputError, require
 from domino_jax.base.files import LINE_BYTES, checksum_of, file_sha256, read_json, read_lines
 from domino_jax.base.parse import parse_json
-from domino_jax.training.names import CHECKPOINTS, METADATA, RUN, saved_steps
+from domino_jax.training.checkpoint_names import CHECKPOINTS, DRAFT, METADATA, RUN, saved_steps
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 
 @dataclass(frozen=True)
 class LogMark:
-    """Where a log stands: the bytes of `metrics.jsonl` and their sha256, in hex."""
+    """Length of `metrics.jsonl` in bytes at a save, and the sha256 of those bytes in hex."""
 
     bytes: int
     sha256: str
 
 
 def log_notice(directory: Path) -> str | None:
-    """What the newest checkpoint of a run cannot confirm of `metrics.jsonl`.
+    """Compares `metrics.jsonl` with the newest checkpoint of its run.
 
     Args:
-        directory: the run's.
+        directory: of the run.
     Returns:
-        A line that begins with the file's name; None where the whole file is as it was at the
-        newest save, or where either is missing.
+        A line that begins with the file's name, for a log that was changed or continued after the
+        save. None for an equal log, or where the log or a checkpoint is missing.
     Raises:
         InputError: the file cannot be read.
     """
@@ -50,7 +50,7 @@ def log_notice(directory: Path) -> str | None:
     if found != mark.sha256:
         return (
             f"{METRICS}: its first {mark.bytes} bytes have sha256 {found[:12]}, expected "
-            f"{mark.sha256[:12]} of checkpoint {step}: the file has changed; put it back"
+            f"{mark.sha256[:12]} of checkpoint {step}: the file has changed; restore it"
         )
     if path.stat().st_size > mark.bytes:
         return f"{METRICS}: the lines that follow checkpoint {step} are not verified"
@@ -58,14 +58,18 @@ def log_notice(directory: Path) -> str | None:
 
 
 def _newest_mark(directory: Path) -> tuple[int, LogMark] | None:
-    """The newest step whose record is undamaged, and where the log stood when it was saved."""
-    name = f"{RUN}/{METADATA}"
+    """The newest step whose records are undamaged, and the mark of the log in them."""
+    names = [f"{item}/{METADATA}" for item in (DRAFT, RUN)]
     for step in saved_steps(directory / CHECKPOINTS):
         checkpoint = directory / CHECKPOINTS / str(step)
         # An imported draft has no record; a checkpoint may be removed while it is read.
         with contextlib.suppress(InputError, KeyError, TypeError):
-            if file_sha256(checkpoint / name) == checksum_of(checkpoint, name):
-                return step, LogMark(**read_json(checkpoint / name)["log"])
+            if any(file_sha256(checkpoint / x) != checksum_of(checkpoint, x) for x in names):
+                continue
+            draft, run = (read_json(checkpoint / name) for name in names)
+            # Of an earlier version the record has no step; a directory may have been renamed.
+            if draft.get("step", step) == step:
+                return step, LogMark(**run["log"])
     return None
 
 

@@ -167,8 +167,12 @@ class MetricsLog:
 
     def _take(self, path: Path, at: LogMark, *, reporter: Reporter) -> None:
         """Takes the first bytes of an earlier start's log as those of this one."""
-        if not path.exists() and at.bytes:
-            reporter.say(f"{path} is gone: the log begins anew, without the records up to here")
+        # Empty after a start that found no log and ended before its first record.
+        empty = path.is_file() and path.stat().st_size == 0
+        if at.bytes and (empty or not path.exists()):
+            reporter.say(
+                f"{path} is gone or empty: the log begins anew, without the records up to here"
+            )
             return
         for chunk in read_chunks(path, at.bytes) if path.exists() else ():
             self._hash.update(chunk)

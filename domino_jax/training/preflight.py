@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from domino_jax.base.errors import InputError, shown
-from domino_jax.base.lock import nearest_existing
+from domino_jax.base.output_paths import nearest_existing
 from domino_jax.config.model import DraftConfig
 from domino_jax.draft.build import boxed_parameters
 
@@ -50,15 +50,15 @@ def check_conversations(key: str, name: str | None) -> None:
 def check_pattern(run_dir: str | Path) -> None:
     """Refuses a run directory that Orbax would take for a pattern of paths.
 
-    It lists the files that it has written with `glob`: in such a directory it finds none of them,
-    or those of another run, and the checkpoint cannot be read.
+    Orbax lists its files with `glob`. In such a directory it finds none of them, or those of
+    another run, and no checkpoint can be read.
     """
     path = str(Path(run_dir).resolve())
     odd = "".join(sorted(set("*?[\\") & set(path)))
     if odd:
         raise InputError(
-            f"{path}: a run directory with {shown(odd)} in its path, where no checkpoint could be "
-            "read again; give another one"
+            f"{path}: {shown(odd)} in the path of a run directory, where no checkpoint could be "
+            "read; give a directory without *, ?, [ and \\"
         )
 
 

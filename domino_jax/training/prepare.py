@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from domino_jax.base.errors import InputError, Scalars
 from domino_jax.base.files import write_whole
-from domino_jax.base.lock import check_place
+from domino_jax.base.output_paths import check_output_directory
 from domino_jax.base.progress import Reporter
 from domino_jax.config.draft import make_draft_config
 from domino_jax.config.model import DecoderConfig, DraftConfig
@@ -130,7 +130,7 @@ def check(config: RunConfig, *, reporter: Reporter, set_aside: bool) -> CheckedR
         lacking="config.json",
         expected="the directory of a draft, as export writes it",
     )
-    check_place("run_dir", config.run_dir)
+    check_output_directory("run_dir", config.run_dir)
     check_pattern(config.run_dir)
     check_one_process("train")
     mesh = run_mesh(vars(config.mesh), batch_size=data.batch_size)

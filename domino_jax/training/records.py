@@ -15,8 +15,8 @@ from domino_jax.base.errors import InputError, scalars
 from domino_jax.base.files import read_json
 from domino_jax.config.model import DraftConfig, draft_from_dict, draft_tree
 from domino_jax.data.template import KWARGS, ChatTemplate
+from domino_jax.training.checkpoint_names import DRAFT, METADATA, RUN
 from domino_jax.training.log import LogMark
-from domino_jax.training.names import DRAFT, METADATA, RUN
 
 OTHER_VERSION = (
     "the run was started by another version of this program and cannot be resumed by this one; "

@@ -58,9 +58,9 @@ SHARD_BYTES = 8000  # of the captures whose shards are exchanged
 REAL_COMMANDS = 20  # of the cases, spread evenly: the others have imported jax before
 STEPS = override(train__steps=16)
 FEW = override(train__steps=4)
-SAID = re.compile("damaged|aside|is gone|incomplete|cut off|not used|changed", re.IGNORECASE)
+SAID = re.compile("damaged|aside|is gone|incomplete|cut off|not used|changed| again", re.IGNORECASE)
 
-# A report shows a notice, or the documentation says that it verifies nothing of the file.
+# A report shows a notice on the log; it does not verify the other two files.
 NOTICED = re.compile("metrics.jsonl: ")
 UNVERIFIED = ("timing.jsonl", "config.yaml")
 
@@ -156,7 +156,9 @@ def _broken(part: str, groups: Readers, place: Place, count: int) -> Iterator[Ca
     def case(index: int, group: str) -> Case:
         command = index % max(count // REAL_COMMANDS, 1) == 0
         words = groups[group][0]
-        return _case(part, place, undisturbed, index, group, words, command=command)
+        return _case(
+            part, place, undisturbed, index=index, group=group, readers=words, command=command
+        )
 
     yield from all_cases(part, in_turn(order, count, case), count)
 
@@ -175,14 +177,14 @@ def stopped_place(place: Place) -> Path:
     partial = base / "answers.jsonl.partial"
     assert partial.is_file(), "the answers were complete before they could be interrupted"
     assert filling.run(base, *EVALUATE).code == DONE
-    _captured(base, "shards", "target")
+    _captured(place, base, "shards", "target")
     weights = shutil.copytree(base / "target", base / "other_target") / "model.safetensors"
     save_file({name: 1.5 * array for name, array in load_file(weights).items()}, weights)
-    _captured(base, "other_shards", "other_target")
+    _captured(place, base, "other_shards", "other_target")
     return base
 
 
-def _captured(directory: Path, name: str, target: str) -> None:
+def _captured(place: Place, directory: Path, name: str, target: str) -> None:
     """A capture in shards of a few rows each; the command writes shards of 250 MB."""
     program = (
         "from domino_jax.datagen import capture\n"
@@ -191,8 +193,13 @@ def _captured(directory: Path, name: str, target: str) -> None:
         "main()\n"
     )
     words = ("capture", "config.yaml", name, f"target={target}")
-    subprocess.run([sys.executable, "-c", program, *words], cwd=directory, check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=directory,
+        env=place.filling.environment,
+        check=True,
+        capture_output=True,
+    )
     count = len(list((directory / name).glob("*.arrayrecord")))
     assert count > 3, f"{count} shards, expected several of equal lengths"
 
@@ -233,10 +240,10 @@ def _case(
     part: str,
     place: Place,
     undisturbed: Undisturbed,
+    *,
     index: int,
     group: str,
     readers: tuple[tuple[str, ...], ...],
-    *,
     command: bool,
 ) -> Case:
     rng, directory = place.random(4, index), place.copy(undisturbed.place)
@@ -296,15 +303,14 @@ def _candidates(directory: Path, group: str, rng: np.random.Generator) -> list[P
 def _break(
     directory: Path, group: str, words: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[Path, str]:
-    """Breaks something of a group; which, and how."""
+    """Breaks a file of a group; returns its path and the way in words."""
     if group == "steps":
         return _misplaced_step(directory, rng)
     if group == "shards":
         return _misplaced_shard(directory, rng)
     if group == "digits":
-        states = {SHARDED, RECAPTURE}
         files = [directory / "shards" / "manifest.json"]
-        if words not in states:
+        if words not in (SHARDED, RECAPTURE):
             newest = max(_steps(directory), key=lambda path: int(path.name))
             files = [newest / item / "metadata" for item in ("draft", "run")]
             files.append(directory / "run" / "newest_checkpoint.json")
@@ -315,8 +321,7 @@ def _break(
     if group == "evaluation":
         return _other_digit(directory / "run" / "evaluation.json", rng)
     if group == "log":
-        files = [directory / "run" / name for name in ("metrics.jsonl", "timing.jsonl",
-                 "config.yaml")]  # fmt: skip
+        files = [directory / "run" / name for name in ("metrics.jsonl", *UNVERIFIED)]
         return _other_digit(files[int(rng.integers(len(files)))], rng)
     return break_something(_candidates(directory, group, rng), rng)
 
@@ -352,10 +357,10 @@ def _misplaced_shard(directory: Path, rng: np.random.Generator) -> tuple[Path, s
 
 
 def _exchange(first: Path, second: Path) -> tuple[Path, str]:
-    beside = first.with_name("exchanged")
-    first.rename(beside)
+    third = first.with_name("exchanged")
+    first.rename(third)
     second.rename(first)
-    beside.rename(second)
+    third.rename(second)
     return first, f"exchanged with {second.name}"
 
 
@@ -368,7 +373,7 @@ def _other_digit(path: Path, rng: np.random.Generator) -> tuple[Path, str]:
     content[at] = ord(str((was + int(rng.integers(1, 10))) % 10))
     path.write_bytes(content)
     before = content[max(at - 24, 0) : at].decode(errors="replace")
-    return path, f"with {chr(content[at])} for {was} behind {before!r}"
+    return path, f"with {chr(content[at])} for {was} after {before!r}"
 
 
 def break_something(candidates: list[Path], rng: np.random.Generator) -> tuple[Path, str]:

@@ -44,19 +44,16 @@ def kills(place: Place, count: int) -> Iterator[Case]:
 
 
 def saves(place: Place, count: int) -> Iterator[Case]:
-    """`kill -9` while a checkpoint is being written; none that is complete may count as damaged."""
+    """`kill -9` during saves; no complete checkpoint may be reported as damaged."""
     yield from _killed_runs("saves", place, count, aimed=1.0)
 
 
 def _killed_runs(part: str, place: Place, count: int, *, aimed: float) -> Iterator[Case]:
-    reference, seconds = _reference(place)
+    run = functools.partial(_killed_run, part, place, *_reference(place), aimed=aimed)
     works = []
     for index, first in enumerate(range(0, count, KILLS_PER_RUN)):
         number = min(KILLS_PER_RUN, count - first)
-        run = functools.partial(
-            _killed_run, part, place, index, number, reference, seconds, aimed=aimed
-        )
-        works.append((f"run {index + 1}", run))
+        works.append((f"run {index + 1}", functools.partial(run, index=index, count=number)))
     yield from all_cases(part, works, count)
 
 
@@ -83,12 +80,12 @@ def _reference(place: Place) -> tuple[Bits, dict[bool, float]]:
 def _killed_run(
     part: str,
     place: Place,
-    index: int,
-    count: int,
     reference: Bits,
     seconds: dict[bool, float],
     *,
     aimed: float,
+    index: int,
+    count: int,
 ) -> list[Case]:
     rng, directory = place.random(1, index), place.copy()
     moments: list[str] = []
@@ -127,7 +124,7 @@ def _killed_run(
 def _kill(
     process: Running, run: Path, rng: np.random.Generator, seconds: float, *, aimed: bool
 ) -> str:
-    """Kills at a moment of its own choice, or during a save; what was going on then."""
+    """Kills at a random moment, or during a save; returns the moment in words."""
     delay = float(rng.uniform(0, seconds))
     if aimed:
         # From the first file of a save on, or from its checksums on, which come last.

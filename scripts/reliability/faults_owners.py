@@ -10,6 +10,7 @@ A second process that begins after the first has ended is an ordinary second sta
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from faults_kills import VERBS
@@ -36,6 +37,15 @@ OWNING = {verb: words for verb, words in VERBS.items() if verb != "generate"} | 
 AGAIN = ("train", "capture", "report", "evaluate", "append")
 
 
+@dataclass(frozen=True)
+class Undisturbed:
+    """A verb that ran alone: the bits and the files that it left, and its time."""
+
+    bits: object
+    names: set[str]
+    seconds: float
+
+
 def owners(place: Place, count: int) -> Iterator[Case]:
     """Starts each verb twice in one directory, `count` times in all."""
     trained, filling = place.copy(), place.filling
@@ -43,44 +53,38 @@ def owners(place: Place, count: int) -> Iterator[Case]:
         outcome = filling.run(trained, *words)
         assert outcome.code == DONE, outcome.log
     (trained / "run").rename(trained / "trained")
-    undisturbed: dict[str, tuple[object, set[str], float]] = {}
+    undisturbed: dict[str, Undisturbed] = {}
     for verb, (words, name) in OWNING.items():
         filling.run(place.copy(trained), *words)
         directory = place.copy(trained)
         outcome = place.processes().run(directory, *words, command=True)
         assert outcome.code == DONE, outcome.log
-        names = _names(directory)
-        undisturbed[verb] = left(directory, name, outcome), names, outcome.seconds
+        bits = left(directory, name, outcome)
+        undisturbed[verb] = Undisturbed(bits, _names(directory), outcome.seconds)
 
     def case(index: int, verb: str) -> Case:
-        return _twice(place, place.copy(trained), index, verb, *undisturbed[verb])
+        delay = float(place.random(6, index).uniform(0, 0.7 * undisturbed[verb].seconds))
+        return _twice(place, place.copy(trained), verb, undisturbed[verb], delay=delay)
 
     yield from all_cases("owners", in_turn(OWNING, count, case), count)
 
 
 def _twice(
-    place: Place,
-    directory: Path,
-    index: int,
-    verb: str,
-    expected: object,
-    names: set[str],
-    seconds: float,
+    place: Place, directory: Path, verb: str, undisturbed: Undisturbed, *, delay: float
 ) -> Case:
-    delay = float(place.random(6, index).uniform(0, 0.7 * seconds))
     words, where = OWNING[verb]
-    one = place.processes().begin(directory, *words, command=True)
-    one.wait_until(delay)
-    overlap = one.poll() is None
-    other = place.processes().begin(directory, *words, command=True)
-    outcomes = {one.pid: one.wait(), other.pid: other.wait()}
+    first = place.processes().begin(directory, *words, command=True)
+    first.wait_until(delay)
+    overlap = first.poll() is None
+    second = place.processes().begin(directory, *words, command=True)
+    outcomes = {first.pid: first.wait(), second.pid: second.wait()}
     fault = ownership(outcomes, overlap=overlap, again=verb in AGAIN)
     if fault is None:
         done = next(outcome for outcome in outcomes.values() if outcome.code == DONE)
-        found = difference(expected, left(directory, where, done))
-        fault = found and f"what is left differs from an undisturbed start: {found}"
+        found = difference(undisturbed.bits, left(directory, where, done))
+        fault = found and f"the output differs from that of an undisturbed start: {found}"
     if fault is None:
-        added = sorted(_names(directory) ^ names)
+        added = sorted(_names(directory) ^ undisturbed.names)
         fault = f"other files: {added[:3]}" if added else None
     kind = ", ".join(str(outcome.code) for outcome in outcomes.values())
     return Case("owners", f"{verb} after {delay:.2f} s", cleared(directory, fault), f"codes {kind}")

@@ -236,7 +236,9 @@ def all_cases(part: str, works: Iterable[Work], total: int) -> Iterator[Case]:
                 cases = [Case(part, names[future], failed)]
             for case in cases:
                 done += 1
-                held = "held" if case.fault is None else f"DID NOT HOLD: {case.fault}"
+                held = f"held {case.outcome}".rstrip()
+                if case.fault is not None:
+                    held = f"DID NOT HOLD: {case.fault}"
                 place = f"{part} {done}/{total} ({time.monotonic() - began:.0f} s)"
                 print(f"{place}  {case.name}: {held}", file=sys.stderr, flush=True)
                 yield case

@@ -130,10 +130,14 @@ class _Forked(Running):
 
 
 class Processes:
-    """Begins processes with one environment, one at a time."""
+    """Begins processes with one environment, one at a time.
+
+    Attributes:
+        environment: variables of each process.
+    """
 
     def __init__(self, *, cache: Path, fill_cache: bool = False) -> None:
-        self._environment = environment(cache, fill=fill_cache)
+        self.environment = environment(cache, fill=fill_cache)
         self._server: subprocess.Popen[str] | None = None
         self._count = 0
 
@@ -142,13 +146,13 @@ class Processes:
         self._count += 1
         tag, texts = f"process-{self._count}", tuple(map(str, words))
         if command:
-            return _Command(directory, tag, texts, self._environment)
+            return _Command(directory, tag, texts, self.environment)
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=self._environment,
+                env=self.environment,
                 text=True,
             )
             assert self._server.stdout is not None

@@ -123,12 +123,12 @@ def damage(outcome: Outcome, *, differences: str | None, said: bool) -> tuple[st
 
 
 def ownership(outcomes: dict[int, Outcome], *, overlap: bool, again: bool) -> str | None:
-    """Anything but one undisturbed process and one that is refused and names it.
+    """A fault unless one process is undisturbed and the other is refused and names it.
 
     Args:
-        outcomes: of both processes by process id, in the order of their starts.
-        overlap: whether the second was begun while the first ran.
-        again: whether a second start after the first has ended succeeds as well.
+        outcomes: of both processes, by process id.
+        overlap: the second began while the first ran.
+        again: a second start after the first has ended succeeds as well.
     """
     for outcome in outcomes.values():
         if found := crash(outcome):

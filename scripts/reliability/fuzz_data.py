@@ -191,7 +191,7 @@ def _manifest(directory: Path) -> Parser:
 
 
 def _signed(inputs: Inputs, scratch: Path) -> Inputs:
-    """Inputs with the hash of their values: without it none would get beyond that check."""
+    """Inputs with the hash of their values, so that they pass that check and reach the others."""
     from domino_jax.base.files import write_json
 
     def signed(content: bytes) -> bytes:
@@ -203,7 +203,7 @@ def _signed(inputs: Inputs, scratch: Path) -> Inputs:
 
     def draw(rng: random.Random) -> Case:
         case = inputs.draw(rng)
-        # Of two equal keys one would be gone.
+        # Parsing would remove one of two equal keys.
         return case if case.forbidden else Case(signed(case.content))
 
     return Inputs(signed(inputs.good), draw)

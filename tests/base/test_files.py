@@ -15,6 +15,7 @@ from disk import files_end_at
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import (
+    check_new,
     checked_file,
     count_lines,
     damage,
@@ -112,6 +113,13 @@ def test_a_temporary_file_follows_no_link_and_overwrites_nothing(
     monkeypatch.undo()
     write_whole(tmp_path / "linked", "text\n")
     assert other.read_text() == "mine" and not (tmp_path / "linked").is_symlink()
+
+
+def test_an_error_of_another_file_names_that_file(tmp_path: Path) -> None:
+    missing, path = tmp_path / "missing", tmp_path / "config.yaml"
+    with pytest.raises(FileNotFoundError) as caught, whole_file(path):
+        missing.read_bytes()
+    assert caught.value.filename == str(missing) and not names(tmp_path)
 
 
 def test_own_json_keeps_every_value(tmp_path: Path) -> None:
@@ -337,6 +345,22 @@ def test_whole_directory_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
     ):
         raise AssertionError
     assert names(place) == ["mine"]
+
+
+def test_a_directory_is_renamed_to_a_name_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (Path(), Path("..")):
+        with pytest.raises(InputError, match="expected the name of a new directory"):
+            check_new(place)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for place in (Path("link"), Path("dangling")):  # to which no directory can be renamed
+        with pytest.raises(InputError, match="already there and not an empty directory"):
+            check_new(place)
+    check_new(Path("empty"))
 
 
 def test_remove_unfinished_is_for_a_process_that_ends(tmp_path: Path) -> None:

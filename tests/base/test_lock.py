@@ -4,46 +4,24 @@ import errno
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import filelock
 import pytest
-from commands import TOP
 from directories import leftovers
+from lock_owner import lock_owner
 
+from domino_jax.base import lock
 from domino_jax.base.errors import InputError
 from domino_jax.base.lock import LOCK, Owner, lock_beside, lock_inside, release_all
 
-OWNER = "from pathlib import Path; from domino_jax.base.lock import *\n"
-HOLDS = "print('ready', flush=True); input()"
-
 
 def run_lock(directory: Path) -> AbstractContextManager[None]:
-    return lock_inside(directory, key="run_dir", command="domino train")
-
-
-@contextmanager
-def other_process(lock: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that has a lock, in `directory`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{OWNER}with {lock}: {HOLDS}"],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(TOP)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    with process:
-        yield process
-        process.kill()
+    return lock_inside(directory, command="domino train")
 
 
 def record(file: Path, **changed: object) -> Path:
@@ -53,8 +31,8 @@ def record(file: Path, **changed: object) -> Path:
     return file
 
 
-def refusal(lock: AbstractContextManager[None]) -> str:
-    with pytest.raises(InputError) as caught, lock:
+def refusal(taken: AbstractContextManager[None]) -> str:
+    with pytest.raises(InputError) as caught, taken:
         pass
     return str(caught.value)
 
@@ -77,11 +55,10 @@ def test_a_lock_names_its_owner_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
-    held = "lock_inside(Path('run'), key='run_dir', command='domino train')"
-    with other_process(held, tmp_path) as owner:
+    with lock_owner(tmp_path, f"run/{LOCK}") as owner:
         found = refusal(run_lock(tmp_path / "run"))
         assert re.fullmatch(
-            rf"{tmp_path}/run: another process writes it: `domino train`, process {owner.pid} on "
+            rf"{tmp_path}/run: another process writes it: `first`, process {owner.pid} on "
             rf"{os.uname().nodename}, since 20[-\dT:+]+; wait until it ends, or stop it",
             found,
         )
@@ -103,10 +80,22 @@ def test_two_names_of_one_place_share_a_lock(
     with lock_beside(Path("draft"), command="domino export"):
         for name in (tmp_path / "name" / "draft", Path("../real/./draft")):
             assert "domino export" in refusal(lock_beside(name, command="domino import"))
+    # ".." leaves the directory that a link leads to, not the link's own.
+    (tmp_path / "real" / "inner").mkdir()
+    (tmp_path / "into").symlink_to(tmp_path / "real" / "inner")
+    with lock_beside(tmp_path / "into" / ".." / "draft", command="domino export"):
+        assert "domino export" in refusal(lock_beside(Path("draft"), command="domino import"))
+    (tmp_path / "real" / "inner").rmdir()
+    (tmp_path / "into").unlink()
     with run_lock(tmp_path / "real"):
         assert "domino train" in refusal(run_lock(tmp_path / "name"))
     with lock_beside(Path(), command="domino export"):
         assert leftovers(tmp_path) == [".real.lock", "name", "real"]
+    # `..` of a link is the parent of the directory that it leads to.
+    (tmp_path / "real" / "inner").mkdir()
+    (tmp_path / "link").symlink_to("real/inner")
+    with lock_beside(tmp_path / "link" / ".." / "draft", command="domino export"):
+        assert (tmp_path / "real" / ".draft.lock").is_file()
 
 
 def test_the_lock_of_another_host_is_for_a_person_to_remove(tmp_path: Path) -> None:
@@ -132,10 +121,53 @@ def test_a_damaged_record_is_no_owner_that_may_be_ignored(tmp_path: Path, text: 
     assert said.isprintable() and file.read_bytes() == text.encode("latin-1")
 
 
-def test_an_empty_lock_file_is_that_of_a_process_that_was_killed(tmp_path: Path) -> None:
+def test_an_empty_lock_file_is_that_of_a_process_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "RECORD_SECONDS", 0.1)
     (tmp_path / LOCK).touch()
     with run_lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+class _AnotherUser:
+    """`os.open` and `os.unlink` as they answer a user who does not own the lock files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, reads: bool, removes: bool) -> None:
+        opened, unlinked = os.open, os.unlink
+
+        def open_(file: Path, flags: int, mode: int = 0o777) -> int:
+            if Path(file).exists() and (flags & os.O_RDWR or not reads):
+                if flags & os.O_EXCL:
+                    raise FileExistsError(errno.EEXIST, "File exists", str(file))
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return opened(file, flags, mode)
+
+        def unlink(file: Path) -> None:
+            if not removes:
+                raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+            unlinked(file)
+
+        monkeypatch.setattr(os, "open", open_)
+        monkeypatch.setattr(os, "unlink", unlink)
+
+
+def test_the_lock_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock_owner(tmp_path, LOCK), monkeypatch.context() as patched:
+        _AnotherUser(patched, reads=True, removes=True)
+        assert "`first`, process " in refusal(run_lock(tmp_path))
+    with monkeypatch.context() as patched:
+        _AnotherUser(patched, reads=True, removes=True)
+        with run_lock(tmp_path):  # of a process that was killed
+            pass
+    record(tmp_path / LOCK)
+    for reads in (True, False):
+        with monkeypatch.context() as patched:
+            _AnotherUser(patched, reads=reads, removes=False)
+            assert refusal(run_lock(tmp_path)) == (
+                f"{tmp_path}: this user may not read or remove the lock file {tmp_path / LOCK}; "
+                "if its process is gone, let its owner remove it"
+            )
 
 
 def test_what_is_no_lock_file_is_left_alone(tmp_path: Path) -> None:
@@ -155,22 +187,28 @@ def test_what_is_no_lock_file_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError) as missing:
-        lock_beside(tmp_path / "no" / "a.jsonl", command="domino prompts").__enter__()
-    assert missing.value.filename == str(tmp_path / "no" / "a.jsonl")
     below = tmp_path / "file" / "draft"
     with pytest.raises(NotADirectoryError) as taken:
-        lock_beside(below, command="domino export", parents=True).__enter__()
+        lock_beside(below, command="domino export").__enter__()
     assert taken.value.filename == str(below)
-    assert f"{tmp_path}/file is not a directory" in refusal(run_lock(tmp_path / "file" / "run"))
-    for address in ("gs://bucket/run", Path("gs://bucket/run")):
-        said = refusal(lock_inside(address, key="run_dir", command="domino train"))
-        assert said == f"run_dir: {address}: an address; expected a directory of this machine"
-        said = refusal(lock_beside(Path(address), command="domino export", parents=True))
-        assert said == f"{Path(address)}: an address; expected a directory of this machine"
+    with pytest.raises(InputError) as address:
+        lock_beside("gs://bucket/run", command="domino export")
+    assert str(address.value) == (
+        "gs://bucket/run: an address; expected a directory of this machine"
+    )
     assert leftovers(tmp_path) == ["file"]
+
+
+def test_missing_parents_are_made_for_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "own.jsonl"
+    with lock_beside(path, command="domino prompts"):
+        path.write_text("a prompt")
+    assert leftovers(tmp_path) == ["a", "a/b", "a/b/own.jsonl"]
+    with lock_beside(tmp_path / "c" / "own.jsonl", command="domino prompts"):
+        assert (tmp_path / "c").is_dir()
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,9 +244,10 @@ def test_a_lock_is_never_shared(tmp_path: Path) -> None:
     taken: list[int] = []
     wrong: list[object] = []
 
+    end = time.monotonic() + 60
+
     def work(number: int) -> None:
-        end = time.monotonic() + 2
-        while time.monotonic() < end:
+        while len(taken) < 60 and time.monotonic() < end:
             try:
                 with run_lock(tmp_path / "run"):
                     inside.append(number)
@@ -225,9 +264,27 @@ def test_a_lock_is_never_shared(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(taken) > 20
+    assert not wrong and len(taken) >= 60
     # A directory that one thread made and the next one used may stay, empty.
     assert leftovers(tmp_path) in ([], ["run"])
+
+
+def test_a_lock_file_that_its_owner_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path / LOCK)
+    flock = lock._flock
+    with ExitStack() as third:
+
+        def late(descriptor: int) -> bool | None:
+            """The owner ends and a third process begins, after the file was opened."""
+            monkeypatch.setattr(lock, "_flock", flock)
+            (tmp_path / LOCK).unlink()
+            third.enter_context(run_lock(tmp_path))
+            return flock(descriptor)
+
+        monkeypatch.setattr(lock, "_flock", late)
+        assert f"process {os.getpid()} on" in refusal(run_lock(tmp_path))
 
 
 def test_a_lock_file_that_somebody_replaced_stays(tmp_path: Path) -> None:
@@ -247,15 +304,15 @@ def test_release_all_is_for_a_process_that_ends(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == [".a.lock"]
 
 
-def test_who_waits_says_so_once(tmp_path: Path) -> None:
+def test_a_waiting_process_reports_the_owner_once(tmp_path: Path) -> None:
     path, said = tmp_path / "targets" / "toy", []
     done = threading.Event()
 
     def second() -> None:
-        with lock_beside(path, command="fetch toy", parents=True, waits=said.append):
+        with lock_beside(path, command="fetch toy", waits=said.append):
             done.set()
 
-    with lock_beside(path, command="fetch toy", parents=True):
+    with lock_beside(path, command="fetch toy"):
         thread = threading.Thread(target=second)
         thread.start()
         assert not done.wait(0.5)

@@ -28,6 +28,7 @@ from whole_run import train
 
 from domino_jax.base.errors import Untrained
 from domino_jax.base.escapes import printable_text
+from domino_jax.cli import measurement
 from domino_jax.cli.loading import load_run
 from domino_jax.config.run import load_config
 from domino_jax.data.forms import read_conversations
@@ -332,7 +333,7 @@ def test_no_changed_figure_is_read_in_silence(
     domino, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    monkeypatch.setattr("domino_jax.cli.measurement.user_cache", lambda name, *, verb: cache / name)
+    monkeypatch.setattr(measurement, "user_cache", lambda name, *, needs: cache / name)
     run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
     evaluation, metrics = run / "evaluation.json", run / "metrics.jsonl"
     words = ("evaluate", run, trained / "prompts.jsonl", "--max-new-tokens", 4, "--limit", 2)
@@ -356,8 +357,8 @@ def test_no_changed_figure_is_read_in_silence(
     metrics.write_text(log_text.replace('"accept_len"', '"accept_leo"', 1))
     code, _, log = domino(*words)
     notice = json.loads(evaluation.read_text())["training"]["notice"]
-    assert code == 0 and "the file has changed; put it back" in " ".join(log.split())
-    assert notice.startswith(f"{metrics}: its first ")
+    assert code == 0 and f"{metrics}: its first" in " ".join(log.split())
+    assert notice.startswith("metrics.jsonl: its first ") and notice.endswith("; restore it")
     metrics.write_text(log_text)
     # The evaluation itself: one value, and sets as nobody wrote them.
     whole = json.loads(evaluation.read_text())

@@ -217,7 +217,7 @@ def test_what_is_half_written_goes_when_the_process_ends(tmp_path: Path) -> None
         "from domino_jax.base.lock import lock_inside\n"
         "with interrupts.answered_signals():\n"
         "    interrupts.keeps('nothing', at_once=True)\n"
-        "    lock = lock_inside(Path('a/run'), key='run_dir', command='domino train')\n"
+        "    lock = lock_inside(Path('a/run'), command='domino train')\n"
         "    with lock, whole_directory(Path('draft')) as beside:\n"
         "        (beside / 'file').write_text('half')\n"
         "        print('ready', flush=True)\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import TOP, run_commands
+from lock_owner import lock_owner
 from trees import SMALLEST
 
 from domino_jax.base.lock import Owner
@@ -41,23 +42,6 @@ VERBS = (
     ("report run --out page.html", "page.html", ".page.html.lock"),
 )
 LOCKS = sorted({lock for _, _, lock in VERBS})
-HOLDER = """
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-from domino_jax.base.lock import LOCK, lock_beside, lock_inside
-with ExitStack() as locks:
-    for name in sys.argv[1:]:
-        file = Path(name)
-        if file.name == LOCK:
-            lock = lock_inside(file.parent, key="", command="first")
-        else:
-            place = file.with_name(file.name.removeprefix(".").removesuffix(LOCK))
-            lock = lock_beside(place, command="first")
-        locks.enter_context(lock)
-    print("ready", flush=True)
-    input()
-"""
 
 
 @pytest.fixture
@@ -91,17 +75,7 @@ def refusals(place: Path, before: str = "") -> list[str]:
 
 
 def test_the_second_process_is_refused(place: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, *LOCKS],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(TOP)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert owner.stdin is not None and owner.stdout is not None
-    with owner:
-        assert owner.stdout.readline() == "ready\n"
+    with lock_owner(place, *LOCKS) as owner:
         for (_, output, _), line in zip(VERBS, refusals(place), strict=True):
             found = f"error: {output}: another process writes it: `first`, process {owner.pid} on"
             assert line.startswith(found) and "remove" not in line, line

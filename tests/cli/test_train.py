@@ -51,8 +51,8 @@ def spoilt(trained: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     "line",
     [
-        "regenerate prompts.jsonl new --target target",
-        "regenerate prompts.jsonl new --target target --dtype bfloat16",
+        "regenerate prompts.jsonl new/answers.jsonl --target target",
+        "regenerate prompts.jsonl new/a.jsonl --target target --dtype bfloat16",
         "capture config.yaml new/states",
         "train config.yaml run_dir=new/run",
         "train config.yaml run_dir=new/run draft.init_layers_from_target=true",

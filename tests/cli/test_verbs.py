@@ -70,7 +70,7 @@ def test_bad_input_is_one_line_and_code_2(domino, trained: Path, tmp_path: Path)
         (("generate", run, "a", "--max-new-tokens", 129), "has 128 positions; give fewer"),
         (regenerate, "nobody"),
         (("import", trained / "target", new, "--target", trained / "target"), "dflash_config"),
-        (("import", new, tmp_path / "a[b]", "--target", trained / "target"), "'[' in its path"),
+        (("import", new, tmp_path / "a[b]", "--target", trained / "target"), "'[' in the path"),
         (("export", run, trained), "not an empty directory"),
         (("export", run, trained / "config.yaml" / "draft"), "config.yaml"),
     ):

@@ -12,6 +12,7 @@ import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from directories import leftovers
+from safetensors.numpy import save
 
 from domino_jax.base.errors import InputError
 from domino_jax.base.files import read_own_json, remove_unfinished, write_json
@@ -276,6 +277,9 @@ def test_records_at_another_place_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"00000\.arrayrecord: {message}; "):
             FeatureRows(tmp_path)
         assert shard_problem(tmp_path, 0, manifest) == message
+    identity = np.frombuffer(bytes.fromhex(manifest.identity), np.uint8)
+    write(save({"capture": identity, "row": np.zeros(0, np.int64)}), *rows)
+    assert shard_problem(tmp_path, 0, manifest) == "found row none, expected row 0"
 
 
 def test_every_changed_digit_of_a_manifest_is_refused(tmp_path: Path) -> None:

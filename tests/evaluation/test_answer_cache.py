@@ -80,7 +80,7 @@ def test_no_changed_byte_changes_an_answer(tmp_path: Path, place: int) -> None:
         ({"tokens": [[5, 6, 7]]}, "1 answers and 2 stops, expected 2 of each"),
         ({"stopped": [True]}, "2 answers and 1 stops, expected 2 of each"),
         ({"stopped": [True, 0]}, "answer 2 is not"),
-        ({"tokens": {}}, "no lists of tokens and stopped"),
+        ({"tokens": {}}, "expected lists `tokens` and `stopped`"),
         ({"identity": {"target": "abd"}}, "expected those of"),
     ],
 )

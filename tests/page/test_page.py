@@ -423,14 +423,15 @@ def test_what_could_not_be_verified_is_on_the_page(domino, undrawn: None, tmp_pa
     path = run / "evaluation.json"
     evaluation = json.loads(path.read_text())
     del evaluation["sha256"]
-    evaluation["training"]["notice"] = "run/metrics.jsonl: the file has changed"
+    evaluation["training"]["notice"] = "metrics.jsonl: the file has changed"
     path.write_text(json.dumps(evaluation))
     log = (run / "metrics.jsonl").read_bytes()
-    checkpoint = run / "checkpoints" / "40" / "run"
-    checkpoint.mkdir(parents=True)
+    checkpoint = run / "checkpoints" / "40"
     mark = {"bytes": len(log), "sha256": hashlib.sha256(log).hexdigest()}
-    (checkpoint / "metadata").write_text(json.dumps({"log": mark}))
-    write_checksums(checkpoint.parent)
+    for item, record in (("draft", {"step": 40}), ("run", {"log": mark})):
+        (checkpoint / item).mkdir(parents=True)
+        (checkpoint / item / "metadata").write_text(json.dumps(record))
+    write_checksums(checkpoint)
     (run / "metrics.jsonl").write_bytes(log.replace(b"2.5", b"2.6", 1) + b"{")
     code, _, said = domino("report", run)
     page = (run / "report.html").read_text()

@@ -46,7 +46,7 @@ def test_a_summary_of_a_changed_log_has_a_notice(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     monkeypatch.setattr("domino_jax.page.terminal.log_notice", lambda run: "metrics.jsonl: changed")
-    assert training_summary(tmp_path) == {"notice": f"{tmp_path}/metrics.jsonl: changed"}
+    assert training_summary(tmp_path) == {"notice": "metrics.jsonl: changed"}
 
 
 @pytest.mark.parametrize("figure", ["x", None, [1], {"a": 1}, True, float("nan"), float("inf")])

@@ -17,7 +17,8 @@ OTHER_TESTS = {"accelerator", "parity", "scripts"}
 # Rank, folder, files. A file imports lower ranks and the files before it in its own row.
 # Change this table when the design changes, never to make an import pass.
 TABLE = (
-    (0, "base", "escapes errors parse files lock finite marks progress chips user_cache scopes"),
+    (0, "base", "escapes errors parse files output_paths lock finite marks progress chips"),
+    (0, "base", "user_cache scopes"),
     (0.2, "config", "sizes schema heads model draft sections run"),
     (0.3, "", "sharding processes"),
     (1, "kernels", "causal_attention kv_cache matmul argmax softmax operands"),
@@ -34,13 +35,9 @@ TABLE = (
     (2.8, "objective", "curriculum loss objectives metrics modules"),
     (2.9, "evaluation", "bootstrap counts compare prompt_lookup throughput replay evaluate timing"),
     (2.9, "evaluation", "answer_cache record responses servers endpoint"),
-    (
-        3,
-        "training",
-        "flops names log metrics accumulator optimizer step program records checkpoint",
-    ),
-    (3, "training", "run_directory inputs run start preflight prepare rollout preview skips speed"),
-    (3, "training", "trace eval loop"),
+    (3, "training", "flops checkpoint_names log metrics accumulator optimizer step program"),
+    (3, "training", "records checkpoint run_directory inputs run start preflight prepare rollout"),
+    (3, "training", "preview skips speed trace eval loop"),
     (3.2, "datagen", "batch_log prompts regenerate capture"),
     (3.5, "plan", "hlo jaxpr_flops topology plan table"),
     (4, "page", "sources terminal growth cells verdict tables charts pictures notes document"),
@@ -67,14 +64,14 @@ PLACES = {"": (RANK_OF_TOP, "top", 0)} | {
 TEST_ONLY = {"torch", "nemo_automodel", "dflash", "chex", "pytest", "hypothesis"}
 # Of processes that answer before jax is there, or must not hold a part of the device themselves.
 WITHOUT_JAX = {
-    *(f"base.{name}" for name in ("escapes", "errors", "parse", "files", "lock", "finite")),
-    *(f"base.{name}" for name in ("marks", "progress", "chips", "user_cache", "scopes")),
+    *(f"base.{name}" for name in ("escapes", "errors", "parse", "files", "output_paths", "lock")),
+    *(f"base.{name}" for name in ("finite", "marks", "progress", "chips", "user_cache", "scopes")),
     "processes",
     *(f"config.{name}" for name in ("schema", "sizes", "heads", "model", "draft", "sections")),
     "config.run",
     "training.flops",
     "training.log",
-    "training.names",
+    "training.checkpoint_names",
     *(f"page.{name}" for name in ("sources", "growth", "cells", "verdict", "tables", "charts")),
     *(f"page.{name}" for name in ("pictures", "notes", "document")),
 }

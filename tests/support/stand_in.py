@@ -52,8 +52,9 @@ def serving(respond: Respond) -> Iterator[str]:
             self.send_header("Content-Length", str(len(body)))
             if location:
                 self.send_header("Location", location[0])
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(OSError):  # a client that left; http.server would print a traceback
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, *_: Any) -> None:
             """Says nothing."""

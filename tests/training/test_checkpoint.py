@@ -159,7 +159,7 @@ def test_a_checkpoint_under_another_step_is_passed_over(place: Path) -> None:
     said: list[str] = []
     assert sound_checkpoint(place / "run", reporter=Heard(lines=said)) == 2
     assert [line.partition("checkpoints/")[2] for line in said] == [
-        f"{name}: damaged, not used: holds the state of step {step}"
+        f"{name}: damaged, not used: the state of step {step}, expected that of step {name}"
         for name, step in ((8, 2), (5, 4), (4, 6))
     ]
     with pytest.raises(InputError, match="no undamaged checkpoint is left"):
@@ -175,7 +175,7 @@ def test_an_earlier_checkpoint_without_its_step_is_taken_at_its_own(place: Path)
         without_step(checkpoints / step)
     assert "resuming at step 6 of 6" in resume(place)
     (checkpoints / "4").rename(checkpoints / "7")
-    message = r"checkpoints/7: holds the state of step 4, expected .* rename the directory to 4"
+    message = r"checkpoints/7: the state of step 4, expected .* rename the directory to 4"
     with pytest.raises(InputError, match=message):
         resume(place, "train.extra_steps=3")
 

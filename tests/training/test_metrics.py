@@ -82,9 +82,13 @@ def test_a_log_that_was_changed_is_refused(tmp_path: Path, damage: bytes) -> Non
 def test_a_log_that_is_gone_begins_anew_and_says_so(tmp_path: Path) -> None:
     mark, said = written(tmp_path), []
     (tmp_path / "metrics.jsonl").unlink()
+    # The first start ends before its first record.
+    for _ in range(2):
+        with opened(tmp_path, mark, step=2, reporter=Heard(lines=said)):
+            pass
     with opened(tmp_path, mark, step=2, reporter=Heard(lines=said)) as log:
         log.write(3, "train", {"loss": 0.125})
-    assert [line["step"] for line in read_metrics(tmp_path)] == [3] and len(said) == 1
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3] and len(said) == 3
 
 
 def test_damaged_times_are_left_out(tmp_path: Path) -> None:
@@ -99,8 +103,9 @@ def test_damaged_times_are_left_out(tmp_path: Path) -> None:
 def saved_at(run: Path, step: int, mark: LogMark) -> None:
     """A checkpoint of a run, as far as readers of the log look at it."""
     checkpoint = run / "checkpoints" / str(step)
-    (checkpoint / "run").mkdir(parents=True)
-    (checkpoint / "run" / "metadata").write_text(json.dumps({"log": vars(mark)}))
+    for item, record in (("draft", {"step": step}), ("run", {"log": vars(mark)})):
+        (checkpoint / item).mkdir(parents=True)
+        (checkpoint / item / "metadata").write_text(json.dumps(record))
     write_checksums(checkpoint)
 
 
@@ -119,7 +124,7 @@ def test_a_changed_log_is_reported_by_the_newest_checkpoint(tmp_path: Path) -> N
         notice = log_notice(tmp_path) or ""
         assert re.fullmatch(
             r"metrics\.jsonl: its first \d+ bytes have sha256 \w+, expected \w+ of checkpoint 2: "
-            "the file has changed; put it back",
+            "the file has changed; restore it",
             notice,
         )
     path.write_bytes(whole[:-1])
@@ -131,6 +136,10 @@ def test_a_changed_log_is_reported_by_the_newest_checkpoint(tmp_path: Path) -> N
     # A damaged checkpoint says nothing of the log; the one before it does.
     saved_at(tmp_path, 3, LogMark(1, "0" * 64))
     (tmp_path / "checkpoints" / "3" / "run" / "metadata").write_text("{}")
+    assert "follow checkpoint 2" in (log_notice(tmp_path) or "")
+    # Nor does an older checkpoint under a newer step.
+    saved_at(tmp_path, 1, LogMark(1, "0" * 64))
+    (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "7")
     assert "follow checkpoint 2" in (log_notice(tmp_path) or "")
     path.unlink()
     assert log_notice(tmp_path) is None

@@ -72,8 +72,14 @@ def refusal(path: Path, *overrides: str) -> str:
         ),
         ("mesh.fsdp=3", "mesh: mesh data=2 fsdp=3 tensor=1 needs 6 devices, found 8"),
         ("run_dir=gs://bucket/run", "run_dir: gs://bucket/run: an address; expected a directory"),
-        ("run_dir='a[b]'", "a[b]: a run directory with '[' in its path, where no checkpoint could"),
-        ('run_dir="a\\\\b*c?d"', "a run directory with '*?\\\\' in its path, where no checkpoint"),
+        (
+            "run_dir='a[b]'",
+            "a[b]: '[' in the path of a run directory, where no checkpoint could be",
+        ),
+        (
+            'run_dir="a\\\\b*c?d"',
+            "'*?\\\\' in the path of a run directory, where no checkpoint could",
+        ),
         ("data.batch_size=12", "data.batch_size 12 must be a multiple of 8, the parts"),
         ("seed=-1", "seed must be at least 0 and below 2**32, found -1"),
         ("seed=4294967296", "seed must be at least 0 and below 2**32, found 4294967296"),

@@ -1,4 +1,4 @@
-"""Names inside a run directory, for programs with jax and without.
+"""Names in the checkpoints of a run directory. No jax here: `domino report` reads them without it.
 
 run/checkpoints/40/draft/metadata  run/metadata  SHA256SUMS
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 DRAFT, RUN = "draft", "run"  # items of a checkpoint
-METADATA = "metadata"  # where Orbax puts JSON; as a file it is read within bounds
+METADATA = "metadata"  # file of an item that Orbax stores as JSON
 
 
 def saved_steps(directory: Path) -> list[int]:
