@@ -235,6 +235,14 @@ def test_turns_beyond_the_longest_row_are_not_rendered_where_none_is_trained(
     assert not encoded.rows and reason in encoded.untrained[0] and len(counts) < 20
 
 
+def test_a_turn_behind_long_reasoning_that_the_template_strips_is_trained() -> None:
+    tokenizer = PUBLISHED["Qwen3"].tokenizer()
+    messages = chat("Hi", f"<think>\n{'Add. ' * 90}</think>\n\nYes.", "Hi again", "No.")
+    encoder = Encoder(tokenizer, max_length=120, mask_reasoning_content=True)
+    (row,) = encoder.rows(Conversation(line=1, messages=messages)).rows
+    assert tokenizer.decode(row.input_ids[row.loss_mask]) == "No.<|im_end|>"
+
+
 def test_the_row_of_the_last_answer_is_rendered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(PUBLISHED["Qwen3"].tokenizer(), max_length=10**6)
     case = long_chat(20)
