@@ -94,13 +94,8 @@ class _Group(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        # Not at the top: rich is more than `--version` needs.
-        from domino_jax.base.progress import heartbeat
-        from domino_jax.cli.shared import reporter
-
         try:
-            with heartbeat(reporter):
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except InputError as error:
             raise click.UsageError(str(error)) from error
         except BrokenPipeError:
@@ -159,6 +154,11 @@ def cli(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+    elif ctx.invoked_subcommand != "config":  # which answers at once, without rich
+        from domino_jax.base.progress import heartbeat
+        from domino_jax.cli.shared import reporter
+
+        ctx.with_resource(heartbeat(reporter))
 
 
 def run() -> None:
