@@ -9,9 +9,9 @@ file of answers mix their lines. So a verb locks its output before it imports ja
     {"host": "n7", "pid": 4711, "started": "2026-12-02T10:11:12+00:00", "command": "domino train"}
 
 The system lock (flock) ends with its process, also by `kill -9`: the next process on that host
-takes the file over. On a shared file system flock may not reach other hosts. So the record of
-another host always refuses, until a person removes the file. Where a file system has no flock, the
-file alone is the lock. No jax here.
+removes the file and creates its own. On a shared file system flock may not reach other hosts. So
+the record of another host always refuses, until a person removes the file. Where a file system has
+no flock, the file alone is the lock. No jax here.
 """
 
 import dataclasses
